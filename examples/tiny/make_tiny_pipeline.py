@@ -1,0 +1,346 @@
+"""Write a tiny pipeline with random weights, in the directory layout of the real one.
+
+    python examples/tiny/make_tiny_pipeline.py flux /tmp/tiny-flux --seed 0
+
+Expect 1.4 MB in about 4 seconds on a CPU: every file FLUX.1-dev has (model_index.json, scheduler, VAE, CLIP and T5
+with their tokenizers, transformer), each with the real structure and the Hugging Face parameter names, but with a
+few narrow layers. `mindone.diffusers.FluxPipeline.from_pretrained("/tmp/tiny-flux")` and every training script take it
+like the real model, so that a command can be tried in seconds and without a download. Its pictures are coloured noise.
+
+The same seed gives the same bytes. OUT must be empty or not exist yet.
+"""
+
+import argparse
+import io
+import json
+import os
+import string
+import sys
+from pathlib import Path
+
+import numpy as np
+
+# Libraries that take seconds to import (mindone, transformers) are imported where they are used: --help and a wrong
+# OUT answer at once.
+
+# What the two tokenizers are trained on: words that captions and the tests use.
+CAPTIONS = """
+a photo of a red circle on a white background
+a photo of a blue square on a black background
+a photo of a green triangle on a yellow background
+a drawing of a small dog with big eyes, sitting in the grass
+a painting of a cat sleeping on a wooden chair, in the style of an old master
+a picture of a toy robot standing on the table in a bright room
+a close up photo of a person holding a cup of coffee in the morning light
+a beautiful landscape with mountains, a river and an orange sky at sunset
+the portrait of a young woman wearing a purple dress and a golden ring
+two children playing with a ball on the beach, high quality, detailed
+a street in the city at night, cars and people in the rain
+an astronaut riding a horse on the moon, digital art, sharp focus
+""".strip().splitlines()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def make_clip_tokenizer(folder: Path):
+    """A CLIP tokenizer: all 512 byte symbols, so that any string has ids, and a few merges learned from CAPTIONS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+    from transformers.models.clip.tokenization_clip import bytes_to_unicode
+
+    # Naming the word endings up front fixes their ids, which decide between pairs of the same count. Left to the trainer
+    # they come in the order of a hash table, and the merges differ from run to run.
+    endings = [c + "</w>" for c in string.ascii_lowercase + ","]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(
+        CAPTIONS,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=endings, end_of_word_suffix="</w>", show_progress=False),
+    )
+    merges = [m.split() if isinstance(m, str) else m for m in json.loads(bpe.to_str())["model"]["merges"]]
+
+    # CLIP's own order: bytes, bytes that end a word, merges, then the two specials. <|endoftext|> must be the largest
+    # id: models whose config still says eos_token_id=2 pool at the largest id instead of at eos.
+    symbols = list(bytes_to_unicode().values())
+    symbols += [s + "</w>" for s in symbols]
+    symbols += [a + b for a, b in merges] + ["<|startoftext|>", "<|endoftext|>"]
+
+    folder.mkdir(parents=True)
+    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    write_json(vocab_file, {s: i for i, s in enumerate(symbols)})
+    merges_file.write_text("\n".join(["#version: 0.2"] + [f"{a} {b}" for a, b in merges]) + "\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer(str(vocab_file), str(merges_file), model_max_length=77, do_lower_case=True, clean_up_tokenization_spaces=True)
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+def make_t5_tokenizer(folder: Path):
+    """A T5 tokenizer: a SentencePiece unigram model with byte fallback, and the same model as a tokenizer.json."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import T5TokenizerFast
+
+    spiece = train_sentencepiece()
+    folder.mkdir(parents=True)
+    (folder / "spiece.model").write_bytes(spiece)
+
+    # The conversion in transformers drops the byte fallback (and needs protobuf), so tokenizer.json is built here.
+    pieces = [*read_pieces(spiece), *((f"<extra_id_{i}>", 0.0) for i in reversed(range(100)))]
+    fast = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")])
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("▁", prepend_scheme="always")])
+    fast.post_processor = processors.TemplateProcessing(
+        single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", 1)]
+    )
+    tokenizer = T5TokenizerFast(
+        str(folder / "spiece.model"), tokenizer_object=fast, model_max_length=512, clean_up_tokenization_spaces=True
+    )
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+def train_sentencepiece() -> bytes:
+    import sentencepiece
+
+    # The trainer takes as candidates only what occurs in two different words, and a comma makes a word different.
+    words = sorted(set(" ".join(CAPTIONS).replace(",", "").split()))
+    text = CAPTIONS + [f"{word}, {word}" for word in words]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=512,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        required_chars=string.ascii_letters + string.digits + string.punctuation,
+        normalization_rule_name="identity",  # T5's NFKC table alone would be half a megabyte
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,  # sums in one order: the same bytes every time
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def read_pieces(spiece: bytes) -> list[tuple[str, float]]:
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_proto=spiece)
+    return [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face name of a MindSpore parameter. mindone's save_pretrained would write MindSpore's own."""
+    for ours, theirs in ((".gamma", ".weight"), (".beta", ".bias"), (".embedding_table", ".weight")):
+        if name.endswith(ours):
+            return name.removesuffix(ours) + theirs
+    return name
+
+
+def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Keeps the scale of what passes through. Scales and biases are near 1 and 0, but not there: MindSpore starts them
+    at exactly 1 and 0, and a loader that skips them has to be noticed."""
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    if name.endswith(".bias"):
+        return 0.02 * noise
+    if len(shape) == 1:
+        return 1 + 0.02 * noise
+    return noise / np.float32(np.sqrt(np.prod(shape[1:])))
+
+
+def save_weights(cell, file: Path, rng: np.random.Generator, gains: dict[str, float]) -> None:
+    """Draws new weights for the parameters of the cell; of the cell only names and shapes are used."""
+    from safetensors.numpy import save
+
+    shapes = {hf_name(name): parameter.shape for name, parameter in cell.parameters_and_names()}
+    # Sorted, so that the bytes do not depend on the order in which the library builds its layers.
+    tensors = {name: random_weight(rng, name, shapes[name]) for name in sorted(shapes)}
+    for name, gain in gains.items():
+        tensors[name] *= np.float32(gain)
+    # transformers and mindone refuse a file that does not say who wrote it; the files on the hub say "pt".
+    file.write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def save_diffusers(model_class, config: dict, folder: Path, rng: np.random.Generator, **gains: float) -> None:
+    cell = model_class(**config)
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", hub_header(model_class.__name__) | config)
+    save_weights(cell, folder / "diffusion_pytorch_model.safetensors", rng, gains)
+
+
+def save_transformers(model_class, config, folder: Path, rng: np.random.Generator) -> None:
+    cell = model_class(config)
+    config.architectures = [model_class.__name__]
+    config.torch_dtype = "float32"
+    config.save_pretrained(str(folder))
+    save_weights(cell, folder / "model.safetensors", rng, gains={})
+
+
+def hub_header(class_name: str) -> dict:
+    return {"_class_name": class_name, "_diffusers_version": "0.30.0.dev0"}  # the version FLUX.1-dev's files name
+
+
+def write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FLUX.1
+
+WIDTH = 32  # of CLIP and of T5: what the transformer takes as pooled_projection_dim and joint_attention_dim
+
+FLUX_COMPONENTS = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+FLUX_SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+
+FLUX_TRANSFORMER = {
+    "attention_head_dim": 16,
+    "axes_dims_rope": [4, 6, 6],  # has to sum to attention_head_dim
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": WIDTH,
+    "num_attention_heads": 2,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "patch_size": 1,
+    "pooled_projection_dim": WIDTH,
+}
+
+FLUX_VAE = {
+    "act_fn": "silu",
+    "block_out_channels": [8, 16, 16, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "force_upcast": True,
+    "in_channels": 3,
+    "latent_channels": 16,
+    "latents_mean": None,
+    "latents_std": None,
+    "layers_per_block": 1,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 4,
+    "out_channels": 3,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
+
+
+def make_flux(out: Path, seed: int = 0) -> None:
+    """Writes the pipeline into `out`; FileExistsError if there is something already."""
+    out = Path(out)
+    rng = np.random.default_rng(seed)
+    require_empty(out)
+
+    from mindone.diffusers import AutoencoderKL, FluxTransformer2DModel
+    from mindone.transformers import CLIPTextModel, T5EncoderModel
+
+    clip_tokenizer = make_clip_tokenizer(out / "tokenizer")
+    t5_tokenizer = make_t5_tokenizer(out / "tokenizer_2")
+    save_transformers(CLIPTextModel, clip_config(clip_tokenizer), out / "text_encoder", rng)
+    save_transformers(T5EncoderModel, t5_config(t5_tokenizer), out / "text_encoder_2", rng)
+    save_diffusers(FluxTransformer2DModel, FLUX_TRANSFORMER, out / "transformer", rng)
+    # The decoder ends in a normalised layer, so its output would have a spread of 1 and be clipped to [-1, 1].
+    save_diffusers(AutoencoderKL, FLUX_VAE, out / "vae", rng, **{"decoder.conv_out.weight": 0.5})
+
+    (out / "scheduler").mkdir()
+    scheduler_class = FLUX_COMPONENTS["scheduler"][1]
+    write_json(out / "scheduler" / "scheduler_config.json", hub_header(scheduler_class) | FLUX_SCHEDULER)
+    write_json(out / "model_index.json", hub_header("FluxPipeline") | FLUX_COMPONENTS)
+
+
+def clip_config(tokenizer):
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,  # where the model reads its pooled output
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def t5_config(tokenizer):
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=len(tokenizer),
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=2 * WIDTH,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def require_empty(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"OUT {out} exists and is not an empty directory: name a new one, or remove it first")
+
+
+KINDS = {"flux": make_flux}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write a tiny pipeline with random weights, for tests and trials.")
+    parser.add_argument("kind", choices=sorted(KINDS), help="which pipeline to write")
+    parser.add_argument("out", metavar="OUT", type=Path, help="new or empty directory to write it to")
+    parser.add_argument("--seed", type=int, default=0, help="0 or more; same seed, same bytes (default: 0)")
+    args = parser.parse_args(arguments)
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: must be 0 or more")
+
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's errors only: building a model prints a page of deprecations
+    try:
+        KINDS[args.kind](args.out, seed=args.seed)
+    except FileExistsError as error:
+        parser.error(str(error))  # exits with 2
+
+    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    print(f"wrote a tiny {args.kind} pipeline to {args.out} (seed {args.seed}, {size / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

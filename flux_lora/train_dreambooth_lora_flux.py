@@ -1,0 +1,715 @@
+"""DreamBooth LoRA for FLUX.1 on MindSpore: teaches a few pictures of a subject to a small adapter.
+
+    python train_dreambooth_lora_flux.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\
+        --instance_data_dir photos/ --instance_prompt "a photo of sks dog" --output_dir out \\
+        --mixed_precision bf16 --resolution 512 --train_batch_size 1 --cache_latents --max_train_steps 500
+
+Leaves out/pytorch_lora_weights.safetensors, checkpoints, samples/*.png, loss curves for TensorBoard, metrics.jsonl and run.json.
+Ctrl-C saves a checkpoint; the same command with --resume_from_checkpoint latest goes on, bit for bit on the CPU.
+"""
+
+import argparse
+import json
+import math
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindone.diffusers.training_utils import TrainStep
+from mindspore import ops
+from tqdm import tqdm
+
+from mindtune import checkpoint, data, flow, lora, models, optim, precision, rng, sampling, tracking
+from mindtune.cli import StopRequest, UserError, run
+from mindtune.encode import ClassImages, Stage, token_ids
+
+# ---- flags -------------------------------------------------------------------------------------------------------------------------
+
+# Flags of the reference script that are not here yet, and what to use until then.
+REFUSED = {
+    "use_8bit_adam": "8-bit Adam is not in this version; leave the flag out (the LoRA's AdamW state is a few megabytes)",
+    "dry_run": "the memory plan is not in this version; leave the flag out",
+    "push_to_hub": "uploading is not in this version; leave the flag out and upload the output directory with huggingface-cli",
+    "hub_token": "uploading is not in this version; leave the flag out",
+    "hub_model_id": "uploading is not in this version; leave the flag out",
+    "aspect_ratio_buckets": "buckets are not in this version; leave the flag out: pictures are cropped to a square of --resolution",
+    "distributed": "several devices are not in this version; leave the flag out and train on one",
+}
+# CUDA switches that a diffusers command may carry, and what this backend does anyway.
+CUDA_ONLY = {
+    "allow_tf32": "a CUDA setting; this backend's matrix products run in the type --mixed_precision names",
+    "enable_xformers_memory_efficient_attention": "a CUDA kernel; on Ascend mindone uses its own flash attention without a flag",
+    "enable_npu_flash_attention": "mindone uses flash attention on Ascend without a flag",
+}
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+
+    # Model
+    add("--pretrained_model_name_or_path", required=True, help="Directory of a FLUX.1 pipeline, or a hub id.")
+    add("--revision", help="Branch, tag or commit on the hub. Default: main.")
+    add("--variant", help="Variant of the weight files, such as fp16. Default: none.")
+    add("--cache_dir", help="Where hub downloads and encoder outputs are kept. Default: the hub's cache, and <output_dir>/cache.")
+    add("--mindspore_mode", type=int, choices=[0, 1], default=0, help="0 compiles the step to a graph, 1 runs it in PyNative.")
+    # Data
+    add("--instance_data_dir", help="Directory of the subject's pictures; captions beside them as .txt or in metadata.jsonl.")
+    add("--dataset_name", help="Instead: a data set for the datasets library, a hub id or a local directory.")
+    add("--dataset_config_name", help="Configuration of that data set. Default: its only one.")
+    add("--image_column", help="Its column of pictures. Default: the first image column.")
+    add("--caption_column", help="Its column (or the key in metadata.jsonl) of captions. Default: --instance_prompt, or the key text.")
+    add("--instance_prompt", help="Prompt of every picture without a caption of its own, with a rare word for the subject.")
+    add("--max_train_samples", type=int, help="Use the first so many pictures. Default: all.")
+    add("--repeats", type=int, default=1, help="Uses of every picture in an epoch.")
+    add("--skip_bad_images", action="store_true", help="Go on without unreadable or too small pictures, listing them.")
+    add("--validation_split", type=float, default=0.0, help="Share of the pictures kept out of training to measure their loss; 0: none.")
+    add("--resolution", type=int, default=512, help="Side of the square that is trained on, in pixels; divisible by 16.")
+    add("--center_crop", action="store_true", help="Crop centrally. Default: a fresh random crop for every use.")
+    add("--random_flip", action="store_true", help="Mirror half of the uses, drawn afresh.")
+    add("--image_interpolation_mode", choices=sorted(data.INTERPOLATIONS), default="lanczos", help="Filter for resizing.")
+    add("--cache_latents", action="store_true", help="Encode the pictures once, centre-cropped, one entry a flip.")
+    add("--dataloader_num_workers", type=int, default=0, help="Threads that decode pictures ahead; 0: none.")
+    add("--max_sequence_length", type=int, default=512, help="T5 tokens of a prompt, at most 512.")
+    # Prior preservation
+    add("--with_prior_preservation", action="store_true", help="Train class pictures along, so that the class keeps its look.")
+    add("--class_data_dir", help="Directory of class pictures; filled up to --num_class_images by the base model.")
+    add("--class_prompt", help="Prompt of the class pictures.")
+    add("--num_class_images", type=int, default=100, help="Class pictures wanted.")
+    add("--prior_loss_weight", type=float, default=1.0, help="Weight of the class pictures' loss.")
+    add("--sample_batch_size", type=int, default=4, help="Class pictures made at a time.")
+    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="Their precision. Default: --mixed_precision.")
+    # LoRA
+    add("--lora_rank", "--rank", type=int, default=4, help="Rank of the low-rank layers.")
+    add("--lora_alpha", type=float, help="Their scale is alpha/rank. Default: the rank.")
+    add("--lora_dropout", type=float, default=0.0, help="Dropout before them; above 0 a resumed run draws other masks.")
+    add("--lora_layers", help="Comma-separated ends of layer names. Default: " + ",".join(lora.TRANSFORMER_TARGETS) + ".")
+    add("--train_text_encoder", action="store_true", help="Adapt CLIP too (T5 stays frozen).")
+    # Step
+    add("--weighting_scheme", choices=flow.WEIGHTING_SCHEMES, default="none", help="Density of timesteps and weight of their loss.")
+    add("--logit_mean", type=float, default=0.0, help="Mean, for logit_normal.")
+    add("--logit_std", type=float, default=1.0, help="Standard deviation, for logit_normal.")
+    add("--mode_scale", type=float, default=1.29, help="Scale, for mode.")
+    add("--timestep_shift", default="1", help="Shift training towards noise: a factor, or auto for the resolution's. 1: as FLUX.1-dev.")
+    add("--guidance_scale", type=float, default=3.5, help="Guidance given to a guidance-distilled transformer, training and sampling.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of frozen weights and of computation.")
+    add("--gradient_checkpointing", action="store_true", help="Recompute the blocks in the backward pass to save memory.")
+    add("--train_batch_size", type=int, default=4, help="Pictures a step (with class pictures: of each kind).")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Steps an update.")
+    add("--num_train_epochs", type=int, default=1, help="Passes over the pictures.")
+    add("--max_train_steps", type=int, help="Updates in all; overrides the epochs.")
+    add("--seed", type=int, help="Seed of everything random. Default: drawn, and written to run.json.")
+    # Optimizer
+    add("--optimizer", type=str.lower, choices=["adamw", "adamweightdecay", "prodigy", "adafactor"], default="adamw", help="AdamW, ...")
+    add("--use_8bit_adam", action="store_true", help="Not in this version.")
+    add("--learning_rate", type=float, default=1e-4, help="Base rate; for prodigy about 1.")
+    add("--text_encoder_lr", type=float, default=5e-6, help="Base rate for CLIP.")
+    add("--scale_lr", action="store_true", help="Multiply the rates by batch size and accumulation.")
+    add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
+    add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
+    add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
+    add("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
+    add("--adam_beta2", type=float, default=0.999, help="Decay of the second moment.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Added to the root of the second moment.")
+    add("--adam_weight_decay", type=float, default=1e-4, help="Decoupled weight decay.")
+    add("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="The same for CLIP.")
+    add("--prodigy_beta3", type=float, help="Decay of prodigy's estimate. Default: the root of beta2.")
+    add("--prodigy_decouple", type=boolean, default=True, help="Decay weights as AdamW does.")
+    add("--prodigy_use_bias_correction", type=boolean, default=True, help="Adam's bias correction.")
+    add("--prodigy_safeguard_warmup", type=boolean, default=True, help="Keep the warm-up's small rates out of the estimate.")
+    add("--max_grad_norm", type=float, default=1.0, help="Clip the gradients' norm; 0: no clipping.")
+    # Output
+    add("--output_dir", default="flux-dreambooth-lora", help="Directory for everything that the run leaves.")
+    add("--overwrite_output_dir", action="store_true", help="Remove another run's files there first.")
+    add("--checkpointing_steps", type=int, default=500, help="Updates between checkpoints.")
+    add("--checkpoints_total_limit", type=int, help="Keep the newest so many. Default: all.")
+    add("--resume_from_checkpoint", help="latest, a checkpoint's name in the output directory, or its path.")
+    add("--upcast_before_saving", action="store_true", help="Final adapter in float32. Default: in the type of computation.")
+    add("--logging_dir", default="logs", help="TensorBoard's directory, inside the output directory.")
+    add(
+        "--report_to",
+        choices=["tensorboard", "wandb", "all", "none"],
+        default="tensorboard",
+        help="Where curves go, besides metrics.jsonl.",
+    )
+    add("--validation_prompt", nargs="+", default=[], help="Prompts to draw while training and at the end.")
+    add("--num_validation_images", type=int, default=4, help="Pictures a prompt.")
+    add("--num_inference_steps", type=int, default=28, help="Steps of sampling, for validation and class pictures.")
+    add("--validation_epochs", type=int, default=50, help="Epochs between validations.")
+    # Reference flags of other versions or backends
+    add("--dry_run", action="store_true", help="Not in this version.")
+    add("--push_to_hub", action="store_true", help="Not in this version.")
+    add("--hub_token", help="Not in this version.")
+    add("--hub_model_id", help="Not in this version.")
+    add("--aspect_ratio_buckets", help="Not in this version.")
+    add("--distributed", action="store_true", help="Not in this version.")
+    for name, why in CUDA_ONLY.items():
+        add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
+
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Refuses what cannot work, before anything is read or written. Raises UserError."""
+    for name, instead in REFUSED.items():
+        if getattr(args, name):
+            raise UserError(f"--{name}: {instead}.")
+    if args.optimizer == "adafactor":
+        raise UserError("--optimizer adafactor: not in this version; use AdamW, AdamWeightDecay or prodigy.")
+    if args.report_to in ("wandb", "all"):
+        raise UserError(f"--report_to {args.report_to}: Weights & Biases is not in this version; use tensorboard.")
+    for name, why in CUDA_ONLY.items():
+        if getattr(args, name):
+            print(f"--{name}: {why}")
+
+    if bool(args.instance_data_dir) == bool(args.dataset_name):
+        raise UserError("give either --instance_data_dir (a directory of pictures) or --dataset_name, one of the two.")
+    if args.class_prompt and not args.class_data_dir:
+        raise UserError("--class_prompt without --class_data_dir: name the directory where class pictures are or shall be kept.")
+    if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
+        raise UserError("--with_prior_preservation needs --class_data_dir and --class_prompt.")
+    if args.class_data_dir and not args.with_prior_preservation:
+        print("--class_data_dir and --class_prompt do nothing without --with_prior_preservation")
+    if args.resolution % 16 or args.resolution < 16:
+        near = max(16, round(args.resolution / 16) * 16)
+        raise UserError(f"--resolution {args.resolution}: must be divisible by 16 (VAE 8, patches 2). The nearest is {near}.")
+    at_least = {"lora_rank": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "repeats": 1}
+    at_least.update(checkpointing_steps=1, validation_epochs=1, num_validation_images=1, num_inference_steps=1, sample_batch_size=1)
+    at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, max_sequence_length=1, num_class_images=1)
+    at_least.update(learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0)
+    for name, least in at_least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise UserError(f"--{name} {value}: must be at least {least}.")
+    if args.max_sequence_length > 512:
+        raise UserError(f"--max_sequence_length {args.max_sequence_length}: T5 was trained on at most 512 tokens here; use 512 or less.")
+    if not 0.0 <= args.validation_split < 1.0 or not args.lora_dropout < 1.0:
+        raise UserError(f"--validation_split {args.validation_split}, --lora_dropout {args.lora_dropout}: shares lie in [0, 1).")
+    if args.timestep_shift != "auto":
+        try:
+            positive = float(args.timestep_shift) > 0
+        except ValueError:
+            positive = False
+        if not positive:
+            raise UserError(f"--timestep_shift {args.timestep_shift}: give a positive factor or auto.")
+
+
+# ---- data --------------------------------------------------------------------------------------------------------------------------
+
+
+def load_samples(args):
+    """Every usable picture with its caption, checked to the last pixel row. Raises UserError."""
+    if args.dataset_name:
+        flag = f"--dataset_name {args.dataset_name}"
+        samples = data.samples_in_dataset(
+            args.dataset_name, args.dataset_config_name, args.cache_dir, args.image_column, args.caption_column
+        )
+    else:
+        flag = f"--instance_data_dir {args.instance_data_dir}"
+        samples = data.samples_in_folder(args.instance_data_dir, "--instance_data_dir", args.caption_column)
+    samples = samples[: args.max_train_samples]
+    samples = data.preflight(samples, args.resolution, flag, args.skip_bad_images, args.dataloader_num_workers)
+    bare = [sample.name for sample in samples if sample.caption is None]
+    if bare and args.instance_prompt is None:
+        raise UserError(f"{len(bare)} pictures have no caption ({bare[0]} ...): give --instance_prompt, or a .txt file beside each.")
+    for sample in samples:
+        sample.caption = args.instance_prompt if sample.caption is None else sample.caption
+    return samples
+
+
+def split_samples(samples, share, seed):
+    """(training, held out): a seeded choice of `share` of the samples, at least one if the share is above 0."""
+    if not share:
+        return samples, []
+    count = max(1, round(share * len(samples)))
+    if count >= len(samples):
+        raise UserError(f"--validation_split {share}: would keep out {count} of {len(samples)} pictures; use a smaller share.")
+    out = set(rng.generator(seed, "held out").permutation(len(samples))[:count].tolist())
+    return [s for i, s in enumerate(samples) if i not in out], [s for i, s in enumerate(samples) if i in out]
+
+
+def class_samples(args, root, seed):
+    """The class pictures, after making those that are missing in a process of their own."""
+    folder = Path(args.class_data_dir)
+    have = len([p for p in folder.glob("*") if p.is_file() and not p.name.startswith(".")]) if folder.is_dir() else 0
+    if have < args.num_class_images:
+        print(f"class images: {have} of {args.num_class_images} in {folder}; making {args.num_class_images - have}")
+        kind = args.prior_generation_precision or args.mixed_precision
+        order = ClassImages(
+            folder,
+            args.class_prompt,
+            have,
+            args.num_class_images,
+            args.sample_batch_size,
+            seed,
+            args.num_inference_steps,
+            args.guidance_scale,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        make_stage(args, root, kind).generate(order)
+    samples = data.samples_in_folder(args.class_data_dir, "--class_data_dir")[: args.num_class_images]
+    for sample in samples:
+        sample.caption = args.class_prompt
+    return data.preflight(samples, args.resolution, f"--class_data_dir {folder}", args.skip_bad_images, args.dataloader_num_workers)
+
+
+def make_stage(args, root, kind):
+    folder = Path(args.cache_dir, "mindtune") if args.cache_dir else Path(args.output_dir, "cache")
+    return Stage(root, args.variant, kind, folder, args.max_sequence_length, args.resolution, args.image_interpolation_mode)
+
+
+class Batches:
+    """Numpy batches by position: a pure function of seed, sample ids and use counts.
+
+    A batch is [instances; class pictures]; images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels), posterior noise and
+    noise [B, C, h, w], index [B], prompt_embeds [B, L, D], and pooled_prompt_embeds [B, P] or CLIP's token ids [B, 77].
+    """
+
+    def __init__(self, args, seed, stage, samples, class_samples, latent_shape, num_train_timesteps, tokenizer=None):
+        self.args, self.seed, self.stage, self.tokenizer = args, seed, stage, tokenizer
+        self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
+        self.kinds = [("instance", samples, rng.SampleStream(seed, "instance", len(samples), args.repeats))]
+        if class_samples:
+            self.kinds.append(("class", class_samples, rng.SampleStream(seed, "class", len(class_samples))))
+        self.epoch_length = max(len(samples) * args.repeats, len(class_samples))
+
+    def at(self, batch):
+        """Batch number `batch`, from the start of the run."""
+        rows, size = [], self.args.train_batch_size
+        for kind, samples, stream in self.kinds:
+            for position in range(batch * size, (batch + 1) * size):
+                sample_id, use = stream.at(position)
+                rows.append(self._row(kind, samples[sample_id], sample_id, use))
+        return tuple(np.stack(column) for column in zip(*rows))
+
+    def _row(self, kind, sample, sample_id, use):
+        args, seed = self.args, self.seed
+        crop = rng.generator(seed, f"{kind} crop and flip", sample_id, use).random(3)
+        flip = bool(args.random_flip and crop[2] < 0.5)
+        if args.cache_latents:
+            image = self.stage.moments(sample, flip)
+        else:
+            place = None if args.center_crop else (crop[0], crop[1])
+            image = data.pixel_values(sample.open(), args.resolution, args.image_interpolation_mode, place, flip)
+        u = flow.sample_density(
+            rng.generator(seed, f"{kind} timestep", sample_id, use), args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale
+        )
+        index = np.int32(flow.density_to_index(u, self.num_train_timesteps))
+        posterior = rng.normal(seed, f"{kind} posterior", sample_id, use, shape=self.latent_shape)
+        noise = rng.normal(seed, f"{kind} noise", sample_id, use, shape=self.latent_shape)
+        return image, posterior, noise, index, *self._text(sample.caption)
+
+    def held_out(self, sample_id, sample, index):
+        """A batch of one held-out picture, always with the same draws for the same index."""
+        if self.args.cache_latents:
+            image = self.stage.moments(sample, False)
+        else:
+            image = data.pixel_values(sample.open(), self.args.resolution, self.args.image_interpolation_mode)
+        posterior = rng.normal(self.seed, "held-out posterior", sample_id, shape=self.latent_shape)
+        noise = rng.normal(self.seed, "held-out noise", sample_id, index, shape=self.latent_shape)
+        return tuple(np.stack([c]) for c in (image, posterior, noise, np.int32(index), *self._text(sample.caption)))
+
+    def _text(self, caption):
+        text = self.stage.text(caption)
+        if self.tokenizer is None:
+            return text["prompt_embeds"], text["pooled_prompt_embeds"]
+        return text["prompt_embeds"], token_ids(self.tokenizer, caption, self.tokenizer.model_max_length).astype(np.int32)
+
+
+# ---- the step ----------------------------------------------------------------------------------------------------------------------
+
+
+class TrainStepForFluxDevDB(TrainStep):
+    """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update. A pure function of its inputs.
+
+    `vae` is given if the images come as pixels, `text_encoder` if CLIP trains. Calling it gives (scaled loss, loss), scalars.
+    """
+
+    def __init__(self, transformer, optimizer, noise_scheduler, compute_dtype, args, latent_config, text_ids, image_ids, vae=None,
+                 text_encoder=None, loss_scaler=None):  # fmt: skip
+        super().__init__(
+            transformer,
+            optimizer,
+            loss_scaler=loss_scaler,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            # Batches run on across epochs, so there is no end of the loader at which to cut an update short.
+            gradient_accumulation_kwargs={"sync_with_dataloader": False},
+        )
+        self.grad_clipper = precision.GradNormClipper(args.max_grad_norm)
+        self.transformer, self.vae, self.text_encoder = self.model, vae, text_encoder
+        self.compute_dtype = compute_dtype
+        # Configs are dicts, which a graph cannot read by attribute: take out what forward needs.
+        self.scaling_factor, self.shift_factor = latent_config["scaling_factor"], latent_config["shift_factor"]
+        self.guidance_embeds = transformer.config["guidance_embeds"]
+        self.sigmas = noise_scheduler["sigmas"]
+        self.text_ids, self.image_ids = text_ids, image_ids
+        self.args = flow.AttrJitWrapper(
+            weighting_scheme=args.weighting_scheme,
+            with_prior_preservation=args.with_prior_preservation,
+            prior_loss_weight=args.prior_loss_weight,
+            guidance_scale=args.guidance_scale,
+        )
+
+    def predict(self, images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds):
+        """Prediction and target [B, C, h, w] float32, and sigmas [B, 1, 1, 1]."""
+        if self.vae is not None:
+            images = self.vae.encode(images.to(self.compute_dtype))[0]
+        latents = (flow.sample_posterior(images, posterior_noise) - self.shift_factor) * self.scaling_factor
+        sigmas = flow.get_sigmas(self.sigmas, indices)
+        noisy_latents = sigmas * noise + (1.0 - sigmas) * latents
+        if self.text_encoder is not None:
+            pooled_prompt_embeds = self.text_encoder(pooled_prompt_embeds)[1]
+        guidance = None
+        if self.guidance_embeds:
+            guidance = ops.full((1,), self.args.guidance_scale, dtype=ms.float32).broadcast_to((noise.shape[0],))
+        prediction = self.transformer(
+            hidden_states=flow.pack_latents(noisy_latents).to(self.compute_dtype),
+            timestep=sigmas.reshape((-1,)),  # the transformer takes t / 1000, which is sigma
+            guidance=guidance,
+            pooled_projections=pooled_prompt_embeds.to(self.compute_dtype),
+            encoder_hidden_states=prompt_embeds.to(self.compute_dtype),
+            txt_ids=self.text_ids,
+            img_ids=self.image_ids,
+            return_dict=False,
+        )[0]
+        return flow.unpack_latents(prediction, noise.shape[2], noise.shape[3]), noise - latents, sigmas
+
+    def forward(self, images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds):
+        prediction, target, sigmas = self.predict(images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds)
+        weighting = flow.loss_weighting(self.args.weighting_scheme, sigmas)
+        if self.args.with_prior_preservation:
+            loss = flow.prior_preservation_mse(prediction, target, weighting, self.args.prior_loss_weight)
+        else:
+            loss = flow.weighted_mse(prediction, target, weighting)
+        return self.scale_loss(loss), loss
+
+
+# ---- looking ------------------------------------------------------------------------------------------------------------------------
+
+
+HELD_OUT_INDICES = [62, 187, 312, 437, 562, 687, 812, 937]  # the middles of eighths of 1000
+
+
+def held_out_loss(step, batches, samples):
+    """Plain flow-matching loss of the held-out pictures at each of HELD_OUT_INDICES, a list of floats."""
+    losses = []
+    with sampling.eager():
+        for index in HELD_OUT_INDICES:
+            values = []
+            for sample_id, sample in enumerate(samples):
+                prediction, target, sigmas = step.predict(*map(ms.Tensor, batches.held_out(sample_id, sample, index)))
+                values.append(float(flow.weighted_mse(prediction, target, ops.ones_like(sigmas))))
+            losses.append(float(np.mean(values)))
+    return losses
+
+
+class Painter:
+    """Draws the validation prompts with the transformer at hand; loads only the VAE, once, and the prompts' cached embeddings."""
+
+    def __init__(self, args, root, stage, kind, seed, latent_shape, vae, tokenizer, transformer, text_encoder):
+        self.args, self.root, self.kind, self.seed, self.vae = args, root, kind, seed, vae
+        self.latent_shape, self.tokenizer = latent_shape, tokenizer
+        self.transformer, self.text_encoder = transformer, text_encoder
+        self.text = {prompt: stage.text(prompt) for prompt in args.validation_prompt}
+        self.scheduler = models.read_config(root, "scheduler")
+
+    def rows(self, adapted=True):
+        """A row of --num_validation_images pictures a prompt, always from the same noise; `adapted` False: as the base draws."""
+        if self.vae is None:
+            self.vae = models.load_model(self.root, "vae", self.kind, self.args.variant)
+        trained = [m for m in (self.transformer, self.text_encoder) if m is not None]
+        rows = []
+        with sampling.eager():
+            for model in trained:
+                lora.enable_lora(model.set_train(False), adapted)
+            for prompt, text in self.text.items():
+                rows.append([self._image(prompt, text, number) for number in range(self.args.num_validation_images)])
+            for model in trained:
+                lora.enable_lora(model.set_train(True), True)
+        return rows
+
+    def _image(self, prompt, text, number):
+        noise = rng.normal(self.seed, "validation", number, shape=(1, *self.latent_shape))
+        pooled = text["pooled_prompt_embeds"][None]
+        if self.text_encoder is not None:
+            ids = token_ids(self.tokenizer, prompt, self.tokenizer.model_max_length)[None]
+            pooled = self.text_encoder(ms.Tensor(ids, ms.int32))[1].to(ms.float32).asnumpy()
+        steps, compute = self.args.num_inference_steps, self.kind.compute
+        latents = sampling.sample_latents(
+            self.transformer, self.scheduler, text["prompt_embeds"][None], pooled, noise, steps, self.args.guidance_scale, compute
+        )
+        return sampling.decode_latents(self.vae, latents, compute)[0]
+
+
+# ---- the job -----------------------------------------------------------------------------------------------------------------------
+
+
+OUR_FILES = ("run.json", "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", lora.LORA_FILE)
+
+
+def open_output_dir(args):
+    """(output_dir, checkpoint folder or None). Refuses a directory that holds another run. Raises UserError; writes nothing."""
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file. Name a directory.")
+    if args.resume_from_checkpoint:
+        folder = checkpoint.find_checkpoint(output_dir, args.resume_from_checkpoint)
+        if folder is None:
+            print(f"--resume_from_checkpoint latest: no checkpoint in {output_dir}; starting from the beginning")
+        return output_dir, folder
+    found = [name for name in OUR_FILES if (output_dir / name).exists()] + [p.name for p in checkpoint.checkpoints(output_dir)]
+    if found and not args.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {output_dir}: holds another run ({', '.join(found[:3])}). Go on with it by --resume_from_checkpoint latest, "
+            "name another directory, or remove that run by --overwrite_output_dir."
+        )
+    return output_dir, None
+
+
+def remove_old_run(output_dir, logging_dir):
+    """Only what a run of this script makes; the cache stays."""
+    for folder in checkpoint.checkpoints(output_dir):
+        shutil.rmtree(folder)
+    for path in (
+        [output_dir / n for n in OUR_FILES] + list(logging_dir.glob("events.out.tfevents*")) + list(output_dir.glob("samples/*.png"))
+    ):
+        path.unlink(missing_ok=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    started = time.time()
+
+    # ---- check everything --------------------------------------------------
+    models.set_up_device(graph_mode=args.mindspore_mode == 0)
+    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
+    targets = {"transformer": [t.strip() for t in args.lora_layers.split(",")] if args.lora_layers else lora.TRANSFORMER_TARGETS}
+    if args.lora_layers:
+        lora.check_targets(models.flux_skeleton(root), targets["transformer"], "--lora_layers")
+    if args.train_text_encoder:
+        targets["text_encoder"] = lora.TEXT_ENCODER_TARGETS
+    output_dir, resume = open_output_dir(args)
+    state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
+    samples = load_samples(args)
+
+    seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
+    train_samples, held_out = split_samples(samples, args.validation_split, seed)
+    logging_dir = output_dir / args.logging_dir
+    if args.overwrite_output_dir and not resume:
+        remove_old_run(output_dir, logging_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    # ---- encode once, in a process that gives its memory back -----------------
+    kind = precision.resolve_precision(args.mixed_precision)
+    if kind.storage != kind.compute:
+        print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
+    stage = make_stage(args, root, args.mixed_precision)
+    prior_samples = class_samples(args, root, seed) if args.with_prior_preservation else []
+    captions = [s.caption for s in samples + prior_samples] + args.validation_prompt
+    images = []
+    if args.cache_latents:
+        print("--cache_latents: every picture keeps its centre crop" + (", one entry a flip" if args.random_flip else ""))
+        images = [(s, flip) for s in train_samples + prior_samples for flip in ([False, True] if args.random_flip else [False])]
+        images += [(s, False) for s in held_out]
+    encoded = stage.prepare(captions, images)
+    print(f"encode stage: {encoded} made, {len(set(captions)) + len(images) - encoded} already in {stage.folder}")
+
+    # ---- load, freeze, cast --------------------------------------------------
+    transformer = models.load_model(root, "transformer", kind, args.variant)
+    text_encoder = models.load_model(root, "text_encoder", kind, args.variant) if args.train_text_encoder else None
+    tokenizer = models.load_tokenizer(root, "tokenizer") if args.train_text_encoder else None
+    vae = None if args.cache_latents else models.load_model(root, "vae", kind, args.variant)
+    trained = {"transformer": transformer, **({"text_encoder": text_encoder} if args.train_text_encoder else {})}
+    for model in (*trained.values(), *([vae] if vae else [])):
+        precision.freeze_params(model)
+
+    # ---- add what trains -----------------------------------------------------
+    alpha = args.lora_alpha if args.lora_alpha is not None else float(args.lora_rank)
+    for name, model in trained.items():
+        lora.add_lora(model, args.lora_rank, alpha, args.lora_dropout, targets[name], kind.compute)
+        model.set_train(True)
+    # MindSpore's optimizers update in the parameter's own precision: what trains is float32 under fp16 and bf16 too.
+    precision.cast_training_params(trained.values(), ms.float32)
+    for model in trained.values():
+        lora.init_lora(model, args.lora_rank, seed)
+    if args.gradient_checkpointing:
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            block.recompute()
+    print(precision.parameter_table({**trained, **({"vae": vae} if vae else {})}, kind))
+
+    # ---- the step ------------------------------------------------------------
+    vae_config, scheduler_config = models.read_config(root, "vae"), models.read_config(root, "scheduler")
+    side = args.resolution // 2 ** (len(vae_config["block_out_channels"]) - 1)
+    latent_shape = (vae_config["latent_channels"], side, side)
+    auto = args.timestep_shift == "auto"
+    shift = flow.resolution_shift((side // 2) ** 2, scheduler_config) if auto else float(args.timestep_shift)
+    sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), shift)
+    batches = Batches(args, seed, stage, train_samples, prior_samples, latent_shape, len(sigmas), tokenizer)
+    per_update = args.train_batch_size * args.gradient_accumulation_steps
+    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.epoch_length / per_update)
+
+    factor = per_update if args.scale_lr else 1
+    base_rates = [args.learning_rate * factor]
+    groups = [{"params": transformer.trainable_params(), "lr": base_rates[0], "weight_decay": args.adam_weight_decay}]
+    if args.train_text_encoder:
+        # Prodigy has one step size for all; the reference gives CLIP the transformer's rate then.
+        base_rates.append(base_rates[0] if args.optimizer == "prodigy" else args.text_encoder_lr * factor)
+        decay = args.adam_weight_decay_text_encoder
+        groups.append({"params": text_encoder.trainable_params(), "lr": base_rates[1], "weight_decay": decay})
+    optimizer = optim.create_optimizer(
+        args.optimizer, groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=args.prodigy_beta3,
+        decouple=args.prodigy_decouple, use_bias_correction=args.prodigy_use_bias_correction,
+        safeguard_warmup=args.prodigy_safeguard_warmup,
+    )  # fmt: skip
+    scaler = precision.loss_scaler(args.mixed_precision)
+    step = TrainStepForFluxDevDB(
+        transformer, optimizer, {"sigmas": ms.Tensor(sigmas, ms.float32)}, kind.compute, args, vae_config,
+        text_ids=ms.Tensor(np.zeros((args.max_sequence_length, 3), np.float32)), image_ids=ms.Tensor(flow.latent_image_ids(side, side)),
+        vae=vae, text_encoder=text_encoder, loss_scaler=scaler,
+    )  # fmt: skip
+    painter = Painter(args, root, stage, kind, seed, latent_shape, vae, tokenizer, transformer, text_encoder)
+
+    # ---- resume --------------------------------------------------------------
+    remembered = {f"{n}.{k}": p for n, model in trained.items() for k, p in lora.lora_parameters(model).items()}
+    remembered.update({f"optimizer.{k}": p for k, p in optim.optimizer_state(optimizer).items()})
+    if args.mixed_precision == "fp16":
+        remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
+    fingerprint = checkpoint.text_digest(*[s.digest + s.caption for s in train_samples + prior_samples])
+    identity = {"seed": seed, "batch": per_update, "data": fingerprint}
+    global_step = 0
+    if resume:
+        checkpoint.load_state(resume / "training_state.safetensors", remembered)
+        global_step = state["global_step"]
+        changed = [name for name, value in identity.items() if state.get(name) != value]
+        if changed:
+            print(f"resuming with another {', '.join(changed)} than the run was started with: not its exact continuation")
+        print(f"resuming from {resume.name} after update {global_step}")
+
+    def save_files(folder):
+        lora.save_lora(folder / lora.LORA_FILE, trained, args.lora_rank, alpha, targets, ms.float32)
+        checkpoint.save_state(folder / "training_state.safetensors", remembered)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
+
+    def save():
+        tracker.flush()
+        return checkpoint.save_checkpoint(output_dir, global_step, save_files, args.checkpoints_total_limit)
+
+    def look(final=False):
+        """Held-out loss and validation pictures of this moment."""
+        if held_out and not curve.has(global_step):
+            losses = held_out_loss(step, batches, held_out)
+            curve.add(global_step, [float(sigmas[i]) for i in HELD_OUT_INDICES], losses)
+            tracker.log(global_step, held_out__loss=float(np.mean(losses)))
+        if args.validation_prompt and global_step:
+            rows, labels = painter.rows(), list(args.validation_prompt)
+            if final:
+                rows = [row for pair in zip(painter.rows(adapted=False), rows) for row in pair]
+                labels = [f"{prompt} ({who})" for prompt in labels for who in ("base", "adapter")]
+            grid = sampling.image_grid(rows, labels)
+            name = "final" if final else f"step-{global_step:06d}"
+            tracker.image(global_step, "validation", grid)
+            return sampling.save_image(grid, output_dir / "samples" / f"{name}.png")
+        return None
+
+    # ---- the loop ------------------------------------------------------------
+    epoch_updates = batches.epoch_length / per_update
+    print(
+        f"{len(train_samples)} pictures, {len(held_out)} held out, {len(prior_samples)} class pictures; batch {args.train_batch_size} x "
+        f"{args.gradient_accumulation_steps} accumulation; {max_train_steps} updates, {max_train_steps / epoch_updates:.1f} epochs; seed {seed}"
+    )
+    record = dict(
+        flags=vars(args), seed=seed, versions=tracking.package_versions(), device=ms.get_context("device_target"),
+        data={"fingerprint": fingerprint, "samples": len(train_samples), "held_out": [s.name for s in held_out]},
+        trainable={name: sum(p.size for p in model.trainable_params()) for name, model in trained.items()},
+    )  # fmt: skip
+    tracking.write_run_json(output_dir / "run.json", **record, finished=False)
+    tracker = tracking.Tracker(output_dir, logging_dir, args.report_to == "tensorboard", global_step)
+    curve = tracking.LossByTimestep(output_dir, global_step)
+    stop, seconds, skipped = StopRequest(), [], 0
+    accumulation = args.gradient_accumulation_steps
+    ahead = data.prefetch(batches.at, range(global_step * accumulation, max_train_steps * accumulation), args.dataloader_num_workers)
+    if not resume:
+        look()
+    bar = tqdm(total=max_train_steps, initial=global_step, unit="update", dynamic_ncols=True)
+    while global_step < max_train_steps and stop.exit_code is None:
+        began = time.perf_counter()
+        lr_factor = optim.schedule_factor(
+            args.lr_scheduler, global_step, args.lr_warmup_steps, max_train_steps, args.lr_num_cycles, args.lr_power, base_rates[0]
+        )
+        rates = [rate * lr_factor for rate in base_rates]
+        optim.set_learning_rates(optimizer, rates)
+        losses = [float(step(*map(ms.Tensor, next(ahead)))[1]) for _ in range(accumulation)]
+        loss, norm = float(np.mean(losses)), float(step.grad_clipper.norm)
+        global_step += 1
+        values = {"loss": loss, "lr": rates[0], "grad_norm": norm}
+        if args.train_text_encoder:
+            values["lr_text_encoder"] = rates[1]
+        if args.optimizer == "prodigy":
+            values["d"] = float(optimizer.d)
+        if args.mixed_precision == "fp16":
+            values["loss_scale"] = float(scaler.scale_value)
+        if not math.isfinite(loss + norm):
+            # In fp16 an overflow only skips the update and halves the scale; once the scale is at its floor it is no overflow.
+            skipped += 1
+            if args.mixed_precision != "fp16" or values["loss_scale"] <= 1.0:
+                bar.close()
+                kept = checkpoint.checkpoints(output_dir)
+                raise UserError(
+                    f"update {global_step}: the loss is {loss}, the gradients' norm {norm}. Nothing was saved of it; the last good "
+                    f"checkpoint is {kept[-1] if kept else '(none yet)'}. Try a lower --learning_rate, or bf16 instead of fp16."
+                )
+            tqdm.write(f"update {global_step}: overflow in fp16, skipped; loss scale {values['loss_scale']:g}")
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
+        tracker.log(global_step, **values)
+        seconds.append(time.perf_counter() - began)
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rates[0]:.2e}", s=f"{np.median(seconds[-20:]):.2f}")
+        bar.update()
+        if global_step < max_train_steps:
+            if global_step % args.checkpointing_steps == 0:
+                save()
+            every = args.validation_epochs * epoch_updates
+            if global_step // every > (global_step - 1) // every:
+                look()
+    bar.close()
+
+    # ---- stopped, or done ----------------------------------------------------
+    def finish_run_json(finished):
+        steady = seconds[2:] or seconds
+        tracking.write_run_json(
+            output_dir / "run.json", **record, finished=finished, updates=global_step, skipped_updates=skipped,
+            seconds_per_step=float(np.median(steady)) / accumulation if steady else None, seconds_total=time.time() - started,
+            seconds_to_first_update=seconds[0] if seconds else None, peak_memory_mb=tracking.peak_memory_mb(),
+        )  # fmt: skip
+
+    if global_step < max_train_steps:
+        folder = save()
+        finish_run_json(False)
+        print(f"saved {folder} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest")
+        return stop.exit_code
+    folder = save()
+    dtype = ms.float32 if args.upcast_before_saving else kind.storage
+    final = output_dir / lora.LORA_FILE
+    checkpoint.write_atomically(final, lambda path: lora.save_lora(path, trained, args.lora_rank, alpha, targets, dtype))
+    grid, plot = look(final=True), curve.plot()
+    tracker.close()
+    finish_run_json(True)
+    for what, path in (("adapter", final), ("picture grid", grid), ("held-out loss plot", plot), ("curves", logging_dir)):
+        if path:
+            print(f"{what}: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

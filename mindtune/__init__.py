@@ -1,0 +1,7 @@
+"""MindTune's common module: what at least two of the training scripts need, one file one job.
+
+Imports go one way: `cli`, `rng`, `flow` and `cache` at the bottom, then `precision`, `data`, `checkpoint`, `optim`, then `models`,
+`lora`, `sampling` and `encode`, which touch mindone. Nothing here imports a script, parses flags or reads `args`.
+"""
+
+__version__ = "0.1.0"

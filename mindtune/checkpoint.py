@@ -1,0 +1,151 @@
+"""Checkpoints that are whole or absent: written beside their final name, synced, renamed, with a hash of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import mindspore as ms
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from mindtune.cli import UserError
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], total_limit: Optional[int] = None) -> Path:
+    """Makes output_dir/checkpoint-<step>: `write(folder)` fills a hidden folder, which then gets its manifest and its name.
+
+    Afterwards removes the oldest of our checkpoints above `total_limit`. Raises OSError with nothing left behind if the disk
+    fills up; the checkpoints before stay as they are.
+    """
+    output_dir = Path(output_dir)
+    final = output_dir / f"checkpoint-{step}"
+    partial = output_dir / f".checkpoint-{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        files = {str(p.relative_to(partial)): file_digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+        for path in partial.rglob("*"):
+            sync(path)
+        sync(partial)
+        if final.exists():  # the same step again, after a resume from an older checkpoint
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        sync(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if total_limit:
+        for old in checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+    return final
+
+
+def sync(path: Path) -> None:
+    """Makes a file or directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write(beside)` makes a whole file beside `path`, which then replaces it."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        write(beside)
+        sync(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def text_digest(*texts: str) -> str:
+    """One hash of several texts and their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)}/{text}".encode())
+    return digest.hexdigest()
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Our checkpoint folders by rising step, verified or not. A folder without a manifest is not ours."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / MANIFEST).is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def damage(folder: Path) -> Optional[str]:
+    """What is wrong with a checkpoint, or None if every file is there with the hash it was written with."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if file_digest(folder / name) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def find_checkpoint(output_dir: Path, which: str) -> Optional[Path]:
+    """What `--resume_from_checkpoint` names: `latest`, a name under the output directory, or a path.
+
+    `latest` is the newest that verifies; damaged ones are named on the way back. None if `latest` finds no checkpoint at all.
+    Raises UserError if the named one is absent or damaged, or if all are damaged.
+    """
+    if which != "latest":
+        folder = next((p for p in (Path(output_dir) / which, Path(which)) if p.is_dir()), None)
+        if folder is None:
+            names = ", ".join(p.name for p in checkpoints(output_dir)) or "none"
+            raise UserError(f"--resume_from_checkpoint {which}: no such checkpoint. In {output_dir}: {names}.")
+        if (problem := damage(folder)) is not None:
+            raise UserError(f"--resume_from_checkpoint {which}: {problem}. Name another one, or say latest.")
+        return folder
+    candidates = checkpoints(output_dir)
+    for folder in reversed(candidates):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        print(f"{folder.name}: {problem}; falling back to the checkpoint before it")
+    if candidates:
+        raise UserError(f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged. Start anew in another directory.")
+    return None
+
+
+def save_state(path: Path, parameters: dict[str, ms.Parameter]) -> None:
+    """Exact values of named parameters to a safetensors file."""
+    save_file({name: np.ascontiguousarray(p.asnumpy()) for name, p in parameters.items()}, path)
+
+
+def load_state(path: Path, parameters: dict[str, ms.Parameter]) -> None:
+    """Sets every parameter to the value saved under its name. Raises UserError if names or shapes are not the same."""
+    tensors = load_file(path)
+    for name in sorted(set(tensors) ^ set(parameters)):
+        where = "this run has no such state" if name in tensors else "the checkpoint has no such state"
+        raise UserError(f"{path}: {name}: {where}. Resume with the flags (rank, targets, optimizer, ...) that the run was started with.")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise UserError(f"{path}: {name} has shape {tensors[name].shape}, this run needs {parameter.shape}. Use the run's own flags.")
+        parameter.set_data(ms.Tensor(tensors[name], parameter.dtype))

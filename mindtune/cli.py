@@ -1,0 +1,60 @@
+"""How a script talks to the person at the keyboard: errors, exit codes, interruption."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from typing import Callable, Optional
+
+
+class UserError(Exception):
+    """Something the user can mend. The text names the flag or file, what was found, and what to do."""
+
+
+def run(main: Callable[[], Optional[int]]) -> None:
+    """Calls `main` and exits: 0 or what it returns; 2 after a `UserError` or a full disk; 130 after Ctrl-C."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: the disk is full ({error}). Free some space and start again; checkpoints already there are whole.", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("\ninterrupted before the first update: nothing to save", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+class StopRequest:
+    """Turns the first Ctrl-C (or SIGTERM) into a flag the loop looks at between updates; a second one stops at once.
+
+    `exit_code` is None until then, 130 after SIGINT and 143 after SIGTERM, as a shell reports them.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code: Optional[int] = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.exit_code = 128 + number
+        signal.signal(number, signal.SIG_DFL)
+        # os.write: a handler may interrupt a print that holds the stream's lock.
+        os.write(2, b"\nstopping after this update; once more to stop at once\n")
+
+
+def listing(items: Iterable[str], most: int = 20) -> str:
+    """The items one a line, indented; the rest counted, so that ten thousand bad files stay readable."""
+    items = list(items)
+    lines = [f"  {item}" for item in items[:most]]
+    if len(items) > most:
+        lines.append(f"  ... and {len(items) - most} more")
+    return "\n".join(lines)

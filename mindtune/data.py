@@ -1,0 +1,222 @@
+"""Images and captions: finding them, checking all of them before anything large loads, and turning them into arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mindtune.cli import UserError, listing
+
+NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".md"}
+INTERPOLATIONS = {name.lower(): getattr(Image.Resampling, name) for name in ("LANCZOS", "BICUBIC", "BILINEAR", "NEAREST", "BOX", "HAMMING")}
+
+
+@dataclass
+class Sample:
+    """One picture with its caption (None: use the prompt of the whole run). `source` is a path or a row of a dataset."""
+
+    name: str
+    source: Any = field(repr=False)
+    caption: Optional[str] = None
+
+    def read(self) -> bytes:
+        """The encoded image, as found on disk or in the dataset."""
+        if isinstance(self.source, Path):
+            return self.source.read_bytes()
+        dataset, index, column = self.source
+        cell = dataset[index][column]
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+    def open(self) -> Image.Image:
+        return to_rgb(Image.open(io.BytesIO(self.read())))
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the encoded image."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, upright: EXIF rotation applied, transparency laid on white, 16-bit gray scaled by 1/257, CMYK and palettes converted."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"pixel mode {image.mode} is not an 8- or 16-bit picture")
+        image = Image.fromarray((values / 257.0 + 0.5).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# ---- finding samples ---------------------------------------------------------------------------------------------------------------
+
+
+def samples_in_folder(folder: str, flag: str, caption_column: Optional[str] = None) -> list[Sample]:
+    """The pictures directly in `folder`, in name order, with captions of metadata.jsonl or a .txt beside each.
+
+    Raises UserError for a missing or empty folder and for captions that cannot be read; `flag` is what the message calls it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{flag} {folder}: no such directory. Give the directory that holds the images.")
+    files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith(".") and p.suffix.lower() not in NOT_IMAGES)
+    if not files:
+        inner = [p.name for p in root.iterdir() if p.is_dir()]
+        hint = f" It has subdirectories ({', '.join(sorted(inner)[:3])}): give one of them." if inner else " Put 5 to 20 images there."
+        raise UserError(f"{flag} {folder}: no image in this directory.{hint}")
+    captions = _metadata_captions(root, caption_column)
+    samples, bad = [], []
+    for path in files:
+        caption = captions.get(path.name)
+        beside = path.with_suffix(".txt")
+        if caption is None and beside.is_file():
+            try:
+                caption = beside.read_text(encoding="utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                bad.append(f"{beside}: byte {error.start} is not UTF-8")
+        samples.append(Sample(path.name, path, caption))
+    if bad:
+        raise UserError(f"{flag}: {len(bad)} caption files are not UTF-8; save them as UTF-8:\n{listing(bad)}")
+    return samples
+
+
+def _metadata_captions(root: Path, caption_column: Optional[str]) -> dict[str, str]:
+    path = root / "metadata.jsonl"
+    if not path.is_file():
+        return {}
+    captions = {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            captions[row["file_name"]] = row[caption_column or "text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f'{path}, line {number}: expected an object with "file_name" and "{caption_column or "text"}" ({error!r}). '
+                "Mend the line or name the caption's key with --caption_column."
+            ) from None
+    return captions
+
+
+def samples_in_dataset(
+    name: str, config: Optional[str], cache_dir: Optional[str], image_column: Optional[str], caption_column: Optional[str]
+) -> list[Sample]:
+    """The train split of a dataset that the `datasets` library reads (a hub id or a local folder), undecoded until used."""
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, config, cache_dir=cache_dir, split="train")
+    except Exception as error:  # the library raises a dozen kinds; its text is what helps
+        raise UserError(f"--dataset_name {name}: the datasets library cannot read it: {error}") from None
+    images = [c for c, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
+    image_column = image_column or (images[0] if images else None)
+    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+        if column is not None and column not in dataset.column_names:
+            raise UserError(f"{flag} {column}: {name} has the columns {', '.join(dataset.column_names)}. Name one of them.")
+    if image_column not in images:
+        raise UserError(f"--image_column {image_column}: not an image column of {name}; its image columns: {images or 'none'}.")
+    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    captions = dataset[caption_column] if caption_column else [None] * len(dataset)
+    return [Sample(f"{name}[{i}]", (dataset, i, image_column), captions[i]) for i in range(len(dataset))]
+
+
+# ---- checking ----------------------------------------------------------------------------------------------------------------------
+
+
+def preflight(samples: list[Sample], resolution: int, flag: str, skip_bad: bool, threads: int = 2) -> list[Sample]:
+    """Decodes every picture and gives the usable ones. Nothing is deleted or changed.
+
+    Raises UserError naming every problem at once (unreadable, truncated, smaller than `resolution` on a side), or, with `skip_bad`,
+    prints that list and goes on without them; also if none is left.
+    """
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        problems = list(pool.map(lambda sample: _problem(sample, resolution), samples))
+    bad = [f"{sample.name}: {problem}" for sample, problem in zip(samples, problems) if problem]
+    good = [sample for sample, problem in zip(samples, problems) if not problem]
+    if bad and not skip_bad:
+        raise UserError(
+            f"{flag}: {len(bad)} of {len(samples)} files cannot be used:\n{listing(bad)}\n"
+            "Replace or move them, or go on without them by --skip_bad_images."
+        )
+    if bad:
+        print(f"{flag}: going on without {len(bad)} of {len(samples)} files:\n{listing(bad)}")
+    if not good:
+        raise UserError(f"{flag}: no usable image is left.")
+    return good
+
+
+def _problem(sample: Sample, resolution: int) -> Optional[str]:
+    try:
+        size = sample.open().size
+    except UnidentifiedImageError:
+        return "not an image that Pillow can read"
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBombError ...
+        return f"damaged ({error})"
+    if min(size) < resolution:
+        return f"{size[0]}x{size[1]} is smaller than --resolution {resolution}"
+    return None
+
+
+# ---- pixels ------------------------------------------------------------------------------------------------------------------------
+
+
+def resize_shorter_side(image: Image.Image, resolution: int, interpolation: str) -> Image.Image:
+    """Scaled so that the shorter side is `resolution`."""
+    width, height = image.size
+    scale = resolution / min(width, height)
+    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    return image if size == image.size else image.resize(size, INTERPOLATIONS[interpolation])
+
+
+def crop_box(size: tuple[int, int], resolution: int, u: Optional[tuple[float, float]]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a square in an image of `size`: central, or at u = (x, y) in [0, 1) of the free room."""
+    room = (size[0] - resolution, size[1] - resolution)
+    left, top = (round(r / 2.0) for r in room) if u is None else (int(v * (r + 1)) for v, r in zip(u, room))
+    return left, top, left + resolution, top + resolution
+
+
+def pixel_values(
+    image: Image.Image, resolution: int, interpolation: str, u: Optional[tuple[float, float]] = None, flip: bool = False
+) -> np.ndarray:
+    """RGB picture to float32 [3, resolution, resolution] in [-1, 1]: resize the shorter side, crop (`crop_box`), mirror if `flip`."""
+    image = resize_shorter_side(image, resolution, interpolation)
+    image = image.crop(crop_box(image.size, resolution, u))
+    if flip:
+        image = ImageOps.mirror(image)
+    return (np.asarray(image, dtype=np.float32) / 127.5 - 1.0).transpose(2, 0, 1)
+
+
+def prefetch(make: Callable[[int], Any], positions: range, workers: int) -> Iterator[Any]:
+    """make(p) for every position in order; with `workers` threads that many (and two more) are made ahead."""
+    if workers < 1:
+        yield from map(make, positions)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        pending, ahead = [], iter(positions)
+        try:
+            for position in ahead:
+                pending.append(pool.submit(make, position))
+                if len(pending) > workers + 1:
+                    yield pending.pop(0).result()
+            while pending:
+                yield pending.pop(0).result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,181 @@
+"""Finding, checking and loading the parts of a pipeline. The only file that knows mindone's versions apart."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Optional
+
+import mindone.diffusers
+import mindone.transformers
+import mindspore as ms
+import transformers
+from mindspore import nn
+
+from mindtune.cli import UserError, listing
+from mindtune.precision import Precision, cast_cell
+
+# mindone 0.4 moved its port of peft out of diffusers.
+try:
+    peft = importlib.import_module("mindone.peft")
+    tuners_utils = importlib.import_module("mindone.peft.tuners.tuners_utils")
+except ImportError:
+    peft = importlib.import_module("mindone.diffusers._peft")
+    tuners_utils = importlib.import_module("mindone.diffusers._peft.tuners.tuners_utils")
+LoraConfig, BaseTunerLayer = peft.LoraConfig, tuners_utils.BaseTunerLayer
+
+# Component -> classes it may be of, as model_index.json and the configs name them.
+FLUX_COMPONENTS = {
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("T5TokenizerFast", "T5Tokenizer"),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("T5EncoderModel",),
+    "vae": ("AutoencoderKL",),
+    "transformer": ("FluxTransformer2DModel",),
+    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+}
+TOKENIZER_FILES = {"CLIP": (("tokenizer.json",), ("vocab.json", "merges.txt")), "T5": (("tokenizer.json",), ("spiece.model",))}
+
+
+def set_up_device(graph_mode: bool) -> None:
+    """Graph mode or PyNative. On the CPU PyNative launches blocking: handing every operator to a thread costs 7x the time."""
+    ms.set_context(mode=ms.GRAPH_MODE if graph_mode else ms.PYNATIVE_MODE)
+    if ms.get_context("device_target") == "CPU":
+        ms.runtime.launch_blocking()
+
+
+def resolve_pipeline(name: str, revision: Optional[str], variant: Optional[str], cache_dir: Optional[str], components: dict) -> Path:
+    """A local directory as it is, anything else from the hub (only the named components, safetensors only); then checks it.
+
+    Raises UserError if it is neither, or not whole (`check_pipeline`).
+    """
+    root = Path(name)
+    if not root.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise UserError(f"--pretrained_model_name_or_path {name}: no such directory. Give a pipeline's directory or a hub id.")
+        from huggingface_hub import snapshot_download
+
+        weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+        patterns = ["model_index.json"] + [f"{part}/{kind}" for part in components for kind in ("*.json", "*.txt", "*.model", weights)]
+        try:
+            root = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+        except Exception as error:  # no network, no such repository, gated, wrong revision: the hub's text says which
+            raise UserError(f"--pretrained_model_name_or_path {name}: no such directory, and the hub says: {error}") from None
+    check_pipeline(root, components, variant)
+    return root
+
+
+def check_pipeline(root: Path, components: dict, variant: Optional[str] = None) -> None:
+    """Every component is there, of a right class, its weights complete. Reads headers only. Raises UserError naming all defects."""
+    problems = []
+    for name, classes in components.items():
+        try:
+            problems += _component_problems(root, name, classes, variant)
+        except (OSError, ValueError) as error:
+            problems.append(f"{name}/: {error}")
+    if problems:
+        raise UserError(
+            f"--pretrained_model_name_or_path {root}: not a whole pipeline:\n{listing(problems)}\n"
+            "Copy or download it again, in the Hugging Face layout (model_index.json, transformer/, vae/, ...)."
+        )
+
+
+def _component_problems(root: Path, name: str, classes: tuple, variant: Optional[str]) -> list[str]:
+    folder = root / name
+    if not folder.is_dir():
+        return [f"{name}/ is missing"]
+    if classes[0].endswith(("Tokenizer", "TokenizerFast")):
+        choices = TOKENIZER_FILES["CLIP" if classes[0].startswith("CLIP") else "T5"]
+        if not any(all((folder / file).is_file() for file in choice) for choice in choices):
+            return [f"{name}/{choices[1][0]} is missing"]
+        found = _index_class(root, name)
+        return [] if found in (None, *classes) else [f"model_index.json: {name} is a {found}, expected {classes[0]}"]
+    config_name = "scheduler_config.json" if name == "scheduler" else "config.json"
+    if not (folder / config_name).is_file():
+        return [f"{name}/{config_name} is missing"]
+    config = json.loads((folder / config_name).read_text())
+    found = config.get("_class_name") or (config.get("architectures") or ["(none named)"])[0]
+    if found not in classes:
+        return [f"{name}/{config_name}: the class is {found}, expected {classes[0]}"]
+    if name == "scheduler":
+        return []
+    return [problem for path in weight_files(root, name, variant) if (problem := _weights_problem(root, path))]
+
+
+def _index_class(root: Path, name: str) -> Optional[str]:
+    path = root / "model_index.json"
+    return (json.loads(path.read_text()).get(name) or [None, None])[1] if path.is_file() else None
+
+
+def weight_files(root: Path, name: str, variant: Optional[str] = None) -> list[Path]:
+    """The safetensors files of a component: one, or the shards that its index names, whether they exist or not."""
+    folder = root / name
+    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+    middle = f".{variant}" if variant else ""
+    for index in (f"{stem}.safetensors.index{middle}.json", f"{stem}{middle}.safetensors.index.json"):
+        if (folder / index).is_file():
+            return sorted({folder / shard for shard in json.loads((folder / index).read_text())["weight_map"].values()})
+    return [folder / f"{stem}{middle}.safetensors"]
+
+
+def _weights_problem(root: Path, path: Path) -> Optional[str]:
+    name = path.relative_to(root)
+    if not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size:
+            return f"{name} is cut short ({size:,} bytes)"
+        header = json.loads(file.read(length))
+    expected = 8 + length + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    return None if size == expected else f"{name} has {size:,} bytes, its header says {expected:,}"
+
+
+def read_config(root: Path, name: str) -> dict:
+    """A component's config.json (scheduler_config.json) as a plain dict."""
+    return json.loads((root / name / ("scheduler_config.json" if name == "scheduler" else "config.json")).read_text())
+
+
+def import_model_class_from_model_name_or_path(root: Path, subfolder: str = "text_encoder") -> type:
+    """mindone's class for a text encoder, chosen by architectures[0] of its config. Raises ValueError for any other."""
+    architecture = read_config(Path(root), subfolder)["architectures"][0]
+    if architecture not in ("CLIPTextModel", "T5EncoderModel"):
+        raise ValueError(f"{subfolder}: {architecture} is not supported; expected CLIPTextModel or T5EncoderModel")
+    return getattr(mindone.transformers, architecture)
+
+
+def load_model(root: Path, name: str, precision: Precision, variant: Optional[str] = None) -> nn.Cell:
+    """One component with its weights, in evaluation mode, stored and computed as `precision` says."""
+    if name.startswith("text_encoder"):
+        cls = import_model_class_from_model_name_or_path(root, name)
+    else:
+        cls = getattr(mindone.diffusers, read_config(root, name)["_class_name"])
+    extra = {"variant": variant} if variant else {}
+    # The folder itself, not root + subfolder: transformers asks the hub for optional files of a subfolder that is not there.
+    model = cls.from_pretrained(os.fspath(root / name), mindspore_dtype=precision.storage, use_safetensors=True, **extra)
+    return cast_cell(model.set_train(False), precision)
+
+
+def load_tokenizer(root: Path, name: str):
+    """CLIPTokenizer for `tokenizer`, T5TokenizerFast for `tokenizer_2`."""
+    cls = transformers.CLIPTokenizer if name == "tokenizer" else transformers.T5TokenizerFast
+    return cls.from_pretrained(os.fspath(root / name))
+
+
+def load_scheduler(root: Path):
+    """The sampling scheduler with its config."""
+    cls = getattr(mindone.diffusers, read_config(root, "scheduler")["_class_name"])
+    return cls.from_pretrained(os.fspath(root / "scheduler"))
+
+
+def flux_skeleton(root: Path) -> nn.Cell:
+    """The transformer's structure at its real depth and a toy width, for looking at names before gigabytes load."""
+    config = {k: v for k, v in read_config(root, "transformer").items() if not k.startswith("_")}
+    tiny = {"num_attention_heads": 1, "attention_head_dim": 8, "axes_dims_rope": (4, 2, 2)}
+    tiny.update(joint_attention_dim=8, pooled_projection_dim=8, in_channels=4)
+    return mindone.diffusers.FluxTransformer2DModel(**{**config, **tiny})

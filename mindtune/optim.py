@@ -1,0 +1,161 @@
+"""Optimizers and learning-rate schedules. The learning rate is set from the host before every update, so that a schedule is a
+plain function of the update's number and nothing about it needs saving."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mindspore as ms
+from mindspore import nn, ops
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+def schedule_factor(name: str, update: int, warmup: int, total: int, cycles: float = 1, power: float = 1.0, lr: float = 1.0) -> float:
+    """What update number `update` (from 0) multiplies the base rate with.
+
+    Names and shapes are those of transformers' schedules; `polynomial` ends at a rate of 1e-7, whatever the base `lr`.
+    """
+    if name == "constant":
+        return 1.0
+    if update < warmup:
+        return update / max(1, warmup)
+    if name == "constant_with_warmup":
+        return 1.0
+    done = (update - warmup) / max(1, total - warmup)
+    if name == "linear":
+        return max(0.0, 1.0 - done)
+    if name == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * cycles * done)))
+    if name == "cosine_with_restarts":
+        return 0.0 if done >= 1.0 else 0.5 * (1.0 + math.cos(math.pi * ((cycles * done) % 1.0)))
+    if name == "polynomial":
+        end = min(1e-7 / lr, 1.0) if lr else 0.0
+        return end if done >= 1.0 else (1.0 - end) * (1.0 - done) ** power + end
+    raise ValueError(f"unknown schedule {name}")
+
+
+def create_optimizer(name: str, groups: list[dict], **settings: Any) -> nn.Optimizer:
+    """`groups`: dicts of params (list), lr, weight_decay. `settings`: betas, eps, and for prodigy beta3, decouple,
+    use_bias_correction, safeguard_warmup."""
+    beta1, beta2 = settings["betas"]
+    if name == "adamw":
+        return AdamW(groups, beta1, beta2, settings["eps"])
+    if name == "adamweightdecay":
+        return nn.AdamWeightDecay(groups, learning_rate=groups[0]["lr"], beta1=beta1, beta2=beta2, eps=settings["eps"])
+    if name == "prodigy":
+        prodigy = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+        return Prodigy(groups, beta1, beta2, settings["eps"], **{key: settings[key] for key in prodigy})
+    raise ValueError(f"unknown optimizer {name}")
+
+
+def set_learning_rates(optimizer: nn.Optimizer, rates: list[float]) -> None:
+    """One rate a parameter group, in the groups' order."""
+    distinct: dict[int, ms.Parameter] = {id(p): p for p in optimizer.learning_rate}
+    for parameter, rate in zip(distinct.values(), rates):
+        parameter.set_data(ms.Tensor(rate, ms.float32))
+
+
+def optimizer_state(optimizer: nn.Optimizer) -> dict[str, ms.Parameter]:
+    """Everything the optimizer remembers between updates except the weights and the learning rate, by a stable name."""
+    own = {id(p) for p in optimizer.parameters} | {id(p) for p in optimizer.learning_rate}
+    state = [p for p in optimizer.get_parameters() if id(p) not in own]
+    return {f"{number:04d}.{p.name}": p for number, p in enumerate(state)}
+
+
+class AdamW(nn.Optimizer):
+    """Adam with decoupled weight decay and bias correction, torch.optim.AdamW's formula.
+
+    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2. The fused operator
+    of MindSpore computes p -= lr' (m / (sqrt(v) + eps') + wd' p) without correction; with c1 = 1 - beta1^t, c2 = 1 - beta2^t,
+    lr' = lr sqrt(c2) / c1, eps' = eps sqrt(c2) and wd' = wd lr / lr' make it the corrected formula.
+    """
+
+    def __init__(self, groups: list[dict], beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8):
+        super().__init__(groups[0]["lr"], groups)
+        self.beta1, self.beta2, self.eps = (ms.Tensor(v, ms.float32) for v in (beta1, beta2, eps))
+        self.log_beta1, self.log_beta2 = math.log(beta1), math.log(beta2)
+        self.exp_avg = self.parameters.clone(prefix="exp_avg", init="zeros")
+        self.exp_avg_sq = self.parameters.clone(prefix="exp_avg_sq", init="zeros")
+        self.fused = ops.operations.AdamWeightDecay()
+        self.decay = tuple(ms.Tensor(float(w), ms.float32) for w in self.weight_decay)
+
+    def construct(self, gradients):
+        self.assignadd(self.global_step, self.global_step_increase_tensor)
+        step = self.global_step[0].to(ms.float32)
+        # -expm1(t log beta) is 1 - beta^t without losing the first steps' digits.
+        correction1 = -ops.expm1(step * self.log_beta1)
+        root2 = ops.sqrt(-ops.expm1(step * self.log_beta2))
+        rate = root2 / correction1
+        success = True
+        for i in range(len(self.parameters)):
+            lr = self.learning_rate[i]
+            self.fused(
+                self.parameters[i],
+                self.exp_avg[i],
+                self.exp_avg_sq[i],
+                lr * rate,
+                self.beta1,
+                self.beta2,
+                self.eps * root2,
+                self.decay[i] / rate,
+                gradients[i].to(self.parameters[i].dtype),
+            )
+        return success
+
+
+class Prodigy(nn.Optimizer):
+    """Adam whose step size is estimated while training; use a learning rate around 1.
+
+    Source: Mishchenko & Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner" (arXiv 2306.06101), algorithm 4, with
+    d0 = 1e-6. `decouple` decays weights as AdamW does; `safeguard_warmup` keeps the learning rate out of d's denominator so that a
+    warm-up does not overestimate it; `beta3` None means sqrt(beta2).
+    """
+
+    def __init__(
+        self, groups, beta1=0.9, beta2=0.999, eps=1e-8, beta3=None, decouple=True, use_bias_correction=True, safeguard_warmup=True
+    ):
+        super().__init__(groups[0]["lr"], groups)
+        self.betas = (beta1, beta2, beta3 if beta3 is not None else math.sqrt(beta2))
+        self.eps, self.d0 = eps, 1e-6
+        self.decouple, self.use_bias_correction, self.safeguard_warmup = decouple, use_bias_correction, safeguard_warmup
+        self.decay = tuple(float(w.asnumpy()) for w in self.weight_decay)
+        self.exp_avg = self.parameters.clone(prefix="exp_avg", init="zeros")
+        self.exp_avg_sq = self.parameters.clone(prefix="exp_avg_sq", init="zeros")
+        self.s = self.parameters.clone(prefix="s", init="zeros")
+        self.start = self.parameters.clone(prefix="start", init="same")
+        self.d = ms.Parameter(ms.Tensor(self.d0, ms.float32), name="d")
+        self.d_numerator = ms.Parameter(ms.Tensor(0.0, ms.float32), name="d_numerator")
+
+    def construct(self, gradients):
+        beta1, beta2, beta3 = self.betas
+        lr = self.learning_rate[0]
+        # An update at rate 0 (the first of a warm-up) changes nothing, not even the moments: `on` is 0 then.
+        on = (lr > 0).to(ms.float32)
+        self.assignadd(self.global_step, on.to(ms.int32).reshape((1,)))
+        d, rate = self.d + 0.0, self.d * lr
+        if self.use_bias_correction:
+            step = ops.maximum(self.global_step[0], ms.Tensor(1, ms.int32)).to(ms.float32)
+            rate = rate * ops.sqrt(-ops.expm1(step * math.log(beta2))) / -ops.expm1(step * math.log(beta1))
+        weight = d if self.safeguard_warmup else rate
+        numerator, denominator = self.d_numerator * beta3, ms.Tensor(0.0, ms.float32)
+        for i in range(len(self.parameters)):
+            parameter, grad = self.parameters[i], gradients[i].to(ms.float32)
+            if self.decay[i] > 0 and not self.decouple:
+                grad = grad + self.decay[i] * parameter
+            numerator = numerator + d / self.d0 * rate * (grad * (self.start[i] - parameter)).sum()
+            ops.assign_add(self.exp_avg[i], on * (1 - beta1) * (d * grad - self.exp_avg[i]))
+            ops.assign_add(self.exp_avg_sq[i], on * (1 - beta2) * (ops.square(d * grad) - self.exp_avg_sq[i]))
+            ops.assign_add(self.s[i], on * ((beta3 - 1) * self.s[i] + d / self.d0 * weight * grad))
+            denominator = denominator + self.s[i].abs().sum()
+        found = on * (denominator > 0).to(ms.float32)
+        new_d = ops.maximum(d, found * numerator / (denominator + (1 - found)))
+        ops.assign_add(self.d_numerator, on * (numerator - self.d_numerator))
+        for i in range(len(self.parameters)):
+            update = self.exp_avg[i] / (ops.sqrt(self.exp_avg_sq[i]) + new_d * self.eps + (1 - found))
+            if self.decay[i] > 0 and self.decouple:
+                update = update + self.decay[i] * self.parameters[i]
+            ops.assign_sub(self.parameters[i], found * rate * update)
+        ops.assign(self.d, new_d)
+        return True

@@ -1,0 +1,125 @@
+"""What a run leaves for its people: metrics.jsonl, TensorBoard, run.json, the loss by timestep as table and plot."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+from PIL import Image
+
+from mindtune.checkpoint import write_atomically
+
+PACKAGES = ("mindtune", "mindspore", "mindone", "transformers", "numpy", "safetensors", "datasets")
+
+
+class Tracker:
+    """Writes scalars to output_dir/metrics.jsonl and, with `tensorboard`, scalars and pictures to `logging_dir`.
+
+    After a resume at update `resumed`, what was logged of later updates is dropped: they come again.
+    """
+
+    def __init__(self, output_dir: Path, logging_dir: Path, tensorboard: bool, resumed: int) -> None:
+        self.path = output_dir / "metrics.jsonl"
+        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= resumed] if resumed else []
+        write_atomically(self.path, lambda path: path.write_text("".join(f"{line}\n" for line in kept)))
+        self.file = open(self.path, "a", buffering=1)
+        self.writer = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self.writer = SummaryWriter(str(logging_dir), purge_step=resumed + 1 if resumed else None)
+
+    def log(self, step: int, **values: float) -> None:
+        """One line for update `step`; in TensorBoard one scalar a name, where `a__b` becomes a/b."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name.replace("__", "/"), value, step)
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        if self.writer:
+            self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+            self.writer.flush()
+
+    def flush(self) -> None:
+        """Before a checkpoint is named, everything up to it is on its way to disk."""
+        self.file.flush()
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.writer:
+            self.writer.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file that a kill may have torn at its end."""
+    return [line[:-1] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.is_file() else []
+
+
+def peak_memory_mb() -> dict[str, int]:
+    """Peak resident memory in MB of this process and of the largest child (the encode stage)."""
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    who = {"training_process": resource.RUSAGE_SELF, "encode_process": resource.RUSAGE_CHILDREN}
+    return {name: resource.getrusage(which).ru_maxrss // unit for name, which in who.items()}
+
+
+def package_versions() -> dict[str, Optional[str]]:
+    found: dict[str, Optional[str]] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write_run_json(path: Path, **content: object) -> None:
+    write_atomically(path, lambda beside: beside.write_text(json.dumps(content, indent=1, default=str) + "\n"))
+
+
+class LossByTimestep:
+    """Held-out loss over time: a table step, sigma, loss in `loss_by_timestep.csv`, and its plot."""
+
+    def __init__(self, output_dir: Path, resumed: int) -> None:
+        self.path = output_dir / "loss_by_timestep.csv"
+        self.rows: list[tuple[int, float, float]] = []
+        if resumed and self.path.is_file():
+            rows = [row for row in csv.reader(_whole_lines(self.path)[1:]) if len(row) == 3]
+            self.rows = [(int(a), float(b), float(c)) for a, b, c in rows if int(a) <= resumed]
+
+    def has(self, step: int) -> bool:
+        return any(row[0] == step for row in self.rows)
+
+    def add(self, step: int, sigmas: list[float], losses: list[float]) -> None:
+        self.rows += [(step, sigma, loss) for sigma, loss in zip(sigmas, losses)]
+        text = "step,sigma,loss\n" + "".join(f"{step},{sigma!r},{loss!r}\n" for step, sigma, loss in self.rows)
+        write_atomically(self.path, lambda beside: beside.write_text(text))
+
+    def plot(self) -> Optional[Path]:
+        """First, last and up to four steps between, one line each."""
+        if not self.rows:
+            return None
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        steps = sorted({row[0] for row in self.rows})
+        shown = sorted({steps[round(i)] for i in np.linspace(0, len(steps) - 1, 6)})
+        for number, step in enumerate(shown):
+            points = sorted((sigma, loss) for s, sigma, loss in self.rows if s == step)
+            shade = 0.85 - 0.85 * number / max(1, len(shown) - 1)
+            axes.plot(*zip(*points), marker="o", markersize=3, color=(shade, shade * 0.9, 0.9), label=f"after {step} updates")
+        axes.set(xlabel="sigma (0 image, 1 noise)", ylabel="loss on held-out images", title="Held-out loss by timestep")
+        axes.legend(fontsize=8)
+        path = self.path.with_suffix(".png")
+        write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
+        return path

@@ -1,0 +1,14 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="mindtune",
+    version="0.1.0",
+    description="Fine-tuning scripts for FLUX.1 and Stable Diffusion ControlNet on MindSpore",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.9,<3.13",
+    packages=["mindtune"],
+)
