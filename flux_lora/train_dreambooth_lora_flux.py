@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mindtune import checkpoint, data, flow, lora, models, optim, precision, rng, sampling, tracking
 from mindtune.cli import StopRequest, UserError, run
-from mindtune.encode import ClassImages, Stage, token_ids
+from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
@@ -444,8 +444,7 @@ class Painter:
         noise = rng.normal(self.seed, "validation", number, shape=(1, *self.latent_shape))
         pooled = text["pooled_prompt_embeds"][None]
         if self.text_encoder is not None:
-            ids = token_ids(self.tokenizer, prompt, self.tokenizer.model_max_length)[None]
-            pooled = self.text_encoder(ms.Tensor(ids, ms.int32))[1].to(ms.float32).asnumpy()
+            pooled = clip_pooled(self.text_encoder, self.tokenizer, prompt)[None]
         steps, compute = self.args.num_inference_steps, self.kind.compute
         latents = sampling.sample_latents(
             self.transformer, self.scheduler, text["prompt_embeds"][None], pooled, noise, steps, self.args.guidance_scale, compute

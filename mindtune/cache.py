@@ -49,7 +49,8 @@ class Cache:
     def put(self, key: str, tensors: dict[str, np.ndarray]) -> None:
         """Writes beside the final name and renames, so that a kill leaves no half entry under it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        # Not ascontiguousarray, which makes a scalar an array of one.
+        tensors = {name: np.asarray(value, order="C") for name, value in tensors.items()}
         partial = self.folder / f".{key}.{os.getpid()}.partial"
         try:
             save_file(tensors, partial, metadata={"key": key, "checksum": _checksum(tensors)})
@@ -80,5 +81,5 @@ def _checksum(tensors: dict[str, np.ndarray]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"{name}/{value.dtype}/{value.shape}/".encode())
-        digest.update(np.ascontiguousarray(value).data)
+        digest.update(value.tobytes())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -37,14 +38,18 @@ def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], 
         for path in partial.rglob("*"):
             sync(path)
         sync(partial)
-        if final.exists():  # the same step again, after a resume from an older checkpoint
+        if (final / MANIFEST).is_file():  # the same step again, after a resume from an older checkpoint
             shutil.rmtree(final)
+        elif final.exists():  # not ours: the files of another program
+            os.replace(final, tempfile.mkdtemp(prefix=f"{final.name}.found-", dir=output_dir))
         os.replace(partial, final)
         sync(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if total_limit:
-        for old in checkpoints(output_dir)[:-total_limit]:
+        # Never the new one: after a resume from an older checkpoint its number may be below those of the run before.
+        others = [folder for folder in checkpoints(output_dir) if folder != final]
+        for old in others[: max(0, len(others) + 1 - total_limit)]:
             shutil.rmtree(old)
     return final
 
@@ -98,10 +103,10 @@ def step_of(folder: Path) -> int:
 def damage(folder: Path) -> Optional[str]:
     """What is wrong with a checkpoint, or None if every file is there with the hash it was written with."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = json.loads((folder / MANIFEST).read_text())["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for name, digest in files.items():
+    for name, digest in files:
         if not (folder / name).is_file():
             return f"{name} is missing"
         if file_digest(folder / name) != digest:
@@ -136,7 +141,8 @@ def find_checkpoint(output_dir: Path, which: str) -> Optional[Path]:
 
 def save_state(path: Path, parameters: dict[str, ms.Parameter]) -> None:
     """Exact values of named parameters to a safetensors file."""
-    save_file({name: np.ascontiguousarray(p.asnumpy()) for name, p in parameters.items()}, path)
+    # Not ascontiguousarray, which makes a scalar an array of one.
+    save_file({name: np.asarray(p.asnumpy(), order="C") for name, p in parameters.items()}, path)
 
 
 def load_state(path: Path, parameters: dict[str, ms.Parameter]) -> None:

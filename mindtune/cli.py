@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable
 from typing import Callable, Optional
+
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -16,13 +19,17 @@ class UserError(Exception):
 
 def run(main: Callable[[], Optional[int]]) -> None:
     """Calls `main` and exits: 0 or what it returns; 2 after a `UserError` or a full disk; 130 after Ctrl-C."""
+    # Until a StopRequest listens: MindSpore's threads take SIGINT over and pass it on as SIGTERM.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        # safetensors raises its own kind, with the number in the text only.
+        number = error.errno if isinstance(error, OSError) else int((re.findall(r"os error (\d+)", str(error)) or [0])[0])
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(f"error: the disk is full ({error}). Free some space and start again; checkpoints already there are whole.", file=sys.stderr)
         code = 2
@@ -36,7 +43,8 @@ def run(main: Callable[[], Optional[int]]) -> None:
 class StopRequest:
     """Turns the first Ctrl-C (or SIGTERM) into a flag the loop looks at between updates; a second one stops at once.
 
-    `exit_code` is None until then, 130 after SIGINT and 143 after SIGTERM, as a shell reports them.
+    `exit_code` is None until then and 130 afterwards, as a shell reports Ctrl-C. For SIGTERM too: while MindSpore computes, its own
+    handler passes SIGINT on as SIGTERM, and the two cannot be told apart.
     """
 
     def __init__(self) -> None:
@@ -45,8 +53,9 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
-        self.exit_code = 128 + number
-        signal.signal(number, signal.SIG_DFL)
+        self.exit_code = 130
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
         # os.write: a handler may interrupt a print that holds the stream's lock.
         os.write(2, b"\nstopping after this update; once more to stop at once\n")
 

@@ -98,7 +98,7 @@ def _metadata_captions(root: Path, caption_column: Optional[str]) -> dict[str, s
         return {}
     captions = {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028 inside a caption
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
     for number, line in enumerate(lines, 1):
@@ -106,7 +106,9 @@ def _metadata_captions(root: Path, caption_column: Optional[str]) -> dict[str, s
             continue
         try:
             row = json.loads(line)
-            captions[row["file_name"]] = row[caption_column or "text"]
+            captions[row["file_name"]] = caption = row[caption_column or "text"]
+            if not isinstance(caption, (str, type(None))):
+                raise TypeError(f"the caption is {caption!r}, not a text")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f'{path}, line {number}: expected an object with "file_name" and "{caption_column or "text"}" ({error!r}). '
@@ -134,6 +136,8 @@ def samples_in_dataset(
         raise UserError(f"--image_column {image_column}: not an image column of {name}; its image columns: {images or 'none'}.")
     dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     captions = dataset[caption_column] if caption_column else [None] * len(dataset)
+    if foreign := [caption for caption in captions if not isinstance(caption, (str, type(None)))]:
+        raise UserError(f"--caption_column {caption_column}: holds {foreign[0]!r}, not text. Name another column.")
     return [Sample(f"{name}[{i}]", (dataset, i, image_column), captions[i]) for i in range(len(dataset))]
 
 

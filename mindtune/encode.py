@@ -129,11 +129,8 @@ def main() -> None:
 def _encode_captions(stage: Stage, captions: list[str], store: bool) -> list[dict[str, np.ndarray]]:
     """One caption at a time, so that an embedding does not depend on its neighbours. CLIP leaves before T5 comes."""
     precision = resolve_precision(stage.precision)
-    pooled = []
     tokenizer, encoder = load_tokenizer(stage.root, "tokenizer"), load_model(stage.root, "text_encoder", precision, stage.variant)
-    for caption in tqdm(captions, desc="CLIP", unit="caption", leave=False):
-        pooled.append(encoder(ms.Tensor(token_ids(tokenizer, caption, tokenizer.model_max_length)[None]))[1][0])
-    pooled = [p.to(ms.float32).asnumpy() for p in pooled]
+    pooled = [clip_pooled(encoder, tokenizer, caption) for caption in tqdm(captions, desc="CLIP", unit="caption", leave=False)]
     del encoder
     tokenizer = load_tokenizer(stage.root, "tokenizer_2")
     encoder = load_model(stage.root, "text_encoder_2", precision, stage.variant)
@@ -145,6 +142,12 @@ def _encode_captions(stage: Stage, captions: list[str], store: bool) -> list[dic
             stage.cache.put(stage.text_key(caption), entry)
         entries.append(entry)
     return entries
+
+
+def clip_pooled(encoder, tokenizer, caption: str) -> np.ndarray:
+    """CLIP's pooled output [P] of one caption, float32."""
+    ids = token_ids(tokenizer, caption, tokenizer.model_max_length)
+    return encoder(ms.Tensor(ids[None], ms.int32))[1][0].to(ms.float32).asnumpy()
 
 
 def token_ids(tokenizer, caption: str, length: int) -> np.ndarray:

@@ -33,7 +33,8 @@ def sample_density(rng: np.random.Generator, scheme: str, logit_mean: float, log
     Source: Esser et al., "Scaling Rectified Flow Transformers" (arXiv 2403.03206), section 3.1.
     """
     if scheme == "logit_normal":
-        return 1.0 / (1.0 + math.exp(-(logit_mean + logit_std * rng.standard_normal())))
+        # tanh saturates where exp overflows.
+        return 0.5 * (1.0 + math.tanh(0.5 * (logit_mean + logit_std * rng.standard_normal())))
     u = rng.random()
     if scheme == "mode":
         u = 1.0 - u - mode_scale * (math.cos(math.pi * u / 2.0) ** 2 - 1.0 + u)

@@ -43,6 +43,11 @@ def add_lora(model: nn.Cell, rank: int, alpha: float, dropout: float, targets: l
     model.add_adapter(
         LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian", target_modules=list(targets))
     )
+    _compute_in(model, compute)
+
+
+def _compute_in(model: nn.Cell, compute: ms.Type) -> None:
+    """float32 low-rank layers in a half-precision model do their products in its type."""
     if compute != ms.float32:
         for _, cell in model.cells_and_names():
             if isinstance(cell, BaseTunerLayer):
@@ -84,11 +89,20 @@ def save_lora(path: Path, models: dict[str, nn.Cell], rank: int, alpha: float, t
             tensors[f"{prefix}.{name}"] = value.astype(NUMPY_TYPES[dtype])
         metadata.update({f"{prefix}.r": rank, f"{prefix}.lora_alpha": rank, f"{prefix}.target_modules": targets[prefix]})
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata), "trained_lora_alpha": str(alpha)}
-    path.write_bytes(save(tensors, metadata=header))
+    path.write_bytes(_with_header(save(tensors), header))
 
 
-def load_lora(path: Path, models: dict[str, nn.Cell], compute: ms.Type, flag: str = "--lora") -> None:
-    """Injects the adapter of a file into `models` (prefix -> cell) for inference; alpha / rank is multiplied into B.
+def _with_header(file: bytes, metadata: dict[str, str]) -> bytes:
+    """A safetensors file with `metadata` in this order: the library writes it in another order every time, and equal runs shall
+    leave equal bytes. Layout: length of the JSON header (8 bytes), the header padded to 8 bytes, the data."""
+    length = int.from_bytes(file[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(file[8 : 8 + length])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + file[8 + length :]
+
+
+def load_lora(path: Path, models: dict[str, nn.Cell], compute: ms.Type, flag: str = "--lora", scale: float = 1.0) -> None:
+    """Injects the adapter of a file into `models` (prefix -> cell) for inference; scale * alpha / rank is multiplied into B.
 
     Raises UserError if the file is no LoRA or names layers that a model does not have.
     """
@@ -109,12 +123,11 @@ def load_lora(path: Path, models: dict[str, nn.Cell], compute: ms.Type, flag: st
             value = own[name].astype(np.float32)
             module = name.rsplit(".lora_", 1)[0]
             if ".lora_B." in name:
-                value = value * np.float32(alphas.get(f"{prefix}.{module}", ranks[module]) / ranks[module])
+                value = value * np.float32(scale * alphas.get(f"{prefix}.{module}", ranks[module]) / ranks[module])
             parameter.set_dtype(ms.float32)
             parameter.set_data(ms.Tensor(value))
             parameter.requires_grad = False
-        if compute != ms.float32:
-            model.to_float(compute)
+        _compute_in(model, compute)
 
 
 def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:

@@ -18,6 +18,9 @@ from mindspore import nn
 from mindtune.cli import UserError, listing
 from mindtune.precision import Precision, cast_cell
 
+# Loading prints a deprecation warning of mindspore about mindone's code for every normalisation layer: nothing a user can mend.
+ms.log._get_logger().addFilter(lambda record: "dtype_to_nptype" not in record.getMessage())
+
 # mindone 0.4 moved its port of peft out of diffusers.
 try:
     peft = importlib.import_module("mindone.peft")
@@ -37,7 +40,8 @@ FLUX_COMPONENTS = {
     "transformer": ("FluxTransformer2DModel",),
     "scheduler": ("FlowMatchEulerDiscreteScheduler",),
 }
-TOKENIZER_FILES = {"CLIP": (("tokenizer.json",), ("vocab.json", "merges.txt")), "T5": (("tokenizer.json",), ("spiece.model",))}
+# What `load_tokenizer` can read: any one of these sets of files.
+TOKENIZER_FILES = {"CLIP": (("vocab.json", "merges.txt"),), "T5": (("tokenizer.json",), ("spiece.model",))}
 
 
 def set_up_device(graph_mode: bool) -> None:
@@ -75,7 +79,7 @@ def check_pipeline(root: Path, components: dict, variant: Optional[str] = None) 
         try:
             problems += _component_problems(root, name, classes, variant)
         except (OSError, ValueError) as error:
-            problems.append(f"{name}/: {error}")
+            problems.append(str(error))
     if problems:
         raise UserError(
             f"--pretrained_model_name_or_path {root}: not a whole pipeline:\n{listing(problems)}\n"
@@ -89,14 +93,17 @@ def _component_problems(root: Path, name: str, classes: tuple, variant: Optional
         return [f"{name}/ is missing"]
     if classes[0].endswith(("Tokenizer", "TokenizerFast")):
         choices = TOKENIZER_FILES["CLIP" if classes[0].startswith("CLIP") else "T5"]
-        if not any(all((folder / file).is_file() for file in choice) for choice in choices):
-            return [f"{name}/{choices[1][0]} is missing"]
+        missing = [[file for file in choice if not (folder / file).is_file()] for choice in choices]
+        if all(missing):
+            return [f"{name}/{file} is missing" for file in missing[-1]]
+        for path in sorted(folder.glob("*.json")):
+            _read_json(root, path)
         found = _index_class(root, name)
         return [] if found in (None, *classes) else [f"model_index.json: {name} is a {found}, expected {classes[0]}"]
     config_name = "scheduler_config.json" if name == "scheduler" else "config.json"
     if not (folder / config_name).is_file():
         return [f"{name}/{config_name} is missing"]
-    config = json.loads((folder / config_name).read_text())
+    config = _read_json(root, folder / config_name)
     found = config.get("_class_name") or (config.get("architectures") or ["(none named)"])[0]
     if found not in classes:
         return [f"{name}/{config_name}: the class is {found}, expected {classes[0]}"]
@@ -107,7 +114,15 @@ def _component_problems(root: Path, name: str, classes: tuple, variant: Optional
 
 def _index_class(root: Path, name: str) -> Optional[str]:
     path = root / "model_index.json"
-    return (json.loads(path.read_text()).get(name) or [None, None])[1] if path.is_file() else None
+    return (_read_json(root, path).get(name) or [None, None])[1] if path.is_file() else None
+
+
+def _read_json(root: Path, path: Path) -> dict:
+    """Raises ValueError naming the file if it is torn."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.relative_to(root)} is not JSON ({error})") from None
 
 
 def weight_files(root: Path, name: str, variant: Optional[str] = None) -> list[Path]:
@@ -117,7 +132,7 @@ def weight_files(root: Path, name: str, variant: Optional[str] = None) -> list[P
     middle = f".{variant}" if variant else ""
     for index in (f"{stem}.safetensors.index{middle}.json", f"{stem}{middle}.safetensors.index.json"):
         if (folder / index).is_file():
-            return sorted({folder / shard for shard in json.loads((folder / index).read_text())["weight_map"].values()})
+            return sorted({folder / shard for shard in _read_json(root, folder / index)["weight_map"].values()})
     return [folder / f"{stem}{middle}.safetensors"]
 
 
@@ -129,9 +144,12 @@ def _weights_problem(root: Path, path: Path) -> Optional[str]:
     with open(path, "rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size:
+        if length >= size:
             return f"{name} is cut short ({size:,} bytes)"
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return f"{name} is not safetensors"
     expected = 8 + length + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
     return None if size == expected else f"{name} has {size:,} bytes, its header says {expected:,}"
 

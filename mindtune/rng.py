@@ -41,12 +41,15 @@ class SampleStream:
 
     def at(self, position: int) -> tuple[int, int]:
         """Sample id in [0, count) and how often that sample was used before `position`. Safe to call from several threads."""
-        length = self.count * self.repeats
-        number, offset = divmod(position, length)
-        repeat, sample = divmod(int(_order(self.seed, self.purpose, number, length)[offset]), self.count)
-        return sample, number * self.repeats + repeat
+        number, offset = divmod(position, self.count * self.repeats)
+        samples, uses = _order(self.seed, self.purpose, number, self.count, self.repeats)
+        return int(samples[offset]), number * self.repeats + int(uses[offset])
 
 
 @lru_cache(maxsize=8)
-def _order(seed: int, purpose: str, number: int, length: int) -> np.ndarray:
-    return generator(seed, f"order/{purpose}", number).permutation(length)
+def _order(seed: int, purpose: str, number: int, count: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """The samples of one pass, and for each how often it came before in that pass."""
+    samples = generator(seed, f"order/{purpose}", number).permutation(count * repeats) % count
+    uses = np.empty_like(samples)
+    uses[np.argsort(samples, kind="stable")] = np.tile(np.arange(repeats), count)
+    return samples, uses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
@@ -11,7 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindone.diffusers.training_utils import pynative_no_grad
 from mindspore import nn
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from mindtune.flow import latent_image_ids, pack_latents, resolution_shift, shift_sigmas, unpack_latents
 
@@ -73,17 +74,20 @@ def decode_latents(vae: nn.Cell, latents: np.ndarray, compute: ms.Type) -> list[
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], labels: Optional[Sequence[str]] = None) -> Image.Image:
-    """Rows of pictures of one size, each row under its label; small pictures are enlarged to be seen."""
+    """Rows of pictures of one size, each row under its label (wrapped); small pictures are enlarged to be seen."""
     width, height = rows[0][0].size
-    scale = max(1, 128 // width)
-    width, height, band = width * scale, height * scale, 14 if labels else 0
-    sheet = Image.new("RGB", (width * max(len(row) for row in rows), (height + band) * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, row in enumerate(rows):
-        if labels:
-            draw.text((2, y * (height + band) + 1), labels[y].encode("latin-1", "replace").decode("latin-1"), fill="black")
+    scale = max(1, -(-192 // width))
+    width, height = width * scale, height * scale
+    total = width * max(len(row) for row in rows)
+    texts = [textwrap.wrap(label, max(8, total // 8)) for label in labels] if labels else [[] for _ in rows]
+    band = 16 * max(len(lines) for lines in texts)
+    sheet = Image.new("RGB", (total, (height + band) * len(rows)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for y, (row, lines) in enumerate(zip(rows, texts)):
+        top = y * (height + band)
+        draw.text((3, top), "\n".join(lines), fill="black", font=font, spacing=2)
         for x, image in enumerate(row):
-            sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x * width, y * (height + band) + band))
+            sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x * width, top + band))
     return sheet
 
 

@@ -1,0 +1,447 @@
+"""Bad input: a sentence that names the flag or file, what was found and what to do; exit code 2; nothing written, no model loaded."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import mindspore as ms
+import numpy as np
+import pytest
+from conftest import command, metrics
+from PIL import Image
+from safetensors import SafetensorError
+
+from mindtune import checkpoint, cli
+from mindtune.cli import UserError
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def tree(*folders):
+    """Every file and directory below, files with a hash of their bytes."""
+    paths = sorted(path for folder in folders for path in folder.rglob("*"))
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in paths}
+
+
+def without(arguments, flag):
+    """A command line without `flag` and its value."""
+    at = arguments.index(flag)
+    return arguments[:at] + arguments[at + 2 :]
+
+
+def picture(path, size=(48, 40), **options):
+    """A small picture of noise, in the format of the path's suffix."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture
+def refused(lora_script, flags, tmp_path, tiny_flux, photos, encoder_cache, monkeypatch):
+    """refused(*flags, drop=None): the sentence with which the script refuses, having loaded no model and touched no file."""
+
+    def never(*_):
+        pytest.fail("a model was loaded before the input was checked")
+
+    def run(*more, drop=None):
+        monkeypatch.setattr("mindtune.models.load_model", never)
+        monkeypatch.setattr("mindtune.encode._in_child", never)
+        arguments = flags(tmp_path / "out", *more)
+        before, mode = tree(tmp_path, tiny_flux, photos, encoder_cache), ms.get_context("mode")
+        with pytest.raises(UserError) as caught:
+            lora_script.main(without(arguments, drop) if drop else arguments)
+        ms.set_context(mode=mode)
+        assert tree(tmp_path, tiny_flux, photos, encoder_cache) == before
+        return str(caught.value)
+
+    return run
+
+
+def says(message, *parts):
+    """All of `parts` are in the message, and it is a sentence."""
+    missing = [part for part in parts if part not in message]
+    assert not missing and message.endswith("."), message
+
+
+# ---- flags -------------------------------------------------------------------------------------------------------------------------
+
+NOT_IN_THIS_VERSION = [
+    (["--use_8bit_adam"], ["--use_8bit_adam", "not in this version", "leave the flag out"]),
+    (["--optimizer", "adafactor"], ["--optimizer adafactor", "not in this version", "AdamW", "prodigy"]),
+    (["--dry_run"], ["--dry_run", "not in this version", "leave the flag out"]),
+    (["--push_to_hub"], ["--push_to_hub", "not in this version", "huggingface-cli"]),
+    (["--hub_token", "hf_secret"], ["--hub_token", "not in this version", "leave the flag out"]),
+    (["--hub_model_id", "me/cat"], ["--hub_model_id", "not in this version", "leave the flag out"]),
+    (["--aspect_ratio_buckets", "32x48"], ["--aspect_ratio_buckets", "not in this version", "--resolution"]),
+    (["--distributed"], ["--distributed", "not in this version", "train on one"]),
+    (["--report_to", "wandb"], ["--report_to wandb", "not in this version", "use tensorboard"]),
+    (["--report_to", "all"], ["--report_to all", "not in this version", "use tensorboard"]),
+]
+OUT_OF_RANGE = [
+    (["--resolution", 100], ["--resolution 100", "divisible by 16", "nearest is 96"]),
+    (["--resolution", 0], ["--resolution 0", "divisible by 16", "nearest is 16"]),
+    (["--lora_rank", 0], ["--lora_rank 0", "at least 1"]),
+    (["--rank", -4], ["--lora_rank -4", "at least 1"]),
+    (["--train_batch_size", 0], ["--train_batch_size 0", "at least 1"]),
+    (["--gradient_accumulation_steps", 0], ["--gradient_accumulation_steps 0", "at least 1"]),
+    (["--max_train_steps", 0], ["--max_train_steps 0", "at least 1"]),
+    (["--checkpointing_steps", 0], ["--checkpointing_steps 0", "at least 1"]),
+    (["--checkpoints_total_limit", 0], ["--checkpoints_total_limit 0", "at least 1"]),
+    (["--learning_rate", -1], ["--learning_rate -1", "at least 0"]),
+    (["--learning_rate", "nan"], ["--learning_rate nan", "at least 0"]),
+    (["--lora_dropout", 1], ["--lora_dropout 1", "[0, 1)"]),
+    (["--adam_beta1", 1], ["--adam_beta1 1", "(0, 1)"]),
+    (["--adam_beta2", 0], ["--adam_beta2 0", "(0, 1)"]),
+    (["--max_sequence_length", 600], ["--max_sequence_length 600", "512 or less"]),
+    (["--validation_split", 1.5], ["--validation_split 1.5", "[0, 1)"]),
+    (["--validation_split", 0.95], ["--validation_split 0.95", "5 of 5 pictures", "smaller share"]),
+    (["--timestep_shift", "some"], ["--timestep_shift some", "positive factor or auto"]),
+    (["--timestep_shift", -1], ["--timestep_shift -1", "positive factor or auto"]),
+    (["--lora_layers", "to_qq,to_k"], ["--lora_layers to_qq", "no linear layer", "Near names: ", "to_q"]),
+    (["--lora_layers", "to_out.7"], ["--lora_layers to_out.7", "no linear layer", "Near names: ", "to_out.0"]),
+]
+DO_NOT_GO_TOGETHER = [
+    (["--class_prompt", "a cat"], ["--class_prompt without --class_data_dir", "name the directory"]),
+    (["--with_prior_preservation"], ["--with_prior_preservation needs --class_data_dir and --class_prompt"]),
+    (["--with_prior_preservation", "--class_data_dir", "x"], ["--with_prior_preservation needs", "--class_prompt"]),
+    (["--dataset_name", "some/pictures"], ["--instance_data_dir", "--dataset_name", "one of the two"]),
+    (["--resume_from_checkpoint", "checkpoint-9"], ["--resume_from_checkpoint checkpoint-9", "no such checkpoint", "none"]),
+    (["--instance_data_dir", "no/where"], ["--instance_data_dir no/where", "no such directory", "Give the directory"]),
+    (["--pretrained_model_name_or_path", "./flux"], ["--pretrained_model_name_or_path ./flux", "no such directory", "hub id"]),
+]
+
+
+def named(cases):
+    return [pytest.param(*case, id=" ".join(map(str, case[0]))) for case in cases]
+
+
+@pytest.mark.parametrize("bad, parts", named(NOT_IN_THIS_VERSION + OUT_OF_RANGE + DO_NOT_GO_TOGETHER))
+def test_a_bad_flag_is_named_with_its_value_and_the_way_out(refused, bad, parts):
+    says(refused(*bad), *parts)
+
+
+def test_a_hub_token_is_not_repeated_in_the_message(refused):
+    assert "hf_secret" not in refused("--hub_token", "hf_secret")
+
+
+def test_no_source_of_pictures_at_all(refused):
+    says(refused(drop="--instance_data_dir"), "--instance_data_dir", "--dataset_name", "one of the two")
+
+
+def test_pictures_without_captions_need_a_prompt(refused):
+    says(refused(drop="--instance_prompt"), "5 pictures have no caption", "0.png", "--instance_prompt", ".txt")
+
+
+@pytest.mark.parametrize(
+    "bad, found",
+    [
+        (["--mixed_precision", "fp8"], "argument --mixed_precision: invalid choice: 'fp8'"),
+        (["--max_train_steps", "many"], "argument --max_train_steps: invalid int value: 'many'"),
+        (["--prodigy_decouple", "perhaps"], "argument --prodigy_decouple: perhaps is neither true nor false"),
+        (["--learn_rate", "1"], "unrecognized arguments: --learn_rate 1"),
+    ],
+)
+def test_what_argparse_refuses_exits_with_2(lora_script, flags, tmp_path, capsys, bad, found):
+    with pytest.raises(SystemExit) as caught:
+        lora_script.main(flags(tmp_path / "out", *bad))
+    assert caught.value.code == 2 and found in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_only_flags_are_accepted_with_one_line_each(lora_script, flags, tmp_path, capsys):
+    names = ["--allow_tf32", "--enable_xformers_memory_efficient_attention", "--enable_npu_flash_attention"]
+    lora_script.parse_args(flags(tmp_path / "out", *names))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == names
+
+
+# ---- the pipeline ------------------------------------------------------------------------------------------------------------------
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def shard(folder):
+    """Turns the one weights file into the first of two shards, of which the second was not copied."""
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "one.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+BROKEN_PIPELINES = {
+    "no vae": (lambda p: shutil.rmtree(p / "vae"), ["vae/ is missing"]),
+    "no transformer weights": (lambda p: (p / "transformer" / WEIGHTS).unlink(), [f"transformer/{WEIGHTS} is missing"]),
+    "half the transformer": (lambda p: cut_in_half(p / "transformer" / WEIGHTS), [f"transformer/{WEIGHTS} has 276,460 bytes", "552,920"]),
+    "empty weights": (lambda p: (p / "vae" / WEIGHTS).write_bytes(b""), [f"vae/{WEIGHTS} is cut short (0 bytes)"]),
+    "weights of zeros": (lambda p: (p / "vae" / WEIGHTS).write_bytes(bytes(4096)), [f"vae/{WEIGHTS}", "not safetensors"]),
+    "second shard missing": (lambda p: shard(p / "transformer"), ["transformer/two.safetensors is missing"]),
+    "no config": (lambda p: (p / "text_encoder_2/config.json").unlink(), ["text_encoder_2/config.json is missing"]),
+    "half a config": (lambda p: cut_in_half(p / "vae/config.json"), ["vae/config.json"]),
+    "no merges": (lambda p: (p / "tokenizer/merges.txt").unlink(), ["tokenizer/merges.txt is missing"]),
+    "half a vocabulary": (lambda p: cut_in_half(p / "tokenizer/vocab.json"), ["tokenizer/vocab.json"]),
+    "no T5 tokenizer": (lambda p: [f.unlink() for f in (p / "tokenizer_2").glob("*i*e*.*") if f.stem in ("spiece", "tokenizer")],
+                        ["tokenizer_2/spiece.model is missing"]),
+    "another transformer": (lambda p: edit_json(p / "transformer/config.json", _class_name="SD3Transformer2DModel"),
+                            ["transformer/config.json", "SD3Transformer2DModel", "expected FluxTransformer2DModel"]),
+    "another T5": (lambda p: edit_json(p / "text_encoder_2/config.json", architectures=["UMT5EncoderModel"]),
+                   ["text_encoder_2/config.json", "UMT5EncoderModel", "expected T5EncoderModel"]),
+    "another scheduler": (lambda p: edit_json(p / "scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
+                          ["scheduler/scheduler_config.json", "DDIMScheduler", "expected FlowMatchEulerDiscreteScheduler"]),
+    "another tokenizer": (lambda p: edit_json(p / "model_index.json", tokenizer=["transformers", "BertTokenizer"]),
+                          ["model_index.json", "BertTokenizer", "expected CLIPTokenizer"]),
+    "two defects at once": (lambda p: [shutil.rmtree(p / "vae"), (p / "tokenizer/vocab.json").unlink()],
+                            ["vae/ is missing", "tokenizer/vocab.json is missing"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN_PIPELINES)
+def test_a_pipeline_that_is_not_whole_is_refused_naming_the_file(refused, tiny_flux, tmp_path, case):
+    break_it, parts = BROKEN_PIPELINES[case]
+    folder = shutil.copytree(tiny_flux, tmp_path / "flux")
+    break_it(folder)
+    says(refused("--pretrained_model_name_or_path", folder), f"--pretrained_model_name_or_path {folder}", "Copy or download it again", *parts)
+
+
+# ---- pictures and captions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_photos(photos, tmp_path):
+    """Five good pictures and one of every bad kind."""
+    folder = shutil.copytree(photos, tmp_path / "bad photos")
+    (folder / "page.jpg").write_text("<html>404</html>")
+    (folder / "empty.png").write_bytes(b"")
+    cut_in_half(picture(folder / "torn.png"))
+    cut_in_half(picture(folder / "torn.jpg"))
+    cut_in_half(picture(folder / "torn.webp", lossless=True))
+    picture(folder / "small.png", size=(31, 200))
+    return folder
+
+
+def test_all_bad_pictures_are_listed_at_once(refused, bad_photos):
+    message = refused("--instance_data_dir", bad_photos)
+    says(message, f"--instance_data_dir {bad_photos}: 6 of 11 files cannot be used", "--skip_bad_images")
+    says(message, "page.jpg: not an image", "empty.png: not an image", "small.png: 31x200 is smaller than --resolution 32")
+    assert {line.split(":")[0].strip() for line in message.splitlines() if ": damaged (" in line} == {"torn.png", "torn.jpg", "torn.webp"}
+
+
+def test_a_picture_is_measured_after_its_exif_rotation(refused, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(tmp_path / "in/turned.jpg", size=(100, 20), exif=exif)
+    says(refused("--instance_data_dir", tmp_path / "in"), "turned.jpg: 20x100 is smaller than --resolution 32")
+
+
+def test_an_empty_folder(refused, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/notes.txt").write_text("nothing here")
+    says(refused("--instance_data_dir", tmp_path / "in"), f"--instance_data_dir {tmp_path / 'in'}", "no image", "Put 5 to 20 images there")
+
+
+def test_a_folder_of_folders_offers_them(refused, tmp_path):
+    picture(tmp_path / "in/dog/1.png")
+    says(refused("--instance_data_dir", tmp_path / "in"), "no image", "subdirectories (dog)", "give one of them")
+
+
+def test_captions_that_are_not_utf8_are_all_listed(refused, tmp_path):
+    for name in ("a", "b", "c"):
+        picture(tmp_path / f"in/{name}.png")
+    (tmp_path / "in/a.txt").write_bytes("ein süßer Hund".encode("latin-1"))
+    (tmp_path / "in/b.txt").write_bytes("ein süßer Hund".encode("utf-16"))
+    (tmp_path / "in/c.txt").write_bytes("ein süßer Hund".encode())
+    message = refused("--instance_data_dir", tmp_path / "in")
+    says(message + ".", "--instance_data_dir: 2 caption files are not UTF-8", "a.txt: byte 5 is not", "b.txt: byte 0 is not", "save them as UTF-8")
+    assert "c.txt" not in message
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        (b'{"file_name": "a.png", "text": "h\xe9"}', "byte 32 is not UTF-8"),
+        (b'{"file_name": "a.png", "text": ', "line 1: expected an object"),
+        (b'{"file_name": "a.png", "caption": "a cat"}', "--caption_column"),
+        (b'{"file_name": "a.png", "text": 7}', "line 1: expected"),
+    ],
+)
+def test_captions_in_metadata_jsonl(refused, tmp_path, line, found):
+    picture(tmp_path / "in/a.png")
+    (tmp_path / "in/metadata.jsonl").write_bytes(line)
+    says(refused("--instance_data_dir", tmp_path / "in"), "metadata.jsonl", found)
+
+
+def test_bad_class_pictures_are_refused_as_early_as_the_others(refused, tmp_path):
+    picture(tmp_path / "class/good.png")
+    cut_in_half(picture(tmp_path / "class/torn.png"))
+    message = refused("--with_prior_preservation", "--class_prompt", "a cat", "--class_data_dir", tmp_path / "class")
+    says(message, f"--class_data_dir {tmp_path / 'class'}: 1 of 2 files", "torn.png: damaged", "--skip_bad_images")
+
+
+def test_a_file_as_class_directory(refused, tmp_path):
+    picture(tmp_path / "class.png")
+    message = refused("--with_prior_preservation", "--class_prompt", "a cat", "--class_data_dir", tmp_path / "class.png")
+    says(message, f"--class_data_dir {tmp_path / 'class.png'}: no such directory")
+
+
+@pytest.mark.parametrize(
+    "more, parts",
+    [
+        (["--image_column", "photo"], ["--image_column photo", "has the columns", "image", "Name one of them"]),
+        (["--image_column", "count"], ["--image_column count", "not an image column", "['image']"]),
+        (["--caption_column", "words"], ["--caption_column words", "has the columns", "count", "Name one of them"]),
+        (["--caption_column", "count"], ["--caption_column count", "not text", "7"]),
+    ],
+)
+def test_columns_of_a_dataset(refused, tmp_path, monkeypatch, more, parts):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    picture(tmp_path / "set/a.png")
+    (tmp_path / "set/metadata.jsonl").write_text('{"file_name": "a.png", "count": 7}')
+    # The library's own copy of the table goes to --cache_dir and is not the run's.
+    cache = tmp_path.parent / f"{tmp_path.name}-hub"
+    says(refused("--dataset_name", tmp_path / "set", "--cache_dir", cache, *more, drop="--instance_data_dir"), *parts)
+
+
+# ---- the output directory ----------------------------------------------------------------------------------------------------------
+
+
+
+FINISHED = {}
+
+
+@pytest.fixture
+def good_run(train, tmp_path, tmp_path_factory):
+    """A finished run of two updates with a checkpoint after each; trained once, every test gets its own copy."""
+    if "run" not in FINISHED:
+        FINISHED["run"] = tmp_path_factory.mktemp("finished") / "run"
+        train(FINISHED["run"], "--checkpointing_steps", 1, "--max_train_steps", 2)
+    return shutil.copytree(FINISHED["run"], tmp_path / "out")
+
+
+def test_another_run_in_the_output_directory_is_refused(refused, good_run):
+    says(refused(), f"--output_dir {good_run}", "holds another run", "run.json", "--resume_from_checkpoint latest", "--overwrite_output_dir")
+
+
+@pytest.mark.parametrize("left", ["run.json", "metrics.jsonl", "loss_by_timestep.csv", LORA, "checkpoint-2/manifest.json"])
+def test_one_file_of_another_run_is_enough(refused, tmp_path, left):
+    path = tmp_path / "out" / left
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    says(refused(), "holds another run", left.split("/")[0])
+
+
+def test_bad_input_with_overwrite_leaves_the_old_run_as_it_is(refused, good_run, bad_photos):
+    says(refused("--overwrite_output_dir", "--instance_data_dir", bad_photos), "6 of 11 files cannot be used")
+    cut_in_half(picture(good_run.parent / "class/torn.png"))
+    prior = ["--with_prior_preservation", "--class_prompt", "a cat", "--class_data_dir", good_run.parent / "class"]
+    says(refused("--overwrite_output_dir", *prior), "torn.png: damaged")
+
+
+@pytest.mark.parametrize("where", ["in.png", "in.png/out"])
+def test_an_output_directory_that_is_a_file_or_inside_one(refused, tmp_path, where):
+    picture(tmp_path / "in.png")
+    says(refused("--output_dir", tmp_path / where), f"--output_dir {tmp_path / where}", "not a directory", "Name another")
+
+
+def test_damaged_checkpoints_are_refused_when_named_and_passed_over_by_latest(refused, good_run, capsys):
+    cut_in_half(good_run / "checkpoint-2/training_state.safetensors")
+    says(refused("--resume_from_checkpoint", "checkpoint-2"), "--resume_from_checkpoint checkpoint-2", "training_state", "is damaged")
+    assert checkpoint.find_checkpoint(good_run, "latest") == good_run / "checkpoint-1"
+    assert "checkpoint-2: training_state.safetensors is damaged; falling back" in capsys.readouterr().out
+    (good_run / "checkpoint-1" / LORA).unlink()
+    says(refused("--resume_from_checkpoint", "latest"), "every checkpoint in", "is damaged", "Start anew in another directory")
+
+
+def test_a_directory_that_is_no_checkpoint(refused, photos):
+    says(refused("--resume_from_checkpoint", photos), f"--resume_from_checkpoint {photos}", "manifest.json cannot be read", "latest")
+
+
+# ---- through the command -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad, sentence", [(["--resolution", 100], "--resolution 100"), (["--instance_data_dir", "."], "no image")])
+def test_the_command_prints_the_sentence_and_exits_with_2(train, tmp_path, bad, sentence):
+    done = train(tmp_path / "out", *bad, check=2, cwd=tmp_path)
+    assert re.search(rf"^error: .*{sentence}", done.stdout, re.MULTILINE), done.stdout
+    assert "Traceback" not in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_update(train, good_run):
+    before = tree(good_run / "checkpoint-1", good_run / "checkpoint-2")
+    more = ["--resume_from_checkpoint", "latest", "--learning_rate", 1e30, "--max_train_steps", 9]
+    done = train(good_run, *more, check=2)
+    assert re.search(r"^error: update 4: the loss is (nan|inf)", done.stdout, re.MULTILINE), done.stdout
+    assert f"the last good checkpoint is {good_run / 'checkpoint-2'}" in done.stdout
+    assert "--learning_rate" in done.stdout and "Traceback" not in done.stdout
+    assert tree(good_run / "checkpoint-1", good_run / "checkpoint-2") == before
+    assert [checkpoint.damage(folder) for folder in checkpoint.checkpoints(good_run)] == [None, None]
+    assert [(line["step"], np.isfinite(line["loss"])) for line in metrics(good_run)] == [(1, True), (2, True), (3, True)]
+    assert json.loads((good_run / "run.json").read_text())["finished"] is False
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoints_before_whole(train, good_run):
+    """The limit on a file's size stands for the full disk: the adapter (18 KB) still fits, the optimizer's state (55 KB) does not."""
+    before = tree(good_run / "checkpoint-1", good_run / "checkpoint-2") | {str(good_run / LORA): tree(good_run)[str(good_run / LORA)]}
+
+    def almost_full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    done = train(good_run, "--resume_from_checkpoint", "latest", "--max_train_steps", 3, check=2, preexec_fn=almost_full)
+    assert "error: the disk is full" in done.stdout and "start again" in done.stdout and "Traceback" not in done.stdout
+    assert {path: digest for path, digest in tree(good_run).items() if path in before} == before
+    assert [folder.name for folder in checkpoint.checkpoints(good_run)] == ["checkpoint-1", "checkpoint-2"]
+    assert not list(good_run.rglob("*.partial*")) and not (good_run / "checkpoint-3").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_a_sentence_whoever_notices_it(capsys, error):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(fail)
+    assert caught.value.code == 2 and "error: the disk is full" in capsys.readouterr().err
+
+
+def test_a_programming_error_is_not_taken_for_a_full_disk():
+    def fail():
+        raise SafetensorError("header too large")
+
+    with pytest.raises(SafetensorError):
+        cli.run(fail)
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(flags, train, tmp_path):
+    out = tmp_path / "out"
+    line = command("flux_lora/train_dreambooth_lora_flux.py", flags(out, "--max_train_steps", 10_000))
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").is_file() and len(metrics(out)) >= 2):
+        assert process.poll() is None and time.monotonic() < deadline, "no update was made"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    (folder,) = checkpoint.checkpoints(out)
+    updates = checkpoint.step_of(folder)
+    assert f"saved {folder} after update {updates}" in printed and "--resume_from_checkpoint latest" in printed
+    assert checkpoint.damage(folder) is None and metrics(out)[-1]["step"] == updates
+
+    done = train(out, "--resume_from_checkpoint", "latest", "--max_train_steps", updates + 1)
+    assert f"resuming from checkpoint-{updates} after update {updates}" in done.stdout
+    assert [line["step"] for line in metrics(out)] == list(range(1, updates + 2)) and (out / LORA).is_file()

@@ -1,0 +1,282 @@
+"""The mathematics of rectified flow, against loops, closed forms and hand-computed numbers."""
+
+import math
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn
+
+from mindtune import flow
+
+SCHEDULER = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # FLUX.1-dev's
+LATENTS = [(1, 16, 4, 4), (3, 2, 6, 10), (2, 3, 8, 2)]
+DTYPES = [ms.float32, ms.float16, ms.bfloat16]
+
+
+class Call(nn.Cell):
+    """function(*tensors, *constants), compiled in graph mode."""
+
+    def __init__(self, function, *constants):
+        super().__init__()
+        self.function, self.constants = function, constants
+
+    def construct(self, *tensors):
+        return self.function(*tensors, *self.constants)
+
+
+class Weighting(nn.Cell):
+    def __init__(self, scheme):
+        super().__init__()
+        self.scheme = scheme
+
+    def construct(self, sigmas):
+        return flow.loss_weighting(self.scheme, sigmas)
+
+
+class ReadsFlags(nn.Cell):
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+
+    def construct(self, x):
+        if self.args.double:
+            x = x * 2.0
+        if self.args.scheme == "cosmap":
+            x = x + self.args.offset
+        return x
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# ---- packing -----------------------------------------------------------------------------------------------------------------------
+
+
+def pack_by_loops(latents):
+    b, c, h, w = latents.shape
+    tokens = np.empty((b, (h // 2) * (w // 2), 4 * c), latents.dtype)
+    for n, channel, i, j in np.ndindex(b, c, h, w):
+        tokens[n, (i // 2) * (w // 2) + j // 2, 4 * channel + 2 * (i % 2) + j % 2] = latents[n, channel, i, j]
+    return tokens
+
+
+@pytest.mark.parametrize("shape", LATENTS)
+def test_pack_puts_every_2x2_patch_into_one_token(mode, shape):
+    latents = random(*shape)
+    np.testing.assert_array_equal(Call(flow.pack_latents)(ms.Tensor(latents)).asnumpy(), pack_by_loops(latents))
+
+
+@pytest.mark.parametrize("shape", LATENTS)
+def test_unpack_puts_every_token_back(mode, shape):
+    latents = random(*shape)
+    tokens = ms.Tensor(pack_by_loops(latents))
+    np.testing.assert_array_equal(Call(flow.unpack_latents, *shape[2:])(tokens).asnumpy(), latents)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packing_keeps_the_type(dtype):
+    latents = ms.Tensor(random(2, 4, 4, 6)).to(dtype)
+    packed = flow.pack_latents(latents)
+    back = flow.unpack_latents(packed, 4, 6)
+    assert packed.dtype == back.dtype == dtype
+    np.testing.assert_array_equal(back.to(ms.float32).asnumpy(), latents.to(ms.float32).asnumpy())
+
+
+def test_image_ids_are_zero_row_column_in_token_order():
+    ids = flow.latent_image_ids(4, 6)
+    assert ids.dtype == np.float32
+    assert ids.tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
+
+
+def test_image_ids_name_the_place_of_each_packed_token():
+    """Packing a latent that holds its own row and column gives the ids, on a non-square latent."""
+    h, w = 6, 10
+    rows, columns = np.mgrid[0:h, 0:w].astype(np.float32) // 2
+    tokens = flow.pack_latents(ms.Tensor(np.stack([rows, columns])[None])).asnumpy()[0]
+    np.testing.assert_array_equal(flow.latent_image_ids(h, w)[:, 1:], tokens[:, [0, 4]])
+
+
+# ---- sigmas ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_dim", [3, 4])
+def test_get_sigmas_looks_up_by_index(mode, n_dim):
+    table = np.linspace(1.0, 0.001, 1000).astype(np.float32)
+    found = Call(flow.get_sigmas, n_dim)(ms.Tensor(table), ms.Tensor([0, 999, 250], ms.int32)).asnumpy()
+    assert found.shape == (3,) + (1,) * (n_dim - 1)
+    assert found.ravel().tolist() == [table[0], table[999], table[250]]
+
+
+def test_a_fixed_shift_moves_sigmas_towards_noise():
+    """3 * 0.5 / (1 + 2 * 0.5) = 0.75; the ends stay where they are."""
+    np.testing.assert_allclose(flow.shift_sigmas(np.array([0.0, 0.5, 1.0]), 3.0), [0.0, 0.75, 1.0], rtol=1e-15)
+
+
+def test_shift_one_changes_nothing():
+    sigmas = np.linspace(0, 1, 7)
+    np.testing.assert_array_equal(flow.shift_sigmas(sigmas, 1.0), sigmas)
+
+
+def test_shift_is_a_shift_of_the_logit():
+    """Equation 23 of arXiv 2403.03206 says: logit(sigma') = logit(sigma) + log(shift)."""
+    sigmas = np.array([0.01, 0.3, 0.99])
+    shifted = flow.shift_sigmas(sigmas, 4.5)
+    np.testing.assert_allclose(np.log(shifted / (1 - shifted)), np.log(sigmas / (1 - sigmas)) + np.log(4.5), rtol=1e-12)
+
+
+@pytest.mark.parametrize("tokens, mu", [(256, 0.5), (4096, 1.15), (2176, 0.825), (1024, 0.63)])
+def test_resolution_shift_is_linear_in_tokens_between_flux_anchors(tokens, mu):
+    assert flow.resolution_shift(tokens, SCHEDULER) == pytest.approx(math.exp(mu), rel=1e-12)
+
+
+# ---- the density of timesteps ------------------------------------------------------------------------------------------------------
+
+
+class Dice:
+    """A generator that throws what it is told."""
+
+    def __init__(self, u):
+        self.u = u
+
+    def random(self):
+        return self.u
+
+    def standard_normal(self):
+        return self.u
+
+
+def draws(scheme, mean=0.0, std=1.0, scale=1.29, count=20_000):
+    generator = np.random.default_rng(7)
+    return np.array([flow.sample_density(generator, scheme, mean, std, scale) for _ in range(count)])
+
+
+@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
+def test_other_schemes_draw_uniformly(scheme):
+    np.testing.assert_allclose(np.quantile(draws(scheme), [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.01)
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 0.7), (1.0, 2.0)])
+def test_logit_normal_quantiles(mean, std):
+    """The median is sigmoid(mean); one deviation off lies sigmoid(mean +- std)."""
+    expected = 1 / (1 + np.exp(-(mean + std * np.array([-1.0, 0.0, 1.0]))))
+    np.testing.assert_allclose(np.quantile(draws("logit_normal", mean, std), [0.158655, 0.5, 0.841345]), expected, atol=0.012)
+
+
+@pytest.mark.parametrize(
+    "u, scale, expected",
+    [(1 / 3, 1.29, 0.559166667), (0.5, 1.29, 0.5), (0.0, 1.29, 1.0), (1.0, 1.29, 0.0), (1 / 3, 0.0, 2 / 3), (2 / 3, -1.0, 0.25)],
+)
+def test_mode_scheme_by_hand(u, scale, expected):
+    """u = 1/3: 1 - 1/3 - 1.29 (3/4 - 1 + 1/3)."""
+    assert flow.sample_density(Dice(u), "mode", 0.0, 1.0, scale) == pytest.approx(expected, abs=1e-9)
+
+
+def test_mode_scheme_stays_in_the_unit_interval():
+    values = draws("mode")
+    assert 0.0 <= values.min() < 0.01 and 0.99 < values.max() <= 1.0
+
+
+@pytest.mark.parametrize("normal, u, index", [(1e4, 1.0, 999), (-1e4, 0.0, 0)])
+def test_logit_normal_saturates_to_the_table_ends(normal, u, index):
+    drawn = flow.sample_density(Dice(normal), "logit_normal", 0.0, 1.0, 1.29)
+    assert drawn == u and flow.density_to_index(drawn, 1000) == index
+
+
+@pytest.mark.parametrize("u, index", [(0.0, 0), (0.0009, 0), (0.001, 1), (0.5, 500), (0.9999, 999), (1.0, 999), (-0.1, 0), (1.2, 999)])
+def test_index_is_the_floor_inside_the_table(u, index):
+    assert flow.density_to_index(u, 1000) == index
+
+
+# ---- the posterior -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_posterior_is_mean_plus_deviation_times_noise(mode, dtype):
+    moments, noise = ms.Tensor(random(2, 6, 4, 2)).to(dtype), random(2, 3, 4, 2, seed=1)
+    found = Call(flow.sample_posterior)(moments, ms.Tensor(noise))
+    mean, logvar = np.split(moments.to(ms.float32).asnumpy().astype(np.float64), 2, axis=1)
+    assert found.dtype == ms.float32
+    np.testing.assert_allclose(found.asnumpy(), mean + np.exp(logvar / 2) * noise, rtol=1e-5, atol=1e-5)
+
+
+def test_posterior_clamps_the_log_variance(mode):
+    """To [-30, 20]: the deviation stays between exp(-15) and exp(10)."""
+    moments = np.zeros((1, 4, 1, 1), np.float32)
+    moments[0, 2:, 0, 0] = [100.0, -100.0]
+    found = Call(flow.sample_posterior)(ms.Tensor(moments), ms.Tensor(np.ones((1, 2, 1, 1), np.float32))).asnumpy().ravel()
+    np.testing.assert_allclose(found, [math.exp(10), math.exp(-15)], rtol=1e-5)
+
+
+# ---- the loss ----------------------------------------------------------------------------------------------------------------------
+
+
+def weights(scheme, sigmas):
+    """Float64 weights of numerics.md."""
+    sigmas = np.asarray(sigmas, np.float64)
+    if scheme == "sigma_sqrt":
+        return sigmas**-2.0
+    if scheme == "cosmap":
+        return 2 / (np.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+    return np.ones_like(sigmas)
+
+
+def squared_error(prediction, target, weight):
+    """Mean over a sample, then over the batch, in float64."""
+    return np.mean([w * np.mean((p.astype(np.float64) - t) ** 2) for p, t, w in zip(prediction, target, np.ravel(weight))])
+
+
+def column(*sigmas):
+    return ms.Tensor(np.array(sigmas, np.float32).reshape(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("scheme", flow.WEIGHTING_SCHEMES)
+def test_weight_of_every_scheme_for_a_batch(mode, scheme):
+    sigmas = (0.001, 0.4, 1.0)
+    found = Weighting(scheme)(column(*sigmas)).asnumpy()
+    assert found.shape == (3, 1, 1, 1)
+    np.testing.assert_allclose(found.ravel(), weights(scheme, sigmas), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weighted_mse_in_float32_whatever_the_prediction(mode, dtype):
+    prediction, target, weight = ms.Tensor(random(3, 2, 4, 6)).to(dtype), random(3, 2, 4, 6, seed=1), column(4.0, 0.5, 1.0)
+    loss = Call(flow.weighted_mse)(prediction, ms.Tensor(target), weight)
+    assert loss.dtype == ms.float32 and loss.shape == ()
+    assert float(loss) == pytest.approx(squared_error(prediction.to(ms.float32).asnumpy(), target, weight.asnumpy()), rel=2e-6)
+
+
+def test_weighted_mse_does_not_overflow_in_fp16():
+    """An error of 1000 squares to 1e6, above float16's largest number."""
+    prediction = ms.Tensor(np.full((1, 1, 2, 2), 1000.0, np.float16))
+    assert float(flow.weighted_mse(prediction, ms.Tensor(np.zeros((1, 1, 2, 2), np.float16)), column(1.0))) == pytest.approx(1e6)
+
+
+@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
+def test_prior_preservation_weighs_each_half_with_its_own_sigmas(mode, scheme):
+    prediction, target, sigmas = random(4, 2, 4, 6), random(4, 2, 4, 6, seed=1), np.array([0.1, 0.7, 0.9, 0.3])
+    weight = weights(scheme, sigmas)
+    tensors = ms.Tensor(prediction), ms.Tensor(target), column(*weight)
+    expected = squared_error(prediction[:2], target[:2], weight[:2]) + 0.25 * squared_error(prediction[2:], target[2:], weight[2:])
+    assert float(Call(flow.prior_preservation_mse, 0.25)(*tensors)) == pytest.approx(expected, rel=5e-6)
+
+
+def test_a_class_sigma_never_weighs_an_instance_error():
+    """Class pictures predicted perfectly add nothing, whatever their sigma."""
+    prediction, target = random(2, 1, 4, 4), random(2, 1, 4, 4, seed=1)
+    prediction[1] = target[1]
+    losses = [
+        float(flow.prior_preservation_mse(ms.Tensor(prediction), ms.Tensor(target), column(*weights("sigma_sqrt", (0.5, s))), 1.0))
+        for s in (0.01, 0.99)
+    ]
+    assert losses[0] == losses[1] == pytest.approx(squared_error(prediction[:1], target[:1], [4.0]), rel=1e-6)
+
+
+# ---- flags inside a graph ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double, scheme, expected", [(True, "cosmap", 6.5), (False, "cosmap", 3.5), (True, "none", 6.0)])
+def test_a_graph_reads_wrapped_flags(mode, double, scheme, expected):
+    cell = ReadsFlags(flow.AttrJitWrapper(double=double, scheme=scheme, offset=0.5))
+    assert float(cell(ms.Tensor(3.0, ms.float32))) == expected
