@@ -9,8 +9,10 @@ Ctrl-C saves a checkpoint; the same command with --resume_from_checkpoint latest
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import secrets
 import shutil
 import time
@@ -18,7 +20,6 @@ from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindone.diffusers.training_utils import TrainStep
 from mindspore import ops
 from tqdm import tqdm
 
@@ -197,6 +198,9 @@ def check_args(args):
         raise UserError(f"--max_sequence_length {args.max_sequence_length}: T5 was trained on at most 512 tokens here; use 512 or less.")
     if not 0.0 <= args.validation_split < 1.0 or not args.lora_dropout < 1.0:
         raise UserError(f"--validation_split {args.validation_split}, --lora_dropout {args.lora_dropout}: shares lie in [0, 1).")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0.0 < getattr(args, name) < 1.0:
+            raise UserError(f"--{name} {getattr(args, name)}: must lie in (0, 1).")
     if args.timestep_shift != "auto":
         try:
             positive = float(args.timestep_shift) > 0
@@ -240,29 +244,27 @@ def split_samples(samples, share, seed):
     return [s for i, s in enumerate(samples) if i not in out], [s for i, s in enumerate(samples) if i in out]
 
 
-def class_samples(args, root, seed):
-    """The class pictures, after making those that are missing in a process of their own."""
+def class_samples(args):
+    """The usable class pictures that are there, maybe none yet. Raises UserError."""
     folder = Path(args.class_data_dir)
-    have = len([p for p in folder.glob("*") if p.is_file() and not p.name.startswith(".")]) if folder.is_dir() else 0
-    if have < args.num_class_images:
-        print(f"class images: {have} of {args.num_class_images} in {folder}; making {args.num_class_images - have}")
-        kind = args.prior_generation_precision or args.mixed_precision
-        order = ClassImages(
-            folder,
-            args.class_prompt,
-            have,
-            args.num_class_images,
-            args.sample_batch_size,
-            seed,
-            args.num_inference_steps,
-            args.guidance_scale,
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        make_stage(args, root, kind).generate(order)
-    samples = data.samples_in_folder(args.class_data_dir, "--class_data_dir")[: args.num_class_images]
+    if not folder.is_file() and not any(folder.glob("[!.]*")):
+        return []
+    samples = data.samples_in_folder(args.class_data_dir, "--class_data_dir")
     for sample in samples:
         sample.caption = args.class_prompt
-    return data.preflight(samples, args.resolution, f"--class_data_dir {folder}", args.skip_bad_images, args.dataloader_num_workers)
+    flag = f"--class_data_dir {folder}"
+    return data.preflight(samples, args.resolution, flag, args.skip_bad_images, args.dataloader_num_workers)[: args.num_class_images]
+
+
+def make_class_images(args, root, seed, have):
+    """The class pictures that are missing, in a process of their own. Their numbers name their noise: go on after the last one."""
+    folder, missing = Path(args.class_data_dir), args.num_class_images - have
+    print(f"class images: {have} of {args.num_class_images} in {folder}; making {missing}")
+    folder.mkdir(parents=True, exist_ok=True)
+    first = max((int(path.name[:5]) + 1 for path in folder.glob("[0-9]" * 5 + "-*.png")), default=0)
+    order = ClassImages(folder, args.class_prompt, first, first + missing, args.sample_batch_size, seed)
+    order.steps, order.guidance_scale = args.num_inference_steps, args.guidance_scale
+    make_stage(args, root, args.prior_generation_precision or args.mixed_precision).generate(order)
 
 
 def make_stage(args, root, kind):
@@ -331,7 +333,7 @@ class Batches:
 # ---- the step ----------------------------------------------------------------------------------------------------------------------
 
 
-class TrainStepForFluxDevDB(TrainStep):
+class TrainStepForFluxDevDB(models.TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update. A pure function of its inputs.
 
     `vae` is given if the images come as pixels, `text_encoder` if CLIP trains. Calling it gives (scaled loss, loss), scalars.
@@ -402,10 +404,21 @@ class TrainStepForFluxDevDB(TrainStep):
 HELD_OUT_INDICES = [62, 187, 312, 437, 562, 687, 812, 937]  # the middles of eighths of 1000
 
 
-def held_out_loss(step, batches, samples):
+@contextlib.contextmanager
+def resting(*trained):
+    """The trained models without dropout, in PyNative, recording nothing for a backward pass."""
+    with sampling.eager():
+        for model in trained:
+            model.set_train(False)
+        yield
+        for model in trained:
+            model.set_train(True)
+
+
+def held_out_loss(step, trained, batches, samples):
     """Plain flow-matching loss of the held-out pictures at each of HELD_OUT_INDICES, a list of floats."""
     losses = []
-    with sampling.eager():
+    with resting(*trained):
         for index in HELD_OUT_INDICES:
             values = []
             for sample_id, sample in enumerate(samples):
@@ -431,13 +444,13 @@ class Painter:
             self.vae = models.load_model(self.root, "vae", self.kind, self.args.variant)
         trained = [m for m in (self.transformer, self.text_encoder) if m is not None]
         rows = []
-        with sampling.eager():
+        with resting(*trained):
             for model in trained:
-                lora.enable_lora(model.set_train(False), adapted)
+                lora.enable_lora(model, adapted)
             for prompt, text in self.text.items():
                 rows.append([self._image(prompt, text, number) for number in range(self.args.num_validation_images)])
             for model in trained:
-                lora.enable_lora(model.set_train(True), True)
+                lora.enable_lora(model, True)
         return rows
 
     def _image(self, prompt, text, number):
@@ -461,8 +474,9 @@ OUR_FILES = ("run.json", "metrics.jsonl", "loss_by_timestep.csv", "loss_by_times
 def open_output_dir(args):
     """(output_dir, checkpoint folder or None). Refuses a directory that holds another run. Raises UserError; writes nothing."""
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir}: is a file. Name a directory.")
+    base = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    if not base.is_dir() or not os.access(base, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {base} is not a directory that can be written to. Name another one.")
     if args.resume_from_checkpoint:
         folder = checkpoint.find_checkpoint(output_dir, args.resume_from_checkpoint)
         if folder is None:
@@ -502,6 +516,7 @@ def main(argv=None):
     output_dir, resume = open_output_dir(args)
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
     samples = load_samples(args)
+    prior_samples = class_samples(args) if args.with_prior_preservation else []
 
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
     train_samples, held_out = split_samples(samples, args.validation_split, seed)
@@ -515,7 +530,9 @@ def main(argv=None):
     if kind.storage != kind.compute:
         print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
     stage = make_stage(args, root, args.mixed_precision)
-    prior_samples = class_samples(args, root, seed) if args.with_prior_preservation else []
+    if args.with_prior_preservation and len(prior_samples) < args.num_class_images:
+        make_class_images(args, root, seed, len(prior_samples))
+        prior_samples = class_samples(args)
     captions = [s.caption for s in samples + prior_samples] + args.validation_prompt
     images = []
     if args.cache_latents:
@@ -526,6 +543,7 @@ def main(argv=None):
     print(f"encode stage: {encoded} made, {len(set(captions)) + len(images) - encoded} already in {stage.folder}")
 
     # ---- load, freeze, cast --------------------------------------------------
+    ms.set_seed((seed + state.get("global_step", 0)) % 2**32)  # only --lora_dropout draws from MindSpore's own generators
     transformer = models.load_model(root, "transformer", kind, args.variant)
     text_encoder = models.load_model(root, "text_encoder", kind, args.variant) if args.train_text_encoder else None
     tokenizer = models.load_tokenizer(root, "tokenizer") if args.train_text_encoder else None
@@ -608,7 +626,7 @@ def main(argv=None):
     def look(final=False):
         """Held-out loss and validation pictures of this moment."""
         if held_out and not curve.has(global_step):
-            losses = held_out_loss(step, batches, held_out)
+            losses = held_out_loss(step, trained.values(), batches, held_out)
             curve.add(global_step, [float(sigmas[i]) for i in HELD_OUT_INDICES], losses)
             tracker.log(global_step, held_out__loss=float(np.mean(losses)))
         if args.validation_prompt and global_step:
@@ -625,14 +643,15 @@ def main(argv=None):
     # ---- the loop ------------------------------------------------------------
     epoch_updates = batches.epoch_length / per_update
     print(
-        f"{len(train_samples)} pictures, {len(held_out)} held out, {len(prior_samples)} class pictures; batch {args.train_batch_size} x "
-        f"{args.gradient_accumulation_steps} accumulation; {max_train_steps} updates, {max_train_steps / epoch_updates:.1f} epochs; seed {seed}"
+        f"{len(train_samples)} pictures, {len(held_out)} held out, {len(prior_samples)} class pictures; "
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation; {max_train_steps} updates, "
+        f"{max_train_steps / epoch_updates:.1f} epochs; seed {seed}"
     )
-    record = dict(
-        flags=vars(args), seed=seed, versions=tracking.package_versions(), device=ms.get_context("device_target"),
-        data={"fingerprint": fingerprint, "samples": len(train_samples), "held_out": [s.name for s in held_out]},
-        trainable={name: sum(p.size for p in model.trainable_params()) for name, model in trained.items()},
-    )  # fmt: skip
+    record = {
+        "flags": vars(args), "seed": seed, "versions": tracking.package_versions(), "device": ms.get_context("device_target"),
+        "data": {"fingerprint": fingerprint, "samples": len(train_samples), "held_out": [s.name for s in held_out]},
+        "trainable": {name: sum(p.size for p in model.trainable_params()) for name, model in trained.items()},
+    }  # fmt: skip
     tracking.write_run_json(output_dir / "run.json", **record, finished=False)
     tracker = tracking.Tracker(output_dir, logging_dir, args.report_to == "tensorboard", global_step)
     curve = tracking.LossByTimestep(output_dir, global_step)
@@ -664,10 +683,11 @@ def main(argv=None):
             skipped += 1
             if args.mixed_precision != "fp16" or values["loss_scale"] <= 1.0:
                 bar.close()
-                kept = checkpoint.checkpoints(output_dir)
+                # A checkpoint of the update before holds the weights that gave this loss: not known to be good.
+                good = [path for path in checkpoint.checkpoints(output_dir) if checkpoint.step_of(path) < global_step - 1]
                 raise UserError(
                     f"update {global_step}: the loss is {loss}, the gradients' norm {norm}. Nothing was saved of it; the last good "
-                    f"checkpoint is {kept[-1] if kept else '(none yet)'}. Try a lower --learning_rate, or bf16 instead of fp16."
+                    f"checkpoint is {good[-1] if good else '(none yet)'}. Try a lower --learning_rate, or bf16 instead of fp16."
                 )
             tqdm.write(f"update {global_step}: overflow in fp16, skipped; loss scale {values['loss_scale']:g}")
             values = {name: value for name, value in values.items() if math.isfinite(value)}

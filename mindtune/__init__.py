@@ -1,7 +1,12 @@
 """MindTune's common module: what at least two of the training scripts need, one file one job.
 
-Imports go one way: `cli`, `rng`, `flow` and `cache` at the bottom, then `precision`, `data`, `checkpoint`, `optim`, then `models`,
-`lora`, `sampling` and `encode`, which touch mindone. Nothing here imports a script, parses flags or reads `args`.
+Imports go one way: `cli`, `rng`, `flow` and `cache` at the bottom, then `precision`, `data`, `checkpoint`, `tracking`, `optim`, then
+`models`, `lora`, `sampling` and `encode`, which touch mindone. Nothing here imports a script, parses flags or reads `args`.
 """
+
+import os
+
+# transformers warns on import that PyTorch is missing; here it is meant to be.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"

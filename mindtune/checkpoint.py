@@ -38,11 +38,12 @@ def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], 
         for path in partial.rglob("*"):
             sync(path)
         sync(partial)
-        if (final / MANIFEST).is_file():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(final)
-        elif final.exists():  # not ours: the files of another program
-            os.replace(final, tempfile.mkdtemp(prefix=f"{final.name}.found-", dir=output_dir))
+        aside = Path(tempfile.mkdtemp(prefix=f"{final.name}.found-", dir=output_dir)) if final.exists() else None
+        if aside:
+            os.replace(final, aside)
         os.replace(partial, final)
+        if aside and (aside / MANIFEST).is_file():  # our own of the same step, before a resume; anything else is not ours to delete
+            shutil.rmtree(aside)
         sync(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def save_lora(path: Path, models: dict[str, nn.Cell], rank: int, alpha: float, t
             if ".lora_B." in name:
                 value = value * np.float32(alpha / rank)
             tensors[f"{prefix}.{name}"] = value.astype(NUMPY_TYPES[dtype])
-        metadata.update({f"{prefix}.r": rank, f"{prefix}.lora_alpha": rank, f"{prefix}.target_modules": targets[prefix]})
+        # diffusers makes its LoraConfig of these and looks into both patterns.
+        settings = {"r": rank, "lora_alpha": rank, "target_modules": targets[prefix], "rank_pattern": {}, "alpha_pattern": {}}
+        metadata.update({f"{prefix}.{name}": value for name, value in settings.items()})
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata), "trained_lora_alpha": str(alpha)}
     path.write_bytes(_with_header(save(tensors), header))
 
@@ -104,17 +107,26 @@ def _with_header(file: bytes, metadata: dict[str, str]) -> bytes:
 def load_lora(path: Path, models: dict[str, nn.Cell], compute: ms.Type, flag: str = "--lora", scale: float = 1.0) -> None:
     """Injects the adapter of a file into `models` (prefix -> cell) for inference; scale * alpha / rank is multiplied into B.
 
-    Raises UserError if the file is no LoRA or names layers that a model does not have.
+    Raises UserError if the file is no LoRA, has nothing for `models`, or names layers or widths that a model does not have.
     """
     tensors, alphas = read_lora(path, flag)
+    if not any(k.startswith(f"{prefix}.") for k in tensors for prefix in models):
+        raise UserError(f"{flag} {path}: made for another model; it adapts {min(tensors).split('.')[0]}, not {' or '.join(models)}.")
     for prefix, model in models.items():
         own = {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
         ranks = {k[: -len(".lora_A.weight")]: v.shape[0] for k, v in own.items() if k.endswith(".lora_A.weight")}
         if not ranks:
             continue
-        cells = {name for name, cell in model.cells_and_names() if isinstance(cell, nn.Dense)}
-        if foreign := sorted(set(ranks) - cells):
+        cells = {name: cell for name, cell in model.cells_and_names() if isinstance(cell, nn.Dense)}
+        if foreign := sorted(set(ranks) - set(cells)):
             raise UserError(f"{flag} {path}: made for another model; this {prefix} has no layer {foreign[0]}.")
+        for name, rank in ranks.items():
+            found = [own[k].shape if (k := f"{name}.lora_{half}.weight") in own else "nothing" for half in "AB"]
+            if found != [(rank, cells[name].in_channels), (cells[name].out_channels, rank)]:
+                raise UserError(
+                    f"{flag} {path}: made for another model; A and B of {name} are {found[0]} and {found[1]}, the layer of this "
+                    f"{prefix} takes {cells[name].in_channels} and gives {cells[name].out_channels}."
+                )
         common = max(set(ranks.values()), key=list(ranks.values()).count)
         pattern = {name: rank for name, rank in ranks.items() if rank != common}
         config = LoraConfig(r=common, lora_alpha=common, target_modules=sorted(ranks), rank_pattern=pattern, alpha_pattern=dict(pattern))
@@ -145,6 +157,8 @@ def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, f
     settings = json.loads(header.get("lora_adapter_metadata", "{}"))
     for name in weights:
         module, prefix = name.rsplit(".lora_", 1)[0], name.split(".")[0]
-        if f"{prefix}.lora_alpha" in settings:
-            alphas.setdefault(module, float(settings[f"{prefix}.lora_alpha"]))
+        patterns = settings.get(f"{prefix}.alpha_pattern") or {}  # as peft reads it: whole names or their ends
+        own = next((alpha for key, alpha in patterns.items() if re.search(rf"\.{key}$", module)), settings.get(f"{prefix}.lora_alpha"))
+        if own is not None:
+            alphas.setdefault(module, float(own))
     return weights, alphas

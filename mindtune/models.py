@@ -1,22 +1,27 @@
-"""Finding, checking and loading the parts of a pipeline. The only file that knows mindone's versions apart."""
+"""Finding, checking and loading the parts of a pipeline. The only file that imports mindone and knows its versions apart."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import struct
 from pathlib import Path
 from typing import Optional
 
-import mindone.diffusers
-import mindone.transformers
 import mindspore as ms
 import transformers
 from mindspore import nn
 
 from mindtune.cli import UserError, listing
 from mindtune.precision import Precision, cast_cell
+
+with contextlib.redirect_stdout(io.StringIO()):  # mindone prints which flash attention it found
+    import mindone.diffusers
+    import mindone.transformers
+    from mindone.diffusers.training_utils import TrainStep, pynative_no_grad  # noqa: F401  (everybody else has them from here)
 
 # Loading prints a deprecation warning of mindspore about mindone's code for every normalisation layer: nothing a user can mend.
 ms.log._get_logger().addFilter(lambda record: "dtype_to_nptype" not in record.getMessage())
@@ -118,11 +123,14 @@ def _index_class(root: Path, name: str) -> Optional[str]:
 
 
 def _read_json(root: Path, path: Path) -> dict:
-    """Raises ValueError naming the file if it is torn."""
+    """Raises ValueError naming the file if it is torn or holds no object."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path.relative_to(root)} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.relative_to(root)} holds no JSON object")
+    return content
 
 
 def weight_files(root: Path, name: str, variant: Optional[str] = None) -> list[Path]:
@@ -132,7 +140,10 @@ def weight_files(root: Path, name: str, variant: Optional[str] = None) -> list[P
     middle = f".{variant}" if variant else ""
     for index in (f"{stem}.safetensors.index{middle}.json", f"{stem}{middle}.safetensors.index.json"):
         if (folder / index).is_file():
-            return sorted({folder / shard for shard in _read_json(root, folder / index)["weight_map"].values()})
+            shards = _read_json(root, folder / index).get("weight_map") or {}
+            if not shards:
+                raise ValueError(f"{name}/{index} names no files (no weight_map)")
+            return sorted({folder / shard for shard in shards.values()})
     return [folder / f"{stem}{middle}.safetensors"]
 
 

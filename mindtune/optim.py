@@ -54,7 +54,8 @@ def set_learning_rates(optimizer: nn.Optimizer, rates: list[float]) -> None:
     """One rate a parameter group, in the groups' order."""
     distinct: dict[int, ms.Parameter] = {id(p): p for p in optimizer.learning_rate}
     for parameter, rate in zip(distinct.values(), rates):
-        parameter.set_data(ms.Tensor(rate, ms.float32))
+        # Not set_data: AdamWeightDecay, compiled in PyNative too, would go on reading the rate of its first update.
+        ops.assign(parameter, ms.Tensor(rate, ms.float32))
 
 
 def optimizer_state(optimizer: nn.Optimizer) -> dict[str, ms.Parameter]:
@@ -75,7 +76,7 @@ class AdamW(nn.Optimizer):
     def __init__(self, groups: list[dict], beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8):
         super().__init__(groups[0]["lr"], groups)
         self.beta1, self.beta2, self.eps = (ms.Tensor(v, ms.float32) for v in (beta1, beta2, eps))
-        self.log_beta1, self.log_beta2 = math.log(beta1), math.log(beta2)
+        self.log_beta1, self.log_beta2 = _log(beta1), _log(beta2)
         self.exp_avg = self.parameters.clone(prefix="exp_avg", init="zeros")
         self.exp_avg_sq = self.parameters.clone(prefix="exp_avg_sq", init="zeros")
         self.fused = ops.operations.AdamWeightDecay()
@@ -118,6 +119,7 @@ class Prodigy(nn.Optimizer):
     ):
         super().__init__(groups[0]["lr"], groups)
         self.betas = (beta1, beta2, beta3 if beta3 is not None else math.sqrt(beta2))
+        self.log_beta1, self.log_beta2 = _log(beta1), _log(beta2)
         self.eps, self.d0 = eps, 1e-6
         self.decouple, self.use_bias_correction, self.safeguard_warmup = decouple, use_bias_correction, safeguard_warmup
         self.decay = tuple(float(w.asnumpy()) for w in self.weight_decay)
@@ -133,11 +135,10 @@ class Prodigy(nn.Optimizer):
         lr = self.learning_rate[0]
         # An update at rate 0 (the first of a warm-up) changes nothing, not even the moments: `on` is 0 then.
         on = (lr > 0).to(ms.float32)
-        self.assignadd(self.global_step, on.to(ms.int32).reshape((1,)))
         d, rate = self.d + 0.0, self.d * lr
         if self.use_bias_correction:
-            step = ops.maximum(self.global_step[0], ms.Tensor(1, ms.int32)).to(ms.float32)
-            rate = rate * ops.sqrt(-ops.expm1(step * math.log(beta2))) / -ops.expm1(step * math.log(beta1))
+            step = (self.global_step[0] + 1).to(ms.float32)
+            rate = rate * ops.sqrt(-ops.expm1(step * self.log_beta2)) / -ops.expm1(step * self.log_beta1)
         weight = d if self.safeguard_warmup else rate
         numerator, denominator = self.d_numerator * beta3, ms.Tensor(0.0, ms.float32)
         for i in range(len(self.parameters)):
@@ -158,4 +159,11 @@ class Prodigy(nn.Optimizer):
                 update = update + self.decay[i] * self.parameters[i]
             ops.assign_sub(self.parameters[i], found * rate * update)
         ops.assign(self.d, new_d)
+        # Before the first gradient there is nothing to correct: such an update does not count.
+        self.assignadd(self.global_step, found.to(ms.int32).reshape((1,)))
         return True
+
+
+def _log(beta: float) -> float:
+    """log(beta), finite for 0 too, where exp(t log(beta)) is 0 as beta^t is."""
+    return math.log(max(beta, 1e-300))

@@ -10,11 +10,11 @@ from typing import Optional
 
 import mindspore as ms
 import numpy as np
-from mindone.diffusers.training_utils import pynative_no_grad
 from mindspore import nn
 from PIL import Image, ImageDraw, ImageFont
 
 from mindtune.flow import latent_image_ids, pack_latents, resolution_shift, shift_sigmas, unpack_latents
+from mindtune.models import pynative_no_grad
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ class Tracker:
         self.path = output_dir / "metrics.jsonl"
         kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= resumed] if resumed else []
         write_atomically(self.path, lambda path: path.write_text("".join(f"{line}\n" for line in kept)))
-        self.file = open(self.path, "a", buffering=1)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  (closed by close)
         self.writer = None
         if tensorboard:
             from tensorboardX import SummaryWriter

@@ -13,6 +13,10 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from mindtune import models
+
+models.set_up_device(graph_mode=False)  # before the first operator: blocking launches cannot be had later
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

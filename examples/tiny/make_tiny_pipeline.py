@@ -10,6 +10,8 @@ like the real model, so that a command can be tried in seconds and without a dow
 The same seed gives the same bytes. OUT must be empty or not exist yet.
 """
 
+from __future__ import annotations
+
 import argparse
 import io
 import json

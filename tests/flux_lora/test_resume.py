@@ -8,8 +8,8 @@ import subprocess
 import time
 
 import pytest
-
 from conftest import command
+
 from mindtune.checkpoint import checkpoints, damage
 from mindtune.lora import LORA_FILE
 

@@ -182,7 +182,7 @@ def test_latest_in_an_empty_or_absent_directory_is_none(tmp_path):
 def test_latest_refuses_if_all_are_damaged(three):
     for folder in checkpoints(three):
         break_file(folder)
-    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         find_checkpoint(three, "latest")
 
 
@@ -193,13 +193,13 @@ def test_a_checkpoint_by_name_and_by_path(three, tmp_path_factory):
 
 
 def test_an_absent_name_lists_what_there_is(three):
-    with pytest.raises(UserError, match="checkpoint-5: no such checkpoint.*checkpoint-2, checkpoint-4, checkpoint-10"):
+    with pytest.raises(UserError, match=r"checkpoint-5: no such checkpoint.*checkpoint-2, checkpoint-4, checkpoint-10"):
         find_checkpoint(three, "checkpoint-5")
 
 
 def test_a_named_damaged_one_is_refused_not_replaced(three):
     break_file(three / "checkpoint-4")
-    with pytest.raises(UserError, match="checkpoint-4: state.txt is damaged"):
+    with pytest.raises(UserError, match=r"checkpoint-4: state.txt is damaged"):
         find_checkpoint(three, "checkpoint-4")
 
 
@@ -266,7 +266,7 @@ def test_half_precision_state_comes_back(tmp_path, dtype):
 
 def test_a_state_the_run_lacks_and_one_the_checkpoint_lacks(tmp_path):
     save_state(tmp_path / "s", state(1, more=((1,), ms.float32)))
-    with pytest.raises(UserError, match="more: this run has no such state.*rank, targets, optimizer"):
+    with pytest.raises(UserError, match=r"more: this run has no such state.*rank, targets, optimizer"):
         load_state(tmp_path / "s", state(0))
     save_state(tmp_path / "s", state(1))
     with pytest.raises(UserError, match="other: the checkpoint has no such state"):

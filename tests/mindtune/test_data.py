@@ -155,11 +155,11 @@ def test_pictures_come_in_name_order_without_other_files(folder):
 
 
 def test_a_missing_and_an_empty_directory(tmp_path, folder):
-    with pytest.raises(UserError, match="--instance_data_dir .*no such directory"):
+    with pytest.raises(UserError, match=r"--instance_data_dir .*no such directory"):
         captions(folder / "absent")
-    with pytest.raises(UserError, match="no image.*Put 5 to 20 images there"):
+    with pytest.raises(UserError, match=r"no image.*Put 5 to 20 images there"):
         captions(folder / "inner")
-    with pytest.raises(UserError, match="no image.*subdirectories .pictures."):
+    with pytest.raises(UserError, match=r"no image.*subdirectories .pictures."):
         captions(tmp_path)
 
 
@@ -190,7 +190,9 @@ def test_only_a_newline_ends_a_json_line(folder, separator):
     assert captions(folder) == {"B.PNG": None, "a.jpg": f"one{separator}two", "c.png": "three"}
 
 
-@pytest.mark.parametrize("line", ["{broken", "[1]", '"a.jpg"', '{"text": "x"}', '{"file_name": "c.png"}', '{"file_name": "c.png", "text": 3}'])
+@pytest.mark.parametrize(
+    "line", ["{broken", "[1]", '"a.jpg"', '{"text": "x"}', '{"file_name": "c.png"}', '{"file_name": "c.png", "text": 3}']
+)
 def test_a_bad_json_line_is_named_by_its_number(folder, line):
     (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "t"}\n' + line)
     with pytest.raises(UserError, match=r"metadata.jsonl, line 2: expected .*--caption_column"):
@@ -207,7 +209,7 @@ def test_captions_that_are_not_utf8_are_all_named(folder):
 
 def test_metadata_that_is_not_utf8(folder):
     (folder / "metadata.jsonl").write_bytes(b'{"text": "caf\xe9"}')
-    with pytest.raises(UserError, match="metadata.jsonl: byte 13 is not UTF-8"):
+    with pytest.raises(UserError, match=r"metadata.jsonl: byte 13 is not UTF-8"):
         captions(folder)
 
 
@@ -262,7 +264,7 @@ def test_a_wrong_column_is_answered_with_the_right_ones(imagefolder, tmp_path, c
 
 def test_a_dataset_that_cannot_be_read(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="--dataset_name .*cannot read it"):
+    with pytest.raises(UserError, match=r"--dataset_name .*cannot read it"):
         read_dataset(tmp_path / "empty", tmp_path)
 
 
@@ -323,7 +325,7 @@ def test_preflight_measures_the_upright_picture(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(40, 31).save(tmp_path / "a.jpg", exif=exif)
-    with pytest.raises(UserError, match="a.jpg: 31x40 is smaller"):
+    with pytest.raises(UserError, match=r"a.jpg: 31x40 is smaller"):
         check(tmp_path)
 
 
@@ -332,7 +334,7 @@ def test_preflight_names_at_most_twenty(tmp_path):
     for number in range(25):
         (tmp_path / f"{number:02d}.png").write_bytes(b"no")
         samples.append(Sample(f"{number:02d}.png", tmp_path / f"{number:02d}.png"))
-    with pytest.raises(UserError, match="(?s)25 of 25.*19.png.*and 5 more"):
+    with pytest.raises(UserError, match=r"(?s)25 of 25.*19.png.*and 5 more"):
         preflight(samples, 32, "--instance_data_dir", False)
 
 
@@ -358,7 +360,9 @@ def test_every_interpolation_keeps_a_flat_picture_flat(name):
     assert shown.shape == (16, 22, 3) and (shown == (10, 200, 30)).all()
 
 
-@pytest.mark.parametrize("size, left, top", [((8, 8), 0, 0), ((12, 8), 2, 0), ((8, 14), 0, 3), ((11, 8), 2, 0), ((8, 9), 0, 0), ((13, 8), 2, 0)])
+@pytest.mark.parametrize(
+    "size, left, top", [((8, 8), 0, 0), ((12, 8), 2, 0), ((8, 14), 0, 3), ((11, 8), 2, 0), ((8, 9), 0, 0), ((13, 8), 2, 0)]
+)
 def test_the_central_crop_as_torchvision_rounds_it(size, left, top):
     """Odd rooms of 3, 1 and 5 pixels: halves go to the even number."""
     assert crop_box(size, 8, None) == (left, top, left + 8, top + 8)

@@ -52,7 +52,7 @@ def test_every_sample_comes_exactly_repeats_times_a_pass(count, repeats):
     stream = SampleStream(0, "instance", count, repeats)
     for number in range(4):
         seen = Counter(stream.at(number * count * repeats + i)[0] for i in range(count * repeats))
-        assert seen == {sample: repeats for sample in range(count)}
+        assert seen == dict.fromkeys(range(count), repeats)
 
 
 @pytest.mark.parametrize("count, repeats", [(1, 1), (5, 1), (5, 3), (3, 7)])

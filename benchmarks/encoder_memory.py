@@ -1,0 +1,129 @@
+"""Does the training process really do without the encoders? Peak and final resident memory of three ways to the same adapter.
+
+    python benchmarks/encoder_memory.py [--mode 0|1]            about four minutes on two cores
+
+A tiny transformer beside encoders of a real weight (the VAE of FLUX.1-dev, a CLIP of 0.1 GB and a T5 of 0.4 GB, random) is trained
+by train_dreambooth_lora_flux.py with cached text and latents, each way in a fresh process:
+
+    ours     the encoders run in the script's child process, as always
+    deleted  the training process loads them, encodes, casts them to half, deletes them, then trains ("fake delete")
+    held     the training process loads them, encodes, and keeps them, then trains
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a graph is compiled from the source of a module it can find
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_pipeline(folder):
+    """The tiny pipeline with heavy encoders; returns their size in MB."""
+    maker = load(ROOT / "examples" / "tiny" / "make_tiny_pipeline.py")
+    small_clip, small_t5 = maker.clip_config, maker.t5_config
+
+    def clip_config(tokenizer):
+        config = small_clip(tokenizer)
+        config.intermediate_size = 200_000
+        return config
+
+    def t5_config(tokenizer):
+        config = small_t5(tokenizer)
+        config.d_ff, config.num_layers = 262_144, 4
+        return config
+
+    maker.clip_config, maker.t5_config = clip_config, t5_config
+    maker.FLUX_VAE.update(block_out_channels=[128, 256, 512, 512], layers_per_block=2, norm_num_groups=32)
+    maker.make_flux(folder)
+    return (
+        sum(p.stat().st_size for part in ("text_encoder", "text_encoder_2", "vae") for p in (folder / part).glob("*.safetensors")) / 2**20
+    )
+
+
+def make_photos(folder):
+    import skimage.data
+    from PIL import Image
+
+    folder.mkdir()
+    for number in range(4):
+        Image.fromarray(skimage.data.chelsea()).crop((20 * number, 0, 20 * number + 300, 300)).resize((96, 96)).save(
+            folder / f"{number}.png"
+        )
+
+
+def train(way, work, mode):
+    """In a process of its own: one training run, with the encoders handled as `way` says. Prints its memory as JSON."""
+    import mindspore as ms
+
+    from mindtune import encode
+
+    kept = []
+
+    def in_process(job):
+        """What the child does, in this process; `load_model` hands every encoder over to `kept`."""
+        stage, captions, images, _ = job
+        real = encode.load_model
+        encode.load_model = lambda *a, **k: kept.append(real(*a, **k)) or kept[-1]
+        encode._encode_captions(stage, captions, store=True)
+        encode._encode_images(stage, images)
+        encode.load_model = real
+        if way == "deleted":
+            for cell in kept:
+                for parameter in cell.get_parameters():
+                    parameter.set_dtype(ms.float16)
+            kept.clear()
+
+    if way != "ours":
+        encode._in_child = in_process
+    script = load(ROOT / "flux_lora" / "train_dreambooth_lora_flux.py")
+    flags = f"--pretrained_model_name_or_path {work}/pipeline --instance_data_dir {work}/photos --resolution 64 --cache_latents"
+    flags += f" --max_sequence_length 64 --train_batch_size 2 --max_train_steps 20 --seed 0 --mindspore_mode {mode} --report_to none"
+    script.main([*flags.split(), "--instance_prompt", "a photo of sks cat", "--output_dir", f"{work}/{way}"])
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    adapter = Path(work, way, "pytorch_lora_weights.safetensors").read_bytes()
+    memory = {"peak": int(status["VmHWM"].split()[0]) // 1024, "end": int(status["VmRSS"].split()[0]) // 1024}
+    print(json.dumps({**memory, "adapter": hashlib.sha256(adapter).hexdigest()}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--mode", type=int, choices=[0, 1], default=0, help="0 graph, 1 PyNative.")
+    parser.add_argument("--way", choices=["ours", "deleted", "held"], help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        return train(args.way, args.work, args.mode)
+
+    with tempfile.TemporaryDirectory() as work:
+        size = make_pipeline(Path(work, "pipeline"))
+        make_photos(Path(work, "photos"))
+        results = {}
+        for way in ("ours", "deleted", "held"):
+            command = [sys.executable, __file__, "--way", way, "--work", work, "--mode", str(args.mode)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results[way] = json.loads(done.stdout.splitlines()[-1])
+    assert len({r["adapter"] for r in results.values()}) == 1, "the three ways must train the same adapter"
+    print(f"encoders' weights on disk: {size:.0f} MB; mode {args.mode}; {platform.platform()}, {platform.machine()}")
+    for way, result in results.items():
+        print(f"{way:8s} peak {result['peak']:6d} MB   after training {result['end']:6d} MB")
+    saved = results["held"]["peak"] - results["ours"]["peak"]
+    print(f"peak, held - ours: {saved} MB, {saved / size:.2f} times the encoders' size")
+    return 0 if saved >= size else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,428 @@
+"""Low-rank layers on the real transformer: where they go, how they start, and what travels in the file."""
+
+import json
+
+import mindspore as ms
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from mindtune import lora
+from mindtune.cli import UserError
+from mindtune.flow import latent_image_ids
+from mindtune.models import flux_skeleton, load_model
+from mindtune.precision import cast_training_params, freeze_params, resolve_precision
+
+ms.runtime.launch_blocking()  # as the scripts do on a CPU; see test_optim.py
+
+TARGETS = lora.TRANSFORMER_TARGETS
+# The tiny transformer: 2 double blocks of width 32 whose image half has to_out.0, 2 single blocks that have none.
+MODULES = sorted(
+    [f"transformer_blocks.{block}.attn.{name}" for block in (0, 1) for name in TARGETS]
+    + [f"single_transformer_blocks.{block}.attn.{name}" for block in (0, 1) for name in TARGETS[:3]]
+)
+WIDTH = 32
+
+
+@pytest.fixture(autouse=True)
+def pynative():
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    yield
+    ms.set_context(mode=before)
+
+
+@pytest.fixture
+def load(tiny_flux):
+    """load(precision): the transformer, frozen."""
+
+    def make(precision="no", name="transformer"):
+        model = load_model(tiny_flux, name, resolve_precision(precision))
+        freeze_params(model)
+        return model
+
+    return make
+
+
+def adapt(model, rank=4, alpha=4.0, seed=0, compute=ms.float32, targets=TARGETS):
+    lora.add_lora(model, rank, alpha, 0.0, targets, compute)
+    cast_training_params([model])
+    lora.init_lora(model, rank, seed)
+    return model
+
+
+def train(model, seed=1):
+    """Stands in for training: B gets numbers, A other ones."""
+    rng = np.random.default_rng(seed)
+    for parameter in lora.lora_parameters(model).values():
+        parameter.set_data(ms.Tensor(0.2 * rng.standard_normal(parameter.shape), parameter.dtype))
+    return model
+
+
+def forward(model, compute=ms.float32):
+    """The prediction for a batch of two latents of 4 x 6."""
+    rng = np.random.default_rng(5)
+
+    def numbers(*shape):
+        return ms.Tensor(rng.standard_normal(shape), ms.float32).to(compute)
+
+    return (
+        model(
+            hidden_states=numbers(2, 6, 64),
+            encoder_hidden_states=numbers(2, 5, WIDTH),
+            pooled_projections=numbers(2, WIDTH),
+            timestep=ms.Tensor([0.3, 0.9], ms.float32),
+            img_ids=ms.Tensor(latent_image_ids(4, 6)),
+            txt_ids=ms.Tensor(np.zeros((5, 3), np.float32)),
+            guidance=ms.Tensor([3.5, 3.5], ms.float32),
+            return_dict=False,
+        )[0]
+        .to(ms.float32)
+        .asnumpy()
+    )
+
+
+def header(path):
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata()
+
+
+def folded(model, tensors, scale_of):
+    """The base with scale * B A added to each weight, by NumPy: what an adapter means."""
+    cells = dict(model.cells_and_names())
+    for module in {name.rsplit(".lora_", 1)[0] for name in tensors}:
+        a, b = (tensors[f"{module}.lora_{x}.weight"].astype(np.float64) for x in "AB")
+        weight = cells[module.removeprefix("transformer.")].weight
+        weight.set_data(ms.Tensor(weight.asnumpy() + scale_of(module) * (b @ a), ms.float32))
+    return model
+
+
+# ---- adding ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_trains_is_the_adapter_and_nothing_else(load):
+    model = adapt(load(), rank=4)
+    names = sorted(f"{module}.lora_{x}.weight" for module in MODULES for x in "AB")
+    assert sorted(lora.lora_parameters(model)) == names
+    assert sorted(p.name.replace(".default.", ".") for p in model.trainable_params()) == names
+    assert sum(p.size for p in model.trainable_params()) == len(MODULES) * 4 * (WIDTH + WIDTH)
+
+
+def test_other_targets_take_their_own_widths(load):
+    """Rank times (inputs + outputs) for each: the feed-forward is 32 -> 128 in both double blocks, x_embedder 64 -> 32."""
+    model = adapt(load(), rank=3, targets=["ff.net.0.proj", "x_embedder"])
+    assert {name: p.shape for name, p in lora.lora_parameters(model).items() if not name.startswith("transformer_blocks.1")} == {
+        "transformer_blocks.0.ff.net.0.proj.lora_A.weight": (3, 32),
+        "transformer_blocks.0.ff.net.0.proj.lora_B.weight": (128, 3),
+        "x_embedder.lora_A.weight": (3, 64),
+        "x_embedder.lora_B.weight": (32, 3),
+    }
+    assert sum(p.size for p in model.trainable_params()) == 3 * (2 * (32 + 128) + (64 + 32))
+
+
+def test_a_text_encoder_takes_one_too(load):
+    model = adapt(load(name="text_encoder"), rank=2, targets=lora.TEXT_ENCODER_TARGETS)
+    assert sum(p.size for p in model.trainable_params()) == 2 * 4 * 2 * (WIDTH + WIDTH)
+
+
+@pytest.mark.parametrize("precision, half", [("fp16", ms.float16), ("bf16", ms.bfloat16)])
+def test_the_adapter_of_a_half_precision_model_trains_in_float32(load, precision, half):
+    compute = resolve_precision(precision).compute
+    model = adapt(load(precision), compute=compute)
+    assert {p.dtype for p in model.trainable_params()} == {ms.float32}
+    assert {p.dtype for p in model.get_parameters() if not p.requires_grad} == {half}
+    base = forward(load(precision), compute)
+    np.testing.assert_array_equal(forward(model, compute), base)
+    trained = forward(train(model), compute)
+    assert np.isfinite(trained).all() and np.abs(trained - base).max() > 1e-2
+
+
+# ---- the start ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_is_normal_with_deviation_1_over_rank_and_b_is_zero(load):
+    """14 modules of 32 columns: 3584 numbers at rank 8."""
+    parameters = lora.lora_parameters(adapt(load(), rank=8))
+    a = np.concatenate([p.asnumpy().ravel() for name, p in parameters.items() if ".lora_A." in name]) * 8
+    np.testing.assert_allclose([a.mean(), a.std(), (a**4).mean()], [0, 1, 3], atol=0.25)
+    np.testing.assert_allclose([a.mean(), a.std()], [0, 1], atol=0.05)
+    assert all(not p.asnumpy().any() for name, p in parameters.items() if ".lora_B." in name)
+
+
+def test_the_start_depends_on_the_seed_and_the_name_alone(load):
+    """The same with more targets, in another order, on a model that was adapted before."""
+    model = adapt(load(), seed=3)
+    values = {name: p.asnumpy().copy() for name, p in lora.lora_parameters(model).items()}
+    again = {name: p.asnumpy() for name, p in lora.lora_parameters(adapt(load(), seed=3, targets=["proj_out", *TARGETS[::-1]])).items()}
+    for name, value in values.items():
+        np.testing.assert_array_equal(again[name], value)
+    lora.init_lora(model, 4, seed=4)
+    other = {name: p.asnumpy() for name, p in lora.lora_parameters(model).items()}
+    assert all((other[name] != values[name]).all() for name in values if ".lora_A." in name)
+
+
+def test_no_two_layers_start_alike(load):
+    a = [p.asnumpy().tobytes() for name, p in lora.lora_parameters(adapt(load())).items() if ".lora_A." in name]
+    assert len(set(a)) == len(MODULES)
+
+
+def test_a_fresh_adapter_changes_nothing(load):
+    """B = 0: bit for bit the base model."""
+    base = forward(load())
+    np.testing.assert_array_equal(forward(adapt(load())), base)
+
+
+def test_the_adapter_adds_alpha_over_rank_times_b_a(load):
+    """Against the base with that product added to its weights by NumPy."""
+    model = train(adapt(load(), rank=4, alpha=10.0))
+    tensors = {name: p.asnumpy() for name, p in lora.lora_parameters(model).items()}
+    expected = forward(folded(load(), tensors, lambda module: 10.0 / 4))
+    np.testing.assert_allclose(forward(model), expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(expected - forward(load())).max() > 0.1
+
+
+def test_switched_off_it_is_the_base_and_on_again_the_adapter(load):
+    base, model = forward(load()), train(adapt(load()))
+    trained = forward(model)
+    lora.enable_lora(model, False)
+    np.testing.assert_array_equal(forward(model), base)
+    lora.enable_lora(model, True)
+    np.testing.assert_array_equal(forward(model), trained)
+    assert np.abs(trained - base).max() > 0.1
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------------------------
+
+
+def save(path, model, rank=4, alpha=4.0, dtype=ms.float32):
+    lora.save_lora(path, {"transformer": model}, rank, alpha, {"transformer": TARGETS}, dtype)
+    return path
+
+
+@pytest.mark.parametrize("rank, alpha", [(4, 4.0), (4, 10.0), (8, 1.0)])
+def test_a_saved_adapter_loads_as_it_was_trained(load, tmp_path, rank, alpha):
+    model = train(adapt(load(), rank, alpha))
+    path = save(tmp_path / "lora.safetensors", model, rank, alpha)
+    fresh = load()
+    lora.load_lora(path, {"transformer": fresh}, ms.float32)
+    np.testing.assert_allclose(forward(fresh), forward(model), rtol=1e-5, atol=1e-5)
+    assert fresh.trainable_params() == []
+
+
+@pytest.mark.parametrize("rank, alpha", [(4, 4.0), (4, 10.0)])
+def test_tools_that_ignore_the_header_get_the_same_adapter(load, tmp_path, rank, alpha):
+    """They add B A as it stands in the file; the file holds nothing but A and B."""
+    model = train(adapt(load(), rank, alpha))
+    tensors = load_file(save(tmp_path / "lora.safetensors", model, rank, alpha))
+    expected = forward(folded(load(), tensors, lambda module: 1.0))
+    np.testing.assert_allclose(forward(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_names_and_header_are_those_of_diffusers(load, tmp_path):
+    path = save(tmp_path / "lora.safetensors", adapt(load(), rank=4, alpha=10.0), 4, 10.0)
+    assert sorted(load_file(path)) == sorted(f"transformer.{module}.lora_{x}.weight" for module in MODULES for x in "AB")
+    found = header(path)
+    settings = json.loads(found["lora_adapter_metadata"])
+    assert found["format"] == "pt" and float(found["trained_lora_alpha"]) == 10.0
+    assert (settings["transformer.r"], settings["transformer.lora_alpha"], settings["transformer.target_modules"]) == (4, 4, TARGETS)
+
+
+def test_two_models_share_a_file(load, tmp_path):
+    models = {
+        "transformer": train(adapt(load(), alpha=6.0)),
+        "text_encoder": train(adapt(load(name="text_encoder"), alpha=6.0, targets=lora.TEXT_ENCODER_TARGETS), seed=2),
+    }
+    targets = {"transformer": TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS}
+    lora.save_lora(tmp_path / "lora.safetensors", models, 4, 6.0, targets, ms.float32)
+    tensors, settings = load_file(tmp_path / "lora.safetensors"), json.loads(header(tmp_path / "lora.safetensors")["lora_adapter_metadata"])
+    assert "text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_B.weight" in tensors
+    assert settings["text_encoder.target_modules"] == lora.TEXT_ENCODER_TARGETS
+    fresh = {"transformer": load(), "text_encoder": load(name="text_encoder")}
+    lora.load_lora(tmp_path / "lora.safetensors", fresh, ms.float32)
+    np.testing.assert_allclose(forward(fresh["transformer"]), forward(models["transformer"]), rtol=1e-5, atol=1e-5)
+    ids = ms.Tensor(np.arange(77)[None], ms.int32)
+    pooled = [model(ids)[1].asnumpy() for model in (fresh["text_encoder"], models["text_encoder"], load(name="text_encoder"))]
+    np.testing.assert_allclose(pooled[0], pooled[1], rtol=1e-5, atol=1e-5)
+    assert np.abs(pooled[0] - pooled[2]).max() > 1e-2
+
+
+def test_a_file_for_the_transformer_alone_leaves_the_text_encoder_alone(load, tmp_path):
+    path, encoder = save(tmp_path / "lora.safetensors", train(adapt(load()))), load(name="text_encoder")
+    lora.load_lora(path, {"transformer": load(), "text_encoder": encoder}, ms.float32)
+    assert lora.lora_parameters(encoder) == {}
+
+
+@pytest.mark.parametrize("dtype, numpy_type", [(ms.float32, np.float32), (ms.float16, np.float16), (ms.bfloat16, ml_dtypes.bfloat16)])
+def test_the_file_is_in_the_type_asked_for(load, tmp_path, dtype, numpy_type):
+    """alpha / rank is multiplied in float32, before the rounding."""
+    model = train(adapt(load(), 4, 10.0))
+    tensors = load_file(save(tmp_path / "lora.safetensors", model, 4, 10.0, dtype))
+    assert {value.dtype for value in tensors.values()} == {np.dtype(numpy_type)}
+    for name, parameter in lora.lora_parameters(model).items():
+        value = parameter.asnumpy() * np.float32(2.5 if ".lora_B." in name else 1.0)
+        np.testing.assert_array_equal(tensors[f"transformer.{name}"].astype(np.float32), value.astype(numpy_type).astype(np.float32))
+    fresh = load()
+    lora.load_lora(tmp_path / "lora.safetensors", {"transformer": fresh}, ms.float32)
+    assert {p.dtype for p in lora.lora_parameters(fresh).values()} == {ms.float32}
+
+
+def test_equal_adapters_leave_equal_bytes(load, tmp_path):
+    contents = {save(tmp_path / f"{n}.safetensors", train(adapt(load()))).read_bytes() for n in range(3)}
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_a_scale_weakens_the_adapter(load, tmp_path, scale):
+    model = train(adapt(load(), 4, 10.0))
+    path, fresh = save(tmp_path / "lora.safetensors", model, 4, 10.0), load()
+    lora.load_lora(path, {"transformer": fresh}, ms.float32, scale=scale)
+    expected = forward(folded(load(), load_file(path), lambda module: scale))
+    np.testing.assert_allclose(forward(fresh), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_an_adapter_loads_into_a_half_precision_model(load, tmp_path, precision):
+    """Near to what the float32 model gives: within the few percent that half precision leaves."""
+    path = save(tmp_path / "lora.safetensors", train(adapt(load())))
+    outputs = {}
+    for kind in ("no", precision):
+        fresh, compute = load(kind), resolve_precision(kind).compute
+        lora.load_lora(path, {"transformer": fresh}, compute)
+        outputs[kind] = forward(fresh, compute)
+    error = np.abs(outputs[precision] - outputs["no"]).max() / np.abs(outputs["no"]).max()
+    assert 0 < error < 0.03
+
+
+# ---- files of others ---------------------------------------------------------------------------------------------------------------
+
+
+def foreign(path, ranks, metadata=None, extra=None):
+    """A file of another tool: module -> rank."""
+    rng, tensors = np.random.default_rng(0), {}
+    for module, rank in ranks.items():
+        tensors[f"transformer.{module}.lora_A.weight"] = rng.standard_normal((rank, WIDTH)).astype(np.float32) * 0.2
+        tensors[f"transformer.{module}.lora_B.weight"] = rng.standard_normal((WIDTH, rank)).astype(np.float32) * 0.2
+    save_file({**tensors, **(extra or {})}, path, metadata=metadata)
+    return path, tensors
+
+
+Q0, Q1, SINGLE = "transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_q", "single_transformer_blocks.0.attn.to_q"
+
+
+def check_scales(load, path, tensors, scales):
+    fresh = load()
+    lora.load_lora(path, {"transformer": fresh}, ms.float32)
+    expected = forward(folded(load(), tensors, lambda module: scales[module.removeprefix("transformer.")]))
+    np.testing.assert_allclose(forward(fresh), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_without_any_alpha_runs_at_one(load, tmp_path):
+    check_scales(load, *foreign(tmp_path / "f", {Q0: 4, SINGLE: 4}), {Q0: 1.0, SINGLE: 1.0})
+
+
+def test_alpha_entries_give_each_module_its_scale(load, tmp_path):
+    """alpha / rank; a module without an entry runs at 1."""
+    extra = {f"transformer.{Q0}.alpha": np.array(1.0, np.float32), f"transformer.{SINGLE}.alpha": np.array([6.0], np.float32)}
+    check_scales(load, *foreign(tmp_path / "f", {Q0: 4, Q1: 4, SINGLE: 4}, extra=extra), {Q0: 0.25, Q1: 1.0, SINGLE: 1.5})
+
+
+def test_different_ranks_without_alpha_all_run_at_one(load, tmp_path):
+    check_scales(load, *foreign(tmp_path / "f", {Q0: 2, Q1: 4, SINGLE: 8}), {Q0: 1.0, Q1: 1.0, SINGLE: 1.0})
+
+
+def test_different_ranks_with_alpha_entries(load, tmp_path):
+    extra = {f"transformer.{name}.alpha": np.array(4.0, np.float32) for name in (Q0, Q1, SINGLE)}
+    check_scales(load, *foreign(tmp_path / "f", {Q0: 2, Q1: 4, SINGLE: 8}, extra=extra), {Q0: 2.0, Q1: 1.0, SINGLE: 0.5})
+
+
+def test_the_headers_alpha_counts(load, tmp_path):
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
+    check_scales(load, *foreign(tmp_path / "f", {Q0: 4, SINGLE: 8}, metadata), {Q0: 0.5, SINGLE: 0.25})
+
+
+@pytest.mark.parametrize("key", [SINGLE, "attn.to_q"])
+def test_the_headers_alpha_of_a_module_counts_more(load, tmp_path, key):
+    """peft's alpha_pattern, by whole names or by their ends."""
+    settings = {
+        "transformer.r": 4,
+        "transformer.lora_alpha": 2,
+        "transformer.rank_pattern": {SINGLE: 8},
+        "transformer.alpha_pattern": {key: 12},
+    }
+    path, tensors = foreign(tmp_path / "f", {Q0: 4, SINGLE: 8}, {"lora_adapter_metadata": json.dumps(settings)})
+    check_scales(load, path, tensors, {Q0: 0.5 if key == SINGLE else 3.0, SINGLE: 1.5})
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors", (100).to_bytes(8, "little") + b"{}"])
+def test_a_file_that_is_not_safetensors(load, tmp_path, content):
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(UserError, match=r"--lora .*f: cannot be read as safetensors"):
+        lora.load_lora(tmp_path / "f", {"transformer": load()}, ms.float32)
+
+
+def test_a_file_that_is_not_there(load, tmp_path):
+    with pytest.raises(UserError, match=r"--adapter .*absent: cannot be read"):
+        lora.load_lora(tmp_path / "absent", {"transformer": load()}, ms.float32, flag="--adapter")
+
+
+def test_a_file_without_lora_weights(load, tiny_flux):
+    """A model's own weights, say."""
+    with pytest.raises(UserError, match="holds no lora_A/lora_B weights"):
+        lora.load_lora(tiny_flux / "vae" / "diffusion_pytorch_model.safetensors", {"transformer": load()}, ms.float32)
+
+
+def test_a_lora_with_layers_that_the_model_lacks(load, tmp_path):
+    path, _ = foreign(tmp_path / "f", {Q0: 4, "transformer_blocks.7.attn.to_q": 4})
+    with pytest.raises(UserError, match=r"made for another model; this transformer has no layer transformer_blocks.7.attn.to_q"):
+        lora.load_lora(path, {"transformer": load()}, ms.float32)
+
+
+def test_a_lora_of_another_width(load, tmp_path):
+    """The names are those of every FLUX; only the widths tell."""
+    tensors = {
+        f"transformer.{Q0}.lora_A.weight": np.zeros((4, 3072), np.float32),
+        f"transformer.{Q0}.lora_B.weight": np.zeros((3072, 4), np.float32),
+    }
+    save_file(tensors, tmp_path / "f")
+    with pytest.raises(UserError, match=f"made for another model; .*{Q0}"):
+        lora.load_lora(tmp_path / "f", {"transformer": load()}, ms.float32)
+
+
+def test_a_lora_that_lacks_a_half(load, tmp_path):
+    _, tensors = foreign(tmp_path / "f", {Q0: 4, Q1: 4})
+    del tensors[f"transformer.{Q1}.lora_B.weight"]
+    save_file(tensors, tmp_path / "f")
+    with pytest.raises(UserError, match=Q1):
+        lora.load_lora(tmp_path / "f", {"transformer": load()}, ms.float32)
+
+
+def test_a_lora_for_other_parts_is_not_silently_dropped(load, tmp_path):
+    """One of Stable Diffusion names a unet."""
+    save_file({f"unet.mid_block.to_q.lora_{x}.weight": np.zeros((4, 4), np.float32) for x in "AB"}, tmp_path / "f")
+    with pytest.raises(UserError, match="unet"):
+        lora.load_lora(tmp_path / "f", {"transformer": load()}, ms.float32)
+
+
+# ---- targets -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [*TARGETS, "add_q_proj", "ff.net.0.proj", "x_embedder", "transformer_blocks.1.attn.to_q"])
+def test_names_of_linear_layers_are_targets(tiny_flux, target):
+    lora.check_targets(flux_skeleton(tiny_flux), [target], "--lora_layers")
+
+
+@pytest.mark.parametrize("target, near", [("to_qq", "to_q"), ("q_proj", "add_q_proj"), ("proj_mpl", "proj_mlp"), ("to_out", "to_out.0")])
+def test_a_wrong_target_is_answered_with_near_names(tiny_flux, target, near):
+    with pytest.raises(UserError) as error:
+        lora.check_targets(flux_skeleton(tiny_flux), ["to_k", target], "--lora_layers")
+    head, names = str(error.value).split(" Near names: ")
+    assert head == f"--lora_layers {target}: no linear layer has that name." and near in names.rstrip(".").split(", ")
+
+
+@pytest.mark.parametrize("target", ["norm_q", "attn", "o_q", "zzz", ""])
+def test_what_is_no_linear_layer_is_no_target(tiny_flux, target):
+    """A normalisation, a block, part of a name, nothing alike, nothing."""
+    with pytest.raises(UserError, match=r"no linear layer has that name. Near names: .*[a-z]"):
+        lora.check_targets(flux_skeleton(tiny_flux), [target], "--lora_layers")

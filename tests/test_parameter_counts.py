@@ -1,0 +1,78 @@
+"""The real FLUX.1-dev has exactly the parameters that its checkpoint has, and the adapters those that the paper tables give.
+
+Through mindone's classes and our `add_lora`, on parameters that are never allocated: the transformer would need 48 GB.
+"""
+
+import resource
+
+import mindone.diffusers
+import mindone.transformers
+import mindspore as ms
+import pytest
+import transformers
+from mindspore.nn.utils import no_init_parameters
+
+from mindtune.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS, add_lora, lora_parameters
+from mindtune.precision import freeze_params
+
+# black-forest-labs/FLUX.1-dev, transformer/config.json and text_encoder/config.json.
+TRANSFORMER = {
+    "attention_head_dim": 128,
+    "axes_dims_rope": (16, 56, 56),
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
+    "pooled_projection_dim": 768,
+}
+CLIP = {
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 77,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+    "vocab_size": 49408,
+}
+
+
+def make_transformer():
+    return mindone.diffusers.FluxTransformer2DModel(**TRANSFORMER)
+
+
+def make_clip():
+    return mindone.transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP))
+
+
+def gigabytes():
+    """The peak of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+
+
+def count(parameters):
+    return sum(parameter.size for parameter in parameters)
+
+
+@pytest.mark.parametrize(
+    "make, targets, parameters, modules, adapter",
+    [
+        (make_transformer, TRANSFORMER_TARGETS, 11_901_408_320, 19 * 4 + 38 * 3, 4_669_440),
+        (make_clip, TEXT_ENCODER_TARGETS, 123_060_480, 12 * 4, 294_912),
+    ],
+    ids=["transformer", "clip"],
+)
+def test_parameters_of_flux_dev_and_of_its_rank_4_adapter(make, targets, parameters, modules, adapter):
+    before = gigabytes()
+    with no_init_parameters():
+        model = make()
+    assert count(model.get_parameters()) == parameters
+    freeze_params(model)
+    add_lora(model, 4, 4.0, 0.0, targets, ms.float32)
+    assert len(lora_parameters(model)) == 2 * modules
+    assert count(model.trainable_params()) == count(lora_parameters(model).values()) == adapter
+    assert count(model.get_parameters()) == parameters + adapter
+    assert gigabytes() < max(2.0, before + 0.5)
