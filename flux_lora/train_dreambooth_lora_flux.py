@@ -696,11 +696,11 @@ def main(argv=None):
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rates[0]:.2e}", s=f"{np.median(seconds[-20:]):.2f}")
         bar.update()
         if global_step < max_train_steps:
-            if global_step % args.checkpointing_steps == 0:
-                save()
             every = args.validation_epochs * epoch_updates
             if global_step // every > (global_step - 1) // every:
                 look()
+            if global_step % args.checkpointing_steps == 0:
+                save()  # after looking: a run resumed from here shall not miss what was to be seen at this update
     bar.close()
 
     # ---- stopped, or done ----------------------------------------------------

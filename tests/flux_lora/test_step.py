@@ -45,7 +45,7 @@ def make_batch(size, channels=16, text_dim=32, pooled_dim=32, height=4, width=6)
 
 
 def numpy_loss(batch, scheme, prior_weight=None, gain=0.5, guidance=3.5):
-    """The loss of `LinearFlux` sample by sample in float64, straight from docs/numerics.md."""
+    """The loss of `LinearFlux` sample by sample in float64, straight from docs/flux_lora.md."""
     errors = []
     for moments, posterior, noise, index, text, pooled in zip(*(np.asarray(part, np.float64) for part in batch)):
         mean, logvar = np.split(moments, 2)
