@@ -612,6 +612,8 @@ def main(argv=None):
         changed = [name for name, value in identity.items() if state.get(name) != value]
         if changed:
             print(f"resuming with another {', '.join(changed)} than the run was started with: not its exact continuation")
+        for path in checkpoint.set_aside_later(output_dir, resume):
+            print(f"a later checkpoint is kept as {path.name}")
         print(f"resuming from {resume.name} after update {global_step}")
 
     def save_files(folder):

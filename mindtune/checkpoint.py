@@ -140,6 +140,21 @@ def find_checkpoint(output_dir: Path, which: str) -> Optional[Path]:
     return None
 
 
+def set_aside_later(output_dir: Path, folder: Path) -> list[Path]:
+    """Renames our valid checkpoints after `folder` to <name>.set-aside, so that `latest` means the run that goes on from `folder`.
+
+    Does nothing if `folder` is in another directory. Returns the new names.
+    """
+    if folder.resolve().parent != Path(output_dir).resolve():
+        return []
+    aside = []
+    for later in checkpoints(output_dir):
+        if step_of(later) > step_of(folder) and damage(later) is None:
+            aside.append(Path(tempfile.mkdtemp(prefix=f"{later.name}.set-aside-", dir=output_dir)))
+            os.replace(later, aside[-1])
+    return aside
+
+
 def save_state(path: Path, parameters: dict[str, ms.Parameter]) -> None:
     """Exact values of named parameters to a safetensors file."""
     # Not ascontiguousarray, which makes a scalar an array of one.

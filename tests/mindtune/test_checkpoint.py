@@ -17,6 +17,7 @@ from mindtune.checkpoint import (
     load_state,
     save_checkpoint,
     save_state,
+    set_aside_later,
     text_digest,
     write_atomically,
 )
@@ -277,3 +278,20 @@ def test_another_shape_is_refused_with_both_shapes(tmp_path):
     save_state(tmp_path / "s", state(1))
     with pytest.raises(UserError, match=r"weight has shape \(2, 3\), this run needs \(4, 3\)"):
         load_state(tmp_path / "s", state(0, weight=((4, 3), ms.float32)))
+
+
+# ---- going back --------------------------------------------------------------------------------------------------------------------
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(three):
+    """Otherwise `latest` would name the run that was left, not the one that went on."""
+    aside = set_aside_later(three, three / "checkpoint-2")
+    assert sorted(path.name.split(".")[0] for path in aside) == ["checkpoint-10", "checkpoint-4"]
+    assert all(damage(path) is None for path in aside)
+    assert find_checkpoint(three, "latest").name == "checkpoint-2"
+
+
+def test_going_on_from_another_directorys_checkpoint_moves_nothing(three, tmp_path_factory):
+    other = save_checkpoint(tmp_path_factory.mktemp("other"), 3, writes("3"))
+    assert set_aside_later(three, other) == []
+    assert len(checkpoints(three)) == 3

@@ -139,6 +139,19 @@ def test_the_adapter_of_a_half_precision_model_trains_in_float32(load, precision
     assert np.isfinite(trained).all() and np.abs(trained - base).max() > 1e-2
 
 
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_low_rank_products_are_of_the_models_type(load, tmp_path, precision, loaded):
+    """Though their weights are float32."""
+    model, compute = load(precision), resolve_precision(precision).compute
+    if loaded:
+        lora.load_lora(foreign(tmp_path / "f", {Q0: 4})[0], {"transformer": model}, compute)
+    else:
+        adapt(model, compute=compute)
+    layer = dict(model.cells_and_names())[f"{Q0}.lora_A.default"]
+    assert layer.weight.dtype == ms.float32 and layer(ms.Tensor(np.ones((2, WIDTH), np.float32))).dtype == compute
+
+
 # ---- the start ---------------------------------------------------------------------------------------------------------------------
 
 
