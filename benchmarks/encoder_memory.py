@@ -34,24 +34,10 @@ def load(path):
 def make_pipeline(folder):
     """The tiny pipeline with heavy encoders; returns their size in MB."""
     maker = load(ROOT / "examples" / "tiny" / "make_tiny_pipeline.py")
-    small_clip, small_t5 = maker.clip_config, maker.t5_config
-
-    def clip_config(tokenizer):
-        config = small_clip(tokenizer)
-        config.intermediate_size = 200_000
-        return config
-
-    def t5_config(tokenizer):
-        config = small_t5(tokenizer)
-        config.d_ff, config.num_layers = 262_144, 4
-        return config
-
-    maker.clip_config, maker.t5_config = clip_config, t5_config
-    maker.FLUX_VAE.update(block_out_channels=[128, 256, 512, 512], layers_per_block=2, norm_num_groups=32)
-    maker.make_flux(folder)
-    return (
-        sum(p.stat().st_size for part in ("text_encoder", "text_encoder_2", "vae") for p in (folder / part).glob("*.safetensors")) / 2**20
-    )
+    vae = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}  # FLUX.1-dev's
+    maker.make_flux(folder, vae=vae, clip={"intermediate_size": 200_000}, t5={"d_ff": 262_144, "num_layers": 4})
+    encoders = [folder / part for part in ("text_encoder", "text_encoder_2", "vae")]
+    return sum(path.stat().st_size for part in encoders for path in part.glob("*.safetensors")) / 2**20
 
 
 def make_photos(folder):

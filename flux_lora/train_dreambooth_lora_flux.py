@@ -24,6 +24,7 @@ from mindspore import ops
 from tqdm import tqdm
 
 from mindtune import checkpoint, data, flow, lora, models, optim, precision, rng, sampling, tracking
+from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, run
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
 
@@ -114,7 +115,7 @@ def parse_args(argv=None):
     add("--use_8bit_adam", action="store_true", help="Not in this version.")
     add("--learning_rate", type=float, default=1e-4, help="Base rate; for prodigy about 1.")
     add("--text_encoder_lr", type=float, default=5e-6, help="Base rate for CLIP.")
-    add("--scale_lr", action="store_true", help="Multiply the rates by batch size and accumulation.")
+    add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size and accumulation.")
     add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
     add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
@@ -177,6 +178,14 @@ def check_args(args):
 
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         raise UserError("give either --instance_data_dir (a directory of pictures) or --dataset_name, one of the two.")
+    if args.instance_data_dir:
+        for name in ("dataset_config_name", "image_column"):
+            if getattr(args, name):
+                raise UserError(f"--{name} {getattr(args, name)}: belongs to --dataset_name; leave it out with --instance_data_dir.")
+        if args.caption_column and not Path(args.instance_data_dir, "metadata.jsonl").is_file():
+            raise UserError(
+                f"--caption_column {args.caption_column}: there is no metadata.jsonl in {args.instance_data_dir} to read it from."
+            )
     if args.class_prompt and not args.class_data_dir:
         raise UserError("--class_prompt without --class_data_dir: name the directory where class pictures are or shall be kept.")
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
@@ -201,12 +210,14 @@ def check_args(args):
     for name in ("adam_beta1", "adam_beta2"):
         if not 0.0 < getattr(args, name) < 1.0:
             raise UserError(f"--{name} {getattr(args, name)}: must lie in (0, 1).")
+    if args.lora_alpha is not None and not args.lora_alpha > 0:
+        raise UserError(f"--lora_alpha {args.lora_alpha}: must be above 0; at 0 the adapter does nothing.")
     if args.timestep_shift != "auto":
         try:
-            positive = float(args.timestep_shift) > 0
+            usable = 0 < float(args.timestep_shift) < math.inf
         except ValueError:
-            positive = False
-        if not positive:
+            usable = False
+        if not usable:
             raise UserError(f"--timestep_shift {args.timestep_shift}: give a positive factor or auto.")
 
 
@@ -247,7 +258,7 @@ def split_samples(samples, share, seed):
 def class_samples(args):
     """The usable class pictures that are there, maybe none yet. Raises UserError."""
     folder = Path(args.class_data_dir)
-    if not folder.is_file() and not any(folder.glob("[!.]*")):
+    if not folder.is_file() and not any(p.suffix.lower() not in data.NOT_IMAGES for p in folder.glob("[!.]*")):
         return []
     samples = data.samples_in_folder(args.class_data_dir, "--class_data_dir")
     for sample in samples:
@@ -468,6 +479,14 @@ class Painter:
 # ---- the job -----------------------------------------------------------------------------------------------------------------------
 
 
+# Flags that may change from one start of a run to the next without changing what is trained.
+SAME_RUN = {
+    "pretrained_model_name_or_path", "revision", "cache_dir", "instance_data_dir", "class_data_dir", "dataset_name", "skip_bad_images",
+    "dataloader_num_workers", "output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "seed",
+    "resume_from_checkpoint", "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "num_validation_images",
+    "num_inference_steps", "validation_epochs", "sample_batch_size", "prior_generation_precision", "num_train_epochs", "max_train_steps",
+    *REFUSED, *CUDA_ONLY,
+}  # fmt: skip
 OUR_FILES = ("run.json", "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", lora.LORA_FILE)
 
 
@@ -477,27 +496,31 @@ def open_output_dir(args):
     base = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
     if not base.is_dir() or not os.access(base, os.W_OK):
         raise UserError(f"--output_dir {output_dir}: {base} is not a directory that can be written to. Name another one.")
+    found = [name for name in OUR_FILES if (output_dir / name).exists()] + [p.name for p in checkpoint.checkpoints(output_dir)]
+    folder = None
     if args.resume_from_checkpoint:
         folder = checkpoint.find_checkpoint(output_dir, args.resume_from_checkpoint)
-        if folder is None:
+        if folder is not None and folder.resolve().parent == output_dir.resolve():
+            return output_dir, folder
+        # A run that was stopped before its first checkpoint has no adapter yet: that one may start over.
+        if folder is None and lora.LORA_FILE not in found:
             print(f"--resume_from_checkpoint latest: no checkpoint in {output_dir}; starting from the beginning")
-        return output_dir, folder
-    found = [name for name in OUR_FILES if (output_dir / name).exists()] + [p.name for p in checkpoint.checkpoints(output_dir)]
+            return output_dir, None
     if found and not args.overwrite_output_dir:
         raise UserError(
             f"--output_dir {output_dir}: holds another run ({', '.join(found[:3])}). Go on with it by --resume_from_checkpoint latest, "
             "name another directory, or remove that run by --overwrite_output_dir."
         )
-    return output_dir, None
+    return output_dir, folder
 
 
 def remove_old_run(output_dir, logging_dir):
     """Only what a run of this script makes; the cache stays."""
-    for folder in checkpoint.checkpoints(output_dir):
+    aside = [p for p in output_dir.glob("checkpoint-*.set-aside-*") if (p / checkpoint.MANIFEST).is_file()]
+    for folder in (*checkpoint.checkpoints(output_dir), *aside, *output_dir.glob(".checkpoint-*.partial")):
         shutil.rmtree(folder)
-    for path in (
-        [output_dir / n for n in OUR_FILES] + list(logging_dir.glob("events.out.tfevents*")) + list(output_dir.glob("samples/*.png"))
-    ):
+    files = [output_dir / name for name in OUR_FILES]
+    for path in (*files, *logging_dir.glob("events.out.tfevents*"), *output_dir.glob("samples/*.png")):
         path.unlink(missing_ok=True)
 
 
@@ -521,8 +544,6 @@ def main(argv=None):
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
     train_samples, held_out = split_samples(samples, args.validation_split, seed)
     logging_dir = output_dir / args.logging_dir
-    if args.overwrite_output_dir and not resume:
-        remove_old_run(output_dir, logging_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
     # ---- encode once, in a process that gives its memory back -----------------
@@ -562,7 +583,8 @@ def main(argv=None):
     for model in trained.values():
         lora.init_lora(model, args.lora_rank, seed)
     if args.gradient_checkpointing:
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        clip_layers = text_encoder.text_model.encoder.layers if args.train_text_encoder else ()
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks, *clip_layers):
             block.recompute()
     print(precision.parameter_table({**trained, **({"vae": vae} if vae else {})}, kind))
 
@@ -577,12 +599,11 @@ def main(argv=None):
     per_update = args.train_batch_size * args.gradient_accumulation_steps
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.epoch_length / per_update)
 
-    factor = per_update if args.scale_lr else 1
-    base_rates = [args.learning_rate * factor]
+    base_rates = [args.learning_rate * (per_update if args.scale_lr else 1)]
     groups = [{"params": transformer.trainable_params(), "lr": base_rates[0], "weight_decay": args.adam_weight_decay}]
     if args.train_text_encoder:
         # Prodigy has one step size for all; the reference gives CLIP the transformer's rate then.
-        base_rates.append(base_rates[0] if args.optimizer == "prodigy" else args.text_encoder_lr * factor)
+        base_rates.append(base_rates[0] if args.optimizer == "prodigy" else args.text_encoder_lr)
         decay = args.adam_weight_decay_text_encoder
         groups.append({"params": text_encoder.trainable_params(), "lr": base_rates[1], "weight_decay": decay})
     optimizer = optim.create_optimizer(
@@ -604,14 +625,15 @@ def main(argv=None):
     if args.mixed_precision == "fp16":
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
     fingerprint = checkpoint.text_digest(*[s.digest + s.caption for s in train_samples + prior_samples])
-    identity = {"seed": seed, "batch": per_update, "data": fingerprint}
+    base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
+    identity = {"seed": seed, "data": fingerprint, "base": base, **{k: v for k, v in vars(args).items() if k not in SAME_RUN}}
     global_step = 0
     if resume:
         checkpoint.load_state(resume / "training_state.safetensors", remembered)
         global_step = state["global_step"]
         changed = [name for name, value in identity.items() if state.get(name) != value]
         if changed:
-            print(f"resuming with another {', '.join(changed)} than the run was started with: not its exact continuation")
+            print(f"resuming with another {', '.join(changed)} than the checkpoint was made with: not its exact continuation")
         for path in checkpoint.set_aside_later(output_dir, resume):
             print(f"a later checkpoint is kept as {path.name}")
         print(f"resuming from {resume.name} after update {global_step}")
@@ -630,7 +652,8 @@ def main(argv=None):
         if held_out and not curve.has(global_step):
             losses = held_out_loss(step, trained.values(), batches, held_out)
             curve.add(global_step, [float(sigmas[i]) for i in HELD_OUT_INDICES], losses)
-            tracker.log(global_step, held_out__loss=float(np.mean(losses)))
+            by_sigma = {f"held_out__loss_at_{sigmas[i]:.3f}": value for i, value in zip(HELD_OUT_INDICES, losses)}
+            tracker.log(global_step, held_out__loss=float(np.mean(losses)), **by_sigma)
         if args.validation_prompt and global_step:
             rows, labels = painter.rows(), list(args.validation_prompt)
             if final:
@@ -654,6 +677,9 @@ def main(argv=None):
         "data": {"fingerprint": fingerprint, "samples": len(train_samples), "held_out": [s.name for s in held_out]},
         "trainable": {name: sum(p.size for p in model.trainable_params()) for name, model in trained.items()},
     }  # fmt: skip
+    goes_on = resume is not None and resume.resolve().parent == output_dir.resolve()
+    if not goes_on:
+        remove_old_run(output_dir, logging_dir)
     tracking.write_run_json(output_dir / "run.json", **record, finished=False)
     tracker = tracking.Tracker(output_dir, logging_dir, args.report_to == "tensorboard", global_step)
     curve = tracking.LossByTimestep(output_dir, global_step)
@@ -726,7 +752,8 @@ def main(argv=None):
     grid, plot = look(final=True), curve.plot()
     tracker.close()
     finish_run_json(True)
-    for what, path in (("adapter", final), ("picture grid", grid), ("held-out loss plot", plot), ("curves", logging_dir)):
+    curves = logging_dir if args.report_to == "tensorboard" else output_dir / "metrics.jsonl"
+    for what, path in (("adapter", final), ("picture grid", grid), ("held-out loss plot", plot), ("curves", curves)):
         if path:
             print(f"{what}: {path}")
     return 0

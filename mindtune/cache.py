@@ -12,6 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+SAMPLED_ABOVE = 1 << 30
+
 
 def key_of(**parts: object) -> str:
     """Hex digest of what an entry depends on: content hash, preprocessing, encoder fingerprint, dtype ..."""
@@ -19,16 +21,17 @@ def key_of(**parts: object) -> str:
 
 
 def encoder_fingerprint(folder: Path, weights: list[Path]) -> str:
-    """Hash of an encoder directory: its small files whole, large weight files by size, header and 64 spread samples.
+    """Hash of an encoder directory: every file whole, but weight files above 1 GiB by size, header and 64 spread samples.
 
-    Reading 9.5 GB of T5 at every start would cost more than it protects from: a retrained encoder differs everywhere.
+    Reading 9.5 GB of T5 at every start would cost more than it protects from: a retrained encoder differs everywhere. CLIP and the
+    VAE are hashed whole, for a textual inversion changes a single row.
     """
     digest = hashlib.sha256()
     for path in sorted({*folder.glob("*.json"), *weights}):
         size = path.stat().st_size
         digest.update(f"{path.name}/{size}/".encode())
         with open(path, "rb") as file:
-            if size <= 1 << 24:
+            if size <= SAMPLED_ABOVE:
                 digest.update(file.read())
                 continue
             for offset in np.linspace(0, size - (1 << 16), 64, dtype=np.int64):

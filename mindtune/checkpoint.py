@@ -24,11 +24,14 @@ def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], 
     """Makes output_dir/checkpoint-<step>: `write(folder)` fills a hidden folder, which then gets its manifest and its name.
 
     Afterwards removes the oldest of our checkpoints above `total_limit`. Raises OSError with nothing left behind if the disk
-    fills up; the checkpoints before stay as they are.
+    fills up; the checkpoints before stay as they are. A whole checkpoint of that step is the same run's and is left alone, so that a
+    run which is resumed at its end puts nothing at risk.
     """
     output_dir = Path(output_dir)
     final = output_dir / f"checkpoint-{step}"
     partial = output_dir / f".checkpoint-{step}.partial"
+    if (final / MANIFEST).is_file() and damage(final) is None:
+        return final
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -42,7 +45,7 @@ def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], 
         if aside:
             os.replace(final, aside)
         os.replace(partial, final)
-        if aside and (aside / MANIFEST).is_file():  # our own of the same step, before a resume; anything else is not ours to delete
+        if aside and (aside / MANIFEST).is_file():  # our own, damaged; anything else is not ours to delete
             shutil.rmtree(aside)
         sync(output_dir)
     finally:

@@ -64,7 +64,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def samples_in_folder(folder: str, flag: str, caption_column: Optional[str] = None) -> list[Sample]:
-    """The pictures directly in `folder`, in name order, with captions of metadata.jsonl or a .txt beside each.
+    """The pictures directly in `folder`, in name order, with captions of metadata.jsonl or a .txt beside each; an empty one is none.
 
     Raises UserError for a missing or empty folder and for captions that cannot be read; `flag` is what the message calls it.
     """
@@ -77,6 +77,8 @@ def samples_in_folder(folder: str, flag: str, caption_column: Optional[str] = No
         hint = f" It has subdirectories ({', '.join(sorted(inner)[:3])}): give one of them." if inner else " Put 5 to 20 images there."
         raise UserError(f"{flag} {folder}: no image in this directory.{hint}")
     captions = _metadata_captions(root, caption_column)
+    if strangers := sorted(set(captions) - {path.name for path in files}):
+        raise UserError(f"{root / 'metadata.jsonl'}: names files that are not in this directory:\n{listing(strangers)}")
     samples, bad = [], []
     for path in files:
         caption = captions.get(path.name)
@@ -86,7 +88,7 @@ def samples_in_folder(folder: str, flag: str, caption_column: Optional[str] = No
                 caption = beside.read_text(encoding="utf-8-sig").strip()
             except UnicodeDecodeError as error:
                 bad.append(f"{beside}: byte {error.start} is not UTF-8")
-        samples.append(Sample(path.name, path, caption))
+        samples.append(Sample(path.name, path, caption or None))
     if bad:
         raise UserError(f"{flag}: {len(bad)} caption files are not UTF-8; save them as UTF-8:\n{listing(bad)}")
     return samples
@@ -128,7 +130,7 @@ def samples_in_dataset(
     except Exception as error:  # the library raises a dozen kinds; its text is what helps
         raise UserError(f"--dataset_name {name}: the datasets library cannot read it: {error}") from None
     images = [c for c, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
-    image_column = image_column or (images[0] if images else None)
+    image_column = image_column or ("image" if "image" in images else images[0] if images else None)
     for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column is not None and column not in dataset.column_names:
             raise UserError(f"{flag} {column}: {name} has the columns {', '.join(dataset.column_names)}. Name one of them.")
@@ -138,7 +140,7 @@ def samples_in_dataset(
     captions = dataset[caption_column] if caption_column else [None] * len(dataset)
     if foreign := [caption for caption in captions if not isinstance(caption, (str, type(None)))]:
         raise UserError(f"--caption_column {caption_column}: holds {foreign[0]!r}, not text. Name another column.")
-    return [Sample(f"{name}[{i}]", (dataset, i, image_column), captions[i]) for i in range(len(dataset))]
+    return [Sample(f"{name}[{i}]", (dataset, i, image_column), captions[i] or None) for i in range(len(dataset))]
 
 
 # ---- checking ----------------------------------------------------------------------------------------------------------------------

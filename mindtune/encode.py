@@ -27,6 +27,7 @@ from mindtune.models import load_model, load_tokenizer, read_config, set_up_devi
 from mindtune.precision import resolve_precision
 from mindtune.rng import normal
 from mindtune.sampling import decode_latents, sample_latents
+from mindtune.tracking import package_versions
 
 
 @dataclass
@@ -64,15 +65,16 @@ class Stage:
         }
         for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
             self.fingerprints[encoder] += encoder_fingerprint(self.root / tokenizer, list((self.root / tokenizer).glob("*.[tm]*")))
-        self.dtypes = [str(dtype) for dtype in resolve_precision(self.precision)]
+        # What else an encoder's output hangs on: the types, the device, and whose code ran.
+        self.made_by = [*map(str, resolve_precision(self.precision)), ms.get_context("device_target"), package_versions()["mindone"]]
 
     def text_key(self, caption: str) -> str:
         encoders = [self.fingerprints["text_encoder"], self.fingerprints["text_encoder_2"]]
-        return key_of(kind="flux text", caption=caption, length=self.max_sequence_length, encoders=encoders, dtypes=self.dtypes)
+        return key_of(kind="flux text", caption=caption, length=self.max_sequence_length, encoders=encoders, made_by=self.made_by)
 
     def image_key(self, sample: Sample, flip: bool) -> str:
         shape = [self.resolution, self.interpolation, "centre crop", flip]
-        return key_of(kind="vae moments", image=sample.digest, shape=shape, encoder=self.fingerprints["vae"], dtypes=self.dtypes)
+        return key_of(kind="vae moments", image=sample.digest, shape=shape, encoder=self.fingerprints["vae"], made_by=self.made_by)
 
     def text(self, caption: str) -> dict[str, np.ndarray]:
         """prompt_embeds [L, D] and pooled_prompt_embeds [P] of a caption, float32."""
@@ -96,7 +98,7 @@ class Stage:
         _in_child((self, [], [], order))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # of FLUX.1-dev's captions 8 MB each
 def _entry(cache_folder: Cache, key: str) -> dict[str, np.ndarray]:
     entry = cache_folder.get(key)
     if entry is None:
@@ -109,7 +111,10 @@ def _in_child(job: tuple) -> None:
     if done.returncode == 2:
         raise UserError("the encode stage stopped (its message is above)")
     if done.returncode != 0:
-        raise RuntimeError(f"the encode stage ended with exit code {done.returncode} (negative: killed by that signal; -9 is often memory)")
+        how = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"failed with exit code {done.returncode}"
+        raise UserError(
+            f"the encode stage {how}. Its message is above; with none, it most often ran out of memory: T5 alone takes 10 GB in half."
+        )
 
 
 # ---- in the child ------------------------------------------------------------------------------------------------------------------
@@ -138,6 +143,7 @@ def _encode_captions(stage: Stage, captions: list[str], store: bool) -> list[dic
     for caption, vector in tqdm(list(zip(captions, pooled)), desc="T5", unit="caption", leave=False):
         states = encoder(ms.Tensor(token_ids(tokenizer, caption, stage.max_sequence_length)[None]))[0][0]
         entry = {"prompt_embeds": states.to(ms.float32).asnumpy(), "pooled_prompt_embeds": vector}
+        _require_finite(entry, f"the prompt {caption!r}", stage.precision)
         if store:
             stage.cache.put(stage.text_key(caption), entry)
         entries.append(entry)
@@ -162,7 +168,14 @@ def _encode_images(stage: Stage, images: list[tuple[Sample, bool]]) -> None:
     for sample, flip in tqdm(images, desc="VAE", unit="image", leave=False):
         pixels = pixel_values(sample.open(), stage.resolution, stage.interpolation, None, flip)
         moments = vae.encode(ms.Tensor(pixels[None]).to(precision.compute))[0][0]
-        stage.cache.put(stage.image_key(sample, flip), {"moments": moments.to(ms.float32).asnumpy()})
+        entry = {"moments": moments.to(ms.float32).asnumpy()}
+        _require_finite(entry, sample.name, stage.precision)
+        stage.cache.put(stage.image_key(sample, flip), entry)
+
+
+def _require_finite(entry: dict[str, np.ndarray], what: str, kind: str) -> None:
+    if not all(np.isfinite(value).all() for value in entry.values()):
+        raise UserError(f"--mixed_precision {kind}: an encoder overflows on {what}. Use bf16 or no.")
 
 
 def _generate(stage: Stage, order: ClassImages) -> None:

@@ -79,7 +79,7 @@ def resolve_pipeline(name: str, revision: Optional[str], variant: Optional[str],
 
 def check_pipeline(root: Path, components: dict, variant: Optional[str] = None) -> None:
     """Every component is there, of a right class, its weights complete. Reads headers only. Raises UserError naming all defects."""
-    problems = []
+    problems = [] if (root / "model_index.json").is_file() else ["model_index.json is missing"]
     for name, classes in components.items():
         try:
             problems += _component_problems(root, name, classes, variant)
@@ -98,7 +98,7 @@ def _component_problems(root: Path, name: str, classes: tuple, variant: Optional
         return [f"{name}/ is missing"]
     if classes[0].endswith(("Tokenizer", "TokenizerFast")):
         choices = TOKENIZER_FILES["CLIP" if classes[0].startswith("CLIP") else "T5"]
-        missing = [[file for file in choice if not (folder / file).is_file()] for choice in choices]
+        missing = [[file for file in ("tokenizer_config.json", *choice) if not (folder / file).is_file()] for choice in choices]
         if all(missing):
             return [f"{name}/{file} is missing" for file in missing[-1]]
         for path in sorted(folder.glob("*.json")):
@@ -119,7 +119,7 @@ def _component_problems(root: Path, name: str, classes: tuple, variant: Optional
 
 def _index_class(root: Path, name: str) -> Optional[str]:
     path = root / "model_index.json"
-    return (_read_json(root, path).get(name) or [None, None])[1] if path.is_file() else None
+    return (_read_json(root, path).get(name) or [None, None])[1] if path.is_file() else None  # its absence is reported once
 
 
 def _read_json(root: Path, path: Path) -> dict:
@@ -179,14 +179,24 @@ def import_model_class_from_model_name_or_path(root: Path, subfolder: str = "tex
 
 
 def load_model(root: Path, name: str, precision: Precision, variant: Optional[str] = None) -> nn.Cell:
-    """One component with its weights, in evaluation mode, stored and computed as `precision` says."""
+    """One component with its weights, in evaluation mode, stored and computed as `precision` says.
+
+    Raises UserError if the files lack weights that the model has: mindone would start those at random and only warn.
+    """
     if name.startswith("text_encoder"):
         cls = import_model_class_from_model_name_or_path(root, name)
     else:
         cls = getattr(mindone.diffusers, read_config(root, name)["_class_name"])
     extra = {"variant": variant} if variant else {}
     # The folder itself, not root + subfolder: transformers asks the hub for optional files of a subfolder that is not there.
-    model = cls.from_pretrained(os.fspath(root / name), mindspore_dtype=precision.storage, use_safetensors=True, **extra)
+    loaded = cls.from_pretrained(
+        os.fspath(root / name), mindspore_dtype=precision.storage, use_safetensors=True, output_loading_info=True, **extra
+    )
+    model, info = loaded if isinstance(loaded, tuple) else (loaded, {})  # diffusers' sharded models come without the report
+    if missing := info.get("missing_keys"):
+        raise UserError(
+            f"{root / name}: the weight files lack {len(missing)} tensors:\n{listing(missing[:5])}\nCopy or download them again."
+        )
     return cast_cell(model.set_train(False), precision)
 
 

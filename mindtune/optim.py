@@ -15,7 +15,8 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_wit
 def schedule_factor(name: str, update: int, warmup: int, total: int, cycles: float = 1, power: float = 1.0, lr: float = 1.0) -> float:
     """What update number `update` (from 0) multiplies the base rate with.
 
-    Names and shapes are those of transformers' schedules; `polynomial` ends at a rate of 1e-7, whatever the base `lr`.
+    Names and shapes are those of transformers' schedules: `cycles` is for cosine_with_restarts alone, `power` for polynomial, which
+    ends at a rate of 1e-7 whatever the base `lr`.
     """
     if name == "constant":
         return 1.0
@@ -27,7 +28,7 @@ def schedule_factor(name: str, update: int, warmup: int, total: int, cycles: flo
     if name == "linear":
         return max(0.0, 1.0 - done)
     if name == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * cycles * done)))
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
     if name == "cosine_with_restarts":
         return 0.0 if done >= 1.0 else 0.5 * (1.0 + math.cos(math.pi * ((cycles * done) % 1.0)))
     if name == "polynomial":

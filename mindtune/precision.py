@@ -43,9 +43,12 @@ def cast_cell(cell: nn.Cell, precision: Precision) -> nn.Cell:
     `to_float` is for widening only: in PyNative it also narrows what a model computes in fp32 on purpose (the sinusoids of FLUX's
     timestep and guidance lost 24% that way in fp16).
     """
-    for parameter in cell.get_parameters():
-        if parameter.is_floating_point() and parameter.dtype != precision.storage:
-            parameter.set_dtype(precision.storage)
+    # Layers that overflow in fp16 by their authors' word, such as T5's `wo`.
+    wide = set(getattr(cell, "_keep_in_fp32_modules", None) or ()) if precision.storage == ms.float16 else set()
+    for name, parameter in cell.parameters_and_names():
+        storage = ms.float32 if wide & set(name.split(".")) else precision.storage
+        if parameter.is_floating_point() and parameter.dtype != storage:
+            parameter.set_dtype(storage)
     if precision.storage != precision.compute:
         cell.to_float(precision.compute)
     return cell

@@ -45,8 +45,8 @@ an astronaut riding a horse on the moon, digital art, sharp focus
 # Tokenizers
 
 
-def make_clip_tokenizer(folder: Path):
-    """A CLIP tokenizer: all 512 byte symbols, so that any string has ids, and a few merges learned from CAPTIONS."""
+def make_clip_tokenizer(folder: Path, captions: list[str]):
+    """A CLIP tokenizer: all 512 byte symbols, so that any string has ids, and a few merges learned from the captions."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     from transformers.models.clip.tokenization_clip import bytes_to_unicode
@@ -57,7 +57,7 @@ def make_clip_tokenizer(folder: Path):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     bpe.train_from_iterator(
-        CAPTIONS,
+        captions,
         trainers.BpeTrainer(vocab_size=320, special_tokens=endings, end_of_word_suffix="</w>", show_progress=False),
     )
     merges = [m.split() if isinstance(m, str) else m for m in json.loads(bpe.to_str())["model"]["merges"]]
@@ -77,12 +77,12 @@ def make_clip_tokenizer(folder: Path):
     return tokenizer
 
 
-def make_t5_tokenizer(folder: Path):
+def make_t5_tokenizer(folder: Path, captions: list[str]):
     """A T5 tokenizer: a SentencePiece unigram model with byte fallback, and the same model as a tokenizer.json."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import T5TokenizerFast
 
-    spiece = train_sentencepiece()
+    spiece = train_sentencepiece(captions)
     folder.mkdir(parents=True)
     (folder / "spiece.model").write_bytes(spiece)
 
@@ -102,12 +102,12 @@ def make_t5_tokenizer(folder: Path):
     return tokenizer
 
 
-def train_sentencepiece() -> bytes:
+def train_sentencepiece(captions: list[str]) -> bytes:
     import sentencepiece
 
     # The trainer takes as candidates only what occurs in two different words, and a comma makes a word different.
-    words = sorted(set(" ".join(CAPTIONS).replace(",", "").split()))
-    text = CAPTIONS + [f"{word}, {word}" for word in words]
+    words = sorted(set(" ".join(captions).replace(",", "").split()))
+    text = captions + [f"{word}, {word}" for word in words]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text),
@@ -254,8 +254,19 @@ FLUX_VAE = {
 }
 
 
-def make_flux(out: Path, seed: int = 0) -> None:
-    """Writes the pipeline into `out`; FileExistsError if there is something already."""
+def make_flux(
+    out: Path,
+    seed: int = 0,
+    captions: list[str] = CAPTIONS,
+    transformer: dict | None = None,
+    vae: dict | None = None,
+    clip: dict | None = None,
+    t5: dict | None = None,
+) -> None:
+    """Writes the pipeline into `out`; FileExistsError if there is something already.
+
+    `captions` train the tokenizers; the dicts override entries of the four models' configs, for a larger one.
+    """
     out = Path(out)
     rng = np.random.default_rng(seed)
     require_empty(out)
@@ -263,13 +274,13 @@ def make_flux(out: Path, seed: int = 0) -> None:
     from mindone.diffusers import AutoencoderKL, FluxTransformer2DModel
     from mindone.transformers import CLIPTextModel, T5EncoderModel
 
-    clip_tokenizer = make_clip_tokenizer(out / "tokenizer")
-    t5_tokenizer = make_t5_tokenizer(out / "tokenizer_2")
-    save_transformers(CLIPTextModel, clip_config(clip_tokenizer), out / "text_encoder", rng)
-    save_transformers(T5EncoderModel, t5_config(t5_tokenizer), out / "text_encoder_2", rng)
-    save_diffusers(FluxTransformer2DModel, FLUX_TRANSFORMER, out / "transformer", rng)
+    clip_tokenizer = make_clip_tokenizer(out / "tokenizer", captions)
+    t5_tokenizer = make_t5_tokenizer(out / "tokenizer_2", captions)
+    save_transformers(CLIPTextModel, clip_config(clip_tokenizer, clip or {}), out / "text_encoder", rng)
+    save_transformers(T5EncoderModel, t5_config(t5_tokenizer, t5 or {}), out / "text_encoder_2", rng)
+    save_diffusers(FluxTransformer2DModel, FLUX_TRANSFORMER | (transformer or {}), out / "transformer", rng)
     # The decoder ends in a normalised layer, so its output would have a spread of 1 and be clipped to [-1, 1].
-    save_diffusers(AutoencoderKL, FLUX_VAE, out / "vae", rng, **{"decoder.conv_out.weight": 0.5})
+    save_diffusers(AutoencoderKL, FLUX_VAE | (vae or {}), out / "vae", rng, **{"decoder.conv_out.weight": 0.5})
 
     (out / "scheduler").mkdir()
     scheduler_class = FLUX_COMPONENTS["scheduler"][1]
@@ -277,16 +288,19 @@ def make_flux(out: Path, seed: int = 0) -> None:
     write_json(out / "model_index.json", hub_header("FluxPipeline") | FLUX_COMPONENTS)
 
 
-def clip_config(tokenizer):
+def clip_config(tokenizer, changes: dict):
     from transformers import CLIPTextConfig
 
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "projection_dim": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return CLIPTextConfig(
+        **{**sizes, **changes},
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,  # where the model reads its pooled output
@@ -294,16 +308,13 @@ def clip_config(tokenizer):
     )
 
 
-def t5_config(tokenizer):
+def t5_config(tokenizer, changes: dict):
     from transformers import T5Config
 
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 2 * WIDTH, "num_layers": 2, "num_heads": 4}
     return T5Config(
+        **{**sizes, **changes},
         vocab_size=len(tokenizer),
-        d_model=WIDTH,
-        d_kv=8,
-        d_ff=2 * WIDTH,
-        num_layers=2,
-        num_heads=4,
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,

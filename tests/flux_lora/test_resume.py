@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -21,12 +22,11 @@ def start(arguments, log):
     return subprocess.Popen(command(SCRIPT, arguments), stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
-def kill_somewhere(arguments, out, chance):
-    """Starts a run and ends it by SIGKILL after its first checkpoint, up to 1.5 s later: within a step, a save, or a log line."""
-    before = len(checkpoints(out))
+def kill_somewhere(arguments, out, chance, after):
+    """Starts a run and ends it by SIGKILL up to 1.5 s after `after()` is true: within a step, a save, or a log line."""
     with open(out.parent / "killed.log", "w") as log:
         process = start(arguments, log)
-        while len(checkpoints(out)) <= before and process.poll() is None:
+        while not after() and process.poll() is None:
             time.sleep(0.02)
         time.sleep(chance.uniform(0.0, 1.5))
         process.send_signal(signal.SIGKILL)
@@ -57,8 +57,10 @@ def test_killed_twice_and_resumed_equals_left_alone(train, flags, tmp_path, case
     train(tmp_path / "whole", *more, check=0)
     out, chance = tmp_path / "killed", random.Random()
     resumed = [*more, "--resume_from_checkpoint", "latest"]
-    kill_somewhere(flags(out, *more), out, chance)
-    kill_somewhere(flags(out, *resumed), out, chance)
+    # The first kill may come before the first checkpoint; the run then starts over.
+    kill_somewhere(flags(out, *more), out, chance, after=(out / "metrics.jsonl").exists)
+    had = len(checkpoints(out))
+    kill_somewhere(flags(out, *resumed), out, chance, after=lambda: len(checkpoints(out)) > had)
     last = train(out, *resumed, check=0)
     assert "resuming from checkpoint-" in last.stdout
     assert end_state(out) == end_state(tmp_path / "whole")
@@ -96,5 +98,26 @@ def test_resume_with_another_rank_is_refused_and_another_batch_is_said(train, tm
     again = ["--cache_latents", "--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
     refused = train(out, *again, "--lora_rank", 8, check=2)
     assert "has shape" in refused.stdout and "Traceback" not in refused.stdout
-    assert "with another batch" in train(out, *again, "--train_batch_size", 2, check=0).stdout
+    changed = train(out, *again, "--train_batch_size", 2, "--weighting_scheme", "cosmap", check=0)
+    assert "resuming with another weighting_scheme, train_batch_size than the checkpoint was made with" in changed.stdout
     assert json.loads((out / "run.json").read_text())["finished"] is True
+
+
+def test_resuming_never_overwrites_another_run(train, tmp_path):
+    """Neither a checkpoint of elsewhere nor a missing one is a licence to replace a finished adapter."""
+    for name in ("one", "other"):
+        train(tmp_path / name, "--cache_latents", "--max_train_steps", 1, check=0)
+    before = (tmp_path / "other" / LORA_FILE).read_bytes()
+    more = ["--cache_latents", "--max_train_steps", 2, "--resume_from_checkpoint"]
+    assert "holds another run" in train(tmp_path / "other", *more, tmp_path / "one" / "checkpoint-1", check=2).stdout
+    shutil.rmtree(tmp_path / "other" / "checkpoint-1")
+    assert "holds another run" in train(tmp_path / "other", *more, "latest", check=2).stdout
+    assert (tmp_path / "other" / LORA_FILE).read_bytes() == before
+
+
+def test_resuming_a_finished_run_changes_nothing(train, tmp_path):
+    out = tmp_path / "run"
+    train(out, "--cache_latents", "--max_train_steps", 2, check=0)
+    before = end_state(out)
+    train(out, "--cache_latents", "--max_train_steps", 2, "--resume_from_checkpoint", "latest", check=0)
+    assert end_state(out) == before

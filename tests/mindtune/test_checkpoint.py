@@ -73,10 +73,10 @@ def test_a_full_disk_leaves_no_trace_and_the_older_one_valid(tmp_path):
     assert names(tmp_path) == ["checkpoint-1"] and damage(older) is None
 
 
-def test_a_full_disk_does_not_harm_the_same_step_saved_before(tmp_path):
+def test_a_whole_checkpoint_of_the_same_step_is_not_written_again(tmp_path):
+    """It is the same run's, resumed at its end: writing again could only lose it."""
     folder = save_checkpoint(tmp_path, 2, writes("first"))
-    with pytest.raises(OSError):
-        save_checkpoint(tmp_path, 2, disk_full)
+    assert save_checkpoint(tmp_path, 2, disk_full) == folder
     assert damage(folder) is None and (folder / "state.txt").read_text() == "first"
 
 
@@ -89,8 +89,8 @@ def test_what_a_killed_writer_left_is_neither_found_nor_in_the_way(three):
     assert damage(folder) is None and (folder / "state.txt").read_text() == "12" and not partial.exists()
 
 
-def test_the_same_step_again_replaces(tmp_path):
-    save_checkpoint(tmp_path, 2, writes("first"))
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    break_file(save_checkpoint(tmp_path, 2, writes("first")))
     assert (save_checkpoint(tmp_path, 2, writes("second")) / "state.txt").read_text() == "second"
 
 

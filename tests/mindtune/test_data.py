@@ -170,11 +170,19 @@ def test_captions_of_text_files_also_with_a_byte_order_mark(folder):
 
 
 def test_captions_of_metadata_win_over_text_files(folder):
-    rows = [{"file_name": "a.jpg", "text": "from metadata"}, {"file_name": "absent.png", "text": "x"}]
+    rows = [{"file_name": "a.jpg", "text": "from metadata"}, {"file_name": "B.PNG", "text": ""}]
     (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
     (folder / "a.txt").write_text("from text")
     (folder / "c.txt").write_text("from text")
     assert captions(folder) == {"B.PNG": None, "a.jpg": "from metadata", "c.png": "from text"}
+
+
+def test_metadata_of_absent_files_is_listed(folder):
+    """A picture in a subdirectory would otherwise lose its caption in silence."""
+    rows = [{"file_name": "inner/a.jpg", "text": "x"}, {"file_name": "absent.png", "text": "x"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"(?s)metadata.jsonl: names files.*absent.png.*inner/a.jpg"):
+        captions(folder)
 
 
 def test_the_caption_column_is_named(folder):
@@ -329,12 +337,12 @@ def test_preflight_measures_the_upright_picture(tmp_path):
         check(tmp_path)
 
 
-def test_preflight_names_at_most_twenty(tmp_path):
+def test_preflight_names_every_bad_file(tmp_path):
     samples = []
     for number in range(25):
         (tmp_path / f"{number:02d}.png").write_bytes(b"no")
         samples.append(Sample(f"{number:02d}.png", tmp_path / f"{number:02d}.png"))
-    with pytest.raises(UserError, match=r"(?s)25 of 25.*19.png.*and 5 more"):
+    with pytest.raises(UserError, match=r"(?s)25 of 25.*00.png.*24.png"):
         preflight(samples, 32, "--instance_data_dir", False)
 
 

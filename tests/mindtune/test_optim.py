@@ -257,7 +257,7 @@ def expected_factor(name, update, warmup, total, cycles, power, lr):
     return {
         "constant_with_warmup": 1.0,
         "linear": max(0.0, (total - update) / max(1, total - warmup)),
-        "cosine": max(0.0, 0.5 * (1.0 + math.cos(math.pi * cycles * progress))),
+        "cosine": max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress))),
         "cosine_with_restarts": 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * ((cycles * progress) % 1.0))),
         "polynomial": (1e-7 if update > total else (lr - 1e-7) * max(0.0, 1 - progress) ** power + 1e-7) / lr,
     }[name]

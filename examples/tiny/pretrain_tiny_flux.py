@@ -1,0 +1,205 @@
+"""Trains a small FLUX on the world of shapes.py: transformer, CLIP and T5 together, from noise. MindSpore, two CPU cores, hours.
+
+    python examples/tiny/pretrain_tiny_vae.py WORK/vae            first (PyTorch, an extra: see there)
+    python examples/tiny/pretrain_tiny_flux.py WORK --steps 16000
+
+Writes WORK/flux-shapes, a complete pipeline directory. Stopped at any moment and started again, it goes on from WORK/state, written
+every 250 steps. The building blocks are the training scripts': mindone's FluxTransformer2DModel and TrainStep, mindtune's mathematics,
+optimizer and checkpoints. CLIP and T5 train along because FLUX gives text tokens no positions: a frozen random T5 can hardly tell "red
+on blue" from "blue on red".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn, ops
+
+from mindtune import checkpoint, flow, models, optim, precision, rng
+from mindtune.encode import token_ids
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from make_tiny_pipeline import CAPTIONS, hf_name, make_flux  # noqa: E402  (the files beside this one, from wherever it is called)
+from shapes import COLOURS, SHAPES, draw_scene, picture  # noqa: E402
+
+SIDE, TOKENS = 64, 12
+TRANSFORMER = {
+    "num_layers": 2, "num_single_layers": 5, "num_attention_heads": 6, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12],
+    "joint_attention_dim": 96, "pooled_projection_dim": 96,
+}  # fmt: skip
+CLIP = {"hidden_size": 96, "intermediate_size": 192, "projection_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+T5 = {"d_model": 96, "d_kv": 24, "d_ff": 192, "num_layers": 2, "num_heads": 4}
+
+
+def make_pipeline(out: Path, vae: Path) -> None:
+    """The pipeline with random weights, its tokenizers knowing every word of the world, and the trained VAE."""
+    captions = [f"a {colour} {shape} on a {other} background" for colour in COLOURS for shape in SHAPES for other in COLOURS]
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_flux(partial, captions=CAPTIONS + captions, transformer=TRANSFORMER, clip=CLIP, t5=T5)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        shutil.copy(vae / name, partial / "vae" / name)
+    partial.rename(out)
+
+
+def make_data(root: Path, path: Path, count: int, seed: int) -> dict[str, np.ndarray]:
+    """Scenes of the training split as VAE moments and token ids, made once and kept in one file."""
+    if not path.is_file():
+        vae = models.load_model(root, "vae", precision.resolve_precision("no"))
+        tokenizers = models.load_tokenizer(root, "tokenizer"), models.load_tokenizer(root, "tokenizer_2")
+        draw, moments, clip, t5 = np.random.default_rng(seed), [], [], []
+        for start in range(0, count, 64):
+            scenes = [draw_scene(draw, "train") for _ in range(64)]
+            pixels = np.stack([np.asarray(picture(scene, SIDE), np.float32).transpose(2, 0, 1) / 127.5 - 1 for scene in scenes])
+            moments.append(vae.encode(ms.Tensor(pixels))[0].asnumpy().astype(np.float16))
+            clip += [token_ids(tokenizers[0], scene.caption, 77) for scene in scenes]
+            t5 += [token_ids(tokenizers[1], scene.caption, TOKENS) for scene in scenes]
+            if start % 6400 == 0:
+                print(f"encoded {start} of {count} pictures", flush=True)
+        data = {"moments": np.concatenate(moments), "clip": np.array(clip, np.int32), "t5": np.array(t5, np.int32)}
+        checkpoint.write_atomically(path, lambda beside: np.savez(open(beside, "wb"), **data))  # noqa: SIM115
+    return dict(np.load(path))
+
+
+class PretrainStep(models.TrainStep):
+    """One update of transformer, CLIP and T5. Inputs: moments, posterior noise, noise, indices, CLIP ids, T5 ids."""
+
+    def __init__(self, transformer, clip, t5, optimizer, latent_config, sigmas):
+        super().__init__(transformer, optimizer, gradient_accumulation_steps=1)
+        self.grad_clipper = precision.GradNormClipper(1.0)
+        self.clip, self.t5 = clip.set_grad(), t5.set_grad()
+        self.shift, self.scale = latent_config["shift_factor"], latent_config["scaling_factor"]
+        self.sigmas = ms.Tensor(sigmas)
+        self.text_ids = ms.Tensor(np.zeros((TOKENS, 3), np.float32))
+        self.image_ids = ms.Tensor(flow.latent_image_ids(SIDE // 8, SIDE // 8))
+
+    def forward(self, moments, posterior_noise, noise, indices, clip_ids, t5_ids):
+        latents = (flow.sample_posterior(moments, posterior_noise) - self.shift) * self.scale
+        sigmas = flow.get_sigmas(self.sigmas, indices)
+        prediction = self.model(
+            hidden_states=flow.pack_latents(sigmas * noise + (1.0 - sigmas) * latents),
+            timestep=sigmas.reshape((-1,)),
+            guidance=ops.full((noise.shape[0],), 3.5, dtype=ms.float32),
+            pooled_projections=self.clip(clip_ids)[1],
+            encoder_hidden_states=self.t5(t5_ids)[0],
+            txt_ids=self.text_ids,
+            img_ids=self.image_ids,
+            return_dict=False,
+        )[0]
+        prediction = flow.unpack_latents(prediction, noise.shape[2], noise.shape[3])
+        loss = flow.weighted_mse(prediction, noise - latents, ops.ones_like(sigmas))
+        return self.scale_loss(loss), loss
+
+
+class Average:
+    """An exponential moving average of the weights, in float32 on the host; early on it forgets faster."""
+
+    def __init__(self, parameters: dict[str, ms.Parameter], decay: float):
+        self.decay = decay
+        self.values = {name: parameter.asnumpy().copy() for name, parameter in parameters.items()}
+
+    def update(self, parameters: dict[str, ms.Parameter], step: int, every: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step)) ** every
+        for name, parameter in parameters.items():
+            self.values[name] += (1 - decay) * (parameter.asnumpy() - self.values[name])
+
+
+def write_weights(root: Path, cells: dict[str, nn.Cell], average: dict[str, np.ndarray]) -> None:
+    """Puts averaged weights into the pipeline's files, in fp16, under the names that the files have."""
+    from safetensors.numpy import load_file, save_file
+
+    for part in cells:
+        path = models.weight_files(root, part)[0]
+        names = sorted(load_file(path))
+        ours = {hf_name(name[len(part) + 1 :]): value for name, value in average.items() if name.startswith(f"{part}.")}
+        if missing := set(names) - set(ours):
+            raise KeyError(f"{part}: no trained weight for {sorted(missing)[:3]}")
+        half = {name: ours[name].astype(np.float16) for name in names}
+        checkpoint.write_atomically(path, lambda beside, half=half: save_file(half, beside, metadata={"format": "pt"}))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("work", metavar="WORK", type=Path, help="Directory with vae/; everything else is written there.")
+    add("--steps", type=int, default=16000, help="Updates in all; the learning rate falls to 0 at the last.")
+    add("--batch_size", type=int, default=64, help="Pictures an update.")
+    add("--learning_rate", type=float, default=1e-3, help="Highest rate.")
+    add("--pictures", type=int, default=25600, help="Pictures in the data set.")
+    add("--seed", type=int, default=0, help="Seed of everything random.")
+    args = parser.parse_args(argv)
+
+    # ---- pipeline, data ------------------------------------------------------
+    models.set_up_device(graph_mode=False)
+    root = args.work / "flux-shapes"
+    if not root.exists():
+        make_pipeline(root, args.work / "vae")
+    data = make_data(root, args.work / "data.npz", args.pictures, args.seed)
+    models.set_up_device(graph_mode=True)
+
+    # ---- models, step --------------------------------------------------------
+    full = precision.resolve_precision("no")
+    cells = {name: models.load_model(root, name, full).set_train(True) for name in ("transformer", "text_encoder", "text_encoder_2")}
+    parameters = {f"{part}.{name}": p for part, cell in cells.items() for name, p in cell.parameters_and_names()}
+    for parameter in parameters.values():
+        parameter.requires_grad = True
+    print(precision.parameter_table(cells, full), flush=True)
+    trained = [p for cell in cells.values() for p in cell.trainable_params()]
+    optimizer = optim.create_optimizer(
+        "adamw", [{"params": trained, "lr": args.learning_rate, "weight_decay": 0.01}], betas=(0.9, 0.99), eps=1e-8
+    )
+    sigmas = models.load_scheduler(root).sigmas.asnumpy()
+    step = PretrainStep(*cells.values(), optimizer, models.read_config(root, "vae"), sigmas)
+    average = Average(parameters, 0.9995)
+
+    # ---- resume --------------------------------------------------------------
+    states, first = args.work / "state", 0
+    averaged = {f"average.{name}": ms.Parameter(ms.Tensor(value), name=f"average.{name}") for name, value in average.values.items()}
+    remembered = {**parameters, **{f"optimizer.{k}": p for k, p in optim.optimizer_state(optimizer).items()}, **averaged}
+    if folder := checkpoint.find_checkpoint(states, "latest"):
+        checkpoint.load_state(folder / "state.safetensors", remembered)
+        average.values = {name: averaged[f"average.{name}"].asnumpy().copy() for name in average.values}
+        first = checkpoint.step_of(folder)
+        print(f"going on after step {first}", flush=True)
+
+    def save(number):
+        for name, value in average.values.items():
+            averaged[f"average.{name}"].set_data(ms.Tensor(value))
+        checkpoint.save_checkpoint(states, number, lambda folder: checkpoint.save_state(folder / "state.safetensors", remembered), 2)
+        write_weights(root, cells, average.values)
+
+    # ---- the loop ------------------------------------------------------------
+    stream, started, losses = rng.SampleStream(args.seed, "pretrain", len(data["t5"])), time.time(), []
+    for number in range(first, args.steps):
+        ids = [stream.at(k)[0] for k in range(number * args.batch_size, (number + 1) * args.batch_size)]
+        shape = (args.batch_size, 16, SIDE // 8, SIDE // 8)
+        draws = rng.generator(args.seed, "pretrain draws", number)
+        u = [flow.sample_density(draws, "logit_normal", 0.0, 1.0, 0.0) for _ in ids]
+        indices = np.array([flow.density_to_index(v, len(sigmas)) for v in u], np.int32)
+        noise = (draws.standard_normal(shape, dtype=np.float32) for _ in range(2))
+        factor = optim.schedule_factor("cosine", number, 300, args.steps, cycles=1)
+        optim.set_learning_rates(optimizer, [args.learning_rate * factor])
+        batch = (data["moments"][ids].astype(np.float32), *noise, indices, data["clip"][ids], data["t5"][ids])
+        losses.append(float(step(*map(ms.Tensor, batch))[1]))
+        done = number + 1
+        if done % 10 == 0:
+            average.update(parameters, done, 10)
+        if done % 50 == 0:
+            pace = (time.time() - started) / (done - first)
+            print(f"step {done}: loss {np.mean(losses[-50:]):.4f}, {pace:.2f} s a step", flush=True)
+        if done % 250 == 0 or done == args.steps:
+            save(done)
+    print(json.dumps({"steps": args.steps, "loss": float(np.mean(losses[-250:])) if losses else None}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""A small world to learn: one shape in one colour on a background of another, with its caption and its outline.
+
+    python examples/tiny/shapes.py OUT --count 1000 --size 64 --seed 0 [--split train|held_out|all]
+
+Writes OUT/images, OUT/conditioning (white outline on black) and OUT/metadata.jsonl, a folder that the `datasets` library reads with
+the columns image, conditioning_image and text ("a red circle on a blue background"). In the spirit of fill50k. A quarter of the
+colour and shape pairs is never in the split `train`: `held_out` has only those, to see whether a model learned colours and shapes or
+learned pairs by heart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 60),
+    "blue": (40, 70, 200),
+    "yellow": (245, 215, 50),
+    "purple": (140, 50, 170),
+    "orange": (245, 130, 30),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+OVERSAMPLING = 4  # drawn so many times larger and averaged down, for smooth edges
+
+
+class Scene(NamedTuple):
+    """What a picture shows. Centre and radius are shares of the picture's side."""
+
+    shape: str
+    colour: str
+    background: str
+    centre: tuple[float, float] = (0.5, 0.5)
+    radius: float = 0.32
+
+    @property
+    def caption(self) -> str:
+        return f"a {self.colour} {self.shape} on a {self.background} background"
+
+
+def held_out(colour: str, shape: str) -> bool:
+    """True for two of the eight colours of every shape, others for each: a Latin pattern, so every colour and shape is trained."""
+    place = 3 * SHAPES.index(shape) + list(COLOURS).index(colour)
+    return place % len(COLOURS) in (0, 5)
+
+
+def pairs(split: str) -> list[tuple[str, str]]:
+    """(colour, shape) of a split: train, held_out or all."""
+    everything = [(colour, shape) for shape in SHAPES for colour in COLOURS]
+    return [pair for pair in everything if split == "all" or held_out(*pair) == (split == "held_out")]
+
+
+def draw_scene(rng: np.random.Generator, split: str = "train") -> Scene:
+    """A scene with a random pair of the split, background, place and size; the shape lies inside the picture."""
+    choices = pairs(split)
+    colour, shape = choices[rng.integers(len(choices))]
+    backgrounds = [name for name in COLOURS if name != colour]
+    radius = rng.uniform(0.26, 0.34)
+    centre = rng.uniform(0.5 - 0.12, 0.5 + 0.12, size=2)
+    return Scene(shape, colour, backgrounds[rng.integers(len(backgrounds))], tuple(centre.tolist()), float(radius))
+
+
+# ---- drawing -----------------------------------------------------------------------------------------------------------------------
+
+
+def outline_points(shape: str) -> list[tuple[float, float]]:
+    """The corners of a shape in the unit circle, y downwards (circle and ring: 96 points)."""
+
+    def turn(count, first, radii=(1.0,)):
+        angles = [first + 2 * math.pi * i / count for i in range(count)]
+        return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
+
+    if shape in ("circle", "ring"):
+        return turn(96, 0.0)
+    if shape == "square":
+        return turn(4, math.pi / 4)
+    if shape == "triangle":
+        return turn(3, -math.pi / 2)
+    if shape == "star":
+        return turn(10, -math.pi / 2, (1.0, 0.45))
+    arm = 0.36
+    quarter = [(-arm, -0.95), (arm, -0.95), (arm, -arm)]
+    return [point for k in range(4) for point in _rotate(quarter, k)]
+
+
+def _rotate(points, quarters):
+    for _ in range(quarters):
+        points = [(-y, x) for x, y in points]
+    return points
+
+
+def _placed(points, scene: Scene, side: int, scale: float = 1.0):
+    (cx, cy), r = scene.centre, scene.radius * scale
+    return [((cx + r * x) * side, (cy + r * y) * side) for x, y in points]
+
+
+def mask(scene: Scene, size: int) -> np.ndarray:
+    """float32 [size, size]: the share of every pixel that the shape covers."""
+    side = size * OVERSAMPLING
+    image = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(image)
+    draw.polygon(_placed(outline_points(scene.shape), scene, side), fill=255)
+    if scene.shape == "ring":
+        draw.polygon(_placed(outline_points("circle"), scene, side, 0.5), fill=0)
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32) / 255.0
+
+
+def picture(scene: Scene, size: int) -> Image.Image:
+    """The scene as an RGB picture."""
+    cover = mask(scene, size)[..., None]
+    pixels = cover * np.array(COLOURS[scene.colour]) + (1 - cover) * np.array(COLOURS[scene.background])
+    return Image.fromarray((pixels + 0.5).astype(np.uint8))
+
+
+def conditioning(scene: Scene, size: int) -> Image.Image:
+    """The shape's outline, white on black, about a thirtieth of the side wide."""
+    side = size * OVERSAMPLING
+    image = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(image)
+    width = max(OVERSAMPLING, round(side / 32))
+    loops = [_placed(outline_points(scene.shape), scene, side)]
+    if scene.shape == "ring":
+        loops.append(_placed(outline_points("circle"), scene, side, 0.5))
+    for loop in loops:
+        draw.line([*loop, *loop[:2]], fill=255, width=width, joint="curve")
+    return image.resize((size, size), Image.Resampling.BOX).convert("RGB")
+
+
+# ---- a folder ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_folder(out: Path, count: int, size: int, seed: int, split: str) -> None:
+    """`count` scenes as files; the same arguments give the same bytes. Raises FileExistsError if `out` is not empty."""
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty: name a new directory")
+    rng = np.random.default_rng(seed)
+    rows = []
+    for folder in ("images", "conditioning"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        scene, name = draw_scene(rng, split), f"{number:06d}.png"
+        picture(scene, size).save(out / "images" / name)
+        conditioning(scene, size).save(out / "conditioning" / name)
+        row = {"image_file_name": f"images/{name}", "conditioning_image_file_name": f"conditioning/{name}", "text": scene.caption}
+        rows.append(json.dumps(row))
+    (out / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", metavar="OUT", type=Path, help="New or empty directory.")
+    parser.add_argument("--count", type=int, default=1000, help="Pictures.")
+    parser.add_argument("--size", type=int, default=64, help="Their side in pixels.")
+    parser.add_argument("--seed", type=int, default=0, help="Same seed, same bytes.")
+    parser.add_argument("--split", choices=["train", "held_out", "all"], default="train", help="Which colour and shape pairs.")
+    args = parser.parse_args(argv)
+    try:
+        make_folder(args.out, args.count, args.size, args.seed, args.split)
+    except FileExistsError as error:
+        parser.error(str(error))
+    print(f"wrote {args.count} scenes of the split {args.split} to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

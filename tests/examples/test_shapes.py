@@ -1,0 +1,91 @@
+"""The small world: its pictures show what their captions say, and its evaluator can tell."""
+
+import json
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+from conftest import load_script
+from PIL import Image
+
+shapes = load_script("examples/tiny/shapes.py")
+evaluator = load_script("examples/tiny/evaluate_shapes.py")
+
+
+def test_every_colour_and_every_shape_is_trained_and_held_out_pairs_are_not():
+    train, out = shapes.pairs("train"), shapes.pairs("held_out")
+    assert len(train) == 36 and len(out) == 12 and not set(train) & set(out)
+    assert {colour for colour, _ in train} == set(shapes.COLOURS) and {shape for _, shape in train} == set(shapes.SHAPES)
+    assert Counter(shape for _, shape in out) == dict.fromkeys(shapes.SHAPES, 2)
+
+
+@pytest.mark.parametrize("shape, area", [("circle", np.pi), ("square", 2.0), ("triangle", 1.299), ("ring", 0.75 * np.pi), ("cross", 2.218)])
+def test_areas_are_those_of_geometry(shape, area):
+    """In units of the radius squared: pi, 2, 3 sqrt(3)/4, 3 pi/4, and two bars 1.9 by 0.72 that cross."""
+    scene = shapes.Scene(shape, "red", "blue", (0.47, 0.52), 0.3)
+    assert shapes.mask(scene, 128).sum() / 128**2 == pytest.approx(area * 0.3**2, rel=0.03)
+
+
+def test_a_picture_has_its_two_colours_and_nothing_else_away_from_edges():
+    scene = shapes.Scene("square", "orange", "purple")
+    pixels, cover = np.asarray(shapes.picture(scene, 64)), shapes.mask(scene, 64)
+    assert (pixels[cover == 1] == shapes.COLOURS["orange"]).all() and (pixels[cover == 0] == shapes.COLOURS["purple"]).all()
+
+
+def test_the_outline_lies_on_the_shapes_edge():
+    """A lit pixel has both the shape and the background within three pixels."""
+    for kind in shapes.SHAPES:
+        scene = shapes.Scene(kind, "red", "blue", (0.55, 0.45), 0.3)
+        lit, cover = np.asarray(shapes.conditioning(scene, 64))[..., 0] > 128, shapes.mask(scene, 64)
+        grown = [np.roll(cover, (dy, dx), (0, 1)) for dy in range(-3, 4) for dx in range(-3, 4)]
+        assert (np.max(grown, axis=0)[lit] > 0).all() and (np.min(grown, axis=0)[lit] < 1).all()
+
+
+def test_a_folder_is_a_dataset_and_the_same_seed_gives_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        shapes.make_folder(tmp_path / name, 4, 32, 7, "train")
+    bytes_of = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.*")} for n in ("a", "b")]
+    assert bytes_of[0] == bytes_of[1] and len(bytes_of[0]) == 9
+    rows = datasets.load_dataset(str(tmp_path / "a"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows.column_names == ["image", "conditioning_image", "text"] and rows[0]["image"].size == (32, 32)
+    with pytest.raises(FileExistsError, match="not empty"):
+        shapes.make_folder(tmp_path / "a", 1, 32, 7, "train")
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_the_evaluator_reads_real_pictures(split):
+    rng = np.random.default_rng(3)
+    scenes = [shapes.draw_scene(rng, split) for _ in range(100)]
+    result = evaluator.score([shapes.picture(scene, 64) for scene in scenes], [scene.caption for scene in scenes])
+    assert result["all"] > 0.97
+
+
+def test_the_evaluator_forgives_noise_but_not_a_wrong_picture():
+    rng = np.random.default_rng(4)
+    scenes = [shapes.draw_scene(rng, "all") for _ in range(60)]
+    noisy = []
+    for scene in scenes:
+        pixels = np.asarray(shapes.picture(scene, 64), float) + rng.normal(0, 12, (64, 64, 3))
+        noisy.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+    assert evaluator.score(noisy, [scene.caption for scene in scenes])["all"] > 0.9
+    others = [scenes[(i + 1) % 60].caption for i in range(60)]
+    assert evaluator.score(noisy, others)["all"] < 0.1
+
+
+def test_a_blob_and_an_empty_picture_have_no_shape():
+    plain = Image.new("RGB", (64, 64), shapes.COLOURS["red"])
+    assert evaluator.look(plain)[:3] == (None, None, "red")
+    pixels = np.asarray(plain).copy()
+    pixels[np.random.default_rng(0).random((64, 64)) < 0.3] = shapes.COLOURS["blue"]
+    assert evaluator.look(Image.fromarray(pixels)).shape is None
+
+
+def test_the_commands_print_what_the_docstrings_say(tmp_path, capsys):
+    shapes.main([str(tmp_path / "w"), "--count", "5", "--size", "64", "--split", "held_out"])
+    assert "wrote 5 scenes of the split held_out" in capsys.readouterr().out
+    assert all(
+        shapes.held_out(*json.loads(line)["text"].split()[1:3]) for line in (tmp_path / "w" / "metadata.jsonl").read_text().splitlines()
+    )
+    evaluator.main([str(tmp_path / "w")])
+    assert "shape         1.000" in capsys.readouterr().out

@@ -1,0 +1,106 @@
+"""The encode stage: what an entry's name depends on, what the child does when it cannot, and what T5 keeps wide."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from mindtune import encode, models, precision
+from mindtune.cli import UserError
+from mindtune.data import Sample
+
+
+@pytest.fixture
+def stage(tiny_flux, tmp_path):
+    """stage(**changes): a stage on the tiny pipeline with some settings changed."""
+
+    def make(**changes):
+        settings = {"root": tiny_flux, "variant": None, "precision": "no", "folder": tmp_path / "cache", "max_sequence_length": 16}
+        return encode.Stage(**{**settings, "resolution": 32, "interpolation": "lanczos", **changes})
+
+    return make
+
+
+def changed_copy(root, out, part, name):
+    """The pipeline with one bit of one weight changed."""
+    shutil.copytree(root, out)
+    content = bytearray((out / part / name).read_bytes())
+    content[-5] ^= 1
+    (out / part / name).write_bytes(content)
+    return out
+
+
+def test_a_captions_name_depends_on_all_that_shapes_its_embedding(stage, tiny_flux, tmp_path):
+    key = stage().text_key("a cat")
+    others = [stage().text_key("a dog"), stage(max_sequence_length=8).text_key("a cat"), stage(precision="fp16").text_key("a cat")]
+    for part in ("text_encoder", "text_encoder_2"):
+        root = changed_copy(tiny_flux, tmp_path / part, part, "model.safetensors")
+        others.append(stage(root=root).text_key("a cat"))
+    assert len({key, *others}) == 6
+    assert stage(resolution=64, folder=tmp_path / "elsewhere").text_key("a cat") == key
+
+
+def test_a_pictures_name_depends_on_its_bytes_and_its_preprocessing(stage, photos, tiny_flux, tmp_path):
+    one, two = (Sample(path.name, path) for path in sorted(photos.glob("*.png"))[:2])
+    root = changed_copy(tiny_flux, tmp_path / "vae", "vae", "diffusion_pytorch_model.safetensors")
+    keys = [stage().image_key(one, False), stage().image_key(one, True), stage().image_key(two, False)]
+    keys += [
+        s.image_key(one, False) for s in (stage(resolution=64), stage(interpolation="nearest"), stage(precision="fp16"), stage(root=root))
+    ]
+    assert len(set(keys)) == 7
+    renamed = tmp_path / "renamed.png"
+    renamed.write_bytes(one.read())
+    assert stage().image_key(Sample("another name", renamed), False) == keys[0]
+
+
+def test_the_childs_embeddings_are_those_of_the_encoders_called_here(stage, tiny_flux):
+    made = stage()
+    assert made.prepare(["a cat", "a dog", "a cat"], []) == 2
+    full = precision.resolve_precision("no")
+    for caption in ("a cat", "a dog"):
+        ids = encode.token_ids(models.load_tokenizer(tiny_flux, "tokenizer_2"), caption, 16)
+        states = models.load_model(tiny_flux, "text_encoder_2", full)(ms.Tensor(ids[None]))[0][0].asnumpy()
+        np.testing.assert_array_equal(made.text(caption)["prompt_embeds"], states)
+        clip = models.load_model(tiny_flux, "text_encoder", full)
+        pooled = encode.clip_pooled(clip, models.load_tokenizer(tiny_flux, "tokenizer"), caption)
+        np.testing.assert_array_equal(made.text(caption)["pooled_prompt_embeds"], pooled)
+    assert made.prepare(["a cat", "a dog"], []) == 0
+
+
+@pytest.mark.parametrize("code, sentence", [(-9, "killed by signal 9"), (1, "failed with exit code 1"), (2, "its message is above")])
+def test_a_child_that_fails_ends_the_run_with_a_sentence(stage, monkeypatch, code, sentence):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code))
+    with pytest.raises(UserError, match=sentence):
+        stage().prepare(["a cat"], [])
+
+
+def test_an_encoder_that_overflows_is_not_cached():
+    with pytest.raises(UserError, match=r"fp16: an encoder overflows on cat\.png"):
+        encode._require_finite({"moments": np.array([1.0, np.inf])}, "cat.png", "fp16")
+
+
+def test_t5_in_fp16_keeps_its_overflowing_layer_in_fp32(tiny_flux):
+    """`wo` is what T5's authors name; with weights as large as the real ones' it overflows in fp16."""
+    half = precision.resolve_precision("fp16")
+    encoder = models.load_model(tiny_flux, "text_encoder_2", half)
+    types = {name: parameter.dtype for name, parameter in encoder.parameters_and_names()}
+    assert {dtype for name, dtype in types.items() if ".wo." in name} == {ms.float32}
+    assert {dtype for name, dtype in types.items() if ".wo." not in name} == {ms.float16}
+
+
+@pytest.mark.parametrize(
+    "part, file", [("transformer", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")]
+)
+def test_a_file_that_lacks_a_tensor_is_not_filled_with_random_numbers(tiny_flux, tmp_path, part, file):
+    from safetensors.numpy import load_file, save_file
+
+    root = Path(shutil.copytree(tiny_flux, tmp_path / "flux"))
+    path = root / part / f"{file}.safetensors"
+    tensors = load_file(path)
+    del tensors[sorted(tensors)[3]]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="the weight files lack 1 tensors"):
+        models.load_model(root, part, precision.resolve_precision("no"))
