@@ -1,8 +1,8 @@
-"""The main job in small: DreamBooth LoRA on photographs of a cat, with a tiny FLUX, on a CPU.
+"""The main job in small: DreamBooth LoRA on a cat, with a tiny FLUX, on a CPU.
 
     python examples/demo_flux_lora.py [--output_dir out/demo]        (make demo)
 
-Writes a tiny FLUX pipeline and six photographs, trains an adapter, draws with and without it, and says where everything is. The
+Writes a tiny FLUX pipeline and six crops of a photograph, trains an adapter, draws with and without it, and says where everything is. The
 tiny FLUX has random weights: the run shows that every part works and that the loss falls, not a cat.
 """
 

@@ -99,10 +99,10 @@ class Stage:
 
 
 @lru_cache(maxsize=64)  # of FLUX.1-dev's captions 8 MB each
-def _entry(cache_folder: Cache, key: str) -> dict[str, np.ndarray]:
-    entry = cache_folder.get(key)
+def _entry(cache: Cache, key: str) -> dict[str, np.ndarray]:
+    entry = cache.get(key)
     if entry is None:
-        raise UserError(f"{cache_folder.path(key)}: the cache entry has gone while training. Start again; it will be encoded anew.")
+        raise UserError(f"{cache.path(key)}: the cache entry has gone while training. Start again; it will be encoded anew.")
     return entry
 
 

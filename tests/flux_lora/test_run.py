@@ -99,6 +99,18 @@ def test_class_pictures_are_made_once_and_used_again(run, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == made
 
 
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "with class pictures"])
+def test_clip_and_transformer_train_together_at_batch_two(run, tmp_path, prior):
+    more = ["--train_text_encoder", "--text_encoder_lr", 1e-3, "--cache_latents", "--train_batch_size", 2]
+    more += ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a cat"] * prior
+    out, _ = run(*more, "--num_class_images", 2)
+    tensors = lora.read_lora(out / lora.LORA_FILE, "")[0]
+    for part, layers in (("transformer", 14), ("text_encoder", 8)):
+        moved = [np.abs(value).max() > 0 for name, value in tensors.items() if name.startswith(f"{part}.") and ".lora_B." in name]
+        assert moved == [True] * layers
+    assert [line["lr_text_encoder"] for line in metrics(out)] == [1e-3] * 3
+
+
 def test_text_and_latents_are_encoded_once(run, monkeypatch, tmp_path):
     more = ["--cache_latents", "--random_flip", "--cache_dir", tmp_path / "cache", "--max_train_steps", 1]
     run(*more, name="first")
