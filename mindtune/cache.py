@@ -40,6 +40,13 @@ def encoder_fingerprint(folder: Path, weights: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def make_readable(path: Path) -> None:
+    """Gives a file that safetensors wrote for its owner alone the permissions of any new file, so that a team can share it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 class Cache:
     """A folder of entries. Reading an absent, torn or foreign file gives None, and the caller encodes again."""
 
@@ -57,6 +64,7 @@ class Cache:
         partial = self.folder / f".{key}.{os.getpid()}.partial"
         try:
             save_file(tensors, partial, metadata={"key": key, "checksum": _checksum(tensors)})
+            make_readable(partial)
             os.replace(partial, self.path(key))
         finally:
             partial.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import mindspore as ms
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from mindtune.cache import make_readable
 from mindtune.cli import UserError
 
 MANIFEST = "manifest.json"
@@ -162,6 +163,7 @@ def save_state(path: Path, parameters: dict[str, ms.Parameter]) -> None:
     """Exact values of named parameters to a safetensors file."""
     # Not ascontiguousarray, which makes a scalar an array of one.
     save_file({name: np.asarray(p.asnumpy(), order="C") for name, p in parameters.items()}, path)
+    make_readable(path)
 
 
 def load_state(path: Path, parameters: dict[str, ms.Parameter]) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
+from safetensors.numpy import load_file, save
 
 from mindtune import checkpoint, flow, models, optim, precision, rng
 from mindtune.encode import token_ids
@@ -32,6 +33,7 @@ from make_tiny_pipeline import CAPTIONS, hf_name, make_flux  # noqa: E402  (the 
 from shapes import COLOURS, SHAPES, draw_scene, picture  # noqa: E402
 
 SIDE, TOKENS = 64, 12
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMER = {
     "num_layers": 2, "num_single_layers": 5, "num_attention_heads": 6, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12],
     "joint_attention_dim": 96, "pooled_projection_dim": 96,
@@ -46,8 +48,9 @@ def make_pipeline(out: Path, vae: Path) -> None:
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     make_flux(partial, captions=CAPTIONS + captions, transformer=TRANSFORMER, clip=CLIP, t5=T5)
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        shutil.copy(vae / name, partial / "vae" / name)
+    shutil.copyfile(vae / "config.json", partial / "vae" / "config.json")
+    half = {name: value.astype(np.float16) for name, value in load_file(vae / WEIGHTS).items()}
+    (partial / "vae" / WEIGHTS).write_bytes(save(half, metadata={"format": "pt"}))
     partial.rename(out)
 
 
@@ -115,8 +118,6 @@ class Average:
 
 def write_weights(root: Path, cells: dict[str, nn.Cell], average: dict[str, np.ndarray]) -> None:
     """Puts averaged weights into the pipeline's files, in fp16, under the names that the files have."""
-    from safetensors.numpy import load_file, save_file
-
     for part in cells:
         path = models.weight_files(root, part)[0]
         names = sorted(load_file(path))
@@ -124,7 +125,7 @@ def write_weights(root: Path, cells: dict[str, nn.Cell], average: dict[str, np.n
         if missing := set(names) - set(ours):
             raise KeyError(f"{part}: no trained weight for {sorted(missing)[:3]}")
         half = {name: ours[name].astype(np.float16) for name in names}
-        checkpoint.write_atomically(path, lambda beside, half=half: save_file(half, beside, metadata={"format": "pt"}))
+        checkpoint.write_atomically(path, lambda beside, half=half: beside.write_bytes(save(half, metadata={"format": "pt"})))
 
 
 def main(argv=None):

@@ -159,3 +159,8 @@ def test_the_ends_of_a_large_file_count(tmp_path, place):
     content[place] ^= 1
     weights[0].write_bytes(content)
     assert encoder_fingerprint(folder, weights) != before
+
+
+def test_an_entry_is_as_readable_as_any_new_file(cache, tmp_path):
+    (tmp_path / "any").touch()
+    assert cache.path(KEY).stat().st_mode == (tmp_path / "any").stat().st_mode

@@ -295,3 +295,10 @@ def test_going_on_from_another_directorys_checkpoint_moves_nothing(three, tmp_pa
     other = save_checkpoint(tmp_path_factory.mktemp("other"), 3, writes("3"))
     assert set_aside_later(three, other) == []
     assert len(checkpoints(three)) == 3
+
+
+def test_a_state_is_as_readable_as_any_new_file(tmp_path):
+    """safetensors alone would leave it to its owner, and a team could not share a run."""
+    (tmp_path / "any").touch()
+    save_state(tmp_path / "s", state(1))
+    assert (tmp_path / "s").stat().st_mode == (tmp_path / "any").stat().st_mode
