@@ -81,11 +81,17 @@ def test_a_script_opens_with_the_command_to_run_it(script):
 # ---- scripts and the common module -------------------------------------------------------------------------------------------------
 
 
-def test_the_script_runs_elsewhere_with_only_mindtune_installed(flags, tmp_path):
-    shutil.copy(ROOT / "flux_lora/train_dreambooth_lora_flux.py", tmp_path / "my_copy.py")
-    line = [sys.executable, "my_copy.py", *flags("out", "--max_train_steps", 1)]
-    done = subprocess.run(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
+def test_the_scripts_run_elsewhere_with_only_mindtune_installed(flags, tiny_flux, tmp_path):
+    def run_copy(script, *words):
+        shutil.copy(ROOT / script, tmp_path / "my_copy.py")
+        line = [sys.executable, "my_copy.py", *map(str, words)]
+        done = subprocess.run(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+
+    run_copy("flux_lora/train_dreambooth_lora_flux.py", *flags("out", "--max_train_steps", 1))
+    small = ["--height", 32, "--width", 32, "--num_inference_steps", 2, "--max_sequence_length", 16]
+    run_copy("flux_lora/infer_flux_lora.py", "--pretrained_model_name_or_path", tiny_flux, "--lora", "out", "--prompt", "a cat", *small)
+    assert (tmp_path / "flux-lora.png").read_bytes()[:4] == b"\x89PNG"
     assert [sorted(line) for line in metrics(tmp_path / "out")] == [["grad_norm", "loss", "lr", "step"]]
     assert (tmp_path / "out/pytorch_lora_weights.safetensors").stat().st_size > 10_000
 
