@@ -111,7 +111,13 @@ def parse_args(argv=None):
     add("--max_train_steps", type=int, help="Updates in all; overrides the epochs.")
     add("--seed", type=int, help="Seed of everything random. Default: drawn, and written to run.json.")
     # Optimizer
-    add("--optimizer", type=str.lower, choices=["adamw", "adamweightdecay", "prodigy", "adafactor"], default="adamw", help="AdamW, ...")
+    add(
+        "--optimizer",
+        type=str.lower,
+        choices=["adamw", "adamweightdecay", "prodigy", "adafactor"],
+        default="adamw",
+        help="AdamW has bias correction, AdamWeightDecay is MindSpore's without.",
+    )
     add("--use_8bit_adam", action="store_true", help="Not in this version.")
     add("--learning_rate", type=float, default=1e-4, help="Base rate; for prodigy about 1.")
     add("--text_encoder_lr", type=float, default=5e-6, help="Base rate for CLIP.")
