@@ -506,7 +506,7 @@ def open_output_dir(args):
     folder = None
     if args.resume_from_checkpoint:
         folder = checkpoint.find_checkpoint(output_dir, args.resume_from_checkpoint)
-        if folder is not None and folder.resolve().parent == output_dir.resolve():
+        if checkpoint.belongs_to(folder, output_dir):
             return output_dir, folder
         # A run that was stopped before its first checkpoint has no adapter yet: that one may start over.
         if folder is None and lora.LORA_FILE not in found:
@@ -521,12 +521,14 @@ def open_output_dir(args):
 
 
 def remove_old_run(output_dir, logging_dir):
-    """Only what a run of this script makes; the cache stays."""
+    """Only what a run of this script makes, by its names; the cache stays, and so does a logging directory outside, maybe shared."""
     aside = [p for p in output_dir.glob("checkpoint-*.set-aside-*") if (p / checkpoint.MANIFEST).is_file()]
     for folder in (*checkpoint.checkpoints(output_dir), *aside, *output_dir.glob(".checkpoint-*.partial")):
         shutil.rmtree(folder)
     files = [output_dir / name for name in OUR_FILES]
-    for path in (*files, *logging_dir.glob("events.out.tfevents*"), *output_dir.glob("samples/*.png")):
+    pictures = [*output_dir.glob("samples/step-*.png"), output_dir / "samples" / "final.png"]
+    own_logs = logging_dir.glob("events.out.tfevents*") if output_dir.resolve() in logging_dir.resolve().parents else ()
+    for path in (*files, *pictures, *own_logs):
         path.unlink(missing_ok=True)
 
 
@@ -683,8 +685,7 @@ def main(argv=None):
         "data": {"fingerprint": fingerprint, "samples": len(train_samples), "held_out": [s.name for s in held_out]},
         "trainable": {name: sum(p.size for p in model.trainable_params()) for name, model in trained.items()},
     }  # fmt: skip
-    goes_on = resume is not None and resume.resolve().parent == output_dir.resolve()
-    if not goes_on:
+    if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
         remove_old_run(output_dir, logging_dir)
     tracking.write_run_json(output_dir / "run.json", **record, finished=False)
     tracker = tracking.Tracker(output_dir, logging_dir, args.report_to == "tensorboard", global_step)

@@ -102,7 +102,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    return int(folder.name.split("-")[1])
+    """The update a checkpoint was made after; also of one that was set aside."""
+    return int(re.match(r"checkpoint-(\d+)", folder.name)[1])
+
+
+def belongs_to(folder: Optional[Path], output_dir: Path) -> bool:
+    """True if `folder` is a checkpoint inside `output_dir`: the run there is the one it goes on with."""
+    return folder is not None and folder.resolve().parent == Path(output_dir).resolve()
 
 
 def damage(folder: Path) -> Optional[str]:
@@ -149,7 +155,7 @@ def set_aside_later(output_dir: Path, folder: Path) -> list[Path]:
 
     Does nothing if `folder` is in another directory. Returns the new names.
     """
-    if folder.resolve().parent != Path(output_dir).resolve():
+    if not belongs_to(folder, output_dir):
         return []
     aside = []
     for later in checkpoints(output_dir):

@@ -90,7 +90,6 @@ class AdamW(nn.Optimizer):
         correction1 = -ops.expm1(step * self.log_beta1)
         root2 = ops.sqrt(-ops.expm1(step * self.log_beta2))
         rate = root2 / correction1
-        success = True
         for i in range(len(self.parameters)):
             lr = self.learning_rate[i]
             self.fused(
@@ -104,7 +103,7 @@ class AdamW(nn.Optimizer):
                 self.decay[i] / rate,
                 gradients[i].to(self.parameters[i].dtype),
             )
-        return success
+        return True
 
 
 class Prodigy(nn.Optimizer):

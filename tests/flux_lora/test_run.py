@@ -192,3 +192,14 @@ def test_pixels_reach_the_step_as_the_preprocessing_made_them(lora_script, flags
     left = round((image.width - 32) / 2)
     expected = np.asarray(image.crop((left, 0, left + 32, 32)), np.float32) / 127.5 - 1
     np.testing.assert_array_equal(pixels, expected.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["fresh start", "overwriting"])
+def test_a_run_deletes_nothing_it_did_not_make(run, tmp_path, overwrite):
+    """The user's own pictures beside ours, and other runs' curves in a logging directory that is shared."""
+    mine, shared = tmp_path / "run" / "samples" / "holiday.png", tmp_path / "shared" / "events.out.tfevents.1.other"
+    for path in (mine, shared):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"mine")
+    run("--cache_latents", "--max_train_steps", 1, "--logging_dir", tmp_path / "shared", *(["--overwrite_output_dir"] * overwrite))
+    assert mine.read_bytes() == shared.read_bytes() == b"mine"

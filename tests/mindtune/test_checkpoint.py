@@ -302,3 +302,10 @@ def test_a_state_is_as_readable_as_any_new_file(tmp_path):
     (tmp_path / "any").touch()
     save_state(tmp_path / "s", state(1))
     assert (tmp_path / "s").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_going_on_from_one_that_was_set_aside(three):
+    aside = {path.name.split(".")[0]: path for path in set_aside_later(three, three / "checkpoint-2")}
+    assert find_checkpoint(three, aside["checkpoint-4"].name) == aside["checkpoint-4"]
+    save_checkpoint(three, 6, writes("6"))
+    assert [path.name.split(".")[0] for path in set_aside_later(three, aside["checkpoint-4"])] == ["checkpoint-6"]
