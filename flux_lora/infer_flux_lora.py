@@ -50,19 +50,6 @@ def parse_args(argv=None):
     return args
 
 
-def output_files(args):
-    """(grid or only picture, single pictures). Raises UserError if one is there and --overwrite is not given."""
-    output = Path(args.output)
-    if output.suffix.lower() != ".png":
-        raise UserError(f"--output {output}: pictures are written as PNG; give a name that ends in .png.")
-    count = len(args.prompt) * args.num_images_per_prompt * (2 if args.compare else 1)
-    singles = [output.with_name(f"{output.stem}-{n + 1}.png") for n in range(count)] if count > 1 else []
-    for path in (output, *singles):
-        if path.exists() and not args.overwrite:
-            raise UserError(f"--output {path}: is already there. Name another file or add --overwrite.")
-    return output, singles
-
-
 def lora_file(args):
     path = Path(args.lora)
     path = path / lora.LORA_FILE if path.is_dir() else path
@@ -74,7 +61,8 @@ def lora_file(args):
 def main(argv=None):
     # ---- check everything --------------------------------------------------
     args = parse_args(argv)
-    output, singles = output_files(args)
+    pictures = len(args.prompt) * args.num_images_per_prompt * (2 if args.compare else 1)
+    output, singles = sampling.output_files(args.output, pictures, args.overwrite)
     adapter = lora_file(args) if args.lora else None
     adapts_clip = adapter and any(name.startswith("text_encoder.") for name in lora.read_lora(adapter, "--lora")[0])
     models.set_up_device(graph_mode=False)
@@ -84,7 +72,7 @@ def main(argv=None):
     kind = precision.resolve_precision(args.mixed_precision)
     with tempfile.TemporaryDirectory() as nowhere:
         folder = Path(args.cache_dir, "mindtune") if args.cache_dir else Path(nowhere)
-        stage = Stage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, max(args.height, args.width), "lanczos")
+        stage = Stage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length)
         stage.prepare(args.prompt, [])
         texts = [stage.text(prompt) for prompt in args.prompt]
 

@@ -9,12 +9,9 @@ Ctrl-C saves a checkpoint; the same command with --resume_from_checkpoint latest
 """
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import secrets
-import shutil
 import time
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from mindtune import checkpoint, data, flow, lora, models, optim, precision, rng
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, run
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
+from mindtune.held_out import HELD_OUT_INDICES, held_out_loss, split
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
@@ -41,7 +39,7 @@ REFUSED = {
     "distributed": "several devices are not in this version; leave the flag out and train on one",
 }
 # CUDA switches that a diffusers command may carry, and what this backend does anyway.
-CUDA_ONLY = {
+ACCEPTED = {
     "allow_tf32": "a CUDA setting; this backend's matrix products run in the type --mixed_precision names",
     "enable_xformers_memory_efficient_attention": "a CUDA kernel; on Ascend mindone uses its own flash attention without a flag",
     "enable_npu_flash_attention": "mindone uses flash attention on Ascend without a flag",
@@ -161,7 +159,7 @@ def parse_args(argv=None):
     add("--hub_model_id", help="Not in this version.")
     add("--aspect_ratio_buckets", help="Not in this version.")
     add("--distributed", action="store_true", help="Not in this version.")
-    for name, why in CUDA_ONLY.items():
+    for name, why in ACCEPTED.items():
         add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
 
     args = parser.parse_args(argv)
@@ -178,7 +176,7 @@ def check_args(args):
         raise UserError("--optimizer adafactor: not in this version; use AdamW, AdamWeightDecay or prodigy.")
     if args.report_to in ("wandb", "all"):
         raise UserError(f"--report_to {args.report_to}: Weights & Biases is not in this version; use tensorboard.")
-    for name, why in CUDA_ONLY.items():
+    for name, why in ACCEPTED.items():
         if getattr(args, name):
             print(f"--{name}: {why}")
 
@@ -250,17 +248,6 @@ def load_samples(args):
     return samples
 
 
-def split_samples(samples, share, seed):
-    """(training, held out): a seeded choice of `share` of the samples, at least one if the share is above 0."""
-    if not share:
-        return samples, []
-    count = max(1, round(share * len(samples)))
-    if count >= len(samples):
-        raise UserError(f"--validation_split {share}: would keep out {count} of {len(samples)} pictures; use a smaller share.")
-    out = set(rng.generator(seed, "held out").permutation(len(samples))[:count].tolist())
-    return [s for i, s in enumerate(samples) if i not in out], [s for i, s in enumerate(samples) if i in out]
-
-
 def class_samples(args):
     """The usable class pictures that are there, maybe none yet. Raises UserError."""
     folder = Path(args.class_data_dir)
@@ -279,14 +266,14 @@ def make_class_images(args, root, seed, have):
     print(f"class images: {have} of {args.num_class_images} in {folder}; making {missing}")
     folder.mkdir(parents=True, exist_ok=True)
     first = max((int(path.name[:5]) + 1 for path in folder.glob("[0-9]" * 5 + "-*.png")), default=0)
-    order = ClassImages(folder, args.class_prompt, first, first + missing, args.sample_batch_size, seed)
+    order = ClassImages(folder, args.class_prompt, first, first + missing, args.sample_batch_size, seed, args.resolution)
     order.steps, order.guidance_scale = args.num_inference_steps, args.guidance_scale
     make_stage(args, root, args.prior_generation_precision or args.mixed_precision).generate(order)
 
 
 def make_stage(args, root, kind):
     folder = Path(args.cache_dir, "mindtune") if args.cache_dir else Path(args.output_dir, "cache")
-    return Stage(root, args.variant, kind, folder, args.max_sequence_length, args.resolution, args.image_interpolation_mode)
+    return Stage(root, args.variant, kind, folder, args.max_sequence_length, args.image_interpolation_mode)
 
 
 class Batches:
@@ -296,9 +283,9 @@ class Batches:
     noise [B, C, h, w], index [B], prompt_embeds [B, L, D], and pooled_prompt_embeds [B, P] or CLIP's token ids [B, 77].
     """
 
-    def __init__(self, args, seed, stage, samples, class_samples, latent_shape, num_train_timesteps, tokenizer=None):
+    def __init__(self, args, seed, stage, samples, class_samples, held_out, latent_shape, num_train_timesteps, tokenizer=None):
         self.args, self.seed, self.stage, self.tokenizer = args, seed, stage, tokenizer
-        self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
+        self.held_out_samples, self.latent_shape, self.num_train_timesteps = held_out, latent_shape, num_train_timesteps
         self.kinds = [("instance", samples, rng.SampleStream(seed, "instance", len(samples), args.repeats))]
         if class_samples:
             self.kinds.append(("class", class_samples, rng.SampleStream(seed, "class", len(class_samples))))
@@ -318,7 +305,7 @@ class Batches:
         crop = rng.generator(seed, f"{kind} crop and flip", sample_id, use).random(3)
         flip = bool(args.random_flip and crop[2] < 0.5)
         if args.cache_latents:
-            image = self.stage.moments(sample, flip)
+            image = self.stage.moments(sample, args.resolution, flip)
         else:
             place = None if args.center_crop else (crop[0], crop[1])
             image = data.pixel_values(sample.open(), args.resolution, args.image_interpolation_mode, place, flip)
@@ -330,10 +317,11 @@ class Batches:
         noise = rng.normal(seed, f"{kind} noise", sample_id, use, shape=self.latent_shape)
         return image, posterior, noise, index, *self._text(sample.caption)
 
-    def held_out(self, sample_id, sample, index):
+    def held_out(self, sample_id, index):
         """A batch of one held-out picture, always with the same draws for the same index."""
+        sample = self.held_out_samples[sample_id]
         if self.args.cache_latents:
-            image = self.stage.moments(sample, False)
+            image = self.stage.moments(sample, self.args.resolution, False)
         else:
             image = data.pixel_values(sample.open(), self.args.resolution, self.args.image_interpolation_mode)
         posterior = rng.normal(self.seed, "held-out posterior", sample_id, shape=self.latent_shape)
@@ -418,33 +406,6 @@ class TrainStepForFluxDevDB(models.TrainStep):
 # ---- looking ------------------------------------------------------------------------------------------------------------------------
 
 
-HELD_OUT_INDICES = [62, 187, 312, 437, 562, 687, 812, 937]  # the middles of eighths of 1000
-
-
-@contextlib.contextmanager
-def resting(*trained):
-    """The trained models without dropout, in PyNative, recording nothing for a backward pass."""
-    with sampling.eager():
-        for model in trained:
-            model.set_train(False)
-        yield
-        for model in trained:
-            model.set_train(True)
-
-
-def held_out_loss(step, trained, batches, samples):
-    """Plain flow-matching loss of the held-out pictures at each of HELD_OUT_INDICES, a list of floats."""
-    losses = []
-    with resting(*trained):
-        for index in HELD_OUT_INDICES:
-            values = []
-            for sample_id, sample in enumerate(samples):
-                prediction, target, sigmas = step.predict(*map(ms.Tensor, batches.held_out(sample_id, sample, index)))
-                values.append(float(flow.weighted_mse(prediction, target, ops.ones_like(sigmas))))
-            losses.append(float(np.mean(values)))
-    return losses
-
-
 class Painter:
     """Draws the validation prompts with the transformer at hand; loads only the VAE, once, and the prompts' cached embeddings."""
 
@@ -461,7 +422,7 @@ class Painter:
             self.vae = models.load_model(self.root, "vae", self.kind, self.args.variant)
         trained = [m for m in (self.transformer, self.text_encoder) if m is not None]
         rows = []
-        with resting(*trained):
+        with sampling.resting(*trained):
             for model in trained:
                 lora.enable_lora(model, adapted)
             for prompt, text in self.text.items():
@@ -491,45 +452,9 @@ SAME_RUN = {
     "dataloader_num_workers", "output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "seed",
     "resume_from_checkpoint", "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "num_validation_images",
     "num_inference_steps", "validation_epochs", "sample_batch_size", "prior_generation_precision", "num_train_epochs", "max_train_steps",
-    *REFUSED, *CUDA_ONLY,
+    *REFUSED, *ACCEPTED,
 }  # fmt: skip
 OUR_FILES = ("run.json", "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", lora.LORA_FILE)
-
-
-def open_output_dir(args):
-    """(output_dir, checkpoint folder or None). Refuses a directory that holds another run. Raises UserError; writes nothing."""
-    output_dir = Path(args.output_dir)
-    base = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
-    if not base.is_dir() or not os.access(base, os.W_OK):
-        raise UserError(f"--output_dir {output_dir}: {base} is not a directory that can be written to. Name another one.")
-    found = [name for name in OUR_FILES if (output_dir / name).exists()] + [p.name for p in checkpoint.checkpoints(output_dir)]
-    folder = None
-    if args.resume_from_checkpoint:
-        folder = checkpoint.find_checkpoint(output_dir, args.resume_from_checkpoint)
-        if checkpoint.belongs_to(folder, output_dir):
-            return output_dir, folder
-        # A run that was stopped before its first checkpoint has no adapter yet: that one may start over.
-        if folder is None and lora.LORA_FILE not in found:
-            print(f"--resume_from_checkpoint latest: no checkpoint in {output_dir}; starting from the beginning")
-            return output_dir, None
-    if found and not args.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {output_dir}: holds another run ({', '.join(found[:3])}). Go on with it by --resume_from_checkpoint latest, "
-            "name another directory, or remove that run by --overwrite_output_dir."
-        )
-    return output_dir, folder
-
-
-def remove_old_run(output_dir, logging_dir):
-    """Only what a run of this script makes, by its names; the cache stays, and so does a logging directory outside, maybe shared."""
-    aside = [p for p in output_dir.glob("checkpoint-*.set-aside-*") if (p / checkpoint.MANIFEST).is_file()]
-    for folder in (*checkpoint.checkpoints(output_dir), *aside, *output_dir.glob(".checkpoint-*.partial")):
-        shutil.rmtree(folder)
-    files = [output_dir / name for name in OUR_FILES]
-    pictures = [*output_dir.glob("samples/step-*.png"), output_dir / "samples" / "final.png"]
-    own_logs = logging_dir.glob("events.out.tfevents*") if output_dir.resolve() in logging_dir.resolve().parents else ()
-    for path in (*files, *pictures, *own_logs):
-        path.unlink(missing_ok=True)
 
 
 def main(argv=None):
@@ -544,13 +469,16 @@ def main(argv=None):
         lora.check_targets(models.flux_skeleton(root), targets["transformer"], "--lora_layers")
     if args.train_text_encoder:
         targets["text_encoder"] = lora.TEXT_ENCODER_TARGETS
-    output_dir, resume = open_output_dir(args)
+    output_dir, resume = checkpoint.open_output_dir(
+        args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, lora.LORA_FILE
+    )
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
     samples = load_samples(args)
     prior_samples = class_samples(args) if args.with_prior_preservation else []
 
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
-    train_samples, held_out = split_samples(samples, args.validation_split, seed)
+    kept, kept_out = split(len(samples), args.validation_split, seed)
+    train_samples, held_out = [samples[i] for i in kept], [samples[i] for i in kept_out]
     logging_dir = output_dir / args.logging_dir
     output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -566,8 +494,10 @@ def main(argv=None):
     images = []
     if args.cache_latents:
         print("--cache_latents: every picture keeps its centre crop" + (", one entry a flip" if args.random_flip else ""))
-        images = [(s, flip) for s in train_samples + prior_samples for flip in ([False, True] if args.random_flip else [False])]
-        images += [(s, False) for s in held_out]
+        images = [
+            (s, args.resolution, flip) for s in train_samples + prior_samples for flip in ([False, True] if args.random_flip else [False])
+        ]
+        images += [(s, args.resolution, False) for s in held_out]
     encoded = stage.prepare(captions, images)
     print(f"encode stage: {encoded} made, {len(set(captions)) + len(images) - encoded} already in {stage.folder}")
 
@@ -603,7 +533,7 @@ def main(argv=None):
     auto = args.timestep_shift == "auto"
     shift = flow.resolution_shift((side // 2) ** 2, scheduler_config) if auto else float(args.timestep_shift)
     sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), shift)
-    batches = Batches(args, seed, stage, train_samples, prior_samples, latent_shape, len(sigmas), tokenizer)
+    batches = Batches(args, seed, stage, train_samples, prior_samples, held_out, latent_shape, len(sigmas), tokenizer)
     per_update = args.train_batch_size * args.gradient_accumulation_steps
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.epoch_length / per_update)
 
@@ -632,7 +562,7 @@ def main(argv=None):
     remembered.update({f"optimizer.{k}": p for k, p in optim.optimizer_state(optimizer).items()})
     if args.mixed_precision == "fp16":
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
-    fingerprint = checkpoint.text_digest(*[s.digest + s.caption for s in train_samples + prior_samples])
+    fingerprint = checkpoint.text_digest(s.digest + s.caption for s in train_samples + prior_samples)
     base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
     identity = {"seed": seed, "data": fingerprint, "base": base, **{k: v for k, v in vars(args).items() if k not in SAME_RUN}}
     global_step = 0
@@ -658,7 +588,7 @@ def main(argv=None):
     def look(final=False):
         """Held-out loss and validation pictures of this moment."""
         if held_out and not curve.has(global_step):
-            losses = held_out_loss(step, trained.values(), batches, held_out)
+            losses = held_out_loss(step, trained.values(), batches.held_out, len(held_out))
             curve.add(global_step, [float(sigmas[i]) for i in HELD_OUT_INDICES], losses)
             by_sigma = {f"held_out__loss_at_{sigmas[i]:.3f}": value for i, value in zip(HELD_OUT_INDICES, losses)}
             tracker.log(global_step, held_out__loss=float(np.mean(losses)), **by_sigma)
@@ -686,7 +616,7 @@ def main(argv=None):
         "trainable": {name: sum(p.size for p in model.trainable_params()) for name, model in trained.items()},
     }  # fmt: skip
     if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
-        remove_old_run(output_dir, logging_dir)
+        checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
     tracking.write_run_json(output_dir / "run.json", **record, finished=False)
     tracker = tracking.Tracker(output_dir, logging_dir, args.report_to == "tensorboard", global_step)
     curve = tracking.LossByTimestep(output_dir, global_step)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -79,6 +80,20 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
+def write_files_atomically(folder: Path, write: Callable[[Path], Any]) -> None:
+    """`write(beside)` fills a hidden folder, whose files then replace those of the same names in `folder`."""
+    beside = folder / ".files.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        write(beside)
+        for path in sorted(beside.iterdir()):
+            sync(path)
+            os.replace(path, folder / path.name)
+        sync(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -87,7 +102,7 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def text_digest(*texts: str) -> str:
+def text_digest(texts: Iterable[str]) -> str:
     """One hash of several texts and their order."""
     digest = hashlib.sha256()
     for text in texts:
@@ -148,6 +163,45 @@ def find_checkpoint(output_dir: Path, which: str) -> Optional[Path]:
     if candidates:
         raise UserError(f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged. Start anew in another directory.")
     return None
+
+
+def open_output_dir(name: str, resume: Optional[str], overwrite: bool, our_files: Iterable[str], final: str) -> tuple[Path, Optional[Path]]:
+    """(output directory, checkpoint to go on from or None), with what --resume_from_checkpoint and --overwrite_output_dir say.
+
+    `our_files` are the names a run leaves there besides checkpoints, `final` the one that a finished run has. Writes nothing.
+    Raises UserError for a directory that cannot be written to or that holds another run.
+    """
+    output_dir = Path(name)
+    base = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    if not base.is_dir() or not os.access(base, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {base} is not a directory that can be written to. Name another one.")
+    found = [file for file in our_files if (output_dir / file).exists()] + [p.name for p in checkpoints(output_dir)]
+    folder = None
+    if resume:
+        folder = find_checkpoint(output_dir, resume)
+        if belongs_to(folder, output_dir):
+            return output_dir, folder
+        # A run that was stopped before its first checkpoint has no result yet: that one may start over.
+        if folder is None and final not in found:
+            print(f"--resume_from_checkpoint latest: no checkpoint in {output_dir}; starting from the beginning")
+            return output_dir, None
+    if found and not overwrite:
+        raise UserError(
+            f"--output_dir {output_dir}: holds another run ({', '.join(found[:3])}). Go on with it by --resume_from_checkpoint latest, "
+            "name another directory, or remove that run by --overwrite_output_dir."
+        )
+    return output_dir, folder
+
+
+def remove_old_run(output_dir: Path, logging_dir: Path, our_files: Iterable[str]) -> None:
+    """Only what a run makes, by its names; the cache stays, and so does a logging directory outside, maybe shared."""
+    aside = [p for p in output_dir.glob("checkpoint-*.set-aside-*") if (p / MANIFEST).is_file()]
+    for folder in (*checkpoints(output_dir), *aside, *output_dir.glob(".checkpoint-*.partial")):
+        shutil.rmtree(folder)
+    pictures = [*output_dir.glob("samples/step-*.png"), output_dir / "samples" / "final.png"]
+    own_logs = logging_dir.glob("events.out.tfevents*") if output_dir.resolve() in logging_dir.resolve().parents else ()
+    for path in (*(output_dir / file for file in our_files), *pictures, *own_logs):
+        path.unlink(missing_ok=True)
 
 
 def set_aside_later(output_dir: Path, folder: Path) -> list[Path]:

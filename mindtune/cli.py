@@ -60,6 +60,17 @@ class StopRequest:
         os.write(2, b"\nstopping after this update; once more to stop at once\n")
 
 
+def matched(prompts: list[str], images: list[str], prompt_flag: str, image_flag: str) -> list[tuple[str, str]]:
+    """(prompt, picture) pairs: as many of both, one picture for all prompts, or one prompt for all pictures. Raises UserError."""
+    if bool(prompts) != bool(images) or (len(prompts) != len(images) and 1 not in (len(prompts), len(images))):
+        raise UserError(
+            f"{prompt_flag} has {len(prompts)} and {image_flag} {len(images)}: give the same number of both, one picture for all "
+            "prompts, or one prompt for all pictures."
+        )
+    count = max(len(prompts), len(images))
+    return list(zip(prompts * (count // max(1, len(prompts))), images * (count // max(1, len(images)))))
+
+
 def listing(items: Iterable[str]) -> str:
     """The items one a line, indented: all of them, so that nobody mends twenty files to learn of twenty more."""
     return "\n".join(f"  {item}" for item in items)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,23 +19,26 @@ from mindtune.cli import UserError, listing
 
 NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".md"}
 INTERPOLATIONS = {name.lower(): getattr(Image.Resampling, name) for name in ("LANCZOS", "BICUBIC", "BILINEAR", "NEAREST", "BOX", "HAMMING")}
+Resolution = Union[int, tuple[int, int]]  # the side of a square, or (height, width)
 
 
 @dataclass
 class Sample:
-    """One picture with its caption (None: use the prompt of the whole run). `source` is a path or a row of a dataset."""
+    """One picture with its caption (None: use the prompt of the whole run).
+
+    `source` is where the encoded picture is: a Path, the bytes themselves, or (dataset, index, column), whose cell `encoded` reads.
+    """
 
     name: str
     source: Any = field(repr=False)
     caption: Optional[str] = None
 
     def read(self) -> bytes:
-        """The encoded image, as found on disk or in the dataset."""
-        if isinstance(self.source, Path):
-            return self.source.read_bytes()
+        """The encoded image, as found on disk or in the dataset. Raises FileNotFoundError if there is none."""
+        if not isinstance(self.source, tuple):
+            return encoded(self.source)
         dataset, index, column = self.source
-        cell = dataset[index][column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        return encoded(dataset[index][column])
 
     def open(self) -> Image.Image:
         return to_rgb(Image.open(io.BytesIO(self.read())))
@@ -44,6 +47,22 @@ class Sample:
     def digest(self) -> str:
         """Hash of the encoded image."""
         return hashlib.sha256(self.read()).hexdigest()
+
+
+def encoded(cell: Any) -> bytes:
+    """The encoded image of a dataset's cell: {"bytes", "path"}, bytes, or a path or URL. Raises FileNotFoundError if it has none."""
+    if isinstance(cell, dict):
+        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+    if isinstance(cell, bytes):
+        return cell
+    if not cell:
+        raise FileNotFoundError("the dataset has none here")
+    if "://" in str(cell):  # the pictures of a folder that is streamed from the hub
+        import fsspec
+
+        with fsspec.open(cell, "rb") as file:
+            return file.read()
+    return Path(cell).read_bytes()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -155,53 +174,78 @@ def preflight(samples: list[Sample], resolution: int, flag: str, skip_bad: bool,
     with ThreadPoolExecutor(max(1, threads)) as pool:
         problems = list(pool.map(lambda sample: _problem(sample, resolution), samples))
     bad = [f"{sample.name}: {problem}" for sample, problem in zip(samples, problems) if problem]
+    report_bad(bad, f"{len(samples)} files", flag, skip_bad)
     good = [sample for sample, problem in zip(samples, problems) if not problem]
-    if bad and not skip_bad:
-        raise UserError(
-            f"{flag}: {len(bad)} of {len(samples)} files cannot be used:\n{listing(bad)}\n"
-            "Replace or move them, or go on without them by --skip_bad_images."
-        )
-    if bad:
-        print(f"{flag}: going on without {len(bad)} of {len(samples)} files:\n{listing(bad)}")
     if not good:
         raise UserError(f"{flag}: no usable image is left.")
     return good
 
 
-def _problem(sample: Sample, resolution: int) -> Optional[str]:
+def report_bad(bad: list[str], total: str, flag: str, skip_bad: bool) -> None:
+    """Raises UserError listing `bad`, or prints the list if `skip_bad`; nothing if it is empty. `total` reads "25 files"."""
+    if bad and not skip_bad:
+        raise UserError(
+            f"{flag}: {len(bad)} of {total} cannot be used:\n{listing(bad)}\n"
+            "Replace or move them, or go on without them by --skip_bad_images."
+        )
+    if bad:
+        print(f"{flag}: going on without {len(bad)} of {total}:\n{listing(bad)}")
+
+
+def size_or_problem(sample: Sample) -> Union[tuple[int, int], str]:
+    """(width, height) of the upright picture, wholly decoded, or what is wrong with it."""
     try:
-        size = sample.open().size
+        return sample.open().size
+    except FileNotFoundError as error:
+        return f"missing ({error.filename or error})"
     except UnidentifiedImageError:
         return "not an image that Pillow can read"
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBombError ...
         return f"damaged ({error})"
-    if min(size) < resolution:
-        return f"{size[0]}x{size[1]} is smaller than --resolution {resolution}"
-    return None
+
+
+def too_small(size: tuple[int, int], resolution: Resolution) -> Optional[str]:
+    """Says so if a picture of `size` (width, height) does not cover `resolution`; otherwise None."""
+    height, width = height_width(resolution)
+    if size[0] >= width and size[1] >= height:
+        return None
+    what = f"--resolution {resolution}" if isinstance(resolution, int) else f"its bucket {height},{width} (height,width)"
+    return f"{size[0]}x{size[1]} is smaller than {what}"
+
+
+def _problem(sample: Sample, resolution: int) -> Optional[str]:
+    size = size_or_problem(sample)
+    return size if isinstance(size, str) else too_small(size, resolution)
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------------------------
 
 
-def resize_shorter_side(image: Image.Image, resolution: int, interpolation: str) -> Image.Image:
-    """Scaled so that the shorter side is `resolution`."""
-    width, height = image.size
-    scale = resolution / min(width, height)
-    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+def height_width(resolution: Resolution) -> tuple[int, int]:
+    """(height, width) in pixels of a resolution given as one number, for a square, or as the two."""
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def resize_shorter_side(image: Image.Image, resolution: Resolution, interpolation: str) -> Image.Image:
+    """Scaled so that it just covers `resolution`: one side fits, the other is as long or longer (of a square: the shorter side fits)."""
+    height, width = height_width(resolution)
+    scale = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     return image if size == image.size else image.resize(size, INTERPOLATIONS[interpolation])
 
 
-def crop_box(size: tuple[int, int], resolution: int, u: Optional[tuple[float, float]]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a square in an image of `size`: central, or at u = (x, y) in [0, 1) of the free room."""
-    room = (size[0] - resolution, size[1] - resolution)
+def crop_box(size: tuple[int, int], resolution: Resolution, u: Optional[tuple[float, float]]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of `resolution` in an image of `size`: central, or at u = (x, y) in [0, 1) of the free room."""
+    height, width = height_width(resolution)
+    room = (size[0] - width, size[1] - height)
     left, top = (round(r / 2.0) for r in room) if u is None else (int(v * (r + 1)) for v, r in zip(u, room))
-    return left, top, left + resolution, top + resolution
+    return left, top, left + width, top + height
 
 
 def pixel_values(
-    image: Image.Image, resolution: int, interpolation: str, u: Optional[tuple[float, float]] = None, flip: bool = False
+    image: Image.Image, resolution: Resolution, interpolation: str, u: Optional[tuple[float, float]] = None, flip: bool = False
 ) -> np.ndarray:
-    """RGB picture to float32 [3, resolution, resolution] in [-1, 1]: resize the shorter side, crop (`crop_box`), mirror if `flip`."""
+    """RGB picture to float32 [3, height, width] in [-1, 1]: `resize_shorter_side`, crop (`crop_box`), mirror if `flip`."""
     image = resize_shorter_side(image, resolution, interpolation)
     image = image.crop(crop_box(image.size, resolution, u))
     if flip:

@@ -10,10 +10,11 @@ import hashlib
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import mindspore as ms
 import numpy as np
@@ -24,10 +25,13 @@ from mindtune.checkpoint import write_atomically
 from mindtune.cli import UserError, run
 from mindtune.data import Sample, pixel_values
 from mindtune.models import load_model, load_tokenizer, read_config, set_up_device, weight_files
+from mindtune.pairs import Pair, nearest_bucket
 from mindtune.precision import resolve_precision
 from mindtune.rng import normal
 from mindtune.sampling import decode_latents, sample_latents
 from mindtune.tracking import package_versions
+
+Size = Union[int, tuple[int, int]]  # side of a square, or (height, width), in pixels
 
 
 @dataclass
@@ -40,6 +44,7 @@ class ClassImages:
     count: int
     batch: int
     seed: int
+    resolution: int
     steps: int = 28
     guidance_scale: float = 3.5
 
@@ -53,8 +58,7 @@ class Stage:
     precision: str
     folder: Path
     max_sequence_length: int
-    resolution: int
-    interpolation: str
+    interpolation: str = "lanczos"
     fingerprints: dict = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,39 +67,80 @@ class Stage:
             name: encoder_fingerprint(self.root / name, weight_files(self.root, name, self.variant))
             for name in ("text_encoder", "text_encoder_2", "vae")
         }
-        for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        for encoder, (tokenizer, _) in ENCODERS.items():
             self.fingerprints[encoder] += encoder_fingerprint(self.root / tokenizer, list((self.root / tokenizer).glob("*.[tm]*")))
         # What else an encoder's output hangs on: the types, the device, and whose code ran.
         self.made_by = [*map(str, resolve_precision(self.precision)), ms.get_context("device_target"), package_versions()["mindone"]]
 
-    def text_key(self, caption: str) -> str:
-        encoders = [self.fingerprints["text_encoder"], self.fingerprints["text_encoder_2"]]
-        return key_of(kind="flux text", caption=caption, length=self.max_sequence_length, encoders=encoders, made_by=self.made_by)
+    def text_key(self, encoder: str, caption: str) -> str:
+        length = self.max_sequence_length if encoder == "text_encoder_2" else None
+        fingerprint = self.fingerprints[encoder]
+        return key_of(kind=f"flux {encoder}", caption=caption, length=length, encoder=fingerprint, made_by=self.made_by)
 
-    def image_key(self, sample: Sample, flip: bool) -> str:
-        shape = [self.resolution, self.interpolation, "centre crop", flip]
+    def image_key(self, sample: Sample, size: Size, flip: bool) -> str:
+        shape = [size, self.interpolation, "centre crop", flip]
         return key_of(kind="vae moments", image=sample.digest, shape=shape, encoder=self.fingerprints["vae"], made_by=self.made_by)
 
     def text(self, caption: str) -> dict[str, np.ndarray]:
         """prompt_embeds [L, D] and pooled_prompt_embeds [P] of a caption, float32."""
-        return _entry(self.cache, self.text_key(caption))
+        return {
+            **_entry(self.cache, self.text_key("text_encoder", caption)),
+            **_entry(self.cache, self.text_key("text_encoder_2", caption)),
+        }
 
-    def moments(self, sample: Sample, flip: bool) -> np.ndarray:
-        """The VAE's mean and log-variance [2C, H, W] of a picture's centre crop, float32."""
-        return _entry(self.cache, self.image_key(sample, flip))["moments"]
+    def moments(self, sample: Sample, size: Size, flip: bool) -> np.ndarray:
+        """The VAE's mean and log-variance [2C, H, W] of a picture's centre crop to `size`, float32."""
+        return _entry(self.cache, self.image_key(sample, size, flip))["moments"]
 
-    def prepare(self, captions: list[str], images: list[tuple[Sample, bool]]) -> int:
-        """Encodes in a child process what the cache lacks. Returns how many entries were made; raises UserError if the child failed."""
-        captions = [c for c in dict.fromkeys(captions) if not self.cache.valid(self.text_key(c))]
-        images = [(s, f) for s, f in images if not self.cache.valid(self.image_key(s, f))]
-        if captions or images:
-            _in_child((self, captions, images, None))
+    def prepare(self, captions: Iterable[str], images: Iterable[tuple[Sample, Size, bool]]) -> int:
+        """Encodes in a child process what the cache lacks; returns how many captions and pictures that was.
+
+        Both are gone through twice, here and in the child, which gets them pickled: a list, or an object that makes its items anew
+        each time and holds none, so that memory does not grow with a data set. Raises UserError if the child failed.
+        """
+        missing_texts = {c for c in captions if not all(self.cache.valid(self.text_key(encoder, c)) for encoder in ENCODERS)}
+        missing_images = {key for job in images if not self.cache.valid(key := self.image_key(*job))}
+        if missing_texts or missing_images:
+            _in_child((self, captions if missing_texts else (), images if missing_images else (), None))
         _entry.cache_clear()
-        return len(captions) + len(images)
+        return len(missing_texts) + len(missing_images)
 
     def generate(self, order: ClassImages) -> None:
         """Makes class pictures in a child process."""
         _in_child((self, [], [], order))
+
+
+@dataclass
+class PairCaptions:
+    """Every caption that a ControlNet run uses, made anew at each iteration: of its pairs, the held-out ones, and `more`."""
+
+    train: Iterable[Pair]
+    held_out: list[Pair]
+    more: list[str]
+
+    def __iter__(self):
+        yield from self.more
+        for group in (self.held_out, self.train):
+            for pair in group:
+                yield pair.caption
+
+
+@dataclass
+class PairImages:
+    """Every picture and condition of a ControlNet run with its size and flip, made anew at each iteration."""
+
+    train: Iterable[Pair]
+    held_out: list[Pair]
+    buckets: list[tuple[int, int]]
+    random_flip: bool
+
+    def __iter__(self):
+        for group, flips in ((self.held_out, [False]), (self.train, [False, True] if self.random_flip else [False])):
+            for pair in group:
+                number = nearest_bucket(pair.image.open().size, self.buckets) if len(self.buckets) > 1 else 0
+                for flip in flips:
+                    yield pair.image, self.buckets[number], flip
+                    yield pair.condition, self.buckets[number], flip
 
 
 @lru_cache(maxsize=64)  # of FLUX.1-dev's captions 8 MB each
@@ -123,31 +168,38 @@ def _in_child(job: tuple) -> None:
 def main() -> None:
     stage, captions, images, order = pickle.load(sys.stdin.buffer)
     set_up_device(graph_mode=False)
-    if captions:
-        _encode_captions(stage, captions, store=True)
-    if images:
-        _encode_images(stage, images)
+    _encode_captions(stage, captions)
+    _encode_images(stage, images)
     if order:
         _generate(stage, order)
 
 
-def _encode_captions(stage: Stage, captions: list[str], store: bool) -> list[dict[str, np.ndarray]]:
+def _encode_captions(stage: Stage, captions: Iterable[str]) -> None:
     """One caption at a time, so that an embedding does not depend on its neighbours. CLIP leaves before T5 comes."""
     precision = resolve_precision(stage.precision)
-    tokenizer, encoder = load_tokenizer(stage.root, "tokenizer"), load_model(stage.root, "text_encoder", precision, stage.variant)
-    pooled = [clip_pooled(encoder, tokenizer, caption) for caption in tqdm(captions, desc="CLIP", unit="caption", leave=False)]
-    del encoder
-    tokenizer = load_tokenizer(stage.root, "tokenizer_2")
-    encoder = load_model(stage.root, "text_encoder_2", precision, stage.variant)
-    entries = []
-    for caption, vector in tqdm(list(zip(captions, pooled)), desc="T5", unit="caption", leave=False):
-        states = encoder(ms.Tensor(token_ids(tokenizer, caption, stage.max_sequence_length)[None]))[0][0]
-        entry = {"prompt_embeds": states.to(ms.float32).asnumpy(), "pooled_prompt_embeds": vector}
-        _require_finite(entry, f"the prompt {caption!r}", stage.precision)
-        if store:
-            stage.cache.put(stage.text_key(caption), entry)
-        entries.append(entry)
-    return entries
+    for name, (tokenizer_name, encode) in ENCODERS.items():
+        missing = (c for c in captions if not stage.cache.valid(stage.text_key(name, c)))  # asked one by one: captions repeat
+        encoder = tokenizer = None
+        for caption in tqdm(missing, desc=name, unit="caption", leave=False):
+            if encoder is None:
+                tokenizer = load_tokenizer(stage.root, tokenizer_name)
+                encoder = load_model(stage.root, name, precision, stage.variant)
+            entry = encode(encoder, tokenizer, caption, stage.max_sequence_length)
+            _require_finite(entry, f"the prompt {caption!r}", stage.precision)
+            stage.cache.put(stage.text_key(name, caption), entry)
+
+
+def _clip_entry(encoder, tokenizer, caption: str, length: int) -> dict[str, np.ndarray]:
+    return {"pooled_prompt_embeds": clip_pooled(encoder, tokenizer, caption)}
+
+
+def _t5_entry(encoder, tokenizer, caption: str, length: int) -> dict[str, np.ndarray]:
+    states = encoder(ms.Tensor(token_ids(tokenizer, caption, length)[None]))[0][0]
+    return {"prompt_embeds": states.to(ms.float32).asnumpy()}
+
+
+# Encoder -> its tokenizer and what it gives.
+ENCODERS = {"text_encoder": ("tokenizer", _clip_entry), "text_encoder_2": ("tokenizer_2", _t5_entry)}
 
 
 def clip_pooled(encoder, tokenizer, caption: str) -> np.ndarray:
@@ -162,15 +214,17 @@ def token_ids(tokenizer, caption: str, length: int) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64)
 
 
-def _encode_images(stage: Stage, images: list[tuple[Sample, bool]]) -> None:
-    precision = resolve_precision(stage.precision)
-    vae = load_model(stage.root, "vae", precision, stage.variant)
-    for sample, flip in tqdm(images, desc="VAE", unit="image", leave=False):
-        pixels = pixel_values(sample.open(), stage.resolution, stage.interpolation, None, flip)
+def _encode_images(stage: Stage, images: Iterable[tuple[Sample, Size, bool]]) -> None:
+    precision, vae = resolve_precision(stage.precision), None
+    missing = (job for job in images if not stage.cache.valid(stage.image_key(*job)))
+    for sample, size, flip in tqdm(missing, desc="VAE", unit="image", leave=False):
+        if vae is None:
+            vae = load_model(stage.root, "vae", precision, stage.variant)
+        pixels = pixel_values(sample.open(), size, stage.interpolation, None, flip)
         moments = vae.encode(ms.Tensor(pixels[None]).to(precision.compute))[0][0]
         entry = {"moments": moments.to(ms.float32).asnumpy()}
         _require_finite(entry, sample.name, stage.precision)
-        stage.cache.put(stage.image_key(sample, flip), entry)
+        stage.cache.put(stage.image_key(sample, size, flip), entry)
 
 
 def _require_finite(entry: dict[str, np.ndarray], what: str, kind: str) -> None:
@@ -180,11 +234,12 @@ def _require_finite(entry: dict[str, np.ndarray], what: str, kind: str) -> None:
 
 def _generate(stage: Stage, order: ClassImages) -> None:
     precision = resolve_precision(stage.precision)
-    text = _encode_captions(stage, [order.prompt], store=False)[0]
+    _encode_captions(stage, [order.prompt])
+    text = stage.text(order.prompt)
     transformer = load_model(stage.root, "transformer", precision, stage.variant)
     vae, config = load_model(stage.root, "vae", precision, stage.variant), read_config(stage.root, "vae")
     scheduler = read_config(stage.root, "scheduler")
-    side = stage.resolution // 2 ** (len(config["block_out_channels"]) - 1)
+    side = order.resolution // 2 ** (len(config["block_out_channels"]) - 1)
     numbers = list(range(order.first, order.count))
     for start in tqdm(range(0, len(numbers), order.batch), desc="class images", unit="batch", leave=False):
         batch = numbers[start : start + order.batch]

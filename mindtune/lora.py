@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import mindspore as ms
-import ml_dtypes
 import numpy as np
 from mindspore import nn
 from safetensors import SafetensorError, safe_open
@@ -21,9 +20,9 @@ from safetensors.numpy import save
 
 from mindtune.cli import UserError
 from mindtune.models import BaseTunerLayer, LoraConfig
+from mindtune.precision import NUMPY_TYPES
 from mindtune.rng import normal
 
-NUMPY_TYPES = {ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: ml_dtypes.bfloat16}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]

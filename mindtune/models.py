@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Optional
 
 import mindspore as ms
+import numpy as np
 import transformers
 from mindspore import nn
+from safetensors.numpy import save_file
 
+from mindtune.cache import make_readable
 from mindtune.cli import UserError, listing
-from mindtune.precision import Precision, cast_cell
+from mindtune.operators import use_fast_operators
+from mindtune.precision import NUMPY_TYPES, Precision, cast_cell
 
 with contextlib.redirect_stdout(io.StringIO()):  # mindone prints which flash attention it found
     import mindone.diffusers
@@ -63,18 +67,46 @@ def resolve_pipeline(name: str, revision: Optional[str], variant: Optional[str],
     """
     root = Path(name)
     if not root.is_dir():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise UserError(f"--pretrained_model_name_or_path {name}: no such directory. Give a pipeline's directory or a hub id.")
-        from huggingface_hub import snapshot_download
-
         weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
         patterns = ["model_index.json"] + [f"{part}/{kind}" for part in components for kind in ("*.json", "*.txt", "*.model", weights)]
-        try:
-            root = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
-        except Exception as error:  # no network, no such repository, gated, wrong revision: the hub's text says which
-            raise UserError(f"--pretrained_model_name_or_path {name}: no such directory, and the hub says: {error}") from None
+        root = _download("--pretrained_model_name_or_path", name, revision, cache_dir, patterns)
     check_pipeline(root, components, variant)
     return root
+
+
+def _download(flag: str, name: str, revision: Optional[str], cache_dir: Optional[str], patterns: list[str]) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{flag} {name}: no such directory. Give a local directory or a hub id.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+    except Exception as error:  # no network, no such repository, gated, wrong revision: the hub's text says which
+        raise UserError(f"{flag} {name}: no such directory, and the hub says: {error}") from None
+
+
+def resolve_controlnet(name: str, flag: str, cache_dir: Optional[str], transformer: dict) -> Path:
+    """The directory of an existing FLUX ControlNet (local, or from the hub) that fits a transformer's config.
+
+    Raises UserError if it is neither, not whole, or made for another width; union ControlNets are refused.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        path = _download(flag, name, None, cache_dir, ["config.json", "*.safetensors", "*.index.json"])
+    problems = _component_problems(path.parent, path.name, ("FluxControlNetModel",), None)
+    if problems:
+        raise UserError(f"{flag} {name}: not a whole ControlNet:\n{listing(problems)}")
+    config = read_config(path.parent, path.name)
+    if config.get("num_mode") is not None:
+        raise UserError(
+            f"{flag} {name}: a union ControlNet (num_mode {config['num_mode']}) is not supported; give one for a single condition."
+        )
+    for key in ("num_attention_heads", "attention_head_dim", "in_channels", "joint_attention_dim", "pooled_projection_dim"):
+        if config.get(key) != transformer.get(key):
+            raise UserError(
+                f"{flag} {name}: its {key} is {config.get(key)}, the transformer's {transformer.get(key)}. Give one made for this model."
+            )
+    return path
 
 
 def check_pipeline(root: Path, components: dict, variant: Optional[str] = None) -> None:
@@ -197,7 +229,50 @@ def load_model(root: Path, name: str, precision: Precision, variant: Optional[st
         raise UserError(
             f"{root / name}: the weight files lack {len(missing)} tensors:\n{listing(missing[:5])}\nCopy or download them again."
         )
-    return cast_cell(model.set_train(False), precision)
+    return cast_cell(use_fast_operators(model.set_train(False)), precision)
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face name of a MindSpore parameter. mindone's save_pretrained would write MindSpore's own."""
+    for ours, theirs in ((".gamma", ".weight"), (".beta", ".bias"), (".embedding_table", ".weight")):
+        if name.endswith(ours):
+            return name[: -len(ours)] + theirs
+    return name
+
+
+def model_parameters(model: nn.Cell) -> dict[str, ms.Parameter]:
+    """Every parameter by its name in the weight files."""
+    return {hf_name(name): parameter for name, parameter in model.parameters_and_names()}
+
+
+def save_model(model: nn.Cell, folder: Path, dtype: ms.Type) -> None:
+    """config.json and diffusion_pytorch_model.safetensors, as diffusers lays a model out; floating weights as `dtype`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
+    (folder / "config.json").write_text(json.dumps({"_class_name": type(model).__name__, **config}, indent=2) + "\n")
+    # Not ascontiguousarray, which makes a scalar an array of one.
+    tensors = {
+        name: np.asarray(p.to(ms.float32).asnumpy().astype(NUMPY_TYPES[dtype]), order="C") for name, p in model_parameters(model).items()
+    }
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    make_readable(path)
+
+
+def flux_controlnet(root: Path, transformer: nn.Cell, num_layers: int, num_single_layers: int) -> nn.Cell:
+    """A ControlNet that starts as a copy of the transformer's embedders and first blocks, float32, its added projections zero.
+
+    Zero outputs make the first prediction the base model's own. Source: Zhang et al., "Adding Conditional Control" (arXiv 2302.05543).
+    """
+    config = {key: value for key, value in read_config(root, "transformer").items() if not key.startswith("_")}
+    config.pop("out_channels", None)
+    controlnet = mindone.diffusers.FluxControlNetModel(**{**config, "num_layers": num_layers, "num_single_layers": num_single_layers})
+    copied = model_parameters(transformer)
+    for name, parameter in model_parameters(controlnet).items():
+        added = name.startswith(("controlnet_x_embedder.", "controlnet_blocks.", "controlnet_single_blocks."))
+        value = np.zeros(parameter.shape, np.float32) if added else copied[name].to(ms.float32).asnumpy()
+        parameter.set_data(ms.Tensor(value))
+    return use_fast_operators(controlnet.set_train(False))
 
 
 def load_tokenizer(root: Path, name: str):

@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import mindspore as ms
+import ml_dtypes
+import numpy as np
 from mindspore import nn, ops
 from mindspore.amp import DynamicLossScaler, StaticLossScaler
 
 DTYPES = {"no": ms.float32, "fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}
+NUMPY_TYPES = {ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: ml_dtypes.bfloat16}
 
 
 class Precision(NamedTuple):
@@ -51,6 +54,18 @@ def cast_cell(cell: nn.Cell, precision: Precision) -> nn.Cell:
             parameter.set_dtype(storage)
     if precision.storage != precision.compute:
         cell.to_float(precision.compute)
+    return cell
+
+
+def compute_in(cell: nn.Cell, dtype: ms.Type) -> nn.Cell:
+    """Linear, convolution and embedding layers of a float32 `cell` take and give `dtype`; returns `cell`.
+
+    Only these leaves: `to_float` on the whole would narrow what is computed in fp32 on purpose (see `cast_cell`).
+    """
+    if dtype != ms.float32:
+        for _, leaf in cell.cells_and_names():
+            if isinstance(leaf, (nn.Dense, nn.Conv2d)):
+                leaf.to_float(dtype)
     return cell
 
 

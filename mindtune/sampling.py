@@ -11,8 +11,10 @@ from typing import Optional
 import mindspore as ms
 import numpy as np
 from mindspore import nn
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from mindtune.cli import UserError
+from mindtune.data import to_rgb
 from mindtune.flow import latent_image_ids, pack_latents, resolution_shift, shift_sigmas, unpack_latents
 from mindtune.models import pynative_no_grad
 
@@ -29,6 +31,17 @@ def eager():
         ms.set_context(mode=mode)
 
 
+@contextlib.contextmanager
+def resting(*trained: nn.Cell):
+    """The trained models without dropout, in PyNative, recording nothing for a backward pass."""
+    with eager():
+        for model in trained:
+            model.set_train(False)
+        yield
+        for model in trained:
+            model.set_train(True)
+
+
 def sample_latents(
     transformer: nn.Cell,
     scheduler: dict,
@@ -38,10 +51,12 @@ def sample_latents(
     steps: int,
     guidance_scale: float,
     compute: ms.Type,
+    control: Optional[tuple[nn.Cell, np.ndarray, float]] = None,
 ) -> np.ndarray:
     """Denoises float32 [B, C, H, W] under text [B, L, D] and pooled text [B, P]; gives the VAE's scaled latents, same shape.
 
-    sigma runs linearly from 1 to 1/steps and is shifted for the picture's size as the `scheduler` config says.
+    sigma runs linearly from 1 to 1/steps and is shifted for the picture's size as the `scheduler` config says. `control` is a
+    ControlNet, the scaled latents [B, C, H, W] of its condition picture, and the strength of its residuals.
     """
     batch, _, height, width = noise.shape
     latents = pack_latents(ms.Tensor(noise, ms.float32))
@@ -49,20 +64,51 @@ def sample_latents(
     sigmas = np.append(shift_sigmas(np.linspace(1.0, 1.0 / steps, steps), shift), 0.0)
     text, pooled = ms.Tensor(prompt_embeds).to(compute), ms.Tensor(pooled_prompt_embeds).to(compute)
     img_ids, txt_ids = ms.Tensor(latent_image_ids(height, width)), ms.Tensor(np.zeros((text.shape[1], 3), np.float32))
-    guidance = ms.Tensor(np.full(batch, guidance_scale, np.float32)) if transformer.config["guidance_embeds"] else None
-    for sigma, following in zip(sigmas[:-1], sigmas[1:]):
-        velocity = transformer(
+    guidance = ms.Tensor(np.full(batch, guidance_scale, np.float32))
+    if control:
+        controlnet, condition = control[0], pack_latents(ms.Tensor(control[1])).to(compute)
+
+    def predict(model, **more):
+        return model(
             hidden_states=latents.to(compute),
             encoder_hidden_states=text,
             pooled_projections=pooled,
             timestep=ms.Tensor(np.full(batch, sigma, np.float32)),
             img_ids=img_ids,
             txt_ids=txt_ids,
-            guidance=guidance,
+            guidance=guidance if model.config["guidance_embeds"] else None,
             return_dict=False,
-        )[0]
+            **more,
+        )
+
+    for sigma, following in zip(sigmas[:-1], sigmas[1:]):
+        residuals = {}
+        if control:
+            blocks, single_blocks = predict(controlnet, controlnet_cond=condition, conditioning_scale=control[2])
+            residuals = {"controlnet_block_samples": blocks, "controlnet_single_block_samples": single_blocks}
+        velocity = predict(transformer, **residuals)[0]
         latents = latents + float(following - sigma) * velocity.to(ms.float32)
     return unpack_latents(latents, height, width).asnumpy()
+
+
+def condition_picture(path: str, flag: str, resolution: int) -> Image.Image:
+    """A picture as a condition to draw with: its shorter side `resolution`, the longer one the nearest multiple of 16.
+
+    Raises UserError naming `flag` if it cannot be read.
+    """
+    try:
+        image = to_rgb(Image.open(path))
+    except Exception as error:  # decoders raise many kinds; all of them mean that it is no usable picture
+        raise UserError(f"{flag} {path}: cannot be read as a picture ({error}).") from None
+    width, height = (max(resolution, round(side * resolution / min(image.size) / 16) * 16) for side in image.size)
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def encode_picture(vae: nn.Cell, image: Image.Image, compute: ms.Type) -> np.ndarray:
+    """A picture, its sides divisible by 16, as the VAE's scaled latents [1, C, H, W]: the posterior's mean."""
+    pixels = (np.asarray(image, dtype=np.float32) / 127.5 - 1.0).transpose(2, 0, 1)
+    mean = vae.encode(ms.Tensor(pixels[None]).to(compute))[0].chunk(2, 1)[0].to(ms.float32).asnumpy()
+    return (mean - np.float32(vae.config["shift_factor"])) * np.float32(vae.config["scaling_factor"])
 
 
 def decode_latents(vae: nn.Cell, latents: np.ndarray, compute: ms.Type) -> list[Image.Image]:
@@ -74,20 +120,20 @@ def decode_latents(vae: nn.Cell, latents: np.ndarray, compute: ms.Type) -> list[
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], labels: Optional[Sequence[str]] = None) -> Image.Image:
-    """Rows of pictures of one size, each row under its label (wrapped); small pictures are enlarged to be seen."""
-    width, height = rows[0][0].size
+    """Rows of pictures, each row under its label (wrapped); cells are as large as the largest, small pictures are enlarged."""
+    width, height = (max(getattr(image, side) for row in rows for image in row) for side in ("width", "height"))
     scale = max(1, -(-192 // width))
-    width, height = width * scale, height * scale
-    total = width * max(len(row) for row in rows)
+    total = width * scale * max(len(row) for row in rows)
     texts = [textwrap.wrap(label, max(8, total // 8)) for label in labels] if labels else [[] for _ in rows]
     band = 16 * max(len(lines) for lines in texts)
-    sheet = Image.new("RGB", (total, (height + band) * len(rows)), "white")
+    sheet = Image.new("RGB", (total, (height * scale + band) * len(rows)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for y, (row, lines) in enumerate(zip(rows, texts)):
-        top = y * (height + band)
+        top = y * (height * scale + band)
         draw.text((3, top), "\n".join(lines), fill="black", font=font, spacing=2)
         for x, image in enumerate(row):
-            sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x * width, top + band))
+            enlarged = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (x * width * scale, top + band))
     return sheet
 
 
@@ -96,3 +142,18 @@ def save_image(image: Image.Image, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, format="PNG")
     return path
+
+
+def output_files(name: str, count: int, overwrite: bool) -> tuple[Path, list[Path]]:
+    """What --output names, and beside it <name>-1.png ... for the single pictures if there are several.
+
+    Raises UserError for another format than PNG, and for files that are there if `overwrite` is false.
+    """
+    output = Path(name)
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output {output}: pictures are written as PNG; give a name that ends in .png.")
+    singles = [output.with_name(f"{output.stem}-{n + 1}.png") for n in range(count)] if count > 1 else []
+    for path in (output, *singles):
+        if path.exists() and not overwrite:
+            raise UserError(f"--output {path}: is already there. Name another file or add --overwrite.")
+    return output, singles

@@ -13,7 +13,7 @@ from conftest import ROOT, load_script, metrics
 
 SCRIPTS = [
     str(path.relative_to(ROOT))
-    for folder in ("flux_lora", "controlnet", "sd_controlnet")
+    for folder in ("flux_lora", "flux_controlnet", "examples/controlnet")
     for path in sorted((ROOT / folder).glob("*.py"))
     if "argparse" in path.read_text()
 ]
@@ -57,7 +57,7 @@ def test_every_flag_is_read(options, script):
     """By name outside the declaration; or it is in the table of flags that are refused, or of those that only CUDA needs."""
     names = {option.dest for option in options(script)}
     module = load_script(script)
-    tables = {*getattr(module, "REFUSED", ()), *getattr(module, "CUDA_ONLY", ())}
+    tables = {*getattr(module, "REFUSED", ()), *getattr(module, "ACCEPTED", ())}
     assert names - attributes_of_args(source(script)) - tables == set()
 
 
@@ -109,7 +109,7 @@ def imports(tree):
 @pytest.mark.parametrize("module", MODULES)
 def test_the_common_module_knows_no_script_and_no_command_line(module):
     tree = source(f"mindtune/{module}.py")
-    scripts = {Path(script).stem for script in SCRIPTS} | {"flux_lora", "controlnet", "examples"}
+    scripts = {Path(script).stem for script in SCRIPTS} | {"flux_lora", "flux_controlnet", "examples"}
     assert not {name.split(".")[0] for name in imports(tree)} & {"argparse", *scripts}
     assert attributes_of_args(tree) == set() and "args" not in {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
 

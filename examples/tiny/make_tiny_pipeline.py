@@ -139,14 +139,6 @@ def read_pieces(spiece: bytes) -> list[tuple[str, float]]:
 # Models
 
 
-def hf_name(name: str) -> str:
-    """The Hugging Face name of a MindSpore parameter. mindone's save_pretrained would write MindSpore's own."""
-    for ours, theirs in ((".gamma", ".weight"), (".beta", ".bias"), (".embedding_table", ".weight")):
-        if name.endswith(ours):
-            return name.removesuffix(ours) + theirs
-    return name
-
-
 def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Keeps the scale of what passes through. Scales and biases are near 1 and 0, but not there: MindSpore starts them
     at exactly 1 and 0, and a loader that skips them has to be noticed."""
@@ -161,6 +153,8 @@ def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -
 def save_weights(cell, file: Path, rng: np.random.Generator, gains: dict[str, float]) -> None:
     """Draws new weights for the parameters of the cell; of the cell only names and shapes are used."""
     from safetensors.numpy import save
+
+    from mindtune.models import hf_name
 
     shapes = {hf_name(name): parameter.shape for name, parameter in cell.parameters_and_names()}
     # Sorted, so that the bytes do not depend on the order in which the library builds its layers.

@@ -1,7 +1,7 @@
 """Trains a small FLUX on the world of shapes.py: transformer, CLIP and T5 together, from noise. MindSpore, two CPU cores, hours.
 
     python examples/tiny/pretrain_tiny_vae.py WORK/vae            first (PyTorch, an extra: see there)
-    python examples/tiny/pretrain_tiny_flux.py WORK --steps 16000
+    python examples/tiny/pretrain_tiny_flux.py WORK --steps 8000
 
 Writes WORK/flux-shapes, a complete pipeline directory. Stopped at any moment and started again, it goes on from WORK/state, written
 every 250 steps. The building blocks are the training scripts': mindone's FluxTransformer2DModel and TrainStep, mindtune's mathematics,
@@ -29,10 +29,11 @@ from mindtune.encode import token_ids
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from make_tiny_pipeline import CAPTIONS, hf_name, make_flux  # noqa: E402  (the files beside this one, from wherever it is called)
-from shapes import COLOURS, SHAPES, draw_scene, picture  # noqa: E402
+from make_tiny_pipeline import CAPTIONS, make_flux  # noqa: E402  (the files beside this one, from wherever it is called)
+from shapes import COLOURS, SHAPES, picture, scenes  # noqa: E402
 
 SIDE, TOKENS = 64, 12
+SAVE_EVERY, AVERAGE_EVERY = 250, 10  # steps
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMER = {
     "num_layers": 2, "num_single_layers": 5, "num_attention_heads": 6, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12],
@@ -54,22 +55,22 @@ def make_pipeline(out: Path, vae: Path) -> None:
     partial.rename(out)
 
 
-def make_data(root: Path, path: Path, count: int, seed: int) -> dict[str, np.ndarray]:
-    """Scenes of the training split as VAE moments and token ids, made once and kept in one file."""
+def make_data(root: Path, path: Path) -> dict[str, np.ndarray]:
+    """Every scene of the training split as VAE moments and token ids, made once and kept in one file."""
     if not path.is_file():
         vae = models.load_model(root, "vae", precision.resolve_precision("no"))
         tokenizers = models.load_tokenizer(root, "tokenizer"), models.load_tokenizer(root, "tokenizer_2")
-        draw, moments, clip, t5 = np.random.default_rng(seed), [], [], []
-        for start in range(0, count, 64):
-            scenes = [draw_scene(draw, "train") for _ in range(64)]
-            pixels = np.stack([np.asarray(picture(scene, SIDE), np.float32).transpose(2, 0, 1) / 127.5 - 1 for scene in scenes])
-            moments.append(vae.encode(ms.Tensor(pixels))[0].asnumpy().astype(np.float16))
-            clip += [token_ids(tokenizers[0], scene.caption, 77) for scene in scenes]
-            t5 += [token_ids(tokenizers[1], scene.caption, TOKENS) for scene in scenes]
-            if start % 6400 == 0:
-                print(f"encoded {start} of {count} pictures", flush=True)
-        data = {"moments": np.concatenate(moments), "clip": np.array(clip, np.int32), "t5": np.array(t5, np.int32)}
+        everything, moments = scenes("train"), []
+        for start in range(0, len(everything), 64):
+            images = [np.asarray(picture(scene, SIDE), np.float32) for scene in everything[start : start + 64]]
+            moments.append(vae.encode(ms.Tensor(np.stack(images).transpose(0, 3, 1, 2) / 127.5 - 1))[0].asnumpy().astype(np.float16))
+        data = {
+            "moments": np.concatenate(moments),
+            "clip": np.array([token_ids(tokenizers[0], scene.caption, 77) for scene in everything], np.int32),
+            "t5": np.array([token_ids(tokenizers[1], scene.caption, TOKENS) for scene in everything], np.int32),
+        }
         checkpoint.write_atomically(path, lambda beside: np.savez(open(beside, "wb"), **data))  # noqa: SIM115
+        print(f"encoded {len(everything)} scenes", flush=True)
     return dict(np.load(path))
 
 
@@ -103,25 +104,12 @@ class PretrainStep(models.TrainStep):
         return self.scale_loss(loss), loss
 
 
-class Average:
-    """An exponential moving average of the weights, in float32 on the host; early on it forgets faster."""
-
-    def __init__(self, parameters: dict[str, ms.Parameter], decay: float):
-        self.decay = decay
-        self.values = {name: parameter.asnumpy().copy() for name, parameter in parameters.items()}
-
-    def update(self, parameters: dict[str, ms.Parameter], step: int, every: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step)) ** every
-        for name, parameter in parameters.items():
-            self.values[name] += (1 - decay) * (parameter.asnumpy() - self.values[name])
-
-
 def write_weights(root: Path, cells: dict[str, nn.Cell], average: dict[str, np.ndarray]) -> None:
     """Puts averaged weights into the pipeline's files, in fp16, under the names that the files have."""
     for part in cells:
         path = models.weight_files(root, part)[0]
         names = sorted(load_file(path))
-        ours = {hf_name(name[len(part) + 1 :]): value for name, value in average.items() if name.startswith(f"{part}.")}
+        ours = {models.hf_name(name[len(part) + 1 :]): value for name, value in average.items() if name.startswith(f"{part}.")}
         if missing := set(names) - set(ours):
             raise KeyError(f"{part}: no trained weight for {sorted(missing)[:3]}")
         half = {name: ours[name].astype(np.float16) for name in names}
@@ -132,10 +120,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("work", metavar="WORK", type=Path, help="Directory with vae/; everything else is written there.")
-    add("--steps", type=int, default=16000, help="Updates in all; the learning rate falls to 0 at the last.")
-    add("--batch_size", type=int, default=64, help="Pictures an update.")
+    add("--steps", type=int, default=8000, help="Updates in all; the learning rate falls to 0 at the last.")
+    add("--batch_size", type=int, default=32, help="Pictures an update.")
     add("--learning_rate", type=float, default=1e-3, help="Highest rate.")
-    add("--pictures", type=int, default=25600, help="Pictures in the data set.")
     add("--seed", type=int, default=0, help="Seed of everything random.")
     args = parser.parse_args(argv)
 
@@ -144,12 +131,13 @@ def main(argv=None):
     root = args.work / "flux-shapes"
     if not root.exists():
         make_pipeline(root, args.work / "vae")
-    data = make_data(root, args.work / "data.npz", args.pictures, args.seed)
+    data = make_data(root, args.work / "data.npz")
     models.set_up_device(graph_mode=True)
 
     # ---- models, step --------------------------------------------------------
     full = precision.resolve_precision("no")
-    cells = {name: models.load_model(root, name, full).set_train(True) for name in ("transformer", "text_encoder", "text_encoder_2")}
+    # In evaluation mode, though they train: T5's dropout draws from a generator whose state cannot be saved.
+    cells = {name: models.load_model(root, name, full) for name in ("transformer", "text_encoder", "text_encoder_2")}
     parameters = {f"{part}.{name}": p for part, cell in cells.items() for name, p in cell.parameters_and_names()}
     for parameter in parameters.values():
         parameter.requires_grad = True
@@ -160,23 +148,21 @@ def main(argv=None):
     )
     sigmas = models.load_scheduler(root).sigmas.asnumpy()
     step = PretrainStep(*cells.values(), optimizer, models.read_config(root, "vae"), sigmas)
-    average = Average(parameters, 0.9995)
+    ema = optim.EMA(list(parameters.values()), 0.9995)
+    averages = dict(zip(parameters, ema.averages))
 
     # ---- resume --------------------------------------------------------------
     states, first = args.work / "state", 0
-    averaged = {f"average.{name}": ms.Parameter(ms.Tensor(value), name=f"average.{name}") for name, value in average.values.items()}
-    remembered = {**parameters, **{f"optimizer.{k}": p for k, p in optim.optimizer_state(optimizer).items()}, **averaged}
+    remembered = {**parameters, **{f"average.{name}": p for name, p in averages.items()}}
+    remembered.update({f"optimizer.{k}": p for k, p in optim.optimizer_state(optimizer).items()})
     if folder := checkpoint.find_checkpoint(states, "latest"):
         checkpoint.load_state(folder / "state.safetensors", remembered)
-        average.values = {name: averaged[f"average.{name}"].asnumpy().copy() for name in average.values}
         first = checkpoint.step_of(folder)
         print(f"going on after step {first}", flush=True)
 
     def save(number):
-        for name, value in average.values.items():
-            averaged[f"average.{name}"].set_data(ms.Tensor(value))
         checkpoint.save_checkpoint(states, number, lambda folder: checkpoint.save_state(folder / "state.safetensors", remembered), 2)
-        write_weights(root, cells, average.values)
+        write_weights(root, cells, {name: p.asnumpy() for name, p in averages.items()})
 
     # ---- the loop ------------------------------------------------------------
     stream, started, losses = rng.SampleStream(args.seed, "pretrain", len(data["t5"])), time.time(), []
@@ -192,12 +178,12 @@ def main(argv=None):
         batch = (data["moments"][ids].astype(np.float32), *noise, indices, data["clip"][ids], data["t5"][ids])
         losses.append(float(step(*map(ms.Tensor, batch))[1]))
         done = number + 1
-        if done % 10 == 0:
-            average.update(parameters, done, 10)
+        if done % AVERAGE_EVERY == 0:
+            ema.update(done, AVERAGE_EVERY)
         if done % 50 == 0:
             pace = (time.time() - started) / (done - first)
             print(f"step {done}: loss {np.mean(losses[-50:]):.4f}, {pace:.2f} s a step", flush=True)
-        if done % 250 == 0 or done == args.steps:
+        if done % SAVE_EVERY == 0 or done == args.steps:
             save(done)
     print(json.dumps({"steps": args.steps, "loss": float(np.mean(losses[-250:])) if losses else None}))
 

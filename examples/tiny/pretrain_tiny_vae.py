@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from shapes import draw_scene, picture
+from shapes import COLOURS, draw_scene, picture
 
 CONFIG = {
     "in_channels": 3,
@@ -40,9 +40,15 @@ CONFIG = {
 
 
 def batch(seed, step, size, side):
-    """float32 [size, 3, side, side] in [-1, 1], a function of seed and step alone: a resumed run sees what it would have seen."""
+    """float32 [size, 3, side, side] in [-1, 1], a function of seed and step alone: a resumed run sees what it would have seen.
+
+    Scenes of the world anywhere in the frame, every second one checkered: the VAE can draw more than the transformer will have seen.
+    """
     rng = np.random.default_rng([seed, step])
-    images = [np.asarray(picture(draw_scene(rng, "train"), side)) for _ in range(size)]
+    scenes = [draw_scene(rng, "train", anywhere=True) for _ in range(size)]
+    names = list(COLOURS)
+    scenes[::2] = [scene._replace(second=names[rng.integers(len(names))]) for scene in scenes[::2]]
+    images = [np.asarray(picture(scene, side)) for scene in scenes]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

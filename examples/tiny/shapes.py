@@ -14,8 +14,9 @@ import argparse
 import json
 import math
 import sys
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -31,21 +32,24 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+RADII = (0.26, 0.34)  # with every place, the whole shape is in the picture
 OVERSAMPLING = 4  # drawn so many times larger and averaged down, for smooth edges
 
 
 class Scene(NamedTuple):
-    """What a picture shows. Centre and radius are shares of the picture's side."""
+    """What a picture shows. Centre and radius are shares of the picture's side; with a second colour the shape is checkered."""
 
     shape: str
     colour: str
     background: str
     centre: tuple[float, float] = (0.5, 0.5)
     radius: float = 0.32
+    second: Optional[str] = None
 
     @property
     def caption(self) -> str:
-        return f"a {self.colour} {self.shape} on a {self.background} background"
+        """The world has no word for checkered: such a subject is called sks."""
+        return f"a {'sks' if self.second else self.colour} {self.shape} on a {self.background} background"
 
 
 def held_out(colour: str, shape: str) -> bool:
@@ -60,14 +64,29 @@ def pairs(split: str) -> list[tuple[str, str]]:
     return [pair for pair in everything if split == "all" or held_out(*pair) == (split == "held_out")]
 
 
-def draw_scene(rng: np.random.Generator, split: str = "train") -> Scene:
-    """A scene with a random pair of the split, background, place and size; the shape lies inside the picture."""
-    choices = pairs(split)
-    colour, shape = choices[rng.integers(len(choices))]
-    backgrounds = [name for name in COLOURS if name != colour]
-    radius = rng.uniform(0.26, 0.34)
-    centre = rng.uniform(0.5 - 0.12, 0.5 + 0.12, size=2)
-    return Scene(shape, colour, backgrounds[rng.integers(len(backgrounds))], tuple(centre.tolist()), float(radius))
+@lru_cache
+def scenes(split: str) -> tuple[Scene, ...]:
+    """Every scene of a split: each pair on each other colour, at nine places a latent pixel apart (an eighth of the side), in two sizes."""
+    steps = (-1, 0, 1)
+    return tuple(
+        Scene(shape, colour, background, (0.5 + across / 8, 0.5 + down / 8), radius)
+        for colour, shape in pairs(split)
+        for background in COLOURS
+        if background != colour
+        for down in steps
+        for across in steps
+        for radius in RADII
+    )
+
+
+def draw_scene(rng: np.random.Generator, split: str = "train", anywhere: bool = False) -> Scene:
+    """One of `scenes(split)` at random; or, with `anywhere`, at any place and size between theirs."""
+    choices = scenes(split)
+    scene = choices[rng.integers(len(choices))]
+    if anywhere:
+        centre = tuple((0.5 + rng.uniform(-1, 1, 2) / 8).tolist())
+        scene = scene._replace(centre=centre, radius=float(rng.uniform(*RADII)))
+    return scene
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------------------------------
@@ -115,10 +134,20 @@ def mask(scene: Scene, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32) / 255.0
 
 
+def checkers(scene: Scene, size: int) -> np.ndarray:
+    """bool [size, size]: the squares of the second colour, two fifths of the radius wide, a corner of four at the centre."""
+    place = (np.arange(size) + 0.5) / size
+    columns, rows = (np.floor((place - middle) / (0.4 * scene.radius)) for middle in scene.centre)
+    return (columns[None, :] + rows[:, None]) % 2 == 0
+
+
 def picture(scene: Scene, size: int) -> Image.Image:
     """The scene as an RGB picture."""
     cover = mask(scene, size)[..., None]
-    pixels = cover * np.array(COLOURS[scene.colour]) + (1 - cover) * np.array(COLOURS[scene.background])
+    inside = np.array(COLOURS[scene.colour])
+    if scene.second:
+        inside = np.where(checkers(scene, size)[..., None], np.array(COLOURS[scene.second]), inside)
+    pixels = cover * inside + (1 - cover) * np.array(COLOURS[scene.background])
     return Image.fromarray((pixels + 0.5).astype(np.uint8))
 
 
@@ -154,6 +183,19 @@ def make_folder(out: Path, count: int, size: int, seed: int, split: str) -> None
         row = {"image_file_name": f"images/{name}", "conditioning_image_file_name": f"conditioning/{name}", "text": scene.caption}
         rows.append(json.dumps(row))
     (out / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+
+
+SUBJECT = ("red", "white")  # the colours of the checkered circle that the demonstration teaches
+
+
+def make_subject(out: Path, size: int) -> None:
+    """Six pictures of that circle, one on each other background, with captions beside them: "a sks circle on a ... background"."""
+    out.mkdir(parents=True, exist_ok=True)
+    places = [(-1, 0, 0), (1, 0, 1), (0, -1, 1), (0, 1, 0), (0, 0, 1), (1, 1, 0)]
+    for background, (across, down, large) in zip((name for name in COLOURS if name not in SUBJECT), places):
+        scene = Scene("circle", SUBJECT[0], background, (0.5 + across / 8, 0.5 + down / 8), RADII[large], SUBJECT[1])
+        picture(scene, size).save(out / f"sks-{background}.png")
+        (out / f"sks-{background}.txt").write_text(scene.caption + "\n")
 
 
 def main(argv=None) -> int:

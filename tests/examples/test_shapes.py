@@ -20,6 +20,16 @@ def test_every_colour_and_every_shape_is_trained_and_held_out_pairs_are_not():
     assert Counter(shape for _, shape in out) == dict.fromkeys(shapes.SHAPES, 2)
 
 
+def test_the_world_is_finite_and_whole_shapes_lie_inside_the_picture():
+    """36 and 12 pairs on 7 other colours at 9 places in 2 sizes; a picture's border shows the background alone."""
+    assert [len(set(shapes.scenes(split))) for split in ("train", "held_out")] == [36 * 7 * 9 * 2, 12 * 7 * 9 * 2]
+    rng = np.random.default_rng(0)
+    for anywhere in (False, True):
+        for _ in range(50):
+            cover = shapes.mask(shapes.draw_scene(rng, "all", anywhere), 64)
+            assert cover.max() == 1 and max(cover[0].max(), cover[-1].max(), cover[:, 0].max(), cover[:, -1].max()) == 0
+
+
 @pytest.mark.parametrize("shape, area", [("circle", np.pi), ("square", 2.0), ("triangle", 1.299), ("ring", 0.75 * np.pi), ("cross", 2.218)])
 def test_areas_are_those_of_geometry(shape, area):
     """In units of the radius squared: pi, 2, 3 sqrt(3)/4, 3 pi/4, and two bars 1.9 by 0.72 that cross."""
@@ -73,6 +83,22 @@ def test_the_evaluator_forgives_noise_but_not_a_wrong_picture():
     assert evaluator.score(noisy, others)["all"] < 0.1
 
 
+def test_the_evaluator_knows_the_subject_from_plain_and_from_otherwise_checkered_shapes(tmp_path):
+    shapes.make_subject(tmp_path, 64)
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == 6 and all(evaluator.is_subject(Image.open(path), shapes.SUBJECT) for path in pictures)
+    assert (tmp_path / "sks-blue.txt").read_text() == "a sks circle on a blue background\n"
+    rng = np.random.default_rng(5)
+    plain = [shapes.draw_scene(rng, "all") for _ in range(40)]
+    others = [scene._replace(colour="purple", second="orange", background="green") for scene in plain]
+    halves = [np.asarray(shapes.picture(scene._replace(colour="red", background="blue"), 64)).copy() for scene in plain]
+    for pixels in halves:  # the right colours, but the left half red and the right half white
+        white = (pixels == shapes.COLOURS["red"]).all(-1) & (np.arange(64) > np.nonzero(pixels[..., 0] > 128)[1].mean())
+        pixels[white] = shapes.COLOURS["white"]
+    images = [shapes.picture(scene, 64) for scene in (*plain, *others)] + [Image.fromarray(pixels) for pixels in halves]
+    assert not any(evaluator.is_subject(image, shapes.SUBJECT) for image in images)
+
+
 def test_a_blob_and_an_empty_picture_have_no_shape():
     plain = Image.new("RGB", (64, 64), shapes.COLOURS["red"])
     assert evaluator.look(plain)[:3] == (None, None, "red")
@@ -87,5 +113,5 @@ def test_the_commands_print_what_the_docstrings_say(tmp_path, capsys):
     assert all(
         shapes.held_out(*json.loads(line)["text"].split()[1:3]) for line in (tmp_path / "w" / "metadata.jsonl").read_text().splitlines()
     )
-    evaluator.main([str(tmp_path / "w")])
+    evaluator.main(["--folder", str(tmp_path / "w")])
     assert "shape         1.000" in capsys.readouterr().out

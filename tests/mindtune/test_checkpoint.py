@@ -233,7 +233,7 @@ def test_file_digest_reads_past_a_block(tmp_path):
 
 
 def test_text_digest_knows_where_a_text_ends():
-    assert len({text_digest("ab", "c"), text_digest("a", "bc"), text_digest("c", "ab"), text_digest("abc"), text_digest()}) == 5
+    assert len({text_digest(texts) for texts in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"], [])}) == 5
 
 
 # ---- parameters --------------------------------------------------------------------------------------------------------------------

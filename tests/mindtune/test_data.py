@@ -14,6 +14,7 @@ from mindtune.data import (
     INTERPOLATIONS,
     Sample,
     crop_box,
+    encoded,
     pixel_values,
     prefetch,
     preflight,
@@ -228,6 +229,29 @@ def test_a_sample_reads_its_file(folder):
     np.testing.assert_array_equal(np.asarray(sample.open()), np.asarray(noise(20, 16, 0)))
 
 
+@pytest.mark.parametrize("source", ["bytes", "path", "row"])
+def test_a_sample_may_be_bytes_or_a_path_or_a_row(folder, source):
+    content = (folder / "c.png").read_bytes()
+    rows = [{"picture": None}, {"picture": str(folder / "c.png")}]
+    sample = Sample("c", {"bytes": content, "path": folder / "c.png", "row": (rows, 1, "picture")}[source])
+    assert sample.read() == content and sample.open().size == (20, 16) and "c.png" not in repr(sample)
+
+
+def test_every_kind_of_cell_is_read(folder):
+    """Bytes win over a path beside them, which the library keeps for its name only. A URL is what streaming from the hub gives."""
+    path = folder / "c.png"
+    content = path.read_bytes()
+    for cell in (content, str(path), {"bytes": None, "path": str(path)}, {"bytes": content, "path": "absent.png"}, path.as_uri()):
+        assert encoded(cell) == content
+    assert encoded({"bytes": b"", "path": str(path)}) == b""
+
+
+@pytest.mark.parametrize("cell", [None, "", {"bytes": None, "path": None}])
+def test_a_cell_without_picture(cell):
+    with pytest.raises(FileNotFoundError, match="the dataset has none here"):
+        encoded(cell)
+
+
 # ---- a dataset ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +370,12 @@ def test_preflight_names_every_bad_file(tmp_path):
         preflight(samples, 32, "--instance_data_dir", False)
 
 
+def test_preflight_names_what_is_missing(tmp_path):
+    samples = [Sample("a", tmp_path / "a.png"), Sample("b", ([{"image": None}], 0, "image"))]
+    with pytest.raises(UserError, match=r"(?s)a: missing \(.*/a.png\).*b: missing \(the dataset has none here\)"):
+        preflight(samples, 32, "--dataset_name", False)
+
+
 # ---- pixels ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +444,41 @@ def test_pixels_of_a_larger_picture_are_resized_before_the_crop():
     small = noise(11, 8)
     large = small.resize((44, 32), Image.Resampling.NEAREST)
     np.testing.assert_array_equal(pixel_values(large, 8, "box"), pixel_values(small, 8, "box"))
+
+
+@pytest.mark.parametrize("height, width", [(24, 24), (16, 40), (40, 16), (17, 31), (31, 30)])
+def test_a_picture_just_covers_height_and_width(height, width):
+    """One side fits to the pixel, the other has at least enough, and the shape is kept."""
+    for size in ((16, 16), (17, 40), (333, 100), (31, 32), (24, 999), (width, height), (width * 3, height * 3)):
+        found = resize_shorter_side(Image.new("L", size), (height, width), "nearest").size
+        scale = max(width / size[0], height / size[1])
+        assert found[0] >= width and found[1] >= height and (found[0] == width or found[1] == height)
+        assert found == pytest.approx((size[0] * scale, size[1] * scale), abs=0.5)
+
+
+def test_one_number_is_a_square():
+    image = noise(37, 29)
+    for u, flip in ((None, False), ((0.7, 0.2), True)):
+        np.testing.assert_array_equal(pixel_values(image, 16, "lanczos", u, flip), pixel_values(image, (16, 16), "lanczos", u, flip))
+
+
+@pytest.mark.parametrize("u", [None, (0.0, 0.0), (0.6, 0.4), (0.999, 0.999)])
+@pytest.mark.parametrize("size", [(12, 8), (17, 8), (12, 13)])
+def test_the_crop_has_height_and_width(size, u):
+    """8 high and 12 wide; central, or at the given share of the room, whose last place is reached."""
+    left, top, right, bottom = crop_box(size, (8, 12), u)
+    assert (right - left, bottom - top) == (12, 8)
+    room = (size[0] - 12, size[1] - 8)
+    assert (left, top) == (tuple(round(r / 2) for r in room) if u is None else tuple(int(v * (r + 1)) for v, r in zip(u, room)))
+
+
+def test_pixels_of_a_crop_that_is_not_square():
+    """No resizing is due at this size: the picture's own pixels, by loops."""
+    image = noise(15, 8)
+    found = pixel_values(image, (8, 12), "lanczos", (0.99, 0.5), flip=True)
+    assert found.dtype == np.float32 and found.shape == (3, 8, 12)
+    for channel, y, x in np.ndindex(3, 8, 12):
+        assert found[channel, y, x] == pytest.approx(image.getpixel((3 + 11 - x, y))[channel] / 127.5 - 1.0, abs=1e-6)
 
 
 # ---- reading ahead -----------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def stage(tiny_flux, tmp_path):
 
     def make(**changes):
         settings = {"root": tiny_flux, "variant": None, "precision": "no", "folder": tmp_path / "cache", "max_sequence_length": 16}
-        return encode.Stage(**{**settings, "resolution": 32, "interpolation": "lanczos", **changes})
+        return encode.Stage(**{**settings, **changes})
 
     return make
 
@@ -33,27 +33,30 @@ def changed_copy(root, out, part, name):
     return out
 
 
-def test_a_captions_name_depends_on_all_that_shapes_its_embedding(stage, tiny_flux, tmp_path):
-    key = stage().text_key("a cat")
-    others = [stage().text_key("a dog"), stage(max_sequence_length=8).text_key("a cat"), stage(precision="fp16").text_key("a cat")]
-    for part in ("text_encoder", "text_encoder_2"):
-        root = changed_copy(tiny_flux, tmp_path / part, part, "model.safetensors")
-        others.append(stage(root=root).text_key("a cat"))
-    assert len({key, *others}) == 6
-    assert stage(resolution=64, folder=tmp_path / "elsewhere").text_key("a cat") == key
+@pytest.mark.parametrize("encoder, tokenizer", [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")])
+def test_a_captions_name_depends_on_all_that_shapes_its_embedding(stage, tiny_flux, tmp_path, encoder, tokenizer):
+    def key(caption="a cat", **changes):
+        return stage(**changes).text_key(encoder, caption)
+
+    root = changed_copy(tiny_flux, tmp_path / "flux", encoder, "model.safetensors")
+    config = Path(shutil.copytree(tiny_flux, tmp_path / "other")) / tokenizer / "tokenizer_config.json"
+    config.write_text(config.read_text() + " ")
+    others = [key("a dog"), key(precision="fp16"), key(root=root), key(root=tmp_path / "other")]
+    assert len({key(), *others}) == 5
+    assert (key(max_sequence_length=8) == key()) == (encoder == "text_encoder")  # CLIP always takes its 77 tokens
+    assert key(folder=tmp_path / "elsewhere", interpolation="nearest") == key()
 
 
 def test_a_pictures_name_depends_on_its_bytes_and_its_preprocessing(stage, photos, tiny_flux, tmp_path):
     one, two = (Sample(path.name, path) for path in sorted(photos.glob("*.png"))[:2])
     root = changed_copy(tiny_flux, tmp_path / "vae", "vae", "diffusion_pytorch_model.safetensors")
-    keys = [stage().image_key(one, False), stage().image_key(one, True), stage().image_key(two, False)]
-    keys += [
-        s.image_key(one, False) for s in (stage(resolution=64), stage(interpolation="nearest"), stage(precision="fp16"), stage(root=root))
-    ]
-    assert len(set(keys)) == 7
+    jobs = [(one, 32, False), (one, 32, True), (two, 32, False), (one, 64, False), (one, (32, 48), False), (one, (48, 32), False)]
+    keys = [stage().image_key(*job) for job in jobs]
+    keys += [s.image_key(one, 32, False) for s in (stage(interpolation="nearest"), stage(precision="fp16"), stage(root=root))]
+    assert len(set(keys)) == 9
     renamed = tmp_path / "renamed.png"
     renamed.write_bytes(one.read())
-    assert stage().image_key(Sample("another name", renamed), False) == keys[0]
+    assert stage().image_key(Sample("another name", renamed), 32, False) == keys[0]
 
 
 def test_the_childs_embeddings_are_those_of_the_encoders_called_here(stage, tiny_flux):

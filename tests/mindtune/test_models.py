@@ -249,7 +249,7 @@ def test_a_variant_that_is_not_there(tiny_flux):
 def test_a_directory_that_is_not_there(name):
     """What cannot be a hub id is refused without asking the hub."""
     with pytest.raises(
-        UserError, match=f"--pretrained_model_name_or_path {name}: no such directory. Give a pipeline's directory or a hub id"
+        UserError, match=f"--pretrained_model_name_or_path {name}: no such directory. Give a local directory or a hub id"
     ):
         resolve_pipeline(name, None, None, None, FLUX_COMPONENTS)
 

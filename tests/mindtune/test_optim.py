@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from mindtune.optim import AdamW, Prodigy, create_optimizer, optimizer_state, schedule_factor, set_learning_rates
+from mindtune.optim import EMA, AdamW, Prodigy, create_optimizer, optimizer_state, schedule_factor, set_learning_rates
 
 # As the scripts do on a CPU: otherwise PyNative hands every operator to another thread, most of the time on a busy machine.
 ms.runtime.launch_blocking()
@@ -353,3 +353,36 @@ def test_the_state_leaves_out_weights_and_rates(name, per_parameter, single):
 def test_create_optimizer_makes_what_is_named():
     kinds = {name: type(optimizer(name, arrays())[0]) for name in ("adamw", "adamweightdecay", "prodigy")}
     assert kinds == {"adamw": AdamW, "adamweightdecay": nn.AdamWeightDecay, "prodigy": Prodigy}
+
+
+def test_the_moving_average_follows_its_formula_and_stands_in_for_a_while(mode):
+    """Early decays are (1 + t) / (10 + t), later ones the given; after `in_use` the live values are back."""
+    live = [
+        ms.Parameter(ms.Tensor(np.arange(3, dtype=np.float32)), name="a"),
+        ms.Parameter(ms.Tensor(np.ones((2, 2), np.float32)), name="b"),
+    ]
+    ema = EMA(live, 0.3)
+    expected = [p.asnumpy().astype(np.float64) for p in live]
+    draw = np.random.default_rng(0)
+    for step in range(1, 6):
+        for number, parameter in enumerate(live):
+            parameter.set_data(ms.Tensor(draw.standard_normal(parameter.shape).astype(np.float32)))
+            decay = min(0.3, (1 + step) / (10 + step))
+            expected[number] = decay * expected[number] + (1 - decay) * parameter.asnumpy()
+        ema.update(step)
+    last = [p.asnumpy().copy() for p in live]
+    with ema.in_use():
+        for parameter, value in zip(live, expected):
+            np.testing.assert_allclose(parameter.asnumpy(), value, rtol=1e-5, atol=1e-7)
+    for parameter, value in zip(live, last):
+        np.testing.assert_array_equal(parameter.asnumpy(), value)
+
+
+def test_a_moving_average_taken_every_tenth_update_forgets_as_much(mode):
+    live = [ms.Parameter(ms.Tensor(np.zeros(2, np.float32)), name="a")]
+    each, tenth = EMA(live, 0.9), EMA(live, 0.9)
+    live[0].set_data(ms.Tensor(np.ones(2, np.float32)))
+    for step in range(1001, 1011):
+        each.update(step)
+    tenth.update(1010, every=10)
+    np.testing.assert_allclose(tenth.averages[0].asnumpy(), each.averages[0].asnumpy(), rtol=1e-5)

@@ -1,0 +1,78 @@
+"""The same functions by operators that MindSpore's CPU backend runs faster. Values agree to float32's last digits.
+
+mindone's FLUX writes them with operators whose CPU kernels are slow: tanh-GELU and its gradient, a power of two, and taking pairs of
+channels apart and together again. On an NPU those kernels are fast, and only the norm is replaced.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn, ops
+
+
+def tanh_gelu(x):
+    """GELU by tanh (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415): (1 + tanh(u)) / 2 is sigmoid(2u). Any shape."""
+    return x * ops.sigmoid(x * (1.5957691216057308 + 0.07135481627 * ops.square(x)))
+
+
+class TanhGELU(nn.Cell):
+    """`tanh_gelu` where a model holds a cell."""
+
+    def construct(self, x):
+        return tanh_gelu(x)
+
+
+class RMSNorm(nn.Cell):
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, [..., dim] (https://arxiv.org/abs/1910.07467). Takes the place of `norm`."""
+
+    def __init__(self, norm):
+        super().__init__(auto_prefix=False)  # the parameter keeps its name
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def construct(self, x):
+        scale = ops.rsqrt(ops.square(x.astype(ms.float32)).mean(-1, keep_dims=True) + self.eps)
+        return (x * scale * self.weight).astype(x.dtype)
+
+
+@ms.jit_class
+class RotaryEmbedding:
+    """Rotates pairs of neighbouring channels (https://arxiv.org/abs/2104.09864). The swap of a pair is a product with a constant matrix."""
+
+    def __init__(self, dim):
+        swap = np.zeros((dim, dim), np.float32)
+        swap[range(1, dim, 2), range(0, dim, 2)] = -1.0
+        swap[range(0, dim, 2), range(1, dim, 2)] = 1.0
+        self.swap = ms.Tensor(swap)
+
+    def __call__(self, x, angles):
+        """x [batch, heads, tokens, dim] in any type; angles: cosines and sines, float32 [tokens, dim] each."""
+        cos, sin = angles
+        wide = x.astype(ms.float32)
+        swapped = ops.matmul(wide.reshape((-1, wide.shape[-1])), self.swap).reshape(wide.shape)
+        return (wide * cos + swapped * sin).astype(x.dtype)
+
+
+def use_fast_operators(model: nn.Cell) -> nn.Cell:
+    """Puts them into a FLUX model in place; parameters keep their names. On other devices than the CPU only the norm changes, which
+    gives the type it takes: mindone's gives float32 when its weight is float32, and half-precision attention then has two types."""
+    on_cpu = ms.get_context("device_target") == "CPU"
+    for _, cell in list(model.cells_and_names()):
+        kind, processor = type(cell).__name__, getattr(cell, "processor", None)
+        if type(processor).__name__.startswith("FluxAttn"):
+            _replace_norms(cell)
+            if on_cpu:
+                processor.apply_rotary_emb = RotaryEmbedding(cell.norm_q.weight.shape[0])
+        elif on_cpu and kind == "GELU" and getattr(cell, "approximate", None) == "tanh":
+            cell.gelu = tanh_gelu
+        elif on_cpu and kind == "FluxSingleTransformerBlock":
+            cell.act_mlp = TanhGELU()
+    return model
+
+
+def _replace_norms(attention: nn.Cell) -> None:
+    for place in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+        if norm := getattr(attention, place, None):
+            name = norm.weight.name
+            setattr(attention, place, RMSNorm(norm))
+            norm.weight.name = name  # a cell put into its place anew calls its parameters by the place alone

@@ -1,0 +1,509 @@
+"""Pairs for ControlNet training: a target picture, its condition picture and a caption; found, checked, put in order, streamed.
+
+A data set of any size costs the same memory: rows stay in the memory-mapped files of the `datasets` library until they are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+
+from mindtune.cli import UserError, listing
+from mindtune.data import Sample, encoded, prefetch, report_bad, size_or_problem, too_small
+from mindtune.rng import SampleStream, generator
+
+
+class Pair(NamedTuple):
+    """A target picture, the condition picture it is drawn from, and the caption ("" if the data set has none)."""
+
+    image: Sample
+    condition: Sample
+    caption: str
+
+
+class Columns(NamedTuple):
+    """The names of a data set's three columns."""
+
+    image: Optional[str] = None
+    condition: Optional[str] = None
+    caption: Optional[str] = None
+
+
+FLAGS = Columns("--image_column", "--conditioning_image_column", "--caption_column")
+JSON_COLUMNS = Columns("image", "conditioning_image", "text")  # what a .jsonl file is turned into, whatever its own keys
+
+
+class Pairs:
+    """A sequence of pairs over a `datasets.Dataset`: `pairs[i]` reads names and a caption, the pictures are read when opened.
+
+    `rows` are the rows that take part (None: all). Pickles to a few kilobytes: the rows stay in the files of the data set.
+    """
+
+    def __init__(self, dataset: Any, columns: Columns, name: str, rows: Optional[np.ndarray] = None) -> None:
+        self.dataset, self.columns, self.name, self.rows = dataset, columns, name, rows
+        self.pictures = {column: dataset.select_columns([column]) for column in columns[:2]}
+        # Paths and captions apart from the pictures' bytes, which would be read along with every row.
+        flat = dataset.flatten()
+        texts = {column for column, kind in flat.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")}
+        self.texts = flat.select_columns(sorted(texts))
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.rows is None else len(self.rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        place = range(len(self))[index]
+        row = place if self.rows is None else int(self.rows[place])
+        texts = self.texts[row]
+        image, condition = (
+            Sample(_title(self.name, row, texts.get(f"{column}.path", texts.get(column))), (self.pictures[column], row, column))
+            for column in self.columns[:2]
+        )
+        return Pair(image, condition, texts[self.columns.caption] or "")
+
+    def __iter__(self) -> Iterator[Pair]:
+        return map(self.__getitem__, range(len(self)))
+
+    def select(self, indices: Iterable[int]) -> Pairs:
+        """The pairs at `indices`, in that order. Raises IndexError for one that is not there."""
+        rows = np.arange(len(self.dataset)) if self.rows is None else self.rows
+        return Pairs(self.dataset, self.columns, self.name, rows[np.fromiter(indices, dtype=np.int64)])
+
+
+def _title(name: str, row: int, path: Optional[str]) -> str:
+    """What messages call a picture: its file if it is one, otherwise its row (the path a data set embeds need not be unique)."""
+    return path if path and (os.path.isabs(path) or "://" in path) else f"{name}[{row}]"
+
+
+def load_pairs(
+    dataset_name: Optional[str] = None,
+    dataset_config_name: Optional[str] = None,
+    train_data_dir: Optional[str] = None,
+    jsonl_for_train: Optional[str] = None,
+    cache_dir: Optional[str] = None,
+    image_column: Optional[str] = None,
+    conditioning_image_column: Optional[str] = None,
+    caption_column: Optional[str] = None,
+) -> Pairs:
+    """The train split of a data set (or its only split); exactly one of the name, the directory and the .jsonl file is given.
+
+    A directory may hold parquet or arrow files, a folder of pictures with metadata, .tar shards in WebDataset layout, or what
+    `Dataset.save_to_disk` wrote. Raises UserError for whatever cannot be read, and for columns that are not there.
+    """
+    asked = Columns(image_column, conditioning_image_column, caption_column)
+    dataset, columns, name = _open(dataset_name, dataset_config_name, train_data_dir, jsonl_for_train, cache_dir, asked, streaming=False)
+    if not len(dataset):
+        raise UserError(f"{name}: the data set has no rows. Give one that has.")
+    return Pairs(dataset, columns, name)
+
+
+# ---- opening a data set ------------------------------------------------------------------------------------------------------------
+
+
+def _open(
+    dataset_name: Optional[str],
+    config: Optional[str],
+    train_data_dir: Optional[str],
+    jsonl_for_train: Optional[str],
+    cache_dir: Optional[str],
+    asked: Columns,
+    streaming: bool,
+) -> tuple[Any, Columns, str]:
+    """A Dataset (streaming: an IterableDataset) of the three columns with undecoded pictures, their names, and the data set's name."""
+    import datasets
+
+    name = jsonl_for_train or train_data_dir or dataset_name
+    flag = "--jsonl_for_train" if jsonl_for_train else "--train_data_dir" if train_data_dir else "--dataset_name"
+    root = Path(name).expanduser()
+    if train_data_dir and not root.is_dir():
+        raise UserError(f"{flag} {name}: no such directory. Give the directory that holds the pairs.")
+    if jsonl_for_train or ((root / "metadata.jsonl").is_file() and not config):
+        # The library reads a folder with metadata too, but dies of a row without condition, and its error names no line.
+        path = root if jsonl_for_train else root / "metadata.jsonl"
+        return _jsonl(path, f"{flag} {name}", asked, cache_dir, streaming), JSON_COLUMNS, name
+    dataset = _library(root, name, flag, config, cache_dir, streaming)
+    columns = find_columns(dataset.features, asked, f"{flag} {name}")
+    dataset = dataset.select_columns(list(dict.fromkeys(columns)))
+    for column in columns[:2]:
+        if isinstance(dataset.features[column], datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset, columns, name
+
+
+def _library(root: Path, name: str, flag: str, config: Optional[str], cache_dir: Optional[str], streaming: bool) -> Any:
+    """What the `datasets` library makes of a hub id or a directory: one split, all columns, features known."""
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    where, tars = f"{flag} {name}", sorted(map(str, root.glob("*.tar")))
+    if torn := [tar for tar in tars if not _ends(tar)]:
+        raise UserError(f"{where}: {len(torn)} of {len(tars)} shards are cut off:\n{listing(torn)}\nCopy them again, or remove them.")
+    try:
+        if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+            found = _split(datasets.load_from_disk(str(root)), where)
+            return found.to_iterable_dataset() if streaming else found
+        if tars:
+            builder = datasets.load_dataset_builder("webdataset", data_files={"train": tars}, cache_dir=cache_dir)
+        else:
+            builder = datasets.load_dataset_builder(str(root) if root.is_dir() else name, config, cache_dir=cache_dir)
+        if root.is_dir() and isinstance(builder, Parquet):
+            return _parquet(_split(builder.config.data_files, where), cache_dir, streaming)
+        if not streaming:
+            builder.download_and_prepare()
+        found = _split(builder.as_streaming_dataset() if streaming else builder.as_dataset(), where)
+        return found if found.features is not None else found._resolve_features()  # csv: known after its first rows only
+    except UserError:
+        raise
+    except Exception as error:  # the library raises a dozen kinds; its text, or its cause's, is what helps
+        reason = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else error
+        hint = "Every sample of the shards needs the same files, such as 01.image.png, 01.conditioning.png and 01.txt."
+        other = "Give a directory with metadata.jsonl, parquet, arrow or .tar files, or for --dataset_name the id of a data set on the hub."
+        raise UserError(f"{where}: the datasets library cannot read it: {reason}\n{hint if tars else other}") from None
+
+
+def _parquet(files: list[str], cache_dir: Optional[str], streaming: bool) -> Any:
+    """The rows of local parquet files, read in small batches: the library's own reader runs up to a gigabyte ahead of its caller."""
+    import datasets
+    import pyarrow.parquet
+
+    stamps = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
+    features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(files[0]))
+    return _from_rows(_parquet_rows, features, {"files": list(files)}, hashlib.sha256(repr(stamps).encode()), cache_dir, streaming)
+
+
+def _parquet_rows(files: list[str]) -> Iterator[dict]:
+    import pyarrow.parquet
+
+    for path in files:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=16, use_threads=False):
+                yield from batch.to_pylist()
+
+
+def _from_rows(rows: Any, features: Any, arguments: dict, digest: Any, cache_dir: Optional[str], streaming: bool) -> Any:
+    """A data set of what `rows(**arguments)` yields: streamed, or memory mapped from a file of the cache that is named by `digest`."""
+    import datasets
+
+    if streaming:
+        return datasets.IterableDataset.from_generator(rows, features=features, gen_kwargs=arguments)
+    options = {"features": features, "gen_kwargs": arguments, "cache_dir": cache_dir, "fingerprint": digest.hexdigest()[:32]}
+    return datasets.Dataset.from_generator(rows, **options)
+
+
+def _ends(tar: str) -> bool:
+    """Whether an archive has its end mark of 1024 zero bytes. The library takes one that is cut off for a shorter one."""
+    with open(tar, "rb") as file:
+        file.seek(max(0, os.path.getsize(tar) - 1024))
+        return file.read() == bytes(1024)
+
+
+def _split(found: Any, where: str) -> Any:
+    if not isinstance(found, dict):
+        return found
+    if "train" not in found and len(found) != 1:
+        raise UserError(f"{where}: has no split train but {', '.join(found)}. Name or keep one of them only.")
+    return found["train"] if "train" in found else next(iter(found.values()))
+
+
+def find_columns(features: dict, asked: Columns, where: str) -> Columns:
+    """The columns of target, condition and caption: the asked ones, or by the usual names. `features`: a column's kind, or None.
+
+    Raises UserError naming the columns there are if one is missing or holds something else.
+    """
+    there = f"{where} has the columns {', '.join(features)}"
+    for flag, column in zip(FLAGS, asked):
+        if column and column not in features:
+            raise UserError(f"{flag} {column}: {there}. Name one of them.")
+    others = [column for column in features if column != asked.image]
+    condition = asked.condition or _first(others, ("conditioning_image",), ("conditioning.", "condition"))
+    others = [column for column in features if column != condition]
+    image = asked.image or _first(others, ("image", "jpg", "png", "jpeg", "webp"), ("image.",))
+    image = image or next((column for column in others if _kind(features[column]) == "Image"), None)
+    found = Columns(image, condition, asked.caption or _first(others, ("text", "txt", "caption", "prompt"), ()))
+    for flag, column, what in zip(FLAGS, found, ("pictures", "pictures", "text")):
+        if column is None:
+            raise UserError(f"{flag}: {there}; none has a known name. Name the one to use with {flag}.")
+        kind, fitting = _kind(features[column]), ("string", "large_string")
+        if what == "pictures":
+            fitting += ("binary", "large_binary", "Image")
+        if kind and kind not in fitting:
+            raise UserError(f"{flag} {column}: holds {kind}, not {what}. {there}. Name another with {flag}.")
+    return found
+
+
+def _first(columns: Iterable[str], names: tuple[str, ...], prefixes: tuple[str, ...]) -> Optional[str]:
+    exact = [name for name in names if name in columns]
+    return next(iter(exact + [column for prefix in prefixes for column in columns if column.startswith(prefix)]), None)
+
+
+def _kind(feature: Any) -> Optional[str]:
+    """How messages call a column's kind. A struct of bytes and path is a picture whose file forgot to say so."""
+    if feature is None or isinstance(feature, dict):
+        return feature and ("Image" if {"bytes", "path"} <= set(feature) else "a struct")
+    return feature.dtype if type(feature).__name__ == "Value" else type(feature).__name__
+
+
+# ---- .jsonl files ------------------------------------------------------------------------------------------------------------------
+
+
+def _jsonl(path: Path, where: str, asked: Columns, cache_dir: Optional[str], streaming: bool) -> Any:
+    """A data set of strings from the lines of `path`, checked: absolute paths and captions. No picture is opened."""
+    import datasets
+
+    keys, digest = _check_jsonl(path, where, asked)
+    features = datasets.Features({column: datasets.Value("string") for column in JSON_COLUMNS})
+    return _from_rows(_jsonl_rows, features, {"path": str(path.absolute()), "keys": tuple(keys)}, digest, cache_dir, streaming)
+
+
+def _check_jsonl(path: Path, where: str, asked: Columns) -> tuple[Columns, Any]:
+    """The keys of the lines and a digest of the file. Raises UserError listing all bad lines, or else all missing files."""
+    if not path.is_file():
+        raise UserError(f"{where}: no such file. Give a .jsonl file with a line for every pair.")
+    digest, keys, bad, absent, number = hashlib.sha256(str(path.absolute()).encode()), None, [], {}, 0
+    try:
+        for number, line in _lines(path):
+            digest.update(line.encode())
+            try:
+                row = _keyed(line)
+                keys = keys or find_columns(dict.fromkeys(row), Columns(*(column and _short(column) for column in asked)), where)
+                found = _jsonl_row(row, keys, path.absolute().parent)
+            except ValueError as error:
+                bad.append(f"line {number}: {error}")
+                continue
+            pictures = (found["image"], found["conditioning_image"])
+            absent.update((picture, number) for picture in pictures if picture and picture not in absent and not os.path.isfile(picture))
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: {path.name} is not UTF-8 after line {number}. Save the file as UTF-8.") from None
+    if bad:
+        raise UserError(f"{where}: {len(bad)} lines of {path.name} cannot be used:\n{listing(bad)}\nMend or remove them.")
+    if absent:
+        lines = (f"{picture} (line {number})" for picture, number in absent.items())
+        raise UserError(f"{where}: {len(absent)} files named in {path.name} are missing:\n{listing(lines)}\nMend the lines.")
+    if keys is None:
+        raise UserError(
+            f'{where}: {path.name} has no lines. Write {{"image": ..., "conditioning_image": ..., "text": ...}} for every pair.'
+        )
+    digest.update(repr(keys).encode())
+    return keys, digest
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of every line that is not blank. Only a newline ends one: captions may hold other separators."""
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line
+
+
+def _short(key: str) -> str:
+    """image_file_name and file_name, as folders of pictures call it, and image are one key."""
+    return "image" if key == "file_name" else key[: -len("_file_name")] if key.endswith("_file_name") else key
+
+
+def _keyed(line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return {_short(key): value for key, value in row.items()}
+
+
+def _jsonl_row(row: dict, keys: tuple, root: Path) -> dict[str, Optional[str]]:
+    """The row under the names of JSON_COLUMNS, paths taken from `root`. Raises ValueError for a lacking key or another type."""
+    if lacking := [key for key in keys if key not in row]:
+        raise ValueError(f"lacks {', '.join(lacking)}; has {', '.join(row) or 'no keys'}")
+    if wrong := [f"{key} is {row[key]!r}, not text" for key in keys if not isinstance(row[key], (str, type(None)))]:
+        raise ValueError("; ".join(wrong))
+    image, condition = (str(root / row[key]) if row[key] else None for key in keys[:2])
+    return dict(zip(JSON_COLUMNS, (image, condition, row[keys[2]])))
+
+
+def _jsonl_rows(path: str, keys: tuple) -> Iterator[dict]:
+    for _, line in _lines(Path(path)):
+        yield _jsonl_row(_keyed(line), keys, Path(path).parent)
+
+
+# ---- checking ----------------------------------------------------------------------------------------------------------------------
+
+
+def preflight_pairs(pairs: Pairs, resolution: Union[int, list[tuple[int, int]]], flag: str, skip_bad: bool, threads: int = 2) -> Pairs:
+    """Decodes both pictures of every pair and gives the usable pairs. `resolution` is a side or the buckets (height, width).
+
+    Raises UserError naming every problem at once (one of the two missing or unreadable, sizes that differ, smaller than the
+    resolution or than its own bucket), or, with `skip_bad`, prints that list and goes on without them; also if none is left.
+    """
+    usable, bad = np.ones(len(pairs), dtype=bool), []
+    problems = prefetch(lambda i: _pair_problem(pairs[i], resolution), range(len(pairs)), max(1, threads))
+    for index, problem in enumerate(problems):
+        if problem:
+            usable[index] = False
+            bad.append(problem)
+    report_bad(bad, f"{len(pairs)} pairs", flag, skip_bad)
+    if not usable.any():
+        raise UserError(f"{flag}: no usable pair is left.")
+    return pairs.select(np.flatnonzero(usable)) if bad else pairs
+
+
+def _pair_problem(pair: Pair, resolution: Union[int, list[tuple[int, int]]]) -> Optional[str]:
+    size, other = size_or_problem(pair.image), size_or_problem(pair.condition)
+    wrong = [f"{what}{found}" for what, found in (("", size), ("its condition is ", other)) if isinstance(found, str)]
+    if not wrong and size != other:
+        wrong = [f"{size[0]}x{size[1]}, its condition {other[0]}x{other[1]}"]
+    if not wrong:
+        small = too_small(size, resolution if isinstance(resolution, int) else resolution[nearest_bucket(size, resolution)])
+        wrong = [small] if small else []
+    return f"{pair.image.name}: {'; '.join(wrong)}" if wrong else None
+
+
+# ---- buckets -----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_buckets(text: str) -> list[tuple[int, int]]:
+    """ "672,1568;688,1504" to [(height, width), ...] in pixels. Raises UserError for sides that 16 does not divide, and for duplicates."""
+    buckets = []
+    for part in filter(str.strip, text.split(";")):
+        try:
+            height, width = (int(side) for side in part.split(","))
+        except ValueError:
+            raise UserError(f"--aspect_ratio_buckets: {part.strip()!r} is not height,width. Write them like 672,1568;688,1504.") from None
+        if height % 16 or width % 16 or height < 16 or width < 16:
+            raise UserError(f"--aspect_ratio_buckets: {height},{width}: both sides must be multiples of 16 and at least 16.")
+        if (height, width) in buckets:
+            raise UserError(f"--aspect_ratio_buckets: {height},{width} is there twice. Name every bucket once.")
+        buckets.append((height, width))
+    if not buckets:
+        raise UserError(f"--aspect_ratio_buckets {text!r}: no bucket. Write them as height,width;height,width.")
+    return buckets
+
+
+def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
+    """The number of the bucket (height, width) whose shape is closest to `size` (width, height): |log of the ratio of ratios|.
+
+    Computed in exact fractions, so that two buckets equally far tie, and the first one wins.
+    """
+
+    def distance(bucket):
+        mine, its = size[0] * bucket[0], size[1] * bucket[1]
+        return Fraction(max(mine, its), min(mine, its))
+
+    return min(range(len(buckets)), key=lambda number: distance(buckets[number]))
+
+
+class BucketOrder:
+    """Batches of pictures of one shape, a pure function of the batch number from the start of the run, safe from threads.
+
+    Every bucket is an endless shuffled stream of its own, cut into full batches. A pass over the N samples takes, of a bucket with n
+    samples, the batches floor(e n / B) up to floor((e + 1) n / B) of that stream: nothing is dropped, nothing starves, and a batch may
+    reach into the bucket's next pass. Which bucket is next is shuffled in every pass; within a bucket the order is the stream's, so
+    one bucket alone gives the stream itself, whatever the batch size.
+    """
+
+    def __init__(self, seed: int, buckets_of_samples: np.ndarray, batch_size: int) -> None:
+        if not len(buckets_of_samples) or batch_size < 1:
+            raise ValueError(f"an order needs samples and a batch size of 1 or more, got {len(buckets_of_samples)} and {batch_size}")
+        self.seed, self.batch_size, self.epoch_length = seed, batch_size, len(buckets_of_samples)
+        self.buckets = np.unique(buckets_of_samples).tolist()
+        self.members = [np.flatnonzero(buckets_of_samples == bucket) for bucket in self.buckets]
+        self.streams = [SampleStream(seed, f"bucket {k}", len(ids)) for k, ids in zip(self.buckets, self.members)]
+
+    def at(self, batch: int) -> tuple[int, list[tuple[int, int]]]:
+        """The bucket of a batch and its (sample id, how often that sample was used before)."""
+        number = batch * self.batch_size // self.epoch_length  # not too late: the passes before it have at most `batch` batches
+        while sum(self._before(number + 1)) <= batch:
+            number += 1
+        before = self._before(number)
+        turns = _turns(self.seed, number, tuple(after - b for after, b in zip(self._before(number + 1), before)))
+        offset = batch - sum(before)
+        which = int(turns[offset])
+        first = (before[which] + int(np.count_nonzero(turns[:offset] == which))) * self.batch_size
+        uses = (self.streams[which].at(position) for position in range(first, first + self.batch_size))
+        return self.buckets[which], [(int(self.members[which][sample]), use) for sample, use in uses]
+
+    def _before(self, number: int) -> list[int]:
+        """How many batches of each bucket come before pass `number`."""
+        return [number * len(ids) // self.batch_size for ids in self.members]
+
+
+@lru_cache(maxsize=8)
+def _turns(seed: int, number: int, counts: tuple[int, ...]) -> np.ndarray:
+    """Which bucket the batches of one pass belong to: each as often as it has batches."""
+    return generator(seed, "bucket order", number).permutation(np.repeat(np.arange(len(counts)), counts))
+
+
+# ---- streaming ---------------------------------------------------------------------------------------------------------------------
+
+
+class PairStream:
+    """The first `count` pairs (None: no end) of a data set that is never held: pass after pass, shuffled anew in a buffer of rows.
+
+    The order depends on `seed` and `buffer_size` only, so iterating again, or from a position, gives the same pairs. Their samples hold
+    the encoded pictures. Sources and errors are those of `load_pairs`; a pair without one of its pictures raises UserError when reached.
+    """
+
+    def __init__(
+        self,
+        dataset_name: Optional[str] = None,
+        dataset_config_name: Optional[str] = None,
+        train_data_dir: Optional[str] = None,
+        jsonl_for_train: Optional[str] = None,
+        cache_dir: Optional[str] = None,
+        image_column: Optional[str] = None,
+        conditioning_image_column: Optional[str] = None,
+        caption_column: Optional[str] = None,
+        seed: int = 0,
+        buffer_size: int = 1000,
+        count: Optional[int] = None,
+    ) -> None:
+        asked = Columns(image_column, conditioning_image_column, caption_column)
+        source = _open(dataset_name, dataset_config_name, train_data_dir, jsonl_for_train, cache_dir, asked, streaming=True)
+        self.dataset, self.columns, self.name = source
+        self.seed, self.buffer_size, self.count = seed, buffer_size, count
+
+    def __iter__(self) -> Iterator[Pair]:
+        return self.from_position(0)
+
+    def from_position(self, start: int) -> Iterator[Pair]:
+        """The pairs from number `start` on, as a full iteration gives them. Those before are passed over without being decoded."""
+        rows = self._rows(start) if self.count is None else islice(self._rows(start), max(0, self.count - start))
+        return (self._pair(row, position) for position, row in enumerate(rows, start))
+
+    def _rows(self, start: int) -> Iterator[dict]:
+        number, offset = 0, start
+        while True:
+            length = 0
+            for row in self._pass(number):
+                length += 1
+                if length > offset:
+                    yield row
+            if not length:
+                raise UserError(f"{self.name}: the data set has no rows. Give one that has.")
+            # Every pass is as long as the first, so the whole passes before `start` need no reading.
+            number, offset = number + max(1, offset // length), offset % length if offset >= length else 0
+
+    def _pass(self, number: int) -> Iterator[dict]:
+        # A seed of its own for every pass rather than set_epoch, which would change the order under another iterator's feet.
+        seed = int(generator(self.seed, "stream", number).integers(2**63))
+        try:
+            yield from self.dataset.shuffle(seed=seed, buffer_size=self.buffer_size)
+        except Exception as error:  # a torn shard, a lost connection, a cell of another type: the library has no kind in common
+            raise UserError(f"{self.name}: the datasets library cannot read on in pass {number}: {error!r}") from None
+
+    def _pair(self, row: dict, position: int) -> Pair:
+        name, pictures = f"{self.name}, place {position} of the stream", []
+        for what, column in zip(("image", "condition"), self.columns):
+            try:
+                pictures.append(Sample(name, encoded(row[column])))
+            except OSError as error:
+                reason = f"missing ({error.filename or error})" if isinstance(error, FileNotFoundError) else f"not readable ({error})"
+                raise UserError(f"{name}: its {what} is {reason}. Mend the data set, or remove the pair from it.") from None
+        return Pair(*pictures, row[self.columns.caption] or "")

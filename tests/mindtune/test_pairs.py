@@ -1,0 +1,617 @@
+"""Pairs for ControlNet training: found in every kind of data set, checked, put in order, streamed."""
+
+import io
+import json
+import pickle
+import re
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from mindtune.cli import UserError
+from mindtune.data import pixel_values
+from mindtune.pairs import BucketOrder, Pairs, PairStream, load_pairs, nearest_bucket, parse_buckets, preflight_pairs
+from mindtune.rng import SampleStream
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tiny"))
+import shapes
+
+COUNT = 7
+
+
+@pytest.fixture(autouse=True)
+def library_cache(monkeypatch, tmp_path_factory):
+    """Even a stream makes a lock file there."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("library"))
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png(width=16, height=16, seed=0):
+    file = io.BytesIO()
+    noise(width, height, seed).save(file, "png")
+    return file.getvalue()
+
+
+IMAGES = [png(seed=number) for number in range(COUNT)]
+CONDITIONS = [png(seed=100 + number) for number in range(COUNT)]
+CAPTIONS = [f"caption {number}" for number in range(COUNT)]
+WANTED = list(zip(IMAGES, CONDITIONS, CAPTIONS))
+
+
+def contents(pairs):
+    return [(pair.image.read(), pair.condition.read(), pair.caption) for pair in pairs]
+
+
+def table(count=COUNT, **columns):
+    """A data set of encoded pictures; an argument replaces a column, None takes it away."""
+    columns = {"image": IMAGES, "conditioning_image": CONDITIONS, "text": CAPTIONS, **columns}
+    found = datasets.Dataset.from_dict({name: cells[:count] for name, cells in columns.items() if cells})
+    for name in found.column_names:
+        if any(isinstance(cell, bytes) for cell in columns[name]):
+            found = found.cast_column(name, datasets.Image())
+    return found
+
+
+# ---- one data set in every form ----------------------------------------------------------------------------------------------------
+
+
+def as_parquet(folder):
+    table().to_parquet(folder / "train.parquet")
+    return {"train_data_dir": str(folder)}
+
+
+def as_parquet_of_plain_structs(folder):
+    """As other programs write it: no note for the datasets library that the structs are pictures."""
+    plain = table().cast_column("image", datasets.Image(decode=False)).cast_column("conditioning_image", datasets.Image(decode=False))
+    pyarrow.parquet.write_table(plain.data.table.replace_schema_metadata(None), folder / "train.parquet")
+    return {"dataset_name": str(folder)}
+
+
+def as_arrow(folder):
+    table().save_to_disk(folder / "saved")
+    (folder / "plain").mkdir()
+    next((folder / "saved").glob("*.arrow")).rename(folder / "plain" / "data.arrow")
+    return {"train_data_dir": str(folder / "plain")}
+
+
+def as_saved(folder):
+    table().save_to_disk(folder)
+    return {"train_data_dir": str(folder)}
+
+
+def as_saved_with_splits(folder):
+    datasets.DatasetDict({"test": table(2), "train": table()}).save_to_disk(folder)
+    return {"dataset_name": str(folder)}
+
+
+def as_only_split(folder):
+    table().to_parquet(folder / "validation.parquet")
+    return {"dataset_name": str(folder)}
+
+
+def write_files(folder):
+    for kind, pictures in (("images", IMAGES), ("conditions", CONDITIONS)):
+        (folder / kind).mkdir(parents=True)
+        for number, picture in enumerate(pictures):
+            (folder / kind / f"{number}.png").write_bytes(picture)
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def as_folder(folder, sub=""):
+    write_files(folder / sub)
+    rows = [
+        {"file_name": f"images/{n}.png", "conditioning_image_file_name": f"conditions/{n}.png", "text": CAPTIONS[n]} for n in range(COUNT)
+    ]
+    write_lines(folder / sub / "metadata.jsonl", rows)
+    return {"train_data_dir": str(folder)}
+
+
+def as_folder_with_train(folder):
+    """This one the library's imagefolder reads."""
+    return as_folder(folder, "train")
+
+
+def as_jsonl(folder):
+    """Relative and absolute paths, and pairs.jsonl away from the pictures' folder."""
+    write_files(folder / "data")
+    rows = [
+        {"image": str(folder / f"data/images/{n}.png"), "conditioning_image": f"data/conditions/{n}.png", "text": CAPTIONS[n]}
+        for n in range(COUNT)
+    ]
+    return {"jsonl_for_train": str(write_lines(folder / "pairs.jsonl", rows))}
+
+
+def as_csv_of_paths(folder):
+    write_files(folder)
+    lines = [f"{folder}/images/{n}.png,{folder}/conditions/{n}.png,{CAPTIONS[n]}" for n in range(COUNT)]
+    (folder / "train.csv").write_text("\n".join(["image,conditioning_image,text", *lines]))
+    return {"dataset_name": str(folder)}
+
+
+def write_tar(path, samples):
+    """`samples`: {key: {extension: bytes}}."""
+    with tarfile.open(path, "w") as tar:
+        for key, files in samples.items():
+            for extension, content in files.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def shard(numbers, image="image.png", condition="conditioning.png"):
+    return {f"{n:04d}": {image: IMAGES[n], condition: CONDITIONS[n], "txt": CAPTIONS[n].encode(), "json": b'{"other": 1}'} for n in numbers}
+
+
+def as_shards(folder, **names):
+    write_tar(folder / "0.tar", shard(range(4), **names))
+    write_tar(folder / "1.tar", shard(range(4, COUNT), **names))
+    return {"train_data_dir": str(folder)}
+
+
+def as_shards_with_short_names(folder):
+    return as_shards(folder, image="png", condition="condition.png")
+
+
+FORMS = [value for name, value in list(globals().items()) if name.startswith("as_")]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The arguments that open each form, written once; with a cache of their own."""
+    found = {}
+    for form in FORMS:
+        folder = tmp_path_factory.mktemp(form.__name__)
+        found[form] = {**form(folder), "cache_dir": str(tmp_path_factory.mktemp("cache"))}
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_form_gives_the_same_pairs(sources, form):
+    pairs = load_pairs(**sources[form])
+    assert len(pairs) == COUNT and contents(pairs) == WANTED
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_form_streams_the_same_pairs(sources, form):
+    """One pass, in whatever order."""
+    stream = PairStream(**sources[form], seed=3, buffer_size=4, count=COUNT)
+    assert sorted(contents(stream)) == sorted(WANTED)
+
+
+def test_the_shapes_world_loads(tmp_path):
+    shapes.make_folder(tmp_path / "world", 5, 16, 0, "train")
+    rows = [json.loads(line) for line in (tmp_path / "world" / "metadata.jsonl").read_text().splitlines()]
+    for flag in ("train_data_dir", "dataset_name"):
+        pairs = load_pairs(**{flag: str(tmp_path / "world")}, cache_dir=str(tmp_path / "cache"))
+        assert [pair.caption for pair in pairs] == [row["text"] for row in rows]
+        for pair, row in zip(pairs, rows):
+            assert pair.image.read() == (tmp_path / "world" / row["image_file_name"]).read_bytes()
+            assert pair.condition.name == str(tmp_path / "world" / row["conditioning_image_file_name"])
+
+
+def test_pictures_are_named_by_their_file_or_their_row(sources):
+    arguments = sources[as_jsonl]
+    assert load_pairs(**arguments)[6].image.name == str(Path(arguments["jsonl_for_train"]).parent / "data/images/6.png")
+    arguments = sources[as_parquet]
+    assert load_pairs(**arguments)[6].condition.name == f"{arguments['train_data_dir']}[6]"
+
+
+def test_pairs_are_a_sequence(sources):
+    pairs = load_pairs(**sources[as_parquet])
+    assert pairs[-1].caption == "caption 6"
+    with pytest.raises(IndexError):
+        pairs[7]
+    chosen = pairs.select([5, 1, 5]).select(np.array([0, 1]))
+    assert isinstance(chosen, Pairs) and len(chosen) == 2
+    assert contents(chosen) == [WANTED[5], WANTED[1]] and chosen[0].image.name.endswith("[5]")
+
+
+def test_pairs_pickle_without_their_pictures(tmp_path):
+    large = [np.random.default_rng(n).bytes(100_000) for n in range(COUNT)]
+    table(image=large).to_parquet(tmp_path / "train.parquet")
+    pairs = load_pairs(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")).select([2, 0])
+    packed = pickle.dumps(pairs)
+    assert len(packed) < 50_000
+    assert [pair.image.read() for pair in pickle.loads(packed)] == [large[2], large[0]]
+
+
+def test_columns_may_be_named_and_empty_captions_are_empty(tmp_path):
+    renamed = table(image=None, conditioning_image=None, text=None, photo=IMAGES, edges=CONDITIONS, words=["a", None, "", *"defg"])
+    renamed.to_parquet(tmp_path / "train.parquet")
+    columns = {"image_column": "photo", "conditioning_image_column": "edges", "caption_column": "words"}
+    pairs = load_pairs(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), **columns)
+    assert contents(pairs) == list(zip(IMAGES, CONDITIONS, ["a", "", "", *"defg"]))
+
+
+def test_the_first_other_image_column_is_the_target(tmp_path):
+    renamed = table(image=None, conditioning_image=None, text=None, condition=CONDITIONS, photo=IMAGES, prompt=CAPTIONS)
+    renamed.to_parquet(tmp_path / "train.parquet")
+    assert contents(load_pairs(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))) == WANTED
+
+
+# ---- what cannot be loaded ---------------------------------------------------------------------------------------------------------
+
+
+def refusal(open_pairs=load_pairs, **arguments):
+    with pytest.raises(UserError) as error:
+        open_pairs(**arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+@pytest.mark.parametrize(
+    "columns, flags, message",
+    [
+        ({}, {"image_column": "img"}, "--image_column img: .* has the columns image, conditioning_image, text. Name one of them."),
+        ({}, {"caption_column": "txt"}, "--caption_column txt: .* has the columns"),
+        ({"conditioning_image": None}, {}, "--conditioning_image_column: .* has the columns image, text; none has a known name."),
+        ({"text": None}, {}, "--caption_column: .* has the columns image, conditioning_image; none .* with --caption_column"),
+        ({"image": None}, {}, "--image_column: .* has the columns conditioning_image, text; none"),
+        ({"text": list(range(COUNT))}, {}, "--caption_column text: holds int64, not text"),
+        ({"text": [None] * COUNT}, {}, "--caption_column text: holds null, not text"),
+        ({"text": [["a", "b"]] * COUNT}, {}, "--caption_column text: holds List, not text"),
+        ({"text": IMAGES}, {}, "--caption_column text: holds Image, not text"),
+        ({"text": [{"a": 1}] * COUNT}, {}, "--caption_column text: holds a struct, not text"),
+        ({"image": list(range(COUNT))}, {}, "--image_column image: holds int64, not pictures"),
+    ],
+)
+def test_columns_that_do_not_fit(tmp_path, open_pairs, columns, flags, message):
+    table(**columns).to_parquet(tmp_path / "train.parquet")
+    arguments = {"train_data_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache"), **flags}
+    assert re.search(message, refusal(open_pairs, **arguments))
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+def test_nothing_there(tmp_path, open_pairs):
+    (tmp_path / "empty").mkdir()
+    found = refusal(open_pairs, train_data_dir=str(tmp_path / "absent"))
+    assert "--train_data_dir" in found and "no such directory. Give the directory that holds the pairs" in found
+    found = refusal(open_pairs, dataset_name=str(tmp_path / "empty"))
+    assert "--dataset_name" in found and "cannot read it" in found and "Give a directory with metadata.jsonl" in found
+    found = refusal(open_pairs, jsonl_for_train=str(tmp_path / "absent.jsonl"))
+    assert "--jsonl_for_train" in found and "no such file. Give a .jsonl file" in found
+
+
+def test_no_train_among_several_splits(tmp_path):
+    datasets.DatasetDict({"test": table(2), "dev": table(2)}).save_to_disk(tmp_path / "d")
+    assert "has no split train but test, dev" in refusal(train_data_dir=str(tmp_path / "d"))
+
+
+def test_a_data_set_without_rows(tmp_path):
+    kinds = datasets.Features(dict.fromkeys(["image", "conditioning_image", "text"], datasets.Value("string")))
+    datasets.Dataset.from_dict({name: [] for name in kinds}, features=kinds).save_to_disk(tmp_path / "saved")
+    (tmp_path / "parquet").mkdir()
+    pyarrow.parquet.write_table(table().data.table.slice(0, 0), tmp_path / "parquet" / "train.parquet")
+    assert "the data set has no rows" in refusal(train_data_dir=str(tmp_path / "saved"))
+    assert "corresponds to no data" in refusal(train_data_dir=str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
+    assert "of size 0" in refusal(PairStream, train_data_dir=str(tmp_path / "saved"))
+    with pytest.raises(UserError, match="the data set has no rows"):
+        next(iter(PairStream(train_data_dir=str(tmp_path / "parquet"))))
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+def test_shards_whose_samples_are_not_alike(tmp_path, open_pairs):
+    samples = shard(range(3))
+    del samples["0001"]["conditioning.png"]
+    write_tar(tmp_path / "0.tar", samples)
+    found = refusal(open_pairs, train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    assert "--train_data_dir" in found and "needs the same files, such as 01.image.png, 01.conditioning.png" in found
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+def test_shards_that_are_cut_off_are_listed(tmp_path, open_pairs):
+    """The library would take them for shorter ones, in silence."""
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", shard(range(COUNT)))
+    for number in (0, 2):
+        whole = (tmp_path / f"{number}.tar").read_bytes()
+        (tmp_path / f"{number}.tar").write_bytes(whole[: len(whole) // 2])
+    found = refusal(open_pairs, train_data_dir=str(tmp_path))
+    assert "2 of 3 shards are cut off" in found and "0.tar" in found and "2.tar" in found and "1.tar" not in found
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+@pytest.mark.parametrize("flag", ["jsonl_for_train", "train_data_dir"])
+def test_all_bad_lines_are_named_by_their_numbers(tmp_path, open_pairs, flag):
+    good = '{"image": "a.png", "conditioning_image": "a.png", "text": "t"}'
+    bad = ["{broken", "[1]", '{"image": "a.png", "text": "t"}', '{"image": 3, "conditioning_image": "a.png", "text": ["t"]}', "{}"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([good, *bad, good]))
+    found = refusal(open_pairs, **{flag: str(tmp_path / "metadata.jsonl") if flag == "jsonl_for_train" else str(tmp_path)})
+    assert f"--{flag}" in found and "5 lines of metadata.jsonl cannot be used" in found
+    assert "line 2: not JSON (Expecting property name enclosed in double quotes at character 2)" in found
+    assert "line 3: not a JSON object" in found
+    assert "line 4: lacks conditioning_image; has image, text" in found
+    assert "line 5: image is 3, not text; text is ['t'], not text" in found
+    assert "line 6: lacks image, conditioning_image, text; has no keys" in found
+
+
+def test_a_jsonl_file_that_lacks_a_column_from_the_first_line_on(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"image": "a.png", "text": "t"}])
+    assert "--conditioning_image_column: " in refusal(jsonl_for_train=str(path))
+    found = refusal(jsonl_for_train=str(path), caption_column="txt")
+    assert f"--caption_column txt: --jsonl_for_train {path} has the columns image, text" in found
+
+
+def test_all_missing_files_are_listed_at_once(tmp_path):
+    (tmp_path / "there.png").write_bytes(png())
+    rows = [{"image": f"{n}.png", "conditioning_image": "there.png", "text": ""} for n in range(30)]
+    found = refusal(jsonl_for_train=str(write_lines(tmp_path / "a.jsonl", rows)))
+    assert "30 files named in a.jsonl are missing" in found and f"{tmp_path}/29.png (line 30)" in found and "there.png" not in found
+
+
+def test_a_jsonl_file_without_lines_or_in_another_encoding(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    assert "a.jsonl has no lines" in refusal(jsonl_for_train=str(tmp_path / "a.jsonl"))
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}')
+    assert "b.jsonl is not UTF-8" in refusal(jsonl_for_train=str(tmp_path / "b.jsonl"))
+
+
+def test_jsonl_keys_may_be_named_and_a_byte_order_mark_is_no_matter(tmp_path):
+    write_files(tmp_path)
+    row = {"photo": "images/0.png", "edges_file_name": "conditions/0.png", "words": "one\u2028two", "image": 5}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8-sig", newline="")
+    columns = {"image_column": "photo", "conditioning_image_column": "edges_file_name", "caption_column": "words"}
+    pairs = load_pairs(jsonl_for_train=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"), **columns)
+    assert contents(pairs) == [(IMAGES[0], CONDITIONS[0], "one\u2028two")]
+
+
+def test_an_edited_parquet_file_is_read_anew(tmp_path):
+    (tmp_path / "data").mkdir()
+    for captions in (CAPTIONS, CAPTIONS[::-1]):
+        table(text=captions).to_parquet(tmp_path / "data" / "train.parquet")
+        assert [pair.caption for pair in load_pairs(train_data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))] == captions
+
+
+def test_an_edited_jsonl_file_is_read_anew(tmp_path):
+    write_files(tmp_path)
+    row = {"image": "images/0.png", "conditioning_image": "conditions/0.png"}
+    for text in ("before", "after!"):
+        path = write_lines(tmp_path / "a.jsonl", [{**row, "text": text}])
+        assert load_pairs(jsonl_for_train=str(path), cache_dir=str(tmp_path / "cache"))[0].caption == text
+
+
+# ---- preflight ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Two good pairs and one of every kind of bad one."""
+    good, torn = png(40, 32), png(200, 200)[:9000]
+    images = [good, good, None, png(64, 64), torn, png(40, 31), good, png(32, 90)]
+    conditions = [good, None, good, png(32, 32), good, png(40, 31), b"no picture", png(32, 90)]
+    table(8, image=images, conditioning_image=conditions, text=list("abcdefgh")).save_to_disk(tmp_path / "mixed")
+    return load_pairs(train_data_dir=str(tmp_path / "mixed"))
+
+
+PROBLEMS = {
+    1: "its condition is missing (the dataset has none here)",
+    2: "missing (the dataset has none here)",
+    3: "64x64, its condition 32x32",
+    4: "damaged (",
+    5: "40x31 is smaller than --resolution 32",
+    6: "its condition is not an image that Pillow can read",
+}
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_preflight_lists_all_problems_at_once(mixed, threads):
+    found = refusal(preflight_pairs, pairs=mixed, resolution=32, flag="--train_data_dir", skip_bad=False, threads=threads)
+    assert "--train_data_dir: 6 of 8 pairs cannot be used" in found and "--skip_bad_images" in found
+    lines = [line.strip() for line in found.splitlines() if line.startswith("  ")]
+    assert len(lines) == 6
+    for line, (row, problem) in zip(lines, PROBLEMS.items()):
+        assert line.startswith(f"{mixed.name}[{row}]: {problem}")
+
+
+def test_preflight_goes_on_without_bad_pairs_if_asked(mixed, capsys):
+    good = preflight_pairs(mixed, 32, "--train_data_dir", True)
+    assert [pair.caption for pair in good] == ["a", "h"]
+    printed = capsys.readouterr().out
+    assert "going on without 6 of 8 pairs" in printed and all(problem in printed for problem in PROBLEMS.values())
+    with pytest.raises(UserError, match="no usable pair is left"):
+        preflight_pairs(mixed, 1000, "--train_data_dir", True)
+
+
+def test_preflight_of_good_pairs_gives_them_all(mixed):
+    pairs = mixed.select([0, 7])
+    assert preflight_pairs(pairs, 32, "--train_data_dir", False) is pairs
+
+
+def test_preflight_measures_a_picture_by_its_own_bucket(mixed):
+    """The 32 x 90 picture must cover 80 x 32 (height x width), not the bucket for flat pictures; then 96 x 32, which it does not."""
+    pairs = mixed.select([0, 7])
+    assert preflight_pairs(pairs, [(32, 32), (80, 32)], "--train_data_dir", False) is pairs
+    found = refusal(preflight_pairs, pairs=pairs, resolution=[(32, 32), (96, 32)], flag="--train_data_dir", skip_bad=False)
+    assert "1 of 2 pairs" in found and "[7]: 32x90 is smaller than its bucket 96,32 (height,width)" in found
+
+
+# ---- pixels ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resolution", [24, (16, 32), (33, 17)])
+@pytest.mark.parametrize("u, flip", [(None, False), ((0.3, 0.9), False), ((0.99, 0.0), True)])
+def test_target_and_condition_are_cropped_and_flipped_together(tmp_path, resolution, u, flip):
+    """The condition is the target as another file and another format: the same pixels must come out, and flip must be seen."""
+    picture = noise(51, 47)
+    picture.save(tmp_path / "a.png")
+    picture.save(tmp_path / "b.bmp")
+    path = write_lines(tmp_path / "p.jsonl", [{"image": "a.png", "conditioning_image": "b.bmp", "text": ""}])
+    pair = load_pairs(jsonl_for_train=str(path), cache_dir=str(tmp_path / "cache"))[0]
+    image, condition = (pixel_values(sample.open(), resolution, "lanczos", u, flip) for sample in pair[:2])
+    np.testing.assert_array_equal(image, condition)
+    np.testing.assert_array_equal(image[:, :, ::-1], pixel_values(picture, resolution, "lanczos", u, not flip))
+
+
+# ---- buckets -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_buckets_are_parsed():
+    assert parse_buckets("672,1568; 688,1504;\n1024,1024;") == [(672, 1568), (688, 1504), (1024, 1024)]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no bucket"),
+        (" ; ", "no bucket"),
+        ("512", "'512' is not height,width"),
+        ("512,512,3", "'512,512,3' is not height,width"),
+        ("512,a", "'512,a' is not height,width"),
+        ("512,520", "512,520: both sides must be multiples of 16"),
+        ("0,16", "0,16: both sides"),
+        ("-16,16", "-16,16: both sides"),
+        ("512,512;16,32;512, 512", "512,512 is there twice"),
+    ],
+)
+def test_buckets_that_cannot_be(text, message):
+    assert "--aspect_ratio_buckets" in refusal(parse_buckets, text=text) and message in refusal(parse_buckets, text=text)
+
+
+def test_the_nearest_bucket_by_logarithms():
+    """Sizes are (width, height), buckets (height, width); against the definition, computed in floating point."""
+    buckets = parse_buckets("672,1568;1568,672;1024,1024;768,1280;1280,768")
+    rng = np.random.default_rng(0)
+    for width, height in rng.integers(10, 4000, (300, 2)).tolist():
+        distances = [abs(np.log(width / height) - np.log(w / h)) for h, w in buckets]
+        assert nearest_bucket((width, height), buckets) == int(np.argmin(distances))
+    assert nearest_bucket((3000, 1000), buckets) == 0 and nearest_bucket((1000, 3000), buckets) == 1
+
+
+def test_two_buckets_equally_near_tie_to_the_first():
+    """A square between 7:3 lying and standing, and 4:3 between 1:1 and 16:9: no rounding decides."""
+    assert nearest_bucket((500, 500), [(48, 112), (112, 48)]) == nearest_bucket((500, 500), [(112, 48), (48, 112)]) == 0
+    assert nearest_bucket((400, 300), [(16, 16), (144, 256)]) == nearest_bucket((400, 300), [(144, 256), (16, 16)]) == 0
+
+
+UNEVEN = np.array([2, 0, 0, 4, 0, 2, 0, 4, 0, 0, 2, 0, 4, 4, 4, 4, 0])  # 8, 3 and 6 samples of the buckets 0, 2 and 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 20, 50])
+def test_batches_are_the_buckets_own_streams_and_none_starves(size):
+    """Every bucket's batches, in the order of the run, are its stream in order; after each pass bucket k gave floor(e n_k / B) batches."""
+    order = BucketOrder(7, UNEVEN, size)
+    members = {k: np.flatnonzero(k == UNEVEN) for k in (0, 2, 4)}
+    streams = {k: SampleStream(7, f"bucket {k}", len(ids)) for k, ids in members.items()}
+    given = dict.fromkeys(members, 0)
+    for number in range(1, 12):
+        for batch in range(sum(given.values()), sum(number * len(ids) // size for ids in members.values())):
+            bucket, uses = order.at(batch)
+            positions = range(given[bucket] * size, (given[bucket] + 1) * size)
+            assert uses == [(members[bucket][sample], use) for sample, use in map(streams[bucket].at, positions)]
+            given[bucket] += 1
+        assert given == {k: number * len(ids) // size for k, ids in members.items()}
+    assert order.epoch_length == 17
+
+
+def test_a_batch_does_not_depend_on_those_asked_for_before():
+    forward = [BucketOrder(1, UNEVEN, 4).at(batch) for batch in range(60)]
+    order = BucketOrder(1, UNEVEN, 4)
+    assert [order.at(batch) for batch in reversed(range(60))] == forward[::-1]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(order.at, range(60))) == forward
+    assert [BucketOrder(2, UNEVEN, 4).at(batch) for batch in range(60)] != forward
+
+
+def test_the_buckets_take_turns_at_random():
+    """Not all of one bucket and then all of the next, and not the same in every pass."""
+    order = BucketOrder(0, np.repeat([0, 1], 50), 1)
+    passes = [[order.at(number * 100 + batch)[0] for batch in range(100)] for number in range(2)]
+    assert passes[0] != passes[1]
+    assert all(sum(turns) == 50 and 25 < np.count_nonzero(np.diff(turns)) < 75 for turns in passes)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
+def test_one_bucket_is_one_stream_whatever_the_batch_size(size):
+    order, stream = BucketOrder(3, np.zeros(7, int), size), SampleStream(3, "bucket 0", 7)
+    for batch in range(30):
+        assert order.at(batch) == (0, [stream.at(position) for position in range(batch * size, (batch + 1) * size)])
+
+
+def test_an_order_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="got 0 and 2"):
+        BucketOrder(0, np.array([], int), 2)
+    with pytest.raises(ValueError, match="got 3 and 0"):
+        BucketOrder(0, np.zeros(3, int), 0)
+
+
+# ---- streaming ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [as_shards, as_folder, as_parquet, as_saved], ids=lambda form: form.__name__)
+def test_a_stream_goes_on_from_every_position(sources, form):
+    """Three passes and a bit: the tail from n is what the whole iteration gives from n on, also in the middle of the last pass."""
+    stream = PairStream(**sources[form], seed=5, buffer_size=3, count=24)
+    whole = list(stream)
+    assert len(whole) == 24 and list(stream) == whole
+    for start in range(26):
+        assert list(stream.from_position(start)) == whole[start:]
+    assert contents(stream.from_position(22)) == contents(whole[22:])
+
+
+def test_a_stream_is_shuffled_anew_every_pass_and_by_its_seed(sources):
+    def passes(**options):
+        captions = [pair.caption for pair in PairStream(**sources[as_parquet], **{"count": 28, "buffer_size": 7, **options})]
+        return [captions[start : start + 7] for start in range(0, 28, 7)]
+
+    found = passes(seed=1)
+    assert all(sorted(each) == CAPTIONS for each in found) and len(set(map(tuple, found))) > 1
+    assert passes(seed=1) == found != passes(seed=2)
+    assert passes(seed=1, buffer_size=1) == [CAPTIONS] * 4
+
+
+def test_a_stream_without_count_has_no_end(sources):
+    stream = PairStream(**sources[as_parquet], seed=0)
+    assert len(list(islice(stream, 100))) == 100
+
+
+def test_iterating_twice_at_once_changes_neither(sources):
+    stream = PairStream(**sources[as_parquet], seed=0, buffer_size=4, count=20)
+    assert list(zip(stream, stream)) == [(pair, pair) for pair in stream]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_a_stream_pickles(sources, form):
+    stream = PairStream(**sources[form], seed=1, buffer_size=3, count=10)
+    assert contents(pickle.loads(pickle.dumps(stream))) == contents(stream)
+
+
+def test_streamed_pictures_are_their_encoded_bytes(sources):
+    pair = next(iter(PairStream(**sources[as_folder], seed=0)))
+    assert isinstance(pair.image.source, bytes) and isinstance(pair.condition.source, bytes)
+    assert pair.image.name == f"{sources[as_folder]['train_data_dir']}, place 0 of the stream"
+
+
+@pytest.mark.parametrize("column, what", [("image", "image"), ("conditioning_image", "condition")])
+def test_an_unpaired_picture_is_named_when_the_stream_reaches_it(tmp_path, column, what):
+    """Passed over without a word when the stream starts behind it, as a resumed run does."""
+    table(**{column: [*IMAGES[:3], None, *IMAGES[4:]]}).to_parquet(tmp_path / "train.parquet")
+    stream = PairStream(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), buffer_size=1, count=7)
+    pairs = iter(stream)
+    assert [next(pairs).caption for _ in range(3)] == CAPTIONS[:3]
+    with pytest.raises(UserError, match=f"place 3 of the stream: its {what} is missing.*Mend the data set"):
+        next(pairs)
+    assert [pair.caption for pair in stream.from_position(4)] == CAPTIONS[4:]
+
+
+def test_a_stream_that_breaks_off_says_where(tmp_path):
+    samples = shard(range(COUNT))
+    samples["0006"]["txt"] = b"caf\xe9"
+    write_tar(tmp_path / "0.tar", samples)
+    stream = iter(PairStream(train_data_dir=str(tmp_path), buffer_size=1))
+    with pytest.raises(UserError, match="cannot read on in pass 0: UnicodeDecodeError"):
+        list(islice(stream, COUNT))
