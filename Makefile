@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo test bench lint clean
+.PHONY: venv demo demo-controlnet test bench lint clean
 
 venv: .venv/made
 .venv/made: requirements.txt setup.py
@@ -15,11 +15,15 @@ venv: .venv/made
 demo: venv
 	$(BIN)/python examples/demo_flux_lora.py
 
+demo-controlnet: venv
+	$(BIN)/python examples/demo_flux_controlnet.py
+
 test: venv
 	$(BIN)/python -m pytest tests
 
 bench: venv
 	$(BIN)/python benchmarks/encoder_memory.py
+	$(BIN)/python benchmarks/controlnet_memory.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -64,7 +64,7 @@ def train(way, work, mode):
         stage, captions, images, _ = job
         real = encode.load_model
         encode.load_model = lambda *a, **k: kept.append(real(*a, **k)) or kept[-1]
-        encode._encode_captions(stage, captions, store=True)
+        encode._encode_captions(stage, captions)
         encode._encode_images(stage, images)
         encode.load_model = real
         if way == "deleted":

@@ -176,7 +176,7 @@ def check_args(args):
     if args.streaming:
         if not args.max_train_steps:
             raise UserError("--streaming needs --max_train_steps: the length of a stream is not known.")
-        for name in ("max_train_samples", "validation_split", "aspect_ratio_buckets"):
+        for name in ("max_train_samples", "validation_split", "aspect_ratio_buckets", "skip_bad_images"):
             if getattr(args, name):
                 raise UserError(f"--{name} with --streaming: needs to know all pairs beforehand; leave one of the two out.")
     if args.resolution % 16 or args.resolution < 16:
@@ -186,7 +186,7 @@ def check_args(args):
     at_least.update(num_train_epochs=1, checkpointing_steps=1, validation_steps=1, num_validation_images=1, num_inference_steps=1)
     at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, max_sequence_length=1, shuffle_buffer_size=1)
     at_least.update(learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0)
-    at_least.update(proportion_empty_prompts=0)
+    at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0)
     for name, least in at_least.items():
         value = getattr(args, name)
         if value is not None and not value >= least:
@@ -300,6 +300,8 @@ class Batches:
         both = (pair.image, pair.condition)
         if self.args.cache_latents:
             return [self.stage.moments(sample, size, flip) for sample in both]
+        if self.args.streaming and not self.args.cache_latents:  # else the encode stage has looked at every pair
+            pairs.require_usable(pair, self.args.resolution)
         return [data.pixel_values(sample.open(), size, self.args.image_interpolation_mode, place, flip) for sample in both]
 
     def _text(self, caption):
@@ -342,6 +344,7 @@ class TrainStepForFluxControlNet(models.TrainStep):
 
     def predict(self, images, conditions, posterior_noise, condition_noise, noise, indices, prompt_embeds, pooled_prompt_embeds, image_ids):
         """Prediction and target [B, C, h, w] float32, and sigmas [B, 1, 1, 1]."""
+        image_ids = ops.stop_gradient(image_ids)  # PyNative recomputes no block whose rotary tables could have a gradient
         latents = self.latents(images, posterior_noise)
         condition = flow.pack_latents(self.latents(conditions, condition_noise)).to(self.compute_dtype)
         sigmas = flow.get_sigmas(self.sigmas, indices)
@@ -442,6 +445,7 @@ def main(argv=None):
         existing = models.resolve_controlnet(
             args.controlnet_model_name_or_path, "--controlnet_model_name_or_path", args.cache_dir, transformer_config
         )
+        print("--controlnet_model_name_or_path: it keeps its own blocks; --num_double_layers and --num_single_layers do nothing")
     for flag, key in (("num_double_layers", "num_layers"), ("num_single_layers", "num_single_layers")):
         if not existing and getattr(args, flag) > transformer_config[key]:
             raise UserError(f"--{flag} {getattr(args, flag)}: the transformer has {transformer_config[key]} such blocks to copy.")

@@ -45,6 +45,8 @@ def parse_args(argv=None):
     for name in ("num_images_per_prompt", "num_inference_steps", "max_sequence_length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
+    if args.max_sequence_length > 512:
+        raise UserError(f"--max_sequence_length {args.max_sequence_length}: T5 was trained on at most 512 tokens here; use 512 or less.")
     if args.compare and not args.lora:
         raise UserError("--compare needs --lora: there is nothing to compare with.")
     return args

@@ -25,7 +25,7 @@ from mindtune.checkpoint import write_atomically
 from mindtune.cli import UserError, run
 from mindtune.data import Sample, pixel_values
 from mindtune.models import load_model, load_tokenizer, read_config, set_up_device, weight_files
-from mindtune.pairs import Pair, nearest_bucket
+from mindtune.pairs import Pair, PairStream, nearest_bucket, require_usable
 from mindtune.precision import resolve_precision
 from mindtune.rng import normal
 from mindtune.sampling import decode_latents, sample_latents
@@ -137,6 +137,8 @@ class PairImages:
     def __iter__(self):
         for group, flips in ((self.held_out, [False]), (self.train, [False, True] if self.random_flip else [False])):
             for pair in group:
+                if isinstance(group, PairStream):
+                    require_usable(pair, self.buckets)
                 number = nearest_bucket(pair.image.open().size, self.buckets) if len(self.buckets) > 1 else 0
                 for flip in flips:
                     yield pair.image, self.buckets[number], flip

@@ -93,13 +93,21 @@ def resolve_controlnet(name: str, flag: str, cache_dir: Optional[str], transform
     path = Path(name)
     if not path.is_dir():
         path = _download(flag, name, None, cache_dir, ["config.json", "*.safetensors", "*.index.json"])
-    problems = _component_problems(path.parent, path.name, ("FluxControlNetModel",), None)
+    try:
+        problems = _component_problems(path.parent, path.name, ("FluxControlNetModel",), None)
+    except (OSError, ValueError) as error:
+        problems = [str(error)]
     if problems:
-        raise UserError(f"{flag} {name}: not a whole ControlNet:\n{listing(problems)}")
+        raise UserError(f"{flag} {name}: not a whole ControlNet:\n{listing(problems)}\nCopy or download it again.")
     config = read_config(path.parent, path.name)
     if config.get("num_mode") is not None:
         raise UserError(
             f"{flag} {name}: a union ControlNet (num_mode {config['num_mode']}) is not supported; give one for a single condition."
+        )
+    if (channels := config.get("conditioning_embedding_channels")) is not None:
+        raise UserError(
+            f"{flag} {name}: takes its condition as pixels (conditioning_embedding_channels {channels}), which is not supported; give one "
+            "that takes the VAE's latents."
         )
     for key in ("num_attention_heads", "attention_head_dim", "in_channels", "joint_attention_dim", "pooled_projection_dim"):
         if config.get(key) != transformer.get(key):

@@ -365,6 +365,12 @@ def _pair_problem(pair: Pair, resolution: Union[int, list[tuple[int, int]]]) -> 
     return f"{pair.image.name}: {'; '.join(wrong)}" if wrong else None
 
 
+def require_usable(pair: Pair, resolution: Union[int, list[tuple[int, int]]]) -> None:
+    """Raises UserError for a pair that `preflight_pairs` would refuse: for streams, which are checked in passing."""
+    if problem := _pair_problem(pair, resolution):
+        raise UserError(f"{problem}. Mend the data set, or remove the pair from it.")
+
+
 # ---- buckets -----------------------------------------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,12 @@ def best_shape(cover: np.ndarray) -> tuple[str, float]:
     return best
 
 
+def overlap(image: Image.Image, target: Image.Image) -> float:
+    """Intersection over union of the shapes that two pictures of one size show; 0 if one shows none."""
+    drawn, wanted = look(image).cover, look(target).cover
+    return float(np.logical_and(drawn, wanted).sum() / max(1, np.logical_or(drawn, wanted).sum()))
+
+
 def is_subject(image: Image.Image, colours: tuple[str, str]) -> bool:
     """Does the picture show a shape checkered in these two colours? Each covers a quarter of it at least, and squares of the right
     width, laid over it where they fit best, agree with four fifths of its pixels (half would be chance)."""

@@ -146,7 +146,8 @@ def main(argv=None):
     optimizer = optim.create_optimizer(
         "adamw", [{"params": trained, "lr": args.learning_rate, "weight_decay": 0.01}], betas=(0.9, 0.99), eps=1e-8
     )
-    sigmas = models.load_scheduler(root).sigmas.asnumpy()
+    # Shifted towards noise, where colours, place and shape are decided; what is left below is the VAE's fine print.
+    sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), 2.5)
     step = PretrainStep(*cells.values(), optimizer, models.read_config(root, "vae"), sigmas)
     ema = optim.EMA(list(parameters.values()), 0.9995)
     averages = dict(zip(parameters, ema.averages))

@@ -66,8 +66,11 @@ def pairs(split: str) -> list[tuple[str, str]]:
 
 @lru_cache
 def scenes(split: str) -> tuple[Scene, ...]:
-    """Every scene of a split: each pair on each other colour, at nine places a latent pixel apart (an eighth of the side), in two sizes."""
-    steps = (-1, 0, 1)
+    """Every scene of a split: each pair on each other colour, at four places, in two sizes.
+
+    The places are a quarter of the side apart, at 64 pixels one token of FLUX: easier to learn than others.
+    """
+    steps = (-1, 1)
     return tuple(
         Scene(shape, colour, background, (0.5 + across / 8, 0.5 + down / 8), radius)
         for colour, shape in pairs(split)
@@ -191,9 +194,9 @@ SUBJECT = ("red", "white")  # the colours of the checkered circle that the demon
 def make_subject(out: Path, size: int) -> None:
     """Six pictures of that circle, one on each other background, with captions beside them: "a sks circle on a ... background"."""
     out.mkdir(parents=True, exist_ok=True)
-    places = [(-1, 0, 0), (1, 0, 1), (0, -1, 1), (0, 1, 0), (0, 0, 1), (1, 1, 0)]
-    for background, (across, down, large) in zip((name for name in COLOURS if name not in SUBJECT), places):
-        scene = Scene("circle", SUBJECT[0], background, (0.5 + across / 8, 0.5 + down / 8), RADII[large], SUBJECT[1])
+    places = [(-1, -1), (1, -1), (-1, 1), (1, 1), (-1, -1), (1, 1)]
+    for background, (across, down) in zip((name for name in COLOURS if name not in SUBJECT), places):
+        scene = Scene("circle", SUBJECT[0], background, (0.5 + across / 8, 0.5 + down / 8), RADII[1], SUBJECT[1])
         picture(scene, size).save(out / f"sks-{background}.png")
         (out / f"sks-{background}.txt").write_text(scene.caption + "\n")
 

@@ -248,9 +248,7 @@ def test_a_variant_that_is_not_there(tiny_flux):
 @pytest.mark.parametrize("name", ["/no/such/folder", "./here", "~/flux", "flux", "a/b/c"])
 def test_a_directory_that_is_not_there(name):
     """What cannot be a hub id is refused without asking the hub."""
-    with pytest.raises(
-        UserError, match=f"--pretrained_model_name_or_path {name}: no such directory. Give a local directory or a hub id"
-    ):
+    with pytest.raises(UserError, match=f"--pretrained_model_name_or_path {name}: no such directory. Give a local directory or a hub id"):
         resolve_pipeline(name, None, None, None, FLUX_COMPONENTS)
 
 

@@ -1,0 +1,117 @@
+"""What ControlNet training needs of memory: does it grow with the data set, and does gradient checkpointing recompute?
+
+    python benchmarks/controlnet_memory.py [data] [recompute]            about ten minutes on two cores
+
+data: train_controlnet_flux.py on 500 and on 50,000 pairs, memory-mapped and streamed; the peak of the training process's own memory
+(RssAnon: mapped files, which the system takes back at will, apart), read from /proc every 20 ms. Linux only.
+recompute: the same step at width 512, 2 + 4 blocks and 2 + 2 blocks in the ControlNet, batch 4, 256 image and 128 text tokens,
+with and without --gradient_checkpointing; the peak of the whole process, in graph mode and PyNative.
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "tiny"))
+
+from make_tiny_pipeline import make_flux  # noqa: E402  (examples/tiny)
+from shapes import conditioning, draw_scene, picture  # noqa: E402
+
+SCRIPT = ROOT / "flux_controlnet" / "train_controlnet_flux.py"
+
+
+def train(pipeline, out, *flags):
+    """Runs the script; (peak RssAnon in MB, its run.json)."""
+    words = [sys.executable, SCRIPT, "--pretrained_model_name_or_path", pipeline, "--output_dir", out, "--report_to", "none", "--seed", 0]
+    with open(out.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen([str(word) for word in (*words, *flags)], stdout=log, stderr=subprocess.STDOUT)
+        peak = 0
+        while process.poll() is None:
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                peak = max(peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+            except OSError:
+                pass  # it has just ended
+            time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(out.with_suffix(".log").read_text()[-3000:])
+    return peak / 1024, json.loads((out / "run.json").read_text())
+
+
+def write_parquet(path, count, side=32):
+    """`count` pairs of `side` pixels, each picture different, as the bytes of PNG files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng, rows = np.random.default_rng(0), {"image": [], "conditioning_image": [], "text": []}
+    path.parent.mkdir()
+    for _ in range(count):
+        scene = draw_scene(rng, "all", anywhere=True)
+        for column, image in (("image", picture(scene, side)), ("conditioning_image", conditioning(scene, side))):
+            file = io.BytesIO()
+            image.save(file, format="PNG", compress_level=1)
+            rows[column].append({"bytes": file.getvalue(), "path": None})
+        rows["text"].append(scene.caption)
+    pq.write_table(pa.table(rows), path, row_group_size=1000)
+    return path.stat().st_size / 2**20
+
+
+def data(work):
+    make_flux(work / "tiny")
+    flags = ["--resolution", 32, "--num_double_layers", 1, "--num_single_layers", 1, "--train_batch_size", 4, "--max_train_steps", 20]
+    flags += ["--max_sequence_length", 16, "--mindspore_mode", 1, "--dataloader_num_workers", 2, "--cache_dir", work / "cache"]
+    print("pairs    file MB    mapped MB    streamed MB    (peak RssAnon of the training process)")
+    for count in (500, 50_000):
+        size = write_parquet(work / str(count) / "train.parquet", count)
+        found = [
+            train(work / "tiny", work / f"{count}-{len(more)}", *flags, "--train_data_dir", work / str(count), *more)[0]
+            for more in ([], ["--streaming"])
+        ]
+        print(f"{count:6d}   {size:7.1f}    {found[0]:9.0f}    {found[1]:11.0f}", flush=True)
+
+
+def recompute(work):
+    wide = {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24]}
+    make_flux(work / "mid", transformer=wide)
+    write_parquet(work / "few" / "train.parquet", 8, 256)
+    flags = ["--train_data_dir", work / "few", "--resolution", 256, "--num_double_layers", 2, "--num_single_layers", 2]
+    flags += [
+        "--train_batch_size",
+        1,
+        "--max_train_steps",
+        2,
+        "--max_sequence_length",
+        128,
+        "--cache_latents",
+        "--cache_dir",
+        work / "cache",
+    ]
+    print("mode      kept MB    recomputed MB    (peak of the training process)")
+    for name, mode in (("graph", 0), ("PyNative", 1)):
+        peaks = [
+            train(work / "mid", work / f"{name}{len(more)}", *flags, "--mindspore_mode", mode, *more)[1]["peak_memory_mb"][
+                "training_process"
+            ]
+            for more in ([], ["--gradient_checkpointing"])
+        ]
+        print(f"{name:8s} {peaks[0]:8d}    {peaks[1]:13d}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", nargs="*", default=["data", "recompute"], help="data, recompute; default: both.")
+    for what in parser.parse_args().what:
+        with tempfile.TemporaryDirectory() as folder:
+            {"data": data, "recompute": recompute}[what](Path(folder))
+
+
+if __name__ == "__main__":
+    main()

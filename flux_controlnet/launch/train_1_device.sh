@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# FLUX.1-dev ControlNet on one Ascend device. Not run by us on Ascend yet.
+#
+#   DATA=fusing/fill50k flux_controlnet/launch/train_1_device.sh [more flags of the script]
+#
+# DATA is a hub id or a local directory; MODEL (a directory or hub id), OUT and DEVICE_ID may be set too. On the device: 24 GB of the
+# frozen transformer in bf16; the ControlNet with 4 + 0 blocks, 1.44 billion parameters, 5.8 GB in float32 and three times that again for
+# gradients and Adam's moments; and the activations that --gradient_checkpointing leaves.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export DEVICE_ID="${DEVICE_ID:-0}"
+
+python flux_controlnet/train_controlnet_flux.py \
+    --pretrained_model_name_or_path "${MODEL:-black-forest-labs/FLUX.1-dev}" \
+    --dataset_name "${DATA:?a data set with image, conditioning_image and text}" \
+    --output_dir "${OUT:-out/flux-controlnet}" \
+    --num_double_layers 4 \
+    --num_single_layers 0 \
+    --mixed_precision bf16 \
+    --resolution 512 \
+    --cache_latents \
+    --train_batch_size 1 \
+    --gradient_accumulation_steps 4 \
+    --gradient_checkpointing \
+    --learning_rate 1e-5 \
+    --max_train_steps 15000 \
+    --checkpointing_steps 500 \
+    --checkpoints_total_limit 3 \
+    --seed 0 \
+    "$@"

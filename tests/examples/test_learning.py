@@ -1,0 +1,101 @@
+"""Training teaches: after the demonstration's training the subject appears, and without learning it does not."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_script
+from PIL import Image
+
+demo = load_script("examples/demo_flux_lora.py")
+evaluator = load_script("examples/tiny/evaluate_shapes.py")
+shapes = load_script("examples/tiny/shapes.py")
+
+BACKGROUNDS = [name for name in shapes.COLOURS if name not in shapes.SUBJECT]
+SUBJECT_PROMPTS = [f"a sks circle on a {background} background" for background in BACKGROUNDS]
+CLASS_PROMPTS = [f"a {colour} circle on a {other} background" for colour in shapes.COLOURS for other in BACKGROUNDS if colour != other][::2]
+
+
+def command(words, *more):
+    """Runs one of the demonstration's commands with further flags; later flags win over earlier ones."""
+    done = subprocess.run(
+        [sys.executable, *shlex.split(words), *map(str, more)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.fixture(scope="module")
+def teach(tmp_path_factory):
+    """teach(name, *flags): the directory of a run of the demonstration's training with these flags, made once."""
+    out, cache = tmp_path_factory.mktemp("learning"), tmp_path_factory.mktemp("cache")
+    shapes.make_subject(out / "subject", 64)
+
+    def make(name, *more):
+        if not (out / name).exists():
+            words = demo.TRAIN.format(out=shlex.quote(str(out)))
+            command(words, "--output_dir", out / name, "--cache_dir", cache, "--report_to", "none", *more)
+        return out / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def draw(tmp_path_factory):
+    """draw(run, prompts, count): (the base's pictures, the adapter's), `count` of every prompt, from the same noise."""
+
+    def make(run, prompts, count):
+        grid = tmp_path_factory.mktemp("pictures") / "grid.png"
+        words = demo.INFER.format(out=shlex.quote(str(run.parent)), prompts=shlex.join(prompts))
+        command(words, "--lora", run, "--num_images_per_prompt", count, "--output", grid)
+        pictures = [Image.open(grid.with_name(f"grid-{n + 1}.png")) for n in range(2 * count * len(prompts))]
+        blocks = [pictures[start : start + count] for start in range(0, len(pictures), count)]
+        return [picture for block in blocks[::2] for picture in block], [picture for block in blocks[1::2] for picture in block]
+
+    return make
+
+
+def rate(pictures):
+    """The share that shows the subject."""
+    return np.mean([evaluator.is_subject(picture, shapes.SUBJECT) for picture in pictures])
+
+
+@pytest.fixture(scope="module")
+def in_float32(teach, draw):
+    """Rates of the base and of the adapter after the demonstration's own training."""
+    return [rate(pictures) for pictures in draw(teach("fp32"), SUBJECT_PROMPTS, 4)]
+
+
+def test_the_base_draws_pairs_it_never_saw():
+    """Of 100 prompts on held-out pairs; the pipeline's README gives the shares of 200."""
+    rng = np.random.default_rng(1)
+    captions = [shapes.draw_scene(rng, "held_out").caption for _ in range(100)]
+    shares = evaluator.score(evaluator.draw(ROOT / "examples/tiny/flux-shapes", captions, seed=1), captions)
+    assert shares["both_colours"] >= 0.85 and shares["shape"] >= 0.7
+
+
+def test_the_subject_appears_and_the_base_cannot_draw_it(in_float32):
+    base, adapter = in_float32
+    assert base <= 0.1 and adapter >= 0.8
+
+
+def test_it_does_not_appear_with_learning_rate_zero(teach, draw):
+    """The test above can fail."""
+    assert rate(draw(teach("rate 0", "--learning_rate", 0), SUBJECT_PROMPTS, 2)[1]) <= 0.1
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_half_precision_teaches_as_well(teach, draw, in_float32, kind):
+    assert rate(draw(teach(kind, "--mixed_precision", kind), SUBJECT_PROMPTS, 4)[1]) >= 0.95 * in_float32[1]
+
+
+def test_prior_preservation_keeps_the_class(teach, draw, tmp_path):
+    """With class pictures trained along, class prompts keep nine tenths of what the base gets right, and the subject is still learned."""
+    prior = ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", CLASS_PROMPTS[0]]
+    run = teach("prior", *prior, "--num_class_images", 6)
+    base, adapter = (evaluator.score(pictures, CLASS_PROMPTS)["all"] for pictures in draw(run, CLASS_PROMPTS, 1))
+    assert base > 0.5 and adapter >= 0.9 * base
+    assert rate(draw(run, SUBJECT_PROMPTS, 2)[1]) >= 0.8
+    assert json.loads((run / "run.json").read_text())["flags"]["with_prior_preservation"]
