@@ -1,6 +1,6 @@
 """ControlNet in small: teaches a small FLUX to fill outlines, on a CPU.
 
-    python examples/demo_flux_controlnet.py [--output_dir out/demo-controlnet] [--max_train_steps 1500]      (make demo-controlnet)
+    python examples/demo_flux_controlnet.py [--output_dir out/demo-controlnet] [--max_train_steps 1000]      (make demo-controlnet)
 
 The base is examples/tiny/flux-shapes, which draws a shape of a caption at some place in some size. The demonstration trains a
 ControlNet on outlines, draws pairs of colour and shape that neither has seen, and measures how far the drawn shape covers the outlined
@@ -10,6 +10,7 @@ one (intersection over union), with the ControlNet and without.
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -45,14 +46,20 @@ def run(command, **values):
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 
 
-def draw(out, rows, name, scale):
-    """The pictures of `rows` of the held-out folder, drawn with the ControlNet at a strength."""
-    prompts, images = (
-        shlex.join(row["text"] for row in rows),
-        shlex.join(f"{out}/held_out/{row['conditioning_image_file_name']}" for row in rows),
-    )
-    run(INFER, out=out, prompts=prompts, images=images, name=name, scale=scale)
-    return [Image.open(ROOT / out / "pictures" / f"{name}-{k + 1}.png") for k in range(len(rows))]
+def held_out(out):
+    """(outlines, targets, prompts, the outlines' paths) of the pairs that neither base nor ControlNet has seen."""
+    folder = ROOT / out / "held_out"
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    outlines, targets = ([folder / row[f"{kind}_file_name"] for row in rows] for kind in ("conditioning_image", "image"))
+    return [Image.open(path) for path in outlines], [Image.open(path) for path in targets], [row["text"] for row in rows], outlines
+
+
+def draw(out, name, scale):
+    """The held-out pairs drawn with the ControlNet at a strength, and how far each covers the outlined shape."""
+    _, targets, prompts, paths = held_out(out)
+    run(INFER, out=out, prompts=shlex.join(prompts), images=shlex.join(map(str, paths)), name=name, scale=scale)
+    pictures = [Image.open(ROOT / out / "pictures" / f"{name}-{k + 1}.png") for k in range(len(targets))]
+    return pictures, [overlap(picture, target) for picture, target in zip(pictures, targets)]
 
 
 def main():
@@ -60,31 +67,27 @@ def main():
     parser.add_argument(
         "--output_dir", default="out/demo-controlnet", help="Where everything goes; an earlier demo's run there is replaced."
     )
-    parser.add_argument("--max_train_steps", type=int, default=1500, help="Updates.")
-    parser.add_argument("--count", type=int, default=24, help="Held-out pictures to draw.")
+    parser.add_argument("--max_train_steps", type=int, default=1000, help="Updates.")
+    parser.add_argument("--count", type=int, default=48, help="Held-out pictures to draw.")
     args = parser.parse_args()
     out = Path(args.output_dir).resolve()
     out = out.relative_to(ROOT) if ROOT in out.parents else out
     started = time.time()
 
     for split, count in (("train", 1000), ("held_out", args.count)):
-        if not (ROOT / out / split).exists():
-            make_folder(ROOT / out / split, count, 64, seed=0, split=split)
+        shutil.rmtree(ROOT / out / split, ignore_errors=True)
+        make_folder(ROOT / out / split, count, 64, seed=0, split=split)
     run(TRAIN, out=out, steps=args.max_train_steps)
     trained = time.time() - started
 
-    rows = [json.loads(line) for line in (ROOT / out / "held_out" / "metadata.jsonl").read_text().splitlines()]
-    outlines, targets = (
-        [Image.open(ROOT / out / "held_out" / row[f"{kind}_file_name"]) for row in rows] for kind in ("conditioning_image", "image")
-    )
-    with_it, without = draw(out, rows, "controlled", 1.0), draw(out, rows, "base", 0.0)
-    columns = [[*picture] for picture in zip(outlines, with_it, targets, without)][:12]
-    labels = ["outline", "with the ControlNet", "target", "base alone"]
-    grid = save_image(image_grid([list(row) for row in zip(*columns)], labels), ROOT / out / "pictures" / "grid.png")
-    scores = [np.mean([overlap(picture, target) for picture, target in zip(drawn, targets)]) for drawn in (with_it, without)]
-    print(f"\nintersection over union with the outlined shape, {len(rows)} held-out pairs: {scores[0]:.3f}, base alone {scores[1]:.3f}")
+    (controlled, covered), (alone, chance) = draw(out, "controlled", 1.0), draw(out, "base", 0.0)
+    outlines, targets, _, _ = held_out(out)
+    rows = [images[:10] for images in (outlines, controlled, targets, alone)]
+    grid = image_grid(rows, ["outline", "with the ControlNet", "target", "base alone"])
+    print(f"\nintersection over union with the outlined shape, {len(targets)} held-out pairs:")
+    print(f"  with the ControlNet {np.mean(covered):.3f}, base alone {np.mean(chance):.3f}")
     print(f"ControlNet    {out}/controlnet")
-    print(f"picture grid  {grid}")
+    print(f"picture grid  {save_image(grid, ROOT / out / 'pictures' / 'grid.png')}")
     print(f"curves        tensorboard --logdir {out}/controlnet/logs")
     print(f"{time.time() - started:.0f} seconds, {trained:.0f} of them training")
 

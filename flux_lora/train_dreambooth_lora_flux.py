@@ -83,7 +83,7 @@ def parse_args(argv=None):
     # Prior preservation
     add("--with_prior_preservation", action="store_true", help="Train class pictures along, so that the class keeps its look.")
     add("--class_data_dir", help="Directory of class pictures; filled up to --num_class_images by the base model.")
-    add("--class_prompt", help="Prompt of the class pictures.")
+    add("--class_prompt", help="Prompt of the class pictures without a caption of their own.")
     add("--num_class_images", type=int, default=100, help="Class pictures wanted.")
     add("--prior_loss_weight", type=float, default=1.0, help="Weight of the class pictures' loss.")
     add("--sample_batch_size", type=int, default=4, help="Class pictures made at a time.")
@@ -255,7 +255,7 @@ def class_samples(args):
         return []
     samples = data.samples_in_folder(args.class_data_dir, "--class_data_dir")
     for sample in samples:
-        sample.caption = args.class_prompt
+        sample.caption = sample.caption or args.class_prompt
     flag = f"--class_data_dir {folder}"
     return data.preflight(samples, args.resolution, flag, args.skip_bad_images, args.dataloader_num_workers)[: args.num_class_images]
 
