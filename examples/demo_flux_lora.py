@@ -26,7 +26,7 @@ from shapes import COLOURS, SUBJECT, make_subject  # noqa: E402
 TRAIN = """flux_lora/train_dreambooth_lora_flux.py
 --pretrained_model_name_or_path examples/tiny/flux-shapes --instance_data_dir {out}/subject
 --output_dir {out}/lora --overwrite_output_dir --resolution 64 --cache_latents --max_sequence_length 12
---train_batch_size 6 --max_train_steps 200 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 20
+--train_batch_size 6 --max_train_steps 300 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 20
 --lora_rank 16 --timestep_shift 2.5
 --checkpointing_steps 100 --seed 0 --validation_prompt "a sks circle on a blue background" --num_inference_steps 12"""
 INFER = """flux_lora/infer_flux_lora.py
