@@ -84,10 +84,11 @@ def main():
     outlines, targets, _, _ = held_out(out)
     rows = [images[:10] for images in (outlines, controlled, targets, alone)]
     grid = image_grid(rows, ["outline", "with the ControlNet", "target", "base alone"])
+    save_image(grid, ROOT / out / "pictures" / "grid.png")
     print(f"\nintersection over union with the outlined shape, {len(targets)} held-out pairs:")
     print(f"  with the ControlNet {np.mean(covered):.3f}, base alone {np.mean(chance):.3f}")
     print(f"ControlNet    {out}/controlnet")
-    print(f"picture grid  {save_image(grid, ROOT / out / 'pictures' / 'grid.png')}")
+    print(f"picture grid  {out}/pictures/grid.png")
     print(f"curves        tensorboard --logdir {out}/controlnet/logs")
     print(f"{time.time() - started:.0f} seconds, {trained:.0f} of them training")
 
