@@ -168,7 +168,10 @@ def _in_child(job: tuple) -> None:
 
 
 def main() -> None:
-    stage, captions, images, order = pickle.load(sys.stdin.buffer)
+    try:
+        stage, captions, images, order = pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):
+        return  # the parent was stopped before it had said what to do
     set_up_device(graph_mode=False)
     _encode_captions(stage, captions)
     _encode_images(stage, images)

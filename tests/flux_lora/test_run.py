@@ -114,8 +114,8 @@ def test_clip_and_transformer_train_together_at_batch_two(run, tmp_path, prior):
 def test_text_and_latents_are_encoded_once(run, monkeypatch, tmp_path):
     more = ["--cache_latents", "--random_flip", "--cache_dir", tmp_path / "cache", "--max_train_steps", 1]
     run(*more, name="first")
-    # Five pictures, each twice, and one caption.
-    assert len(list((tmp_path / "cache" / "mindtune").iterdir())) == 11
+    # Five pictures, each twice, and one caption by each of two encoders.
+    assert len(list((tmp_path / "cache" / "mindtune").iterdir())) == 12
     monkeypatch.setattr(encode, "_in_child", lambda job: pytest.fail("encoded again"))
     run(*more, name="second")
 
