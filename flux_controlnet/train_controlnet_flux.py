@@ -231,8 +231,7 @@ def load_data(args, seed):
     found = pairs.preflight_pairs(found, wanted, flag, args.skip_bad_images, args.dataloader_num_workers)
     kept, kept_out = split(len(found), args.validation_split, seed)
     train = found.select(kept)
-    numbers = [pairs.nearest_bucket(pair.image.open().size, buckets) if len(buckets) > 1 else 0 for pair in train]
-    return train, list(found.select(kept_out)), np.array(numbers), buckets
+    return train, list(found.select(kept_out)), pairs.bucket_numbers(train, buckets), buckets
 
 
 class Batches:
@@ -245,6 +244,7 @@ class Batches:
     def __init__(self, args, seed, stage, train, held_out, numbers, buckets, latent, num_train_timesteps):
         self.args, self.seed, self.stage, self.train, self.held_out_pairs = args, seed, stage, train, held_out
         self.buckets, self.latent, self.num_train_timesteps = buckets, latent, num_train_timesteps
+        self.held_out_numbers = pairs.bucket_numbers(held_out, buckets)
         self.order = None if args.streaming else pairs.BucketOrder(seed, numbers, args.train_batch_size)
         # An epoch of a stream is not known: the whole run counts as one.
         self.epoch_length = self.train.count if args.streaming else len(train)
@@ -288,7 +288,7 @@ class Batches:
     def held_out(self, sample_id, index):
         """A batch of one held-out pair, always with the same draws for the same index."""
         pair = self.held_out_pairs[sample_id]
-        size = self.buckets[pairs.nearest_bucket(pair.image.open().size, self.buckets)]
+        size = self.buckets[self.held_out_numbers[sample_id]]
         shape = self.latent_shape(size)
         noises = [rng.normal(self.seed, f"held-out {what}", sample_id, shape=shape) for what in ("posterior", "condition posterior")]
         noises.append(rng.normal(self.seed, "held-out noise", sample_id, index, shape=shape))

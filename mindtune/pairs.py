@@ -405,6 +405,11 @@ def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int
     return min(range(len(buckets)), key=lambda number: distance(buckets[number]))
 
 
+def bucket_numbers(pairs: Iterable[Pair], buckets: list[tuple[int, int]]) -> np.ndarray:
+    """The nearest bucket of every pair, int [N]. Pictures are opened only if there is a choice."""
+    return np.array([nearest_bucket(pair.image.open().size, buckets) if len(buckets) > 1 else 0 for pair in pairs], dtype=np.int64)
+
+
 class BucketOrder:
     """Batches of pictures of one shape, a pure function of the batch number from the start of the run, safe from threads.
 
