@@ -11,7 +11,6 @@ samples/*.png, loss curves for TensorBoard, metrics.jsonl and run.json. Ctrl-C s
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import secrets
@@ -25,9 +24,9 @@ from tqdm import tqdm
 
 from mindtune import checkpoint, data, flow, models, optim, pairs, precision, rng, sampling, tracking
 from mindtune.cache import encoder_fingerprint
-from mindtune.cli import StopRequest, UserError, matched, run
+from mindtune.cli import StopRequest, UserError, check_flags, matched, run
 from mindtune.encode import PairCaptions, PairImages, Stage
-from mindtune.held_out import HELD_OUT_INDICES, held_out_loss, split
+from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
@@ -157,49 +156,25 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Refuses what cannot work, before anything is read or written. Raises UserError."""
-    for name, instead in REFUSED.items():
-        if getattr(args, name):
-            raise UserError(f"--{name}: {instead}.")
-    if args.optimizer == "adafactor":
-        raise UserError("--optimizer adafactor: not in this version; use AdamW, AdamWeightDecay or prodigy.")
-    if args.report_to in ("wandb", "all"):
-        raise UserError(f"--report_to {args.report_to}: Weights & Biases is not in this version; use tensorboard.")
-    for name, why in ACCEPTED.items():
-        if getattr(args, name):
-            print(f"--{name}: {why}")
-
-    sources = [name for name in ("dataset_name", "train_data_dir", "jsonl_for_train") if getattr(args, name)]
-    if len(sources) != 1:
-        raise UserError(f"give one of --dataset_name, --train_data_dir and --jsonl_for_train, not {' and '.join(sources) or 'none'}.")
-    if args.dataset_config_name and not args.dataset_name:
-        raise UserError(f"--dataset_config_name {args.dataset_config_name}: belongs to --dataset_name; leave it out.")
-    if args.streaming:
-        if not args.max_train_steps:
-            raise UserError("--streaming needs --max_train_steps: the length of a stream is not known.")
-        for name in ("max_train_samples", "validation_split", "aspect_ratio_buckets", "skip_bad_images"):
-            if getattr(args, name):
-                raise UserError(f"--{name} with --streaming: needs to know all pairs beforehand; leave one of the two out.")
-    if args.resolution % 16 or args.resolution < 16:
-        near = max(16, round(args.resolution / 16) * 16)
-        raise UserError(f"--resolution {args.resolution}: must be divisible by 16 (VAE 8, patches 2). The nearest is {near}.")
     at_least = {"num_double_layers": 0, "num_single_layers": 0, "train_batch_size": 1, "gradient_accumulation_steps": 1}
     at_least.update(num_train_epochs=1, checkpointing_steps=1, validation_steps=1, num_validation_images=1, num_inference_steps=1)
     at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, max_sequence_length=1, shuffle_buffer_size=1)
     at_least.update(learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0)
     at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0)
-    for name, least in at_least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name} {value}: must be at least {least}.")
+    check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
+    if args.optimizer == "adafactor":
+        raise UserError("--optimizer adafactor: not in this version; use AdamW, AdamWeightDecay or prodigy.")
+    if args.report_to in ("wandb", "all"):
+        raise UserError(f"--report_to {args.report_to}: Weights & Biases is not in this version; use tensorboard.")
+
+    pairs.check_source_flags(vars(args))
+    if args.resolution % 16 or args.resolution < 16:
+        near = max(16, round(args.resolution / 16) * 16)
+        raise UserError(f"--resolution {args.resolution}: must be divisible by 16 (VAE 8, patches 2). The nearest is {near}.")
     if args.num_double_layers + args.num_single_layers == 0:
         raise UserError("--num_double_layers 0 --num_single_layers 0: nothing would train; give at least one block.")
     if args.max_sequence_length > 512:
         raise UserError(f"--max_sequence_length {args.max_sequence_length}: T5 was trained on at most 512 tokens here; use 512 or less.")
-    for name in ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"):
-        if not getattr(args, name) < 1.0:
-            raise UserError(f"--{name} {getattr(args, name)}: must be below 1.")
-    if args.proportion_empty_prompts > 1.0:
-        raise UserError(f"--proportion_empty_prompts {args.proportion_empty_prompts}: a share lies in [0, 1].")
     if args.timestep_shift != "auto":
         try:
             usable = 0 < float(args.timestep_shift) < math.inf
@@ -213,25 +188,20 @@ def check_args(args):
 
 
 def load_data(args, seed):
-    """(training pairs, held-out pairs, bucket number of every training pair, buckets); checked to the last pixel row. Raises UserError.
-
-    With --streaming: a `pairs.PairStream` of all uses that the run will make, nothing held out; it is checked while it is encoded.
-    """
+    """The `pairs.PairData` of the run, checked to the last pixel row; with --streaming it is checked while it is encoded."""
+    source = pairs.Source(
+        args.dataset_name, args.dataset_config_name, args.train_data_dir, args.jsonl_for_train, args.cache_dir, args.image_column,
+        args.conditioning_image_column, args.caption_column,
+    )  # fmt: skip
     buckets = pairs.parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [(args.resolution, args.resolution)]
-    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.jsonl_for_train, args.cache_dir)
-    source += (args.image_column, args.conditioning_image_column, args.caption_column)
     if args.streaming:
         count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps
-        return pairs.PairStream(*source, seed, args.shuffle_buffer_size, count), [], None, buckets
-    flag = next(f"--{name} {value}" for name in ("dataset_name", "train_data_dir", "jsonl_for_train") if (value := getattr(args, name)))
-    found = pairs.load_pairs(*source)
-    if args.max_train_samples:
-        found = found.select(range(min(args.max_train_samples, len(found))))
-    wanted = buckets if args.aspect_ratio_buckets else args.resolution
-    found = pairs.preflight_pairs(found, wanted, flag, args.skip_bad_images, args.dataloader_num_workers)
-    kept, kept_out = split(len(found), args.validation_split, seed)
-    train = found.select(kept)
-    return train, list(found.select(kept_out)), pairs.bucket_numbers(train, buckets), buckets
+        stream = pairs.PairStream(source, seed, args.shuffle_buffer_size, count)
+        return pairs.PairData(stream, [], buckets, seed, args.train_batch_size)
+    return pairs.load_data(
+        source, buckets, seed, args.train_batch_size, args.max_train_samples, args.validation_split, args.skip_bad_images,
+        args.dataloader_num_workers,
+    )  # fmt: skip
 
 
 class Batches:
@@ -241,26 +211,13 @@ class Batches:
     index [B], prompt_embeds [B, L, D], pooled_prompt_embeds [B, P], and the image ids [T, 3] of the batch's bucket.
     """
 
-    def __init__(self, args, seed, stage, train, held_out, numbers, buckets, latent, num_train_timesteps):
-        self.args, self.seed, self.stage, self.train, self.held_out_pairs = args, seed, stage, train, held_out
-        self.buckets, self.latent, self.num_train_timesteps = buckets, latent, num_train_timesteps
-        self.held_out_numbers = pairs.bucket_numbers(held_out, buckets)
-        self.order = None if args.streaming else pairs.BucketOrder(seed, numbers, args.train_batch_size)
-        # An epoch of a stream is not known: the whole run counts as one.
-        self.epoch_length = self.train.count if args.streaming else len(train)
+    def __init__(self, args, seed, stage, pair_data, latent, num_train_timesteps):
+        self.args, self.seed, self.stage, self.data = args, seed, stage, pair_data
+        self.latent, self.num_train_timesteps = latent, num_train_timesteps
 
     def iterate(self, first, last):
         """The batches from number `first` to before `last`."""
-        if self.args.streaming:
-            size = self.args.train_batch_size
-            stream = enumerate(self.train.from_position(first * size), first * size)
-            items = ([(pair, place, 0) for place, pair in itertools.islice(stream, size)] for _ in range(first, last))
-            return data.prefetch(lambda uses: self._batch(uses, self.buckets[0]), items, self.args.dataloader_num_workers)
-        return data.prefetch(self.at, range(first, last), self.args.dataloader_num_workers)
-
-    def at(self, number):
-        bucket, uses = self.order.at(number)
-        return self._batch([(self.train[sample_id], sample_id, use) for sample_id, use in uses], self.buckets[bucket])
+        return self.data.iterate(first, last, self._batch, self.args.dataloader_num_workers)
 
     def _batch(self, uses, size):
         rows = [self._row(pair, sample_id, use, size) for pair, sample_id, use in uses]
@@ -287,8 +244,7 @@ class Batches:
 
     def held_out(self, sample_id, index):
         """A batch of one held-out pair, always with the same draws for the same index."""
-        pair = self.held_out_pairs[sample_id]
-        size = self.buckets[self.held_out_numbers[sample_id]]
+        pair, size = self.data.held_out[sample_id], self.data.buckets[self.data.held_out_numbers[sample_id]]
         shape = self.latent_shape(size)
         noises = [rng.normal(self.seed, f"held-out {what}", sample_id, shape=shape) for what in ("posterior", "condition posterior")]
         noises.append(rng.normal(self.seed, "held-out noise", sample_id, index, shape=shape))
@@ -300,7 +256,7 @@ class Batches:
         both = (pair.image, pair.condition)
         if self.args.cache_latents:
             return [self.stage.moments(sample, size, flip) for sample in both]
-        if self.args.streaming and not self.args.cache_latents:  # else the encode stage has looked at every pair
+        if self.args.streaming:  # else the encode stage has looked at every pair
             pairs.require_usable(pair, self.args.resolution)
         return [data.pixel_values(sample.open(), size, self.args.image_interpolation_mode, place, flip) for sample in both]
 
@@ -458,7 +414,7 @@ def main(argv=None):
         for prompt, path in matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
     ]
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
-    train, held_out, numbers, buckets = load_data(args, seed)
+    pair_data = load_data(args, seed)
     logging_dir = output_dir / args.logging_dir
     output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -472,8 +428,8 @@ def main(argv=None):
     images = ()
     if args.cache_latents:
         print("--cache_latents: every pair keeps its centre crop" + (", one entry a flip" if args.random_flip else ""))
-        images = PairImages(train, held_out, buckets, args.random_flip)
-    encoded = stage.prepare(PairCaptions(train, held_out, more), images)
+        images = PairImages(pair_data, args.random_flip)
+    encoded = stage.prepare(PairCaptions(pair_data, more), images)
     print(f"encode stage: {encoded} made, the rest already in {stage.folder}")
 
     # ---- load, freeze, cast --------------------------------------------------
@@ -503,9 +459,9 @@ def main(argv=None):
     auto = args.timestep_shift == "auto"
     shift = flow.resolution_shift((args.resolution // factor // 2) ** 2, scheduler_config) if auto else float(args.timestep_shift)
     sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), shift)
-    batches = Batches(args, seed, stage, train, held_out, numbers, buckets, (vae_config["latent_channels"], factor), len(sigmas))
+    batches = Batches(args, seed, stage, pair_data, (vae_config["latent_channels"], factor), len(sigmas))
     per_update = args.train_batch_size * args.gradient_accumulation_steps
-    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.epoch_length / per_update)
+    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * pair_data.epoch_length / per_update)
 
     rate = args.learning_rate * (per_update if args.scale_lr else 1)
     weights = models.model_parameters(controlnet)
@@ -527,9 +483,7 @@ def main(argv=None):
         remembered.update({f"ema.{name}": p for name, p in zip(weights, ema.averages)})
     if args.mixed_precision == "fp16":
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
-    # A stream is what its flags say; going through it would cost as much as the run.
-    texts = () if args.streaming else (pair.image.digest + pair.condition.digest + pair.caption for pair in train)
-    fingerprint = checkpoint.text_digest(texts)
+    fingerprint = checkpoint.text_digest(pair_data.digests())
     base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
     identity = {"seed": seed, "data": fingerprint, "base": base, **{k: v for k, v in vars(args).items() if k not in SAME_RUN}}
     global_step = 0
@@ -559,8 +513,8 @@ def main(argv=None):
     def look(final=False):
         """Held-out loss and validation pictures of this moment."""
         with averaged():
-            if held_out and not curve.has(global_step):
-                losses = held_out_loss(step, [controlnet], batches.held_out, len(held_out))
+            if pair_data.held_out and not curve.has(global_step):
+                losses = held_out_loss(step, [controlnet], batches.held_out, len(pair_data.held_out))
                 curve.add(global_step, [float(sigmas[i]) for i in HELD_OUT_INDICES], losses)
                 by_sigma = {f"held_out__loss_at_{sigmas[i]:.3f}": value for i, value in zip(HELD_OUT_INDICES, losses)}
                 tracker.log(global_step, held_out__loss=float(np.mean(losses)), **by_sigma)
@@ -572,13 +526,14 @@ def main(argv=None):
 
     # ---- the loop ------------------------------------------------------------
     print(
-        f"{batches.epoch_length} {'uses of a stream' if args.streaming else 'pairs'}, {len(held_out)} held out; "
+        f"{pair_data.epoch_length} {'uses of a stream' if args.streaming else 'pairs'}, {len(pair_data.held_out)} held out; "
         f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation; {max_train_steps} updates, "
-        f"{max_train_steps * per_update / batches.epoch_length:.1f} epochs; seed {seed}"
+        f"{max_train_steps * per_update / pair_data.epoch_length:.1f} epochs; seed {seed}"
     )
+    kept_out = [pair.image.name for pair in pair_data.held_out]
     record = {
         "flags": vars(args), "seed": seed, "versions": tracking.package_versions(), "device": ms.get_context("device_target"),
-        "data": {"fingerprint": fingerprint, "samples": batches.epoch_length, "held_out": [pair.image.name for pair in held_out]},
+        "data": {"fingerprint": fingerprint, "samples": pair_data.epoch_length, "held_out": kept_out},
         "trainable": {"controlnet": sum(p.size for p in weights.values())},
     }  # fmt: skip
     if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):

@@ -82,7 +82,7 @@ def main(argv=None):
     cells = {"transformer": models.load_model(root, "transformer", kind, args.variant)}
     if adapts_clip:
         cells["text_encoder"] = models.load_model(root, "text_encoder", kind, args.variant)
-        tokenizer = models.load_tokenizer(root, "tokenizer")
+        tokenizer = models.load_tokenizer(root / "tokenizer")
     if adapter:
         lora.load_lora(adapter, cells, kind.compute, scale=args.lora_scale)
     vae, vae_config = models.load_model(root, "vae", kind, args.variant), models.read_config(root, "vae")

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from mindtune import checkpoint, data, flow, lora, models, optim, precision, rng, sampling, tracking
 from mindtune.cache import encoder_fingerprint
-from mindtune.cli import StopRequest, UserError, run
+from mindtune.cli import StopRequest, UserError, check_flags, run
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
-from mindtune.held_out import HELD_OUT_INDICES, held_out_loss, split
+from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
@@ -169,16 +169,16 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Refuses what cannot work, before anything is read or written. Raises UserError."""
-    for name, instead in REFUSED.items():
-        if getattr(args, name):
-            raise UserError(f"--{name}: {instead}.")
+    at_least = {"lora_rank": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "repeats": 1}
+    at_least.update(checkpointing_steps=1, validation_epochs=1, num_validation_images=1, num_inference_steps=1, sample_batch_size=1)
+    at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, max_sequence_length=1, num_class_images=1)
+    at_least.update(learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0)
+    at_least.update(validation_split=0, adam_beta1=0, adam_beta2=0)
+    check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "lora_dropout", "adam_beta1", "adam_beta2"))
     if args.optimizer == "adafactor":
         raise UserError("--optimizer adafactor: not in this version; use AdamW, AdamWeightDecay or prodigy.")
     if args.report_to in ("wandb", "all"):
         raise UserError(f"--report_to {args.report_to}: Weights & Biases is not in this version; use tensorboard.")
-    for name, why in ACCEPTED.items():
-        if getattr(args, name):
-            print(f"--{name}: {why}")
 
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         raise UserError("give either --instance_data_dir (a directory of pictures) or --dataset_name, one of the two.")
@@ -199,21 +199,8 @@ def check_args(args):
     if args.resolution % 16 or args.resolution < 16:
         near = max(16, round(args.resolution / 16) * 16)
         raise UserError(f"--resolution {args.resolution}: must be divisible by 16 (VAE 8, patches 2). The nearest is {near}.")
-    at_least = {"lora_rank": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "repeats": 1}
-    at_least.update(checkpointing_steps=1, validation_epochs=1, num_validation_images=1, num_inference_steps=1, sample_batch_size=1)
-    at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, max_sequence_length=1, num_class_images=1)
-    at_least.update(learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0)
-    for name, least in at_least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name} {value}: must be at least {least}.")
     if args.max_sequence_length > 512:
         raise UserError(f"--max_sequence_length {args.max_sequence_length}: T5 was trained on at most 512 tokens here; use 512 or less.")
-    if not 0.0 <= args.validation_split < 1.0 or not args.lora_dropout < 1.0:
-        raise UserError(f"--validation_split {args.validation_split}, --lora_dropout {args.lora_dropout}: shares lie in [0, 1).")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0.0 < getattr(args, name) < 1.0:
-            raise UserError(f"--{name} {getattr(args, name)}: must lie in (0, 1).")
     if args.lora_alpha is not None and not args.lora_alpha > 0:
         raise UserError(f"--lora_alpha {args.lora_alpha}: must be above 0; at 0 the adapter does nothing.")
     if args.timestep_shift != "auto":
@@ -477,7 +464,7 @@ def main(argv=None):
     prior_samples = class_samples(args) if args.with_prior_preservation else []
 
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
-    kept, kept_out = split(len(samples), args.validation_split, seed)
+    kept, kept_out = data.split(len(samples), args.validation_split, seed)
     train_samples, held_out = [samples[i] for i in kept], [samples[i] for i in kept_out]
     logging_dir = output_dir / args.logging_dir
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -505,7 +492,7 @@ def main(argv=None):
     ms.set_seed((seed + state.get("global_step", 0)) % 2**32)  # only --lora_dropout draws from MindSpore's own generators
     transformer = models.load_model(root, "transformer", kind, args.variant)
     text_encoder = models.load_model(root, "text_encoder", kind, args.variant) if args.train_text_encoder else None
-    tokenizer = models.load_tokenizer(root, "tokenizer") if args.train_text_encoder else None
+    tokenizer = models.load_tokenizer(root / "tokenizer") if args.train_text_encoder else None
     vae = None if args.cache_latents else models.load_model(root, "vae", kind, args.variant)
     trained = {"transformer": transformer, **({"text_encoder": text_encoder} if args.train_text_encoder else {})}
     for model in (*trained.values(), *([vae] if vae else [])):

@@ -60,6 +60,27 @@ class StopRequest:
         os.write(2, b"\nstopping after this update; once more to stop at once\n")
 
 
+def check_flags(
+    values: dict, refused: dict[str, str], accepted: dict[str, str], at_least: dict[str, float], below_one: Iterable[str]
+) -> None:
+    """Refuses flags that are of no version yet and numbers out of bounds; says of an accepted flag why it changes nothing.
+
+    `values` are all flags; `refused` and `accepted` give the reason for each of theirs. Raises UserError.
+    """
+    for name, instead in refused.items():
+        if values[name]:
+            raise UserError(f"--{name}: {instead}.")
+    for name, why in accepted.items():
+        if values[name]:
+            print(f"--{name}: {why}")
+    for name, least in at_least.items():
+        if values[name] is not None and not values[name] >= least:
+            raise UserError(f"--{name} {values[name]}: must be at least {least}.")
+    for name in below_one:
+        if not values[name] < 1.0:
+            raise UserError(f"--{name} {values[name]}: must be below 1.")
+
+
 def matched(prompts: list[str], images: list[str], prompt_flag: str, image_flag: str) -> list[tuple[str, str]]:
     """(prompt, picture) pairs: as many of both, one picture for all prompts, or one prompt for all pictures. Raises UserError."""
     if bool(prompts) != bool(images) or (len(prompts) != len(images) and 1 not in (len(prompts), len(images))):

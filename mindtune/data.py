@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mindtune.cli import UserError, listing
+from mindtune.rng import generator
 
 NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".md"}
 INTERPOLATIONS = {name.lower(): getattr(Image.Resampling, name) for name in ("LANCZOS", "BICUBIC", "BILINEAR", "NEAREST", "BOX", "HAMMING")}
@@ -251,6 +252,20 @@ def pixel_values(
     if flip:
         image = ImageOps.mirror(image)
     return (np.asarray(image, dtype=np.float32) / 127.5 - 1.0).transpose(2, 0, 1)
+
+
+def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """(training, held out): a seeded choice of `share` of the ids below `count`, at least one if the share is above 0.
+
+    Raises UserError if none would be left to train on.
+    """
+    if not share:
+        return list(range(count)), []
+    wanted = max(1, round(share * count))
+    if wanted >= count:
+        raise UserError(f"--validation_split {share}: would keep out {wanted} of {count} pictures; use a smaller share.")
+    out = set(generator(seed, "held out").permutation(count)[:wanted].tolist())
+    return [i for i in range(count) if i not in out], sorted(out)
 
 
 def prefetch(make: Callable[[int], Any], positions: range, workers: int) -> Iterator[Any]:

@@ -7,6 +7,8 @@ computed is on disk (`mindtune.cache`), one entry a caption or picture.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import pickle
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from typing import Optional, Union
 
 import mindspore as ms
 import numpy as np
+from mindspore import nn
 from tqdm import tqdm
 
 from mindtune.cache import Cache, encoder_fingerprint, key_of
@@ -25,7 +28,7 @@ from mindtune.checkpoint import write_atomically
 from mindtune.cli import UserError, run
 from mindtune.data import Sample, pixel_values
 from mindtune.models import load_model, load_tokenizer, read_config, set_up_device, weight_files
-from mindtune.pairs import Pair, PairStream, nearest_bucket, require_usable
+from mindtune.pairs import PairData, require_usable
 from mindtune.precision import resolve_precision
 from mindtune.rng import normal
 from mindtune.sampling import decode_latents, sample_latents
@@ -51,7 +54,11 @@ class ClassImages:
 
 @dataclass
 class Stage:
-    """One pipeline's encoders with the settings that shape their output, and the cache they fill."""
+    """One pipeline's encoders with the settings that shape their output, and the cache they fill.
+
+    `kind` names the pipeline's text encoders in ENCODERS. `vae` and `tokenizer` are folders to use in place of the pipeline's VAE and
+    first tokenizer, `vae_precision` the VAE's type if it is not `precision`.
+    """
 
     root: Path
     variant: Optional[str]
@@ -59,34 +66,58 @@ class Stage:
     folder: Path
     max_sequence_length: int
     interpolation: str = "lanczos"
+    kind: str = "flux"
+    vae: Optional[Path] = None
+    tokenizer: Optional[Path] = None
+    vae_precision: Optional[str] = None
     fingerprints: dict = field(init=False)
 
     def __post_init__(self) -> None:
         self.cache = Cache(self.folder)
-        self.fingerprints = {
-            name: encoder_fingerprint(self.root / name, weight_files(self.root, name, self.variant))
-            for name in ("text_encoder", "text_encoder_2", "vae")
-        }
-        for encoder, (tokenizer, _) in ENCODERS.items():
-            self.fingerprints[encoder] += encoder_fingerprint(self.root / tokenizer, list((self.root / tokenizer).glob("*.[tm]*")))
-        # What else an encoder's output hangs on: the types, the device, and whose code ran.
-        self.made_by = [*map(str, resolve_precision(self.precision)), ms.get_context("device_target"), package_versions()["mindone"]]
+        self.vae_variant = self.variant if self.vae is None else None
+        self.vae, self.vae_precision = self.vae or self.root / "vae", self.vae_precision or self.precision
+        files = weight_files(self.vae.parent, self.vae.name, self.vae_variant)
+        self.fingerprints = {"vae": encoder_fingerprint(self.vae, files)}
+        for encoder in ENCODERS[self.kind]:
+            tokenizer = self.tokenizer_folder(encoder)
+            self.fingerprints[encoder] = encoder_fingerprint(self.root / encoder, weight_files(self.root, encoder, self.variant))
+            self.fingerprints[encoder] += encoder_fingerprint(tokenizer, list(tokenizer.glob("*.[tm]*")))
+
+    def tokenizer_folder(self, encoder: str) -> Path:
+        """The tokenizer whose ids an encoder takes."""
+        if encoder == "text_encoder":
+            return self.tokenizer or self.root / "tokenizer"
+        return self.root / "tokenizer_2"
+
+    def load_vae(self) -> nn.Cell:
+        """The VAE in its type."""
+        return load_model(self.vae.parent, self.vae.name, resolve_precision(self.vae_precision), self.vae_variant)
+
+    def _made_by(self, precision: str) -> list[str]:
+        """What else an encoder's output hangs on: the types, the device, and whose code ran."""
+        return [*map(str, resolve_precision(precision)), ms.get_context("device_target"), package_versions()["mindone"]]
 
     def text_key(self, encoder: str, caption: str) -> str:
         length = self.max_sequence_length if encoder == "text_encoder_2" else None
-        fingerprint = self.fingerprints[encoder]
-        return key_of(kind=f"flux {encoder}", caption=caption, length=length, encoder=fingerprint, made_by=self.made_by)
+        fingerprint, made_by = self.fingerprints[encoder], self._made_by(self.precision)
+        return key_of(kind=f"{self.kind} {encoder}", caption=caption, length=length, encoder=fingerprint, made_by=made_by)
 
     def image_key(self, sample: Sample, size: Size, flip: bool) -> str:
         shape = [size, self.interpolation, "centre crop", flip]
-        return key_of(kind="vae moments", image=sample.digest, shape=shape, encoder=self.fingerprints["vae"], made_by=self.made_by)
+        made_by = self._made_by(self.vae_precision)
+        return key_of(kind="vae moments", image=sample.digest, shape=shape, encoder=self.fingerprints["vae"], made_by=made_by)
 
     def text(self, caption: str) -> dict[str, np.ndarray]:
-        """prompt_embeds [L, D] and pooled_prompt_embeds [P] of a caption, float32."""
-        return {
-            **_entry(self.cache, self.text_key("text_encoder", caption)),
-            **_entry(self.cache, self.text_key("text_encoder_2", caption)),
-        }
+        """prompt_embeds [L, D], those of several encoders side by side, and where there are any pooled_prompt_embeds [P]; float32."""
+        entries = [_entry(self.cache, self.text_key(encoder, caption)) for encoder in ENCODERS[self.kind]]
+        text = {name: value for entry in entries for name, value in entry.items()}
+        text["prompt_embeds"] = np.concatenate([entry["prompt_embeds"] for entry in entries if "prompt_embeds" in entry], axis=-1)
+        return text
+
+    def unconditional(self) -> dict[str, np.ndarray]:
+        """What classifier-free guidance steers away from: `text("")`, or zeros where the pipeline's model_index.json says so (SDXL)."""
+        zeros = json.loads((self.root / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", False)
+        return {name: value * 0.0 if zeros else value for name, value in self.text("").items()}
 
     def moments(self, sample: Sample, size: Size, flip: bool) -> np.ndarray:
         """The VAE's mean and log-variance [2C, H, W] of a picture's centre crop to `size`, float32."""
@@ -98,7 +129,7 @@ class Stage:
         Both are gone through twice, here and in the child, which gets them pickled: a list, or an object that makes its items anew
         each time and holds none, so that memory does not grow with a data set. Raises UserError if the child failed.
         """
-        missing_texts = {c for c in captions if not all(self.cache.valid(self.text_key(encoder, c)) for encoder in ENCODERS)}
+        missing_texts = {c for c in captions if not all(self.cache.valid(self.text_key(encoder, c)) for encoder in ENCODERS[self.kind])}
         missing_images = {key for job in images if not self.cache.valid(key := self.image_key(*job))}
         if missing_texts or missing_images:
             _in_child((self, captions if missing_texts else (), images if missing_images else (), None))
@@ -114,35 +145,35 @@ class Stage:
 class PairCaptions:
     """Every caption that a ControlNet run uses, made anew at each iteration: of its pairs, the held-out ones, and `more`."""
 
-    train: Iterable[Pair]
-    held_out: list[Pair]
+    data: PairData
     more: list[str]
 
     def __iter__(self):
         yield from self.more
-        for group in (self.held_out, self.train):
+        for group in (self.data.held_out, self.data.train):
             for pair in group:
                 yield pair.caption
 
 
 @dataclass
 class PairImages:
-    """Every picture and condition of a ControlNet run with its size and flip, made anew at each iteration."""
+    """Every picture (with `conditions`: and condition) of a ControlNet run with its size and flip, made anew at each iteration."""
 
-    train: Iterable[Pair]
-    held_out: list[Pair]
-    buckets: list[tuple[int, int]]
+    data: PairData
     random_flip: bool
+    conditions: bool = True
 
     def __iter__(self):
-        for group, flips in ((self.held_out, [False]), (self.train, [False, True] if self.random_flip else [False])):
-            for pair in group:
-                if isinstance(group, PairStream):
-                    require_usable(pair, self.buckets)
-                number = nearest_bucket(pair.image.open().size, self.buckets) if len(self.buckets) > 1 else 0
+        data = self.data
+        kept_out = data.held_out, data.held_out_numbers, [False]
+        train = data.train, itertools.repeat(0) if data.streaming else data.numbers, [False, True] if self.random_flip else [False]
+        for group, numbers, flips in (kept_out, train):
+            for pair, number in zip(group, numbers):
+                if group is data.train and data.streaming:
+                    require_usable(pair, data.buckets)
                 for flip in flips:
-                    yield pair.image, self.buckets[number], flip
-                    yield pair.condition, self.buckets[number], flip
+                    for sample in (pair.image, pair.condition) if self.conditions else (pair.image,):
+                        yield sample, data.buckets[number], flip
 
 
 @lru_cache(maxsize=64)  # of FLUX.1-dev's captions 8 MB each
@@ -182,12 +213,12 @@ def main() -> None:
 def _encode_captions(stage: Stage, captions: Iterable[str]) -> None:
     """One caption at a time, so that an embedding does not depend on its neighbours. CLIP leaves before T5 comes."""
     precision = resolve_precision(stage.precision)
-    for name, (tokenizer_name, encode) in ENCODERS.items():
+    for name, encode in ENCODERS[stage.kind].items():
         missing = (c for c in captions if not stage.cache.valid(stage.text_key(name, c)))  # asked one by one: captions repeat
         encoder = tokenizer = None
         for caption in tqdm(missing, desc=name, unit="caption", leave=False):
             if encoder is None:
-                tokenizer = load_tokenizer(stage.root, tokenizer_name)
+                tokenizer = load_tokenizer(stage.tokenizer_folder(name))
                 encoder = load_model(stage.root, name, precision, stage.variant)
             entry = encode(encoder, tokenizer, caption, stage.max_sequence_length)
             _require_finite(entry, f"the prompt {caption!r}", stage.precision)
@@ -203,14 +234,40 @@ def _t5_entry(encoder, tokenizer, caption: str, length: int) -> dict[str, np.nda
     return {"prompt_embeds": states.to(ms.float32).asnumpy()}
 
 
-# Encoder -> its tokenizer and what it gives.
-ENCODERS = {"text_encoder": ("tokenizer", _clip_entry), "text_encoder_2": ("tokenizer_2", _t5_entry)}
+def _last_entry(encoder, tokenizer, caption: str, length: int) -> dict[str, np.ndarray]:
+    """CLIP's last hidden states [77, D], normalised: what Stable Diffusion 1 and 2 were trained with."""
+    return {"prompt_embeds": _clip(encoder, tokenizer, caption)[0][0].to(ms.float32).asnumpy()}
+
+
+def _penultimate_entry(encoder, tokenizer, caption: str, length: int) -> dict[str, np.ndarray]:
+    """CLIP's hidden states before the last layer [77, D], not normalised (Podell et al., arXiv 2307.01952, section 2.1)."""
+    states = _clip(encoder, tokenizer, caption, output_hidden_states=True)[2]
+    return {"prompt_embeds": states[-2][0].to(ms.float32).asnumpy()}
+
+
+def _projected_entry(encoder, tokenizer, caption: str, length: int) -> dict[str, np.ndarray]:
+    """Penultimate hidden states [77, D], and the pooled output [P] after its projection."""
+    pooled, _, states = _clip(encoder, tokenizer, caption, output_hidden_states=True)[:3]
+    return {"prompt_embeds": states[-2][0].to(ms.float32).asnumpy(), "pooled_prompt_embeds": pooled[0].to(ms.float32).asnumpy()}
+
+
+# Kind of pipeline -> its text encoders and what is kept of each.
+ENCODERS = {
+    "flux": {"text_encoder": _clip_entry, "text_encoder_2": _t5_entry},
+    "sd": {"text_encoder": _last_entry},
+    "sdxl": {"text_encoder": _penultimate_entry, "text_encoder_2": _projected_entry},
+}
 
 
 def clip_pooled(encoder, tokenizer, caption: str) -> np.ndarray:
     """CLIP's pooled output [P] of one caption, float32."""
+    return _clip(encoder, tokenizer, caption)[1][0].to(ms.float32).asnumpy()
+
+
+def _clip(encoder, tokenizer, caption: str, **options):
+    """What a CLIP text encoder gives for one caption, padded to the length it was trained with."""
     ids = token_ids(tokenizer, caption, tokenizer.model_max_length)
-    return encoder(ms.Tensor(ids[None], ms.int32))[1][0].to(ms.float32).asnumpy()
+    return encoder(ms.Tensor(ids[None], ms.int32), **options)
 
 
 def token_ids(tokenizer, caption: str, length: int) -> np.ndarray:
@@ -220,15 +277,15 @@ def token_ids(tokenizer, caption: str, length: int) -> np.ndarray:
 
 
 def _encode_images(stage: Stage, images: Iterable[tuple[Sample, Size, bool]]) -> None:
-    precision, vae = resolve_precision(stage.precision), None
+    precision, vae = resolve_precision(stage.vae_precision), None
     missing = (job for job in images if not stage.cache.valid(stage.image_key(*job)))
     for sample, size, flip in tqdm(missing, desc="VAE", unit="image", leave=False):
         if vae is None:
-            vae = load_model(stage.root, "vae", precision, stage.variant)
+            vae = stage.load_vae()
         pixels = pixel_values(sample.open(), size, stage.interpolation, None, flip)
         moments = vae.encode(ms.Tensor(pixels[None]).to(precision.compute))[0][0]
         entry = {"moments": moments.to(ms.float32).asnumpy()}
-        _require_finite(entry, sample.name, stage.precision)
+        _require_finite(entry, sample.name, stage.vae_precision)
         stage.cache.put(stage.image_key(sample, size, flip), entry)
 
 

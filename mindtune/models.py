@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -21,6 +23,7 @@ from mindtune.cache import make_readable
 from mindtune.cli import UserError, listing
 from mindtune.operators import use_fast_operators
 from mindtune.precision import NUMPY_TYPES, Precision, cast_cell
+from mindtune.rng import generator
 
 with contextlib.redirect_stdout(io.StringIO()):  # mindone prints which flash attention it found
     import mindone.diffusers
@@ -48,6 +51,32 @@ FLUX_COMPONENTS = {
     "vae": ("AutoencoderKL",),
     "transformer": ("FluxTransformer2DModel",),
     "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+}
+# Of these schedulers only the betas and the prediction type are read; pictures are drawn with UniPC.
+SD_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+SD_SCHEDULERS += ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler")
+SD_COMPONENTS = {
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder": ("CLIPTextModel",),
+    "vae": ("AutoencoderKL",),
+    "unet": ("UNet2DConditionModel",),
+    "scheduler": SD_SCHEDULERS,
+}
+SDXL_COMPONENTS = {
+    **SD_COMPONENTS,
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+}
+# The ControlNet that belongs to a model, and what both have to agree on.
+CONTROLNETS = {
+    "FluxTransformer2DModel": (
+        "FluxControlNetModel",
+        ("num_attention_heads", "attention_head_dim", "in_channels", "joint_attention_dim", "pooled_projection_dim"),
+    ),
+    "UNet2DConditionModel": (
+        "ControlNetModel",
+        ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"),
+    ),
 }
 # What `load_tokenizer` can read: any one of these sets of files.
 TOKENIZER_FILES = {"CLIP": (("vocab.json", "merges.txt"),), "T5": (("tokenizer.json",), ("spiece.model",))}
@@ -85,35 +114,50 @@ def _download(flag: str, name: str, revision: Optional[str], cache_dir: Optional
         raise UserError(f"{flag} {name}: no such directory, and the hub says: {error}") from None
 
 
-def resolve_controlnet(name: str, flag: str, cache_dir: Optional[str], transformer: dict) -> Path:
-    """The directory of an existing FLUX ControlNet (local, or from the hub) that fits a transformer's config.
-
-    Raises UserError if it is neither, not whole, or made for another width; union ControlNets are refused.
-    """
+def resolve_part(name: str, flag: str, cache_dir: Optional[str], cls: str) -> Path:
+    """The directory of a model that stands alone (local, or from the hub), whole. Raises UserError naming all defects."""
     path = Path(name)
     if not path.is_dir():
         path = _download(flag, name, None, cache_dir, ["config.json", "*.safetensors", "*.index.json"])
     try:
-        problems = _component_problems(path.parent, path.name, ("FluxControlNetModel",), None)
+        problems = _component_problems(path.parent, path.name, (cls,), None)
     except (OSError, ValueError) as error:
         problems = [str(error)]
     if problems:
-        raise UserError(f"{flag} {name}: not a whole ControlNet:\n{listing(problems)}\nCopy or download it again.")
+        raise UserError(f"{flag} {name}: not a whole {cls}:\n{listing(problems)}\nCopy or download it again.")
+    return path
+
+
+def resolve_tokenizer(name: str, flag: str, cache_dir: Optional[str]) -> Path:
+    """The directory of a CLIP tokenizer (local, or from the hub). Raises UserError if it lacks a file."""
+    path = Path(name)
+    if not path.is_dir():
+        path = _download(flag, name, None, cache_dir, ["*.json", "merges.txt"])
+    if problems := _component_problems(path.parent, path.name, ("CLIPTokenizer",), None):
+        raise UserError(f"{flag} {name}: not a CLIP tokenizer:\n{listing(problems)}\nGive the directory of one.")
+    return path
+
+
+def resolve_controlnet(name: str, flag: str, cache_dir: Optional[str], base: dict) -> Path:
+    """The directory of an existing ControlNet (local, or from the hub) that fits the model whose config is `base`.
+
+    Raises UserError if it is neither, not whole, or made for another width; union ControlNets are refused.
+    """
+    cls, shared = CONTROLNETS[base["_class_name"]]
+    path = resolve_part(name, flag, cache_dir, cls)
     config = read_config(path.parent, path.name)
     if config.get("num_mode") is not None:
         raise UserError(
             f"{flag} {name}: a union ControlNet (num_mode {config['num_mode']}) is not supported; give one for a single condition."
         )
-    if (channels := config.get("conditioning_embedding_channels")) is not None:
+    if cls == "FluxControlNetModel" and (channels := config.get("conditioning_embedding_channels")) is not None:
         raise UserError(
             f"{flag} {name}: takes its condition as pixels (conditioning_embedding_channels {channels}), which is not supported; give one "
             "that takes the VAE's latents."
         )
-    for key in ("num_attention_heads", "attention_head_dim", "in_channels", "joint_attention_dim", "pooled_projection_dim"):
-        if config.get(key) != transformer.get(key):
-            raise UserError(
-                f"{flag} {name}: its {key} is {config.get(key)}, the transformer's {transformer.get(key)}. Give one made for this model."
-            )
+    for key in shared:
+        if config.get(key) != base.get(key):
+            raise UserError(f"{flag} {name}: its {key} is {config.get(key)}, the base's {base.get(key)}. Give one made for this model.")
     return path
 
 
@@ -213,8 +257,10 @@ def read_config(root: Path, name: str) -> dict:
 def import_model_class_from_model_name_or_path(root: Path, subfolder: str = "text_encoder") -> type:
     """mindone's class for a text encoder, chosen by architectures[0] of its config. Raises ValueError for any other."""
     architecture = read_config(Path(root), subfolder)["architectures"][0]
-    if architecture not in ("CLIPTextModel", "T5EncoderModel"):
-        raise ValueError(f"{subfolder}: {architecture} is not supported; expected CLIPTextModel or T5EncoderModel")
+    if architecture not in ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"):
+        raise ValueError(
+            f"{subfolder}: {architecture} is not supported; expected CLIPTextModel, CLIPTextModelWithProjection or T5EncoderModel"
+        )
     return getattr(mindone.transformers, architecture)
 
 
@@ -283,16 +329,54 @@ def flux_controlnet(root: Path, transformer: nn.Cell, num_layers: int, num_singl
     return use_fast_operators(controlnet.set_train(False))
 
 
-def load_tokenizer(root: Path, name: str):
-    """CLIPTokenizer for `tokenizer`, T5TokenizerFast for `tokenizer_2`."""
-    cls = transformers.CLIPTokenizer if name == "tokenizer" else transformers.T5TokenizerFast
-    return cls.from_pretrained(os.fspath(root / name))
+def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
+    """A ControlNet that starts as a copy of a UNet's first half, float32, its added projections zero.
+
+    Its layers that read the condition picture start as PyTorch's convolutions do, uniform in +-1 / sqrt(inputs), from `seed`.
+    Source: Zhang et al., "Adding Conditional Control" (arXiv 2302.05543), section 3.2.
+    """
+    known, config = inspect.signature(mindone.diffusers.ControlNetModel.__init__).parameters, dict(unet.config)
+    controlnet = mindone.diffusers.ControlNetModel(**{key: value for key, value in config.items() if key in known})
+    copied = model_parameters(unet)
+    zero = ("controlnet_cond_embedding.conv_out.", "controlnet_down_blocks.", "controlnet_mid_block.")
+    parameters = model_parameters(controlnet)
+    for name, parameter in parameters.items():
+        if name.startswith(zero):
+            value = np.zeros(parameter.shape, np.float32)
+        elif name.startswith("controlnet_cond_embedding."):
+            bound = 1.0 / math.sqrt(np.prod(parameters[name.rpartition(".")[0] + ".weight"].shape[1:]))
+            value = generator(seed, f"initial {name}").uniform(-bound, bound, parameter.shape).astype(np.float32)
+        else:
+            value = copied[name].to(ms.float32).asnumpy()
+        parameter.set_data(ms.Tensor(value))
+    return use_fast_operators(controlnet.set_train(False))
+
+
+def load_tokenizer(folder: Path):
+    """CLIPTokenizer for a folder with a vocab.json, T5TokenizerFast for any other."""
+    cls = transformers.CLIPTokenizer if (folder / "vocab.json").is_file() else transformers.T5TokenizerFast
+    return cls.from_pretrained(os.fspath(folder))
 
 
 def load_scheduler(root: Path):
     """The sampling scheduler with its config."""
     cls = getattr(mindone.diffusers, read_config(root, "scheduler")["_class_name"])
     return cls.from_pretrained(os.fspath(root / "scheduler"))
+
+
+def unipc(scheduler: dict):
+    """The UniPC sampler (arXiv 2302.04867) on the betas of a pipeline's scheduler config."""
+    return mindone.diffusers.UniPCMultistepScheduler.from_config(scheduler)
+
+
+def recompute_unet(model: nn.Cell) -> None:
+    """Activations of a UNet's or ControlNet's residual and transformer blocks are computed again in the backward pass, not kept.
+
+    mindone's own switch leaves out the first residual block of every level and all attention.
+    """
+    for _, cell in model.cells_and_names():
+        if type(cell).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
+            cell.recompute()
 
 
 def flux_skeleton(root: Path) -> nn.Cell:

@@ -13,12 +13,12 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
 from mindtune.cli import UserError, listing
-from mindtune.data import Sample, encoded, prefetch, report_bad, size_or_problem, too_small
+from mindtune.data import Sample, encoded, prefetch, report_bad, size_or_problem, split, too_small
 from mindtune.rng import SampleStream, generator
 
 
@@ -36,6 +36,27 @@ class Columns(NamedTuple):
     image: Optional[str] = None
     condition: Optional[str] = None
     caption: Optional[str] = None
+
+
+class Source(NamedTuple):
+    """Where pairs come from, by the names of the scripts' flags: exactly one of name, directory and .jsonl file, and its columns."""
+
+    dataset_name: Optional[str] = None
+    dataset_config_name: Optional[str] = None
+    train_data_dir: Optional[str] = None
+    jsonl_for_train: Optional[str] = None
+    cache_dir: Optional[str] = None
+    image_column: Optional[str] = None
+    conditioning_image_column: Optional[str] = None
+    caption_column: Optional[str] = None
+
+    @property
+    def name(self) -> str:
+        return self.jsonl_for_train or self.train_data_dir or self.dataset_name
+
+    @property
+    def flag(self) -> str:
+        return "--jsonl_for_train" if self.jsonl_for_train else "--train_data_dir" if self.train_data_dir else "--dataset_name"
 
 
 FLAGS = Columns("--image_column", "--conditioning_image_column", "--caption_column")
@@ -78,28 +99,35 @@ class Pairs:
         return Pairs(self.dataset, self.columns, self.name, rows[np.fromiter(indices, dtype=np.int64)])
 
 
+def check_source_flags(values: dict) -> None:
+    """Refuses flags of a ControlNet script, by name in `values`, that give no or two sources or cannot go together. Raises UserError."""
+    sources = [name for name in ("dataset_name", "train_data_dir", "jsonl_for_train") if values[name]]
+    if len(sources) != 1:
+        raise UserError(f"give one of --dataset_name, --train_data_dir and --jsonl_for_train, not {' and '.join(sources) or 'none'}.")
+    if values["dataset_config_name"] and not values["dataset_name"]:
+        raise UserError(f"--dataset_config_name {values['dataset_config_name']}: belongs to --dataset_name; leave it out.")
+    if values["proportion_empty_prompts"] > 1.0:
+        raise UserError(f"--proportion_empty_prompts {values['proportion_empty_prompts']}: a share lies in [0, 1].")
+    if values["streaming"]:
+        if not values["max_train_steps"]:
+            raise UserError("--streaming needs --max_train_steps: the length of a stream is not known.")
+        for name in ("max_train_samples", "validation_split", "aspect_ratio_buckets", "skip_bad_images"):
+            if values[name]:
+                raise UserError(f"--{name} with --streaming: needs to know all pairs beforehand; leave one of the two out.")
+
+
 def _title(name: str, row: int, path: Optional[str]) -> str:
     """What messages call a picture: its file if it is one, otherwise its row (the path a data set embeds need not be unique)."""
     return path if path and (os.path.isabs(path) or "://" in path) else f"{name}[{row}]"
 
 
-def load_pairs(
-    dataset_name: Optional[str] = None,
-    dataset_config_name: Optional[str] = None,
-    train_data_dir: Optional[str] = None,
-    jsonl_for_train: Optional[str] = None,
-    cache_dir: Optional[str] = None,
-    image_column: Optional[str] = None,
-    conditioning_image_column: Optional[str] = None,
-    caption_column: Optional[str] = None,
-) -> Pairs:
-    """The train split of a data set (or its only split); exactly one of the name, the directory and the .jsonl file is given.
+def load_pairs(source: Source) -> Pairs:
+    """The train split of a data set (or its only split).
 
     A directory may hold parquet or arrow files, a folder of pictures with metadata, .tar shards in WebDataset layout, or what
     `Dataset.save_to_disk` wrote. Raises UserError for whatever cannot be read, and for columns that are not there.
     """
-    asked = Columns(image_column, conditioning_image_column, caption_column)
-    dataset, columns, name = _open(dataset_name, dataset_config_name, train_data_dir, jsonl_for_train, cache_dir, asked, streaming=False)
+    dataset, columns, name = _open(source, streaming=False)
     if not len(dataset):
         raise UserError(f"{name}: the data set has no rows. Give one that has.")
     return Pairs(dataset, columns, name)
@@ -108,26 +136,18 @@ def load_pairs(
 # ---- opening a data set ------------------------------------------------------------------------------------------------------------
 
 
-def _open(
-    dataset_name: Optional[str],
-    config: Optional[str],
-    train_data_dir: Optional[str],
-    jsonl_for_train: Optional[str],
-    cache_dir: Optional[str],
-    asked: Columns,
-    streaming: bool,
-) -> tuple[Any, Columns, str]:
+def _open(source: Source, streaming: bool) -> tuple[Any, Columns, str]:
     """A Dataset (streaming: an IterableDataset) of the three columns with undecoded pictures, their names, and the data set's name."""
     import datasets
 
-    name = jsonl_for_train or train_data_dir or dataset_name
-    flag = "--jsonl_for_train" if jsonl_for_train else "--train_data_dir" if train_data_dir else "--dataset_name"
+    name, flag, config, cache_dir = source.name, source.flag, source.dataset_config_name, source.cache_dir
+    asked = Columns(source.image_column, source.conditioning_image_column, source.caption_column)
     root = Path(name).expanduser()
-    if train_data_dir and not root.is_dir():
+    if source.train_data_dir and not root.is_dir():
         raise UserError(f"{flag} {name}: no such directory. Give the directory that holds the pairs.")
-    if jsonl_for_train or ((root / "metadata.jsonl").is_file() and not config):
+    if source.jsonl_for_train or ((root / "metadata.jsonl").is_file() and not config):
         # The library reads a folder with metadata too, but dies of a row without condition, and its error names no line.
-        path = root if jsonl_for_train else root / "metadata.jsonl"
+        path = root if source.jsonl_for_train else root / "metadata.jsonl"
         return _jsonl(path, f"{flag} {name}", asked, cache_dir, streaming), JSON_COLUMNS, name
     dataset = _library(root, name, flag, config, cache_dir, streaming)
     columns = find_columns(dataset.features, asked, f"{flag} {name}")
@@ -451,6 +471,62 @@ def _turns(seed: int, number: int, counts: tuple[int, ...]) -> np.ndarray:
     return generator(seed, "bucket order", number).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
+# ---- what a run trains on ----------------------------------------------------------------------------------------------------------
+
+
+class PairData:
+    """The pairs to train on and those kept out, the bucket of each, and which uses of which pairs make up batch number k."""
+
+    def __init__(self, train: Union[Pairs, PairStream], held_out: list[Pair], buckets: list[tuple[int, int]], seed: int, batch_size: int):
+        self.train, self.held_out, self.buckets, self.batch_size = train, held_out, buckets, batch_size
+        self.streaming = isinstance(train, PairStream)
+        # An epoch of a stream is not known: the whole run counts as one.
+        self.epoch_length = train.count if self.streaming else len(train)
+        self.numbers = None if self.streaming else bucket_numbers(train, buckets)
+        self.held_out_numbers = bucket_numbers(held_out, buckets)
+        self.order = None if self.streaming else BucketOrder(seed, self.numbers, batch_size)
+
+    def iterate(self, first: int, last: int, make: Callable[[list, tuple[int, int]], Any], threads: int) -> Iterator[Any]:
+        """make(uses, size) of the batches from number `first` to before `last`, made ahead by `threads`.
+
+        A use is (pair, sample id, how often it was used before); of a stream its place stands for the id. `size` is (height, width).
+        """
+        if self.streaming:
+            stream = enumerate(self.train.from_position(first * self.batch_size), first * self.batch_size)
+            batches = ([(pair, place, 0) for place, pair in islice(stream, self.batch_size)] for _ in range(first, last))
+            return prefetch(lambda uses: make(uses, self.buckets[0]), batches, threads)
+
+        def at(number: int) -> Any:
+            bucket, uses = self.order.at(number)
+            return make([(self.train[sample_id], sample_id, use) for sample_id, use in uses], self.buckets[bucket])
+
+        return prefetch(at, range(first, last), threads)
+
+    def digests(self) -> Iterator[str]:
+        """What tells one data set from another: the contents of every pair. Of a stream nothing: that would cost as much as the run."""
+        return iter(()) if self.streaming else (pair.image.digest + pair.condition.digest + pair.caption for pair in self.train)
+
+
+def load_data(
+    source: Source,
+    buckets: list[tuple[int, int]],
+    seed: int,
+    batch_size: int,
+    max_samples: Optional[int],
+    held_out_share: float,
+    skip_bad: bool,
+    threads: int,
+) -> PairData:
+    """The pairs of a source, all of them checked, split by `seed`. Raises UserError listing every problem at once."""
+    found = load_pairs(source)
+    if max_samples:
+        found = found.select(range(min(max_samples, len(found))))
+    wanted = buckets[0][0] if len(buckets) == 1 and buckets[0][0] == buckets[0][1] else buckets
+    found = preflight_pairs(found, wanted, f"{source.flag} {source.name}", skip_bad, threads)
+    kept, kept_out = split(len(found), held_out_share, seed)
+    return PairData(found.select(kept), list(found.select(kept_out)), buckets, seed, batch_size)
+
+
 # ---- streaming ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -461,23 +537,8 @@ class PairStream:
     the encoded pictures. Sources and errors are those of `load_pairs`; a pair without one of its pictures raises UserError when reached.
     """
 
-    def __init__(
-        self,
-        dataset_name: Optional[str] = None,
-        dataset_config_name: Optional[str] = None,
-        train_data_dir: Optional[str] = None,
-        jsonl_for_train: Optional[str] = None,
-        cache_dir: Optional[str] = None,
-        image_column: Optional[str] = None,
-        conditioning_image_column: Optional[str] = None,
-        caption_column: Optional[str] = None,
-        seed: int = 0,
-        buffer_size: int = 1000,
-        count: Optional[int] = None,
-    ) -> None:
-        asked = Columns(image_column, conditioning_image_column, caption_column)
-        source = _open(dataset_name, dataset_config_name, train_data_dir, jsonl_for_train, cache_dir, asked, streaming=True)
-        self.dataset, self.columns, self.name = source
+    def __init__(self, source: Source, seed: int = 0, buffer_size: int = 1000, count: Optional[int] = None) -> None:
+        self.dataset, self.columns, self.name = _open(source, streaming=True)
         self.seed, self.buffer_size, self.count = seed, buffer_size, count
 
     def __iter__(self) -> Iterator[Pair]:

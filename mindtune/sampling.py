@@ -1,4 +1,4 @@
-"""Pictures from FLUX: the Euler loop over a transformer that is already in memory, decoding, and grids."""
+"""Pictures: the sampling loops over a transformer or UNet that is already in memory, decoding, and grids."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Optional
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn
+from mindspore import nn, ops
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mindtune.cli import UserError
 from mindtune.data import to_rgb
 from mindtune.flow import latent_image_ids, pack_latents, resolution_shift, shift_sigmas, unpack_latents
-from mindtune.models import pynative_no_grad
+from mindtune.models import pynative_no_grad, unipc
 
 
 @contextlib.contextmanager
@@ -91,8 +91,49 @@ def sample_latents(
     return unpack_latents(latents, height, width).asnumpy()
 
 
-def condition_picture(path: str, flag: str, resolution: int) -> Image.Image:
-    """A picture as a condition to draw with: its shorter side `resolution`, the longer one the nearest multiple of 16.
+def sample_unet_latents(
+    unet: nn.Cell,
+    scheduler: dict,
+    text: dict[str, np.ndarray],
+    empty: dict[str, np.ndarray],
+    noise: np.ndarray,
+    steps: int,
+    guidance_scale: float,
+    compute: ms.Type,
+    control: tuple[nn.Cell, np.ndarray, float],
+) -> np.ndarray:
+    """Denoises float32 [1, C, h, w] with UniPC under a caption's `Stage.text`; gives the VAE's scaled latents, same shape.
+
+    Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) steers away from `empty`, a like dict of the empty prompt; a scale of 1
+    does without. `control` is a ControlNet, the pixels of its condition [1, 3, H, W] in [0, 1], and the strength of its residuals.
+    """
+    controlnet, condition, strength = control
+    guided = guidance_scale != 1.0
+    texts = [empty, text] if guided else [text]
+    states = ms.Tensor(np.stack([each["prompt_embeds"] for each in texts])).to(compute)
+    pixels = ms.Tensor(np.repeat(condition, len(texts), axis=0)).to(compute)
+    more = {}
+    if unet.config["addition_embed_type"] == "text_time":
+        height, width = condition.shape[2:]
+        time_ids = np.array([[height, width, 0, 0, height, width]] * len(texts), np.float32)
+        pooled = np.stack([each["pooled_prompt_embeds"] for each in texts])
+        more["added_cond_kwargs"] = {"text_embeds": ms.Tensor(pooled).to(compute), "time_ids": ms.Tensor(time_ids)}
+    sampler = unipc(scheduler)
+    sampler.set_timesteps(steps)
+    latents = ms.Tensor(noise, ms.float32)
+    for timestep in sampler.timesteps:
+        given = ops.cat([latents] * len(texts)).to(compute)
+        down, mid = controlnet(given, timestep, states, pixels, conditioning_scale=strength, return_dict=False, **more)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        predicted = unet(given, timestep, states, return_dict=False, **residuals, **more)[0].to(ms.float32)
+        if guided:
+            predicted = predicted[:1] + guidance_scale * (predicted[1:] - predicted[:1])
+        latents = sampler.step(predicted, timestep, latents, return_dict=False)[0]
+    return latents.asnumpy()
+
+
+def condition_picture(path: str, flag: str, resolution: int, multiple: int = 16) -> Image.Image:
+    """A picture as a condition to draw with: its shorter side `resolution`, the longer one the nearest multiple of `multiple`.
 
     Raises UserError naming `flag` if it cannot be read.
     """
@@ -100,8 +141,19 @@ def condition_picture(path: str, flag: str, resolution: int) -> Image.Image:
         image = to_rgb(Image.open(path))
     except Exception as error:  # decoders raise many kinds; all of them mean that it is no usable picture
         raise UserError(f"{flag} {path}: cannot be read as a picture ({error}).") from None
-    width, height = (max(resolution, round(side * resolution / min(image.size) / 16) * 16) for side in image.size)
+    width, height = (max(resolution, round(side * resolution / min(image.size) / multiple) * multiple) for side in image.size)
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def condition_pixels(image: Image.Image) -> np.ndarray:
+    """A picture as what a UNet's ControlNet reads: float32 [1, 3, H, W] in [0, 1]."""
+    return (np.asarray(image, dtype=np.float32) / 255.0).transpose(2, 0, 1)[None]
+
+
+def latent_shape(vae: nn.Cell, pixels: np.ndarray) -> tuple[int, int, int, int]:
+    """The shape [1, C, h, w] of the latents of one picture as large as `pixels` [1, 3, H, W]."""
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    return 1, vae.config["latent_channels"], pixels.shape[2] // factor, pixels.shape[3] // factor
 
 
 def encode_picture(vae: nn.Cell, image: Image.Image, compute: ms.Type) -> np.ndarray:
@@ -113,7 +165,7 @@ def encode_picture(vae: nn.Cell, image: Image.Image, compute: ms.Type) -> np.nda
 
 def decode_latents(vae: nn.Cell, latents: np.ndarray, compute: ms.Type) -> list[Image.Image]:
     """Scaled latents [B, C, H, W] to B pictures."""
-    z = latents / vae.config["scaling_factor"] + vae.config["shift_factor"]
+    z = latents / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0.0)
     pixels = vae.decode(ms.Tensor(z.astype(np.float32)).to(compute), return_dict=False)[0].to(ms.float32).asnumpy()
     pixels = np.nan_to_num((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5 + 0.5).astype(np.uint8)
     return [Image.fromarray(p) for p in pixels.transpose(0, 2, 3, 1)]

@@ -87,10 +87,13 @@ def write_run_json(path: Path, **content: object) -> None:
 
 
 class LossByTimestep:
-    """Held-out loss over time: a table step, sigma, loss in `loss_by_timestep.csv`, and its plot."""
+    """Held-out loss over time: a table step, `place`, loss in `loss_by_timestep.csv`, and its plot.
 
-    def __init__(self, output_dir: Path, resumed: int) -> None:
-        self.path = output_dir / "loss_by_timestep.csv"
+    `place` is what tells timesteps apart, from 0 (image) to 1 (noise): sigma, or the share of the timesteps.
+    """
+
+    def __init__(self, output_dir: Path, resumed: int, place: str = "sigma") -> None:
+        self.path, self.place = output_dir / "loss_by_timestep.csv", place
         self.rows: list[tuple[int, float, float]] = []
         if resumed and self.path.is_file():
             rows = [row for row in csv.reader(_whole_lines(self.path)[1:]) if len(row) == 3]
@@ -99,9 +102,9 @@ class LossByTimestep:
     def has(self, step: int) -> bool:
         return any(row[0] == step for row in self.rows)
 
-    def add(self, step: int, sigmas: list[float], losses: list[float]) -> None:
-        self.rows += [(step, sigma, loss) for sigma, loss in zip(sigmas, losses)]
-        text = "step,sigma,loss\n" + "".join(f"{step},{sigma!r},{loss!r}\n" for step, sigma, loss in self.rows)
+    def add(self, step: int, places: list[float], losses: list[float]) -> None:
+        self.rows += [(step, place, loss) for place, loss in zip(places, losses)]
+        text = f"step,{self.place},loss\n" + "".join(f"{step},{place!r},{loss!r}\n" for step, place, loss in self.rows)
         write_atomically(self.path, lambda beside: beside.write_text(text))
 
     def plot(self) -> Optional[Path]:
@@ -118,7 +121,7 @@ class LossByTimestep:
             points = sorted((sigma, loss) for s, sigma, loss in self.rows if s == step)
             shade = 0.85 - 0.85 * number / max(1, len(shown) - 1)
             axes.plot(*zip(*points), marker="o", markersize=3, color=(shade, shade * 0.9, 0.9), label=f"after {step} updates")
-        axes.set(xlabel="sigma (0 image, 1 noise)", ylabel="loss on held-out images", title="Held-out loss by timestep")
+        axes.set(xlabel=f"{self.place} (0 image, 1 noise)", ylabel="loss on held-out images", title="Held-out loss by timestep")
         axes.legend(fontsize=8)
         path = self.path.with_suffix(".png")
         write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))

@@ -130,7 +130,7 @@ def draw(root: Path, captions: list[str], steps: int = 12, seed: int = 0, size: 
     models.set_up_device(graph_mode=False)
     full = precision.resolve_precision("no")
     cells = [models.load_model(root, part, full) for part in ("transformer", "text_encoder", "text_encoder_2", "vae")]
-    tokenizers = models.load_tokenizer(root, "tokenizer"), models.load_tokenizer(root, "tokenizer_2")
+    tokenizers = models.load_tokenizer(root / "tokenizer"), models.load_tokenizer(root / "tokenizer_2")
     scheduler, images = models.read_config(root, "scheduler"), []
     transformer, clip, t5, vae = cells
     with sampling.eager():

@@ -59,7 +59,7 @@ def make_data(root: Path, path: Path) -> dict[str, np.ndarray]:
     """Every scene of the training split as VAE moments and token ids, made once and kept in one file."""
     if not path.is_file():
         vae = models.load_model(root, "vae", precision.resolve_precision("no"))
-        tokenizers = models.load_tokenizer(root, "tokenizer"), models.load_tokenizer(root, "tokenizer_2")
+        tokenizers = models.load_tokenizer(root / "tokenizer"), models.load_tokenizer(root / "tokenizer_2")
         everything, moments = scenes("train"), []
         for start in range(0, len(everything), 64):
             images = [np.asarray(picture(scene, SIDE), np.float32) for scene in everything[start : start + 64]]

@@ -1,5 +1,6 @@
 """Training teaches: after the demonstration's training the subject appears, and without learning it does not."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -34,7 +35,8 @@ def teach(tmp_path_factory):
 
     def make(name, *more):
         if not (out / name).exists():
-            words = demo.TRAIN.format(out=shlex.quote(str(out)))
+            # Drawing while training would take longer than training.
+            words = re.sub('--validation_prompt ".*?"', "", demo.TRAIN).format(out=shlex.quote(str(out)))
             command(words, "--output_dir", out / name, "--cache_dir", cache, "--report_to", "none", *more)
         return out / name
 
@@ -78,8 +80,8 @@ def test_the_subject_appears_and_the_base_cannot_draw_it(draw, in_float32):
 
 
 def test_it_does_not_appear_with_learning_rate_zero(teach, draw):
-    """The test above can fail."""
-    assert rate(draw(teach("rate 0", "--learning_rate", 0), SUBJECT_PROMPTS, 2)) <= 0.1
+    """The test above can fail. The updates change nothing, so few do."""
+    assert rate(draw(teach("rate 0", "--learning_rate", 0, "--max_train_steps", 10), SUBJECT_PROMPTS, 2)) <= 0.1
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])

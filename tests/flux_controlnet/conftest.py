@@ -73,9 +73,9 @@ def oblong(tmp_path_factory):
 def warm_cache(encoder_cache, control_script, tiny_flux, shapes, oblong):
     """The session's encoder cache, filled in one child process with what most runs here need."""
     stage = encode.Stage(tiny_flux, None, "no", encoder_cache / "mindtune", 16)
-    groups = [pairs.load_pairs(train_data_dir=str(folder), cache_dir=str(encoder_cache)) for folder in (shapes, oblong)]
+    groups = [pairs.load_pairs(pairs.Source(train_data_dir=str(folder), cache_dir=str(encoder_cache))) for folder in (shapes, oblong)]
     sizes = [[(32, 32)], [(32, 48), (48, 32)]]
-    images = [job for group, buckets in zip(groups, sizes) for job in encode.PairImages(group, [], buckets, True)]
+    images = [job for group, buckets in zip(groups, sizes) for job in encode.PairImages(pairs.PairData(group, [], buckets, 0, 1), True)]
     stage.prepare(["", "x", "a red circle", "a blue star", *(pair.caption for group in groups for pair in group)], images)
     return encoder_cache
 

@@ -203,8 +203,8 @@ BROKEN_CONTROLNETS = {
     "half the weights": (lambda c: cut_in_half(c / FINAL), [FINAL, "its header says"]),
     "another class": (lambda c: edit_json(c / "config.json", _class_name="SD3ControlNetModel"),
                       ["the class is SD3ControlNetModel, expected FluxControlNetModel"]),
-    "another width": (lambda c: edit_json(c / "config.json", attention_head_dim=128), ["attention_head_dim is 128", "transformer's 16"]),
-    "other channels": (lambda c: edit_json(c / "config.json", in_channels=128), ["in_channels is 128", "transformer's 64"]),
+    "another width": (lambda c: edit_json(c / "config.json", attention_head_dim=128), ["attention_head_dim is 128", "base's 16"]),
+    "other channels": (lambda c: edit_json(c / "config.json", in_channels=128), ["in_channels is 128", "base's 64"]),
     "another text encoder": (lambda c: edit_json(c / "config.json", joint_attention_dim=4096), ["joint_attention_dim is 4096"]),
     "union": (lambda c: edit_json(c / "config.json", num_mode=10), ["union ControlNet (num_mode 10)", "give one for a single condition"]),
     "condition as pixels": (lambda c: edit_json(c / "config.json", conditioning_embedding_channels=16),
@@ -260,8 +260,8 @@ def test_pairs_too_small_for_their_own_bucket(refused, bad_pairs):
 
 def test_going_on_without_the_bad_pairs_lists_them(control_script, control_flags, bad_pairs, tmp_path, capsys):
     arguments = control_flags(tmp_path / "out", "--train_data_dir", bad_pairs, "--skip_bad_images")
-    train, held_out, _, _ = control_script.load_data(control_script.parse_args(arguments), 0)
-    assert [pair.image.name.rsplit("/", 1)[1] for pair in train] == ["0.png", "5.png"] and not held_out
+    found = control_script.load_data(control_script.parse_args(arguments), 0)
+    assert [pair.image.name.rsplit("/", 1)[1] for pair in found.train] == ["0.png", "5.png"] and not found.held_out
     assert "going on without 4 of 6 pairs" in capsys.readouterr().out
     assert len(list(bad_pairs.rglob("*.png"))) == 12  # nothing was moved or deleted
 
@@ -271,7 +271,7 @@ def test_a_pair_with_an_alpha_channel_is_no_bad_pair(control_script, control_fla
     folder = write_pairs(tmp_path / "kinds", [gray(40, 40)], [gray(40, 40)], ["x"])
     Image.fromarray(np.dstack([gray(40, 40), np.full((40, 40), 100, np.uint8)])).save(folder / "images/0.png")
     Image.fromarray(gray(40, 40)[..., 0]).save(folder / "conditioning/0.png")
-    train, *_ = control_script.load_data(control_script.parse_args(control_flags(tmp_path / "out", "--train_data_dir", folder)), 0)
+    train = control_script.load_data(control_script.parse_args(control_flags(tmp_path / "out", "--train_data_dir", folder)), 0).train
     assert len(train) == 1
 
 

@@ -211,9 +211,8 @@ def batches(control_script, control_flags, tmp_path):
             return {"prompt_embeds": np.zeros((16, 32), np.float32), "pooled_prompt_embeds": np.zeros(32, np.float32)}
 
         args = control_script.parse_args(control_flags(tmp_path / "out", *more))
-        train, held_out, numbers, buckets = control_script.load_data(args, 0)
-        stage = SimpleNamespace(text=text)
-        return control_script.Batches(args, 0, stage, train, held_out, numbers, buckets, (16, 8), 1000), train, captions
+        data = control_script.load_data(args, 0)
+        return control_script.Batches(args, 0, SimpleNamespace(text=text), data, (16, 8), 1000), data.train, captions
 
     return make
 
@@ -262,8 +261,8 @@ def test_empty_captions_are_drawn_afresh_for_every_use(batches):
     made, train, captions = batches("--proportion_empty_prompts", 0.25)
     of_pair = {pair.image.name: [] for pair in train}
     for number in range(600):
-        made.at(number)
-        ((sample_id, _),) = made.order.at(number)[1]
+        next(made.iterate(number, number + 1))
+        ((sample_id, _),) = made.data.order.at(number)[1]
         assert captions[-1] in ("", train[sample_id].caption)
         of_pair[train[sample_id].image.name].append(captions[-1] == "")
     assert 107 <= captions.count("") <= 193
@@ -272,7 +271,7 @@ def test_empty_captions_are_drawn_afresh_for_every_use(batches):
 
     again, _, repeated = batches("--proportion_empty_prompts", 0.25)
     for number in range(600):
-        again.at(number)
+        next(again.iterate(number, number + 1))
     assert repeated == captions
 
 
@@ -280,7 +279,7 @@ def test_empty_captions_are_drawn_afresh_for_every_use(batches):
 def test_empty_captions_never_or_always(batches, share):
     made, _, captions = batches("--proportion_empty_prompts", share)
     for number in range(40):
-        made.at(number)
+        next(made.iterate(number, number + 1))
     assert captions.count("") == 40 * share
 
 
@@ -317,7 +316,7 @@ def test_condition_and_target_are_cropped_by_one_box_and_flipped_together(batche
     made, _, _ = batches("--train_data_dir", oblong, *(["--random_flip"] if flip else []), "--train_batch_size", 2)
     seen = []
     for number in range(60):
-        images, conditions = made.at(number)[:2]
+        images, conditions = next(made.iterate(number, number + 1))[:2]
         for image, condition in zip(images, conditions):
             np.testing.assert_allclose(condition, -image, atol=1e-6)  # the negative of the same pixels
             picture, left, top, flipped = origin(image)
@@ -337,7 +336,7 @@ def test_a_batch_of_a_bucket_has_its_shape_and_its_own_pictures(batches, oblong)
     made, _, _ = batches(*more)
     pictures = []
     for number in range(12):
-        images, conditions, *noises, index, _, _, ids = made.at(number)
+        images, conditions, *noises, index, _, _, ids = next(made.iterate(number, number + 1))
         wide = images.shape[2:] == (32, 48)
         assert wide or images.shape[2:] == (48, 32)
         np.testing.assert_allclose(conditions, -images, atol=1e-6)

@@ -64,11 +64,11 @@ def test_the_childs_embeddings_are_those_of_the_encoders_called_here(stage, tiny
     assert made.prepare(["a cat", "a dog", "a cat"], []) == 2
     full = precision.resolve_precision("no")
     for caption in ("a cat", "a dog"):
-        ids = encode.token_ids(models.load_tokenizer(tiny_flux, "tokenizer_2"), caption, 16)
+        ids = encode.token_ids(models.load_tokenizer(tiny_flux / "tokenizer_2"), caption, 16)
         states = models.load_model(tiny_flux, "text_encoder_2", full)(ms.Tensor(ids[None]))[0][0].asnumpy()
         np.testing.assert_array_equal(made.text(caption)["prompt_embeds"], states)
         clip = models.load_model(tiny_flux, "text_encoder", full)
-        pooled = encode.clip_pooled(clip, models.load_tokenizer(tiny_flux, "tokenizer"), caption)
+        pooled = encode.clip_pooled(clip, models.load_tokenizer(tiny_flux / "tokenizer"), caption)
         np.testing.assert_array_equal(made.text(caption)["pooled_prompt_embeds"], pooled)
     assert made.prepare(["a cat", "a dog"], []) == 0
 

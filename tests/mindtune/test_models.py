@@ -304,8 +304,8 @@ def test_a_loaded_model_is_stored_as_asked(tiny_flux, name, dtype):
 
 
 def test_tokenizers_and_scheduler(tiny_flux):
-    assert type(load_tokenizer(tiny_flux, "tokenizer")).__name__ == "CLIPTokenizer"
-    assert type(load_tokenizer(tiny_flux, "tokenizer_2")).__name__ == "T5TokenizerFast"
+    assert type(load_tokenizer(tiny_flux / "tokenizer")).__name__ == "CLIPTokenizer"
+    assert type(load_tokenizer(tiny_flux / "tokenizer_2")).__name__ == "T5TokenizerFast"
     scheduler = load_scheduler(tiny_flux)
     assert isinstance(scheduler, mindone.diffusers.FlowMatchEulerDiscreteScheduler)
     sigmas = scheduler.sigmas.asnumpy()  # FLUX trains on unshifted ones: (1000 - index) / 1000

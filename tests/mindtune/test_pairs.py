@@ -18,7 +18,7 @@ from PIL import Image
 
 from mindtune.cli import UserError
 from mindtune.data import pixel_values
-from mindtune.pairs import BucketOrder, Pairs, PairStream, load_pairs, nearest_bucket, parse_buckets, preflight_pairs
+from mindtune.pairs import BucketOrder, Pairs, PairStream, Source, load_pairs, nearest_bucket, parse_buckets, preflight_pairs
 from mindtune.rng import SampleStream
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tiny"))
@@ -182,14 +182,14 @@ def sources(tmp_path_factory):
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_every_form_gives_the_same_pairs(sources, form):
-    pairs = load_pairs(**sources[form])
+    pairs = load_pairs(Source(**sources[form]))
     assert len(pairs) == COUNT and contents(pairs) == WANTED
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_every_form_streams_the_same_pairs(sources, form):
     """One pass, in whatever order."""
-    stream = PairStream(**sources[form], seed=3, buffer_size=4, count=COUNT)
+    stream = PairStream(Source(**sources[form]), seed=3, buffer_size=4, count=COUNT)
     assert sorted(contents(stream)) == sorted(WANTED)
 
 
@@ -197,7 +197,7 @@ def test_the_shapes_world_loads(tmp_path):
     shapes.make_folder(tmp_path / "world", 5, 16, 0, "train")
     rows = [json.loads(line) for line in (tmp_path / "world" / "metadata.jsonl").read_text().splitlines()]
     for flag in ("train_data_dir", "dataset_name"):
-        pairs = load_pairs(**{flag: str(tmp_path / "world")}, cache_dir=str(tmp_path / "cache"))
+        pairs = load_pairs(Source(**{flag: str(tmp_path / "world")}, cache_dir=str(tmp_path / "cache")))
         assert [pair.caption for pair in pairs] == [row["text"] for row in rows]
         for pair, row in zip(pairs, rows):
             assert pair.image.read() == (tmp_path / "world" / row["image_file_name"]).read_bytes()
@@ -206,13 +206,13 @@ def test_the_shapes_world_loads(tmp_path):
 
 def test_pictures_are_named_by_their_file_or_their_row(sources):
     arguments = sources[as_jsonl]
-    assert load_pairs(**arguments)[6].image.name == str(Path(arguments["jsonl_for_train"]).parent / "data/images/6.png")
+    assert load_pairs(Source(**arguments))[6].image.name == str(Path(arguments["jsonl_for_train"]).parent / "data/images/6.png")
     arguments = sources[as_parquet]
-    assert load_pairs(**arguments)[6].condition.name == f"{arguments['train_data_dir']}[6]"
+    assert load_pairs(Source(**arguments))[6].condition.name == f"{arguments['train_data_dir']}[6]"
 
 
 def test_pairs_are_a_sequence(sources):
-    pairs = load_pairs(**sources[as_parquet])
+    pairs = load_pairs(Source(**sources[as_parquet]))
     assert pairs[-1].caption == "caption 6"
     with pytest.raises(IndexError):
         pairs[7]
@@ -224,7 +224,7 @@ def test_pairs_are_a_sequence(sources):
 def test_pairs_pickle_without_their_pictures(tmp_path):
     large = [np.random.default_rng(n).bytes(100_000) for n in range(COUNT)]
     table(image=large).to_parquet(tmp_path / "train.parquet")
-    pairs = load_pairs(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")).select([2, 0])
+    pairs = load_pairs(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))).select([2, 0])
     packed = pickle.dumps(pairs)
     assert len(packed) < 50_000
     assert [pair.image.read() for pair in pickle.loads(packed)] == [large[2], large[0]]
@@ -234,22 +234,23 @@ def test_columns_may_be_named_and_empty_captions_are_empty(tmp_path):
     renamed = table(image=None, conditioning_image=None, text=None, photo=IMAGES, edges=CONDITIONS, words=["a", None, "", *"defg"])
     renamed.to_parquet(tmp_path / "train.parquet")
     columns = {"image_column": "photo", "conditioning_image_column": "edges", "caption_column": "words"}
-    pairs = load_pairs(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), **columns)
+    pairs = load_pairs(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), **columns))
     assert contents(pairs) == list(zip(IMAGES, CONDITIONS, ["a", "", "", *"defg"]))
 
 
 def test_the_first_other_image_column_is_the_target(tmp_path):
     renamed = table(image=None, conditioning_image=None, text=None, condition=CONDITIONS, photo=IMAGES, prompt=CAPTIONS)
     renamed.to_parquet(tmp_path / "train.parquet")
-    assert contents(load_pairs(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))) == WANTED
+    assert contents(load_pairs(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")))) == WANTED
 
 
 # ---- what cannot be loaded ---------------------------------------------------------------------------------------------------------
 
 
-def refusal(open_pairs=load_pairs, **arguments):
+def refusal(call=load_pairs, **arguments):
+    """What `call` says to a source of these arguments, or if it takes none to the arguments."""
     with pytest.raises(UserError) as error:
-        open_pairs(**arguments)
+        call(Source(**arguments)) if call in (load_pairs, PairStream) else call(**arguments)
     return str(error.value)
 
 
@@ -301,7 +302,7 @@ def test_a_data_set_without_rows(tmp_path):
     assert "corresponds to no data" in refusal(train_data_dir=str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
     assert "of size 0" in refusal(PairStream, train_data_dir=str(tmp_path / "saved"))
     with pytest.raises(UserError, match="the data set has no rows"):
-        next(iter(PairStream(train_data_dir=str(tmp_path / "parquet"))))
+        next(iter(PairStream(Source(train_data_dir=str(tmp_path / "parquet")))))
 
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
@@ -366,7 +367,7 @@ def test_jsonl_keys_may_be_named_and_a_byte_order_mark_is_no_matter(tmp_path):
     row = {"photo": "images/0.png", "edges_file_name": "conditions/0.png", "words": "one\u2028two", "image": 5}
     (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8-sig", newline="")
     columns = {"image_column": "photo", "conditioning_image_column": "edges_file_name", "caption_column": "words"}
-    pairs = load_pairs(jsonl_for_train=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"), **columns)
+    pairs = load_pairs(Source(jsonl_for_train=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"), **columns))
     assert contents(pairs) == [(IMAGES[0], CONDITIONS[0], "one\u2028two")]
 
 
@@ -374,7 +375,9 @@ def test_an_edited_parquet_file_is_read_anew(tmp_path):
     (tmp_path / "data").mkdir()
     for captions in (CAPTIONS, CAPTIONS[::-1]):
         table(text=captions).to_parquet(tmp_path / "data" / "train.parquet")
-        assert [pair.caption for pair in load_pairs(train_data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))] == captions
+        assert [
+            pair.caption for pair in load_pairs(Source(train_data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache")))
+        ] == captions
 
 
 def test_an_edited_jsonl_file_is_read_anew(tmp_path):
@@ -382,7 +385,7 @@ def test_an_edited_jsonl_file_is_read_anew(tmp_path):
     row = {"image": "images/0.png", "conditioning_image": "conditions/0.png"}
     for text in ("before", "after!"):
         path = write_lines(tmp_path / "a.jsonl", [{**row, "text": text}])
-        assert load_pairs(jsonl_for_train=str(path), cache_dir=str(tmp_path / "cache"))[0].caption == text
+        assert load_pairs(Source(jsonl_for_train=str(path), cache_dir=str(tmp_path / "cache")))[0].caption == text
 
 
 # ---- preflight ---------------------------------------------------------------------------------------------------------------------
@@ -395,7 +398,7 @@ def mixed(tmp_path):
     images = [good, good, None, png(64, 64), torn, png(40, 31), good, png(32, 90)]
     conditions = [good, None, good, png(32, 32), good, png(40, 31), b"no picture", png(32, 90)]
     table(8, image=images, conditioning_image=conditions, text=list("abcdefgh")).save_to_disk(tmp_path / "mixed")
-    return load_pairs(train_data_dir=str(tmp_path / "mixed"))
+    return load_pairs(Source(train_data_dir=str(tmp_path / "mixed")))
 
 
 PROBLEMS = {
@@ -451,7 +454,7 @@ def test_target_and_condition_are_cropped_and_flipped_together(tmp_path, resolut
     picture.save(tmp_path / "a.png")
     picture.save(tmp_path / "b.bmp")
     path = write_lines(tmp_path / "p.jsonl", [{"image": "a.png", "conditioning_image": "b.bmp", "text": ""}])
-    pair = load_pairs(jsonl_for_train=str(path), cache_dir=str(tmp_path / "cache"))[0]
+    pair = load_pairs(Source(jsonl_for_train=str(path), cache_dir=str(tmp_path / "cache")))[0]
     image, condition = (pixel_values(sample.open(), resolution, "lanczos", u, flip) for sample in pair[:2])
     np.testing.assert_array_equal(image, condition)
     np.testing.assert_array_equal(image[:, :, ::-1], pixel_values(picture, resolution, "lanczos", u, not flip))
@@ -555,7 +558,7 @@ def test_an_order_of_nothing_is_refused():
 @pytest.mark.parametrize("form", [as_shards, as_folder, as_parquet, as_saved], ids=lambda form: form.__name__)
 def test_a_stream_goes_on_from_every_position(sources, form):
     """Three passes and a bit: the tail from n is what the whole iteration gives from n on, also in the middle of the last pass."""
-    stream = PairStream(**sources[form], seed=5, buffer_size=3, count=24)
+    stream = PairStream(Source(**sources[form]), seed=5, buffer_size=3, count=24)
     whole = list(stream)
     assert len(whole) == 24 and list(stream) == whole
     for start in range(26):
@@ -565,7 +568,7 @@ def test_a_stream_goes_on_from_every_position(sources, form):
 
 def test_a_stream_is_shuffled_anew_every_pass_and_by_its_seed(sources):
     def passes(**options):
-        captions = [pair.caption for pair in PairStream(**sources[as_parquet], **{"count": 28, "buffer_size": 7, **options})]
+        captions = [pair.caption for pair in PairStream(Source(**sources[as_parquet]), **{"count": 28, "buffer_size": 7, **options})]
         return [captions[start : start + 7] for start in range(0, 28, 7)]
 
     found = passes(seed=1)
@@ -575,23 +578,23 @@ def test_a_stream_is_shuffled_anew_every_pass_and_by_its_seed(sources):
 
 
 def test_a_stream_without_count_has_no_end(sources):
-    stream = PairStream(**sources[as_parquet], seed=0)
+    stream = PairStream(Source(**sources[as_parquet]), seed=0)
     assert len(list(islice(stream, 100))) == 100
 
 
 def test_iterating_twice_at_once_changes_neither(sources):
-    stream = PairStream(**sources[as_parquet], seed=0, buffer_size=4, count=20)
+    stream = PairStream(Source(**sources[as_parquet]), seed=0, buffer_size=4, count=20)
     assert list(zip(stream, stream)) == [(pair, pair) for pair in stream]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_a_stream_pickles(sources, form):
-    stream = PairStream(**sources[form], seed=1, buffer_size=3, count=10)
+    stream = PairStream(Source(**sources[form]), seed=1, buffer_size=3, count=10)
     assert contents(pickle.loads(pickle.dumps(stream))) == contents(stream)
 
 
 def test_streamed_pictures_are_their_encoded_bytes(sources):
-    pair = next(iter(PairStream(**sources[as_folder], seed=0)))
+    pair = next(iter(PairStream(Source(**sources[as_folder]), seed=0)))
     assert isinstance(pair.image.source, bytes) and isinstance(pair.condition.source, bytes)
     assert pair.image.name == f"{sources[as_folder]['train_data_dir']}, place 0 of the stream"
 
@@ -600,7 +603,7 @@ def test_streamed_pictures_are_their_encoded_bytes(sources):
 def test_an_unpaired_picture_is_named_when_the_stream_reaches_it(tmp_path, column, what):
     """Passed over without a word when the stream starts behind it, as a resumed run does."""
     table(**{column: [*IMAGES[:3], None, *IMAGES[4:]]}).to_parquet(tmp_path / "train.parquet")
-    stream = PairStream(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), buffer_size=1, count=7)
+    stream = PairStream(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")), buffer_size=1, count=7)
     pairs = iter(stream)
     assert [next(pairs).caption for _ in range(3)] == CAPTIONS[:3]
     with pytest.raises(UserError, match=f"place 3 of the stream: its {what} is missing.*Mend the data set"):
@@ -612,6 +615,6 @@ def test_a_stream_that_breaks_off_says_where(tmp_path):
     samples = shard(range(COUNT))
     samples["0006"]["txt"] = b"caf\xe9"
     write_tar(tmp_path / "0.tar", samples)
-    stream = iter(PairStream(train_data_dir=str(tmp_path), buffer_size=1))
+    stream = iter(PairStream(Source(train_data_dir=str(tmp_path)), buffer_size=1))
     with pytest.raises(UserError, match="cannot read on in pass 0: UnicodeDecodeError"):
         list(islice(stream, COUNT))
