@@ -1,11 +1,12 @@
 """Write a tiny pipeline with random weights, in the directory layout of the real one.
 
-    python examples/tiny/make_tiny_pipeline.py flux /tmp/tiny-flux --seed 0
+    python examples/tiny/make_tiny_pipeline.py flux|sd15|sdxl /tmp/tiny --seed 0
 
-Expect 1.4 MB in about 4 seconds on a CPU: every file FLUX.1-dev has (model_index.json, scheduler, VAE, CLIP and T5
-with their tokenizers, transformer), each with the real structure and the Hugging Face parameter names, but with a
-few narrow layers. `mindone.diffusers.FluxPipeline.from_pretrained("/tmp/tiny-flux")` and every training script take it
-like the real model, so that a command can be tried in seconds and without a download. Its pictures are coloured noise.
+Expect 1.4 to 2.9 MB in about 4 seconds on a CPU: every file that FLUX.1-dev, Stable Diffusion 1.5 or Stable Diffusion
+XL has (model_index.json, scheduler, VAE, text encoders with their tokenizers, transformer or UNet), each with the real
+structure and the Hugging Face parameter names, but with a few narrow layers. mindone's pipelines and every training
+script take it like the real model, so that a command can be tried in seconds and without a download. Its pictures are
+coloured noise. Stable Diffusion 1.5's safety checker is left out.
 
 The same seed gives the same bytes. OUT must be empty or not exist yet.
 """
@@ -45,7 +46,7 @@ an astronaut riding a horse on the moon, digital art, sharp focus
 # Tokenizers
 
 
-def make_clip_tokenizer(folder: Path, captions: list[str]):
+def make_clip_tokenizer(folder: Path, captions: list[str], **specials: str):
     """A CLIP tokenizer: all 512 byte symbols, so that any string has ids, and a few merges learned from the captions."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
@@ -72,7 +73,8 @@ def make_clip_tokenizer(folder: Path, captions: list[str]):
     vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
     write_json(vocab_file, {s: i for i, s in enumerate(symbols)})
     merges_file.write_text("\n".join(["#version: 0.2"] + [f"{a} {b}" for a, b in merges]) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(str(vocab_file), str(merges_file), model_max_length=77, do_lower_case=True, clean_up_tokenization_spaces=True)
+    settings = {"model_max_length": 77, "do_lower_case": True, "clean_up_tokenization_spaces": True}
+    tokenizer = CLIPTokenizer(str(vocab_file), str(merges_file), **settings, **specials)
     tokenizer.save_pretrained(str(folder))
     return tokenizer
 
@@ -318,6 +320,130 @@ def t5_config(tokenizer, changes: dict):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion 1.5 and XL
+
+SD15_COMPONENTS = {
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SDXL_COMPONENTS = {
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SDXL_WIDTHS = (WIDTH, WIDTH // 2)  # of the two text encoders: the UNet reads both states side by side, and the second's pooled output
+
+SD15_SCHEDULER = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+SDXL_SCHEDULER = {
+    **SD15_SCHEDULER,
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+
+SD15_UNET = {
+    "act_fn": "silu",
+    "attention_head_dim": 2,  # the number of heads, by a mistake that the real configs share
+    "block_out_channels": [16, 32, 32, 32],
+    "center_input_sample": False,
+    "cross_attention_dim": WIDTH,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 8,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+SDXL_UNET = {
+    **SD15_UNET,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "attention_head_dim": [2, 4, 4],
+    "block_out_channels": [16, 32, 32],
+    "cross_attention_dim": sum(SDXL_WIDTHS),
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "projection_class_embeddings_input_dim": SDXL_WIDTHS[1] + 6 * 8,  # the pooled text and six numbers of size and place
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 1, 2],
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "use_linear_projection": True,
+}
+
+SD15_VAE = {
+    **{name: value for name, value in FLUX_VAE.items() if name not in ("shift_factor", "use_post_quant_conv", "use_quant_conv")},
+    "force_upcast": False,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+
+
+def make_sd15(out: Path, seed: int = 0, captions: list[str] = CAPTIONS, unet: dict | None = None, scheduler: dict | None = None) -> None:
+    """Writes the pipeline into `out`; FileExistsError if there is something already. The dicts override entries of the configs."""
+    clips = {"text_encoder": ("CLIPTextModel", {}, {})}
+    index = hub_header("StableDiffusionPipeline") | SD15_COMPONENTS
+    make_sd(Path(out), seed, captions, index, clips, SD15_UNET | (unet or {}), SD15_VAE, SD15_SCHEDULER | (scheduler or {}))
+
+
+def make_sdxl(out: Path, seed: int = 0, captions: list[str] = CAPTIONS, unet: dict | None = None, scheduler: dict | None = None) -> None:
+    """The same for Stable Diffusion XL."""
+    first, second = ({"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width} for width in SDXL_WIDTHS)
+    clips = {
+        "text_encoder": ("CLIPTextModel", first, {}),
+        "text_encoder_2": ("CLIPTextModelWithProjection", second, {"pad_token": "!"}),
+    }
+    index = hub_header("StableDiffusionXLPipeline") | SDXL_COMPONENTS | {"force_zeros_for_empty_prompt": True}
+    vae = SD15_VAE | {"force_upcast": True, "sample_size": 1024, "scaling_factor": 0.13025}
+    make_sd(Path(out), seed, captions, index, clips, SDXL_UNET | (unet or {}), vae, SDXL_SCHEDULER | (scheduler or {}))
+
+
+def make_sd(out: Path, seed: int, captions: list[str], index: dict, clips: dict, unet: dict, vae: dict, scheduler: dict) -> None:
+    """`clips`: text encoder -> its class, changes to its config, special tokens of its tokenizer."""
+    rng = np.random.default_rng(seed)
+    require_empty(out)
+
+    import mindone.transformers
+    from mindone.diffusers import AutoencoderKL, UNet2DConditionModel
+
+    for name, (class_name, changes, specials) in clips.items():
+        tokenizer = make_clip_tokenizer(out / name.replace("text_encoder", "tokenizer"), captions, **specials)
+        save_transformers(getattr(mindone.transformers, class_name), clip_config(tokenizer, changes), out / name, rng)
+    save_diffusers(UNet2DConditionModel, unet, out / "unet", rng)
+    save_diffusers(AutoencoderKL, vae, out / "vae", rng, **{"decoder.conv_out.weight": 0.5})
+
+    (out / "scheduler").mkdir()
+    write_json(out / "scheduler" / "scheduler_config.json", hub_header(index["scheduler"][1]) | scheduler)
+    write_json(out / "model_index.json", index)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -326,7 +452,7 @@ def require_empty(out: Path) -> None:
         raise FileExistsError(f"OUT {out} exists and is not an empty directory: name a new one, or remove it first")
 
 
-KINDS = {"flux": make_flux}
+KINDS = {"flux": make_flux, "sd15": make_sd15, "sdxl": make_sdxl}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,584 @@
+"""ControlNet for Stable Diffusion (1.5 and 2) on MindSpore: teaches a copy of the UNet's first half to follow a condition picture.
+
+    python train_controlnet.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --output_dir out \\
+        --dataset_name fusing/fill50k --resolution 512 --learning_rate 1e-5 --validation_image a.png b.png \\
+        --validation_prompt "red circle with blue background" "cyan circle with brown floral background" \\
+        --train_batch_size 1 --gradient_accumulation_steps 4 --mixed_precision fp16
+
+Leaves the ControlNet at the root of the output directory (config.json and diffusion_pytorch_model.safetensors), checkpoints,
+samples/*.png, loss curves for TensorBoard, metrics.jsonl and run.json. Ctrl-C saves a checkpoint; the same command with
+--resume_from_checkpoint latest goes on, bit for bit on the CPU.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import secrets
+import time
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from tqdm import tqdm
+
+from mindtune import checkpoint, data, diffusion, flow, models, optim, pairs, precision, rng, sampling, tracking
+from mindtune.cache import encoder_fingerprint
+from mindtune.cli import StopRequest, UserError, check_flags, matched, run
+from mindtune.encode import PairCaptions, PairImages, Stage
+from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
+
+# ---- flags -------------------------------------------------------------------------------------------------------------------------
+
+# Flags of the reference script that are not here yet, and what to use until then.
+REFUSED = {
+    "use_8bit_adam": "8-bit Adam is not in this version; leave the flag out",
+    "dry_run": "the memory plan is not in this version; leave the flag out",
+    "push_to_hub": "uploading is not in this version; leave the flag out and upload the output directory with huggingface-cli",
+    "hub_token": "uploading is not in this version; leave the flag out",
+    "hub_model_id": "uploading is not in this version; leave the flag out",
+    "distributed": "several devices are not in this version; leave the flag out and train on one",
+}
+# CUDA and PyTorch switches that a diffusers command may carry, and what this backend does anyway.
+ACCEPTED = {
+    "allow_tf32": "a CUDA setting; this backend's matrix products run in the type --mixed_precision names",
+    "enable_xformers_memory_efficient_attention": "a CUDA kernel; on Ascend mindone uses its own flash attention without a flag",
+    "enable_npu_flash_attention": "mindone uses flash attention on Ascend without a flag",
+    "set_grads_to_none": "MindSpore's gradients are values, not kept between updates: there is nothing to set",
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+
+    # Model
+    add("--pretrained_model_name_or_path", required=True, help="Directory of a Stable Diffusion pipeline, or a hub id.")
+    add("--controlnet_model_name_or_path", help="A ControlNet to go on from. Default: a copy of the UNet's first half.")
+    add("--tokenizer_name", help="Directory of another tokenizer, or a hub id. Default: the pipeline's.")
+    add("--revision", help="Branch, tag or commit on the hub. Default: main.")
+    add("--variant", help="Variant of the weight files, such as fp16. Default: none.")
+    add("--cache_dir", help="Where hub downloads and encoder outputs are kept. Default: the hub's cache, and <output_dir>/cache.")
+    add("--mindspore_mode", type=int, choices=[0, 1], default=0, help="0 compiles the step to a graph, 1 runs it in PyNative.")
+    # Data
+    add("--dataset_name", help="A data set for the datasets library: a hub id or a local directory (also .tar shards).")
+    add("--dataset_config_name", help="Configuration of that data set. Default: its only one.")
+    add("--train_data_dir", help="Instead: a directory with pictures and metadata.jsonl, parquet or arrow files, or .tar shards.")
+    add("--jsonl_for_train", help="Instead: a .jsonl file of lines with the paths of image and conditioning_image, and text.")
+    add("--image_column", help="Column of target pictures. Default: image, or the first image column.")
+    add("--conditioning_image_column", help="Column of condition pictures. Default: the one that begins with condition.")
+    add("--caption_column", help="Column of captions. Default: text, caption or prompt.")
+    add("--streaming", action="store_true", help="Read the data in passing, never all of it; needs --max_train_steps.")
+    add("--shuffle_buffer_size", type=int, default=1000, help="Samples that --streaming shuffles among.")
+    add("--max_train_samples", type=int, help="Use the first so many pairs. Default: all.")
+    add("--proportion_empty_prompts", type=float, default=0.0, help="Share of uses with an empty caption, drawn afresh.")
+    add("--skip_bad_images", action="store_true", help="Go on without unusable pairs, listing them.")
+    add("--validation_split", type=float, default=0.0, help="Share of the pairs kept out of training to measure their loss; 0: none.")
+    add("--resolution", type=int, default=512, help="Side of the square that is trained on, in pixels; divisible by 8.")
+    add("--aspect_ratio_buckets", help='Instead: heights and widths to choose from for every pair, "672,1568;1024,1024".')
+    add("--center_crop", action="store_true", help="Crop centrally. Default: a fresh random crop for every use.")
+    add("--random_flip", action="store_true", help="Mirror half of the uses, drawn afresh, picture and condition together.")
+    add("--image_interpolation_mode", choices=sorted(data.INTERPOLATIONS), default="lanczos", help="Filter for resizing.")
+    add("--cache_latents", action="store_true", help="Encode pictures once, centre-cropped, one entry a flip.")
+    add("--dataloader_num_workers", type=int, default=0, help="Threads that decode pictures ahead; 0: none.")
+    # Step
+    add("--snr_gamma", type=float, help="Weight timesteps by Min-SNR with this gamma; 5.0 is usual. Default: all alike.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of frozen weights and of computation.")
+    add("--gradient_checkpointing", action="store_true", help="Recompute all blocks in the backward pass to save memory.")
+    add("--train_batch_size", type=int, default=4, help="Pairs a step.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Steps an update.")
+    add("--num_train_epochs", type=int, default=1, help="Passes over the pairs.")
+    add("--max_train_steps", type=int, help="Updates in all; overrides the epochs.")
+    add("--seed", type=int, help="Seed of everything random. Default: drawn, and written to run.json.")
+    # Optimizer
+    add(
+        "--optimizer",
+        type=str.lower,
+        choices=["adamw", "adamweightdecay", "prodigy", "adafactor"],
+        default="adamw",
+        help="AdamW has bias correction, AdamWeightDecay is MindSpore's without.",
+    )
+    add("--use_8bit_adam", action="store_true", help="Not in this version.")
+    add("--learning_rate", type=float, default=5e-6, help="Base rate; for prodigy about 1.")
+    add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size and accumulation.")
+    add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
+    add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
+    add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
+    add("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
+    add("--adam_beta2", type=float, default=0.999, help="Decay of the second moment.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Added to the root of the second moment.")
+    add("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
+    add("--max_grad_norm", type=float, default=1.0, help="Clip the gradients' norm; 0: no clipping.")
+    add("--use_ema", action="store_true", help="Keep a moving average of the ControlNet; it is what is drawn with and saved at the end.")
+    add("--ema_decay", type=float, default=0.9999, help="Highest decay of that average.")
+    # Output
+    add("--output_dir", default="controlnet-model", help="Directory for everything that the run leaves.")
+    add("--overwrite_output_dir", action="store_true", help="Remove another run's files there first.")
+    add("--checkpointing_steps", type=int, default=500, help="Updates between checkpoints.")
+    add("--checkpoints_total_limit", type=int, help="Keep the newest so many. Default: all.")
+    add("--resume_from_checkpoint", help="latest, a checkpoint's name in the output directory, or its path.")
+    add("--save_weight_dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="Type of the final ControlNet's weights.")
+    add("--upcast_before_saving", action="store_true", help="The same as --save_weight_dtype fp32.")
+    add("--logging_dir", default="logs", help="TensorBoard's directory, inside the output directory.")
+    add(
+        "--report_to",
+        choices=["tensorboard", "wandb", "all", "none"],
+        default="tensorboard",
+        help="Where curves go, besides metrics.jsonl.",
+    )
+    add("--validation_prompt", nargs="+", default=[], help="Prompts to draw while training and at the end.")
+    add("--validation_image", nargs="+", default=[], help="Their condition pictures: one for all, one each, or several for one prompt.")
+    add("--num_validation_images", type=int, default=4, help="Pictures a pair of prompt and condition.")
+    add("--num_inference_steps", type=int, default=20, help="Steps of sampling.")
+    add("--guidance_scale", type=float, default=7.5, help="Strength of the prompt when drawing (classifier-free guidance); 1: none.")
+    add("--controlnet_conditioning_scale", type=float, default=1.0, help="Strength of the ControlNet when drawing.")
+    add("--validation_steps", type=int, default=100, help="Updates between validations.")
+    # Reference flags of other versions or backends
+    add("--dry_run", action="store_true", help="Not in this version.")
+    add("--push_to_hub", action="store_true", help="Not in this version.")
+    add("--hub_token", help="Not in this version.")
+    add("--hub_model_id", help="Not in this version.")
+    add("--distributed", action="store_true", help="Not in this version.")
+    for name, why in ACCEPTED.items():
+        add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
+
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Refuses what cannot work, before anything is read or written. Raises UserError."""
+    at_least = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
+    at_least.update(num_train_epochs=1, checkpointing_steps=1, validation_steps=1, num_validation_images=1, num_inference_steps=1)
+    at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, shuffle_buffer_size=1)
+    at_least.update(learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0)
+    at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0)
+    check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
+    if args.optimizer == "adafactor":
+        raise UserError("--optimizer adafactor: not in this version; use AdamW, AdamWeightDecay or prodigy.")
+    if args.report_to in ("wandb", "all"):
+        raise UserError(f"--report_to {args.report_to}: Weights & Biases is not in this version; use tensorboard.")
+
+    pairs.check_source_flags(vars(args))
+    if args.resolution % 8 or args.resolution < 64:
+        near = max(64, round(args.resolution / 8) * 8)
+        raise UserError(
+            f"--resolution {args.resolution}: must be divisible by 8, the VAE's factor, and 64 at least. The nearest is {near}."
+        )
+    if args.snr_gamma is not None and not args.snr_gamma > 0:
+        raise UserError(f"--snr_gamma {args.snr_gamma}: must be above 0; 5.0 is usual.")
+
+
+# ---- data --------------------------------------------------------------------------------------------------------------------------
+
+
+def load_data(args, seed):
+    """The `pairs.PairData` of the run, checked to the last pixel row; with --streaming it is checked while it is encoded."""
+    source = pairs.Source(
+        args.dataset_name, args.dataset_config_name, args.train_data_dir, args.jsonl_for_train, args.cache_dir, args.image_column,
+        args.conditioning_image_column, args.caption_column,
+    )  # fmt: skip
+    buckets = pairs.parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [(args.resolution, args.resolution)]
+    if args.streaming:
+        count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps
+        stream = pairs.PairStream(source, seed, args.shuffle_buffer_size, count)
+        return pairs.PairData(stream, [], buckets, seed, args.train_batch_size)
+    return pairs.load_data(
+        source, buckets, seed, args.train_batch_size, args.max_train_samples, args.validation_split, args.skip_bad_images,
+        args.dataloader_num_workers,
+    )  # fmt: skip
+
+
+class Batches:
+    """Numpy batches by position: a pure function of seed, sample ids and use counts.
+
+    images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]), conditions [B, 3, H, W] in [0, 1], posterior noise and
+    noise [B, C, h, w], timestep [B], prompt_embeds [B, L, D].
+    """
+
+    def __init__(self, args, seed, stage, pair_data, latent, num_train_timesteps):
+        self.args, self.seed, self.stage, self.data = args, seed, stage, pair_data
+        self.latent, self.num_train_timesteps = latent, num_train_timesteps
+
+    def iterate(self, first, last):
+        """The batches from number `first` to before `last`."""
+        return self.data.iterate(first, last, self._batch, self.args.dataloader_num_workers)
+
+    def _batch(self, uses, size):
+        rows = [self._row(pair, sample_id, use, size) for pair, sample_id, use in uses]
+        return tuple(np.stack(column) for column in zip(*rows))
+
+    def _row(self, pair, sample_id, use, size):
+        args, seed = self.args, self.seed
+        draws = rng.generator(seed, "pair crop and flip", sample_id, use).random(3)
+        flip = bool(args.random_flip and draws[2] < 0.5)
+        place = None if args.center_crop or args.cache_latents else (draws[0], draws[1])
+        images = self._images(pair, size, place, flip)
+        timestep = rng.generator(seed, "pair timestep", sample_id, use).integers(self.num_train_timesteps)
+        shape = self._latent_shape(size)
+        noises = [rng.normal(seed, what, sample_id, use, shape=shape) for what in ("pair posterior", "pair noise")]
+        empty = rng.generator(seed, "empty prompt", sample_id, use).random() < args.proportion_empty_prompts
+        return *images, *noises, np.int32(timestep), *self._text("" if empty else pair.caption, size)
+
+    def held_out(self, sample_id, timestep):
+        """A batch of one held-out pair, always with the same draws for the same timestep."""
+        pair, size = self.data.held_out[sample_id], self.data.buckets[self.data.held_out_numbers[sample_id]]
+        shape = self._latent_shape(size)
+        posterior = rng.normal(self.seed, "held-out posterior", sample_id, shape=shape)
+        noise = rng.normal(self.seed, "held-out noise", sample_id, timestep, shape=shape)
+        row = *self._images(pair, size, None, False), posterior, noise, np.int32(timestep), *self._text(pair.caption, size)
+        return tuple(np.stack([column]) for column in row)
+
+    def _latent_shape(self, size):
+        channels, factor = self.latent
+        return channels, size[0] // factor, size[1] // factor
+
+    def _images(self, pair, size, place, flip):
+        """Target and condition, cropped by one box and mirrored together."""
+        if self.args.streaming and not self.args.cache_latents:  # else the encode stage has looked at every pair
+            pairs.require_usable(pair, self.args.resolution)
+
+        def pixels(sample):
+            return data.pixel_values(sample.open(), size, self.args.image_interpolation_mode, place, flip)
+
+        image = self.stage.moments(pair.image, size, flip) if self.args.cache_latents else pixels(pair.image)
+        return image, (pixels(pair.condition) + 1.0) / 2.0
+
+    def _text(self, caption, size):
+        return (self.stage.text(caption)["prompt_embeds"],)
+
+
+# ---- the step ----------------------------------------------------------------------------------------------------------------------
+
+
+class TrainStepForControlNet(models.TrainStep):
+    """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update. A pure function of its inputs.
+
+    `alphas` and `weights` are tables over the timesteps [N], float32; `vae` is given if the images come as pixels, in `vae_dtype`.
+    Calling it gives (scaled loss, loss), scalars.
+    """
+
+    def __init__(
+        self,
+        controlnet,
+        unet,
+        optimizer,
+        alphas,
+        weights,
+        compute_dtype,
+        args,
+        prediction_type,
+        scaling_factor,
+        vae,
+        vae_dtype,
+        loss_scaler,
+    ):
+        super().__init__(
+            controlnet,
+            optimizer,
+            loss_scaler=loss_scaler,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            # Batches run on across epochs, so there is no end of the loader at which to cut an update short.
+            gradient_accumulation_kwargs={"sync_with_dataloader": False},
+        )
+        self.grad_clipper = precision.GradNormClipper(args.max_grad_norm)
+        self.controlnet, self.unet, self.vae = self.model, unet, vae
+        self.alphas, self.weights = alphas, weights
+        self.compute_dtype, self.vae_dtype = compute_dtype, vae_dtype
+        self.scaling_factor, self.prediction_type = scaling_factor, prediction_type
+
+    def latents(self, images, posterior_noise):
+        if self.vae is not None:
+            images = self.vae.encode(images.to(self.vae_dtype))[0]
+        return flow.sample_posterior(images, posterior_noise) * self.scaling_factor
+
+    def predict(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds):
+        """Prediction and target [B, C, h, w], and weights [B, 1, 1, 1]."""
+        latents, alphas = self.latents(images, posterior_noise), flow.get_sigmas(self.alphas, timesteps)
+        noisy = diffusion.add_noise(latents, noise, alphas).to(self.compute_dtype)
+        text = prompt_embeds.to(self.compute_dtype)
+        down, mid = self.controlnet(noisy, timesteps, text, conditions.to(self.compute_dtype), return_dict=False)
+        prediction = self.unet(
+            noisy, timesteps, text, down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False
+        )[0]
+        target = diffusion.target(latents, noise, alphas, self.prediction_type)
+        return prediction, target, flow.get_sigmas(self.weights, timesteps)
+
+    def forward(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds):
+        prediction, target, weights = self.predict(images, conditions, posterior_noise, noise, timesteps, prompt_embeds)
+        loss = flow.weighted_mse(prediction, target, weights)
+        return self.scale_loss(loss), loss
+
+
+# ---- looking ------------------------------------------------------------------------------------------------------------------------
+
+
+class Painter:
+    """Draws the validation rows with the ControlNet at hand; loads only the VAE, once, and the prompts' cached embeddings."""
+
+    def __init__(self, args, scheduler, stage, kind, seed, rows, vae, unet, controlnet):
+        self.args, self.scheduler, self.stage, self.kind, self.seed, self.rows = args, scheduler, stage, kind, seed, rows
+        self.vae, self.unet, self.controlnet = vae, unet, controlnet
+        self.empty = stage.unconditional() if rows else None
+
+    def draw(self):
+        """A row of the condition and --num_validation_images pictures for every pair, always from the same noise."""
+        if self.vae is None:
+            self.vae = self.stage.load_vae()
+        with sampling.resting(self.controlnet):
+            return [[condition, *self._images(prompt, condition)] for prompt, condition in self.rows]
+
+    def _images(self, prompt, condition):
+        args, pixels = self.args, sampling.condition_pixels(condition)
+        shape = sampling.latent_shape(self.vae, pixels)
+        for number in range(args.num_validation_images):
+            drawn = sampling.sample_unet_latents(
+                self.unet, self.scheduler, self.stage.text(prompt), self.empty,
+                rng.normal(self.seed, "validation", number, shape=shape), args.num_inference_steps, args.guidance_scale, self.kind.compute,
+                (self.controlnet, pixels, args.controlnet_conditioning_scale),
+            )  # fmt: skip
+            yield sampling.decode_latents(self.vae, drawn, precision.resolve_precision(self.stage.vae_precision).compute)[0]
+
+
+# ---- the job -----------------------------------------------------------------------------------------------------------------------
+
+
+# Flags that may change from one start of a run to the next without changing what is trained.
+SAME_RUN = {
+    "pretrained_model_name_or_path", "tokenizer_name", "controlnet_model_name_or_path", "revision", "cache_dir", "dataset_name",
+    "train_data_dir", "jsonl_for_train", "skip_bad_images", "dataloader_num_workers", "output_dir", "overwrite_output_dir",
+    "checkpointing_steps", "checkpoints_total_limit", "seed", "resume_from_checkpoint", "save_weight_dtype", "upcast_before_saving",
+    "logging_dir", "report_to", "validation_prompt", "validation_image", "num_validation_images", "num_inference_steps",
+    "guidance_scale", "controlnet_conditioning_scale", "validation_steps", "num_train_epochs", "max_train_steps", *REFUSED, *ACCEPTED,
+}  # fmt: skip
+FOLDER = "controlnet"  # in a checkpoint, as the reference lays it out
+FINAL = "diffusion_pytorch_model.safetensors"
+OUR_FILES = ("run.json", "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", "config.json", FINAL)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    started = time.time()
+
+    # ---- check everything --------------------------------------------------
+    models.set_up_device(graph_mode=args.mindspore_mode == 0)
+    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.SD_COMPONENTS)
+    unet_config, scheduler_config = models.read_config(root, "unet"), models.read_config(root, "scheduler")
+    alphas, prediction_type = diffusion.alphas_cumprod(scheduler_config), diffusion.prediction_type(scheduler_config)
+    tokenizer = models.resolve_tokenizer(args.tokenizer_name, "--tokenizer_name", args.cache_dir) if args.tokenizer_name else None
+    existing = None
+    if args.controlnet_model_name_or_path:
+        existing = models.resolve_controlnet(
+            args.controlnet_model_name_or_path, "--controlnet_model_name_or_path", args.cache_dir, unet_config
+        )
+    output_dir, resume = checkpoint.open_output_dir(
+        args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, FINAL
+    )
+    state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
+    rows = [
+        (prompt, sampling.condition_picture(path, "--validation_image", args.resolution, 8))
+        for prompt, path in matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
+    ]
+    seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
+    pair_data = load_data(args, seed)
+    logging_dir = output_dir / args.logging_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    # ---- encode once, in a process that gives its memory back -----------------
+    kind = precision.resolve_precision(args.mixed_precision)
+    if kind.storage != kind.compute:
+        print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
+    folder = Path(args.cache_dir, "mindtune") if args.cache_dir else output_dir / "cache"
+    stage = Stage(root, args.variant, args.mixed_precision, folder, 77, args.image_interpolation_mode, "sd", tokenizer=tokenizer)
+    more = args.validation_prompt + ([""] if args.proportion_empty_prompts or rows else [])
+    images = ()
+    if args.cache_latents:
+        print("--cache_latents: every picture keeps its centre crop" + (", one entry a flip" if args.random_flip else ""))
+        images = PairImages(pair_data, args.random_flip, conditions=False)
+    encoded = stage.prepare(PairCaptions(pair_data, more), images)
+    print(f"encode stage: {encoded} made, the rest already in {stage.folder}")
+
+    # ---- load, freeze, cast --------------------------------------------------
+    unet = models.load_model(root, "unet", kind, args.variant)
+    vae = None if args.cache_latents else stage.load_vae()
+    for model in (unet, *([vae] if vae else [])):
+        precision.freeze_params(model)
+
+    # ---- add what trains -----------------------------------------------------
+    if existing:
+        controlnet = models.load_model(existing.parent, existing.name, precision.resolve_precision("no"))
+    else:
+        controlnet = models.unet_controlnet(unet, seed)
+    # MindSpore's optimizers update in the parameter's own precision: float32 parameters, computing in half.
+    precision.compute_in(controlnet, kind.compute).set_train(True)
+    for parameter in controlnet.get_parameters():
+        parameter.requires_grad = True
+    if args.gradient_checkpointing:
+        for model in (unet, controlnet):
+            models.recompute_unet(model)
+    print(precision.parameter_table({"unet": unet, "controlnet": controlnet, **({"vae": vae} if vae else {})}, kind))
+
+    # ---- the step ------------------------------------------------------------
+    vae_config = models.read_config(stage.vae.parent, stage.vae.name)
+    latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
+    batches = Batches(args, seed, stage, pair_data, latent, len(alphas))
+    snr_weights = diffusion.min_snr_weights(alphas, args.snr_gamma, prediction_type)
+    per_update = args.train_batch_size * args.gradient_accumulation_steps
+    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * pair_data.epoch_length / per_update)
+
+    rate = args.learning_rate * (per_update if args.scale_lr else 1)
+    weights = models.model_parameters(controlnet)
+    optimizer = optim.create_optimizer(
+        args.optimizer, [{"params": list(weights.values()), "lr": rate, "weight_decay": args.adam_weight_decay}],
+        betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=None, decouple=True, use_bias_correction=True,
+        safeguard_warmup=True,
+    )  # fmt: skip
+    scaler = precision.loss_scaler(args.mixed_precision)
+    step = TrainStepForControlNet(
+        controlnet, unet, optimizer, ms.Tensor(alphas, ms.float32), ms.Tensor(snr_weights, ms.float32), kind.compute, args,
+        prediction_type, vae_config["scaling_factor"], vae, precision.resolve_precision(stage.vae_precision).compute, scaler,
+    )  # fmt: skip
+    ema = optim.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
+    painter = Painter(args, scheduler_config, stage, kind, seed, rows, vae, unet, controlnet)
+
+    # ---- resume --------------------------------------------------------------
+    remembered = {f"optimizer.{k}": p for k, p in optim.optimizer_state(optimizer).items()}
+    if ema:
+        remembered.update({f"ema.{name}": p for name, p in zip(weights, ema.averages)})
+    if args.mixed_precision == "fp16":
+        remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
+    fingerprint = checkpoint.text_digest(pair_data.digests())
+    base = encoder_fingerprint(root / "unet", models.weight_files(root, "unet", args.variant))
+    identity = {"seed": seed, "data": fingerprint, "base": base, **{k: v for k, v in vars(args).items() if k not in SAME_RUN}}
+    global_step = 0
+    if resume:
+        checkpoint.load_state(resume / FOLDER / FINAL, weights)
+        checkpoint.load_state(resume / "training_state.safetensors", remembered)
+        global_step = state["global_step"]
+        changed = [name for name, value in identity.items() if state.get(name) != value]
+        if changed:
+            print(f"resuming with another {', '.join(changed)} than the checkpoint was made with: not its exact continuation")
+        for path in checkpoint.set_aside_later(output_dir, resume):
+            print(f"a later checkpoint is kept as {path.name}")
+        print(f"resuming from {resume.name} after update {global_step}")
+
+    def averaged():
+        return ema.in_use() if ema else contextlib.nullcontext()
+
+    def save_files(folder):
+        models.save_model(controlnet, folder / FOLDER, ms.float32)
+        checkpoint.save_state(folder / "training_state.safetensors", remembered)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
+
+    def save():
+        tracker.flush()
+        return checkpoint.save_checkpoint(output_dir, global_step, save_files, args.checkpoints_total_limit)
+
+    def look(final=False):
+        """Held-out loss and validation pictures of this moment."""
+        with averaged():
+            if pair_data.held_out and not curve.has(global_step):
+                losses = held_out_loss(step, [controlnet], batches.held_out, len(pair_data.held_out))
+                curve.add(global_step, [i / len(alphas) for i in HELD_OUT_INDICES], losses)
+                by_time = {f"held_out__loss_at_{i}": value for i, value in zip(HELD_OUT_INDICES, losses)}
+                tracker.log(global_step, held_out__loss=float(np.mean(losses)), **by_time)
+            if not rows or not global_step:
+                return None
+            grid = sampling.image_grid(painter.draw(), [prompt for prompt, _ in rows])
+        tracker.image(global_step, "validation", grid)
+        return sampling.save_image(grid, output_dir / "samples" / f"{'final' if final else f'step-{global_step:06d}'}.png")
+
+    # ---- the loop ------------------------------------------------------------
+    print(
+        f"{pair_data.epoch_length} {'uses of a stream' if args.streaming else 'pairs'}, {len(pair_data.held_out)} held out; "
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation; {max_train_steps} updates, "
+        f"{max_train_steps * per_update / pair_data.epoch_length:.1f} epochs; seed {seed}"
+    )
+    kept_out = [pair.image.name for pair in pair_data.held_out]
+    record = {
+        "flags": vars(args), "seed": seed, "versions": tracking.package_versions(), "device": ms.get_context("device_target"),
+        "data": {"fingerprint": fingerprint, "samples": pair_data.epoch_length, "held_out": kept_out},
+        "trainable": {"controlnet": sum(p.size for p in weights.values())},
+    }  # fmt: skip
+    if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
+        checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
+    tracking.write_run_json(output_dir / "run.json", **record, finished=False)
+    tracker = tracking.Tracker(output_dir, logging_dir, args.report_to == "tensorboard", global_step)
+    curve = tracking.LossByTimestep(output_dir, global_step, "timestep")
+    stop, seconds, skipped = StopRequest(), [], 0
+    accumulation = args.gradient_accumulation_steps
+    ahead = batches.iterate(global_step * accumulation, max_train_steps * accumulation)
+    if not resume:
+        look()
+    bar = tqdm(total=max_train_steps, initial=global_step, unit="update", dynamic_ncols=True)
+    while global_step < max_train_steps and stop.exit_code is None:
+        began = time.perf_counter()
+        lr_factor = optim.schedule_factor(
+            args.lr_scheduler, global_step, args.lr_warmup_steps, max_train_steps, args.lr_num_cycles, args.lr_power, rate
+        )
+        optim.set_learning_rates(optimizer, [rate * lr_factor])
+        losses = [float(step(*map(ms.Tensor, next(ahead)))[1]) for _ in range(accumulation)]
+        loss, norm = float(np.mean(losses)), float(step.grad_clipper.norm)
+        global_step += 1
+        if ema:
+            ema.update(global_step)
+        values = {"loss": loss, "lr": rate * lr_factor, "grad_norm": norm}
+        if args.optimizer == "prodigy":
+            values["d"] = float(optimizer.d)
+        if args.mixed_precision == "fp16":
+            values["loss_scale"] = float(scaler.scale_value)
+        if not math.isfinite(loss + norm):
+            # In fp16 an overflow only skips the update and halves the scale; once the scale is at its floor it is no overflow.
+            skipped += 1
+            if args.mixed_precision != "fp16" or values["loss_scale"] <= 1.0:
+                bar.close()
+                # A checkpoint of the update before holds the weights that gave this loss: not known to be good.
+                good = [path for path in checkpoint.checkpoints(output_dir) if checkpoint.step_of(path) < global_step - 1]
+                raise UserError(
+                    f"update {global_step}: the loss is {loss}, the gradients' norm {norm}. Nothing was saved of it; the last good "
+                    f"checkpoint is {good[-1] if good else '(none yet)'}. Try a lower --learning_rate, or bf16 instead of fp16."
+                )
+            tqdm.write(f"update {global_step}: overflow in fp16, skipped; loss scale {values['loss_scale']:g}")
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
+        tracker.log(global_step, **values)
+        seconds.append(time.perf_counter() - began)
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate * lr_factor:.2e}", s=f"{np.median(seconds[-20:]):.2f}")
+        bar.update()
+        if global_step < max_train_steps:
+            if global_step % args.validation_steps == 0:
+                look()
+            if global_step % args.checkpointing_steps == 0:
+                save()  # after looking: a run resumed from here shall not miss what was to be seen at this update
+    bar.close()
+
+    # ---- stopped, or done ----------------------------------------------------
+    def finish_run_json(finished):
+        steady = seconds[2:] or seconds
+        tracking.write_run_json(
+            output_dir / "run.json", **record, finished=finished, updates=global_step, skipped_updates=skipped,
+            seconds_per_step=float(np.median(steady)) / accumulation if steady else None, seconds_total=time.time() - started,
+            seconds_to_first_update=seconds[0] if seconds else None, peak_memory_mb=tracking.peak_memory_mb(),
+        )  # fmt: skip
+
+    saved = save()
+    if global_step < max_train_steps:
+        finish_run_json(False)
+        print(f"saved {saved} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest")
+        return stop.exit_code
+    dtype = precision.DTYPES["fp32" if args.upcast_before_saving else args.save_weight_dtype]
+    with averaged():
+        checkpoint.write_files_atomically(output_dir, lambda beside: models.save_model(controlnet, beside, dtype))
+    grid, plot = look(final=True), curve.plot()
+    tracker.close()
+    finish_run_json(True)
+    curves = logging_dir if args.report_to == "tensorboard" else output_dir / "metrics.jsonl"
+    for what, path in (("ControlNet", output_dir / FINAL), ("picture grid", grid), ("held-out loss plot", plot), ("curves", curves)):
+        if path:
+            print(f"{what}: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,228 @@
+"""The training step: its loss against plain model calls and float64, both modes against each other, what it may and may not change."""
+
+import mindone.diffusers
+import mindspore as ms
+import numpy as np
+import pytest
+
+from mindtune import diffusion, models, optim, precision, rng
+
+SCALE = 0.18215
+ALPHAS = diffusion.alphas_cumprod({"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+ADDED = ("controlnet_down_blocks.", "controlnet_mid_block.", "controlnet_cond_embedding.conv_out.")
+
+
+def make_models(sd, kind="no", perturbed=True, recompute=False):
+    """ControlNet and frozen UNet as `main` makes them; `perturbed` gives the zero projections values, so that all train."""
+    kind = precision.resolve_precision(kind)
+    unet = models.load_model(sd.root, "unet", kind)
+    precision.freeze_params(unet)
+    controlnet = models.unet_controlnet(unet, 0)
+    precision.compute_in(controlnet, kind.compute).set_train(True)
+    for name, parameter in models.model_parameters(controlnet).items():
+        parameter.requires_grad = True
+        if perturbed and name.startswith(ADDED):
+            parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
+    if recompute:
+        models.recompute_unet(unet)
+        models.recompute_unet(controlnet)
+    return controlnet, unet
+
+
+def make_step(sd, controlnet, unet, kind="no", predicted="epsilon", gamma=None, **flags):
+    flags = [f"--{name}={value}" for name, value in {"max_grad_norm": 0, **flags}.items()]
+    args = sd.train.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", *flags])
+    # Without a first moment's memory and without clipping, AdamW's first moment is the gradient.
+    optimizer = optim.AdamW([{"params": controlnet.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
+    weights = diffusion.min_snr_weights(ALPHAS, gamma, predicted)
+    make = sd.train.TrainStepForControlNetSDXL if sd.kind == "sdxl" else sd.train.TrainStepForControlNet
+    return make(
+        controlnet, unet, optimizer, ms.Tensor(ALPHAS, ms.float32), ms.Tensor(weights, ms.float32),
+        precision.resolve_precision(kind).compute, args, predicted, SCALE, None, ms.float32, precision.loss_scaler(kind),
+    )  # fmt: skip
+
+
+def make_batch(sd, size, height=8, width=12):
+    """Moments with a log-variance that matters, not square, another timestep for every picture."""
+    images, condition = rng.normal(1, "images", shape=(size, 8, height, width)), rng.normal(1, "c", shape=(size, 3, 8 * height, 8 * width))
+    posterior, noise = (rng.normal(1, name, shape=(size, 4, height, width)) for name in ("posterior", "noise"))
+    timesteps = np.array([20, 900, 400][:size], np.int32)
+    batch = images, 1 / (1 + np.exp(-condition)), posterior, noise, timesteps
+    if sd.kind == "sd15":
+        return *batch, rng.normal(1, "text", shape=(size, 77, 32))
+    time_ids = np.array([[64, 96, 3 * k, 0, 64, 96] for k in range(size)], np.float32)
+    return *batch, rng.normal(1, "text", shape=(size, 77, 48)), rng.normal(1, "pooled", shape=(size, 16)), time_ids
+
+
+@pytest.fixture(scope="module")
+def first_updates():
+    return {}
+
+
+@pytest.fixture
+def first_update(sd, first_updates):
+    """first_update(mode, kind, recompute): loss and every gradient at batch 2; every combination runs (and compiles) once."""
+
+    def run(mode, kind="no", recompute=False):
+        key = sd.kind, mode, kind, recompute
+        if key not in first_updates:
+            before = ms.get_context("mode")
+            ms.set_context(mode=mode)
+            controlnet, unet = make_models(sd, kind, recompute=recompute)
+            step = make_step(sd, controlnet, unet, kind)
+            loss = float(step(*map(ms.Tensor, make_batch(sd, 2)))[1])
+            names = models.model_parameters(controlnet)
+            first_updates[key] = loss, {name: moment.asnumpy() for name, moment in zip(names, step.optimizer.exp_avg)}
+            ms.set_context(mode=before)
+        return first_updates[key]
+
+    return run
+
+
+def close(gradients, others, rtol):
+    """Within `rtol` of the largest entry of every parameter's gradient."""
+    assert gradients.keys() == others.keys()
+    for name, value in gradients.items():
+        assert np.abs(value).max() > 0, f"{name} has no gradient"
+        np.testing.assert_allclose(others[name], value, rtol=0, atol=rtol * np.abs(value).max(), err_msg=name)
+
+
+@pytest.fixture
+def plain_prediction(sd):
+    """mindone's classes as they come, called plainly on what the formulas make of a batch: (prediction, latents, alphas) in float64."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    controlnet, _ = make_models(sd)
+    plain_unet = mindone.diffusers.UNet2DConditionModel.from_pretrained(str(sd.root / "unet"))
+    plain_control = mindone.diffusers.ControlNetModel.from_unet(plain_unet)
+    for name, parameter in models.model_parameters(plain_control).items():
+        parameter.set_data(ms.Tensor(models.model_parameters(controlnet)[name].asnumpy()))
+
+    batch = make_batch(sd, 2)
+    mean, logvar = np.split(batch[0].astype(np.float64), 2, axis=1)
+    x = (mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * batch[2]) * SCALE
+    alphas = ALPHAS[batch[4]].reshape(-1, 1, 1, 1)
+    noisy = ms.Tensor((np.sqrt(alphas) * x + np.sqrt(1 - alphas) * batch[3]).astype(np.float32))
+    more = {"added_cond_kwargs": {"text_embeds": ms.Tensor(batch[6]), "time_ids": ms.Tensor(batch[7])}} if sd.kind == "sdxl" else {}
+    given = (noisy, ms.Tensor(batch[4]), ms.Tensor(batch[5]))
+    down, mid = plain_control(*given, controlnet_cond=ms.Tensor(batch[1]), return_dict=False, **more)
+    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    return plain_unet(*given, return_dict=False, **residuals, **more)[0].asnumpy().astype(np.float64), x, alphas
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("predicted", ["epsilon", "v_prediction"])
+def test_the_steps_loss_is_the_formulas(sd, plain_prediction, predicted, gamma):
+    prediction, x, alphas = plain_prediction
+    batch = make_batch(sd, 2)
+    target = batch[3] if predicted == "epsilon" else np.sqrt(alphas) * batch[3] - np.sqrt(1 - alphas) * x
+    snr = alphas / (1 - alphas)
+    weight = 1.0 if gamma is None else np.minimum(snr, gamma) / (snr if predicted == "epsilon" else snr + 1)
+    loss = float(make_step(sd, *make_models(sd), predicted=predicted, gamma=gamma).forward(*map(ms.Tensor, batch))[1])
+    assert loss == pytest.approx(np.mean(weight * (prediction - target) ** 2), rel=1e-5)
+
+
+def test_loss_and_gradients_of_the_graph_are_pynatives(first_update):
+    assert first_update(0)[0] == pytest.approx(first_update(1)[0], rel=1e-5)
+    close(first_update(1)[1], first_update(0)[1], rtol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(first_update):
+    close(first_update(1)[1], first_update(1, recompute=True)[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_gradients_in_half_precision_are_near_float32s(first_update, kind):
+    """Over all weights: the angle between the two is below three degrees, the lengths are within a twentieth."""
+    exact, half = (np.concatenate([value.ravel() for value in first_update(1, each)[1].values()]) for each in ("no", kind))
+    assert first_update(1, kind)[0] == pytest.approx(first_update(1)[0], rel=1e-2)
+    lengths = np.linalg.norm(exact), np.linalg.norm(half)
+    assert lengths[1] == pytest.approx(lengths[0], rel=0.05)
+    assert exact @ half / np.prod(lengths) > np.cos(np.radians(3))
+
+
+def test_two_micro_batches_equal_one_batch_of_two(sd, first_update):
+    controlnet, unet = make_models(sd)
+    step = make_step(sd, controlnet, unet, gradient_accumulation_steps=2)
+    for k in range(2):
+        step(*(ms.Tensor(part[k : k + 1]) for part in make_batch(sd, 2)))
+    gradients = {name: moment.asnumpy() for name, moment in zip(models.model_parameters(controlnet), step.optimizer.exp_avg)}
+    close(first_update(1)[1], gradients, rtol=1e-4)
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (9, 13)])
+@pytest.mark.parametrize("kind", ["no", "fp16", "bf16"])
+def test_the_first_prediction_is_the_base_models_bit_for_bit(sd, kind, height, width):
+    """Zero projections add zeros, also where a side is odd on every level; once they are not zero, the condition shows."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    controlnet, unet = make_models(sd, kind, perturbed=False)
+    compute = precision.resolve_precision(kind).compute
+    step, batch = make_step(sd, controlnet, unet, kind), make_batch(sd, 2, height, width)
+    predict = lambda: step.predict(*map(ms.Tensor, batch))[0].to(ms.float32).asnumpy()  # noqa: E731
+    first = predict()
+    latents = step.latents(ms.Tensor(batch[0]), ms.Tensor(batch[2]))
+    alphas = ms.Tensor(ALPHAS[batch[4]].reshape(-1, 1, 1, 1), ms.float32)
+    noisy = diffusion.add_noise(latents, ms.Tensor(batch[3]), alphas).to(compute)
+    more = {}
+    if sd.kind == "sdxl":
+        more["added_cond_kwargs"] = {"text_embeds": ms.Tensor(batch[6]).to(compute), "time_ids": ms.Tensor(batch[7])}
+    base = unet(noisy, ms.Tensor(batch[4]), ms.Tensor(batch[5]).to(compute), return_dict=False, **more)[0]
+    np.testing.assert_array_equal(first, base.to(ms.float32).asnumpy())
+
+    for name, parameter in models.model_parameters(controlnet).items():
+        if name.startswith(ADDED):
+            parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
+    followed = predict()
+    assert np.abs(followed - first).max() > 1e-2
+    batch = (batch[0], batch[1][::-1].copy(), *batch[2:])
+    assert np.abs(predict() - followed).max() > 1e-4
+
+
+def test_a_new_controlnet_is_a_copy_of_the_unets_first_half(sd):
+    controlnet, unet = make_models(sd, "fp16", perturbed=False)
+    theirs = models.model_parameters(unet)
+    for name, parameter in models.model_parameters(controlnet).items():
+        assert parameter.dtype == ms.float32
+        value = parameter.asnumpy()
+        if name.startswith(ADDED):
+            assert not value.any(), name
+        elif name.startswith("controlnet_cond_embedding."):
+            fan_in = np.prod(models.model_parameters(controlnet)[name.rpartition(".")[0] + ".weight"].shape[1:])
+            assert 0.5 / np.sqrt(fan_in) < np.abs(value).max() <= 1 / np.sqrt(fan_in), name
+        else:
+            np.testing.assert_array_equal(value, theirs.pop(name).to(ms.float32).asnumpy(), err_msg=name)
+    assert theirs and all(name.startswith(("up_blocks.", "conv_norm_out.", "conv_out.")) for name in theirs)
+    again, other = (models.model_parameters(models.unet_controlnet(unet, seed)) for seed in (0, 1))
+    name = "controlnet_cond_embedding.conv_in.weight"
+    np.testing.assert_array_equal(again[name].asnumpy(), models.model_parameters(controlnet)[name].asnumpy())
+    assert not np.array_equal(other[name].asnumpy(), again[name].asnumpy())
+
+
+@pytest.mark.parametrize("kind", ["no", "fp16", "bf16"])
+def test_an_update_changes_the_controlnet_and_nothing_else(sd, kind):
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    controlnet, unet = make_models(sd, kind)
+    step = make_step(sd, controlnet, unet, kind)
+    values = lambda model: {name: np.array(p.to(ms.float32).asnumpy()) for name, p in models.model_parameters(model).items()}  # noqa: E731
+    before, frozen = values(controlnet), values(unet)
+    step(*map(ms.Tensor, make_batch(sd, 2)))
+    for name, value in values(controlnet).items():
+        assert not np.array_equal(value, before[name]), f"{name} did not move"
+    for name, value in values(unet).items():
+        np.testing.assert_array_equal(value, frozen[name], err_msg=name)
+    assert {p.dtype for p in unet.get_parameters()} == {precision.DTYPES[kind]}
+
+
+def test_an_overflow_in_fp16_skips_the_update_and_halves_the_scale(sd):
+    """Parameters and moments untouched; the next good batch trains."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    controlnet, unet = make_models(sd, "fp16")
+    step = make_step(sd, controlnet, unet, "fp16")
+    everything = lambda: [p.asnumpy().copy() for p in (*controlnet.get_parameters(), *step.optimizer.get_parameters())]  # noqa: E731
+    before, batch = everything(), list(make_batch(sd, 2))
+    batch[3] = np.full_like(batch[3], 1e30)
+    step(*map(ms.Tensor, batch))
+    for value, untouched in zip(everything(), before):
+        np.testing.assert_array_equal(value, untouched)
+    assert float(step.grad_scaler.loss_scaler.scale_value) == 2.0**15
+    step(*map(ms.Tensor, make_batch(sd, 2)))
+    assert any(not np.array_equal(value, untouched) for value, untouched in zip(everything(), before))
