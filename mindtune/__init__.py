@@ -1,7 +1,7 @@
 """MindTune's common module: what at least two of the training scripts need, one file one job.
 
 Imports go one way: `cli`, `rng`, `flow`, `diffusion` and `cache` at the bottom, then `precision`, `data`, `pairs`, `checkpoint`,
-`tracking`, `optim`, `operators`, then `models`, `lora`, `sampling`, `held_out` and `encode`, which touch mindone.
+`hub`, `tracking`, `optim`, `operators`, then `models`, `lora`, `sampling`, `held_out` and `encode`, which touch mindone.
 Nothing here imports a script, parses flags or reads `args`.
 """
 

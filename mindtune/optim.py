@@ -10,6 +10,8 @@ from typing import Any
 import mindspore as ms
 from mindspore import nn, ops
 
+from mindtune.cli import UserError
+
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -45,6 +47,8 @@ def create_optimizer(name: str, groups: list[dict], **settings: Any) -> nn.Optim
     if name == "adamw":
         return AdamW(groups, beta1, beta2, settings["eps"])
     if name == "adamweightdecay":
+        if not beta1 or not beta2:
+            raise UserError("--optimizer adamweightdecay: MindSpore's takes no beta of 0; use AdamW.")
         return nn.AdamWeightDecay(groups, learning_rate=groups[0]["lr"], beta1=beta1, beta2=beta2, eps=settings["eps"])
     if name == "prodigy":
         prodigy = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")

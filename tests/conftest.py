@@ -11,6 +11,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import skimage.data
+from fake_hub import FakeHub
 from PIL import Image
 
 from mindtune import models
@@ -68,6 +69,16 @@ def mode(request):
     ms.set_context(mode=request.param)
     yield request.param
     ms.set_context(mode=before)
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    """A hub of our own that HF_ENDPOINT points to, for this process and those that it starts."""
+    hub = FakeHub()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)  # what it read from there when it was imported
+    yield hub
+    hub.close()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import mindspore as ms
 import numpy as np
 from tqdm import tqdm
 
-from mindtune import checkpoint, data, diffusion, flow, models, optim, pairs, precision, rng, sampling, tracking
+from mindtune import checkpoint, data, diffusion, flow, hub, models, optim, pairs, precision, rng, sampling, tracking
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, matched, run
 from mindtune.encode import PairCaptions, PairImages, Stage
@@ -34,9 +34,6 @@ from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 REFUSED = {
     "use_8bit_adam": "8-bit Adam is not in this version; leave the flag out",
     "dry_run": "the memory plan is not in this version; leave the flag out",
-    "push_to_hub": "uploading is not in this version; leave the flag out and upload the output directory with huggingface-cli",
-    "hub_token": "uploading is not in this version; leave the flag out",
-    "hub_model_id": "uploading is not in this version; leave the flag out",
     "distributed": "several devices are not in this version; leave the flag out and train on one",
 }
 # CUDA and PyTorch switches that a diffusers command may carry, and what this backend does anyway.
@@ -134,11 +131,11 @@ def parse_args(argv=None):
     add("--guidance_scale", type=float, default=7.5, help="Strength of the prompt when drawing (classifier-free guidance); 1: none.")
     add("--controlnet_conditioning_scale", type=float, default=1.0, help="Strength of the ControlNet when drawing.")
     add("--validation_steps", type=int, default=100, help="Updates between validations.")
+    add("--push_to_hub", action="store_true", help="Upload the ControlNet with a model card when the run is done.")
+    add("--hub_token", help="Token with write access; written nowhere. Default: HF_TOKEN, or that of the last login.")
+    add("--hub_model_id", help="Repository to upload to. Default: the output directory's name, in your account.")
     # Reference flags of other versions or backends
     add("--dry_run", action="store_true", help="Not in this version.")
-    add("--push_to_hub", action="store_true", help="Not in this version.")
-    add("--hub_token", help="Not in this version.")
-    add("--hub_model_id", help="Not in this version.")
     add("--distributed", action="store_true", help="Not in this version.")
     for name, why in ACCEPTED.items():
         add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
@@ -350,8 +347,9 @@ SAME_RUN = {
     "pretrained_model_name_or_path", "tokenizer_name", "controlnet_model_name_or_path", "revision", "cache_dir", "dataset_name",
     "train_data_dir", "jsonl_for_train", "skip_bad_images", "dataloader_num_workers", "output_dir", "overwrite_output_dir",
     "checkpointing_steps", "checkpoints_total_limit", "seed", "resume_from_checkpoint", "save_weight_dtype", "upcast_before_saving",
-    "logging_dir", "report_to", "validation_prompt", "validation_image", "num_validation_images", "num_inference_steps",
-    "guidance_scale", "controlnet_conditioning_scale", "validation_steps", "num_train_epochs", "max_train_steps", *REFUSED, *ACCEPTED,
+    "logging_dir", "report_to", "validation_prompt", "validation_image", "num_validation_images", "num_inference_steps", "guidance_scale",
+    "controlnet_conditioning_scale", "validation_steps", "num_train_epochs", "max_train_steps", "push_to_hub", "hub_token",
+    "hub_model_id", *REFUSED, *ACCEPTED,
 }  # fmt: skip
 FOLDER = "controlnet"  # in a checkpoint, as the reference lays it out
 FINAL = "diffusion_pytorch_model.safetensors"
@@ -364,6 +362,8 @@ def main(argv=None):
 
     # ---- check everything --------------------------------------------------
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
+    token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
+    repo_id = hub.check(args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
     root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.SD_COMPONENTS)
     unet_config, scheduler_config = models.read_config(root, "unet"), models.read_config(root, "scheduler")
     alphas, prediction_type = diffusion.alphas_cumprod(scheduler_config), diffusion.prediction_type(scheduler_config)
@@ -577,6 +577,9 @@ def main(argv=None):
     for what, path in (("ControlNet", output_dir / FINAL), ("picture grid", grid), ("held-out loss plot", plot), ("curves", curves)):
         if path:
             print(f"{what}: {path}")
+    if repo_id:
+        address = hub.push(repo_id, output_dir, args.pretrained_model_name_or_path, args.validation_prompt, token)
+        print(f"on the hub: {address}")
     return 0
 
 

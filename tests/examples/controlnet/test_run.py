@@ -1,0 +1,238 @@
+"""Whole runs of the Stable Diffusion ControlNet scripts: what goes in, what a run leaves, that it learns."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import mindone.diffusers
+import numpy as np
+import pytest
+from conftest import ROOT, load_script, metrics
+from PIL import Image
+from safetensors.numpy import load_file
+
+from mindtune import models
+from mindtune.checkpoint import checkpoints
+
+from .conftest import FINAL
+
+VALIDATION = ["--validation_prompt", "a red circle", "--validation_image"]
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------------------------
+
+
+def marked(number, height, width):
+    """uint8 [height, width, 3] that tells where it came from: red is the column, green the row, blue the picture."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([x, y, np.full_like(x, 40 * number)], axis=2).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def oblong(tmp_path_factory):
+    """Four pairs, wide (112x80) and tall (80x112) by turns, the condition the picture's negative: both show where they were cropped."""
+    folder, rows = tmp_path_factory.mktemp("oblong"), []
+    for number in range(4):
+        pixels = marked(number, *((80, 112) if number % 2 == 0 else (112, 80)))
+        for name, image in (("image", pixels), ("condition", 255 - pixels)):
+            Image.fromarray(image).save(folder / f"{name}-{number}.png")
+        row = {"image": f"image-{number}.png", "conditioning_image": f"condition-{number}.png", "text": f"picture {number}"}
+        rows.append(json.dumps(row))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def batches(sd, sd_flags, oblong, tmp_path):
+    """batches(*flags): the `Batches` of a run on the oblong pairs with stand-in embeddings, and the captions it asked for."""
+
+    def make(*more):
+        captions = []
+
+        def text(caption):
+            captions.append(caption)
+            return {"prompt_embeds": np.zeros((77, 32), np.float32), "pooled_prompt_embeds": np.zeros(16, np.float32)}
+
+        args = sd.train.parse_args(sd_flags(sd, tmp_path / "out", "--train_data_dir", oblong, *more))
+        stage, data = SimpleNamespace(text=text), sd.train.load_data(args, 0)
+        return sd.train.Batches(args, 0, stage, data, (4, 8), 1000), captions
+
+    return make
+
+
+def test_condition_and_target_are_cropped_by_one_box_and_flipped_together(batches):
+    """Target pixels in [-1, 1], condition in [0, 1]: a picture and its negative add up everywhere, wherever the crop went."""
+    made, _ = batches("--random_flip", "--resolution", 72)
+    places, mirrored = set(), set()
+    for images, conditions, *_ in made.iterate(0, 12):
+        assert images.shape == conditions.shape == (1, 3, 72, 72) and conditions.min() >= 0 and conditions.max() <= 1
+        np.testing.assert_allclose((images + 1) / 2 + conditions, 1.0, atol=2 / 255)
+        across = images[0, 0, 0, 1:] - images[0, 0, 0, :-1]
+        mirrored.add(bool(across.mean() < 0))
+        places.add((images[0, 0, 0, 0], images[0, 1, 0, 0]))
+    assert mirrored == {True, False} and len(places) > 4
+
+
+def test_the_size_sdxl_is_told(sdxl, sd_flags, oblong, tmp_path):
+    text = {"prompt_embeds": np.zeros((77, 32), np.float32), "pooled_prompt_embeds": np.zeros(16, np.float32)}
+    more = ["--train_data_dir", oblong, "--aspect_ratio_buckets", "64,96;96,64", "--crops_coords_top_left_h", 3]
+    args = sdxl.train.parse_args(sd_flags(sdxl, tmp_path / "out", *more, "--crops_coords_top_left_w", 5, "--train_batch_size", 2))
+    made = sdxl.train.Batches(args, 0, SimpleNamespace(text=lambda caption: text), sdxl.train.load_data(args, 0), (4, 8), 1000)
+    sizes = set()
+    for batch in made.iterate(0, 4):
+        height, width = batch[0].shape[2:]
+        np.testing.assert_array_equal(batch[-1], [[height, width, 3, 5, height, width]] * 2)
+        assert batch[1].shape == (2, 3, height, width) and batch[2].shape == (2, 4, height // 8, width // 8)
+        sizes.add((height, width))
+    assert sizes == {(64, 96), (96, 64)}
+
+
+def test_timesteps_are_uniform_and_every_use_draws_anew(batches):
+    made, captions = batches("--proportion_empty_prompts", 0.5)
+    timesteps = np.concatenate([batch[4] for batch in made.iterate(0, 400)])
+    counts = np.histogram(timesteps, bins=4, range=(0, 1000))[0]
+    assert timesteps.min() >= 0 and timesteps.max() <= 999 and (abs(counts - 100) < 35).all()
+    empty = np.array(captions) == ""
+    assert 0.4 < empty.mean() < 0.6
+    kept = {caption for caption, dropped in zip(captions, empty) if not dropped}
+    assert kept == {f"picture {number}" for number in range(4)}  # none is dropped for good
+
+
+# ---- what a run leaves -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_final_controlnet_is_at_the_root_and_checkpoints_hold_it_alone(sd, run, tmp_path):
+    """In diffusers' layout and under its names; the frozen UNet is nowhere. mindone's class loads both."""
+    run(sd, tmp_path, "--checkpointing_steps", 2, "--save_weight_dtype", "fp16")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    final, last = load_file(tmp_path / FINAL), load_file(tmp_path / "checkpoint-3" / "controlnet" / FINAL)
+    assert {value.dtype.name for value in final.values()} == {"float16"} and {value.dtype.name for value in last.values()} == {"float32"}
+    for name, value in last.items():
+        np.testing.assert_array_equal(value.astype(np.float16), final[name], err_msg=name)
+    assert {"controlnet_cond_embedding.conv_in.weight", "controlnet_mid_block.bias", "down_blocks.0.resnets.0.norm1.weight"} <= set(last)
+    assert not any(name.startswith("up_blocks") for name in last)
+    weights = [path for path in tmp_path.rglob("*.safetensors") if "cache" not in path.parts]
+    assert {path.parent.name for path in weights} == {tmp_path.name, "controlnet", "checkpoint-2", "checkpoint-3"}
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "ControlNetModel"
+    loaded = mindone.diffusers.ControlNetModel.from_pretrained(str(tmp_path / "checkpoint-3" / "controlnet"))
+    for name, parameter in models.model_parameters(loaded).items():
+        np.testing.assert_array_equal(parameter.asnumpy(), last[name], err_msg=name)
+
+
+def test_an_existing_controlnet_goes_on(sd15, run, tmp_path):
+    run(sd15, tmp_path / "first")
+    run(sd15, tmp_path / "more", "--controlnet_model_name_or_path", tmp_path / "first", "--learning_rate", 0)
+    before, after = (load_file(tmp_path / name / FINAL) for name in ("first", "more"))
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
+
+
+def test_validation_pictures_come_at_their_steps(sd, run, shapes, tmp_path):
+    run(sd, tmp_path, *VALIDATION, shapes / "conditioning" / "000000.png", shapes / "conditioning" / "000001.png", "--validation_steps", 2)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["final.png", "step-000002.png"]
+    assert (tmp_path / "samples" / "final.png").read_bytes() != (tmp_path / "samples" / "step-000002.png").read_bytes()
+
+
+def test_the_moving_average_is_drawn_with_saved_and_resumed(sd15, run, tmp_path):
+    run(sd15, tmp_path, "--use_ema", "--max_train_steps", 2)
+    raw, averaged = load_file(tmp_path / "checkpoint-2" / "controlnet" / FINAL), load_file(tmp_path / FINAL)
+    state = load_file(tmp_path / "checkpoint-2" / "training_state.safetensors")
+    assert any(not np.array_equal(raw[name], value) for name, value in averaged.items())
+    for name, value in averaged.items():
+        np.testing.assert_array_equal(state[f"ema.{name}"], value, err_msg=name)
+
+
+def test_an_overflow_in_the_middle_of_a_run_is_skipped_and_reported(sd15, run, tmp_path, monkeypatch, capsys):
+    real = sd15.train.Batches.iterate
+
+    def with_one_too_large(batches, first, last):
+        for number, batch in enumerate(real(batches, first, last), first):
+            yield (*batch[:3], np.full_like(batch[3], 1e30), *batch[4:]) if number == 1 else batch
+
+    monkeypatch.setattr(sd15.train.Batches, "iterate", with_one_too_large)
+    run(sd15, tmp_path, "--mixed_precision", "fp16", "--cache_latents", "--checkpointing_steps", 1)
+    said = capsys.readouterr()
+    assert "update 2: overflow in fp16, skipped; loss scale 32768" in said.out + said.err
+    steps = [load_file(tmp_path / f"checkpoint-{step}" / "controlnet" / FINAL) for step in (1, 2, 3)]
+    for name, value in steps[0].items():
+        np.testing.assert_array_equal(steps[1][name], value, err_msg=name)
+    assert any(not np.array_equal(steps[2][name], value) for name, value in steps[1].items())
+    assert json.loads((tmp_path / "run.json").read_text())["skipped_updates"] == 1
+    assert [line["loss_scale"] for line in metrics(tmp_path)] == [65536, 32768, 32768]
+
+
+# ---- flags -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_another_tokenizer(sd15, sdxl, run, tmp_path):
+    """SDXL's second pads with "!": other ids for every caption, other embeddings, another loss."""
+    for name, more in (("own", []), ("other", ["--tokenizer_name", sdxl.root / "tokenizer_2"])):
+        run(sd15, tmp_path / name, *more, "--max_train_steps", 1)
+    assert metrics(tmp_path / "own")[0]["loss"] != metrics(tmp_path / "other")[0]["loss"]
+
+
+def test_another_vae(sd15, sdxl, run, tmp_path, capsys):
+    """The pipeline's own in float32 whatever the precision; a given one in the run's type."""
+    more = ["--mixed_precision", "fp16", "--max_train_steps", 1]
+    run(sdxl, tmp_path / "own", *more)
+    assert "vae                   float32  float16" in capsys.readouterr().out
+    run(sdxl, tmp_path / "other", *more, "--pretrained_vae_model_name_or_path", sd15.root / "vae")
+    assert "vae                   float16  float16" in capsys.readouterr().out
+    assert metrics(tmp_path / "own")[0]["loss"] != metrics(tmp_path / "other")[0]["loss"]
+
+
+def test_min_snr_lowers_the_loss_of_clear_pictures_only(sd15, run, tmp_path):
+    """Weights are at most one, and one wherever there is more noise than gamma allows: with a huge gamma nothing changes."""
+    for name, more in (("plain", []), ("huge", ["--snr_gamma", 1e6]), ("five", ["--snr_gamma", 5.0])):
+        run(sd15, tmp_path / name, *more, "--learning_rate", 0, "--max_train_steps", 8)
+    plain, huge, five = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "huge", "five"))
+    assert huge == plain and all(a <= b for a, b in zip(five, plain)) and five != plain
+
+
+def test_streaming_first_samples_and_empty_prompts_together(sd, run, tmp_path):
+    run(sd, tmp_path / "stream", "--streaming", "--shuffle_buffer_size", 3, "--proportion_empty_prompts", 0.5, "--train_batch_size", 2)
+    run(sd, tmp_path / "few", "--max_train_samples", 2, "--cache_latents", "--random_flip")
+    assert json.loads((tmp_path / "few" / "run.json").read_text())["data"]["samples"] == 2
+    assert all(np.isfinite(line["loss"]) for name in ("stream", "few") for line in metrics(tmp_path / name))
+
+
+def recipes():
+    """The flags of docs/controlnet.md's table of memory recipes, row by row."""
+    lines = (ROOT / "docs" / "controlnet.md").read_text().splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("| ") and " GB" in line]
+    assert len(rows) == 4
+    return [[flag for cell in row[2].split("`")[1::2] for flag in cell.split()] for row in rows]
+
+
+@pytest.mark.parametrize("flags", recipes(), ids=lambda flags: " ".join(flags) or "default")
+def test_every_memory_recipe_runs(sd15, run, tmp_path, flags):
+    run(sd15, tmp_path, *flags, "--max_train_steps", 2)
+    assert len(metrics(tmp_path)) == 2
+
+
+# ---- learning ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "pairs"
+    load_script("examples/tiny/shapes.py").make_folder(folder, 48, 64, seed=0, split="train")
+    return folder
+
+
+def held_out(out):
+    """Mean held-out loss after every measured update."""
+    with open(out / "loss_by_timestep.csv") as file:
+        rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    return [np.mean([loss for at, loss in rows if at == step]) for step in sorted({at for at, _ in rows})]
+
+
+def test_it_learns_from_random_weights_and_not_with_learning_rate_zero(sd, run, world, tmp_path):
+    """The loss of pairs that it does not train on falls below two thirds in 60 updates; without learning it stays to the digit."""
+    more = ["--train_data_dir", world, "--train_batch_size", 8, "--cache_latents", "--validation_split", 0.1, "--validation_steps", 60]
+    run(sd, tmp_path / "learns", *more, "--max_train_steps", 60, "--learning_rate", 3e-3)
+    first, last = held_out(tmp_path / "learns")
+    print(sd.kind, first, last)
+    assert last < first * 2 / 3
+    run(sd, tmp_path / "rests", *more, "--max_train_steps", 2, "--learning_rate", 0)
+    assert held_out(tmp_path / "rests") == [first, first]
