@@ -2,12 +2,16 @@
 
 import csv
 import json
+import os
+import shlex
+import subprocess
 from types import SimpleNamespace
 
 import mindone.diffusers
 import numpy as np
 import pytest
-from conftest import ROOT, load_script, metrics
+from conftest import ROOT, command, load_script, metrics
+from fake_hub import TOKEN
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -210,13 +214,44 @@ def test_every_memory_recipe_runs(sd15, run, tmp_path, flags):
     assert len(metrics(tmp_path)) == 2
 
 
+LAUNCH = """--pretrained_model_name_or_path=sd15 --output_dir=out --dataset_name=fusing/fill50k --resolution=512 --learning_rate=1e-5
+--validation_image a.png b.png --validation_prompt "red circle with blue background" "cyan circle with brown floral background"
+--train_batch_size=1 --gradient_accumulation_steps=4 --push_to_hub"""
+
+
+def test_the_guides_launch_command(sd15, shapes, fake_hub, tmp_path):
+    """As it is written there, but for small pictures and few steps of drawing: a local pipeline, a local data set, a hub of our own."""
+    for path, target in (("sd15", sd15.root), ("fusing/fill50k", shapes), ("a.png", picture := shapes / "conditioning/000000.png")):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).symlink_to(target)
+    (tmp_path / "b.png").symlink_to(picture)
+    quick = "--resolution=64 --num_inference_steps=2 --num_validation_images=1 --mindspore_mode=1 --report_to=none"
+    environment = {**os.environ, "HF_TOKEN": TOKEN}
+    done = subprocess.run(
+        command(sd15.path, shlex.split(f"{LAUNCH} {quick}")), cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 pairs, 0 held out; batch 1 x 4 accumulation; 2 updates" in done.stdout
+    assert fake_hub.repositories == ["somebody/out"] and fake_hub.files[FINAL] == (tmp_path / "out" / FINAL).read_bytes()
+    assert set(fake_hub.files) == {"README.md", "config.json", FINAL, "run.json", "samples/final.png"}
+    assert "- cyan circle with brown floral background" in fake_hub.files["README.md"].decode()
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_a_token_given_as_a_flag_is_written_nowhere(sd15, run, fake_hub, tmp_path):
+    out = tmp_path / "out"
+    run(sd15, out, "--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "club/circles", "--max_train_steps", 1)
+    assert fake_hub.repositories == ["club/circles"]
+    assert not [path for path in out.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
 # ---- learning ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "pairs"
-    load_script("examples/tiny/shapes.py").make_folder(folder, 48, 64, seed=0, split="train")
+    load_script("examples/tiny/shapes.py").make_folder(folder, 40, 64, seed=0, split="train")
     return folder
 
 
@@ -228,11 +263,11 @@ def held_out(out):
 
 
 def test_it_learns_from_random_weights_and_not_with_learning_rate_zero(sd, run, world, tmp_path):
-    """The loss of pairs that it does not train on falls below two thirds in 60 updates; without learning it stays to the digit."""
-    more = ["--train_data_dir", world, "--train_batch_size", 8, "--cache_latents", "--validation_split", 0.1, "--validation_steps", 60]
-    run(sd, tmp_path / "learns", *more, "--max_train_steps", 60, "--learning_rate", 3e-3)
+    """The loss of pairs that it does not train on falls below 0.8 of what it was in 40 updates; without learning it stays to the digit."""
+    more = ["--train_data_dir", world, "--train_batch_size", 4, "--cache_latents", "--validation_split", 0.05]
+    run(sd, tmp_path / "learns", *more, "--max_train_steps", 40, "--learning_rate", 4e-3)
     first, last = held_out(tmp_path / "learns")
     print(sd.kind, first, last)
-    assert last < first * 2 / 3
+    assert last < first * 0.8
     run(sd, tmp_path / "rests", *more, "--max_train_steps", 2, "--learning_rate", 0)
     assert held_out(tmp_path / "rests") == [first, first]
