@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo demo-controlnet test bench lint clean
+.PHONY: venv demo demo-controlnet test bench parity lint clean
 
 venv: .venv/made
 .venv/made: requirements.txt setup.py
@@ -25,9 +25,18 @@ bench: venv
 	$(BIN)/python benchmarks/encoder_memory.py
 	$(BIN)/python benchmarks/controlnet_memory.py
 
+# PyTorch and diffusers go into a .venv-parity of their own.
+.venv-parity/made: tests/parity/requirements.txt
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/pip install --quiet --disable-pip-version-check -r tests/parity/requirements.txt
+	touch $@
+
+parity: venv .venv-parity/made
+	$(BIN)/python tests/parity/certificate.py --reference .venv-parity/bin/python
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-parity build *.egg-info
