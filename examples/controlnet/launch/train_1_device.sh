@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# ControlNet for Stable Diffusion 1.5, or with SDXL=1 for XL, on one Ascend device. Not run by us on Ascend yet.
+#
+#   DATA=fusing/fill50k [SDXL=1] examples/controlnet/launch/train_1_device.sh [more flags of the script]
+#
+# DATA is a hub id or a local directory; MODEL (a directory or hub id), OUT and DEVICE_ID may be set too.
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+export DEVICE_ID="${DEVICE_ID:-0}"
+
+if [ -n "${SDXL:-}" ]; then
+    SCRIPT=train_controlnet_sdxl.py MODEL="${MODEL:-stabilityai/stable-diffusion-xl-base-1.0}" RESOLUTION=1024
+else
+    SCRIPT=train_controlnet.py MODEL="${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}" RESOLUTION=512
+fi
+
+python "examples/controlnet/$SCRIPT" \
+    --pretrained_model_name_or_path "$MODEL" \
+    --dataset_name "${DATA:?a data set with image, conditioning_image and text}" \
+    --output_dir "${OUT:-out/controlnet}" \
+    --mixed_precision fp16 \
+    --resolution "$RESOLUTION" \
+    --cache_latents \
+    --train_batch_size 1 \
+    --gradient_accumulation_steps 4 \
+    --gradient_checkpointing \
+    --learning_rate 1e-5 \
+    --max_train_steps 15000 \
+    --checkpointing_steps 500 \
+    --checkpoints_total_limit 3 \
+    --seed 0 \
+    "$@"
