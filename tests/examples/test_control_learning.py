@@ -26,6 +26,7 @@ def trained(request, tmp_path_factory):
             row["conditioning_image_file_name"] = str(other)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     quick = demo.TRAIN.format(out=shlex.quote(str(out)), steps=STEPS) + " --validation_split 0 --report_to none"
+    quick += f" --cache_dir {shlex.quote(str(tmp_path_factory.getbasetemp() / 'control-cache'))}"  # both pairings are of the same pictures
     demo.run(quick.replace("{", "{{").replace("}", "}}"))
     return request.param, out
 
