@@ -358,7 +358,7 @@ class Painter:
 
 # Flags that may change from one start of a run to the next without changing what is trained.
 SAME_RUN = {
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name", "controlnet_model_name_or_path", "revision",
+    "pretrained_model_name_or_path", "controlnet_model_name_or_path", "revision",
     "cache_dir", "dataset_name", "train_data_dir", "jsonl_for_train", "skip_bad_images", "dataloader_num_workers", "output_dir",
     "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "seed", "resume_from_checkpoint", "save_weight_dtype",
     "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "validation_image", "num_validation_images",

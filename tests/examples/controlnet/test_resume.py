@@ -51,9 +51,10 @@ def test_killed_twice_and_resumed_equals_left_alone(sd, run, sd_flags, tmp_path,
     assert end_state(out) == end_state(tmp_path / "whole")
 
 
-def test_another_gamma_is_said(sd15, run, tmp_path, capsys):
+def test_another_gamma_or_tokenizer_is_said(sd15, sdxl, run, tmp_path, capsys):
     run(sd15, tmp_path, "--max_train_steps", 1)
-    run(sd15, tmp_path, "--max_train_steps", 2, "--snr_gamma", 5, "--resume_from_checkpoint", "latest")
-    assert "resuming with another snr_gamma than the checkpoint was made with" in capsys.readouterr().out
+    more = ["--snr_gamma", 5, "--tokenizer_name", sdxl.root / "tokenizer_2"]
+    run(sd15, tmp_path, "--max_train_steps", 2, *more, "--resume_from_checkpoint", "latest")
+    assert "resuming with another tokenizer_name, snr_gamma than the checkpoint was made with" in capsys.readouterr().out
     with pytest.raises(Exception, match="holds another run"):
         run(sd15, tmp_path)
