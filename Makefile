@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo demo-controlnet test bench parity lint clean
+.PHONY: venv demo demo-controlnet test bench parity contract lint clean
 
 venv: .venv/made
 .venv/made: requirements.txt setup.py
@@ -19,7 +19,7 @@ demo-controlnet: venv
 	$(BIN)/python examples/demo_flux_controlnet.py
 
 test: venv
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 bench: venv
 	$(BIN)/python benchmarks/encoder_memory.py
@@ -34,9 +34,18 @@ bench: venv
 parity: venv .venv-parity/made
 	$(BIN)/python tests/parity/certificate.py --reference .venv-parity/bin/python
 
+# mindone 0.5.0, which Ascend installs may have, goes into a .venv-contract of its own.
+.venv-contract/made: tests/contract/requirements.txt
+	$(PYTHON) -m venv .venv-contract
+	.venv-contract/bin/pip install --quiet --disable-pip-version-check -r tests/contract/requirements.txt
+	touch $@
+
+contract: venv .venv-contract/made
+	.venv-contract/bin/python tests/contract/contract.py --reference $(BIN)/python
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-parity build *.egg-info
+	rm -rf .venv .venv-parity .venv-contract build *.egg-info

@@ -32,7 +32,6 @@ from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 
 # Flags of the reference script that are not here yet, and what to use until then.
 REFUSED = {
-    "use_8bit_adam": "8-bit Adam is not in this version; leave the flag out",
     "dry_run": "the memory plan is not in this version; leave the flag out",
     "push_to_hub": "uploading is not in this version; leave the flag out and upload the output directory with huggingface-cli",
     "hub_token": "uploading is not in this version; leave the flag out",
@@ -103,9 +102,9 @@ def parse_args(argv=None):
         type=str.lower,
         choices=["adamw", "adamweightdecay", "prodigy", "adafactor"],
         default="adamw",
-        help="AdamW has bias correction, AdamWeightDecay is MindSpore's without.",
+        help="AdamW has bias correction, AdamWeightDecay is MindSpore's without; adafactor reads no --adam_ flag but the decay.",
     )
-    add("--use_8bit_adam", action="store_true", help="Not in this version.")
+    add("--use_8bit_adam", action="store_true", help="AdamW with moments in 8 bits: 2 bytes of state a parameter instead of 8.")
     add("--learning_rate", type=float, default=5e-6, help="Base rate; for prodigy about 1.")
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size and accumulation.")
     add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
@@ -162,8 +161,8 @@ def check_args(args):
     at_least.update(learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0)
     at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0)
     check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
-    if args.optimizer == "adafactor":
-        raise UserError("--optimizer adafactor: not in this version; use AdamW, AdamWeightDecay or prodigy.")
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        raise UserError(f"--use_8bit_adam with --optimizer {args.optimizer}: 8-bit moments are AdamW's; leave one of the two out.")
     if args.report_to in ("wandb", "all"):
         raise UserError(f"--report_to {args.report_to}: Weights & Biases is not in this version; use tensorboard.")
 
@@ -468,7 +467,7 @@ def main(argv=None):
     optimizer = optim.create_optimizer(
         args.optimizer, [{"params": list(weights.values()), "lr": rate, "weight_decay": args.adam_weight_decay}],
         betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=None, decouple=True, use_bias_correction=True,
-        safeguard_warmup=True,
+        safeguard_warmup=True, eight_bit=args.use_8bit_adam,
     )  # fmt: skip
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForFluxControlNet(

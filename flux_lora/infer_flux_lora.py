@@ -1,4 +1,4 @@
-"""Pictures from FLUX.1 with a LoRA that train_dreambooth_lora_flux.py (or another trainer in diffusers' layout) made.
+"""Pictures from FLUX.1 with a LoRA of train_dreambooth_lora_flux.py, or in diffusers', kohya's or ComfyUI's layout.
 
     python infer_flux_lora.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --lora out/pytorch_lora_weights.safetensors \\
         --prompt "a photo of sks dog on a beach" --seed 0 --mixed_precision bf16 --output dog.png
@@ -52,23 +52,18 @@ def parse_args(argv=None):
     return args
 
 
-def lora_file(args):
-    path = Path(args.lora)
-    path = path / lora.LORA_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"--lora {path}: no such file. Give the .safetensors file, or the directory a training run wrote.")
-    return path
-
-
 def main(argv=None):
     # ---- check everything --------------------------------------------------
     args = parse_args(argv)
     pictures = len(args.prompt) * args.num_images_per_prompt * (2 if args.compare else 1)
     output, singles = sampling.output_files(args.output, pictures, args.overwrite)
-    adapter = lora_file(args) if args.lora else None
-    adapts_clip = adapter and any(name.startswith("text_encoder.") for name in lora.read_lora(adapter, "--lora")[0])
+    adapter = lora.find_lora(args.lora, "--lora") if args.lora else None
+    parts = lora.read_parts(adapter, "--lora") if adapter else {}
+    adapts_clip = "text_encoder" in parts
     models.set_up_device(graph_mode=False)
     root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
+    layers = {name: models.linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
+    lora.check_parts(adapter, "--lora", parts, layers)
 
     # ---- encode the prompts, in a process that gives its memory back ----------
     kind = precision.resolve_precision(args.mixed_precision)

@@ -30,7 +30,6 @@ from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 
 # Flags of the reference script that are not here yet, and what to use until then.
 REFUSED = {
-    "use_8bit_adam": "8-bit Adam is not in this version; leave the flag out (the LoRA's AdamW state is a few megabytes)",
     "dry_run": "the memory plan is not in this version; leave the flag out",
     "push_to_hub": "uploading is not in this version; leave the flag out and upload the output directory with huggingface-cli",
     "hub_token": "uploading is not in this version; leave the flag out",
@@ -60,6 +59,7 @@ def parse_args(argv=None):
     add("--pretrained_model_name_or_path", required=True, help="Directory of a FLUX.1 pipeline, or a hub id.")
     add("--revision", help="Branch, tag or commit on the hub. Default: main.")
     add("--variant", help="Variant of the weight files, such as fp16. Default: none.")
+    add("--lora_model_name_or_path", help="A LoRA to go on from (file or directory). Default: a new one.")
     add("--cache_dir", help="Where hub downloads and encoder outputs are kept. Default: the hub's cache, and <output_dir>/cache.")
     add("--mindspore_mode", type=int, choices=[0, 1], default=0, help="0 compiles the step to a graph, 1 runs it in PyNative.")
     # Data
@@ -114,9 +114,9 @@ def parse_args(argv=None):
         type=str.lower,
         choices=["adamw", "adamweightdecay", "prodigy", "adafactor"],
         default="adamw",
-        help="AdamW has bias correction, AdamWeightDecay is MindSpore's without.",
+        help="AdamW has bias correction, AdamWeightDecay is MindSpore's without; adafactor reads no --adam_ flag but the decay.",
     )
-    add("--use_8bit_adam", action="store_true", help="Not in this version.")
+    add("--use_8bit_adam", action="store_true", help="AdamW with moments in 8 bits: 2 bytes of state a parameter instead of 8.")
     add("--learning_rate", type=float, default=1e-4, help="Base rate; for prodigy about 1.")
     add("--text_encoder_lr", type=float, default=5e-6, help="Base rate for CLIP.")
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size and accumulation.")
@@ -175,8 +175,8 @@ def check_args(args):
     at_least.update(learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0)
     at_least.update(validation_split=0, adam_beta1=0, adam_beta2=0)
     check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "lora_dropout", "adam_beta1", "adam_beta2"))
-    if args.optimizer == "adafactor":
-        raise UserError("--optimizer adafactor: not in this version; use AdamW, AdamWeightDecay or prodigy.")
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        raise UserError(f"--use_8bit_adam with --optimizer {args.optimizer}: 8-bit moments are AdamW's; leave one of the two out.")
     if args.report_to in ("wandb", "all"):
         raise UserError(f"--report_to {args.report_to}: Weights & Biases is not in this version; use tensorboard.")
 
@@ -439,9 +439,24 @@ SAME_RUN = {
     "dataloader_num_workers", "output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "seed",
     "resume_from_checkpoint", "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "num_validation_images",
     "num_inference_steps", "validation_epochs", "sample_batch_size", "prior_generation_precision", "num_train_epochs", "max_train_steps",
-    *REFUSED, *ACCEPTED,
+    "lora_model_name_or_path", *REFUSED, *ACCEPTED,
 }  # fmt: skip
 OUR_FILES = ("run.json", "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", lora.LORA_FILE)
+
+
+def trained_before(args, root):
+    """The LoRA that --lora_model_name_or_path names, by model, and its file's digest. Raises UserError if this run cannot go on from it."""
+    flag = "--lora_model_name_or_path"
+    path = lora.find_lora(args.lora_model_name_or_path, flag)
+    if Path(args.output_dir).resolve() in path.resolve().parents:
+        raise UserError(f"{flag} {path}: lies in --output_dir, where this run writes. Name another output directory.")
+    parts = lora.read_parts(path, flag)
+    layers = {name: models.linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
+    lora.check_parts(path, flag, parts, layers)
+    if "text_encoder" in parts and not args.train_text_encoder:
+        raise UserError(f"{flag} {path}: adapts CLIP too, which would be lost. Add --train_text_encoder.")
+    print(f"going on from {path} ({lora.describe(parts)}): there --lora_rank and --lora_layers do nothing")
+    return parts, checkpoint.file_digest(path)
 
 
 def main(argv=None):
@@ -452,7 +467,8 @@ def main(argv=None):
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
     root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
     targets = {"transformer": [t.strip() for t in args.lora_layers.split(",")] if args.lora_layers else lora.TRANSFORMER_TARGETS}
-    if args.lora_layers:
+    going_on, lora_digest = trained_before(args, root) if args.lora_model_name_or_path else ({}, None)
+    if args.lora_layers and "transformer" not in going_on:
         lora.check_targets(models.flux_skeleton(root), targets["transformer"], "--lora_layers")
     if args.train_text_encoder:
         targets["text_encoder"] = lora.TEXT_ENCODER_TARGETS
@@ -501,12 +517,15 @@ def main(argv=None):
     # ---- add what trains -----------------------------------------------------
     alpha = args.lora_alpha if args.lora_alpha is not None else float(args.lora_rank)
     for name, model in trained.items():
-        lora.add_lora(model, args.lora_rank, alpha, args.lora_dropout, targets[name], kind.compute)
+        if name in going_on:
+            lora.add_trained_lora(model, going_on[name], args.lora_alpha, args.lora_dropout, kind.compute)
+        else:
+            lora.add_lora(model, args.lora_rank, alpha, args.lora_dropout, targets[name], kind.compute)
         model.set_train(True)
     # MindSpore's optimizers update in the parameter's own precision: what trains is float32 under fp16 and bf16 too.
     precision.cast_training_params(trained.values(), ms.float32)
-    for model in trained.values():
-        lora.init_lora(model, args.lora_rank, seed)
+    for name in trained.keys() - going_on.keys():
+        lora.init_lora(trained[name], args.lora_rank, seed)
     if args.gradient_checkpointing:
         clip_layers = text_encoder.text_model.encoder.layers if args.train_text_encoder else ()
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks, *clip_layers):
@@ -534,7 +553,7 @@ def main(argv=None):
     optimizer = optim.create_optimizer(
         args.optimizer, groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=args.prodigy_beta3,
         decouple=args.prodigy_decouple, use_bias_correction=args.prodigy_use_bias_correction,
-        safeguard_warmup=args.prodigy_safeguard_warmup,
+        safeguard_warmup=args.prodigy_safeguard_warmup, eight_bit=args.use_8bit_adam,
     )  # fmt: skip
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForFluxDevDB(
@@ -551,7 +570,8 @@ def main(argv=None):
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
     fingerprint = checkpoint.text_digest(s.digest + s.caption for s in train_samples + prior_samples)
     base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
-    identity = {"seed": seed, "data": fingerprint, "base": base, **{k: v for k, v in vars(args).items() if k not in SAME_RUN}}
+    identity = {"seed": seed, "data": fingerprint, "base": base, "lora_model": lora_digest}
+    identity.update({k: v for k, v in vars(args).items() if k not in SAME_RUN})
     global_step = 0
     if resume:
         checkpoint.load_state(resume / "training_state.safetensors", remembered)
@@ -564,7 +584,7 @@ def main(argv=None):
         print(f"resuming from {resume.name} after update {global_step}")
 
     def save_files(folder):
-        lora.save_lora(folder / lora.LORA_FILE, trained, args.lora_rank, alpha, targets, ms.float32)
+        lora.save_lora(folder / lora.LORA_FILE, trained, ms.float32)
         checkpoint.save_state(folder / "training_state.safetensors", remembered)
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
 
@@ -672,7 +692,7 @@ def main(argv=None):
     folder = save()
     dtype = ms.float32 if args.upcast_before_saving else kind.storage
     final = output_dir / lora.LORA_FILE
-    checkpoint.write_atomically(final, lambda path: lora.save_lora(path, trained, args.lora_rank, alpha, targets, dtype))
+    checkpoint.write_atomically(final, lambda path: lora.save_lora(path, trained, dtype))
     grid, plot = look(final=True), curve.plot()
     tracker.close()
     finish_run_json(True)

@@ -17,6 +17,7 @@ import mindspore as ms
 import numpy as np
 import transformers
 from mindspore import nn
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mindtune.cache import make_readable
@@ -231,6 +232,16 @@ def weight_files(root: Path, name: str, variant: Optional[str] = None) -> list[P
     return [folder / f"{stem}{middle}.safetensors"]
 
 
+def linear_layers(root: Path, name: str, variant: Optional[str] = None) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of every linear layer of a component, from the headers of its weight files."""
+    shapes = {}
+    for path in weight_files(root, name, variant):
+        with safe_open(path, framework="numpy") as file:
+            shapes.update({key: file.get_slice(key).get_shape() for key in file.keys()})
+    matrices = {key[: -len(".weight")]: shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2}
+    return {layer: (shape[1], shape[0]) for layer, shape in matrices.items() if not layer.endswith("_embedding")}
+
+
 def _weights_problem(root: Path, path: Path) -> Optional[str]:
     name = path.relative_to(root)
     if not path.is_file():
@@ -279,7 +290,8 @@ def load_model(root: Path, name: str, precision: Precision, variant: Optional[st
         os.fspath(root / name), mindspore_dtype=precision.storage, use_safetensors=True, output_loading_info=True, **extra
     )
     model, info = loaded if isinstance(loaded, tuple) else (loaded, {})  # diffusers' sharded models come without the report
-    if missing := info.get("missing_keys"):
+    # mindone 0.5 reports T5's encoder.embed_tokens, a second name of the cell `shared`, which is loaded.
+    if missing := [key for key in info.get("missing_keys", ()) if hf_name(key) in model_parameters(model)]:
         raise UserError(
             f"{root / name}: the weight files lack {len(missing)} tensors:\n{listing(missing[:5])}\nCopy or download them again."
         )

@@ -8,11 +8,14 @@ from typing import NamedTuple
 import mindspore as ms
 import ml_dtypes
 import numpy as np
-from mindspore import nn, ops
+from mindspore import mint, nn, ops
 from mindspore.amp import DynamicLossScaler, StaticLossScaler
 
 DTYPES = {"no": ms.float32, "fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}
 NUMPY_TYPES = {ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: ml_dtypes.bfloat16}
+# mindone 0.5 builds its models of mint's layers, which are no subclasses of nn's. Their weights have one layout: [out, in, ...].
+LINEAR, CONVOLUTION = (nn.Dense, mint.nn.Linear), (nn.Conv2d, mint.nn.Conv2d)
+MINT_NORM = (mint.nn.GroupNorm, mint.nn.LayerNorm)  # refuse a half-precision input beside a float32 weight; mindone 0.3's cast the weight
 
 
 class Precision(NamedTuple):
@@ -58,13 +61,13 @@ def cast_cell(cell: nn.Cell, precision: Precision) -> nn.Cell:
 
 
 def compute_in(cell: nn.Cell, dtype: ms.Type) -> nn.Cell:
-    """Linear, convolution and embedding layers of a float32 `cell` take and give `dtype`; returns `cell`.
+    """Linear and convolution layers of a float32 `cell`, and mint's norms, take and give `dtype`; returns `cell`.
 
     Only these leaves: `to_float` on the whole would narrow what is computed in fp32 on purpose (see `cast_cell`).
     """
     if dtype != ms.float32:
         for _, leaf in cell.cells_and_names():
-            if isinstance(leaf, (nn.Dense, nn.Conv2d)):
+            if isinstance(leaf, LINEAR + CONVOLUTION + MINT_NORM):
                 leaf.to_float(dtype)
     return cell
 

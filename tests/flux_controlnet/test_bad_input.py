@@ -62,8 +62,6 @@ def says(message, *parts):
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
 NOT_IN_THIS_VERSION = [
-    (["--use_8bit_adam"], ["--use_8bit_adam", "not in this version", "leave the flag out"]),
-    (["--optimizer", "adafactor"], ["--optimizer adafactor", "not in this version", "AdamW", "prodigy"]),
     (["--dry_run"], ["--dry_run", "not in this version", "leave the flag out"]),
     (["--push_to_hub"], ["--push_to_hub", "not in this version", "huggingface-cli"]),
     (["--hub_token", "hf_secret"], ["--hub_token", "not in this version", "leave the flag out"]),
@@ -96,6 +94,10 @@ OUT_OF_RANGE = [
     (["--validation_split", 0.95], ["--validation_split 0.95", "of 6", "smaller share"]),
 ]
 DO_NOT_GO_TOGETHER = [
+    *(
+        (["--use_8bit_adam", "--optimizer", name], [f"--use_8bit_adam with --optimizer {name}", "AdamW's", "leave one of the two out"])
+        for name in ("adamweightdecay", "prodigy", "adafactor")
+    ),
     (["--dataset_name", "some/pairs"], ["--dataset_name", "--train_data_dir", "--jsonl_for_train", "one of"]),
     (["--jsonl_for_train", "x.jsonl"], ["--dataset_name", "--train_data_dir", "--jsonl_for_train", "one of"]),
     (["--dataset_config_name", "large"], ["--dataset_config_name large", "--dataset_name", "leave it out"]),

@@ -390,9 +390,11 @@ def test_learning_rate_zero_leaves_the_weights_and_another_moves_them(run, small
         assert all(same.values()) if rate == 0 else not any(same.values())
 
 
-@pytest.mark.parametrize("optimizer, rate", [("adamweightdecay", 1e-3), ("prodigy", 1.0)])
+@pytest.mark.parametrize(
+    "optimizer, rate", [("adamweightdecay", 1e-3), ("prodigy", 1.0), ("adafactor", 1e-3), ("adamw --use_8bit_adam", 1e-3)]
+)
 def test_the_other_optimizers_train_it_too(run, small_flux, optimizer, rate):
-    out, _ = run("--optimizer", optimizer, "--learning_rate", rate, "--cache_latents")
+    out, _ = run("--optimizer", *optimizer.split(), "--learning_rate", rate, "--cache_latents")
     after, before = load_file(out / FINAL), untrained(small_flux)
     assert not np.array_equal(after["controlnet_blocks.0.weight"], before["controlnet_blocks.0.weight"])
     assert all(np.isfinite(value).all() for value in after.values())

@@ -78,8 +78,6 @@ def says(message, *parts):
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
 NOT_IN_THIS_VERSION = [
-    (["--use_8bit_adam"], ["--use_8bit_adam", "not in this version", "leave the flag out"]),
-    (["--optimizer", "adafactor"], ["--optimizer adafactor", "not in this version", "AdamW", "prodigy"]),
     (["--dry_run"], ["--dry_run", "not in this version", "leave the flag out"]),
     (["--push_to_hub"], ["--push_to_hub", "not in this version", "huggingface-cli"]),
     (["--hub_token", "hf_secret"], ["--hub_token", "not in this version", "leave the flag out"]),
@@ -113,6 +111,10 @@ OUT_OF_RANGE = [
     (["--lora_layers", "to_out.7"], ["--lora_layers to_out.7", "no linear layer", "Near names: ", "to_out.0"]),
 ]
 DO_NOT_GO_TOGETHER = [
+    *(
+        (["--use_8bit_adam", "--optimizer", name], [f"--use_8bit_adam with --optimizer {name}", "AdamW's", "leave one of the two out"])
+        for name in ("adamweightdecay", "prodigy", "adafactor")
+    ),
     (["--class_prompt", "a cat"], ["--class_prompt without --class_data_dir", "name the directory"]),
     (["--with_prior_preservation"], ["--with_prior_preservation needs --class_data_dir and --class_prompt"]),
     (["--with_prior_preservation", "--class_data_dir", "x"], ["--with_prior_preservation needs", "--class_prompt"]),

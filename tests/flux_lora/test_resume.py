@@ -42,8 +42,8 @@ def end_state(out):
 
 CASES = {
     "cached latents and cosine": ["--cache_latents", "--random_flip", "--lr_scheduler", "cosine", "--lr_warmup_steps", 2],
-    "fresh crops and accumulation": ["--random_flip", "--gradient_accumulation_steps", 2],
-    "clip trained in fp16": ["--cache_latents", "--train_text_encoder", "--mixed_precision", "fp16"],
+    "fresh crops, accumulation and adafactor": ["--random_flip", "--gradient_accumulation_steps", 2, "--optimizer", "adafactor"],
+    "clip trained in fp16, 8-bit": ["--cache_latents", "--train_text_encoder", "--mixed_precision=fp16", "--use_8bit_adam", "--rank=128"],
     "prodigy in the graph": ["--cache_latents", "--optimizer", "prodigy", "--learning_rate", 1, "--mindspore_mode", 0],
     "prior preservation and held-out loss": ["--with_prior_preservation", "--validation_split", 0.2, "--validation_epochs", 1],
 }

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mindtune import lora
+from mindtune import lora, lora_layouts
 from mindtune.cli import UserError
 from mindtune.flow import latent_image_ids
 from mindtune.models import flux_skeleton, load_model
@@ -61,27 +61,27 @@ def train(model, seed=1):
     return model
 
 
-def forward(model, compute=ms.float32):
+def model_output(model, compute=ms.float32):
     """The prediction for a batch of two latents of 4 x 6."""
     rng = np.random.default_rng(5)
 
     def numbers(*shape):
         return ms.Tensor(rng.standard_normal(shape), ms.float32).to(compute)
 
-    return (
-        model(
-            hidden_states=numbers(2, 6, 64),
-            encoder_hidden_states=numbers(2, 5, WIDTH),
-            pooled_projections=numbers(2, WIDTH),
-            timestep=ms.Tensor([0.3, 0.9], ms.float32),
-            img_ids=ms.Tensor(latent_image_ids(4, 6)),
-            txt_ids=ms.Tensor(np.zeros((5, 3), np.float32)),
-            guidance=ms.Tensor([3.5, 3.5], ms.float32),
-            return_dict=False,
-        )[0]
-        .to(ms.float32)
-        .asnumpy()
-    )
+    return model(
+        hidden_states=numbers(2, 6, 64),
+        encoder_hidden_states=numbers(2, 5, WIDTH),
+        pooled_projections=numbers(2, WIDTH),
+        timestep=ms.Tensor([0.3, 0.9], ms.float32),
+        img_ids=ms.Tensor(latent_image_ids(4, 6)),
+        txt_ids=ms.Tensor(np.zeros((5, 3), np.float32)),
+        guidance=ms.Tensor([3.5, 3.5], ms.float32),
+        return_dict=False,
+    )[0].to(ms.float32)
+
+
+def forward(model, compute=ms.float32):
+    return model_output(model, compute).asnumpy()
 
 
 def header(path):
@@ -209,15 +209,15 @@ def test_switched_off_it_is_the_base_and_on_again_the_adapter(load):
 # ---- the file ----------------------------------------------------------------------------------------------------------------------
 
 
-def save(path, model, rank=4, alpha=4.0, dtype=ms.float32):
-    lora.save_lora(path, {"transformer": model}, rank, alpha, {"transformer": TARGETS}, dtype)
+def save(path, model, dtype=ms.float32):
+    lora.save_lora(path, {"transformer": model}, dtype)
     return path
 
 
 @pytest.mark.parametrize("rank, alpha", [(4, 4.0), (4, 10.0), (8, 1.0)])
 def test_a_saved_adapter_loads_as_it_was_trained(load, tmp_path, rank, alpha):
     model = train(adapt(load(), rank, alpha))
-    path = save(tmp_path / "lora.safetensors", model, rank, alpha)
+    path = save(tmp_path / "lora.safetensors", model)
     fresh = load()
     lora.load_lora(path, {"transformer": fresh}, ms.float32)
     np.testing.assert_allclose(forward(fresh), forward(model), rtol=1e-5, atol=1e-5)
@@ -228,18 +228,18 @@ def test_a_saved_adapter_loads_as_it_was_trained(load, tmp_path, rank, alpha):
 def test_tools_that_ignore_the_header_get_the_same_adapter(load, tmp_path, rank, alpha):
     """They add B A as it stands in the file; the file holds nothing but A and B."""
     model = train(adapt(load(), rank, alpha))
-    tensors = load_file(save(tmp_path / "lora.safetensors", model, rank, alpha))
+    tensors = load_file(save(tmp_path / "lora.safetensors", model))
     expected = forward(folded(load(), tensors, lambda module: 1.0))
     np.testing.assert_allclose(forward(model), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_names_and_header_are_those_of_diffusers(load, tmp_path):
-    path = save(tmp_path / "lora.safetensors", adapt(load(), rank=4, alpha=10.0), 4, 10.0)
+    path = save(tmp_path / "lora.safetensors", adapt(load(), rank=4, alpha=10.0))
     assert sorted(load_file(path)) == sorted(f"transformer.{module}.lora_{x}.weight" for module in MODULES for x in "AB")
     found = header(path)
     settings = json.loads(found["lora_adapter_metadata"])
     assert found["format"] == "pt" and float(found["trained_lora_alpha"]) == 10.0
-    assert (settings["transformer.r"], settings["transformer.lora_alpha"], settings["transformer.target_modules"]) == (4, 4, TARGETS)
+    assert (settings["transformer.r"], settings["transformer.lora_alpha"], settings["transformer.target_modules"]) == (4, 4, MODULES)
 
 
 def test_two_models_share_a_file(load, tmp_path):
@@ -247,11 +247,10 @@ def test_two_models_share_a_file(load, tmp_path):
         "transformer": train(adapt(load(), alpha=6.0)),
         "text_encoder": train(adapt(load(name="text_encoder"), alpha=6.0, targets=lora.TEXT_ENCODER_TARGETS), seed=2),
     }
-    targets = {"transformer": TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS}
-    lora.save_lora(tmp_path / "lora.safetensors", models, 4, 6.0, targets, ms.float32)
+    lora.save_lora(tmp_path / "lora.safetensors", models, ms.float32)
     tensors, settings = load_file(tmp_path / "lora.safetensors"), json.loads(header(tmp_path / "lora.safetensors")["lora_adapter_metadata"])
     assert "text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_B.weight" in tensors
-    assert settings["text_encoder.target_modules"] == lora.TEXT_ENCODER_TARGETS
+    assert settings["text_encoder.target_modules"][0] == "text_model.encoder.layers.0.self_attn.k_proj"
     fresh = {"transformer": load(), "text_encoder": load(name="text_encoder")}
     lora.load_lora(tmp_path / "lora.safetensors", fresh, ms.float32)
     np.testing.assert_allclose(forward(fresh["transformer"]), forward(models["transformer"]), rtol=1e-5, atol=1e-5)
@@ -271,7 +270,7 @@ def test_a_file_for_the_transformer_alone_leaves_the_text_encoder_alone(load, tm
 def test_the_file_is_in_the_type_asked_for(load, tmp_path, dtype, numpy_type):
     """alpha / rank is multiplied in float32, before the rounding."""
     model = train(adapt(load(), 4, 10.0))
-    tensors = load_file(save(tmp_path / "lora.safetensors", model, 4, 10.0, dtype))
+    tensors = load_file(save(tmp_path / "lora.safetensors", model, dtype))
     assert {value.dtype for value in tensors.values()} == {np.dtype(numpy_type)}
     for name, parameter in lora.lora_parameters(model).items():
         value = parameter.asnumpy() * np.float32(2.5 if ".lora_B." in name else 1.0)
@@ -289,7 +288,7 @@ def test_equal_adapters_leave_equal_bytes(load, tmp_path):
 @pytest.mark.parametrize("scale", [0.0, 0.5])
 def test_a_scale_weakens_the_adapter(load, tmp_path, scale):
     model = train(adapt(load(), 4, 10.0))
-    path, fresh = save(tmp_path / "lora.safetensors", model, 4, 10.0), load()
+    path, fresh = save(tmp_path / "lora.safetensors", model), load()
     lora.load_lora(path, {"transformer": fresh}, ms.float32, scale=scale)
     expected = forward(folded(load(), load_file(path), lambda module: scale))
     np.testing.assert_allclose(forward(fresh), expected, rtol=1e-4, atol=1e-4)
@@ -355,9 +354,9 @@ def test_the_headers_alpha_counts(load, tmp_path):
     check_scales(load, *foreign(tmp_path / "f", {Q0: 4, SINGLE: 8}, metadata), {Q0: 0.5, SINGLE: 0.25})
 
 
-@pytest.mark.parametrize("key", [SINGLE, "attn.to_q"])
+@pytest.mark.parametrize("key", [SINGLE, "attn.to_q", f"^{SINGLE}"])
 def test_the_headers_alpha_of_a_module_counts_more(load, tmp_path, key):
-    """peft's alpha_pattern, by whole names or by their ends."""
+    """peft's alpha_pattern, by whole names, by their ends or as an expression."""
     settings = {
         "transformer.r": 4,
         "transformer.lora_alpha": 2,
@@ -365,7 +364,38 @@ def test_the_headers_alpha_of_a_module_counts_more(load, tmp_path, key):
         "transformer.alpha_pattern": {key: 12},
     }
     path, tensors = foreign(tmp_path / "f", {Q0: 4, SINGLE: 8}, {"lora_adapter_metadata": json.dumps(settings)})
-    check_scales(load, path, tensors, {Q0: 0.5 if key == SINGLE else 3.0, SINGLE: 1.5})
+    check_scales(load, path, tensors, {Q0: 3.0 if key == "attn.to_q" else 0.5, SINGLE: 1.5})
+
+
+@pytest.mark.parametrize("layout", ["kohya", "comfyui"])
+def test_the_layouts_of_other_tools_load_as_ours(load, tmp_path, layout):
+    """Different ranks and alphas, q alone in one block, and the layer whose halves are exchanged."""
+    path, tensors = foreign(tmp_path / "f", {Q0: 2, SINGLE: 8, "single_transformer_blocks.0.attn.to_k": 4})
+    rng = np.random.default_rng(2)
+    tensors["transformer.norm_out.linear.lora_A.weight"] = rng.standard_normal((3, WIDTH)).astype(np.float32)
+    tensors["transformer.norm_out.linear.lora_B.weight"] = rng.standard_normal((2 * WIDTH, 3)).astype(np.float32)
+    alphas = {f"transformer.{Q0}": 6.0, "transformer.norm_out.linear": 1.0}
+    assert lora.write_lora(path, tensors, alphas, layout) == lora_layouts.ranks(load_file(path))
+    assert lora_layouts.layout_of(load_file(path)) == layout
+    scales = {Q0: 3.0, SINGLE: 1.0, "single_transformer_blocks.0.attn.to_k": 1.0, "norm_out.linear": 1 / 3}
+    check_scales(load, path, tensors, scales)
+
+
+def test_the_last_layer_is_not_taken_for_the_single_blocks_of_the_same_name(load, tmp_path):
+    """peft would match proj_out with the end of single_transformer_blocks.0.proj_out, in targets and in patterns."""
+    path, tensors = tmp_path / "f", {}
+    for name, rank, inputs, outputs in (("proj_out", 2, WIDTH, 64), ("single_transformer_blocks.1.proj_out", 3, 5 * WIDTH, WIDTH)):
+        tensors[f"transformer.{name}.lora_A.weight"] = np.full((rank, inputs), 0.1, np.float32)
+        tensors[f"transformer.{name}.lora_B.weight"] = np.full((outputs, rank), 0.1, np.float32)
+    lora.write_lora(path, {**tensors, **foreign(tmp_path / "g", {Q0: 3})[1]}, {}, "comfyui")
+    model = load()
+    lora.load_lora(path, {"transformer": model}, ms.float32)
+    ranks = {"proj_out": 2, "single_transformer_blocks.1.proj_out": 3, Q0: 3}
+    assert {name: p.shape[0] for name, p in lora.lora_parameters(model).items() if ".lora_A." in name} == {
+        f"{name}.lora_A.weight": rank for name, rank in ranks.items()
+    }
+    settings = json.loads(header(save(tmp_path / "h", model))["lora_adapter_metadata"])
+    assert settings["transformer.r"] == 2 and settings["transformer.rank_pattern"] == {k: 3 for k in ranks if k != "proj_out"}
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors", (100).to_bytes(8, "little") + b"{}"])
@@ -382,7 +412,7 @@ def test_a_file_that_is_not_there(load, tmp_path):
 
 def test_a_file_without_lora_weights(load, tiny_flux):
     """A model's own weights, say."""
-    with pytest.raises(UserError, match="holds no lora_A/lora_B weights"):
+    with pytest.raises(UserError, match="holds no lora_A/lora_B or lora_down/lora_up weights"):
         lora.load_lora(tiny_flux / "vae" / "diffusion_pytorch_model.safetensors", {"transformer": load()}, ms.float32)
 
 
@@ -439,3 +469,76 @@ def test_what_is_no_linear_layer_is_no_target(tiny_flux, target):
     """A normalisation, a block, part of a name, nothing alike, nothing."""
     with pytest.raises(UserError, match=r"no linear layer has that name. Near names: .*[a-z]"):
         lora.check_targets(flux_skeleton(tiny_flux), [target], "--lora_layers")
+
+
+def test_a_part_for_a_model_that_is_not_there_is_not_silently_dropped(load, tmp_path):
+    extra = {f"text_encoder_2.encoder.q.lora_{x}.weight": np.zeros((4, 4), np.float32) for x in "AB"}
+    path, _ = foreign(tmp_path / "f", {Q0: 4}, extra=extra)
+    with pytest.raises(UserError, match="it adapts text_encoder_2, not transformer"):
+        lora.load_lora(path, {"transformer": load()}, ms.float32)
+
+
+def test_other_kinds_of_adapters_are_refused(load, tmp_path):
+    """DoRA scales the sum of weight and change: leaving its entries out would draw something else."""
+    path, _ = foreign(tmp_path / "f", {Q0: 4}, extra={f"transformer.{Q0}.lora_magnitude_vector": np.ones(WIDTH, np.float32)})
+    with pytest.raises(UserError, match="lora_magnitude_vector is neither A nor B nor alpha"):
+        lora.load_lora(path, {"transformer": load()}, ms.float32)
+
+
+# ---- going on from a file ----------------------------------------------------------------------------------------------------------
+
+MIXED = {Q0: 4, Q1: 2, SINGLE: 4, "single_transformer_blocks.1.attn.to_v": 8}
+
+
+def go_on(model, path, alpha, compute=ms.float32):
+    lora.add_trained_lora(model, lora.read_parts(path, "--lora")["transformer"], alpha, 0.0, compute)
+    return model
+
+
+def weight_changes(path):
+    """scale * B A by layer, float64, as the file says."""
+    tensors, alphas = lora.read_lora(path, "")
+    parts = {name[: -len(".lora_A.weight")]: name for name in tensors if name.endswith(".lora_A.weight")}
+    return {
+        layer: alphas[layer] / tensors[a].shape[0] * (tensors[a.replace("_A.", "_B.")].astype(np.float64) @ tensors[a])
+        for layer, a in parts.items()
+    }
+
+
+@pytest.mark.parametrize("alpha", [None, 4.0, 1.0, 12.0])
+@pytest.mark.parametrize("file_alpha", [None, 6.0])
+def test_the_start_is_what_the_file_says_whatever_the_scale(load, tmp_path, alpha, file_alpha):
+    """Ranks of the file, scale alpha / 4, the most frequent rank, and B divided by it; saved again it changes the weights the same."""
+    extra = {} if file_alpha is None else {f"transformer.{name}.alpha": np.array(file_alpha, np.float32) for name in MIXED}
+    path, tensors = foreign(tmp_path / "f", MIXED, extra=extra)
+    model = go_on(load(), path, alpha)
+    expected = forward(folded(load(), tensors, lambda name: 1.0 if file_alpha is None else file_alpha / MIXED[name[len("transformer.") :]]))
+    np.testing.assert_allclose(forward(model), expected, rtol=1e-4, atol=1e-4)
+    scale = 1.0 if alpha is None else alpha / 4
+    for name, rank in MIXED.items():
+        own = {x: lora.lora_parameters(model)[f"{name}.lora_{x}.weight"].asnumpy() for x in "AB"}
+        np.testing.assert_array_equal(own["A"], tensors[f"transformer.{name}.lora_A.weight"])
+        ratio = (1.0 if file_alpha is None else file_alpha / rank) / scale
+        np.testing.assert_allclose(own["B"], ratio * tensors[f"transformer.{name}.lora_B.weight"], rtol=1e-6)
+    again = weight_changes(save(tmp_path / "again", model))
+    for name, value in weight_changes(path).items():
+        np.testing.assert_allclose(again[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_the_header_names_other_ranks(load, tmp_path):
+    path = save(tmp_path / "again", go_on(load(), foreign(tmp_path / "f", MIXED)[0], 8.0))
+    settings = json.loads(header(path)["lora_adapter_metadata"])
+    others = {Q1: 2, "single_transformer_blocks.1.attn.to_v": 8}
+    assert (settings["transformer.r"], settings["transformer.lora_alpha"]) == (4, 4)
+    assert settings["transformer.rank_pattern"] == settings["transformer.alpha_pattern"] == others
+    assert settings["transformer.target_modules"] == sorted(MIXED) and header(path)["trained_lora_alpha"] == "8.0"
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_what_goes_on_trains_in_float32_and_all_of_it(load, tmp_path, precision):
+    compute = resolve_precision(precision).compute
+    model = go_on(load(precision), foreign(tmp_path / "f", MIXED)[0], None, compute)
+    assert {p.name for p in model.trainable_params()} == {p.name for p in lora.lora_parameters(model).values()}
+    assert {p.dtype for p in model.trainable_params()} == {ms.float32} and len(model.trainable_params()) == 2 * len(MIXED)
+    gradients = ms.value_and_grad(lambda: (model_output(model, compute) ** 2).mean(), None, model.trainable_params())()[1]
+    assert all(np.abs(gradient.asnumpy()).max() > 0 for gradient in gradients)

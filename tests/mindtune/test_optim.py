@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from mindtune.optim import EMA, AdamW, Prodigy, create_optimizer, optimizer_state, schedule_factor, set_learning_rates
+from mindtune.optim import EMA, Adafactor, AdamW, Prodigy, create_optimizer, optimizer_state, schedule_factor, set_learning_rates
 
 # As the scripts do on a CPU: otherwise PyNative hands every operator to another thread, most of the time on a busy machine.
 ms.runtime.launch_blocking()
@@ -95,19 +95,21 @@ def test_the_length_of_the_first_update(mode, name, length):
         np.testing.assert_allclose(parameter.asnumpy() - before, -length * rate * np.sign(gradient), rtol=1e-3)
 
 
-def test_adamw_decays_weights_without_a_gradient(mode):
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_weights_decay_without_a_gradient(mode, name):
     """By 1 - lr wd an update: decoupled from the gradient."""
-    cell, params = optimizer("adamw", arrays(), rates=(0.1, 0.1), decays=(0.5, 0.0))
+    cell, params = optimizer(name, arrays(), rates=(0.1, 0.1), decays=(0.5, 0.0))
     for _ in range(3):
         update(cell, [np.zeros(shape) for shape in SHAPES])
     assert_close(params, [arrays()[0] * 0.95**3, arrays()[1] * 0.95**3, arrays()[2]])
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
 @pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])
-def test_adamw_takes_half_precision_gradients(mode, dtype):
-    cell, params = optimizer("adamw", arrays())
+def test_half_precision_gradients(mode, name, dtype):
+    cell, params = optimizer(name, arrays())
     gradients = [ms.Tensor(a).to(dtype) for a in arrays(1)]
-    reference = NumpyAdamW(arrays(), 0.9, 0.999, 1e-8)
+    reference = NumpyAdamW(arrays(), 0.9, 0.999, 1e-8) if name == "adamw" else NumpyAdafactor(arrays())
     cell(tuple(gradients))
     reference([g.to(ms.float32).asnumpy() for g in gradients], [1e-2, 1e-2, 1e-3], [0.1, 0.1, 0.0])
     assert_close(params, reference.p)
@@ -244,6 +246,70 @@ def test_prodigy_decays_only_the_group_that_says_so(mode):
     np.testing.assert_allclose(params[2].asnumpy(), arrays()[2] - 1e-6 * 0.1 / math.sqrt(0.001), rtol=1e-6)
 
 
+# ---- Adafactor ---------------------------------------------------------------------------------------------------------------------
+
+# Two groups again: the first two, and the rest, of which one is a batch of matrices and one has no axes.
+AXES = [(3, 5), (7,), (4, 2, 3, 5), (1,), (), (1, 9)]
+
+
+def spread(seed, shapes=AXES):
+    rng = np.random.default_rng(seed)
+    return [np.asarray(rng.standard_normal(shape), np.float32) for shape in shapes]
+
+
+class NumpyAdafactor:
+    """Algorithm 4 with the paper's proposed beta2, clipping at 1, a given rate and decoupled decay, in float64."""
+
+    def __init__(self, values):
+        self.p, self.t = [value.astype(np.float64) for value in values], 0
+        self.second = [None] * len(values)
+
+    def __call__(self, gradients, rates, decays):
+        self.t += 1
+        beta = 1 - self.t**-0.8
+        for i, (g, lr, decay) in enumerate(zip(gradients, rates, decays)):
+            g = g.astype(np.float64)
+            squares = g * g + 1e-30
+            now = (squares.sum(axis=-1), squares.sum(axis=-2)) if g.ndim > 1 else (squares,)
+            before = self.second[i] or [0.0] * len(now)
+            self.second[i] = [beta * old + (1 - beta) * new for old, new in zip(before, now)]
+            v = self.second[i][0]
+            if g.ndim > 1:
+                rows, columns = self.second[i]
+                v = np.einsum("...r,...c->...rc", rows, columns) / rows.sum(axis=-1)[..., None, None]
+            u = g / np.sqrt(v)
+            self.p[i] -= lr * (u / max(1.0, np.sqrt(np.mean(u * u))) + decay * self.p[i])
+
+
+def test_adafactor_follows_its_formula_for_100_updates(mode):
+    """Gradients of ever other sizes, so that updates are clipped; rates that change; one update without any gradient."""
+    cell, params = optimizer("adafactor", spread(0))
+    reference = NumpyAdafactor(spread(0))
+    for k in range(100):
+        gradients = [g * np.float32(10.0 ** (k % 5 - 3) * (k != 50)) for g in spread(100 + k)]
+        factor = schedule_factor("cosine", k, 10, 100)
+        set_learning_rates(cell, [1e-2 * factor, 1e-3 * factor])
+        update(cell, gradients)
+        reference(gradients, [1e-2 * factor] * 2 + [1e-3 * factor] * 4, [0.1] * 2 + [0.0] * 4)
+    assert_close(params, reference.p)
+    assert np.abs(reference.p[0] - spread(0)[0]).mean() > 0.03
+
+
+def test_adafactor_remembers_a_row_and_a_column_of_a_matrix():
+    """And the whole of what has fewer than two axes."""
+    shapes = [p.shape for p in optimizer_state(optimizer("adafactor", spread(0))[0]).values()]
+    assert shapes == [(1,), (3,), (7,), (4, 2, 3), (1,), (), (1,), (5,), (4, 2, 5), (9,)]
+
+
+def test_the_length_of_adafactors_first_update(mode):
+    """The rate in root mean square, whatever the gradient."""
+    cell, params = optimizer("adafactor", spread(0), decays=(0.0, 0.0))
+    update(cell, [1e4 * g for g in spread(1)])
+    for parameter, before, rate in zip(params, spread(0), [1e-2] * 2 + [1e-3] * 4):
+        step = np.sqrt(np.mean(np.square(parameter.asnumpy() - before)))
+        assert 0.7 * rate < step <= 1.001 * rate
+
+
 # ---- learning rates ----------------------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +359,7 @@ def test_unknown_names_are_refused():
         create_optimizer("sgd", groups(parameters(arrays())), betas=(0.9, 0.999), eps=1e-8)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamweightdecay", "prodigy"])
+@pytest.mark.parametrize("name", ["adamw", "adamweightdecay", "prodigy", "adafactor"])
 @pytest.mark.parametrize("start", [(1e-2, 1e-3), (1e-3, 1e-3)])
 def test_every_group_gets_its_rate(name, start):
     """Also when both start with the same."""
@@ -315,7 +381,7 @@ def test_a_compiled_optimizer_sees_a_new_rate(mode):
 # ---- what is remembered ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamweightdecay", "prodigy"])
+@pytest.mark.parametrize("name", ["adamw", "adamweightdecay", "prodigy", "adafactor"])
 def test_five_updates_and_five_resumed_are_ten(mode, name):
     """Bit for bit, the weights and all that the optimizer remembers, in an optimizer made afresh over other weights."""
     rate = 1.0 if name == "prodigy" else 1e-2
@@ -351,8 +417,8 @@ def test_the_state_leaves_out_weights_and_rates(name, per_parameter, single):
 
 
 def test_create_optimizer_makes_what_is_named():
-    kinds = {name: type(optimizer(name, arrays())[0]) for name in ("adamw", "adamweightdecay", "prodigy")}
-    assert kinds == {"adamw": AdamW, "adamweightdecay": nn.AdamWeightDecay, "prodigy": Prodigy}
+    kinds = {name: type(optimizer(name, arrays())[0]) for name in ("adamw", "adamweightdecay", "prodigy", "adafactor")}
+    assert kinds == {"adamw": AdamW, "adamweightdecay": nn.AdamWeightDecay, "prodigy": Prodigy, "adafactor": Adafactor}
 
 
 def test_the_moving_average_follows_its_formula_and_stands_in_for_a_while(mode):

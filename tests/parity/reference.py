@@ -1,116 +1,314 @@
-"""The PyTorch side of the parity check: Stable Diffusion ControlNet training written from the formulas, on diffusers' models.
+"""The PyTorch side of the parity check: the scripts' training steps written from the formulas, on diffusers' models and peft's LoRA.
 
-    python reference.py WORK        WORK holds inputs.npz, settings.json, pipeline/ and controlnet/; leaves theirs.npz there
+    python reference.py WORK [WORK ...]        each WORK holds settings.json, inputs.npz and what trains; leaves theirs.npz there
 
-diffusers gives the models, the noise schedule and the sampling pipeline; step, loss and loop are ours. Runs in float32 on the CPU.
+diffusers gives the models, the noise schedules and the sampling pipelines; step, loss and loop are ours. float32 on the CPU.
 """
 
 import json
+import math
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
+import peft
 import torch
+import torch.nn.functional as F
 import transformers
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from PIL import Image
+from safetensors.torch import load_file
 
 
-def encode(root, kind, caption):
-    """Text states, and for SDXL the pooled text, of one caption."""
-    found = {}
-    for tail, cls in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection"))[: 2 if kind == "sdxl" else 1]:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(root / f"tokenizer{tail}")
-        encoder = getattr(transformers, cls).from_pretrained(root / f"text_encoder{tail}").eval()
-        ids = tokenizer(caption, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        out = encoder(ids, output_hidden_states=True)
-        found[f"text states{tail}"] = out.hidden_states[-2] if kind == "sdxl" else out.last_hidden_state
-        if tail:
-            found["pooled text"] = out.text_embeds
-    return found
+def sample_posterior(moments, noise):
+    mean, logvar = moments.chunk(2, dim=1)
+    return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise
 
 
-class Step:
-    def __init__(self, root, controlnet, settings):
-        self.unet = diffusers.UNet2DConditionModel.from_pretrained(root / "unet").eval().requires_grad_(False)
-        self.controlnet = diffusers.ControlNetModel.from_pretrained(controlnet).train()
+def token_ids(tokenizer, caption, length=77):
+    return tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def freeze(model):
+    return model.eval().requires_grad_(False)
+
+
+# ---- Stable Diffusion ----------------------------------------------------------------------------------------------------------------
+
+
+class UNetControlNet:
+    """Denoising diffusion with a ControlNet on a frozen UNet."""
+
+    def __init__(self, root, work, settings):
+        self.root, self.settings = root, settings
+        unet = freeze(diffusers.UNet2DConditionModel.from_pretrained(root / "unet"))
+        self.models = {"controlnet": diffusers.ControlNetModel.from_pretrained(work / "controlnet"), "unet": unet}
         self.scheduler = diffusers.DDPMScheduler.from_pretrained(root / "scheduler")
-        self.settings = settings
+        self.trained = {f"controlnet.{name}": p for name, p in self.models["controlnet"].named_parameters()}
+
+    def text(self):
+        found = []
+        for tail, cls in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection"))[: 2 if self.settings["kind"] == "sdxl" else 1]:
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(self.root / f"tokenizer{tail}")
+            encoder = getattr(transformers, cls).from_pretrained(self.root / f"text_encoder{tail}").eval()
+            out = encoder(token_ids(tokenizer, self.settings["caption"]), output_hidden_states=True)
+            found.append(out.hidden_states[-2] if self.settings["kind"] == "sdxl" else out.last_hidden_state)
+        pooled = {"pooled_prompt_embeds": out.text_embeds[0]} if self.settings["kind"] == "sdxl" else {}
+        return {"prompt_embeds": torch.cat(found, dim=-1)[0], **pooled}
 
     def outputs(self, batch):
-        """Residuals, prediction, target and weights of a batch."""
-        mean, logvar = batch["moments"].chunk(2, dim=1)
-        latents = (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * batch["posterior"]) * self.settings["scaling_factor"]
+        """Prediction, target and weights of a batch."""
+        latents = sample_posterior(batch["moments"], batch["posterior"]) * self.settings["scaling_factor"]
         timesteps, noise = batch["timesteps"].long(), batch["noise"]
         more = {"added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}} if "pooled" in batch else {}
         given = (self.scheduler.add_noise(latents, noise, timesteps), timesteps)
         text = {"encoder_hidden_states": batch["text"], "return_dict": False, **more}
-        down, middle = self.controlnet(*given, controlnet_cond=batch["condition"], **text)
+        down, middle = self.models["controlnet"](*given, controlnet_cond=batch["condition"], **text)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        prediction = self.unet(*given, **text, **residuals)[0]
+        prediction = self.models["unet"](*given, **text, **residuals)[0]
         velocity = self.settings["prediction_type"] == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
         alphas, gamma = self.scheduler.alphas_cumprod[timesteps], self.settings["snr_gamma"]
         snr = alphas / (1 - alphas)
-        weights = torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
-        return [*down, middle], prediction, target, weights
+        return prediction, target, torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
 
-    def loss(self, batch):
-        _, prediction, target, weights = self.outputs(batch)
-        return (((prediction - target) ** 2).mean(dim=(1, 2, 3)) * weights).mean()
+    def picture(self, noise, condition):
+        """By diffusers' own pipeline with UniPC, uint8 [H, W, 3]."""
+        return draw_unet(self.root, self.settings, self.models["controlnet"], noise, condition)
 
 
-def sample(root, kind, step, settings, noise):
-    """A picture by diffusers' own pipeline with UniPC, uint8 [H, W, 3]."""
-    cls = diffusers.StableDiffusionXLControlNetPipeline if kind == "sdxl" else diffusers.StableDiffusionControlNetPipeline
-    more = {} if kind == "sdxl" else {"safety_checker": None}
-    pipeline = cls.from_pretrained(root, controlnet=step.controlnet.eval(), **more)
+def draw_unet(root, settings, controlnet, noise, condition):
+    cls = diffusers.StableDiffusionXLControlNetPipeline if settings["kind"] == "sdxl" else diffusers.StableDiffusionControlNetPipeline
+    pipeline = cls.from_pretrained(root, controlnet=controlnet, **({} if settings["kind"] == "sdxl" else {"safety_checker": None}))
     pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
-        settings["caption"], image=Image.open(settings["condition"]).convert("RGB"), num_inference_steps=8, guidance_scale=5.0,
-        latents=noise, height=64, width=64,
+        settings["caption"], image=condition, num_inference_steps=8, guidance_scale=5.0, latents=noise, height=condition.height,
+        width=condition.width,
     ).images[0]  # fmt: skip
     return np.asarray(image)
 
 
+# ---- FLUX ----------------------------------------------------------------------------------------------------------------------------
+
+
+def pack(latents):
+    """[B, C, H, W] to tokens [B, HW/4, 4C]."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens, height, width):
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+class Flux:
+    """What both FLUX scripts do: rectified flow on packed latents."""
+
+    def __init__(self, root, settings):
+        self.root, self.settings = root, settings
+        self.models = {"transformer": freeze(diffusers.FluxTransformer2DModel.from_pretrained(root / "transformer"))}
+        self.vae_config = json.loads((root / "vae" / "config.json").read_text())
+        self.sigmas = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler").sigmas
+
+    def text(self):
+        clip = transformers.CLIPTextModel.from_pretrained(self.root / "text_encoder").eval()
+        ids = token_ids(transformers.CLIPTokenizer.from_pretrained(self.root / "tokenizer"), self.settings["caption"])
+        t5 = transformers.T5EncoderModel.from_pretrained(self.root / "text_encoder_2").eval()
+        tokenizer = transformers.T5TokenizerFast.from_pretrained(self.root / "tokenizer_2")
+        states = t5(token_ids(tokenizer, self.settings["caption"], self.settings["length"]))[0]
+        return {"pooled_prompt_embeds": clip(ids).pooler_output[0], "prompt_embeds": states[0]}
+
+    def latents(self, moments, noise):
+        return (sample_posterior(moments, noise) - self.vae_config["shift_factor"]) * self.vae_config["scaling_factor"]
+
+    def sigma(self, batch):
+        """[B, 1, 1, 1], by the scheme's density (arXiv 2403.03206, section 3.1) from the draws of the batch."""
+        settings, u = self.settings, batch["uniform"].double()
+        if settings["scheme"] == "logit_normal":
+            u = torch.sigmoid(settings["logit_mean"] + settings["logit_std"] * batch["normal"].double())
+        if settings["scheme"] == "mode":
+            u = 1 - u - settings["mode_scale"] * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+        return self.sigmas[(1000 * u).long().clamp(0, 999)].view(-1, 1, 1, 1)
+
+    def weights(self, sigma):
+        sigma = sigma.flatten()
+        if self.settings["scheme"] == "sigma_sqrt":
+            return sigma**-2
+        if self.settings["scheme"] == "cosmap":
+            return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+        return torch.ones_like(sigma)
+
+    def common(self, batch, sigma, latents, pooled):
+        """What transformer and ControlNet are given alike."""
+        _, _, height, width = latents.shape
+        rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+        ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+        return {
+            "hidden_states": pack(sigma * batch["noise"] + (1 - sigma) * latents), "timestep": sigma.flatten(),
+            "guidance": torch.full((len(latents),), self.settings["guidance_scale"]), "pooled_projections": pooled,
+            "encoder_hidden_states": batch["text"], "txt_ids": torch.zeros(batch["text"].shape[1], 3), "img_ids": ids, "return_dict": False,
+        }  # fmt: skip
+
+
+class FluxLora(Flux):
+    """peft's LoRA on the transformer, and on CLIP where the settings say so."""
+
+    def __init__(self, root, work, settings):
+        super().__init__(root, settings)
+        if "text_encoder" in settings["targets"]:
+            self.models["text_encoder"] = freeze(transformers.CLIPTextModel.from_pretrained(root / "text_encoder"))
+        self.trained, start = {}, load_file(work / "start.safetensors")
+        for prefix, model in self.models.items():
+            rank, alpha, targets = settings["rank"], settings["alpha"], settings["targets"][prefix]
+            model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+            own = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+            self.trained.update({f"{prefix}.{name.replace('.default.', '.')}": p for name, p in own.items()})
+        for name, parameter in self.trained.items():
+            parameter.data.copy_(start[name])
+
+    def outputs(self, batch):
+        sigma, latents = self.sigma(batch), self.latents(batch["moments"], batch["posterior"])
+        pooled = self.models["text_encoder"](batch["ids"].long()).pooler_output if "ids" in batch else batch["pooled"]
+        prediction = self.models["transformer"](**self.common(batch, sigma, latents, pooled))[0]
+        return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
+
+    def picture(self, noise, condition):
+        return draw_flux(self.root, self.settings, noise, **self.models)
+
+
+def draw_flux(root, settings, noise, **models):
+    """By diffusers' own pipeline, uint8 [H, W, 3]; noise [1, C, h, w]."""
+    pipeline = diffusers.FluxPipeline.from_pretrained(root, **models)
+    pipeline.set_progress_bar_config(disable=True)
+    height, width = 8 * noise.shape[2], 8 * noise.shape[3]
+    image = pipeline(
+        settings["caption"], latents=pack(noise), height=height, width=width, num_inference_steps=8, guidance_scale=3.5,
+        max_sequence_length=settings["length"],
+    ).images[0]  # fmt: skip
+    return np.asarray(image)
+
+
+class FluxControlNet(Flux):
+    """A ControlNet on the frozen transformer."""
+
+    def __init__(self, root, work, settings):
+        super().__init__(root, settings)
+        self.models = {"controlnet": diffusers.FluxControlNetModel.from_pretrained(work / "controlnet"), **self.models}
+        self.trained = {f"controlnet.{name}": p for name, p in self.models["controlnet"].named_parameters()}
+
+    def outputs(self, batch):
+        sigma, latents = self.sigma(batch), self.latents(batch["moments"], batch["posterior"])
+        condition = pack(self.latents(batch["condition"], batch["condition_posterior"]))
+        given = self.common(batch, sigma, latents, batch["pooled"])
+        blocks, single = self.models["controlnet"](controlnet_cond=condition, **given)
+        residuals = {"controlnet_block_samples": blocks, "controlnet_single_block_samples": single}
+        prediction = self.models["transformer"](**given, **residuals)[0]
+        return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
+
+    def picture(self, noise, condition):
+        return draw_flux_controlnet(self.root, self.settings, self.models["controlnet"], noise, condition)
+
+
+def draw_flux_controlnet(root, settings, controlnet, noise, condition):
+    pipeline = diffusers.FluxControlNetPipeline.from_pretrained(root, controlnet=controlnet)
+    pipeline.set_progress_bar_config(disable=True)
+    # The pipeline draws the condition's latent at random; here it is the posterior's mean, as in our validation and inference.
+    encode = pipeline.vae.encode
+    pipeline.vae.encode = lambda pixels: SimpleNamespace(latents=encode(pixels).latent_dist.mode())
+    image = pipeline(
+        settings["caption"], control_image=condition, latents=pack(noise), height=condition.height, width=condition.width,
+        num_inference_steps=8, guidance_scale=3.5, controlnet_conditioning_scale=1.0, max_sequence_length=settings["length"],
+    ).images[0]  # fmt: skip
+    return np.asarray(image)
+
+
+# ---- one case ------------------------------------------------------------------------------------------------------------------------
+
+KINDS = {"sd15": UNetControlNet, "sdxl": UNetControlNet, "flux_lora": FluxLora, "flux_controlnet": FluxControlNet}
+
+
+def tensors_of(output):
+    """The tensors in a module's output, in order."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif output is not None:
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from tensors_of(part)
+
+
+def block_outputs(models, block, call):
+    """What every module whose name matches the pattern `block` puts out while `call()` runs, and what `call()` gives."""
+    caught, handles = {}, []
+
+    def note(name):
+        def hook(module, inputs, output):
+            if isinstance(module, FluxSingleTransformerBlock):  # gives text and image apart here, joined on our side
+                output = torch.cat(output, dim=1)
+            caught.update({f"block {name}/{number}": value for number, value in enumerate(tensors_of(output))})
+
+        return hook
+
+    for prefix, model in models.items():
+        for name, module in model.named_modules():
+            if re.search(block, name):
+                handles.append(module.register_forward_hook(note(f"{prefix}.{name}")))
+    result = call()
+    for handle in handles:
+        handle.remove()
+    return caught, result
+
+
+def loss_of(step, batch):
+    prediction, target, weights = step.outputs(batch)
+    errors = ((prediction - target) ** 2).mean(dim=(1, 2, 3)) * weights
+    if step.settings.get("prior_weight") is None:
+        return errors.mean()
+    instance, prior = errors.chunk(2)
+    return instance.mean() + step.settings["prior_weight"] * prior.mean()
+
+
 def main(work):
-    work = Path(work)
-    settings, root = json.loads((work / "settings.json").read_text()), work / "pipeline"
-    kind, inputs = settings["kind"], np.load(work / "inputs.npz")
+    settings, inputs = json.loads((work / "settings.json").read_text()), np.load(work / "inputs.npz")
+    root = Path(settings["root"])
     batches = [{} for _ in range(settings["updates"])]
     for name in inputs.files:
         place, _, key = name.partition("/")
         if key:
             batches[int(place)][key] = torch.from_numpy(inputs[name])
-    found = {name: value.detach() for name, value in encode(root, kind, settings["caption"]).items()}
+    step = KINDS[settings["kind"]](root, work, settings)
     vae = diffusers.AutoencoderKL.from_pretrained(root / "vae").eval()
     with torch.no_grad():
+        found = {f"text {name}": value for name, value in step.text().items()}
         found["VAE moments"] = vae.encode(torch.from_numpy(inputs["pixels"])).latent_dist.parameters
+        blocks, (found["prediction"], found["target"], _) = block_outputs(step.models, settings["block"], lambda: step.outputs(batches[0]))
+        found["picture"] = torch.from_numpy(step.picture(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy())
+    for parameter in step.trained.values():
+        # Where no loss reaches (the last double block's text stream, without single blocks) torch would have no gradient, and AdamW
+        # leave the parameter out. Ours is zero there, and the weight decays.
+        parameter.grad = torch.zeros_like(parameter)
+    loss_of(step, batches[0]).backward()
+    found.update(blocks, **{f"gradient {name}": p.grad.clone() for name, p in step.trained.items()})
 
-    step = Step(root, work / "controlnet", settings)
-    with torch.no_grad():
-        residuals, found["prediction"], *_ = step.outputs(batches[0])
-        found.update({f"residual {number}": value for number, value in enumerate(residuals)})
-    step.loss(batches[0]).backward()
-    found.update({f"gradient {name}": p.grad.clone() for name, p in step.controlnet.named_parameters()})
-
-    optimizer = torch.optim.AdamW(step.controlnet.parameters(), lr=settings["learning_rate"], weight_decay=1e-2, eps=1e-8)
-    losses = []
+    groups = []
+    for prefix, (rate, decay) in settings["rates"].items():
+        own = [p for name, p in step.trained.items() if name.startswith(f"{prefix}.")]
+        groups.append({"params": own, "lr": rate, "weight_decay": decay})
+    optimizer, losses = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=settings["eps"]), []
     for number, batch in enumerate(batches):
-        optimizer.zero_grad()
-        loss = step.loss(batch)
+        optimizer.zero_grad(set_to_none=False)
+        loss = loss_of(step, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(step.controlnet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(step.trained.values(), 1.0)
         optimizer.step()
         losses.append(loss.item())
         if number == 19:
-            found.update({f"weight {name}": p.detach().clone() for name, p in step.controlnet.named_parameters()})
-    arrays = {name: value.numpy() for name, value in found.items()}
-    with torch.no_grad():
-        arrays["picture"] = sample(root, kind, Step(root, work / "controlnet", settings), settings, torch.from_numpy(inputs["start"]))
-    np.savez(work / "theirs.npz", losses=np.array(losses), **arrays)
+            found.update({f"weight {name}": p.detach().clone() for name, p in step.trained.items()})
+    np.savez(work / "theirs.npz", losses=np.array(losses), **{name: value.detach().numpy() for name, value in found.items()})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for path in sys.argv[1:]:
+        main(Path(path))

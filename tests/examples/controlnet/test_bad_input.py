@@ -27,6 +27,9 @@ FLAGS = {
     "a resolution that the VAE cannot halve": (["--resolution", 100], ["--resolution 100", "divisible by 8", "96"]),
     "a resolution too small for the UNet": (["--resolution", 32], ["--resolution 32", "64 at least"]),
     "no gamma": (["--snr_gamma", 0], ["--snr_gamma 0", "above 0", "5.0"]),
+    "8-bit moments of another optimizer": (
+        ["--use_8bit_adam", "--optimizer", "adafactor"], ["--use_8bit_adam with --optimizer adafactor", "leave one of the two out"],
+    ),
     "two sources": (["--dataset_name", "x"], ["--dataset_name", "--train_data_dir", "give one of"]),
     "a stream without end": (["--streaming", "--max_train_steps", 0], ["--max_train_steps 0"]),
     "pictures without prompts": (["--validation_image", "a.png"], ["--validation_prompt has 0", "--validation_image 1"]),

@@ -11,9 +11,10 @@ from mindtune.checkpoint import checkpoints
 from .conftest import FINAL, start
 
 CASES = {
-    "sd15": ["--cache_latents", "--use_ema", "--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--random_flip", "--snr_gamma", 5],
+    "sd15": ["--cache_latents", "--use_ema", "--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--random_flip", "--snr_gamma", 5,
+             "--optimizer", "adafactor"],
     "sdxl": ["--streaming", "--shuffle_buffer_size", 3, "--proportion_empty_prompts", 0.3, "--mixed_precision", "fp16",
-             "--gradient_accumulation_steps", 2],
+             "--gradient_accumulation_steps", 2, "--use_8bit_adam"],
 }  # fmt: skip
 
 

@@ -1,0 +1,378 @@
+"""Does our code fit the mindone of this environment? Checked against the CPU environment's.   (make contract)
+
+    python tests/contract/contract.py --reference PYTHON        PYTHON: the interpreter that has requirements.txt
+
+Both interpreters make the same tiny models, adapters, ControlNets and training steps; PYTHON's are written to files and compared with.
+Prints what was checked and ends with 1 if anything differs. mindone 0.5.0's operators without a CPU kernel have stand-ins
+(`cpu_kernels.py`), so nothing here says what an NPU computes.
+"""
+
+import argparse
+import ast
+import importlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "tiny")]
+
+import make_tiny_pipeline  # noqa: E402  (examples/tiny)
+import steps  # noqa: E402  (beside this file)
+
+from mindtune import cli, lora, models, precision, tracking  # noqa: E402
+
+FOLDERS = ("mindtune", "flux_lora", "flux_controlnet", "examples/controlnet", "examples/tiny")
+PARTS = [(kind, part) for kind in ("flux", "sd15", "sdxl") for part in getattr(models, f"{kind.rstrip('15')}_COMPONENTS".upper())]
+PARTS = [(kind, part) for kind, part in PARTS if "tokenizer" not in part and part != "scheduler"]
+TARGETS = {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS, "text_encoder_2": lora.TEXT_ENCODER_TARGETS}
+# The calls whose object no import names: what is called -> how many positional arguments, and the keywords.
+FLUX_INPUTS = "hidden_states encoder_hidden_states pooled_projections timestep img_ids txt_ids guidance return_dict"
+LOADING = "mindspore_dtype use_safetensors output_loading_info variant"
+CALLS = {
+    "FluxTransformer2DModel.construct": (0, f"{FLUX_INPUTS} controlnet_block_samples controlnet_single_block_samples"),
+    "FluxControlNetModel.construct": (0, f"{FLUX_INPUTS} controlnet_cond conditioning_scale"),
+    "UNet2DConditionModel.construct": (
+        3, "added_cond_kwargs down_block_additional_residuals mid_block_additional_residual return_dict"
+    ),
+    "ControlNetModel.construct": (4, "added_cond_kwargs conditioning_scale return_dict"),
+    "AutoencoderKL.encode": (1, ""), "AutoencoderKL.decode": (1, "return_dict"),
+    "CLIPTextModel.construct": (1, "output_hidden_states"), "CLIPTextModelWithProjection.construct": (1, "output_hidden_states"),
+    "T5EncoderModel.construct": (1, ""),
+    "FluxTransformer2DModel.add_adapter": (1, ""), "CLIPTextModel.add_adapter": (1, ""),
+    "UniPCMultistepScheduler.step": (3, "return_dict"), "UniPCMultistepScheduler.set_timesteps": (1, ""),
+    "UniPCMultistepScheduler.from_config": (0, "config"), "FlowMatchEulerDiscreteScheduler.from_pretrained": (1, ""),
+    **{f"{name}.from_pretrained": (1, LOADING) for name in (
+        "FluxTransformer2DModel", "FluxControlNetModel", "UNet2DConditionModel", "ControlNetModel", "AutoencoderKL", "CLIPTextModel",
+        "CLIPTextModelWithProjection", "T5EncoderModel")},
+    "LoraConfig.__init__": (0, "r lora_alpha lora_dropout init_lora_weights target_modules rank_pattern alpha_pattern"),
+    "TrainStep.__init__": (2, "loss_scaler gradient_accumulation_steps gradient_accumulation_kwargs"),
+    "TrainStep.scale_loss": (1, ""),
+    "training_utils.GradAccumulator.__init__": (2, "sync_with_dataloader"),
+}  # fmt: skip
+# Largest relative difference allowed of (loss, gradients' norm, worst gradient). mindone 0.5 computes FLUX's attention in fp16
+# whatever the model's type. In fp16 the gradients of the SD ControlNets' condition embedding differ by up to 6%.
+BOUNDS = {"fp16": (2e-3, 2e-3, 0.1), "SD": (1e-5, 1e-5, 1e-4), "FLUX": (1e-4, 1e-4, 5e-3)}
+
+rows: list[tuple[str, int, str, list[str]]] = []  # what, how many, a remark, what is wrong
+
+
+def wrong(what, expected, found):
+    """[] if equal, else one line."""
+    return [] if expected == found else [f"{what}: expected {expected}, found {found}"]
+
+
+# ---- imports and names ---------------------------------------------------------------------------------------------------------------
+
+
+def sources():
+    # pretrain_tiny_vae.py is the one script that runs on PyTorch.
+    return [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if path.stem != "pretrain_tiny_vae"]
+
+
+def check_imports():
+    problems = []
+    for path in sources():
+        try:
+            if path.parent.name == "mindtune":
+                importlib.import_module("mindtune" if path.stem == "__init__" else f"mindtune.{path.stem}")
+            else:
+                steps.load_script(str(path.relative_to(ROOT)))
+        except Exception as error:
+            problems.append(f"{path.relative_to(ROOT)}: {type(error).__name__}: {error}")
+    rows.append(("scripts and modules import", len(sources()), "", problems))
+
+
+def mindone_names(tree):
+    """Dotted names of mindone that a file uses: mindone.diffusers.training_utils.TrainStep ..."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mindone"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("mindone"))
+        elif isinstance(node, ast.Attribute) and (name := ast.unparse(node)).startswith("mindone."):
+            yield name
+
+
+def exists(name):
+    module, _, attribute = name.rpartition(".")
+    try:
+        importlib.import_module(name)
+        return True
+    except ImportError:
+        return bool(module) and exists(module) and hasattr(resolve(module), attribute)
+
+
+def resolve(name):
+    found = importlib.import_module(name.split(".")[0])
+    for part in name.split(".")[1:]:
+        found = getattr(found, part)
+    return found
+
+
+def check_names():
+    names = {name for path in sources() for name in mindone_names(ast.parse(path.read_text()))}
+    # Whose attributes are looked up: the classes that the tables of mindtune.models name.
+    tables = (models.FLUX_COMPONENTS, models.SD_COMPONENTS, models.SDXL_COMPONENTS)
+    classes = {name for table in tables for part, found in table.items() if "tokenizer" not in part for name in found}
+    classes |= {controlnet for controlnet, _ in models.CONTROLNETS.values()}
+    names |= {f"mindone.{'transformers' if name.startswith(('CLIP', 'T5')) else 'diffusers'}.{name}" for name in classes}
+    dotted = {name for name in names if name.count(".") < 4}  # longer ones go into an object, such as cls.__init__
+    rows.append(("names of mindone exist", len(dotted), "", [f"no {name}" for name in sorted(dotted) if not exists(name)]))
+
+
+def find(name):
+    """The function that a key of CALLS means."""
+    owner, *path = name.split(".")
+    homes = (models, models.peft, models.mindone.diffusers, models.mindone.transformers)
+    found = next(getattr(home, owner) for home in homes if hasattr(home, owner)) if owner != "training_utils" else None
+    found = found or importlib.import_module("mindone.diffusers.training_utils")
+    for part in path:
+        found = getattr(found, part)
+    return found
+
+
+def call_problem(name, positional, keywords):
+    function = find(name)
+    signature = inspect.signature(function)
+    bound = inspect.ismethod(function)
+    keywords = keywords.split()
+    try:
+        signature.bind(*[None] * (positional + (not bound)), **dict.fromkeys(keywords))
+    except TypeError as error:
+        return [f"{name}: {error}"]
+    # **kwargs takes everything: then the name has to be in the code.
+    hidden = [word for word in keywords if word not in signature.parameters]
+    code = inspect.getsource(inspect.unwrap(getattr(function, "__func__", function))) if hidden else ""
+    return [f"{name}: nothing reads {word}" for word in hidden if f'"{word}"' not in code]
+
+
+def check_calls():
+    problems = [problem for name, call in CALLS.items() for problem in call_problem(name, *call)]
+    rows.append(("calls bind to their signatures", len(CALLS), "", problems))
+
+
+# ---- models, adapters, ControlNets ---------------------------------------------------------------------------------------------------
+
+
+def shapes(parameters):
+    return {name: list(parameter.shape) for name, parameter in parameters.items()}
+
+
+def values(model):
+    return {name: parameter.to(ms.float32).asnumpy() for name, parameter in models.model_parameters(model).items()}
+
+
+def differing(what, expected, found):
+    """What two dicts of arrays do not share bit for bit."""
+    names = wrong(f"{what}: names", sorted(expected), sorted(found))
+    return names or [f"{what}: {name} differs" for name in expected if not np.array_equal(expected[name], found[name])]
+
+
+def adapted(root, part):
+    """The model with a LoRA whose every number is drawn by name."""
+    model = models.load_model(root, part, precision.resolve_precision("no"))
+    lora.add_lora(model, 4, 8.0, 0.0, TARGETS[part], ms.float32)
+    lora.init_lora(model, 4, seed=0)
+    steps.give_values({name: parameter for name, parameter in lora.lora_parameters(model).items() if ".lora_B." in name})
+    return model
+
+
+def controlnets(work):
+    """Name -> a new ControlNet and the config it has to fit."""
+    full = precision.resolve_precision("no")
+    for kind, part in (("flux", "transformer"), ("sd15", "unet"), ("sdxl", "unet")):
+        model = models.load_model(work / kind, part, full)
+        new = models.flux_controlnet(work / kind, model, 1, 1) if kind == "flux" else models.unet_controlnet(model, 0)
+        yield f"{kind}-controlnet", new, models.read_config(work / kind, part)
+
+
+def write_reference(work):
+    """Everything that the other interpreter compares with."""
+    facts = {}
+    for kind, make in make_tiny_pipeline.KINDS.items():
+        make(work / kind)
+    for kind, part in PARTS:
+        full = precision.resolve_precision("no")
+        facts[f"{kind}/{part}"] = shapes(models.model_parameters(models.load_model(work / kind, part, full)))
+    for kind, part in adaptable():
+        model = adapted(work / kind, part)
+        facts[f"{kind}/{part} with LoRA"] = shapes(lora.lora_parameters(model))
+        lora.save_lora(work / f"{kind}-{part}.safetensors", {part: model}, ms.float32)
+    for name, model, _ in controlnets(work):
+        facts[name] = shapes(models.model_parameters(model))
+        models.save_model(model, work / name, ms.float32)
+    (work / "facts.json").write_text(json.dumps({"versions": tracking.package_versions(), "shapes": facts}))
+    numbers = {f"{name}/{key}": value for name, step in steps.STEPS.items() for key, value in step(work).items()}
+    np.savez(work / "steps.npz", **numbers)
+
+
+def adaptable():
+    """What a LoRA goes into: FLUX and CLIP."""
+    return [("flux", "transformer"), ("flux", "text_encoder"), ("sdxl", "text_encoder_2")]
+
+
+def check_models(work, facts):
+    problems, count, full, half = [], 0, precision.resolve_precision("no"), precision.resolve_precision("fp16")
+    for kind, part in PARTS:
+        root, label = work / kind, f"{kind}/{part}"
+        path = models.weight_files(root, part)[0]
+        file = load_file(path)
+        model = models.load_model(root, part, full)
+        problems += wrong(f"{label}: names and shapes", facts[label], shapes(models.model_parameters(model)))
+        problems += differing(label, file, values(model))
+        # T5's `wo` overflows in fp16 and stays in float32.
+        loaded, wide = models.load_model(root, part, half), [name for name in file if kind == "flux" and ".wo." in name]
+        rounded = {name: value if name in wide else value.astype(np.float16) for name, value in file.items()}
+        problems += differing(f"{label} in fp16", rounded, values(loaded))
+        single = {name for name, parameter in models.model_parameters(loaded).items() if parameter.dtype != ms.float16}
+        problems += wrong(f"{label} in fp16: what stays float32", sorted(wide), sorted(single))
+        problems += refused_without_a_tensor(work, kind, part, file)
+        count += len(file)
+    rows.append(("models load: names, shapes, bits, fp16, a lacking tensor", len(PARTS), f"{count} parameters", problems))
+
+
+def refused_without_a_tensor(work, kind, part, file):
+    """mindone starts what a file lacks at random; every tensor has to be missed."""
+    copy, missed = work / "torn" / part, sorted(file)[len(file) // 2]
+    shutil.rmtree(copy.parent, ignore_errors=True)
+    shutil.copytree(work / kind / part, copy)
+    path = copy / models.weight_files(work / kind, part)[0].name
+    save_file({name: value for name, value in file.items() if name != missed}, path, metadata={"format": "pt"})
+    try:
+        models.load_model(copy.parent, part, precision.resolve_precision("no"))
+    except cli.UserError as error:
+        return [] if "lack 1 tensors" in str(error) else [f"{kind}/{part} without {missed}: {error}"]
+    return [f"{kind}/{part} loads without {missed}"]
+
+
+def check_loras(work, facts):
+    problems = []
+    for kind, part in adaptable():
+        label, theirs, ours = f"{kind}/{part}", work / f"{kind}-{part}.safetensors", work / "ours.safetensors"
+        model = adapted(work / kind, part)
+        problems += wrong(f"{label} with LoRA", facts[f"{label} with LoRA"], shapes(lora.lora_parameters(model)))
+        problems += wrong(f"{label}: what trains", len(lora.lora_parameters(model)), len(model.trainable_params()))
+        lora.save_lora(ours, {part: model}, ms.float32)
+        problems += [] if ours.read_bytes() == theirs.read_bytes() else [f"{label}: the saved file has other bytes"]
+        fresh = models.load_model(work / kind, part, precision.resolve_precision("no"))
+        lora.load_lora(theirs, {part: fresh}, ms.float32)
+        found = {f"{part}.{name}": parameter.asnumpy() for name, parameter in lora.lora_parameters(fresh).items()}
+        problems += differing(f"{label}: the loaded LoRA", load_file(theirs), found)
+        layers = [cell for _, cell in fresh.cells_and_names() if isinstance(cell, models.BaseTunerLayer)]
+        lora.enable_lora(fresh, False)
+        problems += [] if layers and all(cell._disable_adapters for cell in layers) else [f"{label}: is not switched off"]
+        lora.check_targets(fresh, [f"{TARGETS[part][0]}.base_layer"], "a target")
+    rows.append(("LoRAs: injected, saved, loaded, switched off", len(adaptable()), "the files have the same bytes", problems))
+
+
+def check_controlnets(work, facts):
+    problems = []
+    for name, model, base in controlnets(work):
+        problems += wrong(f"{name}: names and shapes", facts[name], shapes(models.model_parameters(model)))
+        models.save_model(model, work / "ours", ms.float32)
+        file = "diffusion_pytorch_model.safetensors"
+        problems += differing(f"{name}: the start", load_file(work / name / file), load_file(work / "ours" / file))
+        for folder in (work / name, work / "ours"):
+            models.resolve_controlnet(str(folder), "--controlnet", None, base)
+            loaded = models.load_model(work, folder.name, precision.resolve_precision("no"))
+            problems += differing(f"{name} from {folder.name}", values(model), values(loaded))
+    rows.append(("ControlNets: started, saved, loaded", 3, "the starts have the same bits", problems))
+
+
+def check_attributes(work):
+    """What is reached by attribute on a live object."""
+    full = precision.resolve_precision("no")
+    flux, unet = models.load_model(work / "flux", "transformer", full), models.load_model(work / "sdxl", "unet", full)
+    vae, clip = models.load_model(work / "flux", "vae", full), models.load_model(work / "flux", "text_encoder", full)
+    t5, scheduler = models.load_model(work / "flux", "text_encoder_2", full), models.load_scheduler(work / "flux")
+    unet_kinds = {type(cell).__name__ for _, cell in unet.cells_and_names()}
+    replaced = [cell for _, cell in flux.cells_and_names() if type(cell).__module__ == "mindtune.operators"]
+    held = {
+        "FLUX's blocks": len(flux.transformer_blocks) == len(flux.single_transformer_blocks) == 2,
+        "config by key": flux.config["guidance_embeds"] and unet.config["addition_embed_type"] == "text_time",
+        "the VAE's config": {"scaling_factor", "shift_factor", "latent_channels", "block_out_channels"} <= set(vae.config),
+        "CLIP's layers": len(clip.text_model.encoder.layers) == 2,
+        "T5's layers in float32": "wo" in t5._keep_in_fp32_modules,
+        "the scheduler's sigmas": scheduler.sigmas.shape == (1000,),
+        "FLUX's norms replaced": sum(type(cell).__name__ == "RMSNorm" for cell in replaced) == 2 * (2 * 2 + 2),
+        "FLUX's sinusoids replaced": any(type(cell).__name__ == "Timesteps" for cell in replaced),
+        "a UNet's blocks to recompute": {"ResnetBlock2D", "BasicTransformerBlock"} <= unet_kinds,
+        "no graph for pictures": hasattr(models.pynative_no_grad(), "__enter__"),
+    }  # fmt: skip
+    rows.append(("attributes of models and schedulers", len(held), "", [f"not so: {what}" for what, so in held.items() if not so]))
+
+
+# ---- training steps ------------------------------------------------------------------------------------------------------------------
+
+
+def relative(expected, found):
+    """The largest difference, relative to the largest entry."""
+    return float(np.abs(expected.astype(np.float64) - found).max() / max(np.abs(expected).max(), 1e-12))
+
+
+def check_steps(work):
+    if not tracking.package_versions()["mindone"].startswith("0.3."):
+        import cpu_kernels
+
+        cpu_kernels.install()
+    theirs = np.load(work / "steps.npz")
+    for name, step in steps.STEPS.items():
+        expected = {key.partition("/")[2]: theirs[key] for key in theirs.files if key.partition("/")[0] == name}
+        try:
+            found = step(work)
+        except Exception as error:
+            rows.append((name, 0, "", [f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"]))
+            continue
+        errors = {key: relative(value, found[key]) for key, value in expected.items()}
+        if "loss" in errors:
+            bounds = next(bound for word, bound in BOUNDS.items() if word in name)
+            seen = {"loss": errors.pop("loss"), "norm": errors.pop("norm"), "worst gradient": float(np.max([*errors.values()]))}
+        else:
+            bounds, seen = (1e-5,), {"worst output": float(np.max([*errors.values()]))}
+        remark = ", ".join(f"{what} {error:.1e}" for what, error in seen.items())
+        problems = [f"{name}: {what} {error:.1e}" for (what, error), bound in zip(seen.items(), bounds) if not error <= bound]
+        rows.append((name, len(errors), remark, problems))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--reference", help="The interpreter that has requirements.txt.")
+    parser.add_argument("--write", type=Path, metavar="WORK", help="Only write this interpreter's side to the folder WORK.")
+    args = parser.parse_args()
+    models.set_up_device(graph_mode=False)
+    if args.write:
+        write_reference(args.write)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        subprocess.run([args.reference, __file__, "--write", folder], check=True, stderr=subprocess.DEVNULL)
+        written = json.loads((work / "facts.json").read_text())
+        for check in (check_imports, check_names, check_calls, check_models, check_loras, check_controlnets, check_attributes, check_steps):
+            given = (work, written["shapes"])[: len(inspect.signature(check).parameters)]
+            try:
+                check(*given)
+            except Exception as error:  # the other checks have something to say, too
+                rows.append((check.__name__, 0, "stopped", [f"{check.__name__}: {type(error).__name__}: {error}"]))
+    for who, versions in (("reference", written["versions"]), ("here", tracking.package_versions())):
+        print(f"{who}: mindspore {versions['mindspore']}, mindone {versions['mindone']}, transformers {versions['transformers']}")
+    for what, count, remark, problems in rows:
+        print(f"{'MISS' if problems else 'ok':4}  {what:56}  {count:4}  {remark}")
+    problems = [problem for *_, found in rows for problem in found]
+    print(*problems, sep="\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # MindSpore's cells complain one by one when the interpreter takes itself apart

@@ -1,0 +1,155 @@
+"""One training step of each script on tiny weights, the same on every mindone: loss, gradients, norm."""
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+
+from mindtune import diffusion, flow, lora, models, optim, precision, rng
+
+ROOT = Path(__file__).resolve().parents[2]
+SIGMAS = ms.Tensor((np.arange(1000, 0, -1) / 1000).astype(np.float32))
+LATENTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+def load_script(relative):
+    """A script of the repository as a module, by its path."""
+    spec = importlib.util.spec_from_file_location(Path(relative).stem, ROOT / relative)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def normal(what, *shape):
+    return ms.Tensor(rng.normal(0, f"contract {what}", shape=shape))
+
+
+def adam(parameters):
+    """Without a first moment's memory and without clipping its first moment is the gradient."""
+    return optim.AdamW([{"params": parameters, "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
+
+
+def give_values(parameters):
+    """To what starts at zero, so that everything has a gradient."""
+    for name, parameter in parameters.items():
+        parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
+
+
+def one_step(step, batch, names):
+    """{"loss", "norm", "gradient <name>" ...} of one call."""
+    loss = float(step(*batch)[1])
+    gradients = {f"gradient {name}": moment.asnumpy() for name, moment in zip(names, step.optimizer.exp_avg)}
+    return {"loss": np.array(loss), "norm": np.array(float(step.grad_clipper.norm)), **gradients}
+
+
+def recompute_flux(*trained):
+    """As the scripts' --gradient_checkpointing."""
+    for model in trained:
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            block.recompute()
+
+
+def flux_lora(work, kind="no", recompute=False):
+    """DreamBooth LoRA, batch 2, not square."""
+    kind = precision.resolve_precision(kind)
+    script = load_script("flux_lora/train_dreambooth_lora_flux.py")
+    args = script.parse_args(["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x", "--max_grad_norm=0"])
+    transformer = models.load_model(work / "flux", "transformer", kind)
+    precision.freeze_params(transformer)
+    lora.add_lora(transformer, 4, 4.0, 0.0, lora.TRANSFORMER_TARGETS, kind.compute)
+    precision.cast_training_params([transformer])
+    lora.init_lora(transformer, 4, seed=0)
+    trained = lora.lora_parameters(transformer)
+    give_values({name: parameter for name, parameter in trained.items() if ".lora_B." in name})
+    if recompute:
+        recompute_flux(transformer)
+    ids = ms.Tensor(np.zeros((5, 3), np.float32)), ms.Tensor(flow.latent_image_ids(4, 6))
+    step = script.TrainStepForFluxDevDB(
+        transformer.set_train(True), adam(list(trained.values())), {"sigmas": SIGMAS}, kind.compute, args, LATENTS, *ids
+    )
+    batch = normal("moments", 2, 32, 4, 6), normal("posterior", 2, 16, 4, 6), normal("noise", 2, 16, 4, 6)
+    return one_step(step, (*batch, ms.Tensor([100, 900]), normal("text", 2, 5, 32), normal("pooled", 2, 32)), trained)
+
+
+def flux_controlnet(work, kind="no", recompute=False):
+    """FLUX ControlNet of one double and one single block."""
+    kind = precision.resolve_precision(kind)
+    script = load_script("flux_controlnet/train_controlnet_flux.py")
+    args = script.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_sequence_length=5", "--max_grad_norm=0"])
+    transformer = models.load_model(work / "flux", "transformer", kind)
+    precision.freeze_params(transformer)
+    controlnet = precision.compute_in(models.flux_controlnet(work / "flux", transformer, 1, 1), kind.compute)
+    trained = models.model_parameters(controlnet)
+    give_values({name: parameter for name, parameter in trained.items() if name.startswith("controlnet_")})
+    if recompute:
+        recompute_flux(transformer, controlnet)
+    step = script.TrainStepForFluxControlNet(
+        controlnet.set_train(True), transformer, adam(list(trained.values())), SIGMAS, kind.compute, args, LATENTS
+    )
+    batch = [normal(name, 2, 32, 4, 6) for name in ("moments", "condition")]
+    batch += [normal(name, 2, 16, 4, 6) for name in ("posterior", "condition posterior", "noise")]
+    batch += [ms.Tensor([100, 900]), normal("text", 2, 5, 32), normal("pooled", 2, 32), ms.Tensor(flow.latent_image_ids(4, 6))]
+    return one_step(step, batch, trained)
+
+
+def sd_controlnet(work, kind="no", base="sd15", recompute=False):
+    """ControlNet on the UNet of `base`, sd15 or sdxl."""
+    kind, sdxl = precision.resolve_precision(kind), base == "sdxl"
+    script = load_script("examples/controlnet/train_controlnet" + ("_sdxl.py" if sdxl else ".py"))
+    args = script.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_grad_norm=0"])
+    unet = models.load_model(work / base, "unet", kind)
+    precision.freeze_params(unet)
+    controlnet = precision.compute_in(models.unet_controlnet(unet, 0), kind.compute)
+    trained = models.model_parameters(controlnet)
+    added = ("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")
+    give_values({name: parameter for name, parameter in trained.items() if name.startswith(added)})
+    for model in (unet, controlnet) if recompute else ():
+        models.recompute_unet(model)
+    alphas = diffusion.alphas_cumprod(models.read_config(work / base, "scheduler"))
+    make = script.TrainStepForControlNetSDXL if sdxl else script.TrainStepForControlNet
+    step = make(
+        controlnet.set_train(True), unet, adam(list(trained.values())), ms.Tensor(alphas, ms.float32), ms.Tensor(np.ones(1000, np.float32)),
+        kind.compute, args, "epsilon", 0.18215, None, ms.float32, precision.loss_scaler("no"),
+    )  # fmt: skip
+    width, more = unet.config["cross_attention_dim"], []
+    batch = normal("moments", 2, 8, 8, 8), normal("condition", 2, 3, 64, 64), normal("posterior", 2, 4, 8, 8), normal("noise", 2, 4, 8, 8)
+    if sdxl:
+        more = [normal("pooled", 2, 16), ms.Tensor([[64.0, 64, 0, 0, 64, 64]] * 2, ms.float32)]
+    return one_step(step, (*batch, ms.Tensor([20, 900]), normal("text", 2, 77, width), *more), trained)
+
+
+def encoders(work):
+    """What text encoders and VAE make of fixed inputs, and a picture decoded."""
+    full = precision.resolve_precision("no")
+    ids, found = ms.Tensor(np.arange(77)[None] % 50, ms.int32), {}
+    for kind, name in (("flux", "text_encoder"), ("sdxl", "text_encoder_2"), ("flux", "text_encoder_2")):
+        encoder = models.load_model(work / kind, name, full)
+        if name == "text_encoder_2" and kind == "flux":
+            found["T5 states"] = encoder(ids)[0].asnumpy()
+        else:
+            pooled, states = encoder(ids)[1 if kind == "flux" else 0], encoder(ids, output_hidden_states=True)[2][-2]
+            found.update({f"{kind} CLIP pooled": pooled.asnumpy(), f"{kind} CLIP states": states.asnumpy()})
+    vae = models.load_model(work / "flux", "vae", full)
+    found["VAE moments"] = vae.encode(normal("pixels", 1, 3, 32, 32))[0].asnumpy()
+    found["VAE picture"] = vae.decode(normal("latents", 1, 16, 4, 4), return_dict=False)[0].asnumpy()
+    return found
+
+
+STEPS = {
+    "FLUX LoRA step": flux_lora,
+    "FLUX ControlNet step": flux_controlnet,
+    "SD 1.5 ControlNet step": sd_controlnet,
+    "SDXL ControlNet step": partial(sd_controlnet, base="sdxl"),
+    "FLUX LoRA step, fp16": partial(flux_lora, kind="fp16"),
+    "FLUX ControlNet step, fp16": partial(flux_controlnet, kind="fp16"),
+    "SD 1.5 ControlNet step, fp16": partial(sd_controlnet, kind="fp16"),
+    "SDXL ControlNet step, fp16": partial(sd_controlnet, kind="fp16", base="sdxl"),
+    "FLUX LoRA step, recomputed": partial(flux_lora, recompute=True),
+    "FLUX ControlNet step, recomputed": partial(flux_controlnet, recompute=True),
+    "SDXL ControlNet step, recomputed": partial(sd_controlnet, base="sdxl", recompute=True),
+    "text encoders and VAE": encoders,
+}

@@ -1,0 +1,63 @@
+"""mindone 0.5.0 builds its models of `mint.nn` layers, which are no subclasses of `nn`'s; these run on 0.3.0 too."""
+
+import mindone.transformers
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import mint, nn
+
+from mindtune import lora, models, precision
+from mindtune.cli import UserError
+
+
+class Model(nn.Cell):
+    """A linear layer and a convolution of each kind, and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_k = nn.Dense(4, 3), mint.nn.Linear(4, 3)
+        self.conv, self.conv_ext = nn.Conv2d(2, 3, 3), mint.nn.Conv2d(2, 3, 3)
+        self.norm = mint.nn.GroupNorm(2, 4)
+
+
+def test_targets_are_found_among_both_kinds():
+    lora.check_targets(Model(), ["to_q", "to_k"], "--lora_layers")
+    with pytest.raises(UserError, match="Near names: to_q, to_k"):
+        lora.check_targets(Model(), ["to_l"], "--lora_layers")
+
+
+@pytest.mark.parametrize("name", ["to_q", "to_k"])
+def test_a_file_for_another_width_is_refused_of_both_kinds(tmp_path, name):
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "lora.safetensors"
+    halves = {"A": np.zeros((2, 5), np.float32), "B": np.zeros((3, 2), np.float32)}
+    save_file({f"transformer.{name}.lora_{half}.weight": value for half, value in halves.items()}, path)
+    with pytest.raises(UserError, match=r"A and B of to_. are \(2, 5\) and \(3, 2\), the layer of this transformer takes 4 and gives 3"):
+        lora.load_lora(path, {"transformer": Model()}, ms.float32)
+
+
+def test_both_kinds_compute_in_the_type_asked_for():
+    model = precision.compute_in(Model(), ms.float16)
+    x = ms.Tensor(np.ones((2, 4), np.float32))
+    assert model.to_q(x).dtype == model.to_k(x).dtype == ms.float16
+    # mint's norm refuses a half-precision input beside its float32 weight.
+    assert model.norm(ms.Tensor(np.ones((2, 4, 3)), ms.float16)).dtype == ms.float16
+    assert model.conv_ext.fp16 and model.conv.fp16  # mint's convolution has no CPU kernel
+
+
+def test_a_second_name_of_a_loaded_parameter_is_not_missing(monkeypatch, tiny_flux):
+    """mindone 0.5.0 reports T5's encoder.embed_tokens, which is the cell `shared`, as missing."""
+    load = mindone.transformers.T5EncoderModel.from_pretrained
+
+    def report(*missing):
+        def loaded(*args, **kwargs):
+            model, info = load(*args, **kwargs)
+            return model, {**info, "missing_keys": list(missing)}
+
+        monkeypatch.setattr(mindone.transformers.T5EncoderModel, "from_pretrained", loaded)
+        return models.load_model(tiny_flux, "text_encoder_2", precision.resolve_precision("no"))
+
+    assert report("encoder.embed_tokens.weight").shared is not None
+    with pytest.raises(UserError, match=r"lack 1 tensors:\s+shared.weight"):
+        report("shared.weight")

@@ -1,0 +1,320 @@
+"""Our side of the parity check: the cases, the numbers that both sides get, and the scripts' training steps on them.
+
+`prepare` writes a case's folder for reference.py; `compare` measures our step against what that leaves; `check_golden` does so against
+the few numbers of it that golden.json keeps, with neither folder nor PyTorch.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import mindspore as ms
+import numpy as np
+from safetensors.numpy import save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("examples/tiny", "examples/controlnet", "flux_lora", "flux_controlnet")]
+
+import make_tiny_pipeline  # noqa: E402
+import train_controlnet  # noqa: E402
+import train_controlnet_flux  # noqa: E402
+import train_controlnet_sdxl  # noqa: E402
+import train_dreambooth_lora_flux  # noqa: E402
+from shapes import conditioning, draw_scene, picture  # noqa: E402
+
+from mindtune import data, diffusion, encode, flow, lora, models, optim, precision, rng, sampling  # noqa: E402
+
+UPDATES, FULL = 50, precision.Precision(ms.float32, ms.float32)
+CAPTION = "a photo of a red circle on a white background"
+# Modules whose outputs are compared one by one, by the names that both sides have; "" is the whole model.
+BLOCK = r"^$|(^|\.)((single_)?transformer_blocks|down_blocks|up_blocks|encoder\.layers)\.\d+$|(^|\.)mid_block$"
+
+
+class Case(NamedTuple):
+    """One column of a script's table."""
+
+    kind: str
+    name: str
+    settings: dict
+
+    @property
+    def label(self):
+        return f"{self.kind}: {self.name}"
+
+
+LORA = {"rank": 4, "alpha": 4.0, "targets": {"transformer": lora.TRANSFORMER_TARGETS}, "rates": {"transformer": [1e-3, 1e-4]}}
+CLIP = {
+    "targets": {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS}, "alpha": 8.0,
+    "rates": {"transformer": [1e-3, 1e-4], "text_encoder": [5e-4, 1e-3]},
+}  # fmt: skip
+CONTROL = {"rates": {"controlnet": [1e-3, 1e-2]}}
+CASES = [
+    *(Case("flux_lora", scheme, {**LORA, "scheme": scheme}) for scheme in flow.WEIGHTING_SCHEMES),
+    Case("flux_lora", "prior preservation, sigma_sqrt", {**LORA, "scheme": "sigma_sqrt", "prior_weight": 0.7}),
+    Case("flux_lora", "CLIP trained, alpha 8", {**LORA, **CLIP, "scheme": "none"}),
+    Case("flux_lora", "trained shapes pipeline", {**LORA, "scheme": "none", "trained": True}),
+    Case("flux_controlnet", "2 + 2 blocks", {**CONTROL, "scheme": "logit_normal", "blocks": [2, 2]}),
+    Case("flux_controlnet", "2 + 0 blocks", {**CONTROL, "scheme": "none", "blocks": [2, 0]}),
+    Case("flux_controlnet", "existing, 1 + 1", {**CONTROL, "scheme": "sigma_sqrt", "blocks": [1, 1], "existing": True}),
+    Case("flux_controlnet", "trained shapes pipeline, 2 + 2", {**CONTROL, "scheme": "mode", "blocks": [2, 2], "trained": True}),
+    Case("sd15", "epsilon", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": None}),
+    Case("sd15", "v_prediction", {**CONTROL, "prediction_type": "v_prediction", "snr_gamma": None}),
+    Case("sd15", "epsilon, Min-SNR", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": 5.0}),
+    Case("sd15", "v_prediction, Min-SNR", {**CONTROL, "prediction_type": "v_prediction", "snr_gamma": 5.0}),
+    Case("sdxl", "epsilon", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": None}),
+]
+
+
+# ---- inputs --------------------------------------------------------------------------------------------------------------------------
+
+
+class Drawn:
+    """Stands in for a random generator: hands out the draws that the other side gets too."""
+
+    def __init__(self, uniform, normal):
+        self.random, self.standard_normal = (lambda: float(uniform)), (lambda: float(normal))
+
+
+def make_pipeline(case, folder):
+    """The case's pipeline, made once in `folder`; the trained one is the repository's."""
+    if case.settings.get("trained"):
+        return ROOT / "examples/tiny/flux-shapes"
+    base, predicted = case.kind.split("_")[0], case.settings.get("prediction_type")
+    root = folder / f"{base}-{predicted}"
+    if not root.exists():
+        make_tiny_pipeline.KINDS[base](root, **({"scheduler": {"prediction_type": predicted}} if predicted else {}))
+    return root
+
+
+def all_settings(case, root):
+    """What both sides read: the case's settings, what its pipeline says, and what all cases share."""
+    config = models.read_config(root, "vae")
+    common = {"kind": case.kind, "root": str(root), "updates": UPDATES, "block": BLOCK, "caption": CAPTION, "guidance_scale": 3.5}
+    common.update(logit_mean=0.2, logit_std=1.3, mode_scale=1.1, length=16, eps=1e-5, scaling_factor=config["scaling_factor"])
+    return {**common, **case.settings}
+
+
+def make_stage(settings, root, folder):
+    return encode.Stage(root, None, "no", folder, settings["length"], kind=settings["kind"].split("_")[0].replace("sd15", "sd"))
+
+
+def scene(number, place):
+    return draw_scene(rng.generator(0, "parity scene", number, place), "all")
+
+
+def make_batch(settings, root, number, stage, vae):
+    """What both sides get for one update: batch 2 (4 with class pictures), not square, a log-variance that matters.
+
+    On the trained pipeline latents and text are those of shapes: `vae` and `stage` make them, and are needed for no other.
+    """
+    kind, size = settings["kind"], 4 if settings.get("prior_weight") else 2
+    channels = models.read_config(root, "vae")["latent_channels"]
+    height, width = (8, 8) if vae else (4, 6) if kind.startswith("flux") else (8, 12)
+
+    def normal(what, *shape):
+        return rng.normal(0, f"parity {what}", number, shape=(size, *shape))
+
+    batch = {what: normal(what, channels, height, width) for what in ("posterior", "noise")}
+    batch["moments"] = normal("moments", 2 * channels, height, width)
+    if kind.startswith("flux"):
+        config = models.read_config(root, "transformer")
+        batch.update(text=normal("text", settings["length"], config["joint_attention_dim"]), normal=normal("density"))
+        batch.update(pooled=normal("pooled", config["pooled_projection_dim"]), uniform=rng.generator(0, "parity u", number).random(size))
+    if kind == "flux_controlnet":
+        batch["condition"] = normal("condition", 2 * channels, height, width)
+        batch["condition_posterior"] = normal("condition posterior", channels, height, width)
+    if "text_encoder" in settings.get("targets", ()):
+        tokenizer = models.load_tokenizer(root / "tokenizer")
+        captions = [f"a {colour} {shape}" for colour, shape in (("red", "circle"), ("blue", "star on a white background"))]
+        batch["ids"] = np.stack([encode.token_ids(tokenizer, caption, 77) for caption in captions]).astype(np.int32)
+    if kind.startswith("sd"):
+        batch["condition"] = 1 / (1 + np.exp(-normal("condition", 3, 8 * height, 8 * width)))
+        batch["timesteps"] = rng.generator(0, "parity timesteps", number).integers(0, 1000, size).astype(np.int32)
+        batch["text"] = normal("text", 77, models.read_config(root, "unet")["cross_attention_dim"])
+    if kind == "sdxl":
+        batch["pooled"] = normal("pooled", models.read_config(root, "text_encoder_2")["projection_dim"])
+        batch["time_ids"] = np.array([[64, 96, 0, 3, 64, 96]] * size, np.float32)
+    if vae:
+        scenes = [scene(number, place) for place in range(size)]
+        texts = [stage.text(each.caption) for each in scenes]
+        batch.update(text=np.stack([t["prompt_embeds"] for t in texts]), pooled=np.stack([t["pooled_prompt_embeds"] for t in texts]))
+        for what, draw in (("moments", picture), ("condition", conditioning)):
+            pixels = np.stack([data.pixel_values(draw(each, 64), 64, "lanczos", None, False) for each in scenes])
+            batch[what] = vae.encode(ms.Tensor(pixels))[0].asnumpy()
+    return batch
+
+
+def make_batches(settings, root, count, stage):
+    """The batches of the first `count` updates."""
+    vae = None
+    if settings.get("trained"):
+        stage.prepare([scene(number, place).caption for number in range(count) for place in range(2)], [])
+        vae = stage.load_vae()
+    return [make_batch(settings, root, number, stage, vae) for number in range(count)]
+
+
+def arguments(settings, batch):
+    """A batch as our step takes it."""
+    kind, given = settings["kind"], dict(batch)
+    if kind.startswith("flux"):
+        density = [settings[name] for name in ("scheme", "logit_mean", "logit_std", "mode_scale")]
+        draws = [Drawn(*pair) for pair in zip(batch["uniform"], batch["normal"])]
+        given["indices"] = np.array([flow.density_to_index(flow.sample_density(d, *density), 1000) for d in draws], np.int32)
+        given["image_ids"] = flow.latent_image_ids(*batch["noise"].shape[2:])
+    order = {
+        "flux_lora": ("moments", "posterior", "noise", "indices", "text", "ids" if "ids" in batch else "pooled"),
+        "flux_controlnet": (
+            "moments", "condition", "posterior", "condition_posterior", "noise", "indices", "text", "pooled", "image_ids",
+        ),
+        "sd15": ("moments", "condition", "posterior", "noise", "timesteps", "text"),
+        "sdxl": ("moments", "condition", "posterior", "noise", "timesteps", "text", "pooled", "time_ids"),
+    }[kind]  # fmt: skip
+    return [ms.Tensor(given[name]) for name in order]
+
+
+# ---- our side ------------------------------------------------------------------------------------------------------------------------
+
+
+class Ours:
+    """A script's models as its `main` puts them together, with start values that give everything a gradient.
+
+    `cells`: prefix -> model; `trained`: prefix.name -> parameter, as the files name them.
+    """
+
+    def __init__(self, settings, root):
+        self.settings, self.root = settings, root
+        base = "transformer" if settings["kind"].startswith("flux") else "unet"
+        self.base = models.load_model(root, base, FULL)
+        precision.freeze_params(self.base)
+        self.cells = {base: self.base}
+        if settings["kind"] == "flux_lora":
+            self._add_lora()
+        else:
+            self._add_controlnet(base)
+
+    def _add_lora(self):
+        settings = self.settings
+        if "text_encoder" in settings["targets"]:
+            self.cells["text_encoder"] = models.load_model(self.root, "text_encoder", FULL)
+            precision.freeze_params(self.cells["text_encoder"])
+        for prefix, cell in self.cells.items():
+            lora.add_lora(cell, settings["rank"], settings["alpha"], 0.0, settings["targets"][prefix], ms.float32)
+        self.trained = {f"{prefix}.{name}": p for prefix, cell in self.cells.items() for name, p in lora.lora_parameters(cell).items()}
+        for name, parameter in self.trained.items():
+            value = rng.normal(0, name, shape=parameter.shape)
+            parameter.set_data(ms.Tensor(value / settings["rank"] if ".lora_A." in name else 0.1 * value))
+
+    def _add_controlnet(self, base):
+        flux = base == "transformer"
+        added = ("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks") if flux else (
+            "controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out"
+        )  # fmt: skip
+        make = models.flux_controlnet if flux else models.unet_controlnet
+        controlnet = make(self.root, self.base, *self.settings["blocks"]) if flux else make(self.base, 0)
+        for name, parameter in models.model_parameters(controlnet).items():
+            parameter.requires_grad = True
+            if name.startswith(added):
+                parameter.set_data(ms.Tensor(0.05 * rng.normal(0, name, shape=parameter.shape)))
+            elif self.settings.get("existing"):  # no copy of the base any more
+                parameter.set_data(ms.Tensor(parameter.asnumpy() + 0.02 * rng.normal(0, name, shape=parameter.shape)))
+        self.cells = {"controlnet": controlnet, **self.cells}
+        self.trained = {f"controlnet.{name}": p for name, p in models.model_parameters(controlnet).items()}
+
+    def save(self, folder):
+        """What trains, at its start, where reference.py reads it."""
+        if "controlnet" in self.cells:
+            models.save_model(self.cells["controlnet"], folder / "controlnet", ms.float32)
+        else:
+            save_file({name: p.asnumpy() for name, p in self.trained.items()}, folder / "start.safetensors")
+
+    def step(self, train=True):
+        """The script's training step; without `train` nothing moves and AdamW's first moment is the bare gradient."""
+        settings, kind = self.settings, self.settings["kind"]
+        groups = []
+        for prefix, (rate, decay) in settings["rates"].items():
+            own = [p for name, p in self.trained.items() if name.startswith(f"{prefix}.")]
+            groups.append({"params": own, "lr": rate if train else 0.0, "weight_decay": decay})
+        optimizer = optim.AdamW(groups, beta1=0.9 if train else 0.0, eps=settings["eps"])
+        flags = ["--pretrained_model_name_or_path=x", f"--max_grad_norm={1.0 if train else 0.0}"]
+        if kind.startswith("flux"):
+            flags += [f"--weighting_scheme={settings['scheme']}", f"--max_sequence_length={settings['length']}"]
+            sigmas, vae = models.load_scheduler(self.root).sigmas, models.read_config(self.root, "vae")
+        if kind == "flux_lora":
+            flags.append("--instance_data_dir=x")
+            if weight := settings.get("prior_weight"):
+                flags += ["--with_prior_preservation", "--class_data_dir=x", "--class_prompt=x", f"--prior_loss_weight={weight}"]
+            height, width = (8, 8) if settings.get("trained") else (4, 6)
+            return train_dreambooth_lora_flux.TrainStepForFluxDevDB(
+                self.base, optimizer, {"sigmas": sigmas}, ms.float32, train_dreambooth_lora_flux.parse_args(flags), vae,
+                ms.Tensor(np.zeros((settings["length"], 3), np.float32)), ms.Tensor(flow.latent_image_ids(height, width)),
+                text_encoder=self.cells.get("text_encoder"), loss_scaler=precision.loss_scaler("no"),
+            )  # fmt: skip
+        flags.append("--train_data_dir=x")
+        if kind == "flux_controlnet":
+            return train_controlnet_flux.TrainStepForFluxControlNet(
+                self.cells["controlnet"], self.base, optimizer, sigmas, ms.float32, train_controlnet_flux.parse_args(flags), vae,
+                loss_scaler=precision.loss_scaler("no"),
+            )  # fmt: skip
+        script = train_controlnet_sdxl if kind == "sdxl" else train_controlnet
+        make = script.TrainStepForControlNetSDXL if kind == "sdxl" else script.TrainStepForControlNet
+        predicted, alphas = settings["prediction_type"], diffusion.alphas_cumprod(models.read_config(self.root, "scheduler"))
+        weights = diffusion.min_snr_weights(alphas, settings["snr_gamma"], predicted)
+        return make(
+            self.cells["controlnet"], self.base, optimizer, ms.Tensor(alphas, ms.float32), ms.Tensor(weights, ms.float32), ms.float32,
+            script.parse_args(flags), predicted, settings["scaling_factor"], None, ms.float32, precision.loss_scaler("no"),
+        )  # fmt: skip
+
+    def gradients(self, step):
+        """name -> gradient, after a call of a step that does not train."""
+        moments = {id(p): moment for p, moment in zip(step.optimizer.parameters, step.optimizer.exp_avg)}
+        return {name: moments[id(p)].asnumpy() for name, p in self.trained.items()}
+
+    def block_outputs(self, call):
+        """What every block puts out while `call()` runs, and what `call()` gives."""
+        caught, handles = {}, []
+
+        def note(name):
+            def hook(cell, inputs, output):
+                # Copies: the transformer adds a ControlNet's residuals into this very memory.
+                caught.update({f"block {name}/{number}": value.asnumpy().copy() for number, value in enumerate(tensors_of(output))})
+
+            return hook
+
+        for prefix, model in self.cells.items():
+            for name, cell in model.cells_and_names():
+                if re.search(BLOCK, name):
+                    handles.append(cell.register_forward_hook(note(f"{prefix}.{name}")))
+        result = call()
+        for handle in handles:
+            handle.remove()
+        return caught, result
+
+    def picture(self, stage, noise, condition):
+        """uint8 [H, W, 3], eight steps from the noise [1, C, h, w] by the sampling loop that the scripts use."""
+        text, vae, scheduler = stage.text(CAPTION), stage.load_vae(), models.read_config(self.root, "scheduler")
+        controlnet = self.cells.get("controlnet")
+        with sampling.eager():
+            if self.settings["kind"].startswith("sd"):
+                control = (controlnet, sampling.condition_pixels(condition), 1.0)
+                latents = sampling.sample_unet_latents(
+                    self.base, scheduler, text, stage.unconditional(), noise, 8, 5.0, ms.float32, control
+                )  # fmt: skip
+            else:
+                pooled, clip = text["pooled_prompt_embeds"], self.cells.get("text_encoder")
+                if clip:
+                    pooled = encode.clip_pooled(clip, models.load_tokenizer(self.root / "tokenizer"), CAPTION)
+                control = (controlnet, sampling.encode_picture(vae, condition, ms.float32), 1.0) if controlnet else None
+                latents = sampling.sample_latents(
+                    self.base, scheduler, text["prompt_embeds"][None], pooled[None], noise, 8, 3.5, ms.float32, control
+                )  # fmt: skip
+            return np.asarray(sampling.decode_latents(vae, latents, ms.float32)[0])
+
+
+def tensors_of(output):
+    """The tensors in a cell's output, in order."""
+    if isinstance(output, ms.Tensor):
+        yield output
+    elif output is not None:
+        for part in output:
+            yield from tensors_of(part)
