@@ -439,8 +439,10 @@ def test_a_programming_error_is_not_taken_for_a_full_disk(own_signals):
 
 
 def start(arguments):
+    """As from a terminal: tests that run in a shell's background would hand it a SIGINT that is ignored."""
     line = command("flux_lora/train_dreambooth_lora_flux.py", arguments)
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed)
 
 
 def wait_until(ready, process):
