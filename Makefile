@@ -18,8 +18,9 @@ demo: venv
 demo-controlnet: venv
 	$(BIN)/python examples/demo_flux_controlnet.py
 
+# A process a core, each with one thread: compiling takes one, and learning tests side by side would crowd each other.
 test: venv
-	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 bench: venv
 	$(BIN)/python benchmarks/encoder_memory.py
