@@ -78,6 +78,7 @@ def check_lora(folder, settings):
 
 
 def main(work):
+    torch.manual_seed(0)  # new ControlNets and LoRAs start at random in part
     found = {}
     for folder in sorted(path.parent for path in work.glob("*/settings.json")):
         settings = json.loads((folder / "settings.json").read_text())
