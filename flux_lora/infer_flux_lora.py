@@ -62,8 +62,9 @@ def main(argv=None):
     adapts_clip = "text_encoder" in parts
     models.set_up_device(graph_mode=False)
     root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
-    layers = {name: models.linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
-    lora.check_parts(adapter, "--lora", parts, layers)
+    if adapter:
+        layers = {name: models.linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
+        lora.check_parts(adapter, "--lora", parts, layers)
 
     # ---- encode the prompts, in a process that gives its memory back ----------
     kind = precision.resolve_precision(args.mixed_precision)
