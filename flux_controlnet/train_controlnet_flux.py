@@ -22,7 +22,7 @@ import numpy as np
 from mindspore import ops
 from tqdm import tqdm
 
-from mindtune import checkpoint, data, flow, models, optim, pairs, precision, rng, sampling, tracking
+from mindtune import checkpoint, data, flow, flux_blocks, models, optim, pairs, precision, rng, sampling, tracking
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, matched, run
 from mindtune.encode import PairCaptions, PairImages, Stage
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     add("--random_flip", action="store_true", help="Mirror half of the uses, drawn afresh, picture and condition together.")
     add("--image_interpolation_mode", choices=sorted(data.INTERPOLATIONS), default="lanczos", help="Filter for resizing.")
     add("--cache_latents", action="store_true", help="Encode pictures and conditions once, centre-cropped, one entry a flip.")
-    add("--dataloader_num_workers", type=int, default=0, help="Threads that decode pictures ahead; 0: none.")
+    add("--dataloader_num_workers", type=int, default=1, help="Threads that make batches ahead of the step; 0: none.")
     add("--max_sequence_length", type=int, default=512, help="T5 tokens of a prompt, at most 512.")
     # Step
     add("--weighting_scheme", choices=flow.WEIGHTING_SCHEMES, default="logit_normal", help="Density of timesteps and weight of their loss.")
@@ -299,7 +299,6 @@ class TrainStepForFluxControlNet(models.TrainStep):
 
     def predict(self, images, conditions, posterior_noise, condition_noise, noise, indices, prompt_embeds, pooled_prompt_embeds, image_ids):
         """Prediction and target [B, C, h, w] float32, and sigmas [B, 1, 1, 1]."""
-        image_ids = ops.stop_gradient(image_ids)  # PyNative recomputes no block whose rotary tables could have a gradient
         latents = self.latents(images, posterior_noise)
         condition = flow.pack_latents(self.latents(conditions, condition_noise)).to(self.compute_dtype)
         sigmas = flow.get_sigmas(self.sigmas, indices)
@@ -446,6 +445,8 @@ def main(argv=None):
     precision.compute_in(controlnet, kind.compute).set_train(True)
     for parameter in controlnet.get_parameters():
         parameter.requires_grad = True
+    for model in (transformer, controlnet):
+        flux_blocks.bind(model)  # once more, now that it is known what trains
     if args.gradient_checkpointing:
         for model in (transformer, controlnet):
             for block in (*model.transformer_blocks, *model.single_transformer_blocks):

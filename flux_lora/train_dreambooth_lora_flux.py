@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--random_flip", action="store_true", help="Mirror half of the uses, drawn afresh.")
     add("--image_interpolation_mode", choices=sorted(data.INTERPOLATIONS), default="lanczos", help="Filter for resizing.")
     add("--cache_latents", action="store_true", help="Encode the pictures once, centre-cropped, one entry a flip.")
-    add("--dataloader_num_workers", type=int, default=0, help="Threads that decode pictures ahead; 0: none.")
+    add("--dataloader_num_workers", type=int, default=1, help="Threads that make batches ahead of the step; 0: none.")
     add("--max_sequence_length", type=int, default=512, help="T5 tokens of a prompt, at most 512.")
     # Prior preservation
     add("--with_prior_preservation", action="store_true", help="Train class pictures along, so that the class keeps its look.")

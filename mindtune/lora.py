@@ -23,6 +23,7 @@ from safetensors.numpy import save
 
 from mindtune import lora_layouts
 from mindtune.cli import UserError
+from mindtune.flux_blocks import bind
 from mindtune.models import BaseTunerLayer, LoraConfig
 from mindtune.precision import LINEAR, NUMPY_TYPES
 from mindtune.rng import normal
@@ -52,6 +53,7 @@ def add_lora(model: nn.Cell, rank: int, alpha: float, dropout: float, targets: l
 
 def _compute_in(model: nn.Cell, compute: ms.Type) -> None:
     """float32 low-rank layers in a half-precision model do their products in its type."""
+    bind(model)
     if compute != ms.float32:
         for _, cell in model.cells_and_names():
             if isinstance(cell, BaseTunerLayer):
@@ -76,6 +78,7 @@ def enable_lora(model: nn.Cell, enabled: bool) -> None:
     for _, cell in model.cells_and_names():
         if isinstance(cell, BaseTunerLayer):
             cell._disable_adapters = not enabled
+    bind(model)
 
 
 def save_lora(path: Path, models: dict[str, nn.Cell], dtype: ms.Type) -> None:

@@ -11,18 +11,20 @@ import math
 import os
 import struct
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import mindspore as ms
 import numpy as np
 import transformers
 from mindspore import nn
+from mindspore.nn.utils import no_init_parameters
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mindtune.cache import make_readable
 from mindtune.cli import UserError, listing
-from mindtune.operators import use_fast_operators
+from mindtune.flux_blocks import bind
+from mindtune.operators import use_operators
 from mindtune.precision import NUMPY_TYPES, Precision, cast_cell
 from mindtune.rng import generator
 
@@ -81,6 +83,17 @@ CONTROLNETS = {
 }
 # What `load_tokenizer` can read: any one of these sets of files.
 TOKENIZER_FILES = {"CLIP": (("vocab.json", "merges.txt"),), "T5": (("tokenizer.json",), ("spiece.model",))}
+# Types of a weight file, as its header calls them.
+FILE_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": NUMPY_TYPES[ms.bfloat16]}
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor is: its file, its type there (a key of FILE_TYPES if it is a float), its shape, and its first byte."""
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
 
 
 def set_up_device(graph_mode: bool) -> None:
@@ -278,24 +291,89 @@ def import_model_class_from_model_name_or_path(root: Path, subfolder: str = "tex
 def load_model(root: Path, name: str, precision: Precision, variant: Optional[str] = None) -> nn.Cell:
     """One component with its weights, in evaluation mode, stored and computed as `precision` says.
 
-    Raises UserError if the files lack weights that the model has: mindone would start those at random and only warn.
+    Each tensor goes from the memory-mapped file into its parameter, cast on the way, before the next is read: the peak is the weights
+    and a little. mindone's `from_pretrained` takes two to three times the weights (benchmarks/loading.py).
+    Raises UserError if a file is torn, or lacks weights that the model has, or has them in another shape or in a type that is no float.
     """
-    if name.startswith("text_encoder"):
-        cls = import_model_class_from_model_name_or_path(root, name)
-    else:
-        cls = getattr(mindone.diffusers, read_config(root, name)["_class_name"])
-    extra = {"variant": variant} if variant else {}
-    # The folder itself, not root + subfolder: transformers asks the hub for optional files of a subfolder that is not there.
-    loaded = cls.from_pretrained(
-        os.fspath(root / name), mindspore_dtype=precision.storage, use_safetensors=True, output_loading_info=True, **extra
-    )
-    model, info = loaded if isinstance(loaded, tuple) else (loaded, {})  # diffusers' sharded models come without the report
-    # mindone 0.5 reports T5's encoder.embed_tokens, a second name of the cell `shared`, which is loaded.
-    if missing := [key for key in info.get("missing_keys", ()) if hf_name(key) in model_parameters(model)]:
+    # Types are given first, while there is nothing to cast.
+    model = cast_cell(bind(use_operators(_without_weights(root, name, precision.storage))), precision)
+    parameters, renamed = model_parameters(model), _old_attention_names(model)
+    stored = {renamed.get(key, key): tensor for key, tensor in _stored_tensors(root, name, variant).items()}
+    _check_fit(root / name, parameters, stored)
+    for key, tensor in stored.items():
+        if key in parameters:  # files may have more, such as the position ids of old CLIPs
+            _fill(parameters[key], tensor)
+    return model
+
+
+def _without_weights(root: Path, name: str, storage: ms.Type) -> nn.Cell:
+    """A component as mindone's `from_pretrained` makes it, in evaluation mode, with parameters that have no memory yet."""
+    path = os.fspath(root / name)  # not root and subfolder: transformers asks the hub for optional files of a subfolder that is not there
+    with no_init_parameters():
+        if name.startswith("text_encoder"):
+            cls = import_model_class_from_model_name_or_path(root, name)
+            config = cls.config_class.from_pretrained(path)
+            config.name_or_path = path
+            if hasattr(config, "dtype"):  # of transformers 4.56 and later
+                config.dtype = str(storage).lower()
+            model = cls(config)
+        else:
+            cls = getattr(mindone.diffusers, read_config(root, name)["_class_name"])
+            model = cls.from_config(cls.load_config(path))
+            model.register_to_config(_name_or_path=path)
+    return model.set_train(False)
+
+
+def _old_attention_names(model: nn.Cell) -> dict[str, str]:
+    """Name in old files -> name now, for the attention of VAEs (Stable Diffusion 1.5's file has the old ones)."""
+    places = [name for name, cell in model.cells_and_names() if getattr(cell, "_from_deprecated_attn_block", False)]
+    return {
+        f"{place}.{old}.{kind}": f"{place}.{new}.{kind}"
+        for place in places
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+        for kind in ("weight", "bias")
+    }
+
+
+def _stored_tensors(root: Path, name: str, variant: Optional[str]) -> dict[str, StoredTensor]:
+    """Every tensor of a component's files by its name, in the files' order; reads headers only. Raises UserError for a torn file."""
+    stored = {}
+    for path in weight_files(root, name, variant):
+        if problem := _weights_problem(root, path):
+            raise UserError(f"{root}: {problem}. Copy or download it again.")
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for key, entry in header.items():
+            stored[key] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+    return stored
+
+
+def _check_fit(folder: Path, parameters: dict[str, ms.Parameter], stored: dict[str, StoredTensor]) -> None:
+    """Raises UserError unless there is a tensor for every parameter, of its shape and of a floating type."""
+    if missing := [key for key in parameters if key not in stored]:
+        raise UserError(f"{folder}: the weight files lack {len(missing)} tensors:\n{listing(missing[:5])}\nCopy or download them again.")
+    pairs = [(key, parameter.shape, stored[key]) for key, parameter in parameters.items()]
+    problems = [
+        f"{tensor.path.name}: {key} is {list(tensor.shape)} of {tensor.kind}, the model's is {list(shape)}"
+        for key, shape, tensor in pairs
+        if tensor.shape != shape or tensor.kind not in FILE_TYPES
+    ]
+    if problems:
         raise UserError(
-            f"{root / name}: the weight files lack {len(missing)} tensors:\n{listing(missing[:5])}\nCopy or download them again."
+            f"{folder}: {len(problems)} tensors of the weight files do not fit the model that config.json describes:\n"
+            f"{listing(problems[:5])}\nGive the config.json that belongs to the weights, and weights of {', '.join(FILE_TYPES)}."
         )
-    return cast_cell(use_fast_operators(model.set_train(False)), precision)
+
+
+def _fill(parameter: ms.Parameter, tensor: StoredTensor) -> None:
+    """The value of a parameter that has none yet, in the parameter's type. Its memory is the only copy; the mapping ends here."""
+    mapped = np.memmap(tensor.path, FILE_TYPES[tensor.kind], "r", tensor.offset, tensor.shape)
+    with np.errstate(all="ignore"):  # what is beyond fp16 becomes infinite, as with mindone
+        value = np.array(mapped, NUMPY_TYPES[parameter.dtype])
+    parameter.set_data(ms.Tensor.from_numpy(value))
+    parameter.init_mode = None  # copy.copy and pickle would take the start that was never made
 
 
 def hf_name(name: str) -> str:
@@ -338,7 +416,7 @@ def flux_controlnet(root: Path, transformer: nn.Cell, num_layers: int, num_singl
         added = name.startswith(("controlnet_x_embedder.", "controlnet_blocks.", "controlnet_single_blocks."))
         value = np.zeros(parameter.shape, np.float32) if added else copied[name].to(ms.float32).asnumpy()
         parameter.set_data(ms.Tensor(value))
-    return use_fast_operators(controlnet.set_train(False))
+    return bind(use_operators(controlnet.set_train(False)))
 
 
 def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
@@ -361,7 +439,7 @@ def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
         else:
             value = copied[name].to(ms.float32).asnumpy()
         parameter.set_data(ms.Tensor(value))
-    return use_fast_operators(controlnet.set_train(False))
+    return use_operators(controlnet.set_train(False))
 
 
 def load_tokenizer(folder: Path):
@@ -396,4 +474,4 @@ def flux_skeleton(root: Path) -> nn.Cell:
     config = {k: v for k, v in read_config(root, "transformer").items() if not k.startswith("_")}
     tiny = {"num_attention_heads": 1, "attention_head_dim": 8, "axes_dims_rope": (4, 2, 2)}
     tiny.update(joint_attention_dim=8, pooled_projection_dim=8, in_channels=4)
-    return mindone.diffusers.FluxTransformer2DModel(**{**config, **tiny})
+    return bind(mindone.diffusers.FluxTransformer2DModel(**{**config, **tiny}))  # with the cells that a loaded one has

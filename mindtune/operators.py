@@ -1,14 +1,84 @@
-"""The same functions by operators that MindSpore's CPU backend runs faster or more exactly.
+"""The mathematics of the models' layers, by operators that the backend runs fast and exactly.
 
-mindone's FLUX writes them with operators whose CPU kernels are slow: tanh-GELU and its gradient, a power of two, and taking pairs of
-channels apart and together again. On an NPU those kernels are fast, and only norm and sinusoids are replaced.
+MindSpore's CPU kernels for sums over an axis and for operands of unlike shapes run on one core; a matrix product with a column or a row
+of ones does the same 3 to 30 times faster (docs/log.md has the numbers). On an NPU the fused operators that MindSpore documents for it
+are used instead; that side has not been run by us.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
+
+ON_CPU = ms.get_context("device_target") == "CPU"
+EPS = 1e-6  # of every norm in FLUX
+
+# Primitives rather than functions of `ops`, here and in flux_blocks: a gradient taken within a backward pass, as recomputing takes it,
+# cannot look into functions that decide by the types of their inputs.
+_times, _times_transposed = ops.MatMul(), ops.MatMul(transpose_b=True)
+_batch_times, _batch_times_transposed, _batch_transposed_times = (
+    ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True),
+)  # fmt: skip
+_softmax = ops.Softmax(axis=-1)
+_layer_norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=EPS)
+
+
+@ops.constexpr
+@lru_cache(None)
+def ones(*shape):
+    """A constant. Made where it is used: as an argument it would keep FLUX's blocks from sharing a graph."""
+    return ms.Tensor(np.ones(shape, np.float32))
+
+
+@ops.constexpr
+@lru_cache(None)
+def pair_swap(dim):
+    """[dim, dim]: x times it is (-x1, x0, -x3, x2, ...)."""
+    swap = np.zeros((dim, dim), np.float32)
+    swap[range(1, dim, 2), range(0, dim, 2)] = -1.0
+    swap[range(0, dim, 2), range(1, dim, 2)] = 1.0
+    return ms.Tensor(swap)
+
+
+def product(x, matrix):
+    """x [..., k] times matrix [k, n]. Not ops.matmul: in a graph its gradient fails for operands of unlike ranks."""
+    return _times(x.reshape((-1, x.shape[-1])), matrix).reshape(x.shape[:-1] + (matrix.shape[-1],))
+
+
+def outer(column, row):
+    """column [..., n, 1] times row [1, d], or a row [B, 1, d] for every element of the batch."""
+    if not ON_CPU:
+        return column * row
+    return product(column, row) if row.ndim == 2 else _batch_times(column, row)
+
+
+def mean(x):
+    """The mean over the last axis, which stays as one of length 1."""
+    return product(x, ones(x.shape[-1], 1) / x.shape[-1]) if ON_CPU else x.mean(-1, keep_dims=True)
+
+
+def square_sum(x):
+    """The sum of the squares of x, of any shape and type, a float32 scalar."""
+    squares = ops.square(x.astype(ms.float32))
+    if ON_CPU and x.ndim > 1:  # row by row: a product over all of 4e7 elements errs by 5e-3, over a row's by 1e-6
+        squares = product(squares.reshape((x.shape[0], -1)), ones(x.size // x.shape[0], 1))
+    return squares.sum()
+
+
+def linear(x, layer):
+    """x [..., in] times W [out, in] transposed plus b, [..., out]; `layer` is (W, b)."""
+    out = ops.bias_add(_times_transposed(x.reshape((-1, x.shape[-1])), layer[0].astype(x.dtype)), layer[1].astype(x.dtype))
+    return out.reshape(x.shape[:-1] + (out.shape[-1],))
+
+
+def adapted_linear(x, layer):
+    """The same plus x A^T B^T; `layer` is (W, b, A [rank, in], B [out, rank])."""
+    low = _times_transposed(x.reshape((-1, x.shape[-1])), layer[2].astype(x.dtype))
+    out = linear(x, layer)
+    return out + _times_transposed(low, layer[3].astype(x.dtype)).reshape(out.shape)
 
 
 def tanh_gelu(x):
@@ -16,41 +86,66 @@ def tanh_gelu(x):
     return x * ops.sigmoid(x * (1.5957691216057308 + 0.07135481627 * ops.square(x)))
 
 
-class TanhGELU(nn.Cell):
-    """`tanh_gelu` where a model holds a cell."""
+def modulated_norm(x, scale, shift):
+    """Layer norm of x [B, T, d] over d, times 1 + scale plus shift, [B, 1, d] each; computed in float32, in x's type at the end.
 
-    def construct(self, x):
-        return tanh_gelu(x)
-
-
-class RMSNorm(nn.Cell):
-    """x / sqrt(mean(x²) + eps) · weight over the last axis, [..., dim] (https://arxiv.org/abs/1910.07467). Takes the place of `norm`."""
-
-    def __init__(self, norm):
-        super().__init__(auto_prefix=False)  # the parameter keeps its name
-        self.weight, self.eps = norm.weight, norm.eps
-
-    def construct(self, x):
-        scale = ops.rsqrt(ops.square(x.astype(ms.float32)).mean(-1, keep_dims=True) + self.eps)
-        return (x * scale * self.weight).astype(x.dtype)
+    Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748), section 3.2.
+    """
+    wide, scale, shift = x.astype(ms.float32), 1.0 + scale.astype(ms.float32), shift.astype(ms.float32)
+    if not ON_CPU:
+        return (_layer_norm(wide, ones(x.shape[-1]), 0.0 * ones(x.shape[-1]))[0] * scale + shift).astype(x.dtype)
+    centred = wide + outer(-mean(wide), ones(1, x.shape[-1]))
+    column = ops.rsqrt(mean(centred * centred) + EPS)
+    return (centred * outer(column, scale) + outer(ones(*column.shape), shift)).astype(x.dtype)
 
 
-@ms.jit_class
-class RotaryEmbedding:
-    """Rotates pairs of neighbouring channels (https://arxiv.org/abs/2104.09864). The swap of a pair is a product with a constant matrix."""
+def rms_norm(x, weight):
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, [..., dim], in float32 (https://arxiv.org/abs/1910.07467)."""
+    x, weight = x.astype(ms.float32), weight.astype(ms.float32)
+    if not ON_CPU:
+        return ops.rms_norm(x, weight, EPS)[0]
+    return x * outer(ops.rsqrt(mean(x * x) + EPS), weight.reshape((1, -1)))
 
-    def __init__(self, dim):
-        swap = np.zeros((dim, dim), np.float32)
-        swap[range(1, dim, 2), range(0, dim, 2)] = -1.0
-        swap[range(0, dim, 2), range(1, dim, 2)] = 1.0
-        self.swap = ms.Tensor(swap)
 
-    def __call__(self, x, angles):
-        """x [batch, heads, tokens, dim] in any type; angles: cosines and sines, float32 [tokens, dim] each."""
-        cos, sin = angles
-        wide = x.astype(ms.float32)
-        swapped = ops.matmul(wide.reshape((-1, wide.shape[-1])), self.swap).reshape(wide.shape)
-        return (wide * cos + swapped * sin).astype(x.dtype)
+def rotate(x, rotary):
+    """Turns pairs of neighbouring channels of x float32 [B, T, heads, dim] (https://arxiv.org/abs/2104.09864).
+
+    `rotary`: cosines and sines, float32 [T, heads or 1, dim] each.
+    """
+    cos, sin = rotary
+    return x * cos + product(x, pair_swap(x.shape[-1])) * sin
+
+
+def add_gated(x, gate, y):
+    """x + gate y; x, y [B, T, d], gate [B, 1, d]."""
+    return x + outer(ones(x.shape[0], x.shape[1], 1).astype(gate.dtype), gate) * y
+
+
+class _Attention(nn.Cell):
+    """The backward pass has the sum in a softmax's gradient, over S keys, as that of output times its gradient over dim channels
+    (Dao et al., FlashAttention, arXiv 2205.14135, appendix B.2), and subtracts it within a matrix product."""
+
+    def construct(self, q, k, v):
+        """The output, and the weights [B, heads, T, S], which are for the backward pass alone."""
+        weights = _softmax(_batch_times_transposed(q * (q.shape[-1] ** -0.5), k))
+        return _batch_times(weights, v), weights
+
+    def bprop(self, q, k, v, outputs, gradients):
+        scale, (out, weights), dout = q.shape[-1] ** -0.5, outputs, gradients[0]
+        inner = product(out * dout, ones(out.shape[-1], 1).astype(out.dtype))
+        minus_ones = -ones(*v.shape[:-1], 1).astype(out.dtype)
+        scores = weights * _batch_times_transposed(ops.cat((dout, inner), -1), ops.cat((v, minus_ones), -1))
+        return _batch_times(scores, k) * scale, _batch_transposed_times(scores, q * scale), _batch_transposed_times(weights, dout)
+
+
+_attention = _Attention()
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(dim)) v of q [B, heads, T, dim], k and v [B, heads, S, dim]; Ascend's flash attention if in half precision."""
+    if ON_CPU or q.dtype == ms.float32:
+        return _attention(q, k, v)[0]
+    return ops.flash_attention_score(q, k, v, q.shape[1], scalar_value=q.shape[-1] ** -0.5, input_layout="BNSD")
 
 
 class Timesteps(nn.Cell):
@@ -73,29 +168,17 @@ class Timesteps(nn.Cell):
         return ops.cat(waves, axis=-1)
 
 
-def use_fast_operators(model: nn.Cell) -> nn.Cell:
-    """Puts them into a model in place; parameters keep their names. On other devices than the CPU only norm and sinusoids change. The
-    norm gives the type it takes: mindone's gives float32 when its weight is float32, and half-precision attention then has two types."""
-    on_cpu = ms.get_context("device_target") == "CPU"
+def _math_attention(query, key, value, attn_mask):
+    """`attention` as mindone's cells call it; the models here use no masks."""
+    return attention(query, key, value)
+
+
+def use_operators(model: nn.Cell) -> nn.Cell:
+    """Puts exact sinusoids into a model in place, and on the CPU the attention of this file; returns it."""
     for _, cell in list(model.cells_and_names()):
-        kind, processor = type(cell).__name__, getattr(cell, "processor", None)
-        if type(processor).__name__.startswith("FluxAttn"):
-            _replace_norms(cell)
-            if on_cpu:
-                processor.apply_rotary_emb = RotaryEmbedding(cell.norm_q.weight.shape[0])
-        elif on_cpu and kind == "GELU" and getattr(cell, "approximate", None) == "tanh":
-            cell.gelu = tanh_gelu
-        elif on_cpu and kind == "FluxSingleTransformerBlock":
-            cell.act_mlp = TanhGELU()
+        if ON_CPU and hasattr(cell, "math_attention_op"):
+            cell.math_attention_op = _math_attention
         for child, part in cell.name_cells().items():
-            if type(part).__name__ == "Timesteps":
+            if type(part).__name__ == "Timesteps" and not isinstance(part, Timesteps):
                 setattr(cell, child, Timesteps(part))
     return model
-
-
-def _replace_norms(attention: nn.Cell) -> None:
-    for place in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-        if norm := getattr(attention, place, None):
-            name = norm.weight.name
-            setattr(attention, place, RMSNorm(norm))
-            norm.weight.name = name  # a cell put into its place anew calls its parameters by the place alone

@@ -11,6 +11,8 @@ import numpy as np
 from mindspore import mint, nn, ops
 from mindspore.amp import DynamicLossScaler, StaticLossScaler
 
+from mindtune.operators import square_sum
+
 DTYPES = {"no": ms.float32, "fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}
 NUMPY_TYPES = {ms.float32: np.float32, ms.float16: np.float16, ms.bfloat16: ml_dtypes.bfloat16}
 # mindone 0.5 builds its models of mint's layers, which are no subclasses of nn's. Their weights have one layout: [out, in, ...].
@@ -107,17 +109,13 @@ class GradNormClipper:
         self.hyper_map = ops.HyperMap()
 
     def clip_grad_norm(self, grads):
-        squares = self.hyper_map(_square_sum, grads)
+        squares = self.hyper_map(square_sum, grads)
         norm = ops.sqrt(ops.addn(squares))
         ops.assign(self.norm, norm)
         if self.max_norm > 0:
             factor = ops.minimum(self.max_norm / (norm + 1e-6), ms.Tensor(1.0, ms.float32))
             grads = self.hyper_map(ops.partial(_scale, factor), grads)
         return grads
-
-
-def _square_sum(grad):
-    return ops.square(grad.to(ms.float32)).sum()
 
 
 def _scale(factor, grad):

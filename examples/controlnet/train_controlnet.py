@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add("--random_flip", action="store_true", help="Mirror half of the uses, drawn afresh, picture and condition together.")
     add("--image_interpolation_mode", choices=sorted(data.INTERPOLATIONS), default="lanczos", help="Filter for resizing.")
     add("--cache_latents", action="store_true", help="Encode pictures once, centre-cropped, one entry a flip.")
-    add("--dataloader_num_workers", type=int, default=0, help="Threads that decode pictures ahead; 0: none.")
+    add("--dataloader_num_workers", type=int, default=1, help="Threads that make batches ahead of the step; 0: none.")
     # Step
     add("--snr_gamma", type=float, help="Weight timesteps by Min-SNR with this gamma; 5.0 is usual. Default: all alike.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of frozen weights and of computation.")

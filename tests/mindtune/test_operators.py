@@ -1,4 +1,4 @@
-"""The operators that stand in for slow ones give the same numbers, and a model with them is the same model."""
+"""The layers' mathematics against float64 in NumPy, in both modes, and by the operators for other devices where the CPU has them."""
 
 import mindspore as ms
 import numpy as np
@@ -6,45 +6,116 @@ import pytest
 from mindone.diffusers.models import embeddings
 from mindspore import nn, ops
 
-from mindtune import flow, models, operators, precision
+from mindtune import operators
 
 
 def values(*shape, seed=0, scale=1.0):
     return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
 
 
+class Function(nn.Cell):
+    """A function as a cell, which graph mode compiles."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def construct(self, *inputs):
+        return self.function(*inputs)
+
+
+def call(function, *arrays, dtype=ms.float32):
+    return Function(function)(*(ms.Tensor(a, dtype) for a in arrays)).asnumpy()
+
+
+@pytest.fixture(params=[True, False], ids=["cpu", "other"])
+def device(request, monkeypatch):
+    monkeypatch.setattr(operators, "ON_CPU", request.param)
+
+
 def test_tanh_gelu_is_the_published_formula_far_into_both_tails(mode):
     x = np.concatenate([values(500, scale=4), np.array([-40.0, -12.0, 0.0, 12.0, 40.0], np.float32)]).astype(np.float64)
     expected = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    ours = operators.TanhGELU()(ms.Tensor(x.astype(np.float32))).asnumpy()
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(call(operators.tanh_gelu, x.astype(np.float32)), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [ms.float32, ms.float16])
-def test_rms_norm_keeps_the_type_and_works_in_float32(mode, dtype):
-    norm = nn.Cell()
-    norm.weight, norm.eps = ms.Parameter(ms.Tensor(1 + 0.1 * values(8)), name="transformer.norm_q.weight"), 1e-6
-    x = values(2, 3, 5, 8, seed=1, scale=300.0)  # squares that overflow in fp16
-    found = operators.RMSNorm(norm)(ms.Tensor(x, dtype))
-    assert found.dtype == dtype
-    wide = x.astype(np.float16 if dtype == ms.float16 else np.float32).astype(np.float64)
-    expected = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + 1e-6) * norm.weight.asnumpy()
-    np.testing.assert_allclose(found.asnumpy(), expected, rtol=2e-3 if dtype == ms.float16 else 1e-5)
+@pytest.mark.parametrize("dtype, rtol", [(ms.float32, 1e-5), (ms.float16, 2e-3)])
+def test_modulated_norm_of_a_large_mean(mode, device, dtype, rtol):
+    """The mean is four hundred times the deviation in the first row: squares must be taken after it is subtracted."""
+    x = values(2, 5, 8, scale=0.25)
+    x[:, 0] += 100.0
+    scale, shift = values(2, 1, 8, seed=1), values(2, 1, 8, seed=2)
+    found = call(operators.modulated_norm, x, scale, shift, dtype=dtype)
+    x, scale, shift = (a.astype(found.dtype).astype(np.float64) for a in (x, scale, shift))
+    centred = x - x.mean(-1, keepdims=True)
+    expected = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-6) * (1 + scale) + shift
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=20 * rtol)
 
 
-def test_rotary_embedding_turns_pairs_of_channels_as_complex_numbers(mode):
-    x, angles = values(2, 3, 5, 8), values(5, 4, seed=1, scale=3.0)
-    cos, sin = (ms.Tensor(np.repeat(f(angles), 2, axis=-1)) for f in (np.cos, np.sin))
-    rotate = operators.RotaryEmbedding(8)
+def test_rms_norm_of_a_half_precision_input_works_in_float32(mode):
+    x, weight = values(2, 3, 5, 8, scale=300.0), 1 + 0.1 * values(8, seed=1)  # squares that overflow in fp16
+    found = Function(operators.rms_norm)(ms.Tensor(x, ms.float16), ms.Tensor(weight))
+    assert found.dtype == ms.float32
+    wide = x.astype(np.float16).astype(np.float64)
+    np.testing.assert_allclose(found.asnumpy(), wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + 1e-6) * weight, rtol=1e-5)
 
-    class Rotate(nn.Cell):
-        def construct(self, x, cos, sin):
-            return rotate(x, (cos, sin))
 
+def rotate(x, cos, sin):
+    return operators.rotate(x, (cos, sin))
+
+
+def linear(x, *layer):
+    return operators.linear(x, layer)
+
+
+def adapted_linear(x, *layer):
+    return operators.adapted_linear(x, layer)
+
+
+def test_rotate_turns_pairs_of_channels_as_complex_numbers(mode):
+    x, angles = values(2, 5, 3, 8), values(5, 1, 4, seed=1, scale=3.0)
+    tables = [np.tile(np.repeat(f(angles), 2, axis=-1), (1, 3, 1)) for f in (np.cos, np.sin)]
+    found = call(rotate, x, *tables)
     turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)
-    found = Rotate()(ms.Tensor(x), cos, sin).asnumpy()
     np.testing.assert_allclose(found[..., ::2], turned.real, atol=2e-6)
     np.testing.assert_allclose(found[..., 1::2], turned.imag, atol=2e-6)
+
+
+def test_linear_with_and_without_an_adapter(mode):
+    x, w, b, low, high = values(2, 3, 8), values(5, 8, seed=1), values(5, seed=2), values(4, 8, seed=3), values(5, 4, seed=4)
+    np.testing.assert_allclose(call(linear, x, w, b), x @ w.T + b, atol=1e-5)
+    found = call(adapted_linear, x, w, b, low, high)
+    np.testing.assert_allclose(found, x @ w.T + b + x @ low.T @ high.T, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (300, 5000), (4, 3, 3, 3)])
+def test_the_sum_of_squares_of_any_shape(mode, device, shape):
+    x = values(*shape) if shape else np.array(-3.0, np.float32)
+    np.testing.assert_allclose(call(operators.square_sum, x), np.square(x.astype(np.float64)).sum(), rtol=2e-6)
+
+
+def test_a_gate_of_its_own_for_every_element_of_the_batch(mode, device):
+    x, gate, y = values(3, 5, 4), values(3, 1, 4, seed=1), values(3, 5, 4, seed=2)
+    np.testing.assert_allclose(call(operators.add_gated, x, gate, y), x + gate * y, atol=1e-6)
+
+
+@pytest.mark.parametrize("keys", [7, 5])
+def test_attention_and_its_gradients_are_the_softmaxs(mode, keys):
+    """Gradients through the softmax's whole Jacobian, diag(p) - p pᵀ, in float64; over as many keys as queries, and fewer."""
+    q, dout = values(2, 3, 7, 4), values(2, 3, 7, 4, seed=1)
+    k, v = values(2, 3, keys, 4, seed=2), values(2, 3, keys, 4, seed=3)
+    q64, k64, v64, dout64 = (a.astype(np.float64) for a in (q, k, v, dout))
+    scores = np.einsum("bhtd,bhsd->bhts", q64, k64) / 2
+    p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    jacobian = np.einsum("bhts,su->bhtsu", p, np.eye(keys)) - np.einsum("bhts,bhtu->bhtsu", p, p)
+    dscores = np.einsum("bhtsu,bhtd,bhud->bhts", jacobian, dout64, v64) / 2
+    expected = [np.einsum("bhts,bhsd->bhtd", dscores, k64), np.einsum("bhts,bhtd->bhsd", dscores, q64)]
+    expected.append(np.einsum("bhts,bhtd->bhsd", p, dout64))
+
+    np.testing.assert_allclose(call(operators.attention, q, k, v), np.einsum("bhts,bhsd->bhtd", p, v64), atol=2e-6)
+    gradient = ops.GradOperation(get_all=True, sens_param=True)(Function(operators.attention))
+    for found, right in zip(gradient(*map(ms.Tensor, (q, k, v, dout))), expected):
+        np.testing.assert_allclose(found.asnumpy(), right, atol=5e-6)
 
 
 @pytest.mark.parametrize("channels, cosine_first, shift", [(256, True, 0), (32, False, 1)])
@@ -57,42 +128,3 @@ def test_sinusoids_of_large_timesteps_are_exact(mode, channels, cosine_first, sh
     found = operators.Timesteps(plain)(ms.Tensor(timesteps))
     assert found.dtype == ms.float32
     np.testing.assert_allclose(found.asnumpy(), np.concatenate(waves, axis=1), atol=8e-5)
-
-
-def flux_inputs(batch=2):
-    arrays = {"hidden_states": values(batch, 6, 64), "timestep": np.linspace(0.2, 0.9, batch, dtype=np.float32)}
-    arrays.update(
-        guidance=np.full(batch, 3.5, np.float32), pooled_projections=values(batch, 32), encoder_hidden_states=values(batch, 5, 32)
-    )
-    arrays.update(txt_ids=np.zeros((5, 3), np.float32), img_ids=flow.latent_image_ids(4, 6))
-    return {name: ms.Tensor(value) for name, value in arrays.items()}
-
-
-class Loss(nn.Cell):
-    def __init__(self, model):
-        super().__init__(auto_prefix=False)
-        self.model = model
-
-    def construct(self, hidden, timestep, guidance, pooled, text, txt_ids, img_ids):
-        return ops.square(self.model(hidden, text, pooled, timestep, img_ids, txt_ids, guidance, return_dict=False)[0]).mean()
-
-
-def test_a_flux_with_them_is_the_same_flux(tiny_flux, mode, monkeypatch):
-    """Output and every gradient within 2e-5 of mindone's own modules, the parameters under the same names.
-
-    Both with the exact sinusoids: those of mindone's differ by more.
-    """
-    full = precision.resolve_precision("no")
-    fast = models.load_model(tiny_flux, "transformer", full)
-    monkeypatch.setattr(models, "use_fast_operators", lambda model: model)
-    plain = models.load_model(tiny_flux, "transformer", full)
-    assert isinstance(fast.time_text_embed.time_proj, operators.Timesteps)
-    plain.time_text_embed.time_proj = operators.Timesteps(plain.time_text_embed.time_proj)
-    assert [(n, p.name) for n, p in fast.parameters_and_names()] == [(n, p.name) for n, p in plain.parameters_and_names()]
-
-    found = []
-    for model in (plain, fast):
-        value, gradients = ms.value_and_grad(Loss(model), None, model.trainable_params())(*flux_inputs().values())
-        found.append([value.asnumpy(), *(g.asnumpy() for g in gradients)])
-    for ours, theirs in zip(*found[::-1]):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max() + 1e-9)

@@ -23,7 +23,7 @@ import train_controlnet_sdxl  # noqa: E402
 import train_dreambooth_lora_flux  # noqa: E402
 from shapes import conditioning, draw_scene, picture  # noqa: E402
 
-from mindtune import data, diffusion, encode, flow, lora, models, optim, precision, rng, sampling  # noqa: E402
+from mindtune import data, diffusion, encode, flow, flux_blocks, lora, models, optim, precision, rng, sampling  # noqa: E402
 
 UPDATES, FULL = 50, precision.Precision(ms.float32, ms.float32)
 CAPTION = "a photo of a red circle on a white background"
@@ -218,6 +218,8 @@ class Ours:
                 parameter.set_data(ms.Tensor(0.05 * rng.normal(0, name, shape=parameter.shape)))
             elif self.settings.get("existing"):  # no copy of the base any more
                 parameter.set_data(ms.Tensor(parameter.asnumpy() + 0.02 * rng.normal(0, name, shape=parameter.shape)))
+        for model in (controlnet, self.base):
+            flux_blocks.bind(model)
         self.cells = {"controlnet": controlnet, **self.cells}
         self.trained = {f"controlnet.{name}": p for name, p in models.model_parameters(controlnet).items()}
 
