@@ -22,7 +22,8 @@ demo-controlnet: venv
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
-bench: venv
+bench: venv .venv-parity/made
+	$(BIN)/python benchmarks/speed.py --torch .venv-parity/bin/python
 	$(BIN)/python benchmarks/encoder_memory.py
 	$(BIN)/python benchmarks/controlnet_memory.py
 

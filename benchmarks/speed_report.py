@@ -1,0 +1,316 @@
+"""The tables and the plot of docs/performance.md from benchmarks/results/speed.json. speed.py calls it."""
+
+from functools import partial
+
+BEGIN, END = "<!-- made by benchmarks/speed.py: begin -->", "<!-- made by benchmarks/speed.py: end -->"
+DISTURBED = 0.25  # cores that others worked on
+KINDS = {"flux_lora": "FLUX LoRA", "flux_controlnet": "FLUX ControlNet", "sd15": "SD 1.5 ControlNet"}
+
+
+def write(results, page, plot_path):
+    """Puts the tables between the marks of the page, whose other text stays, and draws the plot."""
+    head, rest = page.read_text().split(BEGIN)
+    tail = rest.split(END)[1]
+    page.write_text(head + BEGIN + "\n\n" + tables(results) + "\n" + END + tail)
+    if found(results, "growth"):
+        plot(found(results, "growth"), plot_path)
+
+
+# ---- reading the results -------------------------------------------------------------------------------------------------------------
+
+
+def found(results, section, *keys):
+    """A value of a section, or None if it was not measured."""
+    value = (results.get(section) or {}).get("found")
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def disturbed(results, section):
+    """True if other processes worked while a section was measured."""
+    return results.get(section, {}).get("others", 0.0) > DISTURBED
+
+
+def torch_best(ways):
+    """Seconds of PyTorch's better way, or None."""
+    seconds = [way["update"] for name, way in ways.items() if name.startswith("PyTorch") and "update" in way]
+    return min(seconds, default=None)
+
+
+def ratio(a, b):
+    return a / b if a is not None and b else None
+
+
+def step_ratio(results, case, way="PyTorch"):
+    """Seconds of PyTorch's better way (or of another) over ours, or None."""
+    ways = found(results, "steps", case, "ways") or {}
+    other = torch_best(ways) if way == "PyTorch" else ways.get(way, {}).get("update")
+    return ratio(other, ways.get("ours", {}).get("update"))
+
+
+def share_of_limit(results):
+    part = found(results, "limit") or {}
+    seconds = part.get("ours", {}).get("update")
+    rates = [run["best"] for run in part.get("rate", {}).get("runs", ()) if "best" in run]
+    return ratio(sum(part["operations"].values()), seconds * max(rates)) if seconds and rates else None
+
+
+def loading_peak(results):
+    rows = [row for row in found(results, "loading") or () if (row["file"], row["shards"], row["memory"]) == ("float32", 1, "fp32")]
+    return ratio(rows[0]["ours peak"], rows[0]["weights"]) if rows else None
+
+
+def graph_memory(results):
+    value = found(results, "first", "ours", "graph_mb")
+    return value / 1024 if value is not None else None
+
+
+def over_seeds(results):
+    cached, seeds = (found(results, "cached", form, "pictures_a_second") for form in ("cached", "seeds"))
+    return ratio(cached, seeds)
+
+
+def worst(results, name, key):
+    """The largest value of the runs of a case of `host`, or None."""
+    runs = found(results, "host", name, "runs") or ()
+    return max((run[key] for run in runs if key in run), default=None)
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------------------------
+
+
+def number(value, digits=2, unit=""):
+    return "not measured" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def percent(value):
+    return number(None if value is None else 100 * value, 2, " %")
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    if not rows:
+        return "Not measured.\n"
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def targets(results):
+    """Every target with its value at the start and now, and whether it is reached."""
+    times, seconds, gigabytes, whole = number, *(partial(number, digits=d, unit=u) for d, u in ((1, " s"), (2, " GB"), (0, "")))
+    first = {name: found(results, "first", name, "first") for name in ("ours", "ours, the second time")}
+    outside = {name: found(results, "host", name, "outside") for name in ("shapes, batch 4", "mid, batch 1")}
+    # Section, name, wanted, at the start, now, whether more is better, how to write it.
+    rows = [
+        ("steps", "LoRA step at `mid`: PyTorch's time over ours", 1.3, "0.47", step_ratio(results, "flux_lora mid"), True, times),
+        ("steps", "LoRA step at `wide`: PyTorch's time over ours", 2.0, "1.3", step_ratio(results, "flux_lora wide"), True, times),
+        ("limit", "LoRA step at `wide`: share of the limit", 0.85, "0.59", share_of_limit(results), True, times),
+        ("first", "first update at `deep`, a fresh process", 30.0, "115 s", first["ours"], False, seconds),
+        ("first", "first update at `deep`, the second time", 10.0, "115 s", first["ours, the second time"], False, seconds),
+        ("first", "host memory of the compiled graph at `deep`", 2.0, "6.8 GB", graph_memory(results), False, gigabytes),
+        ("loading", "loading: peak over the weights' size", 1.2, "3.2", loading_peak(results), False, times),
+        ("host", "time outside the step, shapes pipeline", 0.02, "-", outside["shapes, batch 4"], False, percent),
+        ("host", "time outside the step, `mid`", 0.02, "-", outside["mid, batch 1"], False, percent),
+        ("host", "batches waited for after the first, shapes pipeline", 0, "all", worst(results, "shapes, batch 4", "late"), False, whole),
+        ("host", "batches waited for after the first, `mid`", 0, "all", worst(results, "mid, batch 1", "late"), False, whole),
+        ("cached", "caches over the seeds' step with the VAE inside, shapes pipeline", 2.0, "-", over_seeds(results), True, times),
+    ]
+    lines = []
+    for section, name, wanted, start, value, more, show in rows:
+        reached = "-" if value is None else "yes" if (value >= wanted if more else value <= wanted) else "**no**"
+        reached = f"{section} was disturbed" if value is not None and disturbed(results, section) else reached
+        lines.append([name, f"at {'least' if more else 'most'} {show(wanted)}", start, show(value), reached])
+    return table(["target", "wanted", "at the start", "measured", "reached"], lines)
+
+
+def spread(way, digits=3):
+    """Median of a way with the least and the most of its rounds, or why there is none."""
+    if way is None:
+        return "-"
+    if "update" not in way:
+        return f"failed: {way.get('failed', '')[:80]}"
+    rounds = len([run for run in way["runs"] if "update" in run])
+    if rounds == 1:
+        return f"{way['update']:.{digits}f}"
+    return f"{way['update']:.{digits}f} ({way['least']:.{digits}f}-{way['most']:.{digits}f})"
+
+
+def step_table(results):
+    header = ["seconds an update", "ours", "ours, PyNative", "mindone", "PyTorch", "PyTorch, compiled", "PyTorch / ours", "mindone / ours"]
+    rows = []
+    for case, part in (found(results, "steps") or {}).items():
+        kind, name = case.split()
+        cells = [spread(part["ways"].get(way)) for way in header[1:6]]
+        both = [number(step_ratio(results, case, way)) for way in ("PyTorch", "mindone")]
+        rows.append([f"{KINDS[kind]}, `{name}`", *cells, *both])
+    if not rows:
+        return table(header, rows)
+    return table(header, rows) + f"\nThe losses of every update differ from ours by at most {losses_apart(results):.1e} of the loss.\n"
+
+
+def losses_apart(results):
+    """The largest relative difference of a loss from that of our first process, over all ways and updates of `steps`."""
+    apart = [0.0]
+    for part in (found(results, "steps") or {}).values():
+        runs = [run["losses"] for way in part["ways"].values() for run in way["runs"] if "losses" in run]
+        apart += [abs(loss / own - 1) for run in runs for loss, own in zip(run, runs[0])]
+    return max(apart)
+
+
+def start_table(results):
+    header = ["LoRA at `deep`, a process each", "first update after", "second", "compiled graph", "peak of the process", "later updates, s"]
+    rows = []
+    for name, run in (found(results, "first") or {}).items():
+        memory = [number(run[key] / 1024, 2, " GB") if key in run else "-" for key in ("graph_mb", "peak_mb")]
+        times = [number(run.get(key), 1, " s") if "failed" not in run else f"failed: {run['failed'][:80]}" for key in ("first", "second")]
+        rows.append([name, *times, *memory, number(run.get("update"), 3)])
+    return table(header, rows)
+
+
+def start_of_steps_table(results):
+    """The same of the processes that measured steps; their first round."""
+    ways = ("ours", "ours, PyNative", "mindone", "PyTorch")
+    rows = []
+    for case, part in (found(results, "steps") or {}).items():
+        kind, name = case.split()
+        runs = [part["ways"].get(way, {"runs": [{}]})["runs"][0] for way in ways]
+        graphs = [number(run["graph_mb"] / 1024, 2) if "graph_mb" in run else "-" for run in (runs[0], runs[2])]
+        rows.append([f"{KINDS[kind]}, `{name}`", *(number(run.get("first"), 1) for run in runs), *graphs])
+    return table(["first update after, s", *ways, "graph of ours, GB", "graph of mindone, GB"], rows)
+
+
+def limit_table(results):
+    part, all_steps = found(results, "limit"), found(results, "steps") or {}
+    if not part or "best" not in part["rate"]:
+        return "Not measured.\n"
+    runs = [run for run in part["rate"]["runs"] if "rates" in run]
+    best, shape = max((rate, shape) for run in runs for shape, rate in run["rates"].items())
+    cases = {f"FLUX LoRA, `{part['size']}`, in turn with the rate": (part["operations"], part["ours"])}
+    for case, step in all_steps.items():
+        kind, name = case.split()
+        cases[f"{KINDS[kind]}, `{name}`"] = step["operations"], step["ways"]["ours"]
+    rows = []
+    for name, (counted, ours) in cases.items():
+        limit, seconds = sum(counted.values()) / best, ours.get("update")
+        cells = [f"{counted[way] / 1e9:,.1f}" for way in ("forward", "backward")]
+        rows.append([name, *cells, number(limit, 3), number(seconds, 3), number(ratio(limit, seconds))])
+    text = f"Best rate of a matrix product: {best / 1e9:.0f} GFLOP/s ({shape}).\n\n"
+    text += table(["step", "forward, GFLOP", "backward, GFLOP", "limit, s", "ours, s", "share of the limit"], rows)
+    checks = [(sum(s["operations"].values()), s["operations_by_torch"]) for s in all_steps.values() if s.get("operations_by_torch")]
+    if checks:
+        apart = max(abs(ours / theirs - 1) for ours, theirs in checks)
+        text += f"\nPyTorch's own counter on {len(checks)} of these steps: the same number within {apart:.1e}.\n"
+    return text
+
+
+def script_table(results):
+    header = ["training script, shapes pipeline, batch 4", "pictures a second", "s an update", "first update after", "peak, GB"]
+    names = {
+        "cached": "`--cache_latents`, text cached",
+        "vae": "VAE inside the step, text cached",
+        "seeds": "the seeds' form: mindone's modules, VAE inside the step, text cached",
+        "seeds text": "the same with CLIP and T5 inside the step too",
+    }
+    rows = []
+    for form, part in (found(results, "cached") or {}).items():
+        run = next((run for run in part["runs"] if "update" in run), {})
+        cells = [number(part.get("pictures_a_second"), 1), number(run.get("update"), 3), number(run.get("first"), 1, " s")]
+        rows.append([names[form], *cells, number(run["peak_mb"] / 1024, 2) if run else part.get("failed", "")[:80]])
+    return table(header, rows)
+
+
+def host_table(results):
+    rows = []
+    for name, part in (found(results, "host") or {}).items():
+        run = next((run for run in part["runs"] if "update" in run), {})
+        cells = [number(run.get(key), 4) for key in ("update", "in_step")]
+        late = f"{worst(results, name, 'late')} of {run['batches'] - 1}" if run else "-"
+        waits = [number(run.get("first_wait"), 3), late, percent(worst(results, name, "waited"))]
+        rows.append([name, *cells, percent(part.get("outside")), *waits])
+    header = ["training script, caches", "s an update", "of it in the step", "outside", "first batch, s", "later ones waited for", "in all"]
+    return table(header, rows)
+
+
+def encode_table(results):
+    rows = []
+    for name, ways in (found(results, "encode") or {}).items():
+        rates = [ways[way].get("pictures_a_second") for way in ("ours", "PyTorch")]
+        rows.append([name, *(number(rate) for rate in rates), number(ratio(*rates))])
+    return table(["pictures a second", "the encode stage", "PyTorch's encoder", "ours / PyTorch's"], rows)
+
+
+def loading_table(results):
+    rows = []
+    for row in found(results, "loading") or ():
+        cells = [number(row["weights"] / 1024, 2)]
+        for way in ("ours", "mindone"):
+            cells += [number(row[f"{way} peak"] / row["weights"]), number(row[f"{way} seconds"], 1)]
+        rows.append([f"{row['file']}, {row['shards']} file(s), into {row['memory']}", *cells])
+    return table(["loading", "weights, GB", "ours: peak / weights", "s", "mindone: peak / weights", "s"], rows)
+
+
+def growth_table(results):
+    names, rows = {"tokens": "{} image tokens", "batch": "batch of {}", "blocks": "{} blocks", "pictures": "{} pictures"}, []
+    for row in found(results, "growth") or ():
+        if row["what"] == "pictures":
+            more = f"first update after {number(row['first'], 1)} s, peak {number((row['peak_mb'] or 0) / 1024, 2)} GB"
+        else:
+            more = f"PyTorch {number(row['PyTorch'], 3)} s; {sum(row['operations'].values()) / 1e9:,.0f} GFLOP"
+        rows.append([names[row["what"]].format(row["amount"]), number(row.get("ours", row.get("update")), 3), more])
+    return table(["LoRA at `mid` (pictures: the script, shapes)", "ours, s an update", ""], rows)
+
+
+def disturbances(results):
+    """When each section was measured and how long it took, and which of them others disturbed."""
+    made = {name: part for name, part in results.items() if isinstance(part, dict) and "made" in part}
+    text = "Measured: " + ", ".join(f"{name} {part['made']} ({part['minutes']:.0f} minutes)" for name, part in made.items()) + ".\n"
+    bad = [f"{name} ({part['others']:.2f})" for name, part in made.items() if disturbed(results, name)]
+    if bad:
+        text += (
+            f"\n**Not to be trusted**: other processes worked on up to so many cores during {', '.join(bad)}. PyTorch suffers most from "
+            "that: its threads wait for each other by spinning.\n"
+        )
+    return text
+
+
+def tables(results):
+    computer, packages = results["machine"], ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+    parts = [
+        ("Targets", targets), ("Steps", step_table), ("From the start of a process", start_table), (None, start_of_steps_table),
+        ("The limit", limit_table), ("Caches", script_table), ("Time outside the step", host_table), ("Encode stage", encode_table),
+        ("Loading", loading_table), ("Growth", growth_table),
+    ]  # fmt: skip
+    text = [
+        f"Machine: {computer['processor']}, {computer['cores']} cores, {computer['memory_gb']} GB, {computer['architecture']}. "
+        f"Versions: {packages}. {disturbances(results)}"
+    ]
+    for title, make in parts:
+        text.append((f"### {title}\n\n" if title else "") + make(results))
+    return "\n".join(text)
+
+
+# ---- plot ----------------------------------------------------------------------------------------------------------------------------
+
+
+def plot(rows, path):
+    """Seconds an update against tokens, batch and blocks, ours and PyTorch's; of a whole run against its pictures."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    axes = figure.subplots(1, 4)
+    titles = {"tokens": "image tokens", "batch": "batch", "blocks": "blocks", "pictures": "pictures"}
+    for axis, (what, label) in zip(axes, titles.items()):
+        own = sorted((row for row in rows if row["what"] == what), key=lambda row: row["amount"])
+        lines = {"ours": "ours", "PyTorch": "PyTorch"} if what != "pictures" else {"first": "to first update", "update": "an update"}
+        for key, name in lines.items():
+            points = [(row["amount"], row[key]) for row in own if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points), marker="o", markersize=3, label=name)
+        axis.set(xlabel=label, ylabel="seconds" if what in ("tokens", "pictures") else None)
+        if what == "pictures":
+            axis.set(xscale="log", yscale="log")
+        else:
+            axis.set(ylim=(0, None), xlim=(0, None))
+        if axis.lines:
+            axis.legend(fontsize=7)
+    figure.savefig(path, format="png", dpi=90)

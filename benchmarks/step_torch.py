@@ -1,0 +1,90 @@
+"""One process of the speed benchmark on PyTorch and diffusers (speed.py starts it): does the job of a JSON file, prints a line of JSON.
+
+    python benchmarks/step_torch.py JOB.json
+
+Models, loss and step are those of the parity check's PyTorch side (tests/parity/reference.py): diffusers' models and peft's LoRA, text
+and latents computed beforehand, float32, as many threads as PyTorch chooses, its fused attention.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "tests/parity")]
+
+import diffusers  # noqa: E402
+import numpy as np  # noqa: E402
+import reference  # noqa: E402  (tests/parity)
+import torch  # noqa: E402
+import workload  # noqa: E402
+from PIL import Image  # noqa: E402
+
+
+def make_step(job):
+    """(a function that does one update and gives its loss, the models by name)."""
+    settings, arrays = workload.settings(job["kind"], job["size"]), workload.batch(job["kind"], job["size"], job["batch"])
+    step = reference.KINDS[job["kind"]](Path(job["root"]), Path(job["work"]), settings)
+    batch, parameters = {name: torch.from_numpy(array) for name, array in arrays.items()}, list(step.trained.values())
+    (rate, decay), *_ = settings["rates"].values()
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.999), eps=settings["eps"], weight_decay=decay)
+    if job.get("compile"):
+        step.models = {name: torch.compile(model) for name, model in step.models.items()}
+
+    def update():
+        optimizer.zero_grad()
+        loss = reference.loss_of(step, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return update
+
+
+def updates(job):
+    """Seconds of single updates and of the way there from the start of the process."""
+    update, losses, seconds, ends = make_step(job), [], [], []
+    for _ in range(job["warmup"] + job["updates"]):
+        began = time.perf_counter()
+        losses.append(update())
+        seconds.append(time.perf_counter() - began)
+        ends.append(time.time() - job["started"])
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {
+        "update": float(np.median(seconds[job["warmup"] :])), "all": seconds, "first": ends[0], "second": ends[1], "losses": losses,
+        "peak_mb": int(peak.split()[1]) / 1024,
+    }  # fmt: skip
+
+
+def count(job):
+    """Operations of one update by PyTorch's own counter, attention written out as products: a check of operations.py."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    update = make_step(job)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        update()
+    return {"operations": counter.get_total_flops()}
+
+
+def encode(job):
+    """Pictures a second through the VAE's encoder one by one, from files, after the first two."""
+    vae = diffusers.AutoencoderKL.from_pretrained(Path(job["root"]) / "vae").eval()
+    paths, ends = sorted(Path(job["pictures"]).glob("*.png"))[: job["count"]], []
+    with torch.no_grad():
+        for path in paths:
+            pixels = np.asarray(Image.open(path), np.float32).transpose(2, 0, 1) / 127.5 - 1.0
+            vae.encode(torch.from_numpy(pixels[None])).latent_dist.parameters.numpy()
+            ends.append(time.perf_counter())
+    return {"pictures_a_second": (len(ends) - 2) / (ends[-1] - ends[1])}
+
+
+def main(path):
+    job = json.loads(Path(path).read_text())
+    print(json.dumps({"updates": updates, "count": count, "encode": encode}[job["do"]](job)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,166 @@
+"""One process of the speed benchmark that runs flux_lora/train_dreambooth_lora_flux.py or its encode stage (speed.py starts it).
+
+    python benchmarks/train_script.py JOB.json
+
+`train` runs the script's own main with watches around its step and its data; the forms other than `cached` are
+
+    vae         without --cache_latents: the VAE runs inside the step
+    seeds       the same with mindone's modules, plainly
+    seeds text  CLIP and T5 run inside the step too
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "examples/tiny", "flux_lora")]
+
+import mindspore as ms  # noqa: E402
+import numpy as np  # noqa: E402
+import train_dreambooth_lora_flux as script  # noqa: E402  (flux_lora)
+from mindspore import nn  # noqa: E402
+from shapes import draw_scene, picture  # noqa: E402  (examples/tiny)
+from step_mindspore import load_plainly, memory, require_plain, use_mindone_plainly  # noqa: E402  (beside this one)
+
+from mindtune import data, encode, models, precision  # noqa: E402
+
+CALLS, WAITS = [], []  # (began, ended) of every call of the step with its result read, seconds waited for every batch
+
+
+class WatchedStep(script.TrainStepForFluxDevDB):
+    """The script's step; its result is read within the call, as the script does right after it."""
+
+    def __call__(self, *batch):
+        began = time.perf_counter()
+        out = super().__call__(*batch)
+        out[1].asnumpy()
+        CALLS.append((began, time.perf_counter()))
+        return out
+
+
+def watch_data():
+    """Notes how long the loop waits for each batch."""
+    prefetch = data.prefetch
+
+    def watched(*arguments, **options):
+        batches = prefetch(*arguments, **options)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            WAITS.append(time.perf_counter() - began)
+            yield batch
+
+    data.prefetch = watched
+
+
+class WithText(nn.Cell):
+    """A transformer that takes T5's token ids in the place of its states."""
+
+    def __init__(self, transformer, t5):
+        super().__init__()
+        self.transformer, self.t5 = transformer, t5
+
+    def construct(self, hidden_states, timestep, guidance, pooled_projections, encoder_hidden_states, txt_ids, img_ids, return_dict):
+        states = self.t5(encoder_hidden_states.astype(ms.int32))[0]
+        return self.transformer(
+            hidden_states=hidden_states, timestep=timestep, guidance=guidance, pooled_projections=pooled_projections,
+            encoder_hidden_states=states, txt_ids=txt_ids, img_ids=img_ids, return_dict=return_dict,
+        )  # fmt: skip
+
+
+class PlainStep(WatchedStep):
+    """On mindone's modules."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        for model in (self.transformer, self.vae):
+            require_plain(model)
+
+
+class StepWithText(PlainStep):
+    """CLIP and T5, frozen, inside the step."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        root = ROOT / "examples/tiny/flux-shapes"
+        clip, t5 = (load_plainly(root, name) for name in ("text_encoder", "text_encoder_2"))
+        for encoder in (clip, t5):
+            precision.freeze_params(encoder)
+        self.text_encoder, self.transformer = clip, WithText(self.transformer, t5)
+
+
+def give_token_ids():
+    """Batches hold token ids, made for every use, in the place of T5's and CLIP's outputs."""
+    root = ROOT / "examples/tiny/flux-shapes"
+    clip, t5 = (models.load_tokenizer(root / name) for name in ("tokenizer", "tokenizer_2"))
+
+    def text(batches, caption):
+        ids = (t5, batches.args.max_sequence_length), (clip, clip.model_max_length)
+        return tuple(encode.token_ids(tokenizer, caption, length).astype(np.int32) for tokenizer, length in ids)
+
+    script.Batches._text = text
+
+
+def train(job):
+    """Seconds an update, share of it outside the step, waits for data, and seconds from the process' start to the first update."""
+    if job["form"].startswith("seeds"):
+        use_mindone_plainly()
+    if job["form"] == "seeds text":
+        give_token_ids()
+    script.TrainStepForFluxDevDB = {"seeds": PlainStep, "seeds text": StepWithText}.get(job["form"], WatchedStep)
+    watch_data()
+    clocks = time.time() - time.perf_counter()
+    flags = {"pretrained_model_name_or_path": job["root"], "instance_data_dir": job["pictures"], "output_dir": job["out"],
+             "resolution": job["side"], "max_sequence_length": job["length"], "lora_rank": 16, "seed": 0, "report_to": "none",
+             "train_batch_size": job["batch"], "max_train_steps": job["updates"]}  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    script.main(words + job["flags"] + (["--cache_latents"] if job["form"] == "cached" else []))
+    skipped = job["warmup"]
+    ends = [end for _, end in CALLS]
+    calls, periods = [end - began for began, end in CALLS][skipped:], np.diff(ends)[skipped - 1 :]
+    return {
+        "update": float(np.median(periods)), "in_step": float(np.median(calls)), "outside": 1.0 - sum(calls) / sum(periods),
+        "pictures_a_second": job["batch"] / float(np.median(periods)), "first": ends[0] + clocks - job["started"],
+        "first_wait": WAITS[0], "waited": sum(WAITS[1:]) / (ends[-1] - ends[0]), "late": sum(wait > 1e-3 for wait in WAITS[1:]),
+        "batches": len(WAITS), "peak_mb": memory()["peak"],
+    }  # fmt: skip
+
+
+def encode_pictures(job):
+    """Pictures a second of the encode stage, decoding and writing its entries included, after the first two."""
+    models.set_up_device(graph_mode=False)
+    stage = encode.Stage(Path(job["root"]), None, "no", Path(job["out"]), 12)
+    samples, put, ends = data.samples_in_folder(job["pictures"], "pictures")[: job["count"]], stage.cache.put, []
+
+    def watched_put(key, entry):
+        put(key, entry)
+        ends.append(time.perf_counter())
+
+    stage.cache.put = watched_put
+    encode._encode_images(stage, [(sample, job["side"], False) for sample in samples])
+    return {"pictures_a_second": (len(ends) - 2) / (ends[-1] - ends[1])}
+
+
+def draw(job):
+    """`count` pictures of the world of shapes with captions beside them."""
+    folder, rng = Path(job["pictures"]), np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(job["count"]):
+        scene = draw_scene(rng, "train", anywhere=True)
+        picture(scene, job["side"]).save(folder / f"{number:06d}.png")
+        (folder / f"{number:06d}.txt").write_text(scene.caption + "\n")
+    return {}
+
+
+def main(path):
+    job = json.loads(Path(path).read_text())
+    print(json.dumps({"train": train, "encode": encode_pictures, "draw": draw}[job["do"]](job)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

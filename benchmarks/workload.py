@@ -1,0 +1,65 @@
+"""What the speed benchmark measures: the sizes, and the numbers that every side gets. NumPy only: both environments import it."""
+
+import numpy as np
+
+# FLUX transformers by width or depth. tokens: rows and columns of image tokens; text: T5 tokens; controlnet: its double and single blocks.
+SIZES = {
+    "mid": {
+        "transformer": {"num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24], "num_layers": 4,
+                        "num_single_layers": 8, "joint_attention_dim": 512},
+        "tokens": [16, 16], "text": 128, "controlnet": [2, 2],
+    },
+    "wide": {
+        "transformer": {"num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56], "num_layers": 1,
+                        "num_single_layers": 1, "joint_attention_dim": 4096},
+        "tokens": [32, 32], "text": 512, "controlnet": [1, 0],
+    },
+    "deep": {
+        "transformer": {"num_attention_heads": 2, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24], "num_layers": 19,
+                        "num_single_layers": 38, "joint_attention_dim": 128},
+        "tokens": [8, 8], "text": 32, "controlnet": [2, 4],
+    },
+    # The first two levels of Stable Diffusion 1.5.
+    "sd": {
+        "unet": {"block_out_channels": [320, 640], "layers_per_block": 2, "attention_head_dim": 8, "cross_attention_dim": 768,
+                 "norm_num_groups": 32, "down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2},
+        "latent": [32, 32], "text": 77,
+    },
+}  # fmt: skip
+FLUX_COMMON = {"in_channels": 64, "pooled_projection_dim": 768, "guidance_embeds": True}
+TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+RANK = 16
+
+
+def settings(kind, size):
+    """What tests/parity's two sides of a training step read. `kind`: flux_lora, flux_controlnet or sd15; `size`: an entry of SIZES."""
+    common = {"kind": kind, "eps": 1e-8, "guidance_scale": 3.5, "length": size["text"], "logit_mean": 0.0, "logit_std": 1.0}
+    common.update(mode_scale=1.29, scheme="none", updates=1)
+    if kind == "flux_lora":
+        return {**common, "rank": RANK, "alpha": float(RANK), "targets": {"transformer": TARGETS}, "rates": {"transformer": [1e-4, 1e-4]}}
+    common.update(rates={"controlnet": [5e-6, 1e-2]})
+    if kind == "flux_controlnet":
+        return {**common, "blocks": size["controlnet"]}
+    return {**common, "prediction_type": "epsilon", "snr_gamma": None, "scaling_factor": 0.18215}
+
+
+def batch(kind, size, count=1):
+    """name -> array of one update's batch of `count`, by the names that tests/parity gives them."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.standard_normal((count, *shape), dtype=np.float32)
+
+    flux = kind != "sd15"
+    channels, (height, width) = (16, (2 * n for n in size["tokens"])) if flux else (4, size["latent"])
+    made = {"moments": normal(2 * channels, height, width)}
+    made.update(posterior=normal(channels, height, width), noise=normal(channels, height, width))
+    if flux:
+        made.update(text=normal(size["text"], size["transformer"]["joint_attention_dim"]), pooled=normal(768))
+        made.update(uniform=rng.random(count), normal=normal())
+    else:
+        made.update(text=normal(size["text"], size["unet"]["cross_attention_dim"]), condition=rng.random((count, 3, 8 * height, 8 * width)))
+        made.update(condition=made["condition"].astype(np.float32), timesteps=rng.integers(0, 1000, count).astype(np.int32))
+    if kind == "flux_controlnet":
+        made.update(condition=normal(2 * channels, height, width), condition_posterior=normal(channels, height, width))
+    return made
