@@ -566,7 +566,7 @@ def main(argv=None):
             values = {name: value for name, value in values.items() if math.isfinite(value)}
         tracker.log(global_step, **values)
         seconds.append(time.perf_counter() - began)
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate * lr_factor:.2e}", s=f"{np.median(seconds[-20:]):.2f}")
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate * lr_factor:.2e}", s=f"{np.median(seconds[-20:]):.2f}", refresh=False)
         bar.update()
         if global_step < max_train_steps:
             if global_step % args.validation_steps == 0:
