@@ -33,6 +33,7 @@ def parse_args(argv=None):
     add("--guidance_scale", type=float, default=3.5, help="Guidance given to guidance-distilled models.")
     add("--max_sequence_length", type=int, default=512, help="T5 tokens of a prompt, at most 512.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of weights and of computation.")
+    add("--base_precision", choices=["same", "int8"], default="same", help="int8: the transformer and T5 in one byte a weight.")
     add("--seed", type=int, default=0, help="Seed of the noise.")
     add("--output", default="flux-controlnet.png", help="The picture, or the grid of several.")
     add("--overwrite", action="store_true", help="Replace pictures that are already there.")
@@ -59,14 +60,15 @@ def main(argv=None):
     folder = models.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, models.read_config(root, "transformer"))
 
     # ---- encode the prompts, in a process that gives its memory back ----------
-    kind = precision.resolve_precision(args.mixed_precision)
+    kind, int8 = precision.resolve_precision(args.mixed_precision), args.base_precision == "int8"
     with tempfile.TemporaryDirectory() as nowhere:
-        stage = Stage(root, args.variant, args.mixed_precision, Path(args.cache_dir or nowhere, "mindtune"), args.max_sequence_length)
+        cache = Path(args.cache_dir or nowhere, "mindtune")
+        stage = Stage(root, args.variant, args.mixed_precision, cache, args.max_sequence_length, int8=int8)
         stage.prepare(args.prompt, [])
         texts = {prompt: stage.text(prompt) for prompt in args.prompt}
 
     # ---- load ----------------------------------------------------------------
-    transformer = models.load_model(root, "transformer", kind, args.variant)
+    transformer = models.load_model(root, "transformer", kind, args.variant, int8)
     controlnet = models.load_model(folder.parent, folder.name, kind)
     vae, scheduler = models.load_model(root, "vae", kind, args.variant), models.read_config(root, "scheduler")
 

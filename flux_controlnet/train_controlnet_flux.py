@@ -90,6 +90,7 @@ def parse_args(argv=None):
     add("--timestep_shift", default="1", help="Shift training towards noise: a factor, or auto for --resolution's. 1: as FLUX.1-dev.")
     add("--guidance_scale", type=float, default=3.5, help="Guidance given to guidance-distilled models, training and sampling.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of frozen weights and of computation.")
+    add("--base_precision", choices=["same", "int8"], default="same", help="int8: the frozen transformer and T5 in one byte a weight.")
     add("--gradient_checkpointing", action="store_true", help="Recompute all blocks in the backward pass to save memory.")
     add("--train_batch_size", type=int, default=4, help="Pairs a step.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Steps an update.")
@@ -417,11 +418,12 @@ def main(argv=None):
     output_dir.mkdir(parents=True, exist_ok=True)
 
     # ---- encode once, in a process that gives its memory back -----------------
-    kind = precision.resolve_precision(args.mixed_precision)
+    kind, int8 = precision.resolve_precision(args.mixed_precision), args.base_precision == "int8"
     if kind.storage != kind.compute:
         print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
     folder = Path(args.cache_dir, "mindtune") if args.cache_dir else output_dir / "cache"
-    stage = Stage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, args.image_interpolation_mode)
+    filter_name = args.image_interpolation_mode
+    stage = Stage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, filter_name, int8=int8)
     more = args.validation_prompt + ([""] if args.proportion_empty_prompts else [])
     images = ()
     if args.cache_latents:
@@ -431,7 +433,7 @@ def main(argv=None):
     print(f"encode stage: {encoded} made, the rest already in {stage.folder}")
 
     # ---- load, freeze, cast --------------------------------------------------
-    transformer = models.load_model(root, "transformer", kind, args.variant)
+    transformer = models.load_model(root, "transformer", kind, args.variant, int8)
     vae = None if args.cache_latents else models.load_model(root, "vae", kind, args.variant)
     for model in (transformer, *([vae] if vae else [])):
         precision.freeze_params(model)
@@ -440,7 +442,7 @@ def main(argv=None):
     if existing:
         controlnet = models.load_model(existing.parent, existing.name, precision.resolve_precision("no"))
     else:
-        controlnet = models.flux_controlnet(root, transformer, args.num_double_layers, args.num_single_layers)
+        controlnet = models.flux_controlnet(root, args.num_double_layers, args.num_single_layers, args.variant)
     # MindSpore's optimizers update in the parameter's own precision: float32 parameters, computing in half.
     precision.compute_in(controlnet, kind.compute).set_train(True)
     for parameter in controlnet.get_parameters():

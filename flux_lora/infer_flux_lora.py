@@ -34,6 +34,7 @@ def parse_args(argv=None):
     add("--guidance_scale", type=float, default=3.5, help="Guidance given to a guidance-distilled transformer.")
     add("--max_sequence_length", type=int, default=512, help="T5 tokens of a prompt, at most 512.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of weights and of computation.")
+    add("--base_precision", choices=["same", "int8"], default="same", help="int8: the transformer and T5 in one byte a weight.")
     add("--seed", type=int, default=0, help="Seed of the noise.")
     add("--output", default="flux-lora.png", help="The picture, or the grid of several.")
     add("--overwrite", action="store_true", help="Replace pictures that are already there.")
@@ -67,15 +68,15 @@ def main(argv=None):
         lora.check_parts(adapter, "--lora", parts, layers)
 
     # ---- encode the prompts, in a process that gives its memory back ----------
-    kind = precision.resolve_precision(args.mixed_precision)
+    kind, int8 = precision.resolve_precision(args.mixed_precision), args.base_precision == "int8"
     with tempfile.TemporaryDirectory() as nowhere:
         folder = Path(args.cache_dir, "mindtune") if args.cache_dir else Path(nowhere)
-        stage = Stage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length)
+        stage = Stage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, int8=int8)
         stage.prepare(args.prompt, [])
         texts = [stage.text(prompt) for prompt in args.prompt]
 
     # ---- load, add the adapter -----------------------------------------------
-    cells = {"transformer": models.load_model(root, "transformer", kind, args.variant)}
+    cells = {"transformer": models.load_model(root, "transformer", kind, args.variant, int8)}
     if adapts_clip:
         cells["text_encoder"] = models.load_model(root, "text_encoder", kind, args.variant)
         tokenizer = models.load_tokenizer(root / "tokenizer")

@@ -102,6 +102,7 @@ def parse_args(argv=None):
     add("--timestep_shift", default="1", help="Shift training towards noise: a factor, or auto for the resolution's. 1: as FLUX.1-dev.")
     add("--guidance_scale", type=float, default=3.5, help="Guidance given to a guidance-distilled transformer, training and sampling.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of frozen weights and of computation.")
+    add("--base_precision", choices=["same", "int8"], default="same", help="int8: the frozen transformer and T5 in one byte a weight.")
     add("--gradient_checkpointing", action="store_true", help="Recompute the blocks in the backward pass to save memory.")
     add("--train_batch_size", type=int, default=4, help="Pictures a step (with class pictures: of each kind).")
     add("--gradient_accumulation_steps", type=int, default=1, help="Steps an update.")
@@ -260,7 +261,8 @@ def make_class_images(args, root, seed, have):
 
 def make_stage(args, root, kind):
     folder = Path(args.cache_dir, "mindtune") if args.cache_dir else Path(args.output_dir, "cache")
-    return Stage(root, args.variant, kind, folder, args.max_sequence_length, args.image_interpolation_mode)
+    int8 = args.base_precision == "int8"
+    return Stage(root, args.variant, kind, folder, args.max_sequence_length, args.image_interpolation_mode, int8=int8)
 
 
 class Batches:
@@ -486,7 +488,7 @@ def main(argv=None):
     output_dir.mkdir(parents=True, exist_ok=True)
 
     # ---- encode once, in a process that gives its memory back -----------------
-    kind = precision.resolve_precision(args.mixed_precision)
+    kind, int8 = precision.resolve_precision(args.mixed_precision), args.base_precision == "int8"
     if kind.storage != kind.compute:
         print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
     stage = make_stage(args, root, args.mixed_precision)
@@ -506,7 +508,7 @@ def main(argv=None):
 
     # ---- load, freeze, cast --------------------------------------------------
     ms.set_seed((seed + state.get("global_step", 0)) % 2**32)  # only --lora_dropout draws from MindSpore's own generators
-    transformer = models.load_model(root, "transformer", kind, args.variant)
+    transformer = models.load_model(root, "transformer", kind, args.variant, int8)
     text_encoder = models.load_model(root, "text_encoder", kind, args.variant) if args.train_text_encoder else None
     tokenizer = models.load_tokenizer(root / "tokenizer") if args.train_text_encoder else None
     vae = None if args.cache_latents else models.load_model(root, "vae", kind, args.variant)

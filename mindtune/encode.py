@@ -58,7 +58,8 @@ class Stage:
     """One pipeline's encoders with the settings that shape their output, and the cache they fill.
 
     `kind` names the pipeline's text encoders in ENCODERS. `vae` and `tokenizer` are folders to use in place of the pipeline's VAE and
-    first tokenizer, `vae_precision` the VAE's type if it is not `precision`.
+    first tokenizer, `vae_precision` the VAE's type if it is not `precision`. With `int8` FLUX's T5 and the transformer that draws class
+    pictures have int8 weights.
     """
 
     root: Path
@@ -71,6 +72,7 @@ class Stage:
     vae: Optional[Path] = None
     tokenizer: Optional[Path] = None
     vae_precision: Optional[str] = None
+    int8: bool = False
     fingerprints: dict = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,9 +100,13 @@ class Stage:
         """What else an encoder's output hangs on: the types, the device, and whose code ran."""
         return [*map(str, resolve_precision(precision)), ms.get_context("device_target"), MINDONE]
 
+    def in_int8(self, encoder: str) -> bool:
+        """Whether a text encoder has int8 weights: T5 alone, CLIP is small."""
+        return self.int8 and ENCODERS[self.kind][encoder] is _t5_entry
+
     def text_key(self, encoder: str, caption: str) -> str:
         length = self.max_sequence_length if encoder == "text_encoder_2" else None
-        fingerprint, made_by = self.fingerprints[encoder], self._made_by(self.precision)
+        fingerprint, made_by = self.fingerprints[encoder], self._made_by(self.precision) + ["int8"] * self.in_int8(encoder)
         return key_of(kind=f"{self.kind} {encoder}", caption=caption, length=length, encoder=fingerprint, made_by=made_by)
 
     def image_key(self, sample: Sample, size: Size, flip: bool) -> str:
@@ -220,7 +226,7 @@ def _encode_captions(stage: Stage, captions: Iterable[str]) -> None:
         for caption in tqdm(missing, desc=name, unit="caption", leave=False):
             if encoder is None:
                 tokenizer = load_tokenizer(stage.tokenizer_folder(name))
-                encoder = load_model(stage.root, name, precision, stage.variant)
+                encoder = load_model(stage.root, name, precision, stage.variant, stage.in_int8(name))
             entry = encode(encoder, tokenizer, caption, stage.max_sequence_length)
             _require_finite(entry, f"the prompt {caption!r}", stage.precision)
             stage.cache.put(stage.text_key(name, caption), entry)
@@ -299,7 +305,7 @@ def _generate(stage: Stage, order: ClassImages) -> None:
     precision = resolve_precision(stage.precision)
     _encode_captions(stage, [order.prompt])
     text = stage.text(order.prompt)
-    transformer = load_model(stage.root, "transformer", precision, stage.variant)
+    transformer = load_model(stage.root, "transformer", precision, stage.variant, stage.int8)
     vae, config = load_model(stage.root, "vae", precision, stage.variant), read_config(stage.root, "vae")
     scheduler = read_config(stage.root, "scheduler")
     side = order.resolution // 2 ** (len(config["block_out_channels"]) - 1)

@@ -15,7 +15,9 @@ from functools import lru_cache
 import mindspore as ms
 from mindspore import nn, ops
 
-from mindtune.operators import ON_CPU, adapted_linear, add_gated, attention, linear, modulated_norm, rms_norm, rotate, tanh_gelu
+from mindtune.operators import (
+    ON_CPU, adapted_int8_linear, adapted_linear, add_gated, attention, int8_linear, linear, modulated_norm, rms_norm, rotate, tanh_gelu,
+)  # fmt: skip
 
 _cast = ops.Cast()
 
@@ -46,16 +48,22 @@ def bounded(x):
     return x.clip(-65504, 65504) if x.dtype == ms.float16 else x
 
 
+# (int8 weights, an adapter) -> the function of such a linear layer.
+FORMS = {
+    (False, False): linear, (False, True): adapted_linear, (True, False): int8_linear, (True, True): adapted_int8_linear,
+}  # fmt: skip
+
+
 class Block(nn.Cell):
-    """`adapted`: for every linear layer in `names`, whether it has an adapter. Chosen here: a choice within the graph cannot be looked
-    into by `Recomputed`."""
+    """`forms`: a key of FORMS for every linear layer in `names`. Chosen here: a choice within the graph cannot be looked into by
+    `Recomputed`."""
 
     names = ()
 
-    def __init__(self, adapted):
+    def __init__(self, forms):
         super().__init__()
-        for name, has_adapter in zip(self.names, adapted):
-            setattr(self, name, adapted_linear if has_adapter else linear)
+        for name, form in zip(self.names, forms):
+            setattr(self, name, FORMS[form])
 
 
 class Double(Block):
@@ -120,9 +128,9 @@ class Recomputed(nn.Cell):
 
 
 @lru_cache(None)
-def shared(kind, adapted, recomputes):
-    """The one function that all blocks like this call; see `Block` for `adapted`."""
-    block = Recomputed(kind(adapted)) if recomputes else kind(adapted)
+def shared(kind, forms, recomputes):
+    """The one function that all blocks like this call; see `Block` for `forms`."""
+    block = Recomputed(kind(forms)) if recomputes else kind(forms)
 
     @ms.no_inline
     def function(*inputs):
@@ -135,7 +143,8 @@ def shared(kind, adapted, recomputes):
 
 
 def tensors(weights, frozen, dtype):
-    """Parameters as tensors: of linear layers (W, b) or (W, b, A alpha / rank, B), of norms the weight; what trains as `dtype`.
+    """Parameters as tensors: of linear layers (W, b), with int8 weights their scale too, with an adapter A alpha / rank and B too; of
+    norms the weight. What trains as `dtype`.
 
     A graph keeps a copy of a parameter that a function of it gets as a parameter, lest it be updated before the backward pass; and a
     cell with a `bprop` of its own then mixes up parameters of equal shape. A cast or a stopped gradient makes it a tensor.
@@ -144,11 +153,12 @@ def tensors(weights, frozen, dtype):
 
 
 def layer_tensors(layer, frozen, dtype):
-    base = tensor(layer[0], frozen, dtype), tensor(layer[1], frozen, dtype)
-    if len(layer) == 2:
+    base = tuple([tensor(part, frozen, dtype) for part in layer[0]])
+    if not layer[1]:
         return base
-    low, scale = _cast(layer[2], dtype), layer[4]
-    return base + (low if scale == 1.0 else low * scale, _cast(layer[3], dtype))
+    a, b, scale = layer[1]
+    low = _cast(a, dtype)
+    return base + (low if scale == 1.0 else low * scale, _cast(b, dtype))
 
 
 def tensor(parameter, frozen, dtype):
@@ -196,12 +206,14 @@ class RotaryTables(nn.Cell):
 
 
 def layer_weights(layer):
-    """(W, b) of a linear layer, or (W, b, A, B, alpha / rank) of one with an adapter that is switched on."""
-    if not hasattr(layer, "lora_A") or layer.disable_adapters:
-        layer = getattr(layer, "base_layer", layer)
-        return layer.weight, layer.bias
-    name, base = layer.active_adapters[0], layer.base_layer
-    return base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+    """(W, b) of a linear layer, or (W, b, scale) of one with int8 weights; and (A, B, alpha / rank) of its adapter, () if it has none
+    that is switched on."""
+    base = getattr(layer, "base_layer", layer)
+    own = (base.weight, base.bias) + ((base.weight_scale,) if hasattr(base, "weight_scale") else ())
+    if base is layer or layer.disable_adapters:
+        return own, ()
+    name = layer.active_adapters[0]
+    return own, (layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
 
 
 def double_weights(block):
@@ -248,8 +260,8 @@ def share(cell):
     kind, _, find = KINDS[type(cell).__name__]
     weights = find(cell)
     flat = weights[0] + weights[1] if kind is Double else weights
-    adapted = tuple(len(part) == 5 for part in flat if isinstance(part, tuple))
-    cell.shared = shared(kind, adapted, cell.recomputes)
+    forms = tuple((len(part[0]) == 3, bool(part[1])) for part in flat if isinstance(part, tuple))
+    cell.shared = shared(kind, forms, cell.recomputes)
     cell.frozen = not any(p.requires_grad for name, p in cell.parameters_and_names() if ".lora_" not in name)
     object.__setattr__(cell, "weights", weights)  # a Cell's own would take the parameters for new ones
 

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from mindtune.cache import make_readable
 from mindtune.cli import UserError, listing
 from mindtune.flux_blocks import bind
+from mindtune.int8 import quantise, use_int8
 from mindtune.operators import use_operators
 from mindtune.precision import NUMPY_TYPES, Precision, cast_cell
 from mindtune.rng import generator
@@ -288,21 +289,27 @@ def import_model_class_from_model_name_or_path(root: Path, subfolder: str = "tex
     return getattr(mindone.transformers, architecture)
 
 
-def load_model(root: Path, name: str, precision: Precision, variant: Optional[str] = None) -> nn.Cell:
-    """One component with its weights, in evaluation mode, stored and computed as `precision` says.
+def load_model(root: Path, name: str, precision: Precision, variant: Optional[str] = None, int8: bool = False) -> nn.Cell:
+    """One component with its weights, in evaluation mode, stored and computed as `precision` says; `int8`: see `use_int8`.
 
-    Each tensor goes from the memory-mapped file into its parameter, cast on the way, before the next is read: the peak is the weights
-    and a little. mindone's `from_pretrained` takes two to three times the weights (benchmarks/loading.py).
+    Each tensor goes from the memory-mapped file into its parameter, cast or quantised on the way, before the next is read: the peak is
+    the weights and a little. mindone's `from_pretrained` takes two to three times the weights (benchmarks/loading.py).
     Raises UserError if a file is torn, or lacks weights that the model has, or has them in another shape or in a type that is no float.
     """
     # Types are given first, while there is nothing to cast.
     model = cast_cell(bind(use_operators(_without_weights(root, name, precision.storage))), precision)
+    if int8:
+        bind(use_int8(model))
     parameters, renamed = model_parameters(model), _old_attention_names(model)
+    scales = {key[: -len("_scale")]: parameters.pop(key) for key in list(parameters) if key.endswith(".weight_scale")}
     stored = {renamed.get(key, key): tensor for key, tensor in _stored_tensors(root, name, variant).items()}
     _check_fit(root / name, parameters, stored)
     for key, tensor in stored.items():
         if key in parameters:  # files may have more, such as the position ids of old CLIPs
-            _fill(parameters[key], tensor)
+            try:
+                _fill(parameters[key], tensor, scales.get(key))
+            except ValueError as error:
+                raise UserError(f"{tensor.path}: {key}: {error}, which int8 cannot hold. Copy or download it again.") from None
     return model
 
 
@@ -367,13 +374,21 @@ def _check_fit(folder: Path, parameters: dict[str, ms.Parameter], stored: dict[s
         )
 
 
-def _fill(parameter: ms.Parameter, tensor: StoredTensor) -> None:
-    """The value of a parameter that has none yet, in the parameter's type. Its memory is the only copy; the mapping ends here."""
+def _fill(parameter: ms.Parameter, tensor: StoredTensor, scale: Optional[ms.Parameter] = None) -> None:
+    """The value of a parameter that has none yet, in the parameter's type; of an int8 one also its `scale`.
+
+    Their memory is the only copy; the mapping ends here. Raises ValueError for int8 if a weight is not finite.
+    """
     mapped = np.memmap(tensor.path, FILE_TYPES[tensor.kind], "r", tensor.offset, tensor.shape)
-    with np.errstate(all="ignore"):  # what is beyond fp16 becomes infinite, as with mindone
-        value = np.array(mapped, NUMPY_TYPES[parameter.dtype])
-    parameter.set_data(ms.Tensor.from_numpy(value))
-    parameter.init_mode = None  # copy.copy and pickle would take the start that was never made
+    if scale is None:
+        with np.errstate(all="ignore"):  # what is beyond fp16 becomes infinite, as with mindone
+            values = [(parameter, np.array(mapped, NUMPY_TYPES[parameter.dtype]))]
+    else:
+        values = [(parameter, np.empty(parameter.shape, np.int8)), (scale, np.empty(scale.shape, np.float32))]
+        quantise(mapped, *(value for _, value in values))
+    for filled, value in values:
+        filled.set_data(ms.Tensor.from_numpy(value))
+        filled.init_mode = None  # copy.copy and pickle would take the start that was never made
 
 
 def hf_name(name: str) -> str:
@@ -403,20 +418,33 @@ def save_model(model: nn.Cell, folder: Path, dtype: ms.Type) -> None:
     make_readable(path)
 
 
-def flux_controlnet(root: Path, transformer: nn.Cell, num_layers: int, num_single_layers: int) -> nn.Cell:
+def flux_controlnet(root: Path, num_layers: int, num_single_layers: int, variant: Optional[str] = None) -> nn.Cell:
     """A ControlNet that starts as a copy of the transformer's embedders and first blocks, float32, its added projections zero.
 
-    Zero outputs make the first prediction the base model's own. Source: Zhang et al., "Adding Conditional Control" (arXiv 2302.05543).
+    The copies are read from the transformer's files: what is in memory may be int8. Zero outputs make the first prediction the base
+    model's own. Source: Zhang et al., "Adding Conditional Control" (arXiv 2302.05543).
     """
+    controlnet, stored = empty_flux_controlnet(root, num_layers, num_single_layers), _stored_tensors(root, "transformer", variant)
+    added = ("controlnet_x_embedder.", "controlnet_blocks.", "controlnet_single_blocks.")
+    parameters = model_parameters(controlnet)
+    copied = {name: parameter for name, parameter in parameters.items() if not name.startswith(added)}
+    _check_fit(root / "transformer", copied, stored)
+    for name, parameter in parameters.items():
+        if name in copied:
+            _fill(parameter, stored[name])
+        else:
+            parameter.set_data(ms.Tensor(np.zeros(parameter.shape, np.float32)))
+            parameter.init_mode = None
+    return bind(use_operators(controlnet))
+
+
+def empty_flux_controlnet(root: Path, num_layers: int, num_single_layers: int) -> nn.Cell:
+    """A new ControlNet of a transformer's width in evaluation mode, with float32 parameters that have no memory yet."""
     config = {key: value for key, value in read_config(root, "transformer").items() if not key.startswith("_")}
     config.pop("out_channels", None)
-    controlnet = mindone.diffusers.FluxControlNetModel(**{**config, "num_layers": num_layers, "num_single_layers": num_single_layers})
-    copied = model_parameters(transformer)
-    for name, parameter in model_parameters(controlnet).items():
-        added = name.startswith(("controlnet_x_embedder.", "controlnet_blocks.", "controlnet_single_blocks."))
-        value = np.zeros(parameter.shape, np.float32) if added else copied[name].to(ms.float32).asnumpy()
-        parameter.set_data(ms.Tensor(value))
-    return bind(use_operators(controlnet.set_train(False)))
+    config.update(num_layers=num_layers, num_single_layers=num_single_layers)
+    with no_init_parameters():
+        return mindone.diffusers.FluxControlNetModel(**config).set_train(False)
 
 
 def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:

@@ -22,7 +22,7 @@ _times, _times_transposed = ops.MatMul(), ops.MatMul(transpose_b=True)
 _batch_times, _batch_times_transposed, _batch_transposed_times = (
     ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True),
 )  # fmt: skip
-_softmax = ops.Softmax(axis=-1)
+_softmax, _depend, _zeros_like = ops.Softmax(axis=-1), ops.Depend(), ops.ZerosLike()
 _layer_norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=EPS)
 
 
@@ -74,11 +74,48 @@ def linear(x, layer):
     return out.reshape(x.shape[:-1] + (out.shape[-1],))
 
 
+class _Int8Product(nn.Cell):
+    """x [n, in] times the transpose of int8 codes [out, in] times their scales [out, 1].
+
+    The weights in x's type are made where they are needed and let go: for the backward pass, which makes them again, the codes stay.
+    """
+
+    def construct(self, x, codes, scale):
+        return _times_transposed(x, self.made(codes, scale, x))
+
+    def bprop(self, x, codes, scale, out, gradient):
+        return _times(gradient, self.made(codes, scale, gradient)), _zeros_like(codes), _zeros_like(scale)
+
+    def made(self, codes, scale, factor):
+        # Depending on the other factor: a graph would make the weights of all layers at its start, where nothing holds them back.
+        codes = _depend(codes, factor)
+        spread = _times(scale, ones(1, codes.shape[1])) if ON_CPU else scale
+        return (codes.astype(ms.float32) * spread).astype(factor.dtype)
+
+
+_int8_product = _Int8Product()
+
+
+def int8_linear(x, layer):
+    """x [..., in] times W [out, in] transposed plus b; `layer` is (int8 codes [out, in], b or None, scales [out, 1]), W their product."""
+    out = _int8_product(x.reshape((-1, x.shape[-1])), layer[0], layer[2])
+    out = out if layer[1] is None else ops.bias_add(out, layer[1].astype(x.dtype))
+    return out.reshape(x.shape[:-1] + (out.shape[-1],))
+
+
 def adapted_linear(x, layer):
-    """The same plus x A^T B^T; `layer` is (W, b, A [rank, in], B [out, rank])."""
-    low = _times_transposed(x.reshape((-1, x.shape[-1])), layer[2].astype(x.dtype))
-    out = linear(x, layer)
-    return out + _times_transposed(low, layer[3].astype(x.dtype)).reshape(out.shape)
+    """`linear` plus x A^T B^T; `layer` is (W, b, A [rank, in], B [out, rank])."""
+    return linear(x, layer) + _low_rank(x, layer[2], layer[3])
+
+
+def adapted_int8_linear(x, layer):
+    """`int8_linear` plus x A^T B^T; `layer` is (codes, b, scales, A [rank, in], B [out, rank])."""
+    return int8_linear(x, layer) + _low_rank(x, layer[3], layer[4])
+
+
+def _low_rank(x, a, b):
+    low = _times_transposed(x.reshape((-1, x.shape[-1])), a.astype(x.dtype))
+    return _times_transposed(low, b.astype(x.dtype)).reshape(x.shape[:-1] + (b.shape[0],))
 
 
 def tanh_gelu(x):

@@ -190,8 +190,10 @@ def controlnets(work):
     """Name -> a new ControlNet and the config it has to fit."""
     full = precision.resolve_precision("no")
     for kind, part in (("flux", "transformer"), ("sd15", "unet"), ("sdxl", "unet")):
-        model = models.load_model(work / kind, part, full)
-        new = models.flux_controlnet(work / kind, model, 1, 1) if kind == "flux" else models.unet_controlnet(model, 0)
+        if kind == "flux":
+            new = models.flux_controlnet(work / kind, 1, 1)
+        else:
+            new = models.unet_controlnet(models.load_model(work / kind, part, full), 0)
         yield f"{kind}-controlnet", new, models.read_config(work / kind, part)
 
 

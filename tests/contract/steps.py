@@ -82,7 +82,7 @@ def flux_controlnet(work, kind="no", recompute=False):
     args = script.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_sequence_length=5", "--max_grad_norm=0"])
     transformer = models.load_model(work / "flux", "transformer", kind)
     precision.freeze_params(transformer)
-    controlnet = precision.compute_in(models.flux_controlnet(work / "flux", transformer, 1, 1), kind.compute)
+    controlnet = precision.compute_in(models.flux_controlnet(work / "flux", 1, 1), kind.compute)
     trained = models.model_parameters(controlnet)
     give_values({name: parameter for name, parameter in trained.items() if name.startswith("controlnet_")})
     if recompute:

@@ -185,12 +185,10 @@ def test_a_condition_to_validate_with_that_is_no_picture(refused, tmp_path, cont
 
 
 @pytest.fixture(scope="session")
-def whole_controlnet(control_script, small_flux, tmp_path_factory):
+def whole_controlnet(small_flux, tmp_path_factory):
     """A ControlNet of one block of either kind on disk."""
-    kind = control_script.precision.resolve_precision("no")
-    transformer = models.load_model(small_flux, "transformer", kind)
     folder = tmp_path_factory.mktemp("existing") / "controlnet"
-    models.save_model(models.flux_controlnet(small_flux, transformer, 1, 1), folder, ms.float32)
+    models.save_model(models.flux_controlnet(small_flux, 1, 1), folder, ms.float32)
     return folder
 
 

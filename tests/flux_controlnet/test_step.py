@@ -143,7 +143,7 @@ def make_models(root, kind="no", double=1, single=1, perturbed=True, recompute=F
     kind = precision.resolve_precision(kind)
     transformer = models.load_model(root, "transformer", kind)
     precision.freeze_params(transformer)
-    controlnet = models.flux_controlnet(root, transformer, double, single)
+    controlnet = models.flux_controlnet(root, double, single)
     precision.compute_in(controlnet, kind.compute).set_train(True)
     for name, parameter in models.model_parameters(controlnet).items():
         parameter.requires_grad = True
@@ -374,11 +374,9 @@ FLUX_DEV = {
 
 
 @pytest.mark.parametrize("double, single, parameters", [(4, 0, 1_442_333_696), (4, 4, 2_046_461_952), (4, 10, 2_952_654_336)])
-def test_parameters_of_a_controlnet_for_flux_dev(tmp_path, monkeypatch, double, single, parameters):
-    """Through our own maker, on parameters that are never allocated."""
+def test_parameters_of_a_controlnet_for_flux_dev(tmp_path, double, single, parameters):
+    """On parameters that are never allocated."""
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(FLUX_DEV))
-    monkeypatch.setattr(models, "model_parameters", lambda model: {})  # nothing to copy from, nothing to fill
-    with no_init_parameters():
-        controlnet = models.flux_controlnet(tmp_path, None, double, single)
+    controlnet = models.empty_flux_controlnet(tmp_path, double, single)
     assert sum(parameter.size for parameter in controlnet.get_parameters()) == parameters

@@ -210,8 +210,7 @@ class Ours:
         added = ("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks") if flux else (
             "controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out"
         )  # fmt: skip
-        make = models.flux_controlnet if flux else models.unet_controlnet
-        controlnet = make(self.root, self.base, *self.settings["blocks"]) if flux else make(self.base, 0)
+        controlnet = models.flux_controlnet(self.root, *self.settings["blocks"]) if flux else models.unet_controlnet(self.base, 0)
         for name, parameter in models.model_parameters(controlnet).items():
             parameter.requires_grad = True
             if name.startswith(added):
