@@ -35,17 +35,13 @@ CASES = [("float32", 1, "fp32"), ("bfloat16", 1, "bf16"), ("bfloat16", 1, "fp32"
 def write_model(folder, kind, shards):
     """A FLUX transformer of random weights in `shards` files, as a pipeline's folder has it: config.json, safetensors, their index."""
     import ml_dtypes
-    from mindspore.nn.utils import no_init_parameters
     from safetensors.numpy import save_file
-
-    from mindtune import models
 
     spec = importlib.util.spec_from_file_location("make_tiny_pipeline", ROOT / "examples" / "tiny" / "make_tiny_pipeline.py")
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
-    config, cls = {**maker.FLUX_TRANSFORMER, **WIDE}, models.mindone.diffusers.FluxTransformer2DModel
-    with no_init_parameters():
-        shapes = {name: parameter.shape for name, parameter in models.model_parameters(cls(**config)).items()}
+    config = {**maker.FLUX_TRANSFORMER, **WIDE}
+    shapes = transformer_shapes(config)
     folder.mkdir(parents=True)
     maker.write_json(folder / "config.json", maker.hub_header("FluxTransformer2DModel") | config)
     dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[kind]
@@ -57,6 +53,17 @@ def write_model(folder, kind, shards):
         weight_map.update(dict.fromkeys(tensors, file))
     if shards > 1:
         maker.write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def transformer_shapes(config):
+    """Name -> shape of every parameter of a FLUX transformer, none of them allocated."""
+    from mindspore.nn.utils import no_init_parameters
+
+    from mindtune import models
+
+    with no_init_parameters():
+        model = models.mindone.diffusers.FluxTransformer2DModel(**config)
+    return {name: parameter.shape for name, parameter in models.model_parameters(model).items()}
 
 
 def status(process="self"):

@@ -16,7 +16,17 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from mindtune.operators import (
-    ON_CPU, adapted_int8_linear, adapted_linear, add_gated, attention, int8_linear, linear, modulated_norm, rms_norm, rotate, tanh_gelu,
+    ON_CPU,
+    adapted_int8_linear,
+    adapted_linear,
+    add_gated,
+    attention,
+    int8_linear,
+    linear,
+    modulated_norm,
+    rms_norm,
+    rotate,
+    tanh_gelu,
 )  # fmt: skip
 
 _cast = ops.Cast()

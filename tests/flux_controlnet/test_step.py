@@ -7,7 +7,6 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn
-from mindspore.nn.utils import no_init_parameters
 
 from mindtune import flow, models, operators, optim, precision, rng
 

@@ -1,7 +1,7 @@
 """Frozen weights in a byte each: the codes, the layers that read them, and models loaded with them."""
 
-import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,11 +9,13 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn, ops
-from safetensors.numpy import load_file
-from test_flux_blocks import FULL, TARGETS, Loss, blocks_of, close, inputs, measured, values
+from safetensors.numpy import load_file, save_file
+from test_flux_blocks import FULL, TARGETS, blocks_of, close, measured, values
 
 from mindtune import int8, lora, models, operators, precision
 
+# black-forest-labs/FLUX.1-dev's transformer; the class has the rest of its numbers as defaults.
+FLUX_DEV = {"guidance_embeds": True, "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}
 HALF = precision.Precision(ms.float16, ms.float16)
 
 
@@ -81,33 +83,33 @@ def test_a_layer_and_its_gradient(mode, dtype, tolerance, shape):
     close([found], [x @ weight.T + bias + x.astype(float) @ a.T @ b.T], tolerance)
 
 
-GROWTH = '''
-import ctypes, resource, sys
-from pathlib import Path
+GROWTH = """
+import resource, sys
 import mindspore as ms, numpy as np
 from mindspore import nn, ops
 from mindtune import models, operators
 
-WIDTH = 1024  # a layer's weights are 4 MB in float32
 class Chain(nn.Cell):
     def __init__(self, depth):
         super().__init__()
-        make = lambda value: ms.Parameter(ms.Tensor(value), requires_grad=False)
-        self.codes = ms.ParameterTuple([ms.Parameter(ms.Tensor(np.full((WIDTH, WIDTH), k + 1, np.int8)), name=f"c{k}") for k in range(depth)])
-        self.scale = ms.Parameter(ms.Tensor(np.full((WIDTH, 1), 1e-5, np.float32)), name="s")
+        weights = [np.full((1024, 1024), number, np.int8) for number in range(depth)]
+        self.codes = ms.ParameterTuple([ms.Parameter(ms.Tensor(w), name=f"codes{n}", requires_grad=False) for n, w in enumerate(weights)])
+        self.scale = ms.Parameter(ms.Tensor(np.full((1024, 1), 1e-5, np.float32)), name="scale", requires_grad=False)
 
     def construct(self, x):
         for codes in self.codes:
             x = ops.tanh(operators.int8_linear(x, (codes, None, self.scale)))
         return x.sum()
 
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
 models.set_up_device(graph_mode=sys.argv[1] == "0")
-chain = Chain(int(sys.argv[2]))
-gradient = ops.GradOperation()(chain)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-gradient(ms.Tensor(np.ones((2, WIDTH), np.float32))).asnumpy()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-'''
+gradient = ops.GradOperation()(Chain(int(sys.argv[2])))
+before = peak()
+gradient(ms.Tensor(np.ones((2, 1024), np.float32))).asnumpy()
+print(peak() - before)
+"""
 
 
 def test_no_layers_float_weight_is_kept(mode, tmp_path):
@@ -131,11 +133,11 @@ def int8_flux(root, kind=FULL):
     return models.load_model(root, "transformer", kind, int8=True)
 
 
-def dequantised(root):
+def dequantised(root, name="transformer"):
     """The float32 model that has the int8 one's weights."""
-    model = models.load_model(root, "transformer", FULL)
+    model = models.load_model(root, name, FULL)
     precision.freeze_params(model)
-    tensors = load_file(root / "transformer" / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(models.weight_files(root, name)[0])
     linear = {name for name, cell in model.cells_and_names() if isinstance(cell, precision.LINEAR)}
     for name, parameter in models.model_parameters(model).items():
         if name.rpartition(".")[0] in linear and name.endswith(".weight"):
@@ -174,15 +176,12 @@ def test_every_linear_layer_is_int8_and_everything_frozen(tiny_flux):
     assert not model.trainable_params()
     others = [p for name, p in model.parameters_and_names() if not name.endswith(".weight") or ".norm" in name]
     assert all(p.dtype == ms.float32 for p in others if p.dtype != ms.int8)
-    assert copy.deepcopy(layers[0].weight.asnumpy()).any()
 
 
 def test_bytes_of_a_weight_of_flux_dev(tmp_path):
     """11.9 billion parameters in fewer than 1.01 bytes each, scales, biases and norms included; none is ever allocated."""
-    from test_parameter_counts import TRANSFORMER
-
     (tmp_path / "transformer").mkdir()
-    config = {"_class_name": "FluxTransformer2DModel", **TRANSFORMER}
+    config = {"_class_name": "FluxTransformer2DModel", **FLUX_DEV}
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
     half = precision.Precision(ms.bfloat16, ms.bfloat16)
     model = int8.use_int8(precision.cast_cell(models._without_weights(tmp_path, "transformer", ms.bfloat16), half))
@@ -192,22 +191,17 @@ def test_bytes_of_a_weight_of_flux_dev(tmp_path):
 
 
 def test_t5_in_int8(tiny_flux):
-    """Near the float32 model's states; its `wo`, kept in float32 beside half precision, computes in float32 there too."""
+    """The dequantised model's states; its `wo`, kept in float32 beside half precision, computes in float32 there too."""
     ids = ms.Tensor(np.arange(1, 9)[None], ms.int32)
-    exact = models.load_model(tiny_flux, "text_encoder_2", FULL)(ids)[0].asnumpy()
-    for kind in (FULL, HALF):
+    expected = dequantised(tiny_flux, "text_encoder_2")(ids)[0].asnumpy()
+    for kind, tolerance in ((FULL, 1e-5), (HALF, 5e-3)):
         model = models.load_model(tiny_flux, "text_encoder_2", kind, int8=True)
-        found = model(ids)[0].to(ms.float32).asnumpy()
-        assert np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact)
+        close([model(ids)[0].to(ms.float32).asnumpy()], [expected], tolerance)
         layers = {name.rpartition(".")[2]: cell for name, cell in model.cells_and_names() if isinstance(cell, precision.LINEAR)}
         assert layers["wo"].wide == (kind is HALF) and not layers["q"].wide
 
 
 def test_a_file_with_a_weight_that_is_not_finite(tiny_flux, tmp_path):
-    import shutil
-
-    from safetensors.numpy import save_file
-
     root = shutil.copytree(tiny_flux, tmp_path / "flux")
     file = root / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
