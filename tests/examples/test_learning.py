@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, metrics
 from PIL import Image
 
 demo = load_script("examples/demo_flux_lora.py")
@@ -45,12 +45,12 @@ def teach(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def draw(tmp_path_factory):
-    """draw(run, prompts, count): `count` pictures of every prompt with the adapter of a run, or (None) by the base from the same noise."""
+    """draw(run, prompts, count, *flags): `count` pictures a prompt with a run's adapter, or (None) by the base from the same noise."""
 
-    def make(run, prompts, count):
+    def make(run, prompts, count, *more):
         grid = tmp_path_factory.mktemp("pictures") / "grid.png"
         words = demo.INFER.replace("--lora {out}/lora", "").replace("--compare", "").format(out="unused", prompts=shlex.join(prompts))
-        command(words, *(["--lora", run] if run else []), "--num_images_per_prompt", count, "--output", grid)
+        command(words, *(["--lora", run] if run else []), "--num_images_per_prompt", count, "--output", grid, *more)
         return [Image.open(grid.with_name(f"grid-{n + 1}.png")) for n in range(count * len(prompts))]
 
     return make
@@ -87,6 +87,14 @@ def test_it_does_not_appear_with_learning_rate_zero(teach, draw):
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_half_precision_teaches_as_well(teach, draw, in_float32, kind):
     assert rate(draw(teach(kind, "--mixed_precision", kind), SUBJECT_PROMPTS, 4)) >= 0.95 * in_float32
+
+
+def test_an_int8_base_teaches_as_well(teach, draw, in_float32):
+    """The mean training loss within 1 %, and the subject's rate, drawn by the int8 base too, within 5 points."""
+    int8 = "--base_precision", "int8"
+    losses = [np.mean([line["loss"] for line in metrics(run)]) for run in (teach("fp32"), teach("int8", *int8))]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert rate(draw(teach("int8"), SUBJECT_PROMPTS, 4, *int8)) >= in_float32 - 0.05
 
 
 def test_prior_preservation_keeps_the_class(teach, draw, tmp_path):
