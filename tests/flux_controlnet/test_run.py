@@ -87,6 +87,13 @@ def test_a_run_leaves_controlnet_checkpoints_curves_pictures_and_a_record(run, s
                 np.testing.assert_array_equal(parameter.asnumpy(), last[name], err_msg=name)
 
 
+def test_on_an_int8_base_a_new_controlnet_is_still_copied_from_the_files(run, small_flux):
+    out, _ = run("--cache_latents", "--base_precision", "int8", "--learning_rate", 0, "--max_train_steps", 1)
+    final = load_file(out / FINAL)
+    for name, value in untrained(small_flux).items():
+        np.testing.assert_array_equal(final[name], value, err_msg=name)
+
+
 @pytest.mark.parametrize(
     "more, stored, rounded",
     [
