@@ -20,7 +20,7 @@ import numpy as np
 from mindspore import ops
 from tqdm import tqdm
 
-from mindtune import checkpoint, data, flow, lora, models, optim, precision, rng, sampling, tracking
+from mindtune import checkpoint, data, flow, hub, lora, models, optim, precision, report, rng, sampling, tracking
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, run
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
@@ -31,9 +31,6 @@ from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 # Flags of the reference script that are not here yet, and what to use until then.
 REFUSED = {
     "dry_run": "the memory plan is not in this version; leave the flag out",
-    "push_to_hub": "uploading is not in this version; leave the flag out and upload the output directory with huggingface-cli",
-    "hub_token": "uploading is not in this version; leave the flag out",
-    "hub_model_id": "uploading is not in this version; leave the flag out",
     "aspect_ratio_buckets": "buckets are not in this version; leave the flag out: pictures are cropped to a square of --resolution",
     "distributed": "several devices are not in this version; leave the flag out and train on one",
 }
@@ -145,19 +142,19 @@ def parse_args(argv=None):
     add("--logging_dir", default="logs", help="TensorBoard's directory, inside the output directory.")
     add(
         "--report_to",
-        choices=["tensorboard", "wandb", "all", "none"],
+        choices=["tensorboard", "wandb", "swanlab", "all", "none"],
         default="tensorboard",
-        help="Where curves go, besides metrics.jsonl.",
+        help="Where curves go, besides metrics.jsonl; all: those that are installed and logged in.",
     )
     add("--validation_prompt", nargs="+", default=[], help="Prompts to draw while training and at the end.")
     add("--num_validation_images", type=int, default=4, help="Pictures a prompt.")
     add("--num_inference_steps", type=int, default=28, help="Steps of sampling, for validation and class pictures.")
     add("--validation_epochs", type=int, default=50, help="Epochs between validations.")
+    add("--push_to_hub", action="store_true", help="Upload the adapter with a model card when the run is done.")
+    add("--hub_token", help="Token with write access; written nowhere. Default: HF_TOKEN, or that of the last login.")
+    add("--hub_model_id", help="Repository to upload to. Default: the output directory's name, in your account.")
     # Reference flags of other versions or backends
     add("--dry_run", action="store_true", help="Not in this version.")
-    add("--push_to_hub", action="store_true", help="Not in this version.")
-    add("--hub_token", help="Not in this version.")
-    add("--hub_model_id", help="Not in this version.")
     add("--aspect_ratio_buckets", help="Not in this version.")
     add("--distributed", action="store_true", help="Not in this version.")
     for name, why in ACCEPTED.items():
@@ -178,8 +175,6 @@ def check_args(args):
     check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "lora_dropout", "adam_beta1", "adam_beta2"))
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise UserError(f"--use_8bit_adam with --optimizer {args.optimizer}: 8-bit moments are AdamW's; leave one of the two out.")
-    if args.report_to in ("wandb", "all"):
-        raise UserError(f"--report_to {args.report_to}: Weights & Biases is not in this version; use tensorboard.")
 
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         raise UserError("give either --instance_data_dir (a directory of pictures) or --dataset_name, one of the two.")
@@ -441,9 +436,9 @@ SAME_RUN = {
     "dataloader_num_workers", "output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "seed",
     "resume_from_checkpoint", "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "num_validation_images",
     "num_inference_steps", "validation_epochs", "sample_batch_size", "prior_generation_precision", "num_train_epochs", "max_train_steps",
-    "lora_model_name_or_path", *REFUSED, *ACCEPTED,
+    "push_to_hub", "hub_token", "hub_model_id", "lora_model_name_or_path", *REFUSED, *ACCEPTED,
 }  # fmt: skip
-OUR_FILES = ("run.json", "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", lora.LORA_FILE)
+OUR_FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", lora.LORA_FILE)
 
 
 def trained_before(args, root):
@@ -466,7 +461,10 @@ def main(argv=None):
     started = time.time()
 
     # ---- check everything --------------------------------------------------
+    services = tracking.services(args.report_to)
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
+    token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
+    repo_id = hub.check(args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
     root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
     targets = {"transformer": [t.strip() for t in args.lora_layers.split(",")] if args.lora_layers else lora.TRANSFORMER_TARGETS}
     going_on, lora_digest = trained_before(args, root) if args.lora_model_name_or_path else ({}, None)
@@ -627,7 +625,7 @@ def main(argv=None):
     if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
         checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
     tracking.write_run_json(output_dir / "run.json", **record, finished=False)
-    tracker = tracking.Tracker(output_dir, logging_dir, args.report_to == "tensorboard", global_step)
+    tracker = tracking.Tracker(output_dir, logging_dir, services, global_step, vars(args))
     curve = tracking.LossByTimestep(output_dir, global_step)
     stop, seconds, skipped = StopRequest(), [], 0
     accumulation = args.gradient_accumulation_steps
@@ -689,6 +687,7 @@ def main(argv=None):
     if global_step < max_train_steps:
         folder = save()
         finish_run_json(False)
+        report.write_report(output_dir)
         print(f"saved {folder} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest")
         return stop.exit_code
     folder = save()
@@ -698,10 +697,15 @@ def main(argv=None):
     grid, plot = look(final=True), curve.plot()
     tracker.close()
     finish_run_json(True)
-    curves = logging_dir if args.report_to == "tensorboard" else output_dir / "metrics.jsonl"
-    for what, path in (("adapter", final), ("picture grid", grid), ("held-out loss plot", plot), ("curves", curves)):
+    page = report.write_report(output_dir)
+    curves = logging_dir if services else output_dir / "metrics.jsonl"
+    left = {"adapter": final, "picture grid": grid, "held-out loss plot": plot, "curves": curves, "report": page}
+    for what, path in left.items():
         if path:
             print(f"{what}: {path}")
+    if repo_id:
+        address = hub.push(repo_id, output_dir, args.pretrained_model_name_or_path, args.validation_prompt, token)
+        print(f"on the hub: {address}")
     return 0
 
 

@@ -15,7 +15,7 @@ from mindtune.checkpoint import write_atomically
 from mindtune.cli import UserError
 
 MARK = "<!-- This card was written by MindTune; remove this line to keep your own changes. -->"
-UPLOADED = ("README.md", "*.safetensors", "config.json", "run.json", "samples/final.png", "loss_by_timestep.png")
+UPLOADED = ("README.md", "*.safetensors", "config.json", "run.json", "report.html", "samples/final.png", "loss_by_timestep.png")
 PAUSES = (1.0, 4.0, 16.0)  # seconds between tries, where the hub or the network may recover
 
 

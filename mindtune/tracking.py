@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import os
 import platform
 import resource
+import secrets
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Optional
@@ -15,38 +19,98 @@ import numpy as np
 from PIL import Image
 
 from mindtune.checkpoint import write_atomically
+from mindtune.cli import UserError
 
 PACKAGES = ("mindtune", "mindspore", "mindone", "transformers", "numpy", "safetensors", "datasets")
 
 
-class Tracker:
-    """Writes scalars to output_dir/metrics.jsonl and, with `tensorboard`, scalars and pictures to `logging_dir`.
+def services(report_to: str) -> tuple[str, ...]:
+    """What --report_to names, as names of services. all: TensorBoard, and those of W&B and SwanLab that are installed and logged in.
 
-    After a resume at update `resumed`, what was logged of later updates is dropped: they come again.
+    Raises UserError if the one that is named is not installed, or nobody is logged in and it is not told to stay offline.
+    """
+    if report_to in ("none", "tensorboard"):
+        return () if report_to == "none" else ("tensorboard",)
+    others = ("wandb", "swanlab")
+    if report_to == "all":
+        problems = {name: _problem(name) for name in others}
+        for name, problem in problems.items():
+            if problem:
+                print(f"--report_to all: without {name}: {problem}")
+        return "tensorboard", *(name for name in others if not problems[name])
+    if problem := _problem(report_to):
+        raise UserError(f"--report_to {report_to}: {problem}.")
+    return (report_to,)
+
+
+def _problem(name: str) -> Optional[str]:
+    """Why nothing can be sent to W&B or SwanLab, with what to do, or None."""
+    if importlib.util.find_spec(name) is None:
+        return f"the package {name} is not installed; pip install {name}"
+    mode = f"{name.upper()}_MODE"
+    if os.environ.get(mode) in ("offline", "disabled", "local"):
+        return None
+    package = importlib.import_module(name)
+    known = package.login(prompt=False) if name == "wandb" else package.Settings().api_key
+    return None if known else f"nobody is logged in; run `{name} login`, or set {mode}=offline"
+
+
+class Tracker:
+    """Writes scalars to output_dir/metrics.jsonl, and scalars and pictures to each of `services`, whose own files are in `logging_dir`.
+
+    After a resume at update `resumed`, what was logged of later updates is dropped from metrics.jsonl and TensorBoard, and W&B and SwanLab
+    go on with the same run. `flags` are shown beside the curves there.
     """
 
-    def __init__(self, output_dir: Path, logging_dir: Path, tensorboard: bool, resumed: int) -> None:
+    def __init__(self, output_dir: Path, logging_dir: Path, services: Iterable[str], resumed: int, flags: Optional[dict] = None) -> None:
         self.path = output_dir / "metrics.jsonl"
         kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= resumed] if resumed else []
         write_atomically(self.path, lambda path: path.write_text("".join(f"{line}\n" for line in kept)))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  (closed by close)
-        self.writer = None
-        if tensorboard:
+        self.writer = self.wandb = self.swanlab = None
+        if "tensorboard" in services:
             from tensorboardX import SummaryWriter
 
             self.writer = SummaryWriter(str(logging_dir), purge_step=resumed + 1 if resumed else None)
+        name = output_dir.resolve().name
+        same = {"project": "mindtune", "config": flags, "resume": "allow"}
+        if {"wandb", "swanlab"} & set(services):
+            same["id"] = _run_id(logging_dir, resumed)
+        if "wandb" in services:
+            import wandb
+
+            settings = wandb.Settings(silent=True, console="off")
+            self.wandb = wandb.init(name=name, dir=str(logging_dir), settings=settings, **same)
+            self.wandb.define_metric("*", step_metric="update")  # W&B's own steps may not go back, as a resumed run does
+        if "swanlab" in services:
+            import swanlab
+
+            swanlab.init(experiment_name=name, logdir=str(logging_dir / "swanlab"), **same)
+            self.swanlab = swanlab
 
     def log(self, step: int, **values: float) -> None:
-        """One line for update `step`; in TensorBoard one scalar a name, where `a__b` becomes a/b."""
+        """One line for update `step`; in the services one scalar a name, where `a__b` becomes a/b."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
+        scalars = {name.replace("__", "/"): value for name, value in values.items()}
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name.replace("__", "/"), value, step)
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log({"update": step, **scalars})
+        if self.swanlab:
+            self.swanlab.log(scalars, step=step)
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
+        pixels = np.asarray(image)
         if self.writer:
-            self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+            self.writer.add_image(name, pixels, step, dataformats="HWC")
             self.writer.flush()
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({"update": step, name: wandb.Image(pixels)})
+        if self.swanlab:
+            self.swanlab.log({name: self.swanlab.Image(pixels)}, step=step)
 
     def flush(self) -> None:
         """Before a checkpoint is named, everything up to it is on its way to disk."""
@@ -56,8 +120,18 @@ class Tracker:
 
     def close(self) -> None:
         self.file.close()
-        if self.writer:
-            self.writer.close()
+        for open_one in (self.writer and self.writer.close, self.wandb and self.wandb.finish, self.swanlab and self.swanlab.finish):
+            if open_one:
+                open_one()
+
+
+def _run_id(logging_dir: Path, resumed: int) -> str:
+    """The id under which W&B and SwanLab know a run: drawn for a new one, that of before for a resumed one."""
+    path = logging_dir / "run_id.txt"
+    if not (resumed and path.is_file()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(8))
+    return path.read_text()
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -22,7 +22,7 @@ import mindspore as ms
 import numpy as np
 from tqdm import tqdm
 
-from mindtune import checkpoint, data, diffusion, flow, hub, models, optim, pairs, precision, rng, sampling, tracking
+from mindtune import checkpoint, data, diffusion, flow, hub, models, optim, pairs, precision, report, rng, sampling, tracking
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, matched, run
 from mindtune.encode import PairCaptions, PairImages, Stage
@@ -119,9 +119,9 @@ def parse_args(argv=None):
     add("--logging_dir", default="logs", help="TensorBoard's directory, inside the output directory.")
     add(
         "--report_to",
-        choices=["tensorboard", "wandb", "all", "none"],
+        choices=["tensorboard", "wandb", "swanlab", "all", "none"],
         default="tensorboard",
-        help="Where curves go, besides metrics.jsonl.",
+        help="Where curves go, besides metrics.jsonl; all: those that are installed and logged in.",
     )
     add("--validation_prompt", nargs="+", default=[], help="Prompts to draw while training and at the end.")
     add("--validation_image", nargs="+", default=[], help="Their condition pictures: one for all, one each, or several for one prompt.")
@@ -154,8 +154,6 @@ def check_args(args):
     check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise UserError(f"--use_8bit_adam with --optimizer {args.optimizer}: 8-bit moments are AdamW's; leave one of the two out.")
-    if args.report_to in ("wandb", "all"):
-        raise UserError(f"--report_to {args.report_to}: Weights & Biases is not in this version; use tensorboard.")
 
     pairs.check_source_flags(vars(args))
     if args.resolution % 8 or args.resolution < 64:
@@ -352,7 +350,7 @@ SAME_RUN = {
 }  # fmt: skip
 FOLDER = "controlnet"  # in a checkpoint, as the reference lays it out
 FINAL = "diffusion_pytorch_model.safetensors"
-OUR_FILES = ("run.json", "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", "config.json", FINAL)
+OUR_FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", "config.json", FINAL)
 
 
 def main(argv=None):
@@ -360,6 +358,7 @@ def main(argv=None):
     started = time.time()
 
     # ---- check everything --------------------------------------------------
+    services = tracking.services(args.report_to)
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
     token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
     repo_id = hub.check(args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
@@ -504,7 +503,7 @@ def main(argv=None):
     if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
         checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
     tracking.write_run_json(output_dir / "run.json", **record, finished=False)
-    tracker = tracking.Tracker(output_dir, logging_dir, args.report_to == "tensorboard", global_step)
+    tracker = tracking.Tracker(output_dir, logging_dir, services, global_step, vars(args))
     curve = tracking.LossByTimestep(output_dir, global_step, "timestep")
     stop, seconds, skipped = StopRequest(), [], 0
     accumulation = args.gradient_accumulation_steps
@@ -564,6 +563,7 @@ def main(argv=None):
     saved = save()
     if global_step < max_train_steps:
         finish_run_json(False)
+        report.write_report(output_dir)
         print(f"saved {saved} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest")
         return stop.exit_code
     dtype = precision.DTYPES["fp32" if args.upcast_before_saving else args.save_weight_dtype]
@@ -572,8 +572,10 @@ def main(argv=None):
     grid, plot = look(final=True), curve.plot()
     tracker.close()
     finish_run_json(True)
-    curves = logging_dir if args.report_to == "tensorboard" else output_dir / "metrics.jsonl"
-    for what, path in (("ControlNet", output_dir / FINAL), ("picture grid", grid), ("held-out loss plot", plot), ("curves", curves)):
+    page = report.write_report(output_dir)
+    curves = logging_dir if services else output_dir / "metrics.jsonl"
+    left = {"ControlNet": output_dir / FINAL, "picture grid": grid, "held-out loss plot": plot, "curves": curves, "report": page}
+    for what, path in left.items():
         if path:
             print(f"{what}: {path}")
     if repo_id:

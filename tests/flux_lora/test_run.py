@@ -7,6 +7,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from conftest import metrics
+from fake_hub import TOKEN
 from PIL import Image
 from safetensors import safe_open
 
@@ -173,6 +174,14 @@ def test_an_int8_base_trains_as_float32_does_within_a_hundredth(run, tmp_path):
     assert (found != exact).all()
     np.testing.assert_allclose(found, exact, rtol=0.01)
     assert len(list((tmp_path / "cache" / "mindtune").iterdir())) == 8
+
+
+def test_the_adapter_goes_to_the_hub_and_the_token_nowhere_else(run, fake_hub, capfd):
+    out, _ = run("--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "club/cat", "--cache_latents", "--max_train_steps", 1)
+    assert fake_hub.repositories == ["club/cat"] and fake_hub.files[lora.LORA_FILE] == (out / lora.LORA_FILE).read_bytes()
+    assert set(fake_hub.files) == {"README.md", lora.LORA_FILE, "run.json", "report.html"}
+    assert not [path for path in out.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert TOKEN not in "".join(capfd.readouterr())
 
 
 def test_learning_rate_zero_learns_nothing_and_another_does(run):

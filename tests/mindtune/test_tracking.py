@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindtune.tracking import LossByTimestep, Tracker, package_versions, peak_memory_mb, write_run_json
+from mindtune.cli import UserError
+from mindtune.tracking import LossByTimestep, Tracker, package_versions, peak_memory_mb, services, write_run_json
 
 
 def tracker(folder, resumed=0, tensorboard=False):
-    return Tracker(folder, folder / "logs", tensorboard, resumed)
+    return Tracker(folder, folder / "logs", ("tensorboard",) if tensorboard else (), resumed)
 
 
 def lines(folder):
@@ -108,6 +109,61 @@ def test_without_tensorboard_there_is_no_log_folder(tmp_path):
     run.flush()
     run.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# ---- W&B and SwanLab ---------------------------------------------------------------------------------------------------------------
+
+OFFLINE = """
+import json, sys
+from pathlib import Path
+from PIL import Image
+from mindtune.tracking import Tracker, services
+
+folder, resumed = Path(sys.argv[1]), int(sys.argv[2])
+run = Tracker(folder, folder / "logs", services("all"), resumed, {"learning_rate": 0.125})
+for step in range(resumed + 1, resumed + 4):
+    run.log(step, loss=step / 10, held_out__loss=0.5)
+run.image(resumed + 3, "validation", Image.new("RGB", (7, 5), "red"))
+run.close()
+"""
+
+
+def test_all_services_offline_and_the_same_run_after_a_resume(tmp_path, monkeypatch):
+    """In processes of their own, as runs are: both services leave files to be sent later, under one id before and after a resume."""
+    script = tmp_path / "offline.py"
+    script.write_text(OFFLINE)
+    for name in ("WANDB_MODE", "SWANLAB_MODE"):
+        monkeypatch.setenv(name, "offline")
+    for resumed in (0, 2):
+        subprocess.run([sys.executable, script, tmp_path, str(resumed)], cwd=tmp_path, check=True, timeout=300)
+    number = (tmp_path / "logs" / "run_id.txt").read_text()
+    wandb = sorted((tmp_path / "logs" / "wandb").glob(f"offline-run-*/run-{number}.wandb"))
+    assert len(wandb) == 2 and all(path.stat().st_size for path in wandb)
+    assert len(list((tmp_path / "logs").glob(f"swanlab/run-*/run-{number}.swanlab"))) == 2
+    pictures = [path for path in (tmp_path / "logs").rglob("*.png") if Image.open(path).size == (7, 5)]
+    assert len(pictures) == 4 and list((tmp_path / "logs").glob("events.out.tfevents*"))
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_a_service_that_nobody_is_logged_in_to_is_said_before_anything(name, monkeypatch, tmp_path, capsys):
+    for variable in ("WANDB_MODE", "SWANLAB_MODE", "WANDB_API_KEY", "SWANLAB_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(UserError, match=f"--report_to {name}: nobody is logged in; run `{name} login`, or set {name.upper()}_MODE=offline"):
+        services(name)
+    assert services("all") == ("tensorboard",) and f"without {name}" in capsys.readouterr().out
+
+
+def test_a_service_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--report_to wandb: the package wandb is not installed; pip install wandb"):
+        services("wandb")
+
+
+def test_what_report_to_names():
+    assert services("none") == () and services("tensorboard") == ("tensorboard",)
 
 
 # ---- run.json ----------------------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_the_guides_launch_command(sd15, shapes, fake_hub, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 pairs, 0 held out; batch 1 x 4 accumulation; 2 updates" in done.stdout
     assert fake_hub.repositories == ["somebody/out"] and fake_hub.files[FINAL] == (tmp_path / "out" / FINAL).read_bytes()
-    assert set(fake_hub.files) == {"README.md", "config.json", FINAL, "run.json", "samples/final.png"}
+    assert set(fake_hub.files) == {"README.md", "config.json", FINAL, "run.json", "report.html", "samples/final.png"}
     assert "- cyan circle with brown floral background" in fake_hub.files["README.md"].decode()
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
