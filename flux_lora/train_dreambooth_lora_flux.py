@@ -115,6 +115,7 @@ def parse_args(argv=None):
         help="AdamW has bias correction, AdamWeightDecay is MindSpore's without; adafactor reads no --adam_ flag but the decay.",
     )
     add("--use_8bit_adam", action="store_true", help="AdamW with moments in 8 bits: 2 bytes of state a parameter instead of 8.")
+    add("--offload_optimizer", action="store_true", help="AdamW's moments in the host's memory, updated there; graph mode only.")
     add("--learning_rate", type=float, default=1e-4, help="Base rate; for prodigy about 1.")
     add("--text_encoder_lr", type=float, default=5e-6, help="Base rate for CLIP.")
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size and accumulation.")
@@ -173,8 +174,7 @@ def check_args(args):
     at_least.update(learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0)
     at_least.update(validation_split=0, adam_beta1=0, adam_beta2=0)
     check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "lora_dropout", "adam_beta1", "adam_beta2"))
-    if args.use_8bit_adam and args.optimizer != "adamw":
-        raise UserError(f"--use_8bit_adam with --optimizer {args.optimizer}: 8-bit moments are AdamW's; leave one of the two out.")
+    optim.check_state_flags(args.optimizer, args.use_8bit_adam, args.offload_optimizer, args.mindspore_mode == 0)
 
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         raise UserError("give either --instance_data_dir (a directory of pictures) or --dataset_name, one of the two.")
@@ -553,7 +553,7 @@ def main(argv=None):
     optimizer = optim.create_optimizer(
         args.optimizer, groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=args.prodigy_beta3,
         decouple=args.prodigy_decouple, use_bias_correction=args.prodigy_use_bias_correction,
-        safeguard_warmup=args.prodigy_safeguard_warmup, eight_bit=args.use_8bit_adam,
+        safeguard_warmup=args.prodigy_safeguard_warmup, eight_bit=args.use_8bit_adam, offload=args.offload_optimizer,
     )  # fmt: skip
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForFluxDevDB(

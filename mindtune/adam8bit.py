@@ -3,6 +3,9 @@
 Source: Dettmers, Lewis, Shleifer, Zettlemoyer, "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861): block-wise
 quantisation (section 2.1), dynamic codes (section 1.3 and appendix). A tensor's moments are float32 only while it is updated. Its
 operators are documented for Ascend too; run by us on the CPU only.
+
+In a graph the CPU's kernels for division, and those for operands of unlike shapes, keep 16 bytes an element for life: there are reciprocals
+and products with ones in their place.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import math
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
+
+from mindtune.operators import ON_CPU, ones, product
 
 # An outlier makes the codes of its whole block coarse. The paper's blocks of 2048 cost 2.004 bytes a parameter, these 2.031.
 BLOCK = 256
@@ -58,7 +63,7 @@ class Quantiser:
     def encode(self, x):
         """Codes and scales: the largest magnitude of each block."""
         scale = ops.maximum(x.abs().max(axis=1, keepdims=True), 1e-30)
-        x = x / scale
+        x = x * _spread(ops.reciprocal(scale))
         cell = ((ops.sign(x) * ops.sqrt(ops.sqrt(x.abs())) + 1.0) * CELLS).to(ms.int32)
         # Not a number is an index out of range, of which ops.gather would complain instead of the loop that sees the loss.
         cell = ops.clamp(cell, 0, 2 * CELLS)
@@ -66,7 +71,12 @@ class Quantiser:
         return (ops.gather(self.below, cell, 0) + above).to(ms.uint8), scale
 
     def decode(self, codes, scale):
-        return ops.gather(self.values, codes.to(ms.int32), 0) * scale
+        return ops.gather(self.values, codes.to(ms.int32), 0) * _spread(scale)
+
+
+def _spread(column):
+    """[blocks, 1] as [blocks, BLOCK], or as it is where a product of unlike shapes costs nothing."""
+    return product(column, ones(1, BLOCK)) if ON_CPU else column
 
 
 class AdamW8bit(nn.Optimizer):
@@ -107,17 +117,19 @@ class AdamW8bit(nn.Optimizer):
         root2 = ops.sqrt(-ops.expm1(step * self.log_beta2))
         rate = root2 / -ops.expm1(step * self.log_beta1)
         eps = self.eps * root2
+        done = rate
         for i in range(len(self.parameters)):
             lr, decay = self.learning_rate[i] * rate, self.decay[i] / rate
             if self.quantised[i]:
-                self._update(i, gradients[i], lr, eps, decay)
+                # One after the other: a graph would begin with all of them, and hold all their float32 moments.
+                done = self._update(i, ops.depend(gradients[i], done), lr, eps, decay)
             else:
                 grad = gradients[i].to(self.parameters[i].dtype)
                 self.fused(self.parameters[i], self.exp_avg[i], self.exp_avg_sq[i], lr, self.beta1, self.beta2, eps, decay, grad)
         return True
 
     def _update(self, i, gradient, lr, eps, decay):
-        """One tensor, with the moments as they are before they are rounded."""
+        """One tensor, with the moments as they are before they are rounded. Returns what is known when it is done."""
         parameter = self.parameters[i]
         padding = self.exp_avg[i].size - parameter.size
         grad = gradient.to(ms.float32).reshape(-1)
@@ -125,11 +137,11 @@ class AdamW8bit(nn.Optimizer):
             grad = ops.cat((grad, ops.zeros((padding,), ms.float32)))
         grad = grad.reshape(-1, BLOCK)
         first, second = self.exp_avg_scale[self.scale_of[i]], self.exp_avg_sq_scale[self.scale_of[i]]
-        m = self.signed.decode(self.exp_avg[i], first)
+        m = self.signed.decode(ops.depend(self.exp_avg[i], grad), first)
         m = m + self.share1 * (grad - m)
-        v = self.unsigned.decode(self.exp_avg_sq[i], second)
+        v = self.unsigned.decode(ops.depend(self.exp_avg_sq[i], grad), second)
         v = v + self.share2 * (ops.square(grad) - v)
-        change = (m / (ops.sqrt(v) + eps)).reshape(-1)
+        change = (m * ops.reciprocal(ops.sqrt(v) + eps)).reshape(-1)
         if padding:
             change = change[: parameter.size]
         ops.assign_sub(parameter, lr * (change.reshape(parameter.shape) + decay * parameter))
@@ -138,4 +150,4 @@ class AdamW8bit(nn.Optimizer):
         ops.assign(first, scale)
         codes, scale = self.unsigned.encode(v)
         ops.assign(self.exp_avg_sq[i], codes)
-        ops.assign(second, scale)
+        return ops.assign(second, scale)

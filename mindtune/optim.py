@@ -42,12 +42,26 @@ def schedule_factor(name: str, update: int, warmup: int, total: int, cycles: flo
     raise ValueError(f"unknown schedule {name}")
 
 
+def check_state_flags(name: str, eight_bit: bool, offload: bool, graph_mode: bool) -> None:
+    """Raises UserError where --use_8bit_adam or --offload_optimizer does not go with --optimizer `name`, the mode, or the other."""
+    for flag, given in (("use_8bit_adam", eight_bit), ("offload_optimizer", offload)):
+        if given and name != "adamw":
+            what = "8-bit moments are" if flag == "use_8bit_adam" else "moments on the host are"
+            raise UserError(f"--{flag} with --optimizer {name}: {what} AdamW's; leave one of the two out.")
+    if eight_bit and offload:
+        raise UserError("--offload_optimizer with --use_8bit_adam: moments on the host are float32; leave one of the two out.")
+    if offload and not graph_mode:
+        raise UserError("--offload_optimizer with --mindspore_mode 1: MindSpore keeps state on the host in graph mode only; use mode 0.")
+
+
 def create_optimizer(name: str, groups: list[dict], **settings: Any) -> nn.Optimizer:
-    """`groups`: dicts of params (list), lr, weight_decay. `settings`: betas, eps (adafactor has its own), for adamw eight_bit, and for
-    prodigy beta3, decouple, use_bias_correction, safeguard_warmup."""
+    """`groups`: dicts of params (list), lr, weight_decay. `settings`: betas, eps (adafactor has its own), for adamw eight_bit or offload,
+    and for prodigy beta3, decouple, use_bias_correction, safeguard_warmup."""
     beta1, beta2 = settings["betas"]
+    if name == "adamw" and settings.get("eight_bit"):
+        return AdamW8bit(groups, beta1, beta2, settings["eps"])
     if name == "adamw":
-        return (AdamW8bit if settings.get("eight_bit") else AdamW)(groups, beta1, beta2, settings["eps"])
+        return AdamW(groups, beta1, beta2, settings["eps"], settings.get("offload", False))
     if name == "adafactor":
         return Adafactor(groups)
     if name == "adamweightdecay":
@@ -81,10 +95,14 @@ class AdamW(nn.Optimizer):
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2. The fused operator
     of MindSpore computes p -= lr' (m / (sqrt(v) + eps') + wd' p) without correction; with c1 = 1 - beta1^t, c2 = 1 - beta2^t,
     lr' = lr sqrt(c2) / c1, eps' = eps sqrt(c2) and wd' = wd lr / lr' make it the corrected formula.
+
+    With `offload` the moments are in the host's memory and updated there, by the operator that MindSpore's Adam has for this
+    (use_offload, graph mode); the device gets the change. What that saves and costs on Ascend was not measured by us.
     """
 
-    def __init__(self, groups: list[dict], beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8):
+    def __init__(self, groups: list[dict], beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, offload: bool = False):
         super().__init__(groups[0]["lr"], groups)
+        self.change = _adamw_on_host if offload else _adamw
         self.beta1, self.beta2, self.eps = (ms.Tensor(v, ms.float32) for v in (beta1, beta2, eps))
         self.log_beta1, self.log_beta2 = _log(beta1), _log(beta2)
         self.exp_avg = self.parameters.clone(prefix="exp_avg", init="zeros")
@@ -104,7 +122,7 @@ class AdamW(nn.Optimizer):
         # A map over each group, not a loop over parameters: of 380 it compiles in a second, not in ten.
         for start, end in self.bounds:
             lr, decay = self.learning_rate[start] * rate, self.decay[start] / rate
-            update = ops.partial(_adamw, self.beta1, self.beta2, lr, self.eps * root2, decay)
+            update = ops.partial(self.change, self.beta1, self.beta2, lr, self.eps * root2, decay)
             group = slice(start, end)
             self.hyper_map(update, self.parameters[group], self.exp_avg[group], self.exp_avg_sq[group], gradients[group])
         return True
@@ -115,6 +133,16 @@ _fused_adamw = ops.operations.AdamWeightDecay()
 
 def _adamw(beta1, beta2, lr, eps, decay, parameter, exp_avg, exp_avg_sq, gradient):
     return _fused_adamw(parameter, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, decay, gradient.to(parameter.dtype))
+
+
+_host_adam = ops.AdamNoUpdateParam().set_device("CPU")
+_zero = ms.Tensor(0.0, ms.float32)
+
+
+def _adamw_on_host(beta1, beta2, lr, eps, decay, parameter, exp_avg, exp_avg_sq, gradient):
+    # Powers of the betas as zero: their corrections are in lr and eps already.
+    change = _host_adam(exp_avg, exp_avg_sq, _zero, _zero, lr, beta1, beta2, eps, gradient.to(ms.float32))
+    return ops.assign_add(parameter, change - lr * decay * parameter)
 
 
 class Prodigy(nn.Optimizer):

@@ -98,6 +98,7 @@ def parse_args(argv=None):
         help="AdamW has bias correction, AdamWeightDecay is MindSpore's without; adafactor reads no --adam_ flag but the decay.",
     )
     add("--use_8bit_adam", action="store_true", help="AdamW with moments in 8 bits: 2 bytes of state a parameter instead of 8.")
+    add("--offload_optimizer", action="store_true", help="AdamW's moments in the host's memory, updated there; graph mode only.")
     add("--learning_rate", type=float, default=5e-6, help="Base rate; for prodigy about 1.")
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size and accumulation.")
     add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
@@ -155,8 +156,7 @@ def check_args(args):
     at_least.update(learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0)
     at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0, crops_coords_top_left_h=0, crops_coords_top_left_w=0)
     check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
-    if args.use_8bit_adam and args.optimizer != "adamw":
-        raise UserError(f"--use_8bit_adam with --optimizer {args.optimizer}: 8-bit moments are AdamW's; leave one of the two out.")
+    optim.check_state_flags(args.optimizer, args.use_8bit_adam, args.offload_optimizer, args.mindspore_mode == 0)
 
     pairs.check_source_flags(vars(args))
     if args.resolution % 8 or args.resolution < 64:
@@ -454,7 +454,7 @@ def main(argv=None):
     optimizer = optim.create_optimizer(
         args.optimizer, [{"params": list(weights.values()), "lr": rate, "weight_decay": args.adam_weight_decay}],
         betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=None, decouple=True, use_bias_correction=True,
-        safeguard_warmup=True, eight_bit=args.use_8bit_adam,
+        safeguard_warmup=True, eight_bit=args.use_8bit_adam, offload=args.offload_optimizer,
     )  # fmt: skip
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForControlNetSDXL(

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from mindtune.optim import EMA, Adafactor, AdamW, Prodigy, create_optimizer, optimizer_state, schedule_factor, set_learning_rates
+from mindtune.cli import UserError
+from mindtune.optim import (
+    EMA,
+    Adafactor,
+    AdamW,
+    Prodigy,
+    check_state_flags,
+    create_optimizer,
+    optimizer_state,
+    schedule_factor,
+    set_learning_rates,
+)  # fmt: skip
 
 # As the scripts do on a CPU: otherwise PyNative hands every operator to another thread, most of the time on a busy machine.
 ms.runtime.launch_blocking()
@@ -70,10 +81,10 @@ class NumpyAdamW:
             self.p[i] -= lr * m / (np.sqrt(v) + self.eps)
 
 
-@pytest.mark.parametrize("betas, eps", [((0.9, 0.999), 1e-8), ((0.8, 0.95), 1e-3)])
-def test_adamw_follows_torchs_formula_for_100_updates(mode, betas, eps):
-    """Two groups of other rates and decays, and rates that change every update, 0 included."""
-    cell, params = optimizer("adamw", arrays(), betas=betas, eps=eps)
+@pytest.mark.parametrize("betas, eps, offload", [((0.9, 0.999), 1e-8, False), ((0.8, 0.95), 1e-3, False), ((0.9, 0.999), 1e-8, True)])
+def test_adamw_follows_torchs_formula_for_100_updates(mode, betas, eps, offload):
+    """Two groups of other rates and decays, and rates that change every update, 0 included. With moments on the host it is the same."""
+    cell, params = optimizer("adamw", arrays(), betas=betas, eps=eps, offload=offload)
     reference, rng = NumpyAdamW(arrays(), *betas, eps), np.random.default_rng(1)
     for k in range(100):
         gradients = [np.float32(rng.standard_normal(shape) * 10.0 ** (k % 5 - 3)) for shape in SHAPES]
@@ -83,6 +94,25 @@ def test_adamw_follows_torchs_formula_for_100_updates(mode, betas, eps):
         reference(gradients, [1e-2 * factor] * 2 + [1e-3 * factor], [0.1, 0.1, 0.0])
     assert_close(params, reference.p)
     assert np.abs(reference.p[0] - arrays()[0]).mean() > 0.05  # it went somewhere
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (("prodigy", True, False, True), "--use_8bit_adam with --optimizer prodigy"),
+        (("adafactor", False, True, True), "--offload_optimizer with --optimizer adafactor"),
+        (("adamw", True, True, True), "--offload_optimizer with --use_8bit_adam"),
+        (("adamw", False, True, False), "--offload_optimizer with --mindspore_mode 1"),
+    ],
+)
+def test_where_moments_cannot_be_in_8_bits_or_on_the_host(given, said):
+    with pytest.raises(UserError, match=said):
+        check_state_flags(*given)
+
+
+def test_where_they_can():
+    for eight_bit, offload, graph_mode in ((True, False, True), (True, False, False), (False, True, True), (False, False, False)):
+        check_state_flags("adamw", eight_bit, offload, graph_mode)
 
 
 @pytest.mark.parametrize("name, length", [("adamw", 1.0), ("adamweightdecay", 0.1 / math.sqrt(0.001))])
