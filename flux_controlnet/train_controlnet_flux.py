@@ -339,19 +339,24 @@ class TrainStepForFluxControlNet(models.TrainStep):
 
 
 class Painter:
-    """Draws the validation rows with the ControlNet at hand; loads only the VAE, once, and the prompts' cached embeddings."""
+    """Draws the validation rows with the ControlNet at hand; loads only the prompts' cached embeddings, and the VAE for a while."""
 
     def __init__(self, args, root, stage, kind, seed, rows, vae, transformer, controlnet):
-        self.args, self.root, self.stage, self.kind, self.seed, self.vae = args, root, stage, kind, seed, vae
+        self.args, self.root, self.stage, self.kind, self.seed = args, root, stage, kind, seed
+        self.vae, self.borrows = vae, vae is None
         self.transformer, self.controlnet, self.rows = transformer, controlnet, rows
         self.scheduler = models.read_config(root, "scheduler")
 
     def draw(self):
         """A row of the condition and --num_validation_images pictures for every pair, always from the same noise."""
-        if self.vae is None:
+        if self.borrows:
             self.vae = models.load_model(self.root, "vae", self.kind, self.args.variant)
         with sampling.resting(self.controlnet):
-            return [[condition, *self._images(prompt, condition)] for prompt, condition in self.rows]
+            drawn = [[condition, *self._images(prompt, condition)] for prompt, condition in self.rows]
+        if self.borrows:
+            self.vae = None
+            sampling.give_back()
+        return drawn
 
     def _images(self, prompt, condition):
         compute, text = self.kind.compute, self.stage.text(prompt)

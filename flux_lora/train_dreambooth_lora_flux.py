@@ -391,10 +391,11 @@ class TrainStepForFluxDevDB(models.TrainStep):
 
 
 class Painter:
-    """Draws the validation prompts with the transformer at hand; loads only the VAE, once, and the prompts' cached embeddings."""
+    """Draws the validation prompts with the transformer at hand; loads only the prompts' cached embeddings, and the VAE for a while."""
 
     def __init__(self, args, root, stage, kind, seed, latent_shape, vae, tokenizer, transformer, text_encoder):
-        self.args, self.root, self.kind, self.seed, self.vae = args, root, kind, seed, vae
+        self.args, self.root, self.kind, self.seed = args, root, kind, seed
+        self.vae, self.borrows = vae, vae is None
         self.latent_shape, self.tokenizer = latent_shape, tokenizer
         self.transformer, self.text_encoder = transformer, text_encoder
         self.text = {prompt: stage.text(prompt) for prompt in args.validation_prompt}
@@ -402,7 +403,7 @@ class Painter:
 
     def rows(self, adapted=True):
         """A row of --num_validation_images pictures a prompt, always from the same noise; `adapted` False: as the base draws."""
-        if self.vae is None:
+        if self.borrows:
             self.vae = models.load_model(self.root, "vae", self.kind, self.args.variant)
         trained = [m for m in (self.transformer, self.text_encoder) if m is not None]
         rows = []
@@ -413,6 +414,9 @@ class Painter:
                 rows.append([self._image(prompt, text, number) for number in range(self.args.num_validation_images)])
             for model in trained:
                 lora.enable_lora(model, True)
+        if self.borrows:
+            self.vae = None
+            sampling.give_back()
         return rows
 
     def _image(self, prompt, text, number):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +42,13 @@ def resting(*trained: nn.Cell):
         yield
         for model in trained:
             model.set_train(True)
+
+
+def give_back() -> None:
+    """What nothing refers to any more goes back to the system: Python collects it, and glibc, where there is one, keeps none of it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def sample_latents(

@@ -310,19 +310,23 @@ class TrainStepForControlNet(models.TrainStep):
 
 
 class Painter:
-    """Draws the validation rows with the ControlNet at hand; loads only the VAE, once, and the prompts' cached embeddings."""
+    """Draws the validation rows with the ControlNet at hand; loads only the prompts' cached embeddings, and the VAE for a while."""
 
     def __init__(self, args, scheduler, stage, kind, seed, rows, vae, unet, controlnet):
         self.args, self.scheduler, self.stage, self.kind, self.seed, self.rows = args, scheduler, stage, kind, seed, rows
-        self.vae, self.unet, self.controlnet = vae, unet, controlnet
+        self.vae, self.borrows, self.unet, self.controlnet = vae, vae is None, unet, controlnet
         self.empty = stage.unconditional() if rows else None
 
     def draw(self):
         """A row of the condition and --num_validation_images pictures for every pair, always from the same noise."""
-        if self.vae is None:
+        if self.borrows:
             self.vae = self.stage.load_vae()
         with sampling.resting(self.controlnet):
-            return [[condition, *self._images(prompt, condition)] for prompt, condition in self.rows]
+            drawn = [[condition, *self._images(prompt, condition)] for prompt, condition in self.rows]
+        if self.borrows:
+            self.vae = None
+            sampling.give_back()
+        return drawn
 
     def _images(self, prompt, condition):
         args, pixels = self.args, sampling.condition_pixels(condition)

@@ -301,9 +301,10 @@ print(own_memory() - before)
 
 
 def test_float32_moments_are_there_for_a_tensor_at_a_time(mode, tmp_path):
-    """An update takes, and the pool keeps, for every tensor more its state (2 bytes an element) and little else, in graph mode 24 bytes at most.
+    """For every tensor more an update takes, and the pool keeps, its state (2 bytes an element) and little else.
 
-    It was above 75 there while divisions kept their workspaces and all tensors were updated at once; float32 AdamW takes 8.
+    In graph mode 24 bytes at most; it was above 75 while divisions kept their workspaces and all tensors were updated at once. float32
+    AdamW takes 8.
     """
     script = tmp_path / "growth.py"
     script.write_text(GROWTH)
