@@ -74,7 +74,7 @@ def run(kind, mode, work, updates, every):
 
 def watch(kind, mode, work, updates, every):
     command = [sys.executable, __file__, "--run", kind, str(mode), str(work), str(updates), str(every)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])

@@ -20,7 +20,7 @@ import numpy as np
 from mindspore import ops
 from tqdm import tqdm
 
-from mindtune import checkpoint, data, flow, hub, lora, models, optim, precision, report, rng, sampling, tracking
+from mindtune import checkpoint, data, flow, hub, lora, models, optim, plan, precision, report, rng, sampling, tracking
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, run
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
@@ -30,7 +30,6 @@ from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 
 # Flags of the reference script that are not here yet, and what to use until then.
 REFUSED = {
-    "dry_run": "the memory plan is not in this version; leave the flag out",
     "aspect_ratio_buckets": "buckets are not in this version; leave the flag out: pictures are cropped to a square of --resolution",
     "distributed": "several devices are not in this version; leave the flag out and train on one",
 }
@@ -154,8 +153,9 @@ def parse_args(argv=None):
     add("--push_to_hub", action="store_true", help="Upload the adapter with a model card when the run is done.")
     add("--hub_token", help="Token with write access; written nowhere. Default: HF_TOKEN, or that of the last login.")
     add("--hub_model_id", help="Repository to upload to. Default: the output directory's name, in your account.")
+    add("--dry_run", action="store_true", help="Print the memory plan and end; reads configs only, writes nothing.")
+    add("--device_memory_gb", type=float, default=64, help="Memory of the device that the plan shall fit, such as 64 or 32 on Ascend.")
     # Reference flags of other versions or backends
-    add("--dry_run", action="store_true", help="Not in this version.")
     add("--aspect_ratio_buckets", help="Not in this version.")
     add("--distributed", action="store_true", help="Not in this version.")
     for name, why in ACCEPTED.items():
@@ -170,7 +170,9 @@ def check_args(args):
     """Refuses what cannot work, before anything is read or written. Raises UserError."""
     at_least = {"lora_rank": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "repeats": 1}
     at_least.update(checkpointing_steps=1, validation_epochs=1, num_validation_images=1, num_inference_steps=1, sample_batch_size=1)
-    at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, max_sequence_length=1, num_class_images=1)
+    at_least.update(
+        max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, max_sequence_length=1, device_memory_gb=1, num_class_images=1
+    )
     at_least.update(learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0)
     at_least.update(validation_split=0, adam_beta1=0, adam_beta2=0)
     check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "lora_dropout", "adam_beta1", "adam_beta2"))
@@ -440,7 +442,7 @@ SAME_RUN = {
     "dataloader_num_workers", "output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "seed",
     "resume_from_checkpoint", "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "num_validation_images",
     "num_inference_steps", "validation_epochs", "sample_batch_size", "prior_generation_precision", "num_train_epochs", "max_train_steps",
-    "push_to_hub", "hub_token", "hub_model_id", "lora_model_name_or_path", *REFUSED, *ACCEPTED,
+    "push_to_hub", "hub_token", "hub_model_id", "lora_model_name_or_path", "dry_run", "device_memory_gb", *REFUSED, *ACCEPTED,
 }  # fmt: skip
 OUR_FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", lora.LORA_FILE)
 
@@ -463,6 +465,11 @@ def trained_before(args, root):
 def main(argv=None):
     args = parse_args(argv)
     started = time.time()
+    if args.dry_run:
+        flag = "--pretrained_model_name_or_path"
+        configs = models.resolve_configs(args.pretrained_model_name_or_path, flag, args.cache_dir, models.FLUX_COMPONENTS, args.revision)
+        print(plan.describe("flux_lora", configs, vars(args)))
+        return 0
 
     # ---- check everything --------------------------------------------------
     services = tracking.services(args.report_to)
@@ -686,6 +693,7 @@ def main(argv=None):
             output_dir / "run.json", **record, finished=finished, updates=global_step, skipped_updates=skipped,
             seconds_per_step=float(np.median(steady)) / accumulation if steady else None, seconds_total=time.time() - started,
             seconds_to_first_update=seconds[0] if seconds else None, peak_memory_mb=tracking.peak_memory_mb(),
+            memory=plan.measured("flux_lora", root, vars(args)),
         )  # fmt: skip
 
     if global_step < max_train_steps:

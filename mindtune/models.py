@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -26,7 +27,7 @@ from mindtune.cli import UserError, listing
 from mindtune.flux_blocks import bind
 from mindtune.int8 import quantise, use_int8
 from mindtune.operators import use_operators
-from mindtune.precision import NUMPY_TYPES, Precision, cast_cell
+from mindtune.precision import LINEAR, NUMPY_TYPES, Precision, cast_cell
 from mindtune.rng import generator
 
 with contextlib.redirect_stdout(io.StringIO()):  # mindone prints which flash attention it found
@@ -115,6 +116,20 @@ def resolve_pipeline(name: str, revision: Optional[str], variant: Optional[str],
         patterns = ["model_index.json"] + [f"{part}/{kind}" for part in components for kind in ("*.json", "*.txt", "*.model", weights)]
         root = _download("--pretrained_model_name_or_path", name, revision, cache_dir, patterns)
     check_pipeline(root, components, variant)
+    return root
+
+
+def resolve_configs(name: str, flag: str, cache_dir: Optional[str], components: Iterable[str], revision: Optional[str] = None) -> Path:
+    """The directory of a pipeline (local, or from the hub) of which only the configs need to be there; without `components`, of a model.
+
+    Raises UserError naming those that are missing.
+    """
+    root = Path(name)
+    if not root.is_dir():
+        root = _download(flag, name, revision, cache_dir, ["*.json"])
+    configs = [f"{part}/config.json" for part in components if not part.startswith(("tokenizer", "scheduler"))] or ["config.json"]
+    if missing := [config for config in configs if not (root / config).is_file()]:
+        raise UserError(f"{flag} {root}: the memory plan reads configs, and there is none of these:\n{listing(missing)}\nCopy them there.")
     return root
 
 
@@ -453,8 +468,7 @@ def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
     Its layers that read the condition picture start as PyTorch's convolutions do, uniform in +-1 / sqrt(inputs), from `seed`.
     Source: Zhang et al., "Adding Conditional Control" (arXiv 2302.05543), section 3.2.
     """
-    known, config = inspect.signature(mindone.diffusers.ControlNetModel.__init__).parameters, dict(unet.config)
-    controlnet = mindone.diffusers.ControlNetModel(**{key: value for key, value in config.items() if key in known})
+    controlnet = mindone.diffusers.ControlNetModel(**_controlnet_config(dict(unet.config)))
     copied = model_parameters(unet)
     zero = ("controlnet_cond_embedding.conv_out.", "controlnet_down_blocks.", "controlnet_mid_block.")
     parameters = model_parameters(controlnet)
@@ -468,6 +482,38 @@ def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
             value = copied[name].to(ms.float32).asnumpy()
         parameter.set_data(ms.Tensor(value))
     return use_operators(controlnet.set_train(False))
+
+
+def _controlnet_config(unet: dict) -> dict:
+    """What a ControlNet takes of a UNet's config."""
+    known = inspect.signature(mindone.diffusers.ControlNetModel.__init__).parameters
+    return {key: value for key, value in unet.items() if key in known}
+
+
+class Shape(NamedTuple):
+    """Of a parameter: its name in the weight files, its shape, and whether it is the weight of a linear layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    linear: bool
+
+
+def shapes(root: Path, name: str) -> list[Shape]:
+    """Every parameter of a component, from its config alone; none is allocated."""
+    return _shapes(_without_weights(root, name, ms.float32))
+
+
+def controlnet_shapes(root: Path, base: str, num_layers: int = 0, num_single_layers: int = 0) -> list[Shape]:
+    """The same of a new ControlNet for the pipeline's `base`, transformer or unet; blocks are those of a FLUX ControlNet."""
+    if base == "transformer":
+        return _shapes(empty_flux_controlnet(root, num_layers, num_single_layers))
+    with no_init_parameters():
+        return _shapes(mindone.diffusers.ControlNetModel(**_controlnet_config(read_config(root, base))))
+
+
+def _shapes(model: nn.Cell) -> list[Shape]:
+    linear = {f"{name}.weight" for name, cell in model.cells_and_names() if isinstance(cell, LINEAR)}
+    return [Shape(name, tuple(parameter.shape), name in linear) for name, parameter in model_parameters(model).items()]
 
 
 def load_tokenizer(folder: Path):

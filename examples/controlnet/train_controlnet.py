@@ -22,7 +22,7 @@ import mindspore as ms
 import numpy as np
 from tqdm import tqdm
 
-from mindtune import checkpoint, data, diffusion, flow, hub, models, optim, pairs, precision, report, rng, sampling, tracking
+from mindtune import checkpoint, data, diffusion, flow, hub, models, optim, pairs, plan, precision, report, rng, sampling, tracking
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, matched, run
 from mindtune.encode import PairCaptions, PairImages, Stage
@@ -32,7 +32,6 @@ from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 
 # Flags of the reference script that are not here yet, and what to use until then.
 REFUSED = {
-    "dry_run": "the memory plan is not in this version; leave the flag out",
     "distributed": "several devices are not in this version; leave the flag out and train on one",
 }
 # CUDA and PyTorch switches that a diffusers command may carry, and what this backend does anyway.
@@ -134,8 +133,9 @@ def parse_args(argv=None):
     add("--push_to_hub", action="store_true", help="Upload the ControlNet with a model card when the run is done.")
     add("--hub_token", help="Token with write access; written nowhere. Default: HF_TOKEN, or that of the last login.")
     add("--hub_model_id", help="Repository to upload to. Default: the output directory's name, in your account.")
+    add("--dry_run", action="store_true", help="Print the memory plan and end; reads configs only, writes nothing.")
+    add("--device_memory_gb", type=float, default=64, help="Memory of the device that the plan shall fit, such as 64 or 32 on Ascend.")
     # Reference flags of other versions or backends
-    add("--dry_run", action="store_true", help="Not in this version.")
     add("--distributed", action="store_true", help="Not in this version.")
     for name, why in ACCEPTED.items():
         add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
@@ -149,7 +149,7 @@ def check_args(args):
     """Refuses what cannot work, before anything is read or written. Raises UserError."""
     at_least = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
     at_least.update(num_train_epochs=1, checkpointing_steps=1, validation_steps=1, num_validation_images=1, num_inference_steps=1)
-    at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, shuffle_buffer_size=1)
+    at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, device_memory_gb=1, shuffle_buffer_size=1)
     at_least.update(learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0)
     at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0)
     check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
@@ -350,7 +350,7 @@ SAME_RUN = {
     "checkpointing_steps", "checkpoints_total_limit", "seed", "resume_from_checkpoint", "save_weight_dtype", "upcast_before_saving",
     "logging_dir", "report_to", "validation_prompt", "validation_image", "num_validation_images", "num_inference_steps", "guidance_scale",
     "controlnet_conditioning_scale", "validation_steps", "num_train_epochs", "max_train_steps", "push_to_hub", "hub_token",
-    "hub_model_id", *REFUSED, *ACCEPTED,
+    "hub_model_id", "dry_run", "device_memory_gb", *REFUSED, *ACCEPTED,
 }  # fmt: skip
 FOLDER = "controlnet"  # in a checkpoint, as the reference lays it out
 FINAL = "diffusion_pytorch_model.safetensors"
@@ -360,6 +360,13 @@ OUR_FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.
 def main(argv=None):
     args = parse_args(argv)
     started = time.time()
+    if args.dry_run:
+        base, controlnet = "--pretrained_model_name_or_path", "--controlnet_model_name_or_path"
+        configs = models.resolve_configs(args.pretrained_model_name_or_path, base, args.cache_dir, models.SD_COMPONENTS, args.revision)
+        existing = args.controlnet_model_name_or_path
+        existing = models.resolve_configs(existing, controlnet, args.cache_dir, ()) if existing else None
+        print(plan.describe("controlnet", configs, vars(args), existing))
+        return 0
 
     # ---- check everything --------------------------------------------------
     services = tracking.services(args.report_to)
@@ -562,6 +569,7 @@ def main(argv=None):
             output_dir / "run.json", **record, finished=finished, updates=global_step, skipped_updates=skipped,
             seconds_per_step=float(np.median(steady)) / accumulation if steady else None, seconds_total=time.time() - started,
             seconds_to_first_update=seconds[0] if seconds else None, peak_memory_mb=tracking.peak_memory_mb(),
+            memory=plan.measured("controlnet", root, vars(args), existing),
         )  # fmt: skip
 
     saved = save()

@@ -62,7 +62,6 @@ def says(message, *parts):
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
 NOT_IN_THIS_VERSION = [
-    (["--dry_run"], ["--dry_run", "not in this version", "leave the flag out"]),
     (["--distributed"], ["--distributed", "not in this version", "train on one"]),
 ]
 AT_LEAST_ONE = ["train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples"]

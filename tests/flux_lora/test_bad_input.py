@@ -78,7 +78,6 @@ def says(message, *parts):
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
 NOT_IN_THIS_VERSION = [
-    (["--dry_run"], ["--dry_run", "not in this version", "leave the flag out"]),
     (["--aspect_ratio_buckets", "32x48"], ["--aspect_ratio_buckets", "not in this version", "--resolution"]),
     (["--distributed"], ["--distributed", "not in this version", "train on one"]),
 ]
