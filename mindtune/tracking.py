@@ -143,7 +143,11 @@ def peak_memory_mb() -> dict[str, int]:
     """Peak resident memory in MB of this process and of the largest child (the encode stage)."""
     unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
     who = {"training_process": resource.RUSAGE_SELF, "encode_process": resource.RUSAGE_CHILDREN}
-    return {name: resource.getrusage(which).ru_maxrss // unit for name, which in who.items()}
+    peaks = {name: resource.getrusage(which).ru_maxrss // unit for name, which in who.items()}
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss begins at what the process that started this one had
+        peaks["training_process"] = int(status.read_text().split("VmHWM:")[1].split()[0]) // 1024
+    return peaks
 
 
 def package_versions() -> dict[str, Optional[str]]:
