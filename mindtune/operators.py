@@ -88,7 +88,7 @@ class _Int8Product(nn.Cell):
 
     def made(self, codes, scale, factor):
         # Depending on the other factor: a graph would make the weights of all layers at its start, where nothing holds them back.
-        codes = _depend(codes, factor)
+        codes, scale = _depend(codes, factor), _depend(scale, factor)
         spread = _times(scale, ones(1, codes.shape[1])) if ON_CPU else scale
         return (codes.astype(ms.float32) * spread).astype(factor.dtype)
 

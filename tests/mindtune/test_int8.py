@@ -95,11 +95,12 @@ class Chain(nn.Cell):
         super().__init__()
         weights = [np.full((1024, 1024), number, np.int8) for number in range(depth)]
         self.codes = ms.ParameterTuple([ms.Parameter(ms.Tensor(w), name=f"codes{n}", requires_grad=False) for n, w in enumerate(weights)])
-        self.scale = ms.Parameter(ms.Tensor(np.full((1024, 1), 1e-5, np.float32)), name="scale", requires_grad=False)
+        scales = [np.full((1024, 1), 1e-5 * (number + 1), np.float32) for number in range(depth)]
+        self.scales = ms.ParameterTuple([ms.Parameter(ms.Tensor(s), name=f"scale{n}", requires_grad=False) for n, s in enumerate(scales)])
 
     def construct(self, x):
-        for codes in self.codes:
-            x = ops.tanh(operators.int8_linear(x, (codes, None, self.scale)))
+        for codes, scale in zip(self.codes, self.scales):
+            x = ops.tanh(operators.int8_linear(x, (codes, None, scale)))
         return x.sum()
 
 def own_memory():
