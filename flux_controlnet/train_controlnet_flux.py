@@ -398,7 +398,7 @@ def main(argv=None):
         configs = models.resolve_configs(args.pretrained_model_name_or_path, base, args.cache_dir, models.FLUX_COMPONENTS, args.revision)
         existing = args.controlnet_model_name_or_path
         existing = models.resolve_configs(existing, controlnet, args.cache_dir, ()) if existing else None
-        print(plan.describe("flux_controlnet", configs, vars(args), existing))
+        print(plan.describe("flux_controlnet", configs, vars(args), args.device_memory_gb, existing))
         return 0
 
     # ---- check everything --------------------------------------------------

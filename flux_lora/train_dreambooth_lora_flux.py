@@ -468,7 +468,7 @@ def main(argv=None):
     if args.dry_run:
         flag = "--pretrained_model_name_or_path"
         configs = models.resolve_configs(args.pretrained_model_name_or_path, flag, args.cache_dir, models.FLUX_COMPONENTS, args.revision)
-        print(plan.describe("flux_lora", configs, vars(args)))
+        print(plan.describe("flux_lora", configs, vars(args), args.device_memory_gb))
         return 0
 
     # ---- check everything --------------------------------------------------

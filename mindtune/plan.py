@@ -26,10 +26,19 @@ from mindtune.tracking import peak_memory_mb
 
 MB = 1 << 20
 BYTES = {"no": 4, "fp32": 4, "fp16": 2, "bf16": 2}
-# Tensors as large as a block's output that are kept for the backward pass; attention's weights, heads x tokens x tokens, come on top.
-# Measured as the growth of the peak by a block (docs/memory.md): in graph mode and in PyNative.
-KEPT = {"double": (36.0, 60.0), "single": (28.0, 50.0), "residual": (9.0, 9.0), "attention": (34.0, 40.0)}
-CPU = {"process": 480 * MB, "graph": 250 * MB, "call": 12 * MB, "workspace": 16}
+# Of a block: tensors as large as its output that the backward pass waits for, in a graph and in PyNative, and how often attention's
+# weights (heads x tokens x tokens) are among them. `condition` is the part of a UNet's ControlNet that reads the picture.
+KEPT = {
+    "double": (25.0, 35.0, 1.0), "single": (25.0, 35.0, 1.0), "residual": (16.0, 16.0, 0.0), "attention": (16.0, 16.0, 2.5),
+    "condition": (23.0, 23.0, 0.0),
+}  # fmt: skip
+# What this machine's runtime adds, fitted to the runs of benchmarks/memory_plan.py: the process with its libraries; a graph of FLUX and
+# each call of a block in it; each block of a UNet's graph; copies of what trains (for shared functions, clipped, written to a
+# checkpoint), in a graph and in PyNative; and while a block is computed tensors as large as its output and as attention's weights.
+CPU = {
+    "process": 528 * MB, "flux": 600 * MB, "call": 6 * MB, "unet block": 54 * MB, "copies": (6.2, 5.5), "outputs": (17.0, 0.0),
+    "weights": (4.2, 7.3),
+}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -149,9 +158,14 @@ def _unet_units(config: dict, batch: int, height: int, width: int, text: int, up
 
 
 def _kept(units: list[Unit], width: int, graph: bool, fused: bool) -> tuple[int, int]:
-    """Bytes that the backward pass waits for without and with recomputing; `fused` attention keeps no weights."""
-    each = [width * (KEPT[unit.kind][0 if graph else 1] * unit.output + (0 if fused else unit.weights)) for unit in units]
-    return int(sum(each)), int(sum(width * unit.output for unit in units) + max(each, default=0))
+    """Bytes that the backward pass waits for without recomputing, and with: the blocks' inputs. `fused` attention keeps no weights."""
+    kept = inputs = 0.0
+    for unit in units:
+        in_graph, in_pynative, weights = KEPT[unit.kind]
+        own = width * (unit.output * (in_graph if graph else in_pynative) + (0 if fused else weights * unit.weights))
+        kept += own
+        inputs += own if unit.kind == "condition" else width * unit.output
+    return int(kept), int(inputs)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------------------------
@@ -182,7 +196,11 @@ def make_plan(kind: str, root: Path, flags: dict, existing: Optional[Path] = Non
         parts.append(_frozen("vae", _shapes(root, "vae"), precision))
 
     units = _units(kind, flags, config, vae, read_config(existing.parent, existing.name) if existing else None)
-    kept, recomputed = _kept(units, compute, graph, fused=not on_cpu and compute == 2)
+    fused = not on_cpu and compute == 2
+    kept, recomputed = _kept(units, compute, graph, fused)
+    if not on_cpu:  # there it is in what the runtime adds
+        recomputed += _largest_block(units, compute, fused)
+    layer = max(math.prod(shape.shape) for shape in _shapes(root, base) if shape.linear)
     state = _state(trained, flags["optimizer"], flags["use_8bit_adam"])
     offload = bool(flags.get("offload_optimizer"))
     return Plan(
@@ -195,7 +213,7 @@ def make_plan(kind: str, root: Path, flags: dict, existing: Optional[Path] = Non
         recomputed=recomputed,
         activations=recomputed if flags["gradient_checkpointing"] else kept,
         loading=int(1.01 * sum(part.size for part in parts)),
-        runtime=_runtime(units, compute, graph, count) if on_cpu else 0,
+        runtime=_runtime(units, compute, graph, count, layer if int8 else 0) if on_cpu else 0,
     )
 
 
@@ -229,6 +247,7 @@ def _units(kind: str, flags: dict, config: dict, vae: dict, existing: Optional[d
         frozen = (max(0, config["num_layers"] - 1), config["num_single_layers"])  # residuals enter after the first block
         return _flux_units(config, batch, tokens, text, blocks) + _flux_units(config, batch, tokens, text, frozen)
     units = _unet_units(config, batch, rows, columns, 77, up=False, down=True)
+    units.append(Unit("condition", 64 * batch * height * width))  # its layers' outputs are 64 numbers a pixel together
     return units + _unet_units(config, batch, rows, columns, 77, up=True, down=False)
 
 
@@ -238,12 +257,22 @@ def _sizes(flags: dict) -> list[tuple[int, int]]:
     return [(flags["resolution"], flags["resolution"])]
 
 
-def _runtime(units: list[Unit], width: int, graph: bool, trained: int) -> int:
-    """What the CPU's runtime adds: the process itself, the compiled graph, kernels' workspaces (once for blocks that share a function)."""
-    if not graph:
-        return CPU["process"]
-    largest = {unit.kind: max(u.output for u in units if u.kind == unit.kind) for unit in units}
-    return CPU["process"] + CPU["graph"] + CPU["call"] * len(units) + sum(CPU["workspace"] * output for output in largest.values())
+def _largest_block(units: list[Unit], width: int, fused: bool) -> int:
+    """Bytes of the block that is being computed again, when blocks are."""
+    return max(_kept([unit], width, True, fused)[0] for unit in units)
+
+
+def _runtime(units: list[Unit], width: int, graph: bool, trained: int, int8_layer: int) -> int:
+    """What the CPU's runtime adds; of `trained` elements, and with int8 weights those of the largest layer, three times in float32."""
+    mode, blocks = 0 if graph else 1, [unit for unit in units if unit.kind != "condition"]
+    size = CPU["process"] + 4 * CPU["copies"][mode] * trained + 3 * 4 * int8_layer
+    if graph:
+        flux = blocks[0].kind in ("double", "single")
+        size += CPU["flux"] + CPU["call"] * len(blocks) if flux else CPU["unet block"] * len(blocks)
+    if blocks[0].kind in ("double", "single"):
+        output, weights = (max(getattr(unit, field) for unit in blocks) for field in ("output", "weights"))
+        size += width * (CPU["outputs"][mode] * output + CPU["weights"][mode] * weights)
+    return int(size)
 
 
 # ---- telling ---------------------------------------------------------------------------------------------------------------------------
@@ -283,8 +312,8 @@ def suggestions(kind: str, root: Path, flags: dict, limit: int, existing: Option
     return lines, needed
 
 
-def describe(kind: str, root: Path, flags: dict, existing: Optional[Path] = None) -> str:
-    """The plan as a table, with whether it fits --device_memory_gb and, if not, what would make it fit."""
+def describe(kind: str, root: Path, flags: dict, device_gb: float, existing: Optional[Path] = None) -> str:
+    """The plan as a table, with whether it fits a device of so many GB and, if not, what would make it fit."""
     plan, rows = make_plan(kind, root, flags, existing), []
     on_cpu = ms.get_context("device_target") == "CPU"
     for part in plan.parts:
@@ -306,7 +335,7 @@ def describe(kind: str, root: Path, flags: dict, existing: Optional[Path] = None
         rows.append(("on this CPU instead: the process", "", "", _gb(make_plan(kind, root, flags, existing, on_cpu=True).process())))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
-    limit = int(flags["device_memory_gb"] * (1 << 30))
+    limit = int(device_gb * (1 << 30))
     if plan.device() <= limit:
         return "\n".join([*lines, f"fits a device of {flags['device_memory_gb']:g} GB"])
     saved, needed = suggestions(kind, root, flags, limit, existing)

@@ -379,7 +379,7 @@ def main(argv=None):
         configs = models.resolve_configs(args.pretrained_model_name_or_path, base, args.cache_dir, models.SDXL_COMPONENTS, args.revision)
         existing = args.controlnet_model_name_or_path
         existing = models.resolve_configs(existing, controlnet, args.cache_dir, ()) if existing else None
-        print(plan.describe("controlnet_sdxl", configs, vars(args), existing))
+        print(plan.describe("controlnet_sdxl", configs, vars(args), args.device_memory_gb, existing))
         return 0
 
     # ---- check everything --------------------------------------------------
