@@ -337,9 +337,9 @@ def describe(kind: str, root: Path, flags: dict, device_gb: float, existing: Opt
     lines = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
     limit = int(device_gb * (1 << 30))
     if plan.device() <= limit:
-        return "\n".join([*lines, f"fits a device of {flags['device_memory_gb']:g} GB"])
+        return "\n".join([*lines, f"fits a device of {device_gb:g} GB"])
     saved, needed = suggestions(kind, root, flags, limit, existing)
-    lines.append(f"does not fit a device of {flags['device_memory_gb']:g} GB. Add, in this order:")
+    lines.append(f"does not fit a device of {device_gb:g} GB. Add, in this order:")
     lines += [f"  {line}" for line in saved] + [f"then it takes {_gb(needed)}" + ("" if needed <= limit else ", which is still too much")]
     return "\n".join(lines)
 
