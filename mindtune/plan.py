@@ -326,9 +326,9 @@ def describe(kind: str, root: Path, flags: dict, device_gb: float, existing: Opt
     used = " (this run)"
     rows.append(("activations, kept" + used * (plan.activations == plan.kept), "", "", _gb(plan.kept)))
     rows.append(("activations, recomputed" + used * (plan.activations != plan.kept), "", "", _gb(plan.recomputed)))
-    rows.append(("an Ascend device", "", "", _gb(plan.device())))
+    rows.append(("an Ascend device, alone or of several", "", "", _gb(plan.device())))
     for workers in (2, 8):
-        rows.append((f"each of {workers}, with --zero_stage 1", "", "", _gb(plan.device(workers, 1))))
+        rows.append((f"each of {workers}, sharing the optimizer (ZeRO 1)", "", "", _gb(plan.device(workers, 1))))
     rows.append(("host, while loading", "", "", _gb(plan.loading)))
     rows.append(("encode stage, a process of its own", "", "", _gb(encode_peak(kind, root, flags))))
     if on_cpu:
