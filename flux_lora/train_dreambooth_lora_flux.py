@@ -20,7 +20,7 @@ import numpy as np
 from mindspore import ops
 from tqdm import tqdm
 
-from mindtune import checkpoint, data, flow, lora, models, optim, precision, rng, sampling, tracking
+from mindtune import checkpoint, data, devices, flow, lora, models, optim, precision, rng, sampling, tracking
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, run
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
@@ -35,7 +35,6 @@ REFUSED = {
     "hub_token": "uploading is not in this version; leave the flag out",
     "hub_model_id": "uploading is not in this version; leave the flag out",
     "aspect_ratio_buckets": "buckets are not in this version; leave the flag out: pictures are cropped to a square of --resolution",
-    "distributed": "several devices are not in this version; leave the flag out and train on one",
 }
 # CUDA switches that a diffusers command may carry, and what this backend does anyway.
 ACCEPTED = {
@@ -104,11 +103,12 @@ def parse_args(argv=None):
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of frozen weights and of computation.")
     add("--base_precision", choices=["same", "int8"], default="same", help="int8: the frozen transformer and T5 in one byte a weight.")
     add("--gradient_checkpointing", action="store_true", help="Recompute the blocks in the backward pass to save memory.")
-    add("--train_batch_size", type=int, default=4, help="Pictures a step (with class pictures: of each kind).")
+    add("--train_batch_size", type=int, default=4, help="Pictures a step and worker (with class pictures: of each kind).")
     add("--gradient_accumulation_steps", type=int, default=1, help="Steps an update.")
     add("--num_train_epochs", type=int, default=1, help="Passes over the pictures.")
     add("--max_train_steps", type=int, help="Updates in all; overrides the epochs.")
     add("--seed", type=int, help="Seed of everything random. Default: drawn, and written to run.json.")
+    add("--distributed", action="store_true", help="Train on several devices at once, as one of the workers that msrun starts.")
     # Optimizer
     add(
         "--optimizer",
@@ -120,7 +120,7 @@ def parse_args(argv=None):
     add("--use_8bit_adam", action="store_true", help="AdamW with moments in 8 bits: 2 bytes of state a parameter instead of 8.")
     add("--learning_rate", type=float, default=1e-4, help="Base rate; for prodigy about 1.")
     add("--text_encoder_lr", type=float, default=5e-6, help="Base rate for CLIP.")
-    add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size and accumulation.")
+    add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation and workers.")
     add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
     add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
@@ -159,7 +159,6 @@ def parse_args(argv=None):
     add("--hub_token", help="Not in this version.")
     add("--hub_model_id", help="Not in this version.")
     add("--aspect_ratio_buckets", help="Not in this version.")
-    add("--distributed", action="store_true", help="Not in this version.")
     for name, why in ACCEPTED.items():
         add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
 
@@ -281,7 +280,7 @@ class Batches:
         self.epoch_length = max(len(samples) * args.repeats, len(class_samples))
 
     def at(self, batch):
-        """Batch number `batch`, from the start of the run."""
+        """Batch number `batch` of all workers together, from the start of the run."""
         rows, size = [], self.args.train_batch_size
         for kind, samples, stream in self.kinds:
             for position in range(batch * size, (batch + 1) * size):
@@ -442,6 +441,8 @@ SAME_RUN = {
     "resume_from_checkpoint", "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "num_validation_images",
     "num_inference_steps", "validation_epochs", "sample_batch_size", "prior_generation_precision", "num_train_epochs", "max_train_steps",
     "lora_model_name_or_path", *REFUSED, *ACCEPTED,
+    # What counts of these is how many samples make up an update.
+    "train_batch_size", "gradient_accumulation_steps", "distributed",
 }  # fmt: skip
 OUR_FILES = ("run.json", "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", lora.LORA_FILE)
 
@@ -467,6 +468,7 @@ def main(argv=None):
 
     # ---- check everything --------------------------------------------------
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
+    devices.set_up(args.distributed)
     root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
     targets = {"transformer": [t.strip() for t in args.lora_layers.split(",")] if args.lora_layers else lora.TRANSFORMER_TARGETS}
     going_on, lora_digest = trained_before(args, root) if args.lora_model_name_or_path else ({}, None)
@@ -477,11 +479,13 @@ def main(argv=None):
     output_dir, resume = checkpoint.open_output_dir(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, lora.LORA_FILE
     )
+    devices.same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
     samples = load_samples(args)
     prior_samples = class_samples(args) if args.with_prior_preservation else []
 
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
+    seed = devices.gather(seed)[0]
     kept, kept_out = data.split(len(samples), args.validation_split, seed)
     train_samples, held_out = [samples[i] for i in kept], [samples[i] for i in kept_out]
     logging_dir = output_dir / args.logging_dir
@@ -507,7 +511,9 @@ def main(argv=None):
     print(f"encode stage: {encoded} made, {len(set(captions)) + len(images) - encoded} already in {stage.folder}")
 
     # ---- load, freeze, cast --------------------------------------------------
-    ms.set_seed((seed + state.get("global_step", 0)) % 2**32)  # only --lora_dropout draws from MindSpore's own generators
+    ms.set_seed(
+        (seed + state.get("global_step", 0) + devices.worker()) % 2**32
+    )  # only --lora_dropout draws from MindSpore's own generators
     transformer = models.load_model(root, "transformer", kind, args.variant, int8)
     text_encoder = models.load_model(root, "text_encoder", kind, args.variant) if args.train_text_encoder else None
     tokenizer = models.load_tokenizer(root / "tokenizer") if args.train_text_encoder else None
@@ -542,7 +548,7 @@ def main(argv=None):
     shift = flow.resolution_shift((side // 2) ** 2, scheduler_config) if auto else float(args.timestep_shift)
     sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), shift)
     batches = Batches(args, seed, stage, train_samples, prior_samples, held_out, latent_shape, len(sigmas), tokenizer)
-    per_update = args.train_batch_size * args.gradient_accumulation_steps
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.epoch_length / per_update)
 
     base_rates = [args.learning_rate * (per_update if args.scale_lr else 1)]
@@ -572,7 +578,7 @@ def main(argv=None):
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
     fingerprint = checkpoint.text_digest(s.digest + s.caption for s in train_samples + prior_samples)
     base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
-    identity = {"seed": seed, "data": fingerprint, "base": base, "lora_model": lora_digest}
+    identity = {"seed": seed, "data": fingerprint, "base": base, "lora_model": lora_digest, "samples_per_update": per_update}
     identity.update({k: v for k, v in vars(args).items() if k not in SAME_RUN})
     global_step = 0
     if resume:
@@ -581,7 +587,7 @@ def main(argv=None):
         changed = [name for name, value in identity.items() if state.get(name) != value]
         if changed:
             print(f"resuming with another {', '.join(changed)} than the checkpoint was made with: not its exact continuation")
-        for path in checkpoint.set_aside_later(output_dir, resume):
+        for path in devices.first(checkpoint.set_aside_later, output_dir, resume) or ():
             print(f"a later checkpoint is kept as {path.name}")
         print(f"resuming from {resume.name} after update {global_step}")
 
@@ -591,11 +597,15 @@ def main(argv=None):
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
 
     def save():
+        if tracker is None:
+            return None
         tracker.flush()
         return checkpoint.save_checkpoint(output_dir, global_step, save_files, args.checkpoints_total_limit)
 
     def look(final=False):
-        """Held-out loss and validation pictures of this moment."""
+        """Held-out loss and validation pictures of this moment; the first worker's job, for which the others wait."""
+        if tracker is None:
+            return None
         if held_out and not curve.has(global_step):
             losses = held_out_loss(step, trained.values(), batches.held_out, len(held_out))
             curve.add(global_step, [float(sigmas[i]) for i in HELD_OUT_INDICES], losses)
@@ -616,34 +626,39 @@ def main(argv=None):
     epoch_updates = batches.epoch_length / per_update
     print(
         f"{len(train_samples)} pictures, {len(held_out)} held out, {len(prior_samples)} class pictures; "
-        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation; {max_train_steps} updates, "
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation x {devices.workers()} workers; "
+        f"{max_train_steps} updates, "
         f"{max_train_steps / epoch_updates:.1f} epochs; seed {seed}"
     )
     record = {
         "flags": vars(args), "seed": seed, "versions": tracking.package_versions(), "device": ms.get_context("device_target"),
         "data": {"fingerprint": fingerprint, "samples": len(train_samples), "held_out": [s.name for s in held_out]},
         "trainable": {name: sum(p.size for p in model.trainable_params()) for name, model in trained.items()},
+        "workers": devices.workers(),
     }  # fmt: skip
-    if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
-        checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
-    tracking.write_run_json(output_dir / "run.json", **record, finished=False)
-    tracker = tracking.Tracker(output_dir, logging_dir, args.report_to == "tensorboard", global_step)
-    curve = tracking.LossByTimestep(output_dir, global_step)
+    tracker = curve = None
+    if devices.is_first():
+        if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
+            checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
+        tracking.write_run_json(output_dir / "run.json", **record, finished=False)
+        tracker = tracking.Tracker(output_dir, logging_dir, args.report_to == "tensorboard", global_step)
+        curve = tracking.LossByTimestep(output_dir, global_step)
     stop, seconds, skipped = StopRequest(), [], 0
     accumulation = args.gradient_accumulation_steps
-    ahead = data.prefetch(batches.at, range(global_step * accumulation, max_train_steps * accumulation), args.dataloader_num_workers)
+    numbers = devices.mine(range(global_step * accumulation * devices.workers(), max_train_steps * accumulation * devices.workers()))
+    ahead = data.prefetch(batches.at, numbers, args.dataloader_num_workers)
     if not resume:
         look()
-    bar = tqdm(total=max_train_steps, initial=global_step, unit="update", dynamic_ncols=True)
-    while global_step < max_train_steps and stop.exit_code is None:
+    bar = tqdm(total=max_train_steps, initial=global_step, unit="update", dynamic_ncols=True, disable=not devices.is_first())
+    while global_step < max_train_steps and not any(devices.gather(stop.exit_code)):
         began = time.perf_counter()
         lr_factor = optim.schedule_factor(
             args.lr_scheduler, global_step, args.lr_warmup_steps, max_train_steps, args.lr_num_cycles, args.lr_power, base_rates[0]
         )
         rates = [rate * lr_factor for rate in base_rates]
         optim.set_learning_rates(optimizer, rates)
-        losses = [float(step(*map(ms.Tensor, next(ahead)))[1]) for _ in range(accumulation)]
-        loss, norm = float(np.mean(losses)), float(step.grad_clipper.norm)
+        losses = [float(step(*inputs)[1]) for inputs in devices.micro_batches(step, ahead, accumulation)]
+        loss, norm = float(np.mean(devices.gather(losses))), float(step.grad_clipper.norm)
         global_step += 1
         values = {"loss": loss, "lr": rates[0], "grad_norm": norm}
         if args.train_text_encoder:
@@ -665,7 +680,8 @@ def main(argv=None):
                 )
             tqdm.write(f"update {global_step}: overflow in fp16, skipped; loss scale {values['loss_scale']:g}")
             values = {name: value for name, value in values.items() if math.isfinite(value)}
-        tracker.log(global_step, **values)
+        if tracker:
+            tracker.log(global_step, **values)
         seconds.append(time.perf_counter() - began)
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rates[0]:.2e}", s=f"{np.median(seconds[-20:]):.2f}", refresh=False)
         bar.update()
@@ -686,22 +702,24 @@ def main(argv=None):
             seconds_to_first_update=seconds[0] if seconds else None, peak_memory_mb=tracking.peak_memory_mb(),
         )  # fmt: skip
 
-    if global_step < max_train_steps:
-        folder = save()
-        finish_run_json(False)
-        print(f"saved {folder} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest")
-        return stop.exit_code
     folder = save()
-    dtype = ms.float32 if args.upcast_before_saving else kind.storage
-    final = output_dir / lora.LORA_FILE
-    checkpoint.write_atomically(final, lambda path: lora.save_lora(path, trained, dtype))
-    grid, plot = look(final=True), curve.plot()
-    tracker.close()
-    finish_run_json(True)
-    curves = logging_dir if args.report_to == "tensorboard" else output_dir / "metrics.jsonl"
-    for what, path in (("adapter", final), ("picture grid", grid), ("held-out loss plot", plot), ("curves", curves)):
-        if path:
-            print(f"{what}: {path}")
+    if global_step < max_train_steps:
+        devices.first(finish_run_json, False)
+        print(f"saved {folder} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest")
+        devices.finish()
+        return 130  # as a shell reports Ctrl-C
+    if devices.is_first():
+        dtype = ms.float32 if args.upcast_before_saving else kind.storage
+        final = output_dir / lora.LORA_FILE
+        checkpoint.write_atomically(final, lambda path: lora.save_lora(path, trained, dtype))
+        grid, plot = look(final=True), curve.plot()
+        tracker.close()
+        finish_run_json(True)
+        curves = logging_dir if args.report_to == "tensorboard" else output_dir / "metrics.jsonl"
+        for what, path in (("adapter", final), ("picture grid", grid), ("held-out loss plot", plot), ("curves", curves)):
+            if path:
+                print(f"{what}: {path}")
+    devices.finish()
     return 0
 
 
