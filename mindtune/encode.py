@@ -149,7 +149,7 @@ class Stage:
         texts, keys = devices.mine(sorted(missing_texts)), devices.mine(sorted(missing_images))
         if texts or keys:
             share = None if devices.workers() == 1 else set(keys)
-            _in_child((self, captions if share is None and texts else texts, images if keys else (), share, None))
+            _in_child((self, captions if share is None and texts else texts, images if keys else (), None, share))
         devices.gather()
         self._require(missing_texts, missing_images)
         _entry.cache_clear()
@@ -170,7 +170,7 @@ class Stage:
         devices.gather()  # all have counted the pictures that are there
         numbers = devices.mine(range(order.first, order.count))
         if numbers:
-            _in_child((self, [], [], None, replace(order, numbers=numbers)))
+            _in_child((self, [], [], replace(order, numbers=numbers), None))
         devices.gather()
 
 
@@ -218,10 +218,8 @@ def _entry(cache: Cache, key: str) -> dict[str, np.ndarray]:
 
 
 def _in_child(job: tuple) -> None:
-    # The child is no worker: MindSpore would take it for one. Its device is the worker's.
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MS_SCHED", "MS_ROLE", "MS_NODE", "MS_WORKER"))
-    }
+    # The child is no worker, and MindSpore would take it for one. Its device is the worker's, by DEVICE_ID.
+    environment = {name: value for name, value in os.environ.items() if name != "MS_ROLE"}
     done = subprocess.run([sys.executable, "-m", "mindtune.encode"], input=pickle.dumps((os.getpid(), *job)), env=environment)
     if done.returncode == 2:
         raise UserError("the encode stage stopped (its message is above)")
@@ -237,7 +235,7 @@ def _in_child(job: tuple) -> None:
 
 def main() -> None:
     try:
-        parent, stage, captions, images, share, order = pickle.load(sys.stdin.buffer)
+        parent, stage, captions, images, order, share = pickle.load(sys.stdin.buffer)
     except (EOFError, pickle.UnpicklingError):
         return  # the parent was stopped before it had said what to do
     _end_with(parent)
@@ -322,7 +320,7 @@ def token_ids(tokenizer, caption: str, length: int) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64)
 
 
-def _encode_images(stage: Stage, images: Iterable[tuple[Sample, Size, bool]], share: Optional[set[str]]) -> None:
+def _encode_images(stage: Stage, images: Iterable[tuple[Sample, Size, bool]], share: Optional[set[str]] = None) -> None:
     """The pictures that the cache lacks, of those whose keys are in `share` (None: all)."""
     precision, vae = resolve_precision(stage.vae_precision), None
     keyed = ((job, stage.image_key(*job)) for job in images)
