@@ -168,6 +168,8 @@ class Stage:
     def generate(self, order: ClassImages) -> None:
         """Makes this worker's share of class pictures in a child process; returns when all workers are done."""
         devices.gather()  # all have counted the pictures that are there
+        if devices.workers() > 1:
+            self.prepare([order.prompt], [])  # by one of them; a lone worker's child does both
         numbers = devices.mine(range(order.first, order.count))
         if numbers:
             _in_child((self, [], [], replace(order, numbers=numbers), None))
