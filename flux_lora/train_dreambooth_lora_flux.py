@@ -9,10 +9,12 @@ Ctrl-C saves a checkpoint; the same command with --resume_from_checkpoint latest
 """
 
 import argparse
+import itertools
 import json
 import math
 import secrets
 import time
+from functools import partial
 from pathlib import Path
 
 import mindspore as ms
@@ -20,7 +22,7 @@ import numpy as np
 from mindspore import ops
 from tqdm import tqdm
 
-from mindtune import checkpoint, data, devices, flow, lora, models, optim, precision, rng, sampling, tracking
+from mindtune import checkpoint, data, devices, flow, lora, models, optim, precision, rng, sampling, tracking, zero
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, run
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
@@ -108,6 +110,7 @@ def parse_args(argv=None):
     add("--num_train_epochs", type=int, default=1, help="Passes over the pictures.")
     add("--max_train_steps", type=int, help="Updates in all; overrides the epochs.")
     add("--seed", type=int, help="Seed of everything random. Default: drawn, and written to run.json.")
+    add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0, help="1: share the optimizer's state out over the workers.")
     add("--distributed", action="store_true", help="Train on several devices at once, as one of the workers that msrun starts.")
     # Optimizer
     add(
@@ -175,6 +178,7 @@ def check_args(args):
     at_least.update(learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0)
     at_least.update(validation_split=0, adam_beta1=0, adam_beta2=0)
     check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "lora_dropout", "adam_beta1", "adam_beta2"))
+    zero.check_flags(args.zero_stage, args.distributed, args.optimizer)
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise UserError(f"--use_8bit_adam with --optimizer {args.optimizer}: 8-bit moments are AdamW's; leave one of the two out.")
     if args.report_to in ("wandb", "all"):
@@ -442,7 +446,7 @@ SAME_RUN = {
     "num_inference_steps", "validation_epochs", "sample_batch_size", "prior_generation_precision", "num_train_epochs", "max_train_steps",
     "lora_model_name_or_path", *REFUSED, *ACCEPTED,
     # What counts of these is how many samples make up an update.
-    "train_batch_size", "gradient_accumulation_steps", "distributed",
+    "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
 OUR_FILES = ("run.json", "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", lora.LORA_FILE)
 
@@ -558,11 +562,12 @@ def main(argv=None):
         base_rates.append(base_rates[0] if args.optimizer == "prodigy" else args.text_encoder_lr)
         decay = args.adam_weight_decay_text_encoder
         groups.append({"params": text_encoder.trainable_params(), "lr": base_rates[1], "weight_decay": decay})
-    optimizer = optim.create_optimizer(
-        args.optimizer, groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=args.prodigy_beta3,
+    make = partial(
+        optim.create_optimizer, args.optimizer, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=args.prodigy_beta3,
         decouple=args.prodigy_decouple, use_bias_correction=args.prodigy_use_bias_correction,
         safeguard_warmup=args.prodigy_safeguard_warmup, eight_bit=args.use_8bit_adam,
     )  # fmt: skip
+    optimizer = zero.SharedOptimizer(make, groups) if args.zero_stage else make(groups)
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForFluxDevDB(
         transformer, optimizer, {"sigmas": ms.Tensor(sigmas, ms.float32)}, kind.compute, args, vae_config,
@@ -582,7 +587,7 @@ def main(argv=None):
     identity.update({k: v for k, v in vars(args).items() if k not in SAME_RUN})
     global_step = 0
     if resume:
-        checkpoint.load_state(resume / "training_state.safetensors", remembered)
+        checkpoint.load_state(resume / "training_state.safetensors", remembered, itertools.chain(*devices.gather(list(remembered))))
         global_step = state["global_step"]
         changed = [name for name, value in identity.items() if state.get(name) != value]
         if changed:
@@ -591,16 +596,18 @@ def main(argv=None):
             print(f"a later checkpoint is kept as {path.name}")
         print(f"resuming from {resume.name} after update {global_step}")
 
-    def save_files(folder):
+    def save_files(folder, values):
         lora.save_lora(folder / lora.LORA_FILE, trained, ms.float32)
-        checkpoint.save_state(folder / "training_state.safetensors", remembered)
+        checkpoint.save_state(folder / "training_state.safetensors", values)
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
 
     def save():
+        values = devices.collect(remembered)
         if tracker is None:
             return None
         tracker.flush()
-        return checkpoint.save_checkpoint(output_dir, global_step, save_files, args.checkpoints_total_limit)
+        write = partial(save_files, values=values)
+        return checkpoint.save_checkpoint(output_dir, global_step, write, args.checkpoints_total_limit)
 
     def look(final=False):
         """Held-out loss and validation pictures of this moment; the first worker's job, for which the others wait."""
@@ -624,6 +631,7 @@ def main(argv=None):
 
     # ---- the loop ------------------------------------------------------------
     epoch_updates = batches.epoch_length / per_update
+    print(f"optimizer state: {optim.state_bytes(optimizer):,} bytes on each of {devices.workers()} workers")
     print(
         f"{len(train_samples)} pictures, {len(held_out)} held out, {len(prior_samples)} class pictures; "
         f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation x {devices.workers()} workers; "

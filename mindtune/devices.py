@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 import mindspore as ms
-from mindspore import nn
+import numpy as np
+from mindspore import nn, ops
 
 from mindtune.cli import UserError
 from mindtune.meeting import Line
@@ -49,6 +50,7 @@ def set_up(distributed: bool) -> None:
     _worker, _count = get_rank(), get_group_size()
     ms.set_auto_parallel_context(parallel_mode="data_parallel", gradients_mean=True)
     _line = Line(host, port, _worker, _end)
+    print(f"{_count} workers; the first is process {os.getpid()}, which kill -TERM makes stop with a checkpoint (Ctrl-C makes without)")
     if _worker:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
 
@@ -107,6 +109,28 @@ def micro_batches(step: nn.Cell, batches: Iterator[tuple], count: int) -> Iterat
                 step.compile(*inputs)
             gather()
         yield inputs
+
+
+def collect(parameters: dict[str, ms.Parameter]) -> dict[str, np.ndarray]:
+    """On the first worker the values of everybody's parameters by name, for a checkpoint; {} on the others. All must call it.
+
+    What the first worker has of its own is not sent; the rest comes tensor by tensor, so that no device has to hold it all.
+    """
+    found = {name: p.asnumpy() for name, p in parameters.items()} if is_first() else {}
+    held = gather({name: (p.shape, np.dtype(ms.dtype_to_nptype(p.dtype)).str) for name, p in parameters.items()})
+    known = set(held[0])
+    for number in range(1, _count):
+        send = ops.Broadcast(number)
+        for name in sorted(set(held[number]) - known):
+            shape, kind = held[number][name]
+            value = parameters[name].asnumpy() if _worker == number else np.zeros(shape, kind)
+            # As int32 whatever it is, bit for bit.
+            packed = value.tobytes() + bytes(-value.nbytes % 4)
+            sent = send((ms.Tensor(np.frombuffer(packed, np.int32)),))[0]
+            if is_first():
+                found[name] = np.frombuffer(sent.asnumpy().tobytes()[: value.nbytes], kind).reshape(shape)
+        known |= set(held[number])
+    return found
 
 
 def finish() -> None:

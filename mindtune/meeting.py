@@ -8,9 +8,11 @@ Nothing here imports MindSpore, so the server starts fast and costs little.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import selectors
 import signal
 import socket
 import sys
@@ -21,67 +23,81 @@ from typing import Any, Callable
 CONNECT_SECONDS = 60
 
 
+class Guest:
+    """A connection to the server: what has come of the next line, and who it is (None: has not said)."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.begun, self.hello = connection, b"", None
+
+
 class Meeting:
-    """The server's side: answers when all `count` workers have spoken, and ends when all have left or one is lost."""
+    """The server's side: answers when all `count` workers have spoken, and ends when all have left or one is lost.
+
+    One thread, so that of two workers that end one after the other the first is named.
+    """
 
     def __init__(self, host: str, port: int, count: int) -> None:
+        self.count, self.selector = count, selectors.DefaultSelector()
         self.server = socket.create_server((host, port), backlog=count)
-        self.count, self.lock = count, threading.Lock()
-        self.files: dict[int, Any] = {}
+        self.selector.register(self.server, selectors.EVENT_READ)
+        self.here: dict[int, Guest] = {}
         self.said: dict[int, Any] = {}
-        self.left: set[int] = set()
-        self.over: queue.SimpleQueue = queue.SimpleQueue()
+        self.left = 0
 
     def run(self) -> str:
-        """Serves until the end; returns "" or which worker was lost."""
-        threading.Thread(target=self._accept, daemon=True).start()
-        lost = self.over.get()
-        if lost:
-            with self.lock:
-                self._tell({"lost": lost})
-        return lost
+        """Serves until the end; returns "" or which worker was lost, after telling the others."""
+        while self.left < self.count:
+            for key, _ in self.selector.select():
+                if key.fileobj is self.server:
+                    self._welcome()
+                elif lost := self._hear(key.data):
+                    self._tell({"lost": lost})
+                    return lost
+        return ""
 
-    def _accept(self) -> None:
-        while True:
-            connection, _ = self.server.accept()
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that is switched off says nothing
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._listen, args=(connection,), daemon=True).start()
+    def _welcome(self) -> None:
+        connection, _ = self.server.accept()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that is switched off says nothing
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.selector.register(connection, selectors.EVENT_READ, Guest(connection))
 
-    def _listen(self, connection: socket.socket) -> None:
-        file, hello = connection.makefile("rw"), None
+    def _hear(self, guest: Guest) -> str:
+        """What a guest has said; returns who is lost, if it is this one."""
         try:
-            hello = json.loads(file.readline())
-            number = hello["worker"]
-            self.files[number] = file
-            for line in file:
-                message = json.loads(line)
-                if "bye" in message:
-                    self.left.add(number)
-                    break
-                with self.lock:
-                    self.said[number] = message["say"]
-                    if len(self.said) == self.count:
-                        everything = [self.said[n] for n in range(self.count)]
-                        self.said.clear()
-                        self._tell({"all": everything})
+            received = guest.connection.recv(1 << 16)
+            *lines, guest.begun = (guest.begun + received).split(b"\n")
+            gone = not received
+            for line in lines:
+                self._answer(guest, json.loads(line))
         except (OSError, ValueError, KeyError, TypeError):
-            if not isinstance(hello, dict) or "worker" not in hello:
-                return  # a stranger
-        if number not in self.left:
-            self.over.put(f"worker {number} of {self.count} (process {hello['process']} on {hello['host']})")
-        elif len(self.left) == self.count:
-            self.over.put("")
+            gone = True
+        if not gone:
+            return ""
+        self.selector.unregister(guest.connection)
+        guest.connection.close()
+        if guest.hello is None or guest.hello["worker"] not in self.here:
+            return ""  # a stranger, or one that has taken its leave
+        del self.here[guest.hello["worker"]]
+        return "worker {worker} of {count} (process {process} on {host})".format(count=self.count, **guest.hello)
+
+    def _answer(self, guest: Guest, message: dict) -> None:
+        if guest.hello is None:
+            guest.hello = {key: message[key] for key in ("worker", "process", "host")}
+            self.here[message["worker"]] = guest
+        elif "bye" in message:
+            del self.here[guest.hello["worker"]]
+            self.left += 1
+        else:
+            self.said[guest.hello["worker"]] = message["say"]
+            if len(self.said) == self.count:
+                self._tell({"all": [self.said[number] for number in range(self.count)]})
+                self.said.clear()
 
     def _tell(self, message: dict) -> None:
-        text = json.dumps(message) + "\n"
-        for number, file in self.files.items():
-            if number not in self.left:
-                try:
-                    file.write(text)
-                    file.flush()
-                except OSError:
-                    pass  # its own listener notices
+        text = json.dumps(message).encode() + b"\n"
+        for guest in self.here.values():
+            with contextlib.suppress(OSError):  # gone too: seen when it is its turn
+                guest.connection.sendall(text)
 
 
 class Line:
