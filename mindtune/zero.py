@@ -64,9 +64,12 @@ class SharedOptimizer(nn.Cell):
         own = ()
         for i in self.own_indices:
             own += (gradients[i],)
-        done = self.own(own)
-        # Each waits for the one before, so that all workers send in the same order.
+        self.own(own)
+        # All workers exchange in one order: the first sends after all gradients have come, each of the others after the one before.
+        done = gradients
         for i in range(len(self.parameters)):
-            value = self.broadcasts[self.owners[i]]((ops.depend(self.parameters[i], done),))[0]
+            # A copy, for a graph moves a collective up to where its data is ready: the first parameter went out as it was before.
+            fresh = ops.deepcopy(ops.depend(self.parameters[i], done))
+            value = self.broadcasts[self.owners[i]]((fresh,))[0]
             done = ops.assign(self.parameters[i], value)
         return True
