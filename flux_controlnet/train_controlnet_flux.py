@@ -11,10 +11,12 @@ samples/*.png, loss curves for TensorBoard, metrics.jsonl and run.json. Ctrl-C s
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import secrets
 import time
+from functools import partial
 from pathlib import Path
 
 import mindspore as ms
@@ -22,7 +24,24 @@ import numpy as np
 from mindspore import ops
 from tqdm import tqdm
 
-from mindtune import checkpoint, data, flow, flux_blocks, hub, models, optim, pairs, plan, precision, report, rng, sampling, tracking
+from mindtune import (
+    checkpoint,
+    data,
+    devices,
+    flow,
+    flux_blocks,
+    hub,
+    models,
+    optim,
+    pairs,
+    plan,
+    precision,
+    report,
+    rng,
+    sampling,
+    tracking,
+    zero,
+)
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, matched, run
 from mindtune.encode import PairCaptions, PairImages, Stage
@@ -31,9 +50,7 @@ from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
 # Flags of the reference script that are not here yet, and what to use until then.
-REFUSED = {
-    "distributed": "several devices are not in this version; leave the flag out and train on one",
-}
+REFUSED = {}
 # CUDA and PyTorch switches that a diffusers command may carry, and what this backend does anyway.
 ACCEPTED = {
     "allow_tf32": "a CUDA setting; this backend's matrix products run in the type --mixed_precision names",
@@ -88,11 +105,13 @@ def parse_args(argv=None):
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of frozen weights and of computation.")
     add("--base_precision", choices=["same", "int8"], default="same", help="int8: the frozen transformer and T5 in one byte a weight.")
     add("--gradient_checkpointing", action="store_true", help="Recompute all blocks in the backward pass to save memory.")
-    add("--train_batch_size", type=int, default=4, help="Pairs a step.")
+    add("--train_batch_size", type=int, default=4, help="Pairs a step and worker.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Steps an update.")
     add("--num_train_epochs", type=int, default=1, help="Passes over the pairs.")
     add("--max_train_steps", type=int, help="Updates in all; overrides the epochs.")
     add("--seed", type=int, help="Seed of everything random. Default: drawn, and written to run.json.")
+    add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0, help="1: share the optimizer's state out over the workers.")
+    add("--distributed", action="store_true", help="Train on several devices at once, as one of the workers that msrun starts.")
     # Optimizer
     add(
         "--optimizer",
@@ -104,7 +123,7 @@ def parse_args(argv=None):
     add("--use_8bit_adam", action="store_true", help="AdamW with moments in 8 bits: 2 bytes of state a parameter instead of 8.")
     add("--offload_optimizer", action="store_true", help="AdamW's moments in the host's memory, updated there; graph mode only.")
     add("--learning_rate", type=float, default=5e-6, help="Base rate; for prodigy about 1.")
-    add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size and accumulation.")
+    add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation and workers.")
     add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
     add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
@@ -143,7 +162,6 @@ def parse_args(argv=None):
     add("--dry_run", action="store_true", help="Print the memory plan and end; reads configs only, writes nothing.")
     add("--device_memory_gb", type=float, default=64, help="Memory of the device that the plan shall fit, such as 64 or 32 on Ascend.")
     # Reference flags of other versions or backends
-    add("--distributed", action="store_true", help="Not in this version.")
     for name, why in ACCEPTED.items():
         add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
 
@@ -163,6 +181,7 @@ def check_args(args):
     at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0)
     check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
     optim.check_state_flags(args.optimizer, args.use_8bit_adam, args.offload_optimizer, args.mindspore_mode == 0)
+    zero.check_flags(args.zero_stage, args.distributed, args.optimizer)
 
     pairs.check_source_flags(vars(args))
     if args.resolution % 16 or args.resolution < 16:
@@ -192,7 +211,7 @@ def load_data(args, seed):
     )  # fmt: skip
     buckets = pairs.parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [(args.resolution, args.resolution)]
     if args.streaming:
-        count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps
+        count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
         stream = pairs.PairStream(source, seed, args.shuffle_buffer_size, count)
         return pairs.PairData(stream, [], buckets, seed, args.train_batch_size)
     return pairs.load_data(
@@ -213,7 +232,7 @@ class Batches:
         self.latent, self.num_train_timesteps = latent, num_train_timesteps
 
     def iterate(self, first, last):
-        """The batches from number `first` to before `last`."""
+        """This worker's share of the batches from number `first` to before `last` of all workers together."""
         return self.data.iterate(first, last, self._batch, self.args.dataloader_num_workers)
 
     def _batch(self, uses, size):
@@ -384,6 +403,8 @@ SAME_RUN = {
     "validation_prompt", "validation_image", "num_validation_images", "num_inference_steps", "controlnet_conditioning_scale",
     "validation_steps", "num_train_epochs", "max_train_steps", "push_to_hub", "hub_token",
     "hub_model_id", "dry_run", "device_memory_gb", *REFUSED, *ACCEPTED,
+    # What counts of these is how many samples make up an update.
+    "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
 FOLDER = "flux_controlnet"  # in a checkpoint, as the reference lays it out
 FINAL = "diffusion_pytorch_model.safetensors"
@@ -404,8 +425,9 @@ def main(argv=None):
     # ---- check everything --------------------------------------------------
     services = tracking.services(args.report_to)
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
+    devices.set_up(args.distributed)
     token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
-    repo_id = hub.check(args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
+    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
     root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
     transformer_config = models.read_config(root, "transformer")
     existing = None
@@ -420,12 +442,14 @@ def main(argv=None):
     output_dir, resume = checkpoint.open_output_dir(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, FINAL
     )
+    devices.same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
     rows = [
         (prompt, sampling.condition_picture(path, "--validation_image", args.resolution))
         for prompt, path in matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
     ]
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
+    seed = devices.gather(seed)[0]
     pair_data = load_data(args, seed)
     logging_dir = output_dir / args.logging_dir
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -475,16 +499,17 @@ def main(argv=None):
     shift = flow.resolution_shift((args.resolution // factor // 2) ** 2, scheduler_config) if auto else float(args.timestep_shift)
     sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), shift)
     batches = Batches(args, seed, stage, pair_data, (vae_config["latent_channels"], factor), len(sigmas))
-    per_update = args.train_batch_size * args.gradient_accumulation_steps
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * pair_data.epoch_length / per_update)
 
     rate = args.learning_rate * (per_update if args.scale_lr else 1)
     weights = models.model_parameters(controlnet)
-    optimizer = optim.create_optimizer(
-        args.optimizer, [{"params": list(weights.values()), "lr": rate, "weight_decay": args.adam_weight_decay}],
-        betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=None, decouple=True, use_bias_correction=True,
-        safeguard_warmup=True, eight_bit=args.use_8bit_adam, offload=args.offload_optimizer,
+    groups = [{"params": list(weights.values()), "lr": rate, "weight_decay": args.adam_weight_decay}]
+    make = partial(
+        optim.create_optimizer, args.optimizer, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=None,
+        decouple=True, use_bias_correction=True, safeguard_warmup=True, eight_bit=args.use_8bit_adam, offload=args.offload_optimizer,
     )  # fmt: skip
+    optimizer = zero.SharedOptimizer(make, groups) if args.zero_stage else make(groups)
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForFluxControlNet(
         controlnet, transformer, optimizer, ms.Tensor(sigmas, ms.float32), kind.compute, args, vae_config, vae, scaler
@@ -500,33 +525,42 @@ def main(argv=None):
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
     fingerprint = checkpoint.text_digest(pair_data.digests())
     base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
-    identity = {"seed": seed, "data": fingerprint, "base": base, **{k: v for k, v in vars(args).items() if k not in SAME_RUN}}
+    identity = {"seed": seed, "data": fingerprint, "base": base, "samples_per_update": per_update}
+    if len(pair_data.buckets) > 1:  # a batch is of one bucket
+        identity["batch_size"] = args.train_batch_size
+    identity.update({k: v for k, v in vars(args).items() if k not in SAME_RUN})
     global_step = 0
     if resume:
         checkpoint.load_state(resume / FOLDER / FINAL, weights)
-        checkpoint.load_state(resume / "training_state.safetensors", remembered)
+        checkpoint.load_state(resume / "training_state.safetensors", remembered, itertools.chain(*devices.gather(list(remembered))))
         global_step = state["global_step"]
         changed = [name for name, value in identity.items() if state.get(name) != value]
         if changed:
             print(f"resuming with another {', '.join(changed)} than the checkpoint was made with: not its exact continuation")
-        for path in checkpoint.set_aside_later(output_dir, resume):
+        for path in devices.first(checkpoint.set_aside_later, output_dir, resume) or ():
             print(f"a later checkpoint is kept as {path.name}")
         print(f"resuming from {resume.name} after update {global_step}")
 
     def averaged():
         return ema.in_use() if ema else contextlib.nullcontext()
 
-    def save_files(folder):
+    def save_files(folder, values):
         models.save_model(controlnet, folder / FOLDER, ms.float32)
-        checkpoint.save_state(folder / "training_state.safetensors", remembered)
+        checkpoint.save_state(folder / "training_state.safetensors", values)
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
 
     def save():
+        values = devices.collect(remembered)
+        if tracker is None:
+            return None
         tracker.flush()
-        return checkpoint.save_checkpoint(output_dir, global_step, save_files, args.checkpoints_total_limit)
+        write = partial(save_files, values=values)
+        return checkpoint.save_checkpoint(output_dir, global_step, write, args.checkpoints_total_limit)
 
     def look(final=False):
-        """Held-out loss and validation pictures of this moment."""
+        """Held-out loss and validation pictures of this moment; the first worker's job, for which the others wait."""
+        if tracker is None:
+            return None
         with averaged():
             if pair_data.held_out and not curve.has(global_step):
                 losses = held_out_loss(step, [controlnet], batches.held_out, len(pair_data.held_out))
@@ -540,36 +574,41 @@ def main(argv=None):
         return sampling.save_image(grid, output_dir / "samples" / f"{'final' if final else f'step-{global_step:06d}'}.png")
 
     # ---- the loop ------------------------------------------------------------
+    print(f"optimizer state: {optim.state_bytes(optimizer):,} bytes on each of {devices.workers()} workers")
     print(
         f"{pair_data.epoch_length} {'uses of a stream' if args.streaming else 'pairs'}, {len(pair_data.held_out)} held out; "
-        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation; {max_train_steps} updates, "
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation x {devices.workers()} workers; "
+        f"{max_train_steps} updates, "
         f"{max_train_steps * per_update / pair_data.epoch_length:.1f} epochs; seed {seed}"
     )
     kept_out = [pair.image.name for pair in pair_data.held_out]
     record = {
         "flags": vars(args), "seed": seed, "versions": tracking.package_versions(), "device": ms.get_context("device_target"),
         "data": {"fingerprint": fingerprint, "samples": pair_data.epoch_length, "held_out": kept_out},
-        "trainable": {"controlnet": sum(p.size for p in weights.values())},
+        "trainable": {"controlnet": sum(p.size for p in weights.values())}, "workers": devices.workers(),
     }  # fmt: skip
-    if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
-        checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
-    tracking.write_run_json(output_dir / "run.json", **record, finished=False)
-    tracker = tracking.Tracker(output_dir, logging_dir, services, global_step, vars(args))
-    curve = tracking.LossByTimestep(output_dir, global_step)
+    tracker = curve = None
+    if devices.is_first():
+        if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
+            checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
+        tracking.write_run_json(output_dir / "run.json", **record, finished=False)
+        tracker = tracking.Tracker(output_dir, logging_dir, services, global_step, vars(args))
+        curve = tracking.LossByTimestep(output_dir, global_step)
     stop, seconds, skipped = StopRequest(), [], 0
     accumulation = args.gradient_accumulation_steps
-    ahead = batches.iterate(global_step * accumulation, max_train_steps * accumulation)
+    micro = accumulation * devices.workers()  # batches of all workers an update
+    ahead = batches.iterate(global_step * micro, max_train_steps * micro)
     if not resume:
         look()
-    bar = tqdm(total=max_train_steps, initial=global_step, unit="update", dynamic_ncols=True)
-    while global_step < max_train_steps and stop.exit_code is None:
+    bar = tqdm(total=max_train_steps, initial=global_step, unit="update", dynamic_ncols=True, disable=not devices.is_first())
+    while global_step < max_train_steps and not any(devices.gather(stop.exit_code)):
         began = time.perf_counter()
         lr_factor = optim.schedule_factor(
             args.lr_scheduler, global_step, args.lr_warmup_steps, max_train_steps, args.lr_num_cycles, args.lr_power, rate
         )
         optim.set_learning_rates(optimizer, [rate * lr_factor])
-        losses = [float(step(*map(ms.Tensor, next(ahead)))[1]) for _ in range(accumulation)]
-        loss, norm = float(np.mean(losses)), float(step.grad_clipper.norm)
+        losses = [float(step(*inputs)[1]) for inputs in devices.micro_batches(step, ahead, accumulation)]
+        loss, norm = float(np.mean(devices.gather(losses))), float(step.grad_clipper.norm)
         global_step += 1
         if ema:
             ema.update(global_step)
@@ -591,7 +630,8 @@ def main(argv=None):
                 )
             tqdm.write(f"update {global_step}: overflow in fp16, skipped; loss scale {values['loss_scale']:g}")
             values = {name: value for name, value in values.items() if math.isfinite(value)}
-        tracker.log(global_step, **values)
+        if tracker:
+            tracker.log(global_step, **values)
         seconds.append(time.perf_counter() - began)
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate * lr_factor:.2e}", s=f"{np.median(seconds[-20:]):.2f}", refresh=False)
         bar.update()
@@ -614,25 +654,28 @@ def main(argv=None):
 
     saved = save()
     if global_step < max_train_steps:
-        finish_run_json(False)
-        report.write_report(output_dir)
+        devices.first(finish_run_json, False)
+        devices.first(report.write_report, output_dir)
         print(f"saved {saved} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest")
-        return stop.exit_code
-    dtype = precision.DTYPES["fp32" if args.upcast_before_saving else args.save_weight_dtype]
-    with averaged():
-        checkpoint.write_files_atomically(output_dir, lambda beside: models.save_model(controlnet, beside, dtype))
-    grid, plot = look(final=True), curve.plot()
-    tracker.close()
-    finish_run_json(True)
-    page = report.write_report(output_dir)
-    curves = logging_dir if services else output_dir / "metrics.jsonl"
-    left = {"ControlNet": output_dir / FINAL, "picture grid": grid, "held-out loss plot": plot, "curves": curves, "report": page}
-    for what, path in left.items():
-        if path:
-            print(f"{what}: {path}")
-    if repo_id:
-        address = hub.push(repo_id, output_dir, args.pretrained_model_name_or_path, args.validation_prompt, token)
-        print(f"on the hub: {address}")
+        devices.finish()
+        return 130  # as a shell reports Ctrl-C
+    if devices.is_first():
+        dtype = precision.DTYPES["fp32" if args.upcast_before_saving else args.save_weight_dtype]
+        with averaged():
+            checkpoint.write_files_atomically(output_dir, lambda beside: models.save_model(controlnet, beside, dtype))
+        grid, plot = look(final=True), curve.plot()
+        tracker.close()
+        finish_run_json(True)
+        page = report.write_report(output_dir)
+        curves = logging_dir if services else output_dir / "metrics.jsonl"
+        left = {"ControlNet": output_dir / FINAL, "picture grid": grid, "held-out loss plot": plot, "curves": curves, "report": page}
+        for what, path in left.items():
+            if path:
+                print(f"{what}: {path}")
+        if repo_id:
+            address = hub.push(repo_id, output_dir, args.pretrained_model_name_or_path, args.validation_prompt, token)
+            print(f"on the hub: {address}")
+    devices.finish()
     return 0
 
 

@@ -9,10 +9,12 @@ Ctrl-C saves a checkpoint; the same command with --resume_from_checkpoint latest
 """
 
 import argparse
+import itertools
 import json
 import math
 import secrets
 import time
+from functools import partial
 from pathlib import Path
 
 import mindspore as ms
@@ -20,7 +22,7 @@ import numpy as np
 from mindspore import ops
 from tqdm import tqdm
 
-from mindtune import checkpoint, data, flow, hub, lora, models, optim, plan, precision, report, rng, sampling, tracking
+from mindtune import checkpoint, data, devices, flow, hub, lora, models, optim, plan, precision, report, rng, sampling, tracking, zero
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, run
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
@@ -31,7 +33,6 @@ from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 # Flags of the reference script that are not here yet, and what to use until then.
 REFUSED = {
     "aspect_ratio_buckets": "buckets are not in this version; leave the flag out: pictures are cropped to a square of --resolution",
-    "distributed": "several devices are not in this version; leave the flag out and train on one",
 }
 # CUDA switches that a diffusers command may carry, and what this backend does anyway.
 ACCEPTED = {
@@ -100,11 +101,13 @@ def parse_args(argv=None):
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of frozen weights and of computation.")
     add("--base_precision", choices=["same", "int8"], default="same", help="int8: the frozen transformer and T5 in one byte a weight.")
     add("--gradient_checkpointing", action="store_true", help="Recompute the blocks in the backward pass to save memory.")
-    add("--train_batch_size", type=int, default=4, help="Pictures a step (with class pictures: of each kind).")
+    add("--train_batch_size", type=int, default=4, help="Pictures a step and worker (with class pictures: of each kind).")
     add("--gradient_accumulation_steps", type=int, default=1, help="Steps an update.")
     add("--num_train_epochs", type=int, default=1, help="Passes over the pictures.")
     add("--max_train_steps", type=int, help="Updates in all; overrides the epochs.")
     add("--seed", type=int, help="Seed of everything random. Default: drawn, and written to run.json.")
+    add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0, help="1: share the optimizer's state out over the workers.")
+    add("--distributed", action="store_true", help="Train on several devices at once, as one of the workers that msrun starts.")
     # Optimizer
     add(
         "--optimizer",
@@ -117,7 +120,7 @@ def parse_args(argv=None):
     add("--offload_optimizer", action="store_true", help="AdamW's moments in the host's memory, updated there; graph mode only.")
     add("--learning_rate", type=float, default=1e-4, help="Base rate; for prodigy about 1.")
     add("--text_encoder_lr", type=float, default=5e-6, help="Base rate for CLIP.")
-    add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size and accumulation.")
+    add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation and workers.")
     add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
     add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
@@ -157,7 +160,6 @@ def parse_args(argv=None):
     add("--device_memory_gb", type=float, default=64, help="Memory of the device that the plan shall fit, such as 64 or 32 on Ascend.")
     # Reference flags of other versions or backends
     add("--aspect_ratio_buckets", help="Not in this version.")
-    add("--distributed", action="store_true", help="Not in this version.")
     for name, why in ACCEPTED.items():
         add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
 
@@ -177,6 +179,7 @@ def check_args(args):
     at_least.update(validation_split=0, adam_beta1=0, adam_beta2=0)
     check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "lora_dropout", "adam_beta1", "adam_beta2"))
     optim.check_state_flags(args.optimizer, args.use_8bit_adam, args.offload_optimizer, args.mindspore_mode == 0)
+    zero.check_flags(args.zero_stage, args.distributed, args.optimizer)
 
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         raise UserError("give either --instance_data_dir (a directory of pictures) or --dataset_name, one of the two.")
@@ -278,7 +281,7 @@ class Batches:
         self.epoch_length = max(len(samples) * args.repeats, len(class_samples))
 
     def at(self, batch):
-        """Batch number `batch`, from the start of the run."""
+        """Batch number `batch` of all workers together, from the start of the run."""
         rows, size = [], self.args.train_batch_size
         for kind, samples, stream in self.kinds:
             for position in range(batch * size, (batch + 1) * size):
@@ -443,6 +446,8 @@ SAME_RUN = {
     "resume_from_checkpoint", "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "num_validation_images",
     "num_inference_steps", "validation_epochs", "sample_batch_size", "prior_generation_precision", "num_train_epochs", "max_train_steps",
     "push_to_hub", "hub_token", "hub_model_id", "lora_model_name_or_path", "dry_run", "device_memory_gb", *REFUSED, *ACCEPTED,
+    # What counts of these is how many samples make up an update.
+    "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
 OUR_FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", lora.LORA_FILE)
 
@@ -474,8 +479,9 @@ def main(argv=None):
     # ---- check everything --------------------------------------------------
     services = tracking.services(args.report_to)
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
+    devices.set_up(args.distributed)
     token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
-    repo_id = hub.check(args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
+    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
     root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
     targets = {"transformer": [t.strip() for t in args.lora_layers.split(",")] if args.lora_layers else lora.TRANSFORMER_TARGETS}
     going_on, lora_digest = trained_before(args, root) if args.lora_model_name_or_path else ({}, None)
@@ -486,11 +492,13 @@ def main(argv=None):
     output_dir, resume = checkpoint.open_output_dir(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, lora.LORA_FILE
     )
+    devices.same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
     samples = load_samples(args)
     prior_samples = class_samples(args) if args.with_prior_preservation else []
 
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
+    seed = devices.gather(seed)[0]
     kept, kept_out = data.split(len(samples), args.validation_split, seed)
     train_samples, held_out = [samples[i] for i in kept], [samples[i] for i in kept_out]
     logging_dir = output_dir / args.logging_dir
@@ -516,7 +524,9 @@ def main(argv=None):
     print(f"encode stage: {encoded} made, {len(set(captions)) + len(images) - encoded} already in {stage.folder}")
 
     # ---- load, freeze, cast --------------------------------------------------
-    ms.set_seed((seed + state.get("global_step", 0)) % 2**32)  # only --lora_dropout draws from MindSpore's own generators
+    ms.set_seed(
+        (seed + state.get("global_step", 0) + devices.worker()) % 2**32
+    )  # only --lora_dropout draws from MindSpore's own generators
     transformer = models.load_model(root, "transformer", kind, args.variant, int8)
     text_encoder = models.load_model(root, "text_encoder", kind, args.variant) if args.train_text_encoder else None
     tokenizer = models.load_tokenizer(root / "tokenizer") if args.train_text_encoder else None
@@ -551,7 +561,7 @@ def main(argv=None):
     shift = flow.resolution_shift((side // 2) ** 2, scheduler_config) if auto else float(args.timestep_shift)
     sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), shift)
     batches = Batches(args, seed, stage, train_samples, prior_samples, held_out, latent_shape, len(sigmas), tokenizer)
-    per_update = args.train_batch_size * args.gradient_accumulation_steps
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.epoch_length / per_update)
 
     base_rates = [args.learning_rate * (per_update if args.scale_lr else 1)]
@@ -561,11 +571,12 @@ def main(argv=None):
         base_rates.append(base_rates[0] if args.optimizer == "prodigy" else args.text_encoder_lr)
         decay = args.adam_weight_decay_text_encoder
         groups.append({"params": text_encoder.trainable_params(), "lr": base_rates[1], "weight_decay": decay})
-    optimizer = optim.create_optimizer(
-        args.optimizer, groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=args.prodigy_beta3,
+    make = partial(
+        optim.create_optimizer, args.optimizer, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=args.prodigy_beta3,
         decouple=args.prodigy_decouple, use_bias_correction=args.prodigy_use_bias_correction,
         safeguard_warmup=args.prodigy_safeguard_warmup, eight_bit=args.use_8bit_adam, offload=args.offload_optimizer,
     )  # fmt: skip
+    optimizer = zero.SharedOptimizer(make, groups) if args.zero_stage else make(groups)
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForFluxDevDB(
         transformer, optimizer, {"sigmas": ms.Tensor(sigmas, ms.float32)}, kind.compute, args, vae_config,
@@ -581,30 +592,36 @@ def main(argv=None):
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
     fingerprint = checkpoint.text_digest(s.digest + s.caption for s in train_samples + prior_samples)
     base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
-    identity = {"seed": seed, "data": fingerprint, "base": base, "lora_model": lora_digest}
+    identity = {"seed": seed, "data": fingerprint, "base": base, "lora_model": lora_digest, "samples_per_update": per_update}
     identity.update({k: v for k, v in vars(args).items() if k not in SAME_RUN})
     global_step = 0
     if resume:
-        checkpoint.load_state(resume / "training_state.safetensors", remembered)
+        checkpoint.load_state(resume / "training_state.safetensors", remembered, itertools.chain(*devices.gather(list(remembered))))
         global_step = state["global_step"]
         changed = [name for name, value in identity.items() if state.get(name) != value]
         if changed:
             print(f"resuming with another {', '.join(changed)} than the checkpoint was made with: not its exact continuation")
-        for path in checkpoint.set_aside_later(output_dir, resume):
+        for path in devices.first(checkpoint.set_aside_later, output_dir, resume) or ():
             print(f"a later checkpoint is kept as {path.name}")
         print(f"resuming from {resume.name} after update {global_step}")
 
-    def save_files(folder):
+    def save_files(folder, values):
         lora.save_lora(folder / lora.LORA_FILE, trained, ms.float32)
-        checkpoint.save_state(folder / "training_state.safetensors", remembered)
+        checkpoint.save_state(folder / "training_state.safetensors", values)
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
 
     def save():
+        values = devices.collect(remembered)
+        if tracker is None:
+            return None
         tracker.flush()
-        return checkpoint.save_checkpoint(output_dir, global_step, save_files, args.checkpoints_total_limit)
+        write = partial(save_files, values=values)
+        return checkpoint.save_checkpoint(output_dir, global_step, write, args.checkpoints_total_limit)
 
     def look(final=False):
-        """Held-out loss and validation pictures of this moment."""
+        """Held-out loss and validation pictures of this moment; the first worker's job, for which the others wait."""
+        if tracker is None:
+            return None
         if held_out and not curve.has(global_step):
             losses = held_out_loss(step, trained.values(), batches.held_out, len(held_out))
             curve.add(global_step, [float(sigmas[i]) for i in HELD_OUT_INDICES], losses)
@@ -623,36 +640,42 @@ def main(argv=None):
 
     # ---- the loop ------------------------------------------------------------
     epoch_updates = batches.epoch_length / per_update
+    print(f"optimizer state: {optim.state_bytes(optimizer):,} bytes on each of {devices.workers()} workers")
     print(
         f"{len(train_samples)} pictures, {len(held_out)} held out, {len(prior_samples)} class pictures; "
-        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation; {max_train_steps} updates, "
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation x {devices.workers()} workers; "
+        f"{max_train_steps} updates, "
         f"{max_train_steps / epoch_updates:.1f} epochs; seed {seed}"
     )
     record = {
         "flags": vars(args), "seed": seed, "versions": tracking.package_versions(), "device": ms.get_context("device_target"),
         "data": {"fingerprint": fingerprint, "samples": len(train_samples), "held_out": [s.name for s in held_out]},
         "trainable": {name: sum(p.size for p in model.trainable_params()) for name, model in trained.items()},
+        "workers": devices.workers(),
     }  # fmt: skip
-    if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
-        checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
-    tracking.write_run_json(output_dir / "run.json", **record, finished=False)
-    tracker = tracking.Tracker(output_dir, logging_dir, services, global_step, vars(args))
-    curve = tracking.LossByTimestep(output_dir, global_step)
+    tracker = curve = None
+    if devices.is_first():
+        if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
+            checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
+        tracking.write_run_json(output_dir / "run.json", **record, finished=False)
+        tracker = tracking.Tracker(output_dir, logging_dir, services, global_step, vars(args))
+        curve = tracking.LossByTimestep(output_dir, global_step)
     stop, seconds, skipped = StopRequest(), [], 0
     accumulation = args.gradient_accumulation_steps
-    ahead = data.prefetch(batches.at, range(global_step * accumulation, max_train_steps * accumulation), args.dataloader_num_workers)
+    numbers = devices.mine(range(global_step * accumulation * devices.workers(), max_train_steps * accumulation * devices.workers()))
+    ahead = data.prefetch(batches.at, numbers, args.dataloader_num_workers)
     if not resume:
         look()
-    bar = tqdm(total=max_train_steps, initial=global_step, unit="update", dynamic_ncols=True)
-    while global_step < max_train_steps and stop.exit_code is None:
+    bar = tqdm(total=max_train_steps, initial=global_step, unit="update", dynamic_ncols=True, disable=not devices.is_first())
+    while global_step < max_train_steps and not any(devices.gather(stop.exit_code)):
         began = time.perf_counter()
         lr_factor = optim.schedule_factor(
             args.lr_scheduler, global_step, args.lr_warmup_steps, max_train_steps, args.lr_num_cycles, args.lr_power, base_rates[0]
         )
         rates = [rate * lr_factor for rate in base_rates]
         optim.set_learning_rates(optimizer, rates)
-        losses = [float(step(*map(ms.Tensor, next(ahead)))[1]) for _ in range(accumulation)]
-        loss, norm = float(np.mean(losses)), float(step.grad_clipper.norm)
+        losses = [float(step(*inputs)[1]) for inputs in devices.micro_batches(step, ahead, accumulation)]
+        loss, norm = float(np.mean(devices.gather(losses))), float(step.grad_clipper.norm)
         global_step += 1
         values = {"loss": loss, "lr": rates[0], "grad_norm": norm}
         if args.train_text_encoder:
@@ -674,7 +697,8 @@ def main(argv=None):
                 )
             tqdm.write(f"update {global_step}: overflow in fp16, skipped; loss scale {values['loss_scale']:g}")
             values = {name: value for name, value in values.items() if math.isfinite(value)}
-        tracker.log(global_step, **values)
+        if tracker:
+            tracker.log(global_step, **values)
         seconds.append(time.perf_counter() - began)
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rates[0]:.2e}", s=f"{np.median(seconds[-20:]):.2f}", refresh=False)
         bar.update()
@@ -696,28 +720,30 @@ def main(argv=None):
             memory=plan.measured("flux_lora", root, vars(args)),
         )  # fmt: skip
 
-    if global_step < max_train_steps:
-        folder = save()
-        finish_run_json(False)
-        report.write_report(output_dir)
-        print(f"saved {folder} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest")
-        return stop.exit_code
     folder = save()
-    dtype = ms.float32 if args.upcast_before_saving else kind.storage
-    final = output_dir / lora.LORA_FILE
-    checkpoint.write_atomically(final, lambda path: lora.save_lora(path, trained, dtype))
-    grid, plot = look(final=True), curve.plot()
-    tracker.close()
-    finish_run_json(True)
-    page = report.write_report(output_dir)
-    curves = logging_dir if services else output_dir / "metrics.jsonl"
-    left = {"adapter": final, "picture grid": grid, "held-out loss plot": plot, "curves": curves, "report": page}
-    for what, path in left.items():
-        if path:
-            print(f"{what}: {path}")
-    if repo_id:
-        address = hub.push(repo_id, output_dir, args.pretrained_model_name_or_path, args.validation_prompt, token)
-        print(f"on the hub: {address}")
+    if global_step < max_train_steps:
+        devices.first(finish_run_json, False)
+        devices.first(report.write_report, output_dir)
+        print(f"saved {folder} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest")
+        devices.finish()
+        return 130  # as a shell reports Ctrl-C
+    if devices.is_first():
+        dtype = ms.float32 if args.upcast_before_saving else kind.storage
+        final = output_dir / lora.LORA_FILE
+        checkpoint.write_atomically(final, lambda path: lora.save_lora(path, trained, dtype))
+        grid, plot = look(final=True), curve.plot()
+        tracker.close()
+        finish_run_json(True)
+        page = report.write_report(output_dir)
+        curves = logging_dir if services else output_dir / "metrics.jsonl"
+        left = {"adapter": final, "picture grid": grid, "held-out loss plot": plot, "curves": curves, "report": page}
+        for what, path in left.items():
+            if path:
+                print(f"{what}: {path}")
+        if repo_id:
+            address = hub.push(repo_id, output_dir, args.pretrained_model_name_or_path, args.validation_prompt, token)
+            print(f"on the hub: {address}")
+    devices.finish()
     return 0
 
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
 
 import mindspore as ms
 import numpy as np
@@ -219,17 +219,22 @@ def set_aside_later(output_dir: Path, folder: Path) -> list[Path]:
     return aside
 
 
-def save_state(path: Path, parameters: dict[str, ms.Parameter]) -> None:
-    """Exact values of named parameters to a safetensors file."""
+def save_state(path: Path, parameters: dict[str, Union[ms.Parameter, np.ndarray]]) -> None:
+    """Exact values of named parameters, or arrays, to a safetensors file."""
+    values = {name: p.asnumpy() if isinstance(p, ms.Tensor) else p for name, p in parameters.items()}
     # Not ascontiguousarray, which makes a scalar an array of one.
-    save_file({name: np.asarray(p.asnumpy(), order="C") for name, p in parameters.items()}, path)
+    save_file({name: np.asarray(value, order="C") for name, value in values.items()}, path)
     make_readable(path)
 
 
-def load_state(path: Path, parameters: dict[str, ms.Parameter]) -> None:
-    """Sets every parameter to the value saved under its name. Raises UserError if names or shapes are not the same."""
-    tensors = load_file(path)
-    for name in sorted(set(tensors) ^ set(parameters)):
+def load_state(path: Path, parameters: dict[str, ms.Parameter], elsewhere: Iterable[str] = ()) -> None:
+    """Sets every parameter to the value saved under its name; `elsewhere` are the names that other workers have.
+
+    Raises UserError if names or shapes are not the same.
+    """
+    # Checkpoints of before --zero_stage numbered the optimizer's state: optimizer.0001.name.
+    tensors = {re.sub(r"^optimizer\.\d{4}\.", "optimizer.", name): value for name, value in load_file(path).items()}
+    for name in sorted(set(tensors) ^ {*parameters, *elsewhere}):
         where = "this run has no such state" if name in tensors else "the checkpoint has no such state"
         raise UserError(f"{path}: {name}: {where}. Resume with the flags (rank, targets, optimizer, ...) that the run was started with.")
     for name, parameter in parameters.items():

@@ -6,14 +6,18 @@ computed is on disk (`mindtune.cache`), one entry a caption or picture.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import itertools
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +28,7 @@ import numpy as np
 from mindspore import nn
 from tqdm import tqdm
 
+from mindtune import devices
 from mindtune.cache import Cache, encoder_fingerprint, key_of
 from mindtune.checkpoint import write_atomically
 from mindtune.cli import UserError, run
@@ -40,7 +45,7 @@ MINDONE = version("mindone")  # asked once: it takes 0.5 ms, and every key has i
 
 @dataclass
 class ClassImages:
-    """An order for class pictures: fill `folder` up to `count` files from `prompt`."""
+    """An order for class pictures from `prompt` into `folder`: numbers `first` to before `count`, or those of `numbers`."""
 
     folder: Path
     prompt: str
@@ -51,6 +56,7 @@ class ClassImages:
     resolution: int
     steps: int = 28
     guidance_scale: float = 3.5
+    numbers: Optional[range] = None
 
 
 @dataclass
@@ -131,21 +137,43 @@ class Stage:
         return _entry(self.cache, self.image_key(sample, size, flip))["moments"]
 
     def prepare(self, captions: Iterable[str], images: Iterable[tuple[Sample, Size, bool]]) -> int:
-        """Encodes in a child process what the cache lacks; returns how many captions and pictures that was.
+        """Encodes in a child process what the cache lacks; returns how many captions and pictures that was, of all workers together.
 
         Both are gone through twice, here and in the child, which gets them pickled: a list, or an object that makes its items anew
-        each time and holds none, so that memory does not grow with a data set. Raises UserError if the child failed.
+        each time and holds none, so that memory does not grow with a data set. Several workers look first and then encode a share
+        each; every one returns when all are done. Raises UserError if the child failed.
         """
         missing_texts = {c for c in captions if not all(self.cache.valid(self.text_key(encoder, c)) for encoder in ENCODERS[self.kind])}
         missing_images = {key for job in images if not self.cache.valid(key := self.image_key(*job))}
-        if missing_texts or missing_images:
-            _in_child((self, captions if missing_texts else (), images if missing_images else (), None))
+        devices.gather()  # nobody writes before all have looked: they share out the same list
+        texts, keys = devices.mine(sorted(missing_texts)), devices.mine(sorted(missing_images))
+        if texts or keys:
+            share = None if devices.workers() == 1 else set(keys)
+            _in_child((self, captions if share is None and texts else texts, images if keys else (), None, share))
+        devices.gather()
+        self._require(missing_texts, missing_images)
         _entry.cache_clear()
         return len(missing_texts) + len(missing_images)
 
+    def _require(self, texts: Iterable[str], keys: Iterable[str]) -> None:
+        """What the other workers have made is here too; a file system of several machines may take a moment to show it."""
+        wanted = [*keys, *(self.text_key(encoder, caption) for caption in texts for encoder in ENCODERS[self.kind])]
+        deadline = time.monotonic() + 60
+        for path in map(self.cache.path, wanted if devices.workers() > 1 else ()):
+            while not path.is_file():
+                if time.monotonic() > deadline:
+                    raise UserError(f"{path}: another worker made it and it is not here. Give a --cache_dir that all machines share.")
+                time.sleep(1)
+
     def generate(self, order: ClassImages) -> None:
-        """Makes class pictures in a child process."""
-        _in_child((self, [], [], order))
+        """Makes this worker's share of class pictures in a child process; returns when all workers are done."""
+        devices.gather()  # all have counted the pictures that are there
+        if devices.workers() > 1:
+            self.prepare([order.prompt], [])  # by one of them; a lone worker's child does both
+        numbers = devices.mine(range(order.first, order.count))
+        if numbers:
+            _in_child((self, [], [], replace(order, numbers=numbers), None))
+        devices.gather()
 
 
 @dataclass
@@ -192,7 +220,9 @@ def _entry(cache: Cache, key: str) -> dict[str, np.ndarray]:
 
 
 def _in_child(job: tuple) -> None:
-    done = subprocess.run([sys.executable, "-m", "mindtune.encode"], input=pickle.dumps(job))
+    # The child is no worker, and MindSpore would take it for one. Its device is the worker's, by DEVICE_ID.
+    environment = {name: value for name, value in os.environ.items() if name != "MS_ROLE"}
+    done = subprocess.run([sys.executable, "-m", "mindtune.encode"], input=pickle.dumps((os.getpid(), *job)), env=environment)
     if done.returncode == 2:
         raise UserError("the encode stage stopped (its message is above)")
     if done.returncode != 0:
@@ -207,14 +237,23 @@ def _in_child(job: tuple) -> None:
 
 def main() -> None:
     try:
-        stage, captions, images, order = pickle.load(sys.stdin.buffer)
+        parent, stage, captions, images, order, share = pickle.load(sys.stdin.buffer)
     except (EOFError, pickle.UnpicklingError):
         return  # the parent was stopped before it had said what to do
+    _end_with(parent)
     set_up_device(graph_mode=False)
     _encode_captions(stage, captions)
-    _encode_images(stage, images)
+    _encode_images(stage, images, share)
     if order:
         _generate(stage, order)
+
+
+def _end_with(parent: int) -> None:
+    """Nobody is left to work for when the training process is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # gone before that
+        sys.exit(1)
 
 
 def _encode_captions(stage: Stage, captions: Iterable[str]) -> None:
@@ -283,9 +322,11 @@ def token_ids(tokenizer, caption: str, length: int) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64)
 
 
-def _encode_images(stage: Stage, images: Iterable[tuple[Sample, Size, bool]]) -> None:
+def _encode_images(stage: Stage, images: Iterable[tuple[Sample, Size, bool]], share: Optional[set[str]] = None) -> None:
+    """The pictures that the cache lacks, of those whose keys are in `share` (None: all)."""
     precision, vae = resolve_precision(stage.vae_precision), None
-    missing = (job for job in images if not stage.cache.valid(stage.image_key(*job)))
+    keyed = ((job, stage.image_key(*job)) for job in images)
+    missing = (job for job, key in keyed if (share is None or key in share) and not stage.cache.valid(key))
     for sample, size, flip in tqdm(missing, desc="VAE", unit="image", leave=False):
         if vae is None:
             vae = stage.load_vae()
@@ -309,7 +350,7 @@ def _generate(stage: Stage, order: ClassImages) -> None:
     vae, config = load_model(stage.root, "vae", precision, stage.variant), read_config(stage.root, "vae")
     scheduler = read_config(stage.root, "scheduler")
     side = order.resolution // 2 ** (len(config["block_out_channels"]) - 1)
-    numbers = list(range(order.first, order.count))
+    numbers = order.numbers or range(order.first, order.count)
     for start in tqdm(range(0, len(numbers), order.batch), desc="class images", unit="batch", leave=False):
         batch = numbers[start : start + order.batch]
         noise = np.stack([normal(order.seed, "class image", n, shape=(config["latent_channels"], side, side)) for n in batch])

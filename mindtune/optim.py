@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from typing import Any
 
 import mindspore as ms
@@ -85,8 +86,13 @@ def set_learning_rates(optimizer: nn.Optimizer, rates: list[float]) -> None:
 def optimizer_state(optimizer: nn.Optimizer) -> dict[str, ms.Parameter]:
     """Everything the optimizer remembers between updates except the weights and the learning rate, by a stable name."""
     own = {id(p) for p in optimizer.parameters} | {id(p) for p in optimizer.learning_rate}
-    state = [p for p in optimizer.get_parameters() if id(p) not in own]
-    return {f"{number:04d}.{p.name}": p for number, p in enumerate(state)}
+    # A share of the state (`zero.SharedOptimizer`) has the names that the whole has.
+    return {re.sub(r"^(optimizer\.)?own\.", r"\1", p.name): p for p in optimizer.get_parameters() if id(p) not in own}
+
+
+def state_bytes(optimizer: nn.Optimizer) -> int:
+    """Memory of what `optimizer_state` gives."""
+    return sum(p.nbytes for p in optimizer_state(optimizer).values())
 
 
 class AdamW(nn.Optimizer):

@@ -17,6 +17,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
+from mindtune import devices
 from mindtune.cli import UserError, listing
 from mindtune.data import Sample, encoded, prefetch, report_bad, size_or_problem, split, too_small
 from mindtune.rng import SampleStream, generator
@@ -487,20 +488,21 @@ class PairData:
         self.order = None if self.streaming else BucketOrder(seed, self.numbers, batch_size)
 
     def iterate(self, first: int, last: int, make: Callable[[list, tuple[int, int]], Any], threads: int) -> Iterator[Any]:
-        """make(uses, size) of the batches from number `first` to before `last`, made ahead by `threads`.
+        """make(uses, size) of this worker's share of the batches from number `first` to before `last`, made ahead by `threads`.
 
         A use is (pair, sample id, how often it was used before); of a stream its place stands for the id. `size` is (height, width).
         """
         if self.streaming:
             stream = enumerate(self.train.from_position(first * self.batch_size), first * self.batch_size)
             batches = ([(pair, place, 0) for place, pair in islice(stream, self.batch_size)] for _ in range(first, last))
-            return prefetch(lambda uses: make(uses, self.buckets[0]), batches, threads)
+            share = islice(batches, devices.worker(), None, devices.workers())
+            return prefetch(lambda uses: make(uses, self.buckets[0]), share, threads)
 
         def at(number: int) -> Any:
             bucket, uses = self.order.at(number)
             return make([(self.train[sample_id], sample_id, use) for sample_id, use in uses], self.buckets[bucket])
 
-        return prefetch(at, range(first, last), threads)
+        return prefetch(at, devices.mine(range(first, last)), threads)
 
     def digests(self) -> Iterator[str]:
         """What tells one data set from another: the contents of every pair. Of a stream nothing: that would cost as much as the run."""
