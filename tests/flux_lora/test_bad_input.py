@@ -83,7 +83,10 @@ NOT_IN_THIS_VERSION = [
     (["--hub_token", "hf_secret"], ["--hub_token", "not in this version", "leave the flag out"]),
     (["--hub_model_id", "me/cat"], ["--hub_model_id", "not in this version", "leave the flag out"]),
     (["--aspect_ratio_buckets", "32x48"], ["--aspect_ratio_buckets", "not in this version", "--resolution"]),
-    (["--distributed"], ["--distributed", "not in this version", "train on one"]),
+    (["--distributed"], ["--distributed", "msrun --worker_num=2", "--join=True"]),
+    (["--zero_stage", 1], ["--zero_stage 1", "--distributed"]),
+    (["--distributed", "--zero_stage", 2], ["--zero_stage 2", "ReduceScatter", "--zero_stage 1"]),
+    (["--distributed", "--zero_stage", 1, "--optimizer", "prodigy"], ["--zero_stage 1", "prodigy", "another optimizer"]),
     (["--report_to", "wandb"], ["--report_to wandb", "not in this version", "use tensorboard"]),
     (["--report_to", "all"], ["--report_to all", "not in this version", "use tensorboard"]),
 ]
