@@ -38,9 +38,8 @@ def set_up(distributed: bool) -> None:
         return
     if not role:
         command = shlex.join(["msrun", "--worker_num=2", "--local_worker_num=2", "--join=True", "--log_dir=workers", *sys.argv])
-        raise UserError(
-            f"--distributed: msrun starts the workers, and it did not start this one. For two devices:\n  {command}\nThe number of devices is in it twice."
-        )
+        said = "--distributed: msrun starts the workers, and it did not start this one. For two devices:"
+        raise UserError(f"{said}\n  {command}\nThe number of devices is in it twice.")
     from mindspore.communication import get_group_size, get_rank, init
 
     host, port, count = os.environ["MS_SCHED_HOST"], int(os.environ["MS_SCHED_PORT"]) + 1, int(os.environ["MS_WORKER_NUM"])
