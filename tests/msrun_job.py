@@ -1,4 +1,4 @@
-"""What the tests with several processes share: a job as msrun starts it, and its processes."""
+"""A training job as msrun starts it, and its processes."""
 
 import os
 import socket
@@ -7,9 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import mindspore as ms
-import pytest
-from conftest import ROOT, load_script
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def free_port():
@@ -26,15 +24,15 @@ def free_port():
 
 
 class Job:
-    """A training script under msrun, with its log directory beside the output directory."""
+    """A training script under msrun; its console and the workers' logs are beside the output directory."""
 
     def __init__(self, script, workers, out, arguments):
-        self.out, self.logs = Path(out), Path(f"{out}.workers")
+        self.out, port = Path(out), free_port()
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # msrun starts the python that is first there
         environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         line = [str(Path(sys.executable).with_name("msrun")), f"--worker_num={workers}", f"--local_worker_num={workers}", "--join=True"]
-        line += [f"--master_port={free_port()}", f"--log_dir={self.logs}", str(ROOT / script), *map(str, arguments), "--distributed"]
-        self.console = open(f"{out}.console", "w")  # noqa: SIM115  (closed by wait)
+        line += [f"--master_port={port}", f"--log_dir={out}.{port}.workers", str(ROOT / script), *map(str, arguments), "--distributed"]
+        self.console = open(f"{out}.{port}.console", "w")  # noqa: SIM115  (closed by wait)
         self.process = subprocess.Popen(line, stdout=self.console, stderr=subprocess.STDOUT, env=environment, cwd=self.out.parent)
 
     def wait(self, timeout=180):
@@ -73,31 +71,3 @@ class Job:
         while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.said()[-6000:]
             time.sleep(0.02)
-
-
-@pytest.fixture
-def job(tmp_path):
-    """job(script, workers, out, arguments): a running `Job`; what is left of it at the test's end is killed."""
-    jobs = []
-
-    def start(script, workers, out, arguments):
-        jobs.append(Job(script, workers, out, arguments))
-        return jobs[-1]
-
-    yield start
-    for each in jobs:
-        for pid in each.processes():
-            os.kill(pid, 9)
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """alone(script, arguments): the script with one worker, in this process."""
-
-    def run(script, arguments):
-        module = load_script(script)
-        monkeypatch.setattr(module, "StopRequest", lambda: type("Never", (), {"exit_code": None})())
-        assert module.main([str(part) for part in arguments]) == 0
-        ms.set_context(mode=ms.PYNATIVE_MODE)
-
-    return run
