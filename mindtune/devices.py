@@ -6,6 +6,7 @@ A job is started by msrun. With one worker, or without msrun, everything here do
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,8 +37,9 @@ def set_up(distributed: bool) -> None:
             raise UserError("msrun started this without --distributed: every worker would train for itself. Add --distributed.")
         return
     if not role:
-        command = " ".join(["msrun --worker_num=2 --local_worker_num=2 --join=True --log_dir=workers", *sys.argv])
-        raise UserError(f"--distributed: msrun starts the workers, and did not start this one. For two devices:\n  {command}")
+        command = shlex.join(["msrun", "--worker_num=2", "--local_worker_num=2", "--join=True", "--log_dir=workers", *sys.argv])
+        said = "--distributed: msrun starts the workers, and it did not start this one. For two devices:"
+        raise UserError(f"{said}\n  {command}\nThe number of devices is in it twice.")
     from mindspore.communication import get_group_size, get_rank, init
 
     host, port, count = os.environ["MS_SCHED_HOST"], int(os.environ["MS_SCHED_PORT"]) + 1, int(os.environ["MS_WORKER_NUM"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import skimage.data
 from fake_hub import FakeHub
+from msrun_job import Job
 from PIL import Image
 
 from mindtune import models
@@ -110,6 +111,34 @@ def train(flags):
         if check is not None:
             assert done.returncode == check, done.stdout[-4000:]
         return done
+
+    return run
+
+
+@pytest.fixture
+def job(tmp_path):
+    """job(script, workers, out, arguments): a running `Job`; what is left of it at the test's end is killed."""
+    jobs = []
+
+    def start(script, workers, out, arguments):
+        jobs.append(Job(script, workers, out, arguments))
+        return jobs[-1]
+
+    yield start
+    for each in jobs:
+        for pid in each.processes():
+            os.kill(pid, 9)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """alone(script, arguments): a training script with one worker, in this process: no signals, no exit."""
+
+    def run(script, arguments):
+        module = load_script(script)
+        monkeypatch.setattr(module, "StopRequest", lambda: type("Never", (), {"exit_code": None})())
+        assert module.main([str(part) for part in arguments]) == 0
+        ms.set_context(mode=ms.PYNATIVE_MODE)
 
     return run
 

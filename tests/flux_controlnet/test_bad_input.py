@@ -62,7 +62,10 @@ def says(message, *parts):
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
 NOT_IN_THIS_VERSION = [
-    (["--distributed"], ["--distributed", "not in this version", "train on one"]),
+    (["--distributed"], ["--distributed", "msrun --worker_num=2", "--join=True"]),
+    (["--zero_stage", 1], ["--zero_stage 1", "--distributed"]),
+    (["--distributed", "--zero_stage", 2], ["--zero_stage 2", "ReduceScatter", "--zero_stage 1"]),
+    (["--distributed", "--zero_stage", 1, "--optimizer", "prodigy"], ["--zero_stage 1", "prodigy", "another optimizer"]),
 ]
 AT_LEAST_ONE = ["train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples"]
 AT_LEAST_ONE += ["checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images", "num_inference_steps"]

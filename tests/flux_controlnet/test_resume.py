@@ -127,6 +127,6 @@ def test_another_size_is_refused_and_another_batch_is_said(control, tiny_flux, t
     with pytest.raises(UserError, match=r"ema\..*: the checkpoint has no such state"):
         control(out, *more, 2, "--use_ema")
     control(out, *more, 2, "--train_batch_size", 2, "--proportion_empty_prompts", 0.5)
-    said = "resuming with another proportion_empty_prompts, train_batch_size than the checkpoint was made with"
+    said = "resuming with another samples_per_update, proportion_empty_prompts than the checkpoint was made with"
     assert said in capsys.readouterr().out
     assert json.loads((out / "run.json").read_text())["finished"] is True

@@ -79,7 +79,10 @@ def says(message, *parts):
 
 NOT_IN_THIS_VERSION = [
     (["--aspect_ratio_buckets", "32x48"], ["--aspect_ratio_buckets", "not in this version", "--resolution"]),
-    (["--distributed"], ["--distributed", "not in this version", "train on one"]),
+    (["--distributed"], ["--distributed", "msrun --worker_num=2", "--join=True"]),
+    (["--zero_stage", 1], ["--zero_stage 1", "--distributed"]),
+    (["--distributed", "--zero_stage", 2], ["--zero_stage 2", "ReduceScatter", "--zero_stage 1"]),
+    (["--distributed", "--zero_stage", 1, "--optimizer", "prodigy"], ["--zero_stage 1", "prodigy", "another optimizer"]),
 ]
 OUT_OF_RANGE = [
     (["--resolution", 100], ["--resolution 100", "divisible by 16", "nearest is 96"]),

@@ -99,7 +99,7 @@ def test_resume_with_another_rank_is_refused_and_another_batch_is_said(train, tm
     refused = train(out, *again, "--lora_rank", 8, check=2)
     assert "has shape" in refused.stdout and "Traceback" not in refused.stdout
     changed = train(out, *again, "--train_batch_size", 2, "--weighting_scheme", "cosmap", check=0)
-    assert "resuming with another weighting_scheme, train_batch_size than the checkpoint was made with" in changed.stdout
+    assert "resuming with another samples_per_update, weighting_scheme than the checkpoint was made with" in changed.stdout
     assert json.loads((out / "run.json").read_text())["finished"] is True
 
 
