@@ -51,7 +51,10 @@ def set_up(distributed: bool) -> None:
     init()
     _worker, _count = get_rank(), get_group_size()
     ms.set_auto_parallel_context(parallel_mode="data_parallel", gradients_mean=True)
-    _line = Line(host, port, _worker, _end)
+    try:
+        _line = Line(host, port, _worker, _end)
+    except OSError as error:
+        raise UserError(f"{host}:{port}, the port after msrun's --master_port, where workers meet: {error}. Give another port.") from None
     print(f"{_count} workers; the first is process {os.getpid()}, which kill -TERM makes stop with a checkpoint (Ctrl-C makes without)")
     if _worker:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)

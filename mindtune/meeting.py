@@ -84,6 +84,7 @@ class Meeting:
         if guest.hello is None:
             guest.hello = {key: message[key] for key in ("worker", "process", "host")}
             self.here[message["worker"]] = guest
+            guest.connection.sendall(b'{"welcome": true}\n')
         elif "bye" in message:
             del self.here[guest.hello["worker"]]
             self.left += 1
@@ -101,7 +102,10 @@ class Meeting:
 
 
 class Line:
-    """A worker's side. `lost` is called, in a thread of its own, with a text when another worker or the server is gone."""
+    """A worker's side. `lost` is called, in a thread of its own, with a text when another worker or the server is gone.
+
+    Raises OSError if no server answers at `host` and `port` within CONNECT_SECONDS.
+    """
 
     def __init__(self, host: str, port: int, worker: int, lost: Callable[[str], None]) -> None:
         self.socket = self._connect(host, port)
@@ -109,13 +113,16 @@ class Line:
         self.file, self.lost, self.closed = self.socket.makefile("rw"), lost, False
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
         self._send({"worker": worker, "process": os.getpid(), "host": socket.gethostname()})
+        if self.file.readline() != '{"welcome": true}\n':
+            raise ConnectionError("somebody else's server answers there")
+        self.socket.settimeout(None)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _connect(self, host: str, port: int) -> socket.socket:
         deadline = time.monotonic() + CONNECT_SECONDS
         while True:
             try:
-                return socket.create_connection((host, port))
+                return socket.create_connection((host, port), timeout=CONNECT_SECONDS)
             except OSError:
                 if time.monotonic() > deadline:
                     raise
@@ -130,12 +137,11 @@ class Line:
             for line in self.file:
                 message = json.loads(line)
                 if "lost" in message:
-                    self.lost(message["lost"])
+                    return self.lost(message["lost"])
                 self.answers.put(message["all"])
         except (OSError, ValueError, KeyError):
             pass
-        if not self.closed:
-            self.lost("the scheduler of msrun")
+        return None if self.closed else self.lost("the scheduler of msrun")
 
     def gather(self, value: Any) -> list:
         """Everybody's value in the workers' order, once all have given theirs; waits as long as it takes."""
@@ -155,14 +161,15 @@ def main() -> None:
     try:
         meeting = Meeting(host, port, count)
     except OSError as error:
-        lost = f"the port after msrun's --master_port, {port}, cannot be used ({error}); give another --master_port"
-    else:
-        lost = meeting.run()
-        if lost:
-            lost += " ended before the job was done; what it said last is in its log"
-    if lost:
+        print(f"Error: no worker can meet the others at {host}:{port}, the port after msrun's --master_port: {error}", flush=True)
+        return
+    if lost := meeting.run():
         # msrun shows the lines of the scheduler's log that have Error in them once the scheduler is gone.
-        print(f"Error: {lost}. The job ends. Go on with the same command and --resume_from_checkpoint latest.", flush=True)
+        print(
+            f"Error: {lost} ended before the job was done; what it said last is in its log. The job ends. "
+            "Go on with the same command and --resume_from_checkpoint latest.",
+            flush=True,
+        )
         if os.getppid() == scheduler:
             os.kill(scheduler, signal.SIGKILL)  # else it would wait half a minute for the dead
 

@@ -1,11 +1,17 @@
-"""A training job as msrun starts it, and its processes."""
+"""A training job as msrun starts it, its processes, and whether two runs are the same."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from mindtune.checkpoint import checkpoints, damage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,3 +77,26 @@ class Job:
         while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.said()[-6000:]
             time.sleep(0.02)
+
+
+def relative(value, right):
+    """Distance of two arrays in parts of the second's length."""
+    value, right = value.astype(np.float64), right.astype(np.float64)
+    return np.linalg.norm(value - right) / max(np.linalg.norm(right), 1e-300)
+
+
+def assert_same_run(found, expected, updates):
+    """Every tensor of weights and optimizer state in the last checkpoint within 1e-5 of its length; the same losses and norms logged."""
+    one, other = (checkpoints(folder)[-1] for folder in (found, expected))
+    assert one.name == other.name == f"checkpoint-{updates}" and damage(one) is None
+    files = sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
+    assert files == sorted(path.relative_to(one) for path in one.rglob("*.safetensors")) and len(files) == 2
+    for name in files:
+        values, right = load_file(one / name), load_file(other / name)
+        assert {key: value.dtype for key, value in values.items()} == {key: value.dtype for key, value in right.items()}
+        far = {key: relative(values[key], right[key]) for key in right if not relative(values[key], right[key]) < 1e-5}
+        assert far == {}
+    lines, right = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (found, expected))
+    assert [sorted(line) for line in lines] == [sorted(line) for line in right]
+    for line, other_line in zip(lines, right):
+        np.testing.assert_allclose([line[name] for name in sorted(line)], [other_line[name] for name in sorted(line)], rtol=1e-5)

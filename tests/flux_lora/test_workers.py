@@ -5,9 +5,9 @@ import os
 import signal
 import time
 
-import numpy as np
 import pytest
 from conftest import metrics
+from msrun_job import assert_same_run
 from safetensors.numpy import load_file
 
 from mindtune.checkpoint import checkpoints, damage
@@ -17,27 +17,6 @@ SCRIPT = "flux_lora/train_dreambooth_lora_flux.py"
 # The default of 1e-8 is below the rounding of this model's gradients, which it would make updates of.
 MORE = ["--cache_latents", "--random_flip", "--adam_epsilon", 1e-4, "--learning_rate", 1e-3]
 MORE += ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 2]
-
-
-def relative(value, right):
-    """Distance of two arrays in parts of the second's length."""
-    value, right = value.astype(np.float64), right.astype(np.float64)
-    return np.linalg.norm(value - right) / max(np.linalg.norm(right), 1e-300)
-
-
-def assert_same_run(found, expected, updates):
-    """Every tensor of weights and optimizer state in the last checkpoint within 1e-5 of its length; the same losses and norms logged."""
-    one, other = (checkpoints(folder)[-1] for folder in (found, expected))
-    assert one.name == other.name == f"checkpoint-{updates}" and damage(one) is None
-    for name in ("training_state.safetensors", LORA_FILE):
-        values, right = load_file(one / name), load_file(other / name)
-        assert {key: value.dtype for key, value in values.items()} == {key: value.dtype for key, value in right.items()}
-        far = {key: relative(values[key], right[key]) for key in right if not relative(values[key], right[key]) < 1e-5}
-        assert far == {}
-    lines, right = metrics(found), metrics(expected)
-    assert [line["step"] for line in lines] == list(range(1, updates + 1))
-    for name in ("loss", "grad_norm", "lr"):
-        np.testing.assert_allclose([line[name] for line in lines], [line[name] for line in right], rtol=1e-5)
 
 
 @pytest.fixture
