@@ -10,7 +10,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export DEVICE_ID="${DEVICE_ID:-0}"
 
-python flux_controlnet/train_controlnet_flux.py \
+# train_devices.sh puts msrun here.
+read -ra launcher <<< "${LAUNCHER:-python}"
+exec "${launcher[@]}" flux_controlnet/train_controlnet_flux.py \
     --pretrained_model_name_or_path "${MODEL:-black-forest-labs/FLUX.1-dev}" \
     --dataset_name "${DATA:?a data set with image, conditioning_image and text}" \
     --output_dir "${OUT:-out/flux-controlnet}" \

@@ -9,7 +9,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export DEVICE_ID="${DEVICE_ID:-0}"
 
-python flux_lora/train_dreambooth_lora_flux.py \
+# train_devices.sh puts msrun here.
+read -ra launcher <<< "${LAUNCHER:-python}"
+exec "${launcher[@]}" flux_lora/train_dreambooth_lora_flux.py \
     --pretrained_model_name_or_path "${MODEL:-black-forest-labs/FLUX.1-dev}" \
     --instance_data_dir "${PHOTOS:?the directory with 5 to 20 pictures}" \
     --instance_prompt "${PROMPT:?the prompt, with a rare word for the subject}" \

@@ -274,6 +274,22 @@ def test_a_state_the_run_lacks_and_one_the_checkpoint_lacks(tmp_path):
         load_state(tmp_path / "s", state(0, other=((1,), ms.float32)))
 
 
+def test_what_another_worker_has_is_in_the_checkpoint_and_left_to_it(tmp_path):
+    save_state(tmp_path / "s", {**state(1, more=((1,), ms.float32)), "array": np.float32([2])})
+    fresh = state(0)
+    load_state(tmp_path / "s", fresh, elsewhere=["more", "array", *fresh])
+    assert all((parameter.asnumpy() == 1).all() for parameter in fresh.values())
+    with pytest.raises(UserError, match="array: this run has no such state"):
+        load_state(tmp_path / "s", state(0), elsewhere=["more"])
+
+
+def test_the_numbered_names_of_earlier_checkpoints(tmp_path):
+    save_state(tmp_path / "s", {f"optimizer.{number:04d}.{name}": p for number, (name, p) in enumerate(state(3).items())})
+    fresh = {f"optimizer.{name}": p for name, p in state(0).items()}
+    load_state(tmp_path / "s", fresh)
+    assert all((parameter.asnumpy() == 3).all() for parameter in fresh.values())
+
+
 def test_another_shape_is_refused_with_both_shapes(tmp_path):
     save_state(tmp_path / "s", state(1))
     with pytest.raises(UserError, match=r"weight has shape \(2, 3\), this run needs \(4, 3\)"):

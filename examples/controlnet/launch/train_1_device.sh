@@ -14,7 +14,9 @@ else
     SCRIPT=train_controlnet.py MODEL="${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}" RESOLUTION=512
 fi
 
-python "examples/controlnet/$SCRIPT" \
+# train_devices.sh puts msrun here.
+read -ra launcher <<< "${LAUNCHER:-python}"
+exec "${launcher[@]}" "examples/controlnet/$SCRIPT" \
     --pretrained_model_name_or_path "$MODEL" \
     --dataset_name "${DATA:?a data set with image, conditioning_image and text}" \
     --output_dir "${OUT:-out/controlnet}" \

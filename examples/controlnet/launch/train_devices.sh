@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# ControlNet for Stable Diffusion 1.5, or with SDXL=1 for XL, on several Ascend devices of one machine or of several. Not run by us on Ascend yet.
+#
+#   DEVICES=8 DATA=fusing/fill50k [SDXL=1] examples/controlnet/launch/train_devices.sh [more flags of the script]
+#   DEVICES=8 NODES=4 NODE_RANK=k MASTER=10.0.0.1 ... on machine k of 4, of which number 0 has that address
+#
+# DEVICES are those of this machine (2, 8 ...). OUT must be on a file system that all machines share. PORT (8118) and the port after it must
+# be free on MASTER. BIND=False leaves the processes on any core. Ctrl-C saves a checkpoint. docs/devices.md says how the work is shared.
+#
+# Memory of a device, SD 1.5 (XL): the frozen UNet 1.7 (5.1) GB in fp16, the ControlNet's 0.36 (1.25) billion float32 parameters 1.4 (5.0) GB, their
+# gradients as much, twice that with accumulation; of AdamW's 2.9 (10) GB of state each of 8 devices has 0.36 (1.25) GB by --zero_stage 1.
+# Activations come on top.
+set -euo pipefail
+DEVICES="${DEVICES:-8}" NODES="${NODES:-1}" OUT="${OUT:-out/controlnet}"
+
+LAUNCHER="msrun --worker_num=$((DEVICES * NODES)) --local_worker_num=$DEVICES --node_rank=${NODE_RANK:-0}"
+LAUNCHER+=" --master_addr=${MASTER:-127.0.0.1} --master_port=${PORT:-8118} --cluster_time_out=300"
+LAUNCHER+=" --join=True --bind_core=${BIND:-True} --log_dir=$OUT/workers"
+export LAUNCHER OUT
+
+# In a session of its own, where Ctrl-C does not reach it: msrun would kill the workers. One that gets SIGTERM makes all of them save and stop.
+setsid "$(dirname "$0")/train_1_device.sh" --distributed --zero_stage 1 "$@" &
+job=$!
+trap 'kill -TERM "$(pgrep -P $job -f -- --distributed | tail -1)"' INT TERM
+code=0
+wait $job || code=$?
+while kill -0 $job 2> /dev/null; do # the signal ended the wait, the job goes on to its checkpoint
+    code=0
+    wait $job || code=$?
+done
+exit $code
