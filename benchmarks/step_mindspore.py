@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import workload  # noqa: E402
 from mindspore import nn, ops  # noqa: E402
 
-from mindtune import flow, models  # noqa: E402
+from mindtune import models  # noqa: E402
 
 
 def memory():
@@ -98,10 +98,7 @@ def make_step(job):
     if job["side"] == "plain":
         for cell in made.cells.values():
             require_plain(cell)
-    step = made.step()
-    if job["kind"] == "flux_lora":  # made for the parity check's pictures
-        step.image_ids = ms.Tensor(flow.latent_image_ids(*arrays["noise"].shape[2:]))
-    return step, cases.arguments(settings, arrays)
+    return made.step(), cases.arguments(settings, arrays)
 
 
 def updates(job):

@@ -25,6 +25,7 @@ from mindspore import ops
 from tqdm import tqdm
 
 from mindtune import (
+    buckets,
     checkpoint,
     data,
     devices,
@@ -209,13 +210,13 @@ def load_data(args, seed):
         args.dataset_name, args.dataset_config_name, args.train_data_dir, args.jsonl_for_train, args.cache_dir, args.image_column,
         args.conditioning_image_column, args.caption_column,
     )  # fmt: skip
-    buckets = pairs.parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [(args.resolution, args.resolution)]
+    sizes = buckets.parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [(args.resolution, args.resolution)]
     if args.streaming:
         count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
         stream = pairs.PairStream(source, seed, args.shuffle_buffer_size, count)
-        return pairs.PairData(stream, [], buckets, seed, args.train_batch_size)
+        return pairs.PairData(stream, [], sizes, seed, args.train_batch_size)
     return pairs.load_data(
-        source, buckets, seed, args.train_batch_size, args.max_train_samples, args.validation_split, args.skip_bad_images,
+        source, sizes, seed, args.train_batch_size, args.max_train_samples, args.validation_split, args.skip_bad_images,
         args.dataloader_num_workers,
     )  # fmt: skip
 
@@ -496,7 +497,11 @@ def main(argv=None):
     vae_config, scheduler_config = models.read_config(root, "vae"), models.read_config(root, "scheduler")
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     auto = args.timestep_shift == "auto"
-    shift = flow.resolution_shift((args.resolution // factor // 2) ** 2, scheduler_config) if auto else float(args.timestep_shift)
+    shift = (
+        flow.resolution_shift(max(h * w for h, w in pair_data.buckets) // (2 * factor) ** 2, scheduler_config)
+        if auto
+        else float(args.timestep_shift)
+    )
     sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), shift)
     batches = Batches(args, seed, stage, pair_data, (vae_config["latent_channels"], factor), len(sigmas))
     per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()

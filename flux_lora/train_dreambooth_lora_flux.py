@@ -22,7 +22,24 @@ import numpy as np
 from mindspore import ops
 from tqdm import tqdm
 
-from mindtune import checkpoint, data, devices, flow, hub, lora, models, optim, plan, precision, report, rng, sampling, tracking, zero
+from mindtune import (
+    buckets,
+    checkpoint,
+    data,
+    devices,
+    flow,
+    hub,
+    lora,
+    models,
+    optim,
+    plan,
+    precision,
+    report,
+    rng,
+    sampling,
+    tracking,
+    zero,
+)
 from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, run
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
@@ -30,10 +47,6 @@ from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
-# Flags of the reference script that are not here yet, and what to use until then.
-REFUSED = {
-    "aspect_ratio_buckets": "buckets are not in this version; leave the flag out: pictures are cropped to a square of --resolution",
-}
 # CUDA switches that a diffusers command may carry, and what this backend does anyway.
 ACCEPTED = {
     "allow_tf32": "a CUDA setting; this backend's matrix products run in the type --mixed_precision names",
@@ -71,6 +84,7 @@ def parse_args(argv=None):
     add("--skip_bad_images", action="store_true", help="Go on without unreadable or too small pictures, listing them.")
     add("--validation_split", type=float, default=0.0, help="Share of the pictures kept out of training to measure their loss; 0: none.")
     add("--resolution", type=int, default=512, help="Side of the square that is trained on, in pixels; divisible by 16.")
+    add("--aspect_ratio_buckets", help='Instead: heights and widths to choose from for every picture, "672,1568;1024,1024".')
     add("--center_crop", action="store_true", help="Crop centrally. Default: a fresh random crop for every use.")
     add("--random_flip", action="store_true", help="Mirror half of the uses, drawn afresh.")
     add("--image_interpolation_mode", choices=sorted(data.INTERPOLATIONS), default="lanczos", help="Filter for resizing.")
@@ -158,8 +172,7 @@ def parse_args(argv=None):
     add("--hub_model_id", help="Repository to upload to. Default: the output directory's name, in your account.")
     add("--dry_run", action="store_true", help="Print the memory plan and end; reads configs only, writes nothing.")
     add("--device_memory_gb", type=float, default=64, help="Memory of the device that the plan shall fit, such as 64 or 32 on Ascend.")
-    # Reference flags of other versions or backends
-    add("--aspect_ratio_buckets", help="Not in this version.")
+    # Reference flags of other backends
     for name, why in ACCEPTED.items():
         add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
 
@@ -177,7 +190,7 @@ def check_args(args):
     )
     at_least.update(learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0)
     at_least.update(validation_split=0, adam_beta1=0, adam_beta2=0)
-    check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "lora_dropout", "adam_beta1", "adam_beta2"))
+    check_flags(vars(args), {}, ACCEPTED, at_least, ("validation_split", "lora_dropout", "adam_beta1", "adam_beta2"))
     optim.check_state_flags(args.optimizer, args.use_8bit_adam, args.offload_optimizer, args.mindspore_mode == 0)
     zero.check_flags(args.zero_stage, args.distributed, args.optimizer)
 
@@ -216,7 +229,7 @@ def check_args(args):
 # ---- data --------------------------------------------------------------------------------------------------------------------------
 
 
-def load_samples(args):
+def load_samples(args, sizes):
     """Every usable picture with its caption, checked to the last pixel row. Raises UserError."""
     if args.dataset_name:
         flag = f"--dataset_name {args.dataset_name}"
@@ -227,7 +240,7 @@ def load_samples(args):
         flag = f"--instance_data_dir {args.instance_data_dir}"
         samples = data.samples_in_folder(args.instance_data_dir, "--instance_data_dir", args.caption_column)
     samples = samples[: args.max_train_samples]
-    samples = data.preflight(samples, args.resolution, flag, args.skip_bad_images, args.dataloader_num_workers)
+    samples = data.preflight(samples, buckets.wanted(sizes), flag, args.skip_bad_images, args.dataloader_num_workers)
     bare = [sample.name for sample in samples if sample.caption is None]
     if bare and args.instance_prompt is None:
         raise UserError(f"{len(bare)} pictures have no caption ({bare[0]} ...): give --instance_prompt, or a .txt file beside each.")
@@ -236,27 +249,41 @@ def load_samples(args):
     return samples
 
 
-def class_samples(args):
-    """The usable class pictures that are there, maybe none yet. Raises UserError."""
+def class_shares(args, numbers):
+    """How many class pictures the bucket of every instance picture in `numbers` gets: --num_class_images as those are shared out."""
+    found, counts = np.unique(numbers, return_counts=True)
+    return {int(k): max(1, round(args.num_class_images * n / len(numbers))) for k, n in zip(found, counts)}
+
+
+def class_samples(args, sizes, shares):
+    """The usable class pictures that are there, of every bucket in `shares` at most so many, maybe none yet. Raises UserError."""
     folder = Path(args.class_data_dir)
     if not folder.is_file() and not any(p.suffix.lower() not in data.NOT_IMAGES for p in folder.glob("[!.]*")):
-        return []
+        return [], np.array([], int)
     samples = data.samples_in_folder(args.class_data_dir, "--class_data_dir")
     for sample in samples:
         sample.caption = sample.caption or args.class_prompt
-    flag = f"--class_data_dir {folder}"
-    return data.preflight(samples, args.resolution, flag, args.skip_bad_images, args.dataloader_num_workers)[: args.num_class_images]
+    used, flag = [sizes[k] for k in shares], f"--class_data_dir {folder}"
+    samples = data.preflight(samples, buckets.wanted(used), flag, args.skip_bad_images, args.dataloader_num_workers)
+    numbers, kept = np.array(list(shares))[buckets.bucket_numbers(samples, used)], {}
+    for place, number in enumerate(numbers):
+        kept.setdefault(int(number), []).append(place)
+    places = sorted(place for number, found in kept.items() for place in found[: shares[number]])
+    return [samples[place] for place in places], numbers[places]
 
 
-def make_class_images(args, root, seed, have):
+def make_class_images(args, root, seed, sizes, shares, have):
     """The class pictures that are missing, in a process of their own. Their numbers name their noise: go on after the last one."""
-    folder, missing = Path(args.class_data_dir), args.num_class_images - have
-    print(f"class images: {have} of {args.num_class_images} in {folder}; making {missing}")
+    folder, stage = Path(args.class_data_dir), make_stage(args, root, args.prior_generation_precision or args.mixed_precision)
     folder.mkdir(parents=True, exist_ok=True)
-    first = max((int(path.name[:5]) + 1 for path in folder.glob("[0-9]" * 5 + "-*.png")), default=0)
-    order = ClassImages(folder, args.class_prompt, first, first + missing, args.sample_batch_size, seed, args.resolution)
-    order.steps, order.guidance_scale = args.num_inference_steps, args.guidance_scale
-    make_stage(args, root, args.prior_generation_precision or args.mixed_precision).generate(order)
+    for bucket, share in shares.items():
+        missing, size = share - int(np.count_nonzero(have == bucket)), sizes[bucket]
+        if missing > 0:
+            print(f"class images of {size[1]}x{size[0]}: {share - missing} of {share} in {folder}; making {missing}")
+            first = max((int(path.name[:5]) + 1 for path in folder.glob("[0-9]" * 5 + "-*.png")), default=0)
+            order = ClassImages(folder, args.class_prompt, first, first + missing, args.sample_batch_size, seed, size)
+            order.steps, order.guidance_scale = args.num_inference_steps, args.guidance_scale
+            stage.generate(order)
 
 
 def make_stage(args, root, kind):
@@ -268,54 +295,65 @@ def make_stage(args, root, kind):
 class Batches:
     """Numpy batches by position: a pure function of seed, sample ids and use counts.
 
-    A batch is [instances; class pictures]; images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels), posterior noise and
-    noise [B, C, h, w], index [B], prompt_embeds [B, L, D], and pooled_prompt_embeds [B, P] or CLIP's token ids [B, 77].
+    A batch is [instances; class pictures] of one bucket; images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels), posterior
+    noise and noise [B, C, h, w], index [B], prompt_embeds [B, L, D], pooled_prompt_embeds [B, P] or CLIP's token ids [B, 77], and the
+    bucket's image ids [T, 3]. `latent` is (channels, pixels a latent), samples of each kind come with the numbers of their buckets.
     """
 
-    def __init__(self, args, seed, stage, samples, class_samples, held_out, latent_shape, num_train_timesteps, tokenizer=None):
-        self.args, self.seed, self.stage, self.tokenizer = args, seed, stage, tokenizer
-        self.held_out_samples, self.latent_shape, self.num_train_timesteps = held_out, latent_shape, num_train_timesteps
-        self.kinds = [("instance", samples, rng.SampleStream(seed, "instance", len(samples), args.repeats))]
-        if class_samples:
-            self.kinds.append(("class", class_samples, rng.SampleStream(seed, "class", len(class_samples))))
-        self.epoch_length = max(len(samples) * args.repeats, len(class_samples))
+    def __init__(self, args, seed, stage, sizes, samples, class_samples, held_out, latent, num_train_timesteps, tokenizer=None):
+        self.args, self.seed, self.stage, self.tokenizer, self.sizes = args, seed, stage, tokenizer, sizes
+        self.samples, self.class_samples, self.held_out_samples = samples[0], class_samples[0], list(zip(*held_out))
+        self.latent, self.num_train_timesteps = latent, num_train_timesteps
+        stream = "{} {}" if len(sizes) > 1 else "{}"
+        self.order = buckets.BucketOrder(seed, samples[1], args.train_batch_size, stream.format("instance", "{}"), args.repeats)
+        self.class_ids = {k: np.flatnonzero(class_samples[1] == k) for k in self.order.buckets if self.class_samples}
+        self.class_streams = {k: rng.SampleStream(seed, stream.format("class", k), len(ids)) for k, ids in self.class_ids.items()}
+        self.epoch_length = max(self.order.epoch_length, len(self.class_samples))
 
     def at(self, batch):
         """Batch number `batch` of all workers together, from the start of the run."""
-        rows, size = [], self.args.train_batch_size
-        for kind, samples, stream in self.kinds:
-            for position in range(batch * size, (batch + 1) * size):
-                sample_id, use = stream.at(position)
-                rows.append(self._row(kind, samples[sample_id], sample_id, use))
-        return tuple(np.stack(column) for column in zip(*rows))
+        (bucket, uses), (_, first) = self.order.at(batch), self.order.place(batch)
+        size = self.sizes[bucket]
+        rows = [self._row("instance", self.samples[sample_id], sample_id, use, size) for sample_id, use in uses]
+        for position in range(first, first + len(uses)) if self.class_samples else ():
+            place, use = self.class_streams[bucket].at(position)
+            sample_id = int(self.class_ids[bucket][place])
+            rows.append(self._row("class", self.class_samples[sample_id], sample_id, use, size))
+        return *(np.stack(column) for column in zip(*rows)), flow.latent_image_ids(*self.latent_shape(size)[1:])
 
-    def _row(self, kind, sample, sample_id, use):
-        args, seed = self.args, self.seed
+    def latent_shape(self, size):
+        channels, factor = self.latent
+        return channels, size[0] // factor, size[1] // factor
+
+    def _row(self, kind, sample, sample_id, use, size):
+        args, seed, shape = self.args, self.seed, self.latent_shape(size)
         crop = rng.generator(seed, f"{kind} crop and flip", sample_id, use).random(3)
         flip = bool(args.random_flip and crop[2] < 0.5)
         if args.cache_latents:
-            image = self.stage.moments(sample, args.resolution, flip)
+            image = self.stage.moments(sample, size, flip)
         else:
             place = None if args.center_crop else (crop[0], crop[1])
-            image = data.pixel_values(sample.open(), args.resolution, args.image_interpolation_mode, place, flip)
+            image = data.pixel_values(sample.open(), size, args.image_interpolation_mode, place, flip)
         u = flow.sample_density(
             rng.generator(seed, f"{kind} timestep", sample_id, use), args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale
         )
         index = np.int32(flow.density_to_index(u, self.num_train_timesteps))
-        posterior = rng.normal(seed, f"{kind} posterior", sample_id, use, shape=self.latent_shape)
-        noise = rng.normal(seed, f"{kind} noise", sample_id, use, shape=self.latent_shape)
+        posterior = rng.normal(seed, f"{kind} posterior", sample_id, use, shape=shape)
+        noise = rng.normal(seed, f"{kind} noise", sample_id, use, shape=shape)
         return image, posterior, noise, index, *self._text(sample.caption)
 
     def held_out(self, sample_id, index):
         """A batch of one held-out picture, always with the same draws for the same index."""
-        sample = self.held_out_samples[sample_id]
+        sample, bucket = self.held_out_samples[sample_id]
+        size, shape = self.sizes[bucket], self.latent_shape(self.sizes[bucket])
         if self.args.cache_latents:
-            image = self.stage.moments(sample, self.args.resolution, False)
+            image = self.stage.moments(sample, size, False)
         else:
-            image = data.pixel_values(sample.open(), self.args.resolution, self.args.image_interpolation_mode)
-        posterior = rng.normal(self.seed, "held-out posterior", sample_id, shape=self.latent_shape)
-        noise = rng.normal(self.seed, "held-out noise", sample_id, index, shape=self.latent_shape)
-        return tuple(np.stack([c]) for c in (image, posterior, noise, np.int32(index), *self._text(sample.caption)))
+            image = data.pixel_values(sample.open(), size, self.args.image_interpolation_mode)
+        posterior = rng.normal(self.seed, "held-out posterior", sample_id, shape=shape)
+        noise = rng.normal(self.seed, "held-out noise", sample_id, index, shape=shape)
+        row = image, posterior, noise, np.int32(index), *self._text(sample.caption)
+        return *(np.stack([column]) for column in row), flow.latent_image_ids(*shape[1:])
 
     def _text(self, caption):
         text = self.stage.text(caption)
@@ -333,7 +371,7 @@ class TrainStepForFluxDevDB(models.TrainStep):
     `vae` is given if the images come as pixels, `text_encoder` if CLIP trains. Calling it gives (scaled loss, loss), scalars.
     """
 
-    def __init__(self, transformer, optimizer, noise_scheduler, compute_dtype, args, latent_config, text_ids, image_ids, vae=None,
+    def __init__(self, transformer, optimizer, noise_scheduler, compute_dtype, args, latent_config, text_ids, vae=None,
                  text_encoder=None, loss_scaler=None):  # fmt: skip
         super().__init__(
             transformer,
@@ -350,7 +388,7 @@ class TrainStepForFluxDevDB(models.TrainStep):
         self.scaling_factor, self.shift_factor = latent_config["scaling_factor"], latent_config["shift_factor"]
         self.guidance_embeds = transformer.config["guidance_embeds"]
         self.sigmas = noise_scheduler["sigmas"]
-        self.text_ids, self.image_ids = text_ids, image_ids
+        self.text_ids = text_ids
         self.args = flow.AttrJitWrapper(
             weighting_scheme=args.weighting_scheme,
             with_prior_preservation=args.with_prior_preservation,
@@ -358,7 +396,7 @@ class TrainStepForFluxDevDB(models.TrainStep):
             guidance_scale=args.guidance_scale,
         )
 
-    def predict(self, images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds):
+    def predict(self, images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds, image_ids):
         """Prediction and target [B, C, h, w] float32, and sigmas [B, 1, 1, 1]."""
         if self.vae is not None:
             images = self.vae.encode(images.to(self.compute_dtype))[0]
@@ -377,13 +415,13 @@ class TrainStepForFluxDevDB(models.TrainStep):
             pooled_projections=pooled_prompt_embeds.to(self.compute_dtype),
             encoder_hidden_states=prompt_embeds.to(self.compute_dtype),
             txt_ids=self.text_ids,
-            img_ids=self.image_ids,
+            img_ids=image_ids,
             return_dict=False,
         )[0]
         return flow.unpack_latents(prediction, noise.shape[2], noise.shape[3]), noise - latents, sigmas
 
-    def forward(self, images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds):
-        prediction, target, sigmas = self.predict(images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds)
+    def forward(self, images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds, image_ids):
+        prediction, target, sigmas = self.predict(images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds, image_ids)
         weighting = flow.loss_weighting(self.args.weighting_scheme, sigmas)
         if self.args.with_prior_preservation:
             loss = flow.prior_preservation_mse(prediction, target, weighting, self.args.prior_loss_weight)
@@ -445,7 +483,7 @@ SAME_RUN = {
     "dataloader_num_workers", "output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "seed",
     "resume_from_checkpoint", "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "num_validation_images",
     "num_inference_steps", "validation_epochs", "sample_batch_size", "prior_generation_precision", "num_train_epochs", "max_train_steps",
-    "push_to_hub", "hub_token", "hub_model_id", "lora_model_name_or_path", "dry_run", "device_memory_gb", *REFUSED, *ACCEPTED,
+    "push_to_hub", "hub_token", "hub_model_id", "lora_model_name_or_path", "dry_run", "device_memory_gb", *ACCEPTED,
     # What counts of these is how many samples make up an update.
     "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
@@ -494,8 +532,11 @@ def main(argv=None):
     )
     devices.same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
-    samples = load_samples(args)
-    prior_samples = class_samples(args) if args.with_prior_preservation else []
+    sizes = buckets.parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [(args.resolution, args.resolution)]
+    samples = load_samples(args, sizes)
+    numbers = buckets.bucket_numbers(samples, sizes)
+    shares = class_shares(args, numbers) if args.with_prior_preservation else {}
+    prior_samples, prior_numbers = class_samples(args, sizes, shares) if shares else ([], np.array([], int))
 
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
     seed = devices.gather(seed)[0]
@@ -509,17 +550,16 @@ def main(argv=None):
     if kind.storage != kind.compute:
         print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
     stage = make_stage(args, root, args.mixed_precision)
-    if args.with_prior_preservation and len(prior_samples) < args.num_class_images:
-        make_class_images(args, root, seed, len(prior_samples))
-        prior_samples = class_samples(args)
+    if len(prior_samples) < sum(shares.values()):
+        make_class_images(args, root, seed, sizes, shares, prior_numbers)
+        prior_samples, prior_numbers = class_samples(args, sizes, shares)
     captions = [s.caption for s in samples + prior_samples] + args.validation_prompt
     images = []
     if args.cache_latents:
         print("--cache_latents: every picture keeps its centre crop" + (", one entry a flip" if args.random_flip else ""))
-        images = [
-            (s, args.resolution, flip) for s in train_samples + prior_samples for flip in ([False, True] if args.random_flip else [False])
-        ]
-        images += [(s, args.resolution, False) for s in held_out]
+        used = [(samples[i], numbers[i]) for i in kept] + list(zip(prior_samples, prior_numbers))
+        images = [(sample, sizes[k], flip) for sample, k in used for flip in ([False, True] if args.random_flip else [False])]
+        images += [(samples[i], sizes[numbers[i]], False) for i in kept_out]
     encoded = stage.prepare(captions, images)
     print(f"encode stage: {encoded} made, {len(set(captions)) + len(images) - encoded} already in {stage.folder}")
 
@@ -555,12 +595,14 @@ def main(argv=None):
 
     # ---- the step ------------------------------------------------------------
     vae_config, scheduler_config = models.read_config(root, "vae"), models.read_config(root, "scheduler")
-    side = args.resolution // 2 ** (len(vae_config["block_out_channels"]) - 1)
-    latent_shape = (vae_config["latent_channels"], side, side)
-    auto = args.timestep_shift == "auto"
-    shift = flow.resolution_shift((side // 2) ** 2, scheduler_config) if auto else float(args.timestep_shift)
+    latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
+    auto, tokens = args.timestep_shift == "auto", max(h * w for h, w in sizes) // (2 * latent[1]) ** 2
+    shift = flow.resolution_shift(tokens, scheduler_config) if auto else float(args.timestep_shift)
     sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), shift)
-    batches = Batches(args, seed, stage, train_samples, prior_samples, held_out, latent_shape, len(sigmas), tokenizer)
+    batches = Batches(
+        args, seed, stage, sizes, (train_samples, numbers[kept]), (prior_samples, prior_numbers), (held_out, numbers[kept_out]), latent,
+        len(sigmas), tokenizer,
+    )  # fmt: skip
     per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.epoch_length / per_update)
 
@@ -580,10 +622,9 @@ def main(argv=None):
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForFluxDevDB(
         transformer, optimizer, {"sigmas": ms.Tensor(sigmas, ms.float32)}, kind.compute, args, vae_config,
-        text_ids=ms.Tensor(np.zeros((args.max_sequence_length, 3), np.float32)), image_ids=ms.Tensor(flow.latent_image_ids(side, side)),
-        vae=vae, text_encoder=text_encoder, loss_scaler=scaler,
+        ms.Tensor(np.zeros((args.max_sequence_length, 3), np.float32)), vae, text_encoder, scaler,
     )  # fmt: skip
-    painter = Painter(args, root, stage, kind, seed, latent_shape, vae, tokenizer, transformer, text_encoder)
+    painter = Painter(args, root, stage, kind, seed, batches.latent_shape(sizes[0]), vae, tokenizer, transformer, text_encoder)
 
     # ---- resume --------------------------------------------------------------
     remembered = {f"{n}.{k}": p for n, model in trained.items() for k, p in lora.lora_parameters(model).items()}
@@ -593,6 +634,8 @@ def main(argv=None):
     fingerprint = checkpoint.text_digest(s.digest + s.caption for s in train_samples + prior_samples)
     base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
     identity = {"seed": seed, "data": fingerprint, "base": base, "lora_model": lora_digest, "samples_per_update": per_update}
+    if len(sizes) > 1:  # a batch is of one bucket
+        identity["batch_size"] = args.train_batch_size
     identity.update({k: v for k, v in vars(args).items() if k not in SAME_RUN})
     global_step = 0
     if resume:

@@ -1,8 +1,8 @@
 """MindTune's common module: what at least two of the training scripts need, one file one job.
 
-Imports go one way: `cli`, `rng`, `flow`, `diffusion`, `lora_layouts`, `cache`, `meeting` and `operators` at the bottom, then `devices`,
-`precision`, `data`, `pairs`, `checkpoint`, `hub`, `tracking`, `report`, `adam8bit`, `optim`, `zero`, `flux_blocks`, `int8`, then `models`,
-`lora`, `plan`, `sampling`, `held_out` and `encode`, which touch mindone.
+Imports go one way: `cli`, `rng`, `flow`, `diffusion`, `lora_layouts`, `cache`, `meeting`, `operators` and `buckets` at the bottom, then
+`devices`, `precision`, `data`, `pairs`, `checkpoint`, `hub`, `tracking`, `report`, `adam8bit`, `optim`, `zero`, `flux_blocks`, `int8`,
+then `models`, `lora`, `plan`, `sampling`, `held_out` and `encode`, which touch mindone.
 Nothing here imports a script, parses flags or reads `args`.
 """
 

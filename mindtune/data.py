@@ -15,12 +15,14 @@ from typing import Any, Callable, Optional, Union
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mindtune.buckets import nearest_bucket
 from mindtune.cli import UserError, listing
 from mindtune.rng import generator
 
 NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".md"}
 INTERPOLATIONS = {name.lower(): getattr(Image.Resampling, name) for name in ("LANCZOS", "BICUBIC", "BILINEAR", "NEAREST", "BOX", "HAMMING")}
 Resolution = Union[int, tuple[int, int]]  # the side of a square, or (height, width)
+Wanted = Union[int, list[tuple[int, int]]]  # what pictures are cropped to: a square of that side, or the nearest of these buckets
 
 
 @dataclass
@@ -166,17 +168,17 @@ def samples_in_dataset(
 # ---- checking ----------------------------------------------------------------------------------------------------------------------
 
 
-def preflight(samples: list[Sample], resolution: int, flag: str, skip_bad: bool, threads: int = 2) -> list[Sample]:
+def preflight(samples: list[Sample], wanted: Wanted, flag: str, skip_bad: bool, threads: int = 2) -> list[Sample]:
     """Decodes every picture and gives the usable ones. Nothing is deleted or changed.
 
-    Raises UserError naming every problem at once (unreadable, truncated, smaller than `resolution` on a side), or, with `skip_bad`,
-    prints that list and goes on without them; also if none is left.
+    Raises UserError naming every problem at once (unreadable, truncated, smaller than the resolution or its bucket), or, with
+    `skip_bad`, prints that list and goes on without them; also if none is left.
     """
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        problems = list(pool.map(lambda sample: _problem(sample, resolution), samples))
-    bad = [f"{sample.name}: {problem}" for sample, problem in zip(samples, problems) if problem]
+        found = list(pool.map(lambda sample: usable_size(sample, wanted), samples))
+    bad = [f"{sample.name}: {problem}" for sample, problem in zip(samples, found) if isinstance(problem, str)]
     report_bad(bad, f"{len(samples)} files", flag, skip_bad)
-    good = [sample for sample, problem in zip(samples, problems) if not problem]
+    good = [sample for sample, size in zip(samples, found) if not isinstance(size, str)]
     if not good:
         raise UserError(f"{flag}: no usable image is left.")
     return good
@@ -205,18 +207,20 @@ def size_or_problem(sample: Sample) -> Union[tuple[int, int], str]:
         return f"damaged ({error})"
 
 
-def too_small(size: tuple[int, int], resolution: Resolution) -> Optional[str]:
-    """Says so if a picture of `size` (width, height) does not cover `resolution`; otherwise None."""
-    height, width = height_width(resolution)
+def too_small(size: tuple[int, int], wanted: Wanted) -> Optional[str]:
+    """Says so if a picture of `size` (width, height) does not cover the resolution, or its bucket; otherwise None."""
+    square = isinstance(wanted, int)
+    height, width = height_width(wanted if square else wanted[nearest_bucket(size, wanted)])
     if size[0] >= width and size[1] >= height:
         return None
-    what = f"--resolution {resolution}" if isinstance(resolution, int) else f"its bucket {height},{width} (height,width)"
+    what = f"--resolution {wanted}" if square else f"its bucket {height},{width} (height,width)"
     return f"{size[0]}x{size[1]} is smaller than {what}"
 
 
-def _problem(sample: Sample, resolution: int) -> Optional[str]:
+def usable_size(sample: Sample, wanted: Wanted) -> Union[tuple[int, int], str]:
+    """(width, height) of the upright picture, wholly decoded, or what keeps it from being trained on."""
     size = size_or_problem(sample)
-    return size if isinstance(size, str) else too_small(size, resolution)
+    return size if isinstance(size, str) else too_small(size, wanted) or size
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class ClassImages:
     count: int
     batch: int
     seed: int
-    resolution: int
+    size: tuple[int, int]  # height and width in pixels
     steps: int = 28
     guidance_scale: float = 3.5
     numbers: Optional[range] = None
@@ -349,11 +349,11 @@ def _generate(stage: Stage, order: ClassImages) -> None:
     transformer = load_model(stage.root, "transformer", precision, stage.variant, stage.int8)
     vae, config = load_model(stage.root, "vae", precision, stage.variant), read_config(stage.root, "vae")
     scheduler = read_config(stage.root, "scheduler")
-    side = order.resolution // 2 ** (len(config["block_out_channels"]) - 1)
+    height, width = (side // 2 ** (len(config["block_out_channels"]) - 1) for side in order.size)
     numbers = order.numbers or range(order.first, order.count)
     for start in tqdm(range(0, len(numbers), order.batch), desc="class images", unit="batch", leave=False):
         batch = numbers[start : start + order.batch]
-        noise = np.stack([normal(order.seed, "class image", n, shape=(config["latent_channels"], side, side)) for n in batch])
+        noise = np.stack([normal(order.seed, "class image", n, shape=(config["latent_channels"], height, width)) for n in batch])
         embeds, pooled = (np.stack([text[k]] * len(batch)) for k in ("prompt_embeds", "pooled_prompt_embeds"))
         latents = sample_latents(transformer, scheduler, embeds, pooled, noise, order.steps, order.guidance_scale, precision.compute)
         for number, image in zip(batch, decode_latents(vae, latents, precision.compute)):

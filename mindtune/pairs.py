@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
@@ -18,9 +16,10 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 import numpy as np
 
 from mindtune import devices
+from mindtune.buckets import BucketOrder, bucket_numbers, wanted
 from mindtune.cli import UserError, listing
-from mindtune.data import Sample, encoded, prefetch, report_bad, size_or_problem, split, too_small
-from mindtune.rng import SampleStream, generator
+from mindtune.data import Sample, Wanted, encoded, prefetch, report_bad, size_or_problem, split, too_small
+from mindtune.rng import generator
 
 
 class Pair(NamedTuple):
@@ -357,16 +356,16 @@ def _jsonl_rows(path: str, keys: tuple) -> Iterator[dict]:
 # ---- checking ----------------------------------------------------------------------------------------------------------------------
 
 
-def preflight_pairs(pairs: Pairs, resolution: Union[int, list[tuple[int, int]]], flag: str, skip_bad: bool, threads: int = 2) -> Pairs:
-    """Decodes both pictures of every pair and gives the usable pairs. `resolution` is a side or the buckets (height, width).
+def preflight_pairs(pairs: Pairs, wanted: Wanted, flag: str, skip_bad: bool, threads: int = 2) -> Pairs:
+    """Decodes both pictures of every pair and gives the usable pairs.
 
     Raises UserError naming every problem at once (one of the two missing or unreadable, sizes that differ, smaller than the
     resolution or than its own bucket), or, with `skip_bad`, prints that list and goes on without them; also if none is left.
     """
     usable, bad = np.ones(len(pairs), dtype=bool), []
-    problems = prefetch(lambda i: _pair_problem(pairs[i], resolution), range(len(pairs)), max(1, threads))
-    for index, problem in enumerate(problems):
-        if problem:
+    found = prefetch(lambda i: usable_pair_size(pairs[i], wanted), range(len(pairs)), max(1, threads))
+    for index, problem in enumerate(found):
+        if isinstance(problem, str):
             usable[index] = False
             bad.append(problem)
     report_bad(bad, f"{len(pairs)} pairs", flag, skip_bad)
@@ -375,101 +374,22 @@ def preflight_pairs(pairs: Pairs, resolution: Union[int, list[tuple[int, int]]],
     return pairs.select(np.flatnonzero(usable)) if bad else pairs
 
 
-def _pair_problem(pair: Pair, resolution: Union[int, list[tuple[int, int]]]) -> Optional[str]:
+def usable_pair_size(pair: Pair, wanted: Wanted) -> Union[tuple[int, int], str]:
+    """(width, height) of both pictures, wholly decoded, or the pair's name and what keeps it from being trained on."""
     size, other = size_or_problem(pair.image), size_or_problem(pair.condition)
     wrong = [f"{what}{found}" for what, found in (("", size), ("its condition is ", other)) if isinstance(found, str)]
     if not wrong and size != other:
         wrong = [f"{size[0]}x{size[1]}, its condition {other[0]}x{other[1]}"]
     if not wrong:
-        small = too_small(size, resolution if isinstance(resolution, int) else resolution[nearest_bucket(size, resolution)])
+        small = too_small(size, wanted)
         wrong = [small] if small else []
-    return f"{pair.image.name}: {'; '.join(wrong)}" if wrong else None
+    return f"{pair.image.name}: {'; '.join(wrong)}" if wrong else size
 
 
-def require_usable(pair: Pair, resolution: Union[int, list[tuple[int, int]]]) -> None:
+def require_usable(pair: Pair, wanted: Wanted) -> None:
     """Raises UserError for a pair that `preflight_pairs` would refuse: for streams, which are checked in passing."""
-    if problem := _pair_problem(pair, resolution):
+    if isinstance(problem := usable_pair_size(pair, wanted), str):
         raise UserError(f"{problem}. Mend the data set, or remove the pair from it.")
-
-
-# ---- buckets -----------------------------------------------------------------------------------------------------------------------
-
-
-def parse_buckets(text: str) -> list[tuple[int, int]]:
-    """ "672,1568;688,1504" to [(height, width), ...] in pixels. Raises UserError for sides that 16 does not divide, and for duplicates."""
-    buckets = []
-    for part in filter(str.strip, text.split(";")):
-        try:
-            height, width = (int(side) for side in part.split(","))
-        except ValueError:
-            raise UserError(f"--aspect_ratio_buckets: {part.strip()!r} is not height,width. Write them like 672,1568;688,1504.") from None
-        if height % 16 or width % 16 or height < 16 or width < 16:
-            raise UserError(f"--aspect_ratio_buckets: {height},{width}: both sides must be multiples of 16 and at least 16.")
-        if (height, width) in buckets:
-            raise UserError(f"--aspect_ratio_buckets: {height},{width} is there twice. Name every bucket once.")
-        buckets.append((height, width))
-    if not buckets:
-        raise UserError(f"--aspect_ratio_buckets {text!r}: no bucket. Write them as height,width;height,width.")
-    return buckets
-
-
-def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
-    """The number of the bucket (height, width) whose shape is closest to `size` (width, height): |log of the ratio of ratios|.
-
-    Computed in exact fractions, so that two buckets equally far tie, and the first one wins.
-    """
-
-    def distance(bucket):
-        mine, its = size[0] * bucket[0], size[1] * bucket[1]
-        return Fraction(max(mine, its), min(mine, its))
-
-    return min(range(len(buckets)), key=lambda number: distance(buckets[number]))
-
-
-def bucket_numbers(pairs: Iterable[Pair], buckets: list[tuple[int, int]]) -> np.ndarray:
-    """The nearest bucket of every pair, int [N]. Pictures are opened only if there is a choice."""
-    return np.array([nearest_bucket(pair.image.open().size, buckets) if len(buckets) > 1 else 0 for pair in pairs], dtype=np.int64)
-
-
-class BucketOrder:
-    """Batches of pictures of one shape, a pure function of the batch number from the start of the run, safe from threads.
-
-    Every bucket is an endless shuffled stream of its own, cut into full batches. A pass over the N samples takes, of a bucket with n
-    samples, the batches floor(e n / B) up to floor((e + 1) n / B) of that stream: nothing is dropped, nothing starves, and a batch may
-    reach into the bucket's next pass. Which bucket is next is shuffled in every pass; within a bucket the order is the stream's, so
-    one bucket alone gives the stream itself, whatever the batch size.
-    """
-
-    def __init__(self, seed: int, buckets_of_samples: np.ndarray, batch_size: int) -> None:
-        if not len(buckets_of_samples) or batch_size < 1:
-            raise ValueError(f"an order needs samples and a batch size of 1 or more, got {len(buckets_of_samples)} and {batch_size}")
-        self.seed, self.batch_size, self.epoch_length = seed, batch_size, len(buckets_of_samples)
-        self.buckets = np.unique(buckets_of_samples).tolist()
-        self.members = [np.flatnonzero(buckets_of_samples == bucket) for bucket in self.buckets]
-        self.streams = [SampleStream(seed, f"bucket {k}", len(ids)) for k, ids in zip(self.buckets, self.members)]
-
-    def at(self, batch: int) -> tuple[int, list[tuple[int, int]]]:
-        """The bucket of a batch and its (sample id, how often that sample was used before)."""
-        number = batch * self.batch_size // self.epoch_length  # not too late: the passes before it have at most `batch` batches
-        while sum(self._before(number + 1)) <= batch:
-            number += 1
-        before = self._before(number)
-        turns = _turns(self.seed, number, tuple(after - b for after, b in zip(self._before(number + 1), before)))
-        offset = batch - sum(before)
-        which = int(turns[offset])
-        first = (before[which] + int(np.count_nonzero(turns[:offset] == which))) * self.batch_size
-        uses = (self.streams[which].at(position) for position in range(first, first + self.batch_size))
-        return self.buckets[which], [(int(self.members[which][sample]), use) for sample, use in uses]
-
-    def _before(self, number: int) -> list[int]:
-        """How many batches of each bucket come before pass `number`."""
-        return [number * len(ids) // self.batch_size for ids in self.members]
-
-
-@lru_cache(maxsize=8)
-def _turns(seed: int, number: int, counts: tuple[int, ...]) -> np.ndarray:
-    """Which bucket the batches of one pass belong to: each as often as it has batches."""
-    return generator(seed, "bucket order", number).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
 # ---- what a run trains on ----------------------------------------------------------------------------------------------------------
@@ -483,8 +403,8 @@ class PairData:
         self.streaming = isinstance(train, PairStream)
         # An epoch of a stream is not known: the whole run counts as one.
         self.epoch_length = train.count if self.streaming else len(train)
-        self.numbers = None if self.streaming else bucket_numbers(train, buckets)
-        self.held_out_numbers = bucket_numbers(held_out, buckets)
+        self.numbers = None if self.streaming else bucket_numbers((pair.image for pair in train), buckets)
+        self.held_out_numbers = bucket_numbers((pair.image for pair in held_out), buckets)
         self.order = None if self.streaming else BucketOrder(seed, self.numbers, batch_size)
 
     def iterate(self, first: int, last: int, make: Callable[[list, tuple[int, int]], Any], threads: int) -> Iterator[Any]:
@@ -523,8 +443,7 @@ def load_data(
     found = load_pairs(source)
     if max_samples:
         found = found.select(range(min(max_samples, len(found))))
-    wanted = buckets[0][0] if len(buckets) == 1 and buckets[0][0] == buckets[0][1] else buckets
-    found = preflight_pairs(found, wanted, f"{source.flag} {source.name}", skip_bad, threads)
+    found = preflight_pairs(found, wanted(buckets), f"{source.flag} {source.name}", skip_bad, threads)
     kept, kept_out = split(len(found), held_out_share, seed)
     return PairData(found.select(kept), list(found.select(kept_out)), buckets, seed, batch_size)
 

@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mindtune import (
+    buckets,
     checkpoint,
     data,
     devices,
@@ -196,13 +197,13 @@ def load_data(args, seed):
         args.dataset_name, args.dataset_config_name, args.train_data_dir, args.jsonl_for_train, args.cache_dir, args.image_column,
         args.conditioning_image_column, args.caption_column,
     )  # fmt: skip
-    buckets = pairs.parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [(args.resolution, args.resolution)]
+    sizes = buckets.parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [(args.resolution, args.resolution)]
     if args.streaming:
         count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
         stream = pairs.PairStream(source, seed, args.shuffle_buffer_size, count)
-        return pairs.PairData(stream, [], buckets, seed, args.train_batch_size)
+        return pairs.PairData(stream, [], sizes, seed, args.train_batch_size)
     return pairs.load_data(
-        source, buckets, seed, args.train_batch_size, args.max_train_samples, args.validation_split, args.skip_bad_images,
+        source, sizes, seed, args.train_batch_size, args.max_train_samples, args.validation_split, args.skip_bad_images,
         args.dataloader_num_workers,
     )  # fmt: skip
 

@@ -67,12 +67,13 @@ def flux_lora(work, kind="no", recompute=False):
     give_values({name: parameter for name, parameter in trained.items() if ".lora_B." in name})
     if recompute:
         recompute_flux(transformer)
-    ids = ms.Tensor(np.zeros((5, 3), np.float32)), ms.Tensor(flow.latent_image_ids(4, 6))
+    text_ids = ms.Tensor(np.zeros((5, 3), np.float32))
     step = script.TrainStepForFluxDevDB(
-        transformer.set_train(True), adam(list(trained.values())), {"sigmas": SIGMAS}, kind.compute, args, LATENTS, *ids
+        transformer.set_train(True), adam(list(trained.values())), {"sigmas": SIGMAS}, kind.compute, args, LATENTS, text_ids
     )
     batch = normal("moments", 2, 32, 4, 6), normal("posterior", 2, 16, 4, 6), normal("noise", 2, 16, 4, 6)
-    return one_step(step, (*batch, ms.Tensor([100, 900]), normal("text", 2, 5, 32), normal("pooled", 2, 32)), trained)
+    batch += ms.Tensor([100, 900]), normal("text", 2, 5, 32), normal("pooled", 2, 32), ms.Tensor(flow.latent_image_ids(4, 6))
+    return one_step(step, batch, trained)
 
 
 def flux_controlnet(work, kind="no", recompute=False):

@@ -78,7 +78,8 @@ def says(message, *parts):
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
 NOT_IN_THIS_VERSION = [
-    (["--aspect_ratio_buckets", "32x48"], ["--aspect_ratio_buckets", "not in this version", "--resolution"]),
+    (["--aspect_ratio_buckets", "32x48"], ["--aspect_ratio_buckets: '32x48' is not height,width", "Write them like"]),
+    (["--aspect_ratio_buckets", "32,40"], ["--aspect_ratio_buckets: 32,40", "multiples of 16"]),
     (["--distributed"], ["--distributed", "msrun --worker_num=2", "--join=True"]),
     (["--zero_stage", 1], ["--zero_stage 1", "--distributed"]),
     (["--distributed", "--zero_stage", 2], ["--zero_stage 2", "ReduceScatter", "--zero_stage 1"]),

@@ -122,17 +122,19 @@ def batches(lora_script, flags, tmp_path):
         args = lora_script.parse_args(flags(tmp_path / "out", "--instance_data_dir", folder, *more))
         text = {"prompt_embeds": np.zeros((16, 32), np.float32), "pooled_prompt_embeds": np.zeros(32, np.float32)}
         stage = SimpleNamespace(text=lambda _: text, moments=stage.moments if stage else None)
-        return lora_script.Batches(args, 0, stage, lora_script.load_samples(args), [], [], (16, 4, 4), 1000)
+        samples = lora_script.load_samples(args, [(SIDE, SIDE)])
+        none = [], np.array([], int)
+        return lora_script.Batches(args, 0, stage, [(SIDE, SIDE)], (samples, np.zeros(len(samples), int)), none, none, (16, 8), 1000)
 
     return make
 
 
 def uses(made, count):
     """{file name: [the arrays the step gets at its first, second ... use]} over `count` batches of one."""
-    (_, samples, stream) = made.kinds[0]
-    seen = {sample.name: [] for sample in samples}
+    seen = {sample.name: [] for sample in made.samples}
     for position in range(count):
-        seen[samples[stream.at(position)[0]].name].append(made.at(position)[0][0])
+        ((sample_id, _),) = made.order.at(position)[1]
+        seen[made.samples[sample_id].name].append(made.at(position)[0][0])
     return seen
 
 
@@ -230,12 +232,12 @@ def test_cached_latents_are_one_entry_a_flip_of_the_central_crop(batches, lora_s
         shutil.copy(photos / name, tmp_path / "in")
     more = ["--cache_latents", "--random_flip", "--cache_dir", tmp_path / "cache"]
     args = lora_script.parse_args(flags(tmp_path / "out", "--instance_data_dir", tmp_path / "in", *more))
-    stage, samples = lora_script.make_stage(args, tiny_flux, "no"), lora_script.load_samples(args)
-    wanted = [(sample, SIDE, flip) for sample in samples for flip in (False, True)]
+    stage, samples = lora_script.make_stage(args, tiny_flux, "no"), lora_script.load_samples(args, [(SIDE, SIDE)])
+    wanted = [(sample, (SIDE, SIDE), flip) for sample in samples for flip in (False, True)]
     assert stage.prepare([], wanted) == 4 and stage.prepare([], wanted) == 0
     assert len(list((tmp_path / "cache/mindtune").glob("*.safetensors"))) == 4
 
-    plain, mirrored = ({sample.name: stage.moments(sample, SIDE, flip) for sample in samples} for flip in (False, True))
+    plain, mirrored = ({sample.name: stage.moments(sample, (SIDE, SIDE), flip) for sample in samples} for flip in (False, True))
     kind = lora_script.precision.resolve_precision("no")
     vae = lora_script.models.load_model(tiny_flux, "vae", kind)
     for sample in samples:

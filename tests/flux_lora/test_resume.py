@@ -45,6 +45,12 @@ CASES = {
     "fresh crops, accumulation and adafactor": ["--random_flip", "--gradient_accumulation_steps", 2, "--optimizer", "adafactor"],
     "clip trained in fp16, 8-bit": ["--cache_latents", "--train_text_encoder", "--mixed_precision=fp16", "--use_8bit_adam", "--rank=128"],
     "prodigy in the graph": ["--cache_latents", "--optimizer", "prodigy", "--learning_rate", 1, "--mindspore_mode", 0],
+    "buckets with prior preservation": [
+        "--aspect_ratio_buckets=48,32;32,48",
+        "--with_prior_preservation",
+        "--train_batch_size=2",
+        "--validation_split=0.2",
+    ],
     "prior preservation and held-out loss": ["--with_prior_preservation", "--validation_split", 0.2, "--validation_epochs", 1],
 }
 

@@ -29,9 +29,9 @@ def make_step(script, flags, transformer, *more, optimizer=None, **parts):
     args = script.parse_args(flags("unused", *more))
     optimizer = optimizer or optim.AdamW([{"params": transformer.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}])
     vae_config = {"scaling_factor": SCALE, "shift_factor": SHIFT}
-    text_ids, image_ids = ms.Tensor(np.zeros((5, 3), np.float32)), ms.Tensor(flow.latent_image_ids(4, 6))
+    text_ids = ms.Tensor(np.zeros((5, 3), np.float32))
     return script.TrainStepForFluxDevDB(
-        transformer, optimizer, {"sigmas": ms.Tensor(SIGMAS)}, ms.float32, args, vae_config, text_ids, image_ids, **parts
+        transformer, optimizer, {"sigmas": ms.Tensor(SIGMAS)}, ms.float32, args, vae_config, text_ids, **parts
     )
 
 
@@ -41,13 +41,13 @@ def make_batch(size, channels=16, text_dim=32, pooled_dim=32, height=4, width=6)
     posterior, noise = (rng.normal(1, name, shape=(size, channels, height, width)) for name in ("posterior", "noise"))
     indices = np.array([100, 900, 500, 300][:size], np.int32)
     text, pooled = rng.normal(1, "text", shape=(size, 5, text_dim)), rng.normal(1, "pooled", shape=(size, pooled_dim))
-    return moments, posterior, noise, indices, text, pooled
+    return moments, posterior, noise, indices, text, pooled, flow.latent_image_ids(height, width)
 
 
 def numpy_loss(batch, scheme, prior_weight=None, gain=0.5, guidance=3.5):
     """The loss of `LinearFlux` sample by sample in float64, straight from docs/flux_lora.md."""
     errors = []
-    for moments, posterior, noise, index, text, pooled in zip(*(np.asarray(part, np.float64) for part in batch)):
+    for moments, posterior, noise, index, text, pooled in zip(*(np.asarray(part, np.float64) for part in batch[:6])):
         mean, logvar = np.split(moments, 2)
         x = (mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * posterior - SHIFT) * SCALE
         sigma = float(SIGMAS[int(index)])
@@ -204,7 +204,7 @@ def test_clip_trains_with_its_own_rate_and_decay(lora_script, flags, tiny_flux, 
     before = {name: p.asnumpy().copy() for name, p in text_encoder.parameters_and_names()}
     ids = np.tile(np.arange(77, dtype=np.int32), (2, 1))
     ids[:, 10:] = models.read_config(tiny_flux, "text_encoder")["eos_token_id"]
-    step(*map(ms.Tensor, (*make_batch(2)[:5], ids)))
+    step(*map(ms.Tensor, (*make_batch(2)[:5], ids, make_batch(2)[6])))
     moved = {name: np.abs(p.asnumpy() - before[name]).max() for name, p in text_encoder.parameters_and_names()}
     assert all(distance == 0 for name, distance in moved.items() if ".lora_" not in name)
     # Adam's first step is the learning rate, wherever the gradient is well above epsilon; B starts at 0, so A has no gradient yet.

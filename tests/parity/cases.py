@@ -163,7 +163,7 @@ def arguments(settings, batch):
         given["indices"] = np.array([flow.density_to_index(flow.sample_density(d, *density), 1000) for d in draws], np.int32)
         given["image_ids"] = flow.latent_image_ids(*batch["noise"].shape[2:])
     order = {
-        "flux_lora": ("moments", "posterior", "noise", "indices", "text", "ids" if "ids" in batch else "pooled"),
+        "flux_lora": ("moments", "posterior", "noise", "indices", "text", "ids" if "ids" in batch else "pooled", "image_ids"),
         "flux_controlnet": (
             "moments", "condition", "posterior", "condition_posterior", "noise", "indices", "text", "pooled", "image_ids",
         ),
@@ -245,10 +245,9 @@ class Ours:
             flags.append("--instance_data_dir=x")
             if weight := settings.get("prior_weight"):
                 flags += ["--with_prior_preservation", "--class_data_dir=x", "--class_prompt=x", f"--prior_loss_weight={weight}"]
-            height, width = (8, 8) if settings.get("trained") else (4, 6)
             return train_dreambooth_lora_flux.TrainStepForFluxDevDB(
                 self.base, optimizer, {"sigmas": sigmas}, ms.float32, train_dreambooth_lora_flux.parse_args(flags), vae,
-                ms.Tensor(np.zeros((settings["length"], 3), np.float32)), ms.Tensor(flow.latent_image_ids(height, width)),
+                ms.Tensor(np.zeros((settings["length"], 3), np.float32)),
                 text_encoder=self.cells.get("text_encoder"), loss_scaler=precision.loss_scaler("no"),
             )  # fmt: skip
         flags.append("--train_data_dir=x")
