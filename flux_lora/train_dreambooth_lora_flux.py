@@ -444,23 +444,22 @@ class Painter:
         self.text = {prompt: stage.text(prompt) for prompt in args.validation_prompt}
         self.scheduler = models.read_config(root, "scheduler")
 
-    def rows(self, adapted=True):
-        """A row of --num_validation_images pictures a prompt, always from the same noise; `adapted` False: as the base draws."""
+    def rows(self, with_base=False):
+        """A row of --num_validation_images pictures a prompt, always from the same noise; `with_base`: before each that of the base."""
         if self.borrows:
             self.vae = models.load_model(self.root, "vae", self.kind, self.args.variant)
         trained = [m for m in (self.transformer, self.text_encoder) if m is not None]
-        rows = []
+        drawn = []
         with sampling.resting(*trained):
-            for model in trained:
-                lora.enable_lora(model, adapted)
-            for prompt, text in self.text.items():
-                rows.append([self._image(prompt, text, number) for number in range(self.args.num_validation_images)])
-            for model in trained:
-                lora.enable_lora(model, True)
+            for adapted in (False, True) if with_base else (True,):  # the adapter is left switched on
+                for model in trained:
+                    lora.enable_lora(model, adapted)
+                numbers = range(self.args.num_validation_images)
+                drawn.append([[self._image(prompt, text, n) for n in numbers] for prompt, text in self.text.items()])
         if self.borrows:
             self.vae = None
             sampling.give_back()
-        return rows
+        return [row for prompt in zip(*drawn) for row in prompt]
 
     def _image(self, prompt, text, number):
         noise = rng.normal(self.seed, "validation", number, shape=(1, *self.latent_shape))
@@ -671,9 +670,8 @@ def main(argv=None):
             by_sigma = {f"held_out__loss_at_{sigmas[i]:.3f}": value for i, value in zip(HELD_OUT_INDICES, losses)}
             tracker.log(global_step, held_out__loss=float(np.mean(losses)), **by_sigma)
         if args.validation_prompt and global_step:
-            rows, labels = painter.rows(), list(args.validation_prompt)
+            rows, labels = painter.rows(with_base=final), list(args.validation_prompt)
             if final:
-                rows = [row for pair in zip(painter.rows(adapted=False), rows) for row in pair]
                 labels = [f"{prompt} ({who})" for prompt in labels for who in ("base", "adapter")]
             grid = sampling.image_grid(rows, labels)
             name = "final" if final else f"step-{global_step:06d}"

@@ -40,10 +40,11 @@ def test_two_workers_then_three_then_one_are_one_run_of_one_worker(job, flags, a
     assert "resuming from checkpoint-2" in three.said() and "not its exact continuation" not in three.said()
     alone(SCRIPT, flags(out, *more, "--cache_dir", cache, "--train_batch_size", 3, "--gradient_accumulation_steps", 2))
     assert_same_run(out, whole, 4)
-    state = sum(v.nbytes for k, v in load_file(checkpoints(whole)[-1] / "training_state.safetensors").items() if k.startswith("optimizer."))
+    saved = load_file(checkpoints(whole)[-1] / "training_state.safetensors")
+    state = [value.nbytes for name, value in saved.items() if name.startswith("optimizer.")]
     for done, workers in ((two, 2), (three, 3)):
         bytes_each = int(done.said().split("optimizer state: ")[1].split(" bytes")[0].replace(",", ""))
-        assert bytes_each == pytest.approx(state / workers, rel=0.01)
+        assert bytes_each == pytest.approx(sum(state) / workers, abs=2 * max(state))  # a parameter's two moments stay together
     assert json.loads((out / "run.json").read_text())["workers"] == 1
 
 

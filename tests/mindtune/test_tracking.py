@@ -197,11 +197,11 @@ def test_peak_memory_is_in_megabytes():
 
 
 def test_the_peak_is_not_that_of_the_process_that_started_it():
-    """Which held 300 MB when it did."""
-    code = "import subprocess, sys; held = b'x' * (300 << 20); print(subprocess.run(sys.argv[1:], capture_output=True, text=True).stdout)"
+    """Which held 900 MB when it did."""
+    code = "import subprocess, sys; held = b'x' * (900 << 20); print(subprocess.run(sys.argv[1:], capture_output=True, text=True).stdout)"
     ours = "from mindtune.tracking import peak_memory_mb; print(peak_memory_mb()['training_process'])"
     done = subprocess.run([sys.executable, "-c", code, sys.executable, "-c", ours], capture_output=True, text=True, check=True)
-    assert 10 < int(done.stdout) < 300
+    assert 10 < int(done.stdout) < 800
 
 
 def test_peak_memory_of_a_child():

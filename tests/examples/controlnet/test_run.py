@@ -231,7 +231,7 @@ def test_the_guides_launch_command(sd15, shapes, fake_hub, tmp_path):
         command(sd15.path, shlex.split(f"{LAUNCH} {quick}")), cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 pairs, 0 held out; batch 1 x 4 accumulation; 2 updates" in done.stdout
+    assert "6 pairs, 0 held out; batch 1 x 4 accumulation x 1 workers; 2 updates" in done.stdout
     assert fake_hub.repositories == ["somebody/out"] and fake_hub.files[FINAL] == (tmp_path / "out" / FINAL).read_bytes()
     assert set(fake_hub.files) == {"README.md", "config.json", FINAL, "run.json", "report.html", "samples/final.png"}
     assert "- cyan circle with brown floral background" in fake_hub.files["README.md"].decode()
