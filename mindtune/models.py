@@ -129,7 +129,7 @@ def resolve_configs(name: str, flag: str, cache_dir: Optional[str], components: 
         root = _download(flag, name, revision, cache_dir, ["*.json"])
     configs = [f"{part}/config.json" for part in components if not part.startswith(("tokenizer", "scheduler"))] or ["config.json"]
     if missing := [config for config in configs if not (root / config).is_file()]:
-        raise UserError(f"{flag} {root}: the memory plan reads configs, and there is none of these:\n{listing(missing)}\nCopy them there.")
+        raise UserError(f"{flag} {root}: configs are read, and there is none of these:\n{listing(missing)}\nCopy them there.")
     return root
 
 
