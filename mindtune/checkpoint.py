@@ -130,7 +130,7 @@ def damage(folder: Path) -> Optional[str]:
     """What is wrong with a checkpoint, or None if every file is there with the hash it was written with."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     for name, digest in files:
         if not (folder / name).is_file():

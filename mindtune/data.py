@@ -133,7 +133,8 @@ def _metadata_captions(root: Path, caption_column: Optional[str]) -> dict[str, s
             captions[row["file_name"]] = caption = row[caption_column or "text"]
             if not isinstance(caption, (str, type(None))):
                 raise TypeError(f"the caption is {caption!r}, not a text")
-        except (ValueError, KeyError, TypeError) as error:
+            f"{row['file_name']}{caption}".encode()  # "\ud800" is JSON, and half a character
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f'{path}, line {number}: expected an object with "file_name" and "{caption_column or "text"}" ({error!r}). '
                 "Mend the line or name the caption's key with --caption_column."
@@ -203,7 +204,9 @@ def size_or_problem(sample: Sample) -> Union[tuple[int, int], str]:
         return f"missing ({error.filename or error})"
     except UnidentifiedImageError:
         return "not an image that Pillow can read"
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBombError ...
+    except Image.DecompressionBombError as error:
+        return f"too many pixels for a photograph ({error})"
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
         return f"damaged ({error})"
 
 

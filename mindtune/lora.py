@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from mindtune import lora_layouts
 from mindtune.cli import UserError
 from mindtune.flux_blocks import bind
-from mindtune.models import BaseTunerLayer, LoraConfig
+from mindtune.models import PICKLED, BaseTunerLayer, LoraConfig
 from mindtune.precision import LINEAR, NUMPY_TYPES
 from mindtune.rng import normal
 
@@ -168,6 +168,8 @@ def find_lora(name: str, flag: str) -> Path:
     """The file itself, or the adapter in the directory of a run or checkpoint. Raises UserError if there is none."""
     path = Path(name)
     path = path / LORA_FILE if path.is_dir() else path
+    if path.suffix in PICKLED:
+        raise UserError(f"{flag} {path}: a pickle, which can run code and is not loaded. Give a .safetensors file.")
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file. Give the .safetensors file, or the directory a training run wrote.")
     return path
@@ -190,8 +192,13 @@ def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, f
     try:
         tensors = lora_layouts.to_diffusers(tensors)
         settings = json.loads(header.get("lora_adapter_metadata", "{}")) if layout == "diffusers" else {}
-    except ValueError as error:
+        return tensors, _alphas(tensors, settings)
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:  # settings of another shape too
         raise UserError(f"{flag} {path}: {error}. Give a LoRA of FLUX.1.") from None
+
+
+def _alphas(tensors: dict[str, np.ndarray], settings: dict) -> dict[str, float]:
+    """Alpha of every layer; its `.alpha` entry, if there is one, is taken out of `tensors`."""
     alphas = {}
     for name, rank in lora_layouts.ranks(tensors).items():
         prefix, _, module = name.partition(".")
@@ -200,7 +207,7 @@ def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, f
         alphas[name] = float(next(own, settings.get(f"{prefix}.lora_alpha", rank)))
         if (entry := tensors.pop(f"{name}.alpha", None)) is not None:
             alphas[name] = float(entry.item())
-    return tensors, alphas
+    return alphas
 
 
 def read_parts(path: Path, flag: str) -> dict[str, dict[str, np.ndarray]]:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -19,7 +19,7 @@ import numpy as np
 import transformers
 from mindspore import nn
 from mindspore.nn.utils import no_init_parameters
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mindtune.cache import make_readable
@@ -46,6 +46,8 @@ except ImportError:
     peft = importlib.import_module("mindone.diffusers._peft")
     tuners_utils = importlib.import_module("mindone.diffusers._peft.tuners.tuners_utils")
 LoraConfig, BaseTunerLayer = peft.LoraConfig, tuners_utils.BaseTunerLayer
+
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")  # files whose reading runs what is written in them
 
 # Component -> classes it may be of, as model_index.json and the configs name them.
 FLUX_COMPONENTS = {
@@ -239,8 +241,8 @@ def _index_class(root: Path, name: str) -> Optional[str]:
 def _read_json(root: Path, path: Path) -> dict:
     """Raises ValueError naming the file if it is torn or holds no object."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.relative_to(root)} is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path.relative_to(root)} holds no JSON object")
@@ -257,6 +259,8 @@ def weight_files(root: Path, name: str, variant: Optional[str] = None) -> list[P
             shards = _read_json(root, folder / index).get("weight_map") or {}
             if not shards:
                 raise ValueError(f"{name}/{index} names no files (no weight_map)")
+            if strange := [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]:
+                raise ValueError(f"{name}/{index} names {strange[0]!r}, which is no file of this directory")
             return sorted({folder / shard for shard in shards.values()})
     return [folder / f"{stem}{middle}.safetensors"]
 
@@ -274,7 +278,8 @@ def linear_layers(root: Path, name: str, variant: Optional[str] = None) -> dict[
 def _weights_problem(root: Path, path: Path) -> Optional[str]:
     name = path.relative_to(root)
     if not path.is_file():
-        return f"{name} is missing"
+        found = [f"{name.parent}/{other.name}" for other in sorted(path.parent.glob("*")) if other.suffix in PICKLED]
+        return f"{name} is missing" + (f"; {found[0]} is a pickle, which can run code and is not loaded" if found else "")
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(8)
@@ -282,11 +287,30 @@ def _weights_problem(root: Path, path: Path) -> Optional[str]:
         if length >= size:
             return f"{name} is cut short ({size:,} bytes)"
         try:
-            header = json.loads(file.read(length))
-        except ValueError:
+            entries = [entry for key, entry in json.loads(file.read(length)).items() if key != "__metadata__"]
+            expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+        except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
             return f"{name} is not safetensors"
-    expected = 8 + length + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    return None if size == expected else f"{name} has {size:,} bytes, its header says {expected:,}"
+    if size != expected:
+        return f"{name} has {size:,} bytes, its header says {expected:,}"
+    try:
+        with safe_open(path, framework="numpy"):
+            return None
+    except (OSError, SafetensorError) as error:
+        return f"{name} is not safetensors ({error})"
+
+
+@contextlib.contextmanager
+def from_files(folder: Path) -> Iterator[None]:
+    """Says of whatever goes wrong inside that the files of `folder` are to blame: libraries raise anything for odd values. UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{folder}: cannot be made from its files ({type(error).__name__}: {error}). Copy or download them again."
+        ) from error
 
 
 def read_config(root: Path, name: str) -> dict:
@@ -331,7 +355,7 @@ def load_model(root: Path, name: str, precision: Precision, variant: Optional[st
 def _without_weights(root: Path, name: str, storage: ms.Type) -> nn.Cell:
     """A component as mindone's `from_pretrained` makes it, in evaluation mode, with parameters that have no memory yet."""
     path = os.fspath(root / name)  # not root and subfolder: transformers asks the hub for optional files of a subfolder that is not there
-    with no_init_parameters():
+    with from_files(root / name), no_init_parameters():
         if name.startswith("text_encoder"):
             cls = import_model_class_from_model_name_or_path(root, name)
             config = cls.config_class.from_pretrained(path)
@@ -517,15 +541,17 @@ def _shapes(model: nn.Cell) -> list[Shape]:
 
 
 def load_tokenizer(folder: Path):
-    """CLIPTokenizer for a folder with a vocab.json, T5TokenizerFast for any other."""
+    """CLIPTokenizer for a folder with a vocab.json, T5TokenizerFast for any other. Raises UserError if its files make none."""
     cls = transformers.CLIPTokenizer if (folder / "vocab.json").is_file() else transformers.T5TokenizerFast
-    return cls.from_pretrained(os.fspath(folder))
+    with from_files(folder):
+        return cls.from_pretrained(os.fspath(folder))
 
 
 def load_scheduler(root: Path):
     """The sampling scheduler with its config."""
     cls = getattr(mindone.diffusers, read_config(root, "scheduler")["_class_name"])
-    return cls.from_pretrained(os.fspath(root / "scheduler"))
+    with from_files(root / "scheduler"):
+        return cls.from_pretrained(os.fspath(root / "scheduler"))
 
 
 def unipc(scheduler: dict):

@@ -148,7 +148,7 @@ def _open(source: Source, streaming: bool) -> tuple[Any, Columns, str]:
     if source.jsonl_for_train or ((root / "metadata.jsonl").is_file() and not config):
         # The library reads a folder with metadata too, but dies of a row without condition, and its error names no line.
         path = root if source.jsonl_for_train else root / "metadata.jsonl"
-        return _jsonl(path, f"{flag} {name}", asked, cache_dir, streaming), JSON_COLUMNS, name
+        return _jsonl(path, f"{flag} {name}", asked, cache_dir, streaming, inside=not source.jsonl_for_train), JSON_COLUMNS, name
     dataset = _library(root, name, flag, config, cache_dir, streaming)
     columns = find_columns(dataset.features, asked, f"{flag} {name}")
     dataset = dataset.select_columns(list(dict.fromkeys(columns)))
@@ -274,16 +274,21 @@ def _kind(feature: Any) -> Optional[str]:
 # ---- .jsonl files ------------------------------------------------------------------------------------------------------------------
 
 
-def _jsonl(path: Path, where: str, asked: Columns, cache_dir: Optional[str], streaming: bool) -> Any:
-    """A data set of strings from the lines of `path`, checked: absolute paths and captions. No picture is opened."""
+def _jsonl(path: Path, where: str, asked: Columns, cache_dir: Optional[str], streaming: bool, inside: bool) -> Any:
+    """A data set of strings from the lines of `path`, checked: absolute paths and captions. No picture is opened.
+
+    A folder's own metadata came with its pictures and names those `inside` alone; a .jsonl file that the user named may name any.
+    """
     import datasets
 
-    keys, digest = _check_jsonl(path, where, asked)
+    keys, digest = _check_jsonl(path, where, asked, inside)
     features = datasets.Features({column: datasets.Value("string") for column in JSON_COLUMNS})
-    return _from_rows(_jsonl_rows, features, {"path": str(path.absolute()), "keys": tuple(keys)}, digest, cache_dir, streaming)
+    return _from_rows(
+        _jsonl_rows, features, {"path": str(path.absolute()), "keys": tuple(keys), "inside": inside}, digest, cache_dir, streaming
+    )
 
 
-def _check_jsonl(path: Path, where: str, asked: Columns) -> tuple[Columns, Any]:
+def _check_jsonl(path: Path, where: str, asked: Columns, inside: bool) -> tuple[Columns, Any]:
     """The keys of the lines and a digest of the file. Raises UserError listing all bad lines, or else all missing files."""
     if not path.is_file():
         raise UserError(f"{where}: no such file. Give a .jsonl file with a line for every pair.")
@@ -294,7 +299,7 @@ def _check_jsonl(path: Path, where: str, asked: Columns) -> tuple[Columns, Any]:
             try:
                 row = _keyed(line)
                 keys = keys or find_columns(dict.fromkeys(row), Columns(*(column and _short(column) for column in asked)), where)
-                found = _jsonl_row(row, keys, path.absolute().parent)
+                found = _jsonl_row(row, keys, path.absolute().parent, inside)
             except ValueError as error:
                 bad.append(f"line {number}: {error}")
                 continue
@@ -333,24 +338,46 @@ def _keyed(line: str) -> dict:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read (too deep)") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     return {_short(key): value for key, value in row.items()}
 
 
-def _jsonl_row(row: dict, keys: tuple, root: Path) -> dict[str, Optional[str]]:
-    """The row under the names of JSON_COLUMNS, paths taken from `root`. Raises ValueError for a lacking key or another type."""
+def _jsonl_row(row: dict, keys: tuple, root: Path, inside: bool) -> dict[str, Optional[str]]:
+    """The row under the names of JSON_COLUMNS, paths taken from `root`; `inside`: and not out of it.
+
+    Raises ValueError for a lacking key, another type, half a character, or a path that leads out.
+    """
     if lacking := [key for key in keys if key not in row]:
         raise ValueError(f"lacks {', '.join(lacking)}; has {', '.join(row) or 'no keys'}")
     if wrong := [f"{key} is {row[key]!r}, not text" for key in keys if not isinstance(row[key], (str, type(None)))]:
         raise ValueError("; ".join(wrong))
+    if half := [key for key in keys if row[key] and not _whole(row[key])]:
+        raise ValueError(f"{half[0]} is {row[half[0]]!r}, which is no text")
+    if out := [row[key] for key in keys[:2] if row[key] and inside and not _stays(row[key])]:
+        raise ValueError(f"{out[0]} leads out of the directory")
     image, condition = (str(root / row[key]) if row[key] else None for key in keys[:2])
     return dict(zip(JSON_COLUMNS, (image, condition, row[keys[2]])))
 
 
-def _jsonl_rows(path: str, keys: tuple) -> Iterator[dict]:
+def _whole(text: str) -> bool:
+    """JSON may hold half a character ("\\ud800") or a zero, which no file name can."""
+    try:
+        return "\0" not in text and bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _stays(name: str) -> bool:
+    """Whether a name leads to a file below the directory. Links there are followed: only who owns the disk can lay them."""
+    return not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
+
+
+def _jsonl_rows(path: str, keys: tuple, inside: bool) -> Iterator[dict]:
     for _, line in _lines(Path(path)):
-        yield _jsonl_row(_keyed(line), keys, Path(path).parent)
+        yield _jsonl_row(_keyed(line), keys, Path(path).parent, inside)
 
 
 # ---- checking ----------------------------------------------------------------------------------------------------------------------
