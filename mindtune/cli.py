@@ -60,16 +60,11 @@ class StopRequest:
         os.write(2, b"\nstopping after this update; once more to stop at once\n")
 
 
-def check_flags(
-    values: dict, refused: dict[str, str], accepted: dict[str, str], at_least: dict[str, float], below_one: Iterable[str]
-) -> None:
-    """Refuses flags that are of no version yet and numbers out of bounds; says of an accepted flag why it changes nothing.
+def check_flags(values: dict, accepted: dict[str, str], at_least: dict[str, float], below_one: Iterable[str]) -> None:
+    """Refuses numbers out of bounds; says of an accepted flag why it changes nothing.
 
-    `values` are all flags; `refused` and `accepted` give the reason for each of theirs. Raises UserError.
+    `values` are all flags; `accepted` gives the reason for each of its own. Raises UserError.
     """
-    for name, instead in refused.items():
-        if values[name]:
-            raise UserError(f"--{name}: {instead}.")
     for name, why in accepted.items():
         if values[name]:
             print(f"--{name}: {why}")

@@ -50,8 +50,6 @@ from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
-# Flags of the reference script that are not here yet, and what to use until then.
-REFUSED = {}
 # CUDA and PyTorch switches that a diffusers command may carry, and what this backend does anyway.
 ACCEPTED = {
     "allow_tf32": "a CUDA setting; this backend's matrix products run in the type --mixed_precision names",
@@ -174,7 +172,7 @@ def check_args(args):
     at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, device_memory_gb=1, shuffle_buffer_size=1)
     at_least.update(learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0)
     at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0, crops_coords_top_left_h=0, crops_coords_top_left_w=0)
-    check_flags(vars(args), REFUSED, ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
+    check_flags(vars(args), ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
     optim.check_state_flags(args.optimizer, args.use_8bit_adam, args.offload_optimizer, args.mindspore_mode == 0)
     zero.check_flags(args.zero_stage, args.distributed, args.optimizer)
 
@@ -384,7 +382,7 @@ SAME_RUN = {
     "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "seed", "resume_from_checkpoint", "save_weight_dtype",
     "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "validation_image", "num_validation_images",
     "num_inference_steps", "guidance_scale", "controlnet_conditioning_scale", "validation_steps", "num_train_epochs", "max_train_steps",
-    "push_to_hub", "hub_token", "hub_model_id", "dry_run", "device_memory_gb", *REFUSED, *ACCEPTED,
+    "push_to_hub", "hub_token", "hub_model_id", "dry_run", "device_memory_gb", *ACCEPTED,
     # What counts of these is how many samples make up an update.
     "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
