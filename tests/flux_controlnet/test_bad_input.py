@@ -61,7 +61,7 @@ def says(message, *parts):
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
-NOT_IN_THIS_VERSION = [
+CANNOT_BE = [
     (["--distributed"], ["--distributed", "msrun --worker_num=2", "--join=True"]),
     (["--zero_stage", 1], ["--zero_stage 1", "--distributed"]),
     (["--distributed", "--zero_stage", 2], ["--zero_stage 2", "ReduceScatter", "--zero_stage 1"]),
@@ -117,7 +117,7 @@ def named(cases):
     return [pytest.param(*case, id=" ".join(map(str, case[0]))) for case in cases]
 
 
-@pytest.mark.parametrize("bad, parts", named(NOT_IN_THIS_VERSION + OUT_OF_RANGE + DO_NOT_GO_TOGETHER))
+@pytest.mark.parametrize("bad, parts", named(CANNOT_BE + OUT_OF_RANGE + DO_NOT_GO_TOGETHER))
 def test_a_bad_flag_is_named_with_its_value_and_the_way_out(refused, bad, parts):
     says(refused(*bad), *parts)
 

@@ -77,7 +77,7 @@ def says(message, *parts):
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
-NOT_IN_THIS_VERSION = [
+CANNOT_BE = [
     (["--aspect_ratio_buckets", "32x48"], ["--aspect_ratio_buckets: '32x48' is not height,width", "Write them like"]),
     (["--aspect_ratio_buckets", "32,40"], ["--aspect_ratio_buckets: 32,40", "multiples of 16"]),
     (["--distributed"], ["--distributed", "msrun --worker_num=2", "--join=True"]),
@@ -127,7 +127,7 @@ def named(cases):
     return [pytest.param(*case, id=" ".join(map(str, case[0]))) for case in cases]
 
 
-@pytest.mark.parametrize("bad, parts", named(NOT_IN_THIS_VERSION + OUT_OF_RANGE + DO_NOT_GO_TOGETHER))
+@pytest.mark.parametrize("bad, parts", named(CANNOT_BE + OUT_OF_RANGE + DO_NOT_GO_TOGETHER))
 def test_a_bad_flag_is_named_with_its_value_and_the_way_out(refused, bad, parts):
     says(refused(*bad), *parts)
 
