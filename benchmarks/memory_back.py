@@ -4,7 +4,7 @@
 
 rounds: each script trains with cached text and latents and looks three times, on a tiny pipeline whose VAE is as large as FLUX.1-dev's
 (335 MB in float32; it is loaded to draw). RssAnon of the process, from /proc: memory that only it has, without mapped files.
-leak: 500 updates, validation and a checkpoint every 50, on the tiny pipeline; RssAnon after each 50. Linux only.
+leak: 500 updates, validation and a checkpoint every 50, on the tiny pipeline; RssAnon after each checkpoint. Linux only.
 Writes benchmarks/results/memory_back.json.
 """
 
@@ -67,6 +67,7 @@ def run(kind, mode, work, updates, every):
     watched(encode.Stage, "prepare", "the encode stage")
     watched(script.Painter, "rows" if kind == "lora" else "draw", "drawing")
     watched(script.checkpoint, "save_checkpoint", "saving")
+    watched(script.sampling, "give_back", "giving back")
     words = [str(word) for word in flags(kind, work, updates, every)]
     script.main([*words, "--output_dir", str(work / f"out-{kind}-{mode}"), "--mindspore_mode", str(mode), "--overwrite_output_dir"])
     print(json.dumps(notes))
@@ -96,7 +97,8 @@ def rounds(work):
     for kind in SCRIPTS:
         for mode in (0, 1):
             notes = watch(kind, mode, work, 12, 3)
-            starts = [i for i, (what, _) in enumerate(notes) if what.startswith("before") and "saving" not in what]
+            notes = [(what, memory) for what, memory in notes if "saving" not in what and "giving" not in what]
+            starts = [i for i, (what, _) in enumerate(notes) if what.startswith("before")]
             pairs = [(notes[i][1], notes[i + 1][1]) for i in starts]
             found[f"{kind} {('graph', 'PyNative')[mode]}"] = pairs
             shown = "   ".join(f"{a:5.0f} -> {b:5.0f} ({100 * (b / a - 1):+.1f}%)" for a, b in pairs)
@@ -110,7 +112,9 @@ def leak(work):
     print("memory of the training process after every 50 of 500 updates, MB, and its growth after the first 100")
     for kind in ("lora", "controlnet"):
         for mode in (0, 1):
-            after = [memory for what, memory in watch(kind, mode, work, 500, 50) if what == "after saving"]
+            notes = watch(kind, mode, work, 500, 50)
+            before = [what for what, _ in notes]
+            after = [memory for i, (what, memory) in enumerate(notes) if what == "after giving back" and before[i - 2] == "after saving"]
             found[f"{kind} {('graph', 'PyNative')[mode]}"] = after
             growth = max(after[2:]) / after[1] - 1
             print(f"{kind:10s} {('graph', 'PyNative')[mode]:8s} {' '.join(f'{m:5.0f}' for m in after)}   {100 * growth:+.2f}%", flush=True)

@@ -622,6 +622,7 @@ def main(argv=None):
                 look()
             if global_step % args.checkpointing_steps == 0:
                 save()  # after looking: a run resumed from here shall not miss what was to be seen at this update
+                sampling.give_back()  # PyNative's many small blocks
     bar.close()
 
     # ---- stopped, or done ----------------------------------------------------
