@@ -9,7 +9,7 @@
 #
 # Memory of a device, SD 1.5 (XL): the frozen UNet 1.7 (5.1) GB in fp16, the ControlNet's 0.36 (1.25) billion float32 parameters 1.4 (5.0) GB, their
 # gradients as much, twice that with accumulation; of AdamW's 2.9 (10) GB of state each of 8 devices has 0.36 (1.25) GB by --zero_stage 1.
-# Activations come on top.
+# Activations come on top: by the plan (--dry_run) 8.5 (29.5) GB on each of 2, 7.5 (26.0) on each of 8.
 set -euo pipefail
 DEVICES="${DEVICES:-8}" NODES="${NODES:-1}" OUT="${OUT:-out/controlnet}"
 
