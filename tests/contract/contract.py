@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def mindone_names(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("mindone"))
-        elif isinstance(node, ast.Attribute) and (name := ast.unparse(node)).startswith("mindone."):
+        elif isinstance(node, ast.Attribute) and re.fullmatch(r"mindone[.\w]+", name := ast.unparse(node)):
             yield name
 
 
