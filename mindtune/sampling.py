@@ -36,12 +36,14 @@ def eager():
 @contextlib.contextmanager
 def resting(*trained: nn.Cell):
     """The trained models without dropout, in PyNative, recording nothing for a backward pass."""
+    marks = [model.requires_grad for model in trained]
     with eager():
         for model in trained:
-            model.set_train(False)
+            # mindone's TrainStep marks its model: every call would begin a graph for a backward pass, which stays for good.
+            model.set_train(False).set_grad(False)
         yield
-        for model in trained:
-            model.set_train(True)
+        for model, mark in zip(trained, marks):
+            model.set_train(True).set_grad(mark)
 
 
 def give_back() -> None:
