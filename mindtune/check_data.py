@@ -65,23 +65,23 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
 
 
 def found_pictures(samples: list[Sample], sizes: list[tuple[int, int]], threads: int) -> list[Found]:
-    def look(place: int) -> Found:
+    def one(place: int) -> Found:
         sample = samples[place]
         size = usable_size(sample, wanted(sizes))
         return Found(sample.name, size, "" if isinstance(size, str) else sample.digest, sample.caption)
 
-    return list(prefetch(look, range(len(samples)), threads))
+    return list(prefetch(one, range(len(samples)), threads))
 
 
 def found_pairs(pairs: Any, sizes: list[tuple[int, int]], threads: int) -> list[Found]:
-    def look(place: int) -> Found:
+    def one(place: int) -> Found:
         pair: Pair = pairs[place]
         size, name = usable_pair_size(pair, wanted(sizes)), pair.image.name
         if isinstance(size, str):
             return Found(name, size[len(name) + 2 :], "", pair.caption)
         return Found(name, size, pair.image.digest + pair.condition.digest, pair.caption)
 
-    return list(prefetch(look, range(len(pairs)), threads))
+    return list(prefetch(one, range(len(pairs)), threads))
 
 
 def look(flags: dict, sizes: list[tuple[int, int]], cache_dir: str) -> tuple[str, dict[str, list[Found]]]:

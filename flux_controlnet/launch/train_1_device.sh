@@ -3,8 +3,8 @@
 #
 #   DATA=fusing/fill50k flux_controlnet/launch/train_1_device.sh [more flags of the script]
 #
-# DATA is a hub id or a local directory; MODEL (a directory or hub id), OUT and DEVICE_ID may be set too. On the device: 24 GB of the
-# frozen transformer in bf16; the ControlNet with 4 + 0 blocks, 1.44 billion parameters, 5.8 GB in float32 and three times that again for
+# DATA is a hub id or a local directory; MODEL (a directory or hub id), OUT and DEVICE_ID may be set too. On the device: 22.2 GB of the
+# frozen transformer in bf16; the ControlNet with 4 + 0 blocks, 1.44 billion parameters, 5.4 GB in float32 and three times that again for
 # gradients and Adam's moments; and the activations that --gradient_checkpointing leaves: 49.8 GB in all by the plan (--dry_run).
 set -euo pipefail
 cd "$(dirname "$0")/../.."

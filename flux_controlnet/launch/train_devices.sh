@@ -7,9 +7,9 @@
 # DEVICES are those of this machine (2, 8 ...). OUT must be on a file system that all machines share. PORT (8118) and the port after it must
 # be free on MASTER. BIND=False leaves the processes on any core. Ctrl-C saves a checkpoint. docs/devices.md says how the work is shared.
 #
-# Memory of a device: the frozen base 23.8 GB in bf16, the ControlNet's 1.44 billion float32 parameters 5.8 GB and their gradients 5.8 GB, twice that
-# with accumulation; of AdamW's 11.5 GB of state each of 8 devices has 1.4 GB by --zero_stage 1, each of 2 has 5.8 GB. Activations come on top:
-# by the plan (--dry_run) 44.4 GB on each of 2, 40.4 on each of 8.
+# Memory of a device, GB of 2^30 bytes by the plan (--dry_run): the frozen base 22.2 in bf16, the ControlNet's 1.44 billion float32 parameters
+# 5.4 and their gradients 5.4, twice that with accumulation; of AdamW's 10.7 of state each of 8 devices has 1.3 by --zero_stage 1, each of 2
+# has 5.4. With what --gradient_checkpointing leaves 44.4 on each of 2, 40.4 on each of 8.
 set -euo pipefail
 DEVICES="${DEVICES:-8}" NODES="${NODES:-1}" OUT="${OUT:-out/flux-controlnet}"
 

@@ -4,7 +4,7 @@
 #   PHOTOS=photos PROMPT="a photo of sks dog" flux_lora/launch/train_1_device.sh [more flags of the script]
 #
 # MODEL (a directory or hub id), OUT and DEVICE_ID may be set too. The encoders run in a process of their own that ends before the
-# transformer loads: on the device are its 24 GB of bf16 weights, the LoRA and the activations that --gradient_checkpointing leaves;
+# transformer loads: on the device are its 22.2 GB of bf16 weights, the LoRA and the activations that --gradient_checkpointing leaves;
 # 23.2 GB in all by the plan (--dry_run).
 set -euo pipefail
 cd "$(dirname "$0")/../.."

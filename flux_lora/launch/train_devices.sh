@@ -7,8 +7,8 @@
 # DEVICES are those of this machine (2, 8 ...). OUT must be on a file system that all machines share. PORT (8118) and the port after it must
 # be free on MASTER. BIND=False leaves the processes on any core. Ctrl-C saves a checkpoint. docs/devices.md says how the work is shared.
 #
-# Memory of a device is that of train_1_device.sh, 23.2 GB by the plan (--dry_run): every worker has the whole base (23.8 GB in bf16) and the LoRA, whose optimizer state at
-# rank 16 is 150 MB. --zero_stage 1 is not worth its exchange here.
+# Memory of a device is that of train_1_device.sh, 23.2 GB (of 2^30 bytes) by the plan (--dry_run): every worker has the whole base, 22.2 GB
+# in bf16, and the LoRA, whose optimizer state at rank 16 is 0.14 GB. --zero_stage 1 is not worth its exchange here.
 set -euo pipefail
 DEVICES="${DEVICES:-8}" NODES="${NODES:-1}" OUT="${OUT:-out/flux-lora}"
 

@@ -7,9 +7,9 @@
 # DEVICES are those of this machine (2, 8 ...). OUT must be on a file system that all machines share. PORT (8118) and the port after it must
 # be free on MASTER. BIND=False leaves the processes on any core. Ctrl-C saves a checkpoint. docs/devices.md says how the work is shared.
 #
-# Memory of a device, SD 1.5 (XL): the frozen UNet 1.7 (5.1) GB in fp16, the ControlNet's 0.36 (1.25) billion float32 parameters 1.4 (5.0) GB, their
-# gradients as much, twice that with accumulation; of AdamW's 2.9 (10) GB of state each of 8 devices has 0.36 (1.25) GB by --zero_stage 1.
-# Activations come on top: by the plan (--dry_run) 8.5 (29.5) GB on each of 2, 7.5 (26.0) on each of 8.
+# Memory of a device, SD 1.5 (XL), GB of 2^30 bytes by the plan (--dry_run): the frozen UNet 1.6 (4.8) in fp16, the ControlNet's 0.36 (1.25)
+# billion float32 parameters 1.4 (4.7), their gradients as much, twice that with accumulation; of AdamW's 2.7 (9.3) of state each of 8 devices
+# has 0.34 (1.2) by --zero_stage 1. With activations 8.5 (29.5) on each of 2, 7.5 (26.0) on each of 8.
 set -euo pipefail
 DEVICES="${DEVICES:-8}" NODES="${NODES:-1}" OUT="${OUT:-out/controlnet}"
 
