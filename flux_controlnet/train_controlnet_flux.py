@@ -208,7 +208,7 @@ def load_data(args, seed):
         args.dataset_name, args.dataset_config_name, args.train_data_dir, args.jsonl_for_train, args.cache_dir, args.image_column,
         args.conditioning_image_column, args.caption_column,
     )  # fmt: skip
-    sizes = buckets.parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [(args.resolution, args.resolution)]
+    sizes = buckets.crop_sizes(args.aspect_ratio_buckets, args.resolution)
     if args.streaming:
         count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
         stream = pairs.PairStream(source, seed, args.shuffle_buffer_size, count)

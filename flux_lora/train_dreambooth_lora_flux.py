@@ -265,10 +265,8 @@ def class_samples(args, sizes, shares):
         sample.caption = sample.caption or args.class_prompt
     used, flag = [sizes[k] for k in shares], f"--class_data_dir {folder}"
     samples = data.preflight(samples, buckets.wanted(used), flag, args.skip_bad_images, args.dataloader_num_workers)
-    numbers, kept = np.array(list(shares))[buckets.bucket_numbers(samples, used)], {}
-    for place, number in enumerate(numbers):
-        kept.setdefault(int(number), []).append(place)
-    places = sorted(place for number, found in kept.items() for place in found[: shares[number]])
+    numbers = np.array(list(shares))[buckets.bucket_numbers(samples, used)]
+    places = [place for place, k in enumerate(numbers) if np.count_nonzero(numbers[:place] == k) < shares[k]]
     return [samples[place] for place in places], numbers[places]
 
 
@@ -312,7 +310,8 @@ class Batches:
 
     def at(self, batch):
         """Batch number `batch` of all workers together, from the start of the run."""
-        (bucket, uses), (_, first) = self.order.at(batch), self.order.place(batch)
+        which, first = self.order.place(batch)
+        bucket, uses = self.order.buckets[which], self.order.uses(which, first)
         size = self.sizes[bucket]
         rows = [self._row("instance", self.samples[sample_id], sample_id, use, size) for sample_id, use in uses]
         for position in range(first, first + len(uses)) if self.class_samples else ():
@@ -531,7 +530,7 @@ def main(argv=None):
     )
     devices.same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
-    sizes = buckets.parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [(args.resolution, args.resolution)]
+    sizes = buckets.crop_sizes(args.aspect_ratio_buckets, args.resolution)
     samples = load_samples(args, sizes)
     numbers = buckets.bucket_numbers(samples, sizes)
     shares = class_shares(args, numbers) if args.with_prior_preservation else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 from functools import lru_cache
-from typing import Union
+from typing import Optional, Union
 
 import numpy as np
 
@@ -29,6 +29,11 @@ def parse_buckets(text: str) -> list[tuple[int, int]]:
     if not buckets:
         raise UserError(f"--aspect_ratio_buckets {text!r}: no bucket. Write them as height,width;height,width.")
     return buckets
+
+
+def crop_sizes(buckets: Optional[str], resolution: int) -> list[tuple[int, int]]:
+    """(height, width) of everything that a run crops to: its buckets, or without any the square of `resolution`."""
+    return parse_buckets(buckets) if buckets else [(resolution, resolution)]
 
 
 def wanted(sizes: list[tuple[int, int]]) -> Union[int, list[tuple[int, int]]]:
@@ -75,8 +80,7 @@ class BucketOrder:
     def at(self, batch: int) -> tuple[int, list[tuple[int, int]]]:
         """The bucket of a batch and its (sample id, how often that sample was used before)."""
         which, first = self.place(batch)
-        uses = (self.streams[which].at(position) for position in range(first, first + self.batch_size))
-        return self.buckets[which], [(int(self.members[which][sample]), use) for sample, use in uses]
+        return self.buckets[which], self.uses(which, first)
 
     def place(self, batch: int) -> tuple[int, int]:
         """Which of `buckets` a batch is of, and the place of its first sample in that bucket's stream."""
@@ -88,6 +92,11 @@ class BucketOrder:
         offset = batch - sum(before)
         which = int(turns[offset])
         return which, (before[which] + int(np.count_nonzero(turns[:offset] == which))) * self.batch_size
+
+    def uses(self, which: int, first: int) -> list[tuple[int, int]]:
+        """(sample id, how often that sample was used before) of a batch at its `place`."""
+        found = (self.streams[which].at(position) for position in range(first, first + self.batch_size))
+        return [(int(self.members[which][sample]), use) for sample, use in found]
 
     def _before(self, number: int) -> list[int]:
         """How many batches of each bucket come before pass `number`."""

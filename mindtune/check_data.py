@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
-from mindtune.buckets import nearest_bucket, parse_buckets, wanted
+from mindtune.buckets import crop_sizes, nearest_bucket, wanted
 from mindtune.cli import UserError, listing, run
 from mindtune.data import Sample, prefetch, samples_in_dataset, samples_in_folder, usable_size
 from mindtune.pairs import Pair, Source, check_source_flags, load_pairs, usable_pair_size
@@ -76,10 +76,9 @@ def found_pictures(samples: list[Sample], sizes: list[tuple[int, int]], threads:
 def found_pairs(pairs: Any, sizes: list[tuple[int, int]], threads: int) -> list[Found]:
     def one(place: int) -> Found:
         pair: Pair = pairs[place]
-        size, name = usable_pair_size(pair, wanted(sizes)), pair.image.name
-        if isinstance(size, str):
-            return Found(name, size[len(name) + 2 :], "", pair.caption)
-        return Found(name, size, pair.image.digest + pair.condition.digest, pair.caption)
+        size = usable_pair_size(pair, wanted(sizes))
+        digest = "" if isinstance(size, str) else pair.image.digest + pair.condition.digest
+        return Found(pair.image.name, size, digest, pair.caption)
 
     return list(prefetch(one, range(len(pairs)), threads))
 
@@ -182,8 +181,7 @@ def cache_bytes(kind: str, sizes: dict, captions: set[str], buckets: list[dict],
 
 def findings(flags: dict, cache_dir: str) -> dict:
     """Everything that there is to say, as JSON holds it."""
-    buckets = flags["aspect_ratio_buckets"]
-    sizes = parse_buckets(buckets) if buckets else [(flags["resolution"], flags["resolution"])]
+    sizes = crop_sizes(flags["aspect_ratio_buckets"], flags["resolution"])
     kind, groups = look(flags, sizes, cache_dir)
     found = [item for group in groups.values() for item in group]
     problems = [f"{item.name}: {item.size}" for item in found if isinstance(item.size, str)]

@@ -394,7 +394,7 @@ def preflight_pairs(pairs: Pairs, wanted: Wanted, flag: str, skip_bad: bool, thr
     for index, problem in enumerate(found):
         if isinstance(problem, str):
             usable[index] = False
-            bad.append(problem)
+            bad.append(f"{pairs[index].image.name}: {problem}")
     report_bad(bad, f"{len(pairs)} pairs", flag, skip_bad)
     if not usable.any():
         raise UserError(f"{flag}: no usable pair is left.")
@@ -402,7 +402,7 @@ def preflight_pairs(pairs: Pairs, wanted: Wanted, flag: str, skip_bad: bool, thr
 
 
 def usable_pair_size(pair: Pair, wanted: Wanted) -> Union[tuple[int, int], str]:
-    """(width, height) of both pictures, wholly decoded, or the pair's name and what keeps it from being trained on."""
+    """(width, height) of both pictures, wholly decoded, or what keeps the pair from being trained on."""
     size, other = size_or_problem(pair.image), size_or_problem(pair.condition)
     wrong = [f"{what}{found}" for what, found in (("", size), ("its condition is ", other)) if isinstance(found, str)]
     if not wrong and size != other:
@@ -410,13 +410,13 @@ def usable_pair_size(pair: Pair, wanted: Wanted) -> Union[tuple[int, int], str]:
     if not wrong:
         small = too_small(size, wanted)
         wrong = [small] if small else []
-    return f"{pair.image.name}: {'; '.join(wrong)}" if wrong else size
+    return "; ".join(wrong) if wrong else size
 
 
 def require_usable(pair: Pair, wanted: Wanted) -> None:
     """Raises UserError for a pair that `preflight_pairs` would refuse: for streams, which are checked in passing."""
     if isinstance(problem := usable_pair_size(pair, wanted), str):
-        raise UserError(f"{problem}. Mend the data set, or remove the pair from it.")
+        raise UserError(f"{pair.image.name}: {problem}. Mend the data set, or remove the pair from it.")
 
 
 # ---- what a run trains on ----------------------------------------------------------------------------------------------------------

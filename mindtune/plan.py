@@ -18,6 +18,7 @@ from typing import NamedTuple, Optional
 import mindspore as ms
 
 from mindtune.adam8bit import BLOCK, SMALLEST
+from mindtune.buckets import crop_sizes
 from mindtune.cli import UserError, run
 from mindtune.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models import Shape, controlnet_shapes, read_config, shapes
@@ -223,7 +224,10 @@ def encode_peak(kind: str, root: Path, flags: dict) -> int:
     for name in ["text_encoder"] + ["text_encoder_2"] * (kind != "controlnet"):
         int8 = flags.get("base_precision") == "int8" and read_config(root, name)["architectures"] == ["T5EncoderModel"]
         sizes.append(_frozen(name, _shapes(root, name), precision, int8).size)
-    on_cpu, pixels = ms.get_context("device_target") == "CPU", math.prod(max(_sizes(flags), key=math.prod))
+    on_cpu, pixels = (
+        ms.get_context("device_target") == "CPU",
+        math.prod(max(crop_sizes(flags.get("aspect_ratio_buckets"), flags["resolution"]), key=math.prod)),
+    )
     width = 4 if on_cpu else BYTES[precision]
     # The widest tensors of an encoder are its first level's, at the picture's own size; six of them are there at a time.
     sizes.append(
@@ -234,7 +238,7 @@ def encode_peak(kind: str, root: Path, flags: dict) -> int:
 
 def _units(kind: str, flags: dict, config: dict, vae: dict, existing: Optional[dict]) -> list[Unit]:
     """The blocks that a gradient passes, at the largest picture."""
-    height, width = max(_sizes(flags), key=math.prod)
+    height, width = max(crop_sizes(flags.get("aspect_ratio_buckets"), flags["resolution"]), key=math.prod)
     factor, batch = 2 ** (len(vae["block_out_channels"]) - 1), flags["train_batch_size"]
     rows, columns = height // factor, width // factor
     if kind == "flux_lora":
@@ -249,12 +253,6 @@ def _units(kind: str, flags: dict, config: dict, vae: dict, existing: Optional[d
     units = _unet_units(config, batch, rows, columns, 77, up=False, down=True)
     units.append(Unit("condition", 64 * batch * height * width))  # its layers' outputs are 64 numbers a pixel together
     return units + _unet_units(config, batch, rows, columns, 77, up=True, down=False)
-
-
-def _sizes(flags: dict) -> list[tuple[int, int]]:
-    if text := flags.get("aspect_ratio_buckets"):
-        return [tuple(int(side) for side in part.split(",")) for part in text.split(";") if part.strip()]
-    return [(flags["resolution"], flags["resolution"])]
 
 
 def _largest_block(units: list[Unit], width: int, fused: bool) -> int:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -131,8 +132,6 @@ def _plot(title: str, label: str, lines: dict[str, list[tuple]]) -> str:
     """SVG of some lines (name -> points (x, y)), in the page's own colours and letters."""
     settings = {"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": title}
     settings.update(dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK))
-    from matplotlib import rc_context
-
     with rc_context(settings):
         figure = Figure(figsize=(4.8, 3.0), layout="constrained")
         axes = figure.subplots()

@@ -1,12 +1,11 @@
 """The pages say what is so: flags and metrics are the scripts', quoted errors are the sources', and what they tell to do is done."""
 
-import importlib.util
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, metrics
+from conftest import ROOT, load_script, metrics
 
 PAGES = {
     "flux_lora/train_dreambooth_lora_flux.py": "docs/flux_lora.md",
@@ -22,10 +21,7 @@ def text(name):
 
 @pytest.fixture(scope="module")
 def flag_tables():
-    spec = importlib.util.spec_from_file_location("flag_tables", ROOT / "docs/flags.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs/flags.py")
 
 
 @pytest.mark.parametrize("script", PAGES)

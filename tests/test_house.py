@@ -1,6 +1,5 @@
 """The rules of the house: no flag without effect, scripts that stand alone, imports that go one way, no machine's paths."""
 
-import argparse
 import ast
 import re
 import shutil
@@ -24,23 +23,11 @@ def source(relative):
     return ast.parse((ROOT / relative).read_text())
 
 
-@pytest.fixture
-def options(monkeypatch):
+@pytest.fixture(scope="module")
+def options():
     """options(script): what argparse knows of its flags, without --help."""
-
-    def find(script):
-        parsers = []
-
-        def note(parser, *_):
-            parsers.append(parser)
-            raise SystemExit
-
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", note)
-        with pytest.raises(SystemExit):
-            load_script(script).parse_args([])
-        return [action for action in parsers[0]._actions if action.dest != "help"]
-
-    return find
+    parser_of = load_script("docs/flags.py").parser_of
+    return lambda script: [action for action in parser_of(script)._actions if action.dest != "help"]
 
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
