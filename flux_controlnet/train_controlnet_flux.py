@@ -32,9 +32,11 @@ from mindtune import (
     flow,
     flux_blocks,
     hub,
+    library,
     models,
     optim,
     pairs,
+    pipelines,
     plan,
     precision,
     report,
@@ -47,6 +49,7 @@ from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, matched, run
 from mindtune.encode import PairCaptions, PairImages, Stage
 from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
+from mindtune.weights import weight_files
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
@@ -283,7 +286,7 @@ class Batches:
 # ---- the step ----------------------------------------------------------------------------------------------------------------------
 
 
-class TrainStepForFluxControlNet(models.TrainStep):
+class TrainStepForFluxControlNet(library.TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update. A pure function of its inputs.
 
     `vae` is given if the images come as pixels. Calling it gives (scaled loss, loss), scalars.
@@ -302,7 +305,7 @@ class TrainStepForFluxControlNet(models.TrainStep):
         self.controlnet, self.transformer, self.vae = self.model, transformer, vae
         self.compute_dtype, self.sigmas = compute_dtype, sigmas
         # Configs are dicts, which a graph cannot read by attribute: take out what forward needs.
-        self.scaling_factor, self.shift_factor = latent_config["scaling_factor"], latent_config["shift_factor"]
+        self.latent_shift, self.latent_scale = flow.scale_constants(latent_config)
         self.controlnet_guidance = controlnet.config["guidance_embeds"]
         self.transformer_guidance = transformer.config["guidance_embeds"]
         self.text_ids = ms.Tensor(np.zeros((args.max_sequence_length, 3), np.float32))
@@ -311,7 +314,7 @@ class TrainStepForFluxControlNet(models.TrainStep):
     def latents(self, images, posterior_noise):
         if self.vae is not None:
             images = self.vae.encode(images.to(self.compute_dtype))[0]
-        return (flow.sample_posterior(images, posterior_noise) - self.shift_factor) * self.scaling_factor
+        return (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
 
     def predict(self, images, conditions, posterior_noise, condition_noise, noise, indices, prompt_embeds, pooled_prompt_embeds, image_ids):
         """Prediction and target [B, C, h, w] float32, and sigmas [B, 1, 1, 1]."""
@@ -365,7 +368,7 @@ class Painter:
         self.args, self.root, self.stage, self.kind, self.seed = args, root, stage, kind, seed
         self.vae, self.borrows = vae, vae is None
         self.transformer, self.controlnet, self.rows = transformer, controlnet, rows
-        self.scheduler = models.read_config(root, "scheduler")
+        self.scheduler = pipelines.read_config(root, "scheduler")
 
     def draw(self):
         """A row of the condition and --num_validation_images pictures for every pair, always from the same noise."""
@@ -405,6 +408,7 @@ SAME_RUN = {
     # What counts of these is how many samples make up an update.
     "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
+CONTROLNET_FLAG = "--controlnet_model_name_or_path"
 FOLDER = "flux_controlnet"  # in a checkpoint, as the reference lays it out
 FINAL = "diffusion_pytorch_model.safetensors"
 OUR_FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", "config.json", FINAL)
@@ -414,10 +418,13 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     if args.dry_run:
-        base, controlnet = "--pretrained_model_name_or_path", "--controlnet_model_name_or_path"
-        configs = models.resolve_configs(args.pretrained_model_name_or_path, base, args.cache_dir, models.FLUX_COMPONENTS, args.revision)
-        existing = args.controlnet_model_name_or_path
-        existing = models.resolve_configs(existing, controlnet, args.cache_dir, ()) if existing else None
+        configs = pipelines.resolve_pipeline(
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS, weights=False
+        )
+        base = pipelines.read_config(configs, "transformer")
+        existing = args.controlnet_model_name_or_path and pipelines.resolve_controlnet(
+            args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, base, weights=False
+        )
         print(plan.describe("flux_controlnet", configs, vars(args), args.device_memory_gb, existing))
         return 0
 
@@ -425,24 +432,28 @@ def main(argv=None):
     services = tracking.services(args.report_to)
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
     devices.set_up(args.distributed)
-    token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
-    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
-    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
-    transformer_config = models.read_config(root, "transformer")
-    existing = None
-    if args.controlnet_model_name_or_path:
-        existing = models.resolve_controlnet(
-            args.controlnet_model_name_or_path, "--controlnet_model_name_or_path", args.cache_dir, transformer_config
-        )
-        print("--controlnet_model_name_or_path: it keeps its own blocks; --num_double_layers and --num_single_layers do nothing")
-    for flag, key in (("num_double_layers", "num_layers"), ("num_single_layers", "num_single_layers")):
-        if not existing and getattr(args, flag) > transformer_config[key]:
-            raise UserError(f"--{flag} {getattr(args, flag)}: the transformer has {transformer_config[key]} such blocks to copy.")
     output_dir, resume = checkpoint.open_output_dir(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, FINAL
     )
     devices.same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
+    for flag in ("cache_dir",):
+        checkpoint.require_writable(f"--{flag}", getattr(args, flag))
+    token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
+    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
+    root = pipelines.resolve_pipeline(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
+    )
+    models.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
+    transformer_config = pipelines.read_config(root, "transformer")
+    existing = None
+    if args.controlnet_model_name_or_path:
+        existing = pipelines.resolve_controlnet(args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, transformer_config)
+        models.check_files(existing.parent, [existing.name])
+        print("--controlnet_model_name_or_path: it keeps its own blocks; --num_double_layers and --num_single_layers do nothing")
+    for flag, key in (("num_double_layers", "num_layers"), ("num_single_layers", "num_single_layers")):
+        if not existing and getattr(args, flag) > transformer_config[key]:
+            raise UserError(f"--{flag} {getattr(args, flag)}: the transformer has {transformer_config[key]} such blocks to copy.")
     rows = [
         (prompt, sampling.condition_picture(path, "--validation_image", args.resolution))
         for prompt, path in matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
@@ -492,7 +503,7 @@ def main(argv=None):
     print(precision.parameter_table({"transformer": transformer, "controlnet": controlnet, **({"vae": vae} if vae else {})}, kind))
 
     # ---- the step ------------------------------------------------------------
-    vae_config, scheduler_config = models.read_config(root, "vae"), models.read_config(root, "scheduler")
+    vae_config, scheduler_config = pipelines.read_config(root, "vae"), pipelines.read_config(root, "scheduler")
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     auto = args.timestep_shift == "auto"
     shift = (
@@ -527,7 +538,7 @@ def main(argv=None):
     if args.mixed_precision == "fp16":
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
     fingerprint = checkpoint.text_digest(pair_data.digests())
-    base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
+    base = encoder_fingerprint(root / "transformer", weight_files(root, "transformer", args.variant))
     identity = {"seed": seed, "data": fingerprint, "base": base, "samples_per_update": per_update}
     if len(pair_data.buckets) > 1:  # a batch is of one bucket
         identity["batch_size"] = args.train_batch_size

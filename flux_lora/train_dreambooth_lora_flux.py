@@ -29,9 +29,11 @@ from mindtune import (
     devices,
     flow,
     hub,
+    library,
     lora,
     models,
     optim,
+    pipelines,
     plan,
     precision,
     report,
@@ -44,6 +46,7 @@ from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, run
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
 from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
+from mindtune.weights import linear_layers, weight_files
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
@@ -364,7 +367,7 @@ class Batches:
 # ---- the step ----------------------------------------------------------------------------------------------------------------------
 
 
-class TrainStepForFluxDevDB(models.TrainStep):
+class TrainStepForFluxDevDB(library.TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update. A pure function of its inputs.
 
     `vae` is given if the images come as pixels, `text_encoder` if CLIP trains. Calling it gives (scaled loss, loss), scalars.
@@ -384,7 +387,7 @@ class TrainStepForFluxDevDB(models.TrainStep):
         self.transformer, self.vae, self.text_encoder = self.model, vae, text_encoder
         self.compute_dtype = compute_dtype
         # Configs are dicts, which a graph cannot read by attribute: take out what forward needs.
-        self.scaling_factor, self.shift_factor = latent_config["scaling_factor"], latent_config["shift_factor"]
+        self.latent_shift, self.latent_scale = flow.scale_constants(latent_config)
         self.guidance_embeds = transformer.config["guidance_embeds"]
         self.sigmas = noise_scheduler["sigmas"]
         self.text_ids = text_ids
@@ -399,7 +402,7 @@ class TrainStepForFluxDevDB(models.TrainStep):
         """Prediction and target [B, C, h, w] float32, and sigmas [B, 1, 1, 1]."""
         if self.vae is not None:
             images = self.vae.encode(images.to(self.compute_dtype))[0]
-        latents = (flow.sample_posterior(images, posterior_noise) - self.shift_factor) * self.scaling_factor
+        latents = (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
         sigmas = flow.get_sigmas(self.sigmas, indices)
         noisy_latents = sigmas * noise + (1.0 - sigmas) * latents
         if self.text_encoder is not None:
@@ -441,7 +444,7 @@ class Painter:
         self.latent_shape, self.tokenizer = latent_shape, tokenizer
         self.transformer, self.text_encoder = transformer, text_encoder
         self.text = {prompt: stage.text(prompt) for prompt in args.validation_prompt}
-        self.scheduler = models.read_config(root, "scheduler")
+        self.scheduler = pipelines.read_config(root, "scheduler")
 
     def rows(self, with_base=False):
         """A row of --num_validation_images pictures a prompt, always from the same noise; `with_base`: before each that of the base."""
@@ -495,7 +498,7 @@ def trained_before(args, root):
     if Path(args.output_dir).resolve() in path.resolve().parents:
         raise UserError(f"{flag} {path}: lies in --output_dir, where this run writes. Name another output directory.")
     parts = lora.read_parts(path, flag)
-    layers = {name: models.linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
+    layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
     lora.check_parts(path, flag, parts, layers)
     if "text_encoder" in parts and not args.train_text_encoder:
         raise UserError(f"{flag} {path}: adapts CLIP too, which would be lost. Add --train_text_encoder.")
@@ -507,8 +510,9 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     if args.dry_run:
-        flag = "--pretrained_model_name_or_path"
-        configs = models.resolve_configs(args.pretrained_model_name_or_path, flag, args.cache_dir, models.FLUX_COMPONENTS, args.revision)
+        configs = pipelines.resolve_pipeline(
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS, weights=False
+        )
         print(plan.describe("flux_lora", configs, vars(args), args.device_memory_gb))
         return 0
 
@@ -516,20 +520,25 @@ def main(argv=None):
     services = tracking.services(args.report_to)
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
     devices.set_up(args.distributed)
+    output_dir, resume = checkpoint.open_output_dir(
+        args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, lora.LORA_FILE
+    )
+    devices.same(str(resume), "--output_dir: the checkpoint to go on from")
+    state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
+    for flag in ("cache_dir", "class_data_dir"):
+        checkpoint.require_writable(f"--{flag}", getattr(args, flag))
     token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
     repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
-    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
+    root = pipelines.resolve_pipeline(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
+    )
+    models.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
     targets = {"transformer": [t.strip() for t in args.lora_layers.split(",")] if args.lora_layers else lora.TRANSFORMER_TARGETS}
     going_on, lora_digest = trained_before(args, root) if args.lora_model_name_or_path else ({}, None)
     if args.lora_layers and "transformer" not in going_on:
         lora.check_targets(models.flux_skeleton(root), targets["transformer"], "--lora_layers")
     if args.train_text_encoder:
         targets["text_encoder"] = lora.TEXT_ENCODER_TARGETS
-    output_dir, resume = checkpoint.open_output_dir(
-        args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, lora.LORA_FILE
-    )
-    devices.same(str(resume), "--output_dir: the checkpoint to go on from")
-    state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
     sizes = buckets.crop_sizes(args.aspect_ratio_buckets, args.resolution)
     samples = load_samples(args, sizes)
     numbers = buckets.bucket_numbers(samples, sizes)
@@ -592,7 +601,7 @@ def main(argv=None):
     print(precision.parameter_table({**trained, **({"vae": vae} if vae else {})}, kind))
 
     # ---- the step ------------------------------------------------------------
-    vae_config, scheduler_config = models.read_config(root, "vae"), models.read_config(root, "scheduler")
+    vae_config, scheduler_config = pipelines.read_config(root, "vae"), pipelines.read_config(root, "scheduler")
     latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
     auto, tokens = args.timestep_shift == "auto", max(h * w for h, w in sizes) // (2 * latent[1]) ** 2
     shift = flow.resolution_shift(tokens, scheduler_config) if auto else float(args.timestep_shift)
@@ -630,7 +639,7 @@ def main(argv=None):
     if args.mixed_precision == "fp16":
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
     fingerprint = checkpoint.text_digest(s.digest + s.caption for s in train_samples + prior_samples)
-    base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
+    base = encoder_fingerprint(root / "transformer", weight_files(root, "transformer", args.variant))
     identity = {"seed": seed, "data": fingerprint, "base": base, "lora_model": lora_digest, "samples_per_update": per_update}
     if len(sizes) > 1:  # a batch is of one bucket
         identity["batch_size"] = args.train_batch_size

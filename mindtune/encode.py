@@ -33,11 +33,13 @@ from mindtune.cache import Cache, encoder_fingerprint, key_of
 from mindtune.checkpoint import write_atomically
 from mindtune.cli import UserError, run
 from mindtune.data import Sample, pixel_values
-from mindtune.models import load_model, load_tokenizer, read_config, set_up_device, weight_files
+from mindtune.models import load_model, load_tokenizer, set_up_device
 from mindtune.pairs import PairData, require_usable
+from mindtune.pipelines import read_config
 from mindtune.precision import resolve_precision
 from mindtune.rng import normal
 from mindtune.sampling import decode_latents, sample_latents
+from mindtune.weights import weight_files
 
 Size = Union[int, tuple[int, int]]  # side of a square, or (height, width), in pixels
 MINDONE = version("mindone")  # asked once: it takes 0.5 ms, and every key has it

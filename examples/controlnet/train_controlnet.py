@@ -32,9 +32,11 @@ from mindtune import (
     diffusion,
     flow,
     hub,
+    library,
     models,
     optim,
     pairs,
+    pipelines,
     plan,
     precision,
     report,
@@ -47,6 +49,7 @@ from mindtune.cache import encoder_fingerprint
 from mindtune.cli import StopRequest, UserError, check_flags, matched, run
 from mindtune.encode import PairCaptions, PairImages, Stage
 from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
+from mindtune.weights import weight_files
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
@@ -265,7 +268,7 @@ class Batches:
 # ---- the step ----------------------------------------------------------------------------------------------------------------------
 
 
-class TrainStepForControlNet(models.TrainStep):
+class TrainStepForControlNet(library.TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update. A pure function of its inputs.
 
     `alphas` and `weights` are tables over the timesteps [N], float32; `vae` is given if the images come as pixels, in `vae_dtype`.
@@ -282,7 +285,7 @@ class TrainStepForControlNet(models.TrainStep):
         compute_dtype,
         args,
         prediction_type,
-        scaling_factor,
+        latent_config,
         vae,
         vae_dtype,
         loss_scaler,
@@ -299,12 +302,13 @@ class TrainStepForControlNet(models.TrainStep):
         self.controlnet, self.unet, self.vae = self.model, unet, vae
         self.alphas, self.weights = alphas, weights
         self.compute_dtype, self.vae_dtype = compute_dtype, vae_dtype
-        self.scaling_factor, self.prediction_type = scaling_factor, prediction_type
+        self.latent_shift, self.latent_scale = flow.scale_constants(latent_config)
+        self.prediction_type = prediction_type
 
     def latents(self, images, posterior_noise):
         if self.vae is not None:
             images = self.vae.encode(images.to(self.vae_dtype))[0]
-        return flow.sample_posterior(images, posterior_noise) * self.scaling_factor
+        return (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
 
     def predict(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds):
         """Prediction and target [B, C, h, w], and weights [B, 1, 1, 1]."""
@@ -372,6 +376,7 @@ SAME_RUN = {
     # What counts of these is how many samples make up an update.
     "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
+CONTROLNET_FLAG = "--controlnet_model_name_or_path"
 FOLDER = "controlnet"  # in a checkpoint, as the reference lays it out
 FINAL = "diffusion_pytorch_model.safetensors"
 OUR_FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", "config.json", FINAL)
@@ -381,10 +386,12 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     if args.dry_run:
-        base, controlnet = "--pretrained_model_name_or_path", "--controlnet_model_name_or_path"
-        configs = models.resolve_configs(args.pretrained_model_name_or_path, base, args.cache_dir, models.SD_COMPONENTS, args.revision)
-        existing = args.controlnet_model_name_or_path
-        existing = models.resolve_configs(existing, controlnet, args.cache_dir, ()) if existing else None
+        configs = pipelines.resolve_pipeline(
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SD_COMPONENTS, weights=False
+        )
+        existing = args.controlnet_model_name_or_path and pipelines.resolve_controlnet(
+            args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, pipelines.read_config(configs, "unet"), weights=False
+        )
         print(plan.describe("controlnet", configs, vars(args), args.device_memory_gb, existing))
         return 0
 
@@ -392,22 +399,26 @@ def main(argv=None):
     services = tracking.services(args.report_to)
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
     devices.set_up(args.distributed)
-    token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
-    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
-    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.SD_COMPONENTS)
-    unet_config, scheduler_config = models.read_config(root, "unet"), models.read_config(root, "scheduler")
-    alphas, prediction_type = diffusion.alphas_cumprod(scheduler_config), diffusion.prediction_type(scheduler_config)
-    tokenizer = models.resolve_tokenizer(args.tokenizer_name, "--tokenizer_name", args.cache_dir) if args.tokenizer_name else None
-    existing = None
-    if args.controlnet_model_name_or_path:
-        existing = models.resolve_controlnet(
-            args.controlnet_model_name_or_path, "--controlnet_model_name_or_path", args.cache_dir, unet_config
-        )
     output_dir, resume = checkpoint.open_output_dir(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, FINAL
     )
     devices.same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
+    for flag in ("cache_dir",):
+        checkpoint.require_writable(f"--{flag}", getattr(args, flag))
+    token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
+    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
+    root = pipelines.resolve_pipeline(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SD_COMPONENTS
+    )
+    models.check_files(root, pipelines.SD_COMPONENTS, args.variant)
+    unet_config, scheduler_config = pipelines.read_config(root, "unet"), pipelines.read_config(root, "scheduler")
+    alphas, prediction_type = diffusion.alphas_cumprod(scheduler_config), diffusion.prediction_type(scheduler_config)
+    tokenizer = pipelines.resolve_tokenizer(args.tokenizer_name, "--tokenizer_name", args.cache_dir) if args.tokenizer_name else None
+    existing = None
+    if args.controlnet_model_name_or_path:
+        existing = pipelines.resolve_controlnet(args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, unet_config)
+        models.check_files(existing.parent, [existing.name])
     rows = [
         (prompt, sampling.condition_picture(path, "--validation_image", args.resolution, 8))
         for prompt, path in matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
@@ -453,7 +464,7 @@ def main(argv=None):
     print(precision.parameter_table({"unet": unet, "controlnet": controlnet, **({"vae": vae} if vae else {})}, kind))
 
     # ---- the step ------------------------------------------------------------
-    vae_config = models.read_config(stage.vae.parent, stage.vae.name)
+    vae_config = pipelines.read_config(stage.vae.parent, stage.vae.name)
     latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
     batches = Batches(args, seed, stage, pair_data, latent, len(alphas))
     snr_weights = diffusion.min_snr_weights(alphas, args.snr_gamma, prediction_type)
@@ -471,7 +482,7 @@ def main(argv=None):
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForControlNet(
         controlnet, unet, optimizer, ms.Tensor(alphas, ms.float32), ms.Tensor(snr_weights, ms.float32), kind.compute, args,
-        prediction_type, vae_config["scaling_factor"], vae, precision.resolve_precision(stage.vae_precision).compute, scaler,
+        prediction_type, vae_config, vae, precision.resolve_precision(stage.vae_precision).compute, scaler,
     )  # fmt: skip
     ema = optim.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
     painter = Painter(args, scheduler_config, stage, kind, seed, rows, vae, unet, controlnet)
@@ -483,7 +494,7 @@ def main(argv=None):
     if args.mixed_precision == "fp16":
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
     fingerprint = checkpoint.text_digest(pair_data.digests())
-    base = encoder_fingerprint(root / "unet", models.weight_files(root, "unet", args.variant))
+    base = encoder_fingerprint(root / "unet", weight_files(root, "unet", args.variant))
     identity = {"seed": seed, "data": fingerprint, "base": base, "samples_per_update": per_update}
     if len(pair_data.buckets) > 1:  # a batch is of one bucket
         identity["batch_size"] = args.train_batch_size
