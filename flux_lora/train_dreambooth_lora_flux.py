@@ -23,6 +23,7 @@ from mindspore import ops
 from tqdm import tqdm
 
 from mindtune import (
+    advice,
     buckets,
     checkpoint,
     data,
@@ -43,7 +44,7 @@ from mindtune import (
     zero,
 )
 from mindtune.cache import encoder_fingerprint
-from mindtune.cli import StopRequest, UserError, check_flags, run
+from mindtune.cli import StopRequest, UserError, check_flags, run, tell
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
 from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 from mindtune.weights import linear_layers, weight_files
@@ -140,6 +141,7 @@ def parse_args(argv=None):
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation and workers.")
     add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
+    add("--lr_schedule_steps", type=int, help="Updates over which the schedule runs, warm-up included. Default: those of the run.")
     add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
@@ -189,7 +191,13 @@ def check_args(args):
     at_least = {"lora_rank": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "repeats": 1}
     at_least.update(checkpointing_steps=1, validation_epochs=1, num_validation_images=1, num_inference_steps=1, sample_batch_size=1)
     at_least.update(
-        max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, max_sequence_length=1, device_memory_gb=1, num_class_images=1
+        max_train_steps=1,
+        lr_schedule_steps=1,
+        checkpoints_total_limit=1,
+        max_train_samples=1,
+        max_sequence_length=1,
+        device_memory_gb=1,
+        num_class_images=1,
     )
     at_least.update(learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0)
     at_least.update(validation_split=0, adam_beta1=0, adam_beta2=0)
@@ -485,6 +493,7 @@ SAME_RUN = {
     "resume_from_checkpoint", "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "num_validation_images",
     "num_inference_steps", "validation_epochs", "sample_batch_size", "prior_generation_precision", "num_train_epochs", "max_train_steps",
     "push_to_hub", "hub_token", "hub_model_id", "lora_model_name_or_path", "dry_run", "device_memory_gb", *ACCEPTED,
+    "lr_schedule_steps",  # what it changes is told
     # What counts of these is how many samples make up an update.
     "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
@@ -567,6 +576,7 @@ def main(argv=None):
         used = [(samples[i], numbers[i]) for i in kept] + list(zip(prior_samples, prior_numbers))
         images = [(sample, sizes[k], flip) for sample, k in used for flip in ([False, True] if args.random_flip else [False])]
         images += [(samples[i], sizes[numbers[i]], False) for i in kept_out]
+    tell(stage.long_captions(captions))
     encoded = stage.prepare(captions, images)
     print(f"encode stage: {encoded} made, {len(set(captions)) + len(images) - encoded} already in {stage.folder}")
 
@@ -612,6 +622,7 @@ def main(argv=None):
     )  # fmt: skip
     per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.epoch_length / per_update)
+    schedule_steps = args.lr_schedule_steps or max_train_steps
 
     base_rates = [args.learning_rate * (per_update if args.scale_lr else 1)]
     groups = [{"params": transformer.trainable_params(), "lr": base_rates[0], "weight_decay": args.adam_weight_decay}]
@@ -658,7 +669,9 @@ def main(argv=None):
     def save_files(folder, values):
         lora.save_lora(folder / lora.LORA_FILE, trained, ms.float32)
         checkpoint.save_state(folder / "training_state.safetensors", values)
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
+        (folder / "trainer_state.json").write_text(
+            json.dumps({"global_step": global_step, "lr_schedule_steps": schedule_steps, **identity})
+        )
 
     def save():
         values = devices.collect(remembered)
@@ -688,6 +701,12 @@ def main(argv=None):
         return None
 
     # ---- the loop ------------------------------------------------------------
+    tell(advice.on_settings(args.optimizer, base_rates[0], args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps))
+    if resume:
+        tell(advice.on_resumed_schedule(
+            args.lr_scheduler, state.get("lr_schedule_steps"), schedule_steps, global_step, base_rates[0], args.lr_warmup_steps,
+            args.lr_num_cycles, args.lr_power,
+        ))  # fmt: skip
     epoch_updates = batches.epoch_length / per_update
     print(f"optimizer state: {optim.state_bytes(optimizer):,} bytes on each of {devices.workers()} workers")
     print(
@@ -719,7 +738,7 @@ def main(argv=None):
     while global_step < max_train_steps and not any(devices.gather(stop.exit_code)):
         began = time.perf_counter()
         lr_factor = optim.schedule_factor(
-            args.lr_scheduler, global_step, args.lr_warmup_steps, max_train_steps, args.lr_num_cycles, args.lr_power, base_rates[0]
+            args.lr_scheduler, global_step, args.lr_warmup_steps, schedule_steps, args.lr_num_cycles, args.lr_power, base_rates[0]
         )
         rates = [rate * lr_factor for rate in base_rates]
         optim.set_learning_rates(optimizer, rates)

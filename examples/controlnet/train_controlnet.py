@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mindtune import (
+    advice,
     buckets,
     checkpoint,
     data,
@@ -46,7 +47,7 @@ from mindtune import (
     zero,
 )
 from mindtune.cache import encoder_fingerprint
-from mindtune.cli import StopRequest, UserError, check_flags, matched, run
+from mindtune.cli import StopRequest, UserError, check_flags, matched, run, tell
 from mindtune.encode import PairCaptions, PairImages, Stage
 from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 from mindtune.weights import weight_files
@@ -120,6 +121,7 @@ def parse_args(argv=None):
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation and workers.")
     add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
+    add("--lr_schedule_steps", type=int, help="Updates over which the schedule runs, warm-up included. Default: those of the run.")
     add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
@@ -169,7 +171,9 @@ def check_args(args):
     """Refuses what cannot work, before anything is read or written. Raises UserError."""
     at_least = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
     at_least.update(num_train_epochs=1, checkpointing_steps=1, validation_steps=1, num_validation_images=1, num_inference_steps=1)
-    at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, device_memory_gb=1, shuffle_buffer_size=1)
+    at_least.update(
+        max_train_steps=1, lr_schedule_steps=1, checkpoints_total_limit=1, max_train_samples=1, device_memory_gb=1, shuffle_buffer_size=1
+    )
     at_least.update(learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0)
     at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0)
     check_flags(vars(args), ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
@@ -373,6 +377,7 @@ SAME_RUN = {
     "logging_dir", "report_to", "validation_prompt", "validation_image", "num_validation_images", "num_inference_steps", "guidance_scale",
     "controlnet_conditioning_scale", "validation_steps", "num_train_epochs", "max_train_steps", "push_to_hub", "hub_token",
     "hub_model_id", "dry_run", "device_memory_gb", *ACCEPTED,
+    "lr_schedule_steps",  # what it changes is told
     # What counts of these is how many samples make up an update.
     "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
@@ -440,6 +445,8 @@ def main(argv=None):
     if args.cache_latents:
         print("--cache_latents: every picture keeps its centre crop" + (", one entry a flip" if args.random_flip else ""))
         images = PairImages(pair_data, args.random_flip, conditions=False)
+    if not args.streaming:
+        tell(stage.long_captions(PairCaptions(pair_data, more)))
     encoded = stage.prepare(PairCaptions(pair_data, more), images)
     print(f"encode stage: {encoded} made, the rest already in {stage.folder}")
 
@@ -470,6 +477,7 @@ def main(argv=None):
     snr_weights = diffusion.min_snr_weights(alphas, args.snr_gamma, prediction_type)
     per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * pair_data.epoch_length / per_update)
+    schedule_steps = args.lr_schedule_steps or max_train_steps
 
     rate = args.learning_rate * (per_update if args.scale_lr else 1)
     weights = models.model_parameters(controlnet)
@@ -517,7 +525,9 @@ def main(argv=None):
     def save_files(folder, values):
         models.save_model(controlnet, folder / FOLDER, ms.float32)
         checkpoint.save_state(folder / "training_state.safetensors", values)
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
+        (folder / "trainer_state.json").write_text(
+            json.dumps({"global_step": global_step, "lr_schedule_steps": schedule_steps, **identity})
+        )
 
     def save():
         values = devices.collect(remembered)
@@ -544,6 +554,12 @@ def main(argv=None):
         return sampling.save_image(grid, output_dir / "samples" / f"{'final' if final else f'step-{global_step:06d}'}.png")
 
     # ---- the loop ------------------------------------------------------------
+    tell(advice.on_settings(args.optimizer, rate, args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps))
+    if resume:
+        tell(advice.on_resumed_schedule(
+            args.lr_scheduler, state.get("lr_schedule_steps"), schedule_steps, global_step, rate, args.lr_warmup_steps,
+            args.lr_num_cycles, args.lr_power,
+        ))  # fmt: skip
     print(f"optimizer state: {optim.state_bytes(optimizer):,} bytes on each of {devices.workers()} workers")
     print(
         f"{pair_data.epoch_length} {'uses of a stream' if args.streaming else 'pairs'}, {len(pair_data.held_out)} held out; "
@@ -574,7 +590,7 @@ def main(argv=None):
     while global_step < max_train_steps and not any(devices.gather(stop.exit_code)):
         began = time.perf_counter()
         lr_factor = optim.schedule_factor(
-            args.lr_scheduler, global_step, args.lr_warmup_steps, max_train_steps, args.lr_num_cycles, args.lr_power, rate
+            args.lr_scheduler, global_step, args.lr_warmup_steps, schedule_steps, args.lr_num_cycles, args.lr_power, rate
         )
         optim.set_learning_rates(optimizer, [rate * lr_factor])
         losses = [float(step(*inputs)[1]) for inputs in devices.micro_batches(step, ahead, accumulation)]
