@@ -41,13 +41,11 @@ CONTROL_0_26 = {**CONTROL_0_20, "mid_block_type": "UNetMidBlock2DCrossAttn"}
 CONTROL_SD21 = {**CONTROL_0_20, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
 CONTROL_SDXL = {**CONTROL_0_20, **SDXL_SIZES, "upcast_attention": None}
 NULLS = [key for key, value in CONTROL_SDXL.items() if value is None]
-V1_1 = "/home/patrick/controlnet_v1_1/"
 CONTROLNETS = {
-    **{f"sd-controlnet-{what}": {**header("ControlNetModel", "0.14.0.dev0"), **CONTROL_0_14} for what in ("canny",
-    "depth")},
-    **{
-        name: {**header("ControlNetModel", "0.16.0.dev0", V1_1 + name), **CONTROL_0_14}
-        for name in ("control_v11p_sd15_canny", "control_v11p_sd15_openpose")
+    # Those of depth, hed, mlsd and scribble say the same, and of v1.1 those of all other conditions.
+    "sd-controlnet-canny": {**header("ControlNetModel", "0.14.0.dev0"), **CONTROL_0_14},
+    "control_v11p_sd15_canny": {
+        **header("ControlNetModel", "0.16.0.dev0", "/home/patrick/controlnet_v1_1/control_v11p_sd15_canny"), **CONTROL_0_14,
     },
     "Depth-Anything-controlnet": {**header("ControlNetModel", "0.26.0.dev0"), **CONTROL_0_26},
     "controlnet-canny-sdxl-1.0": {

@@ -36,7 +36,7 @@ def test_one_of_another_base(refused, real):
 
 def test_one_for_stable_diffusion_1_on_xl(refused, real):
     root = real("stable-diffusion-xl-base-1.0")
-    refused("sdxl", root, (FLAG, "sd-controlnet-depth"), FLAG, real("sd-controlnet-depth"))
+    refused("sdxl", root, (FLAG, "sd-controlnet-canny"), FLAG, real("sd-controlnet-canny"))
 
 
 def test_a_flux_one_on_stable_diffusion(refused, real):

@@ -14,7 +14,7 @@ from conftest import load_script
 from safetensors.numpy import load_file
 
 from .conftest import SCRIPTS, copy, edit
-from .verdicts import FLUX, LORA, PIPELINES, SD, SDXL, VAES
+from .verdicts import FLUX, LORA, PIPELINES, SD, SDXL
 
 FINAL = "diffusion_pytorch_model.safetensors"
 REFUSED = [name for name, verdict in PIPELINES.items() if not verdict.scripts]
@@ -26,14 +26,18 @@ def test_a_pipeline_that_is_not_trained(name, refused, real):
     refused(verdict.script, real(name), (name, *verdict.words))
 
 
-def test_a_flux_controlnet_on_another_model_than_flux_dev(refused, real):
-    refused(FLUX, real("FLUX.1-Fill-dev"), ("FLUX.1-Fill-dev", "in_channels", "384"))
+CHANNELS = [
+    ("FLUX.1-Fill-dev", LORA, "FluxPipeline", "384"), ("FLUX.1-Depth-dev", FLUX, "FluxPipeline", "128"),
+    ("stable-diffusion-inpainting", SD, "StableDiffusionPipeline", "9"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name, verdict in VAES.items() if not verdict.scripts])
-def test_a_vae_that_is_not_trained_with(name, refused, real):
-    verdict, flag = VAES[name], "--pretrained_vae_model_name_or_path"
-    refused(verdict.script, real("stable-diffusion-xl-base-1.0"), (flag, real(name).name, *verdict.words), flag, real(name))
+@pytest.mark.parametrize("name, script, cls, channels", CHANNELS)
+def test_a_model_that_takes_more_than_latents(name, script, cls, channels, refused, real, tmp_path):
+    """Whatever the pipeline's class: re-saves and mixtures have that of a text-to-image pipeline."""
+    root = copy(real(name), tmp_path)
+    edit(root / "model_index.json", _class_name=cls)
+    refused(script, root, (name, "in_channels", channels))
 
 
 OTHER_SCRIPTS = [
@@ -100,12 +104,8 @@ def test_only_fp16_files_without_the_flag(name, script, refused, real):
     refused(script, real(name, variants=("fp16",)), ("--variant fp16",), dry=False)
 
 
-@pytest.mark.parametrize("part, file", [("vae", FINAL), ("text_encoder", "model.safetensors")])
-def test_the_flag_where_one_part_has_only_the_plain_file(part, file, refused, real, tmp_path):
-    """Stable Diffusion 2.1's folders on the hub, some with fp16 files and some without."""
-    root = copy(real("stable-diffusion-v1-5", variants=("", "fp16")), tmp_path)
-    (root / part / file.replace(".safetensors", ".fp16.safetensors")).unlink()
-    refused(SD, root, (f"{part}/{file.replace('.safetensors', '.fp16.safetensors')}", f"{part}/{file}"), "--variant", "fp16", dry=False)
+def test_the_flag_where_no_part_has_such_files(refused, real):
+    refused(SD, real("stable-diffusion-v1-5"), ("stable-diffusion-v1-5", "--variant fp16"), "--variant", "fp16", dry=False)
 
 
 def test_a_controlnet_with_only_fp16_files(refused, real):
@@ -140,27 +140,6 @@ def test_one_shard_of_three(refused, real, tmp_path):
     shard = "diffusion_pytorch_model-00002-of-00003.safetensors"
     (root / "transformer" / shard).unlink()
     refused(LORA, root, (f"transformer/{shard}",), dry=False)
-
-
-# ---- tensors that the model does not have --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("part, name", [
-    ("unet", "down_blocks.0.attentions.0.extra.weight"), ("text_encoder", "text_model.extra.weight"), ("vae", "encoder.extra.weight"),
-])  # fmt: skip
-def test_a_tensor_that_the_model_does_not_have(part, name, refused, real, tmp_path):
-    """Nothing of a file is left out in silence: it may be another model's. Only names known to carry nothing are."""
-    root = copy(real("stable-diffusion-v1-5"), tmp_path)
-    path = next((root / part).glob("*.safetensors"))
-    real_pipelines.write_safetensors(path, {**load_file(path), name: np.zeros((4, 4), np.float32)})
-    refused(SD, root, (part, name), dry=False)
-
-
-def test_position_ids_are_known(real):
-    """They are in the files of Stable Diffusion 1 and 2, which are trained (test_sd.py)."""
-    for name, expected in (("stable-diffusion-v1-5", True), ("stable-diffusion-2-1", True), ("sdxl-turbo", False), ("FLUX.1-dev", False)):
-        tensors = load_file(real(name) / "text_encoder" / "model.safetensors")
-        assert ("text_model.embeddings.position_ids" in tensors) == expected
 
 
 # ---- --dry_run needs configs only ----------------------------------------------------------------------------------------------------

@@ -2,10 +2,15 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import real_pipelines
+from safetensors.numpy import load_file
 
+from .conftest import copy
 from .verdicts import PIPELINES, SD
+
+FINAL = "diffusion_pytorch_model.safetensors"
 
 NAMES = [name for name, verdict in PIPELINES.items() if SD in verdict.scripts]
 
@@ -24,6 +29,16 @@ def test_its_fp16_files(trains, real):
     trains(SD, real("stable-diffusion-v1-5", variants=("", "fp16")), "--variant", "fp16", "--cache_latents")
 
 
+@pytest.mark.parametrize("part, file", [("vae", FINAL), ("text_encoder", "model.safetensors")])
+def test_the_variant_where_one_part_has_only_the_plain_file(part, file, run, real, tmp_path, capfd):
+    """Repositories on the hub have fp16 files of some parts only: the plain file is taken, and the run says so."""
+    root = copy(real("stable-diffusion-v1-5", variants=("", "fp16")), tmp_path)
+    (root / part / file.replace(".safetensors", ".fp16.safetensors")).unlink()
+    run(SD, root, tmp_path / "out", "--variant", "fp16")
+    said = [line for line in capfd.readouterr().out.splitlines() if "--variant fp16" in line]
+    assert len(said) == 1 and part in said[0] and "plain" in said[0]
+
+
 def test_shards(run, real, tmp_path):
     """The same weights in two or three files: the same losses."""
     parts = {"unet": 3, "text_encoder": 2, "vae": 2}
@@ -37,6 +52,19 @@ def test_shards(run, real, tmp_path):
 def test_what_else_lies_on_the_hub_is_left_alone(run, real, tmp_path):
     """Pickles, second copies, other frameworks' files and single files, all of them torn."""
     run(SD, real("stable-diffusion-v1-4", extras=True), tmp_path / "out")
+
+
+def test_tensors_that_the_model_does_not_have_are_named(run, real, tmp_path, capfd):
+    """Nothing of a file is left out in silence; but for names known to carry nothing, such as the position ids of old CLIPs."""
+    root = copy(real("stable-diffusion-v1-5"), tmp_path)
+    added = {"unet": "down_blocks.0.attentions.0.extra.weight", "text_encoder": "text_model.extra.weight", "vae": "encoder.extra.weight"}
+    for part, name in added.items():
+        path = next((root / part).glob("*.safetensors"))
+        real_pipelines.write_safetensors(path, {**load_file(path), name: np.zeros((4, 4), np.float32)})
+    assert "text_model.embeddings.position_ids" in load_file(root / "text_encoder" / "model.safetensors")
+    run(SD, root, tmp_path / "out")
+    said = capfd.readouterr().out
+    assert not [name for name in added.values() if name not in said] and "position_ids" not in said
 
 
 def test_attention_of_the_vae_as_convolutions(run, real, tmp_path):
