@@ -1,0 +1,152 @@
+"""What the tests on published pipelines share: each in small, pairs, and the training scripts in this process."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mindspore as ms
+import pytest
+import real_pipelines
+from conftest import load_script, metrics
+
+from mindtune import encode
+from mindtune.cli import UserError
+
+SCRIPTS = {
+    "flux_lora": "flux_lora/train_dreambooth_lora_flux.py", "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
+    "sd": "examples/controlnet/train_controlnet.py", "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """real(name, **options): the folder of a small published pipeline, VAE or ControlNet, made once. Not to be changed."""
+    made = {}
+
+    def get(name, **options):
+        key = (name, str(options))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("real") / name.replace(" ", "-")
+            if name in real_pipelines.PIPELINES:
+                made[key] = real_pipelines.make(name, folder, **options)
+            else:
+                make = real_pipelines.make_vae if name in real_pipelines.VAES else real_pipelines.make_controlnet
+                made[key] = make(name, folder, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Three pairs of the shapes world, 80 pixels square: images, their outlines, captions."""
+    folder = tmp_path_factory.mktemp("shapes") / "pairs"
+    load_script("examples/tiny/shapes.py").make_folder(folder, 3, 80, seed=0, split="train")
+    return folder
+
+
+@pytest.fixture
+def encode_here(monkeypatch):
+    """The encode stage in this process, which has everything imported; its job is pickled as for the child."""
+
+    def work(job):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(pickle.dumps((os.getppid(), *job)))))
+        encode.main()
+
+    monkeypatch.setattr(encode, "_end_with", lambda parent: None)
+    monkeypatch.setattr(encode, "_in_child", work)
+
+
+@pytest.fixture
+def line(pairs, photos, encoder_cache):
+    """line(script, root, out, *more): the command line of a run of one update; later flags win over earlier ones."""
+
+    def make(script, root, out, *more):
+        words = ["--pretrained_model_name_or_path", root, "--output_dir", out, "--cache_dir", encoder_cache, "--seed", 0]
+        words += ["--train_batch_size", 1, "--max_train_steps", 1, "--learning_rate", 1e-3, "--mindspore_mode", 1, "--report_to", "none"]
+        words += ["--resolution", 32 if script.startswith("flux") else 64, "--num_inference_steps", 2]
+        if script.startswith("flux"):
+            words += ["--max_sequence_length", 16]
+        if script == "flux_lora":
+            words += ["--instance_data_dir", photos, "--instance_prompt", "a photo of sks cat"]
+        else:
+            words += ["--train_data_dir", pairs]
+        if script == "flux_controlnet":
+            words += ["--num_double_layers", 1, "--num_single_layers", 1]
+        return [str(word) for word in (*words, *more)]
+
+    return make
+
+
+@pytest.fixture
+def run(line, encode_here, monkeypatch):
+    """run(script, root, out, *more): trains in this process, no signals, no exit; gives the losses that the run has written."""
+
+    def go(script, root, out, *more):
+        module = load_script(SCRIPTS[script])
+        monkeypatch.setattr(module, "StopRequest", lambda: type("Never", (), {"exit_code": None})())
+        assert module.main(line(script, root, out, *more)) == 0
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+        return [row["loss"] for row in metrics(out) if "loss" in row]
+
+    return go
+
+
+@pytest.fixture
+def trains(run, pairs, tmp_path):
+    """trains(script, name, root, *more): one update, a validation image, a second update from the checkpoint. The losses are finite."""
+
+    def go(script, root, *more):
+        out, drawn = tmp_path / script, ["--validation_prompt", "a red circle", "--num_validation_images", 1]
+        if script != "flux_lora":
+            drawn += ["--validation_image", pairs / "conditioning" / "000000.png"]
+        run(script, root, out, *drawn, *more)
+        assert list((out / "samples").glob("final*.png")), "no validation image"
+        losses = run(script, root, out, "--max_train_steps", 2, "--resume_from_checkpoint", "latest", *more)
+        assert len(losses) == 2 and all(0 < loss < 100 for loss in losses), losses
+        return out
+
+    return go
+
+
+@pytest.fixture
+def refused(line, tmp_path, monkeypatch):
+    """refused(script, root, words, *more): the script ends with a UserError that has all words; nothing is encoded, loaded or written.
+
+    --dry_run has to say the same; `dry` False: what only weight files and tokenizers tell, which it does not read. Gives the message.
+    """
+
+    def message(script, words, arguments):
+        with pytest.raises(UserError) as error:
+            load_script(SCRIPTS[script]).main(arguments)
+        assert not [word for word in words if str(word) not in str(error.value)], f"{words} wanted: {error.value}"
+        return str(error.value)
+
+    def go(script, root, words, *more, dry=True):
+        module, out = load_script(SCRIPTS[script]), tmp_path / "out"
+        for owner, name in ((module.models, "load_model"), (encode, "_in_child")):
+            monkeypatch.setattr(owner, name, lambda *a, **k: pytest.fail("something was loaded before the input was checked"))
+        arguments = line(script, root, out, *more)
+        said = message(script, words, arguments)
+        if dry:
+            message(script, words, [*arguments, "--dry_run"])
+        assert not out.exists()
+        return said
+
+    return go
+
+
+def copy(root, tmp_path):
+    """A copy of a pipeline that may be changed."""
+    return Path(shutil.copytree(root, tmp_path / Path(root).name))
+
+
+def edit(path, **changes):
+    """Changes entries of a JSON file; a value of None takes its key out."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
