@@ -158,7 +158,9 @@ def _fuse(native: str, parts: list[Optional[_Lora]]) -> _Lora:
     rows = _rows(len(parts), inputs)
     for part, outputs in zip(parts, rows):
         if part is not None and (part.a.shape[1], part.b.shape[0]) != (inputs, outputs):
-            raise ValueError(f"A and B of a layer in {native} are {part.a.shape} and {part.b.shape}, expected {inputs} -> {outputs}. {_OTHER_FILE}")
+            raise ValueError(
+                f"A and B of a layer in {native} are {part.a.shape} and {part.b.shape}, expected {inputs} -> {outputs}. {_OTHER_FILE}"
+            )
     scale = found[0].scale
     if any(part.scale != scale for part in found):
         parts = [part and part._replace(b=(part.b * np.float32(part.scale)).astype(part.b.dtype)) for part in parts]

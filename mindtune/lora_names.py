@@ -1,13 +1,13 @@
 """What the entries of a LoRA file are called by the tools that write them, and which layers of FLUX.1 they mean.
 
-An entry is named <prefix><layer><end>. `LAYOUTS_READ` lists the layouts that are read, `OTHER_KINDS` and `OTHER_MODELS` what is
-recognised and refused with its name; everything else is refused by the name of the entry. Layers have two sets of names: diffusers'
-and those of Black Forest Labs' own model ("native"), in which q, k and v are one weight. Kohya's and OneTrainer's files have _ for
-every dot, so names are compared that way.
+An entry is named <prefix><layer><end>. `LAYOUTS_READ` lists the layouts that are read, `OTHER_KINDS` and `OTHER_MODELS`
+what is recognised and refused with its name; everything else is refused by the name of the entry. Layers have two sets of
+names: diffusers' and those of Black Forest Labs' own model ("native"), in which q, k and v are one weight. Files of kohya
+and OneTrainer have _ for every dot, so names are compared that way.
 
-Names as written or read by diffusers `loaders/lora_conversion_utils.py`, sd-scripts `networks/lora_flux.py`, ComfyUI `comfy/lora.py`,
-OneTrainer `util/convert/lora/convert_flux_lora.py`, x-flux `src/flux/modules/layers.py` and peft. Pure Python; raises ValueError with a
-sentence that says what to do.
+Names as written or read by diffusers `loaders/lora_conversion_utils.py`, sd-scripts `networks/lora_flux.py`, ComfyUI
+`comfy/lora.py`, OneTrainer `util/convert/lora/convert_flux_lora.py`, x-flux `src/flux/modules/layers.py` and peft. Pure
+Python; raises ValueError with a sentence that says what to do.
 """
 
 from __future__ import annotations
@@ -27,23 +27,45 @@ class Layout(NamedTuple):
 # The first whose pattern fits any entry names the layout of a file.
 LAYOUTS_READ = (
     Layout(
-        "onetrainer", "OneTrainer", "lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight", r"lora_transformer|lora_te\d?\."
+        "onetrainer", "OneTrainer", "lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight",
+        r"lora_transformer|lora_te\d?\.",
     ),
-    Layout("kohya", "kohya's sd-scripts", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", r"lora_unet|lora_te\d?_"),
-    Layout("lycoris", "SimpleTuner, LyCORIS with algo=lora", "lycoris_transformer_blocks_0_attn_to_q.lora_down.weight", r"lycoris_"),
+    Layout(
+        "kohya", "kohya's sd-scripts", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        r"lora_unet|lora_te\d?_",
+    ),
+    Layout(
+        "lycoris", "SimpleTuner, LyCORIS with algo=lora", "lycoris_transformer_blocks_0_attn_to_q.lora_down.weight",
+        r"lycoris_",
+    ),
     Layout(
         "omi", "OneTrainer (OMI)", "transformer.double_blocks.0.img_attn.qkv.0.lora_down.weight",
-        r"transformer\.(double|single)_blocks|transformer\.(img|txt|time|vector|guidance)_in\.|transformer\.final_layer|clip_l\.|t5\.",
+        r"transformer\.((double|single)_blocks|(img|txt|time|vector|guidance)_in|final_layer)\.|clip_l\.|t5\.",
     ),
     Layout(
         "x-flux", "x-flux (XLabs)", "double_blocks.0.processor.qkv_lora1.down.weight",
         r"(diffusion_model\.)?(double|single)_blocks\.\d+\.processor\.",
     ),
-    Layout("comfyui", "ComfyUI", "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight", r"(model\.)?diffusion_model|text_encoders\."),
-    Layout("peft", "peft", "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight", r"(unet\.|transformer\.)?base_model\."),
-    Layout("diffusers", "diffusers, ai-toolkit", "transformer.transformer_blocks.0.attn.to_q.lora_A.weight", r"(transformer|text_encoder|unet)\."),
-    Layout("native", "names of Black Forest Labs' model", "double_blocks.0.img_attn.qkv.lora_A.weight", r"(double|single)_blocks\."),
-    Layout("bare", "DiffSynth, peft without prefix", "transformer_blocks.0.attn.to_q.lora_A.default.weight", r""),
+    Layout(
+        "comfyui", "ComfyUI", "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
+        r"(model\.)?diffusion_model|text_encoders\.",
+    ),
+    Layout(
+        "peft", "peft", "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight",
+        r"(unet\.|transformer\.)?base_model\.",
+    ),
+    Layout(
+        "diffusers", "diffusers, ai-toolkit", "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+        r"(transformer|text_encoder|unet)\.",
+    ),
+    Layout(
+        "native", "names of Black Forest Labs' model", "double_blocks.0.img_attn.qkv.lora_A.weight",
+        r"(double|single)_blocks\.",
+    ),
+    Layout(
+        "bare", "DiffSynth, peft without prefix", "transformer_blocks.0.attn.to_q.lora_A.default.weight",
+        r"",
+    ),
 )  # fmt: skip
 
 _CONTROL, _EMBEDDINGS = "control LoRA of Black Forest Labs, which also sets norms", "embeddings trained along by OneTrainer"
@@ -66,7 +88,10 @@ OTHER_KINDS = (
 
 # Other models, by what their layers alone are called.
 OTHER_MODELS = (
-    ("Stable Diffusion 1, 2 or SDXL", r"(down|up|input|output)_blocks[._]\d|mid(dle)?_block[._]|(te2_|encoder_2\.|clip_g\.).*text_model"),
+    (
+        "Stable Diffusion 1, 2 or SDXL",
+        r"(down|up|input|output)_blocks[._]\d|mid(dle)?_block[._]|(te2_|encoder_2\.|clip_g\.).*text_model",
+    ),
     ("Stable Diffusion 3", r"joint_blocks[._]\d|pos_embed[._]proj"),
     ("Wan", r"(^|\.|lora_unet_|lora_transformer_)blocks[._]\d+[._](self_attn|cross_attn|ffn|attn1|attn2)"),
     ("HunyuanVideo", r"token_refiner|(img|txt)_mlp[._]fc|(img|txt)_mod[._]linear|modulation[._]linear"),
@@ -219,6 +244,8 @@ def where(module: str) -> tuple[str, list[str], bool]:
             layers = _NAMES[model][template]
             count = _BLOCKS.get(layers[0].split(".")[0])
             if number and int(number[1]) >= count:
-                raise ValueError(f"FLUX.1 has no layer {module}, its blocks there are {count}: made for another model. Give a LoRA of FLUX.1")
+                raise ValueError(
+                    f"FLUX.1 has no layer {module}, its blocks there are {count}: made for another model. Give a LoRA of FLUX.1"
+                )
             return model, [layer.replace("#", number[1]) if number else layer for layer in layers], template == SWAPPED.replace(".", "_")
     raise ValueError(f"FLUX.1 has no layer {module}. Give a LoRA of FLUX.1")

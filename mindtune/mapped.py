@@ -1,7 +1,7 @@
-"""A safetensors file as NumPy arrays that lie in the file: nothing is read before it is used, and float8 and bfloat16 are read too.
+"""A safetensors file as NumPy arrays that lie in the file, float8 and bfloat16 too. Nothing is read before it is used.
 
-The format: the header's length (8 bytes, little-endian), the header as JSON (name -> dtype, shape, first and last byte), the data.
-Source: github.com/huggingface/safetensors, README.md.
+The format: the header's length (8 bytes, little-endian), the header as JSON (name -> dtype, shape, first and last byte), then
+the data. Source: github.com/huggingface/safetensors, README.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ _TYPES = {
     "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64,
     "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-_STARTS = {b"PK": "a zip archive or a pickle", b"\x80": "a pickle", b"version https": "a pointer of Git LFS", b"<": "a web page", b"GGUF": "GGUF"}
+_STARTS = {
+    b"PK": "a zip archive or a pickle",
+    b"\x80": "a pickle",
+    b"version https": "a pointer of Git LFS",
+    b"<": "a web page",
+    b"GGUF": "GGUF",
+}
 
 
 def read_mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
