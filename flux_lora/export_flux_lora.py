@@ -2,7 +2,8 @@
 
     python export_flux_lora.py --lora out/pytorch_lora_weights.safetensors --format kohya --output dog_kohya.safetensors
 
-Reads any of the three and leaves one file; the adapter does the same in all of them, to the rounding of --dtype.
+Reads the layouts of other tools too (docs/flux_lora.md) and leaves one file; the adapter does the same in all of them, to the rounding
+of --dtype.
 """
 
 import argparse
@@ -18,7 +19,7 @@ def parse_args(argv=None):
     add("--lora", required=True, help="The adapter, a .safetensors file or the directory that holds it.")
     add("--format", required=True, choices=lora_layouts.LAYOUTS, help="Layout to write.")
     add("--output", required=True, help="The file to write, .safetensors.")
-    add("--dtype", choices=["fp32", "fp16", "bf16"], help="Type of its weights. Default: the adapter's own.")
+    add("--dtype", choices=["fp32", "fp16", "bf16"], help="Type of its weights. Default: the adapter's own, fp16 for 8-bit ones.")
     add("--overwrite", action="store_true", help="Replace a file that is already there.")
     return parser.parse_args(argv)
 
@@ -39,7 +40,7 @@ def main(argv=None):
     try:
         checkpoint.write_atomically(output, lambda path: ranks.update(lora.write_lora(path, tensors, alphas, args.format, dtype)))
     except ValueError as error:
-        raise UserError(f"--lora {source}: {error}. Give a LoRA of FLUX.1.") from None
+        raise UserError(f"--lora {source}: {error}.") from None
     print(f"{output}: {args.format} layout, {lora.count_ranks(ranks)}, {args.dtype or 'type as it was'}")
     return 0
 

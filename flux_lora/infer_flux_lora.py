@@ -1,4 +1,4 @@
-"""Pictures from FLUX.1 with a LoRA of train_dreambooth_lora_flux.py, or in diffusers', kohya's or ComfyUI's layout.
+"""Pictures from FLUX.1 with a LoRA of train_dreambooth_lora_flux.py, or of another tool (docs/flux_lora.md).
 
     python infer_flux_lora.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --lora out/pytorch_lora_weights.safetensors \\
         --prompt "a photo of sks dog on a beach" --seed 0 --mixed_precision bf16 --output dog.png

@@ -2,13 +2,14 @@
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). The file layout is diffusers':
 `transformer.<module>.lora_A.weight`, `text_encoder.<module>.lora_B.weight` ..., rank, alpha and targets as JSON in the header; files
-in the other layouts of `lora_layouts` are read too.
+in the other layouts of `lora_names` are read too.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -18,18 +19,19 @@ from typing import Optional
 import mindspore as ms
 import numpy as np
 from mindspore import nn
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mindtune import lora_layouts
+from mindtune import lora_layouts, lora_names
 from mindtune.cli import UserError
 from mindtune.flux_blocks import bind
 from mindtune.library import BaseTunerLayer, LoraConfig
+from mindtune.mapped import read_mapped
 from mindtune.precision import LINEAR, NUMPY_TYPES
 from mindtune.rng import normal
 from mindtune.weights import PICKLED
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 TRANSFORMER_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -166,9 +168,10 @@ def _with_header(file: bytes, metadata: dict[str, str]) -> bytes:
 
 
 def find_lora(name: str, flag: str) -> Path:
-    """The file itself, or the adapter in the directory of a run or checkpoint. Raises UserError if there is none."""
+    """The file itself, or the adapter in the directory of a run or checkpoint, or of peft. Raises UserError if there is none."""
     path = Path(name)
-    path = path / LORA_FILE if path.is_dir() else path
+    if path.is_dir():
+        path = path / (PEFT_FILE if (path / PEFT_FILE).is_file() and not (path / LORA_FILE).is_file() else LORA_FILE)
     if path.suffix in PICKLED:
         raise UserError(f"{flag} {path}: a pickle, which can run code and is not loaded. Give a .safetensors file.")
     if not path.is_file():
@@ -177,37 +180,54 @@ def find_lora(name: str, flag: str) -> Path:
 
 
 def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """A and B of a LoRA file by diffusers' names, and alpha by layer: from `.alpha` entries, else from the header, else the rank.
+    """A and B of a LoRA file by diffusers' names, and alpha by layer: from `.alpha` entries, else from the settings, else the rank.
 
-    The file may be in any of `lora_layouts.LAYOUTS`. Raises UserError if it is torn, no LoRA, or of layers that FLUX does not have.
+    Settings are in the header of diffusers' files and in adapter_config.json beside peft's. The arrays may lie in the file. Raises
+    UserError, which says what the file is, unless it is a plain LoRA of FLUX.1 in one of `lora_names.LAYOUTS_READ`.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{flag} {path}: cannot be read as safetensors ({error}).") from None
-    layout = lora_layouts.layout_of(tensors)
-    if layout is None:
-        raise UserError(f"{flag} {path}: holds no lora_A/lora_B or lora_down/lora_up weights. Give a LoRA of FLUX.1.")
+        found, header = read_mapped(path)
+        tensors = lora_layouts.to_diffusers(found)
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: {error}.") from None
+    settings = {} if any(name.endswith("alpha") for name in found) else _settings_beside(path, header, lora_names.layout_of(found), flag)
     try:
-        tensors = lora_layouts.to_diffusers(tensors)
-        settings = json.loads(header.get("lora_adapter_metadata", "{}")) if layout == "diffusers" else {}
         return tensors, _alphas(tensors, settings)
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:  # settings of another shape too
-        raise UserError(f"{flag} {path}: {error}. Give a LoRA of FLUX.1.") from None
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:  # settings of another shape
+        raise UserError(f"{flag} {path}: the settings that come with it cannot be used ({error}). Give a LoRA of FLUX.1.") from None
+
+
+def _settings_beside(path: Path, header: dict[str, str], layout: str, flag: str) -> dict:
+    """peft's settings of a file, each name after its model and a dot."""
+    beside = path.with_name(PEFT_SETTINGS)
+    try:
+        if layout == "diffusers":
+            return json.loads(header.get("lora_adapter_metadata", "{}"))
+        if layout in ("peft", "bare") and beside.is_file():
+            own = json.loads(beside.read_text(encoding="utf-8"))
+            return {f"{model}.{name}": value for model in ("transformer", "text_encoder") for name, value in own.items()}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{flag} {path}: the settings that come with it cannot be read ({error}). Give a LoRA of FLUX.1.") from None
+    return {}
 
 
 def _alphas(tensors: dict[str, np.ndarray], settings: dict) -> dict[str, float]:
-    """Alpha of every layer; its `.alpha` entry, if there is one, is taken out of `tensors`."""
+    """Alpha of every layer; its `.alpha` entry, if there is one, is taken out of `tensors`.
+
+    Of settings with use_rslora the alpha that gives the same change: peft scales by alpha / sqrt(rank) then.
+    """
     alphas = {}
     for name, rank in lora_layouts.ranks(tensors).items():
         prefix, _, module = name.partition(".")
         patterns = settings.get(f"{prefix}.alpha_pattern") or {}  # as peft reads it: whole names or their ends
         own = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
         alphas[name] = float(next(own, settings.get(f"{prefix}.lora_alpha", rank)))
+        if settings.get(f"{prefix}.use_rslora"):
+            alphas[name] *= math.sqrt(rank)
         if (entry := tensors.pop(f"{name}.alpha", None)) is not None:
             alphas[name] = float(entry.item())
+        if not math.isfinite(alphas[name]):
+            raise ValueError(f"alpha of {name} is {alphas[name]}")
     return alphas
 
 

@@ -1,62 +1,37 @@
-"""The tensors of a FLUX LoRA in the three layouts that tools exchange: diffusers', kohya's sd-scripts' and ComfyUI's.
+"""The tensors of a FLUX LoRA in the layouts of other tools: read from any that `lora_names` knows, written in three of them.
 
     diffusers   transformer.<layer>.lora_A.weight, .lora_B.weight               text_encoder.<layer of CLIP>...
     kohya       lora_unet_<native layer>.lora_down.weight, .lora_up.weight      lora_te1_<layer of CLIP>...       with _ for every dot
     comfyui     diffusion_model.<native layer>.lora_A.weight, .lora_B.weight    text_encoders.clip_l.transformer.<layer of CLIP>...
 
 A (or down) is [rank, inputs], B (or up) [outputs, rank]; beside them may be `.alpha`, a number; the layer's weight changes by
-alpha / rank * B A, and by B A without alpha. Native are the layers of Black Forest Labs' own model: there q, k and v are one
-weight, in single blocks with the MLP's first layer below them, and `final_layer.adaLN_modulation.1` gives shift and scale, which
-`norm_out.linear` gives as scale and shift. Layouts as read by sd-scripts `networks/lora_flux.py`, ComfyUI `comfy/lora.py` and
-`flux_to_diffusers` in `comfy/utils.py`, and diffusers' `loaders/single_file_utils.py`. Pure NumPy; raises ValueError.
+alpha / rank * B A, and by B A without alpha. Native are the layers of Black Forest Labs' own model: there q, k and v are one weight, in
+single blocks with the MLP's first layer below them, and `final_layer.adaLN_modulation.1` gives shift and scale, which `norm_out.linear`
+gives as scale and shift. Layouts as read by sd-scripts `networks/lora_flux.py`, ComfyUI `comfy/lora.py` and `flux_to_diffusers` in
+`comfy/utils.py`, and diffusers' `loaders/single_file_utils.py`. Pure NumPy; raises ValueError.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import NamedTuple, Optional
 
+import ml_dtypes
 import numpy as np
 
-LAYOUTS = ("diffusers", "kohya", "comfyui")
-_ROLES = {".lora_A.weight": "a", ".lora_down.weight": "a", ".lora_B.weight": "b", ".lora_up.weight": "b", ".alpha": "alpha"}
+from mindtune import lora_names
+from mindtune.lora_names import NATIVE, SWAPPED
+
+LAYOUTS = ("diffusers", "kohya", "comfyui")  # that are written
+_A_ENDS = (".lora_A.weight", ".lora_down.weight")
+_OTHER_FILE = "Give a LoRA of FLUX.1"
+_FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 _KOHYA_PREFIXES = {"diffusion_model.": "lora_unet_", "text_encoders.clip_l.transformer.": "lora_te1_"}
-_SWAPPED = "diffusion_model.final_layer.adaLN_modulation.1"
 
-
-def _native_layers() -> dict[str, list[str]]:
-    """Layer in ComfyUI's layout -> the layers in diffusers' that it holds, from its first row to its last; # for a block's number."""
-    embed, double, single = "time_text_embed", "transformer_blocks.#", "single_transformer_blocks.#"
-    table = {"img_in": ["x_embedder"], "txt_in": ["context_embedder"], "final_layer.linear": ["proj_out"]}
-    table["final_layer.adaLN_modulation.1"] = ["norm_out.linear"]
-    for native, ours in (("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder")):
-        table[f"{native}.in_layer"], table[f"{native}.out_layer"] = [f"{embed}.{ours}.linear_1"], [f"{embed}.{ours}.linear_2"]
-    streams = (("img", "to_{}", "to_out.0", "ff", "norm1"), ("txt", "add_{}_proj", "to_add_out", "ff_context", "norm1_context"))
-    for stream, projection, out, feed_forward, norm in streams:
-        block = f"double_blocks.#.{stream}"
-        table[f"{block}_attn.qkv"] = [f"{double}.attn.{projection.format(letter)}" for letter in "qkv"]
-        table[f"{block}_attn.proj"] = [f"{double}.attn.{out}"]
-        table[f"{block}_mlp.0"], table[f"{block}_mlp.2"] = [f"{double}.{feed_forward}.net.0.proj"], [f"{double}.{feed_forward}.net.2"]
-        table[f"{block}_mod.lin"] = [f"{double}.{norm}.linear"]
-    table["single_blocks.#.linear1"] = [f"{single}.attn.to_{letter}" for letter in "qkv"] + [f"{single}.proj_mlp"]
-    table["single_blocks.#.linear2"] = [f"{single}.proj_out"]
-    table["single_blocks.#.modulation.lin"] = [f"{single}.norm.linear"]
-    table = {f"diffusion_model.{native}": [f"transformer.{name}" for name in ours] for native, ours in table.items()}
-    for name in [f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]:
-        layer = f"text_model.encoder.layers.#.{name}"
-        table[f"text_encoders.clip_l.transformer.{layer}"] = [f"text_encoder.{layer}"]
-    return table
-
-
-def _kohya_name(native: str) -> str:
-    prefix = next(prefix for prefix in _KOHYA_PREFIXES if native.startswith(prefix))
-    return _KOHYA_PREFIXES[prefix] + native[len(prefix) :].replace(".", "_")
-
-
-_PARTS = _native_layers()
+# Layer in ComfyUI's layout -> the layers in diffusers' that it holds.
+_PARTS = {f"diffusion_model.{native}": [f"transformer.{layer}" for layer in layers] for native, layers in NATIVE.items()}
+_PARTS.update({f"text_encoders.clip_l.transformer.{layer}": [f"text_encoder.{layer}"] for layer in lora_names.CLIP})
 _NATIVE = {part: native for native, parts in _PARTS.items() for part in parts}
-_KOHYA = {_kohya_name(native): native for native in _PARTS}
 
 
 class _Lora(NamedTuple):
@@ -65,44 +40,37 @@ class _Lora(NamedTuple):
     scale: float  # alpha / rank
 
 
-def layout_of(names: Iterable[str]) -> Optional[str]:
-    """The layout of a file with these entries, or None if it is no LoRA."""
-    modules = [name[: -len(end)] for name in names for end, role in _ROLES.items() if role != "alpha" and name.endswith(end)]
-    if not modules:
-        return None
-    if any(module.startswith(("lora_unet_", "lora_te")) for module in modules):
-        return "kohya"
-    return "comfyui" if any(module.startswith(("diffusion_model.", "text_encoders.")) for module in modules) else "diffusers"
+def _kohya_name(native: str) -> str:
+    prefix = next(prefix for prefix in _KOHYA_PREFIXES if native.startswith(prefix))
+    return _KOHYA_PREFIXES[prefix] + native[len(prefix) :].replace(".", "_")
 
 
 def ranks(tensors: dict[str, np.ndarray]) -> dict[str, int]:
-    """The rank of every layer that the tensors adapt, in whatever layout."""
-    ends = [end for end, role in _ROLES.items() if role == "a"]
-    return {name[: -len(end)]: a.shape[0] for name, a in tensors.items() for end in ends if name.endswith(end)}
+    """The rank of every layer that the tensors adapt, in a layout that is written."""
+    return {name[: -len(end)]: a.shape[0] for name, a in tensors.items() for end in _A_ENDS if name.endswith(end)}
 
 
 def to_diffusers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors in diffusers' layout, from any of the three. `.alpha` is left out where it is the rank.
+    """The tensors in diffusers' layout, from any of `lora_names.LAYOUTS_READ`. `.alpha` is left out where it is the rank.
 
     Of a native weight that holds several layers, a layer gets its block, if B consists of equal blocks on the diagonal, without the
     columns that only fill it up: those that are zero in A and B. Any other B gives a layer all columns in which its own rows are not
     all zero, with their rows of A. A layer that is left with no column was not adapted. (An adapter that was never trained has a B of
-    zeros, so it counts as blocks; where its rank does not divide, each layer gets all of A.)
+    zeros, so it counts as blocks; where its rank does not divide, each layer gets all of A.) Weights of 8 bits become float16, which
+    holds every value that they can have.
 
-    Raises ValueError for a layer that FLUX does not have, for entries that are no part of a LoRA, and for shapes that cannot be.
+    Raises ValueError for another kind of file, a layer that FLUX does not have, and for shapes and values that cannot be.
     """
-    found, layout = _modules(tensors), layout_of(tensors)
-    if layout == "diffusers":
-        return tensors
-    loras = {}
-    for module, lora in found.items():
-        template, number = _template(module)
-        native = _KOHYA.get(template) if layout == "kohya" else template
-        if native not in _PARTS:
-            raise ValueError(f"FLUX.1 has no layer {module}")
-        names = [part.replace("#", number) for part in _PARTS[native]]
-        parts = _split(module, lora, len(names)) if len(names) > 1 else [_swap(lora) if native == _SWAPPED else lora]
-        loras.update({name: part for name, part in zip(names, parts) if part is not None})
+    loras, origin = {}, {}
+    for module, entry in lora_names.modules(tensors).items():
+        model, names, swapped = lora_names.where(module)
+        lora = _lora(module, {role: tensors[name] for role, name in entry.items()})
+        parts = _split(module, lora, len(names)) if len(names) > 1 else [_swap(lora) if swapped else lora]
+        for layer in (f"{model}.{name}" for name in names):
+            if layer in origin:
+                raise ValueError(f"{origin[layer]} and {module} both adapt {layer}. Keep one of them")
+            origin[layer] = module
+        loras.update({f"{model}.{name}": part for name, part in zip(names, parts) if part is not None})
     return _tensors(loras, "lora_A", "lora_B", every_alpha=False)
 
 
@@ -119,38 +87,49 @@ def from_diffusers(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.
     if layout == "diffusers":
         return tensors
     groups: dict[str, dict[str, _Lora]] = {}
-    for module, lora in _modules(tensors).items():
+    for module, entry in lora_names.modules(tensors).items():
+        lora = _lora(module, {role: tensors[name] for role, name in entry.items()})
         template, number = _template(module)
         if template not in _NATIVE:
-            raise ValueError(f"{layout}'s layout has no name for the layer {module}")
+            raise ValueError(f"{layout}'s layout has no name for the layer {module}. {_OTHER_FILE}")
         groups.setdefault(_NATIVE[template].replace("#", number), {})[template] = lora
     loras = {}
     for native, found in groups.items():
         template = _template(native)[0]
         parts = [found.get(part) for part in _PARTS[template]]
         lora = _fuse(native, parts) if len(parts) > 1 else parts[0]
-        loras[native] = _swap(lora) if template == _SWAPPED else lora
+        loras[native] = _swap(lora) if template == f"diffusion_model.{SWAPPED}" else lora
     if layout == "kohya":
         return _tensors({_kohya_name(native): lora for native, lora in loras.items()}, "lora_down", "lora_up", every_alpha=True)
     return _tensors(loras, "lora_A", "lora_B", every_alpha=True)
 
 
-def _modules(tensors: dict[str, np.ndarray]) -> dict[str, _Lora]:
-    """Layers by name, in whatever layout."""
-    entries: dict[str, dict[str, np.ndarray]] = {}
-    for name, value in tensors.items():
-        end = next((end for end in _ROLES if name.endswith(end)), None)
-        if end is None:
-            raise ValueError(f"{name} is neither A nor B nor alpha of a LoRA; other kinds of adapters are not supported")
-        entries.setdefault(name[: -len(end)], {})[_ROLES[end]] = value
-    found = {}
-    for module, entry in entries.items():
-        shapes = [entry[role].shape if role in entry else "nothing" for role in "ab"]
-        if "nothing" in shapes or [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
-            raise ValueError(f"A and B of {module} are {shapes[0]} and {shapes[1]}, which is no LoRA of a linear layer")
-        rank = shapes[0][0]
-        found[module] = _Lora(entry["a"], entry["b"], float(entry["alpha"].item()) / rank if "alpha" in entry else 1.0)
-    return found
+def _lora(module: str, entry: dict[str, np.ndarray]) -> _Lora:
+    shapes = [entry[role].shape if role in entry else "nothing" for role in "ab"]
+    if "nothing" in shapes or [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
+        raise ValueError(f"A and B of {module} are {shapes[0]} and {shapes[1]}, which is no LoRA of a linear layer. {_OTHER_FILE}")
+    if 0 in shapes[0] + shapes[1]:
+        raise ValueError(f"A and B of {module} are {shapes[0]} and {shapes[1]}: empty. {_OTHER_FILE}")
+    a, b = (_float(f"{role.upper()} of {module}", entry[role]) for role in "ab")
+    return _Lora(a, b, _alpha(module, entry["alpha"]) / a.shape[0] if "alpha" in entry else 1.0)
+
+
+def _float(what: str, value: np.ndarray) -> np.ndarray:
+    if value.dtype in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
+        value = value.astype(np.float16)
+    if value.dtype not in _FLOATS:
+        raise ValueError(f"{what} is stored as {value.dtype}, not as floating point: quantised LoRAs are not read. {_OTHER_FILE}")
+    if not np.isfinite(value).all():
+        raise ValueError(f"{what} holds NaN or infinity: the file is damaged, or its training failed. {_OTHER_FILE}")
+    return value
+
+
+def _alpha(module: str, value: np.ndarray) -> float:
+    """One number, whatever its shape."""
+    values = np.unique(value.astype(np.float64))
+    if values.size != 1 or not np.isfinite(values[0]):
+        raise ValueError(f"alpha of {module} is {value.tolist()}, expected one finite number. {_OTHER_FILE}")
+    return float(values[0])
 
 
 def _tensors(loras: dict[str, _Lora], a: str, b: str, every_alpha: bool) -> dict[str, np.ndarray]:
@@ -179,7 +158,9 @@ def _fuse(native: str, parts: list[Optional[_Lora]]) -> _Lora:
     rows = _rows(len(parts), inputs)
     for part, outputs in zip(parts, rows):
         if part is not None and (part.a.shape[1], part.b.shape[0]) != (inputs, outputs):
-            raise ValueError(f"A and B of a layer in {native} are {part.a.shape} and {part.b.shape}, expected {inputs} -> {outputs}")
+            raise ValueError(
+                f"A and B of a layer in {native} are {part.a.shape} and {part.b.shape}, expected {inputs} -> {outputs}. {_OTHER_FILE}"
+            )
     scale = found[0].scale
     if any(part.scale != scale for part in found):
         parts = [part and part._replace(b=(part.b * np.float32(part.scale)).astype(part.b.dtype)) for part in parts]
@@ -200,7 +181,7 @@ def _fuse(native: str, parts: list[Optional[_Lora]]) -> _Lora:
 def _split(module: str, lora: _Lora, count: int) -> list[Optional[_Lora]]:
     (rank, inputs), rows = lora.a.shape, _rows(count, lora.a.shape[1])
     if lora.b.shape[0] != sum(rows):
-        raise ValueError(f"B of {module} has {lora.b.shape[0]} rows, expected {sum(rows)} for {inputs} inputs")
+        raise ValueError(f"B of {module} has {lora.b.shape[0]} rows, expected {sum(rows)} for {inputs} inputs. {_OTHER_FILE}")
     pieces = np.split(lora.b, np.cumsum(rows)[:-1])
     used = np.array([np.any(piece != 0, axis=0) for piece in pieces])
     blocks = np.arange(rank) * count // rank == np.arange(count)[:, None]

@@ -171,8 +171,8 @@ def torn(path):
 @pytest.mark.parametrize(
     "make, sentence",
     [
-        (unknown_layer, r"--lora .*in.safetensors: kohya's layout has no name for the layer transformer.controlnet_x_embedder"),
-        (no_lora, r"--lora .*in.safetensors: holds no lora_A/lora_B or lora_down/lora_up weights. Give a LoRA of FLUX.1"),
+        (unknown_layer, r"--lora .*in.safetensors: FLUX.1 has no layer transformer.controlnet_x_embedder"),
+        (no_lora, r"--lora .*in.safetensors: holds no lora_A/lora_B or lora_down/lora_up weights, but whole weights .*img_in.weight"),
         (torn, r"--lora .*in.safetensors: cannot be read as safetensors"),
         (
             lambda path: path.mkdir(),

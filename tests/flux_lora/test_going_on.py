@@ -174,11 +174,11 @@ REFUSED = {
     ),
     "Stable Diffusion's": (
         lambda path: foreign(path, "unet.mid_block.attentions.0.proj_in", 32, 32),
-        ["made for another model; it adapts unet, not transformer or text_encoder"],
+        ["made for Stable Diffusion", "unet.mid_block.attentions.0.proj_in", "Give a LoRA of FLUX.1"],
     ),
     "Stable Diffusion's in kohya's layout": (
         lambda path: foreign(path, "lora_unet_mid_block_attentions_0_proj_in", 32, 32),
-        ["FLUX.1 has no layer lora_unet_mid_block_attentions_0_proj_in"],
+        ["made for Stable Diffusion", "lora_unet_mid_block_attentions_0_proj_in", "Give a LoRA of FLUX.1"],
     ),
     "CLIP's without training CLIP": (
         lambda path: foreign(path, "lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 32, 32),

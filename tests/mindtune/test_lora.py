@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mindtune import lora, lora_layouts
+from mindtune import lora, lora_layouts, lora_names
 from mindtune.cli import UserError
 from mindtune.flow import latent_image_ids
 from mindtune.models import flux_skeleton, load_model
@@ -367,6 +367,31 @@ def test_the_headers_alpha_of_a_module_counts_more(load, tmp_path, key):
     check_scales(load, path, tensors, {Q0: 3.0 if key == "attn.to_q" else 0.5, SINGLE: 1.5})
 
 
+def test_the_headers_rslora_divides_alpha_by_the_root_of_the_rank(load, tmp_path):
+    settings = {"transformer.r": 4, "transformer.lora_alpha": 3, "transformer.use_rslora": True}
+    path, tensors = foreign(tmp_path / "f", {Q0: 4, SINGLE: 16}, {"lora_adapter_metadata": json.dumps(settings)})
+    check_scales(load, path, tensors, {Q0: 3 / 2, SINGLE: 3 / 4})
+
+
+def test_pefts_directory_has_alpha_in_its_own_file(load, tmp_path):
+    """peft's save_pretrained: adapter_model.safetensors, and what it was trained with in adapter_config.json."""
+    path, tensors = foreign(tmp_path / "adapter_model.safetensors", {Q0: 4, SINGLE: 8})
+    save_file({name.replace("transformer.", "base_model.model.", 1): value for name, value in tensors.items()}, path)
+    check_scales(load, path, tensors, {Q0: 1.0, SINGLE: 1.0})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2, "alpha_pattern": {SINGLE: 12}}))
+    assert lora.find_lora(str(tmp_path), "--lora") == path
+    check_scales(load, path, tensors, {Q0: 0.5, SINGLE: 1.5})
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"lora_alpha": "x"}', '{"lora_alpha": NaN}', '{"alpha_pattern": {"[": 1}}', "[" * 100_000])
+def test_settings_that_cannot_be_used_are_said(tmp_path, text):
+    path, tensors = foreign(tmp_path / "adapter_model.safetensors", {Q0: 4})
+    save_file({name.replace("transformer.", "base_model.model.", 1): value for name, value in tensors.items()}, path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"--lora .*adapter_model.safetensors: the settings that come with it cannot be"):
+        lora.read_lora(path, "--lora")
+
+
 @pytest.mark.parametrize("layout", ["kohya", "comfyui"])
 def test_the_layouts_of_other_tools_load_as_ours(load, tmp_path, layout):
     """Different ranks and alphas, q alone in one block, and the layer whose halves are exchanged."""
@@ -376,7 +401,7 @@ def test_the_layouts_of_other_tools_load_as_ours(load, tmp_path, layout):
     tensors["transformer.norm_out.linear.lora_B.weight"] = rng.standard_normal((2 * WIDTH, 3)).astype(np.float32)
     alphas = {f"transformer.{Q0}": 6.0, "transformer.norm_out.linear": 1.0}
     assert lora.write_lora(path, tensors, alphas, layout) == lora_layouts.ranks(load_file(path))
-    assert lora_layouts.layout_of(load_file(path)) == layout
+    assert lora_names.layout_of(load_file(path)) == layout
     scales = {Q0: 3.0, SINGLE: 1.0, "single_transformer_blocks.0.attn.to_k": 1.0, "norm_out.linear": 1 / 3}
     check_scales(load, path, tensors, scales)
 
@@ -472,16 +497,17 @@ def test_what_is_no_linear_layer_is_no_target(tiny_flux, target):
 
 
 def test_a_part_for_a_model_that_is_not_there_is_not_silently_dropped(load, tmp_path):
-    extra = {f"text_encoder_2.encoder.q.lora_{x}.weight": np.zeros((4, 4), np.float32) for x in "AB"}
+    clip = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    extra = {f"{clip}.lora_{x}.weight": np.zeros((4, 4), np.float32) for x in "AB"}
     path, _ = foreign(tmp_path / "f", {Q0: 4}, extra=extra)
-    with pytest.raises(UserError, match="it adapts text_encoder_2, not transformer"):
+    with pytest.raises(UserError, match="it adapts text_encoder, not transformer"):
         lora.load_lora(path, {"transformer": load()}, ms.float32)
 
 
 def test_other_kinds_of_adapters_are_refused(load, tmp_path):
     """DoRA scales the sum of weight and change: leaving its entries out would draw something else."""
     path, _ = foreign(tmp_path / "f", {Q0: 4}, extra={f"transformer.{Q0}.lora_magnitude_vector": np.ones(WIDTH, np.float32)})
-    with pytest.raises(UserError, match="lora_magnitude_vector is neither A nor B nor alpha"):
+    with pytest.raises(UserError, match="lora_magnitude_vector: DoRA"):
         lora.load_lora(path, {"transformer": load()}, ms.float32)
 
 
