@@ -443,13 +443,16 @@ def main(argv=None):
     )
     devices.same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
-    rows = [
-        (prompt, sampling.condition_picture(path, "--validation_image", args.resolution))
-        for prompt, path in matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
-    ]
+    to_draw = matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
+    for path in args.validation_image:
+        sampling.require_condition(path, "--validation_image")  # before the data are looked at, which takes longer
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
     seed = devices.gather(seed)[0]
     pair_data = load_data(args, seed)
+    rows = [
+        (prompt, sampling.condition_picture(path, "--validation_image", args.resolution, 16, pair_data.background))
+        for prompt, path in to_draw
+    ]
     logging_dir = output_dir / args.logging_dir
     output_dir.mkdir(parents=True, exist_ok=True)
 

@@ -266,7 +266,7 @@ def refusal(call=load_pairs, **arguments):
         ({"text": [["a", "b"]] * COUNT}, {}, "--caption_column text: holds List, not text"),
         ({"text": IMAGES}, {}, "--caption_column text: holds Image, not text"),
         ({"text": [{"a": 1}] * COUNT}, {}, "--caption_column text: holds a struct, not text"),
-        ({"image": list(range(COUNT))}, {}, "--image_column image: holds int64, not pictures"),
+        ({"image": list(range(COUNT))}, {}, "--image_column image: holds int64, not images"),
     ],
 )
 def test_columns_that_do_not_fit(tmp_path, open_pairs, columns, flags, message):
