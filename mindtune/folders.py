@@ -210,7 +210,7 @@ def metadata_captions(path: Path, caption_column: Optional[str]) -> dict[str, Op
             else:
                 captions[found], lines[found] = caption, number
     except UnicodeDecodeError:
-        raise UserError(f"{shown(path)}: is not UTF-8 after line {number}. Save the file as UTF-8 ({SAVE_AS_UTF8}).") from None
+        raise UserError(f"{shown(path)}: not UTF-8 after line {number}. Save the file as UTF-8 ({SAVE_AS_UTF8}).") from None
     if bad:
         keys = keys or (FILE_KEYS[0], caption_column or CAPTION_KEYS[0])
         raise UserError(

@@ -106,12 +106,10 @@ def decode(content: bytes) -> Image.Image:
     except (ValueError, SyntaxError, OSError, struct.error):
         if content[:8] != b"\x89PNG\r\n\x1a\n":
             raise
-        for keep in ((b"XML:com.adobe.xmp", b"Raw profile type exif"), ()):  # which may hold the orientation
-            try:
-                return _upright(b"".join(_plain_png(content, keep)))
-            except Exception:  # the first error is the one to tell
-                continue
-        raise
+    try:
+        return _upright(b"".join(_plain_png(content, (b"XML:com.adobe.xmp", b"Raw profile type exif"))))  # which may hold the orientation
+    except (ValueError, SyntaxError, OSError, struct.error):
+        return _upright(b"".join(_plain_png(content, ())))
 
 
 def _upright(content: bytes) -> Image.Image:
@@ -188,10 +186,12 @@ def ink(image: Image.Image) -> Optional[Ink]:
     """Of an upright image; None if it has no transparent pixel."""
     if not is_transparent(image):
         return None
-    pixels = np.asarray(image.convert("RGBA"), dtype=np.float32)
-    alpha, colours = pixels[:, :, 3] / 255.0, pixels[:, :, :3]
-    if alpha.min() == 1.0:
+    image = image.convert("RGBA")
+    if image.getextrema()[3][0] == 255:
         return None
+    image = image.reduce(max(1, int((image.width * image.height / 1e6) ** 0.5)))  # averages, weighted by their alpha
+    pixels = np.asarray(image, dtype=np.float32)
+    alpha, colours = pixels[:, :, 3] / 255.0, pixels[:, :, :3]
     on_white, on_black = (alpha * away.max(axis=2) for away in (255.0 - colours, colours))
     return Ink(float(on_white.mean()), float(on_black.mean()))
 
