@@ -177,7 +177,7 @@ def _split(found: Any, where: str, say: Callable[[str], None]) -> Any:
         raise UserError(f"{where}: has no split train but {', '.join(found)}. Name or keep one of them only.")
     used = "train" if "train" in found else next(iter(found))
     if others := [name for name in found if name != used]:
-        say(f"{where}: only the split {used} is used, not {', '.join(others)}")
+        say(f"{where}: only the split {used} is used, not {', '.join(map(str, others))}")
     return found[used]
 
 
