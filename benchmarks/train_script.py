@@ -24,7 +24,7 @@ from mindspore import nn  # noqa: E402
 from shapes import draw_scene, picture  # noqa: E402  (examples/tiny)
 from step_mindspore import load_plainly, memory, require_plain, use_mindone_plainly  # noqa: E402  (beside this one)
 
-from mindtune import data, encode, models, precision  # noqa: E402
+from mindtune import data, encode, folders, models, precision  # noqa: E402
 
 CALLS, WAITS = [], []  # (began, ended) of every call of the step with its result read, seconds waited for every batch
 
@@ -135,7 +135,7 @@ def encode_pictures(job):
     """Pictures a second of the encode stage, decoding and writing its entries included, after the first two."""
     models.set_up_device(graph_mode=False)
     stage = encode.Stage(Path(job["root"]), None, "no", Path(job["out"]), 12)
-    samples, put, ends = data.samples_in_folder(job["pictures"], "pictures")[: job["count"]], stage.cache.put, []
+    samples, put, ends = folders.samples_in_folder(job["pictures"], "pictures")[: job["count"]], stage.cache.put, []
 
     def watched_put(key, entry):
         put(key, entry)

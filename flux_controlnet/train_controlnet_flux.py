@@ -446,8 +446,7 @@ def main(argv=None):
     )
     devices.same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
-    for flag in ("cache_dir",):
-        checkpoint.require_writable(f"--{flag}", getattr(args, flag))
+    checkpoint.require_writable("--cache_dir", args.cache_dir)
     token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
     repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
     root = pipelines.resolve_pipeline(
@@ -463,13 +462,16 @@ def main(argv=None):
     for flag, key in (("num_double_layers", "num_layers"), ("num_single_layers", "num_single_layers")):
         if not existing and getattr(args, flag) > transformer_config[key]:
             raise UserError(f"--{flag} {getattr(args, flag)}: the transformer has {transformer_config[key]} such blocks to copy.")
-    rows = [
-        (prompt, sampling.condition_picture(path, "--validation_image", args.resolution))
-        for prompt, path in matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
-    ]
+    to_draw = matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
+    for path in args.validation_image:
+        sampling.require_condition(path, "--validation_image")  # before the data are looked at, which takes longer
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
     seed = devices.gather(seed)[0]
     pair_data = load_data(args, seed)
+    rows = [
+        (prompt, sampling.condition_picture(path, "--validation_image", args.resolution, 16, pair_data.background))
+        for prompt, path in to_draw
+    ]
     logging_dir = output_dir / args.logging_dir
     output_dir.mkdir(parents=True, exist_ok=True)
 

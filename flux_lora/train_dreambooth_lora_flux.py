@@ -29,9 +29,11 @@ from mindtune import (
     data,
     devices,
     flow,
+    folders,
     hub,
     library,
     lora,
+    metadata,
     models,
     optim,
     pipelines,
@@ -40,11 +42,12 @@ from mindtune import (
     report,
     rng,
     sampling,
+    tables,
     tracking,
     zero,
 )
 from mindtune.cache import encoder_fingerprint
-from mindtune.cli import StopRequest, UserError, check_flags, run, tell
+from mindtune.cli import StopRequest, UserError, check_flags, run, shown, tell
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
 from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
 from mindtune.weights import linear_layers, weight_files
@@ -211,10 +214,9 @@ def check_args(args):
         for name in ("dataset_config_name", "image_column"):
             if getattr(args, name):
                 raise UserError(f"--{name} {getattr(args, name)}: belongs to --dataset_name; leave it out with --instance_data_dir.")
-        if args.caption_column and not Path(args.instance_data_dir, "metadata.jsonl").is_file():
-            raise UserError(
-                f"--caption_column {args.caption_column}: there is no metadata.jsonl in {args.instance_data_dir} to read it from."
-            )
+        folder = Path(args.instance_data_dir)
+        if args.caption_column and folder.is_dir() and not metadata.metadata_file(folder):
+            raise UserError(f"--caption_column {args.caption_column}: {folder} has no metadata.jsonl or metadata.csv to read it from.")
     if args.class_prompt and not args.class_data_dir:
         raise UserError("--class_prompt without --class_data_dir: name the directory where class pictures are or shall be kept.")
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
@@ -243,13 +245,16 @@ def check_args(args):
 def load_samples(args, sizes):
     """Every usable picture with its caption, checked to the last pixel row. Raises UserError."""
     if args.dataset_name:
-        flag = f"--dataset_name {args.dataset_name}"
-        samples = data.samples_in_dataset(
-            args.dataset_name, args.dataset_config_name, args.cache_dir, args.image_column, args.caption_column
-        )
+        flag = f"--dataset_name {shown(args.dataset_name)}"
+        samples = tables.samples_in_dataset(
+            tables.Source(
+                args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, image_column=args.image_column,
+                caption_column=args.caption_column,
+            )
+        )  # fmt: skip
     else:
-        flag = f"--instance_data_dir {args.instance_data_dir}"
-        samples = data.samples_in_folder(args.instance_data_dir, "--instance_data_dir", args.caption_column)
+        flag = f"--instance_data_dir {shown(args.instance_data_dir)}"
+        samples = folders.samples_in_folder(args.instance_data_dir, "--instance_data_dir", args.caption_column)
     samples = samples[: args.max_train_samples]
     samples = data.preflight(samples, buckets.wanted(sizes), flag, args.skip_bad_images, args.dataloader_num_workers)
     bare = [sample.name for sample in samples if sample.caption is None]
@@ -266,15 +271,15 @@ def class_shares(args, numbers):
     return {int(k): max(1, round(args.num_class_images * n / len(numbers))) for k, n in zip(found, counts)}
 
 
-def class_samples(args, sizes, shares):
-    """The usable class pictures that are there, of every bucket in `shares` at most so many, maybe none yet. Raises UserError."""
+def class_samples(args, sizes, shares, say=print):
+    """The usable class images that are there, of every bucket in `shares` at most so many, maybe none yet. Raises UserError."""
     folder = Path(args.class_data_dir)
-    if not folder.is_file() and not any(p.suffix.lower() not in data.NOT_IMAGES for p in folder.glob("[!.]*")):
+    if folders.holds_no_image(folder):
         return [], np.array([], int)
-    samples = data.samples_in_folder(args.class_data_dir, "--class_data_dir")
+    samples = folders.samples_in_folder(args.class_data_dir, "--class_data_dir", say=say)
     for sample in samples:
         sample.caption = sample.caption or args.class_prompt
-    used, flag = [sizes[k] for k in shares], f"--class_data_dir {folder}"
+    used, flag = [sizes[k] for k in shares], f"--class_data_dir {shown(folder)}"
     samples = data.preflight(samples, buckets.wanted(used), flag, args.skip_bad_images, args.dataloader_num_workers)
     numbers = np.array(list(shares))[buckets.bucket_numbers(samples, used)]
     places = [place for place, k in enumerate(numbers) if np.count_nonzero(numbers[:place] == k) < shares[k]]
@@ -568,7 +573,7 @@ def main(argv=None):
     stage = make_stage(args, root, args.mixed_precision)
     if len(prior_samples) < sum(shares.values()):
         make_class_images(args, root, seed, sizes, shares, prior_numbers)
-        prior_samples, prior_numbers = class_samples(args, sizes, shares)
+        prior_samples, prior_numbers = class_samples(args, sizes, shares, say=lambda line: None)  # what it left out is said
     captions = [s.caption for s in samples + prior_samples] + args.validation_prompt
     images = []
     if args.cache_latents:

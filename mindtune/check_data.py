@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 from mindtune.buckets import crop_sizes, nearest_bucket, wanted
-from mindtune.cli import UserError, listing, run
-from mindtune.data import Sample, prefetch, samples_in_dataset, samples_in_folder, usable_size
-from mindtune.pairs import Pair, Source, check_source_flags, load_pairs, usable_pair_size
+from mindtune.cli import UserError, listing, run, shown
+from mindtune.data import Sample, animation_notes, prefetch, usable
+from mindtune.folders import holds_no_image, samples_in_folder
+from mindtune.pairs import Notes, check_source_flags, load_pairs, usable_pair
+from mindtune.tables import Source, samples_in_dataset
 
 # FLUX.1-dev's: latent channels, pixels a latent, T5's and CLIP's width; tokens are --max_sequence_length.
 FLUX_DEV = {"kind": "flux", "channels": 16, "factor": 8, "widths": [4096, 768]}
@@ -64,27 +66,38 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
 # ---- finding -------------------------------------------------------------------------------------------------------------------------
 
 
-def found_pictures(samples: list[Sample], sizes: list[tuple[int, int]], threads: int) -> list[Found]:
-    def one(place: int) -> Found:
+def found_pictures(samples: list[Sample], sizes: list[tuple[int, int]], threads: int, flag: str, notes: list[str]) -> list[Found]:
+    def one(place: int) -> tuple[Found, bool]:
         sample = samples[place]
-        size = usable_size(sample, wanted(sizes))
-        return Found(sample.name, size, "" if isinstance(size, str) else sample.digest, sample.caption)
+        looked = usable(sample, wanted(sizes))
+        digest = "" if isinstance(looked.size, str) else sample.digest
+        return Found(sample.name, looked.size, digest, sample.caption), looked.animated
 
-    return list(prefetch(one, range(len(samples)), threads))
-
-
-def found_pairs(pairs: Any, sizes: list[tuple[int, int]], threads: int) -> list[Found]:
-    def one(place: int) -> Found:
-        pair: Pair = pairs[place]
-        size = usable_pair_size(pair, wanted(sizes))
-        digest = "" if isinstance(size, str) else pair.image.digest + pair.condition.digest
-        return Found(pair.image.name, size, digest, pair.caption)
-
-    return list(prefetch(one, range(len(pairs)), threads))
+    found = list(prefetch(one, range(len(samples)), threads))
+    notes += animation_notes((item.name for item, animated in found if animated), flag)
+    return [item for item, _ in found]
 
 
-def look(flags: dict, sizes: list[tuple[int, int]], cache_dir: str) -> tuple[str, dict[str, list[Found]]]:
-    """ "pictures" or "pairs", and what each directory or data set holds. Raises UserError if it cannot be read at all."""
+def found_pairs(pairs: Any, sizes: list[tuple[int, int]], threads: int, flag: str, notes: list[str]) -> list[Found]:
+    def one(place: int) -> tuple:
+        pair = pairs[place]
+        looked = usable_pair(pair, wanted(sizes))
+        digest = "" if isinstance(looked.size, str) else pair.image.digest + pair.condition.digest
+        return pair, looked, Found(pair.image.name, looked.size, digest, pair.caption)
+
+    found, said = [], Notes()
+    for pair, looked, item in prefetch(one, range(len(pairs)), threads):
+        said.add(pair, looked)
+        found.append(item)
+    notes += said.lines(flag)
+    return found
+
+
+def look(flags: dict, sizes: list[tuple[int, int]], cache_dir: str, notes: list[str]) -> tuple[str, dict[str, list[Found]]]:
+    """ "pictures" or "pairs", and what each directory or data set holds; `notes` gets what a run would say of it.
+
+    Raises UserError if it cannot be read at all.
+    """
     threads, most = flags["dataloader_num_workers"], flags["max_train_samples"]
     if flags["instance_data_dir"] or (flags["dataset_name"] and not flags["conditioning_image_column"]):
         if others := [name for name in ("train_data_dir", "jsonl_for_train") if flags[name]]:
@@ -93,18 +106,26 @@ def look(flags: dict, sizes: list[tuple[int, int]], cache_dir: str) -> tuple[str
             raise UserError("give either --instance_data_dir or --dataset_name, one of the two.")
         name = flags["instance_data_dir"] or flags["dataset_name"]
         if flags["instance_data_dir"]:
-            samples = samples_in_folder(name, "--instance_data_dir", flags["caption_column"])
+            flag, samples = "--instance_data_dir", samples_in_folder(name, "--instance_data_dir", flags["caption_column"], notes.append)
         else:
-            columns = flags["image_column"], flags["caption_column"]
-            samples = samples_in_dataset(name, flags["dataset_config_name"], cache_dir, *columns)
-        groups = {name: found_pictures(samples[:most], sizes, threads)}
+            columns = {column: flags[column] for column in ("image_column", "caption_column")}
+            source = Source(name, flags["dataset_config_name"], cache_dir=cache_dir, **columns)
+            flag, samples = "--dataset_name", samples_in_dataset(source, notes.append)
+        groups = {name: found_pictures(samples[:most], sizes, threads, f"{flag} {shown(name)}", notes)}
         if folder := flags["class_data_dir"]:
-            groups[folder] = found_pictures(samples_in_folder(folder, "--class_data_dir"), sizes, threads)
+            flag = f"--class_data_dir {shown(folder)}"
+            if Path(folder).is_dir() and holds_no_image(Path(folder)):
+                notes.append(f"{flag}: no image yet; a run makes them")
+                samples = []
+            else:
+                samples = samples_in_folder(folder, "--class_data_dir", say=notes.append)
+            groups[folder] = found_pictures(samples, sizes, threads, flag, notes)
         return "pictures", groups
     check_source_flags({**flags, "proportion_empty_prompts": 0.0, "streaming": False})
     source = Source(**{name: flags[name] for name in Source._fields if name != "cache_dir"}, cache_dir=cache_dir)
-    pairs = load_pairs(source)
-    return "pairs", {source.name: found_pairs(pairs.select(range(min(most or len(pairs), len(pairs)))), sizes, threads)}
+    pairs = load_pairs(source, notes.append)
+    pairs = pairs.select(range(min(most or len(pairs), len(pairs))))
+    return "pairs", {source.name: found_pairs(pairs, sizes, threads, f"{source.flag} {shown(source.name)}", notes)}
 
 
 # ---- what it means -------------------------------------------------------------------------------------------------------------------
@@ -182,7 +203,8 @@ def cache_bytes(kind: str, sizes: dict, captions: set[str], buckets: list[dict],
 def findings(flags: dict, cache_dir: str) -> dict:
     """Everything that there is to say, as JSON holds it."""
     sizes = crop_sizes(flags["aspect_ratio_buckets"], flags["resolution"])
-    kind, groups = look(flags, sizes, cache_dir)
+    notes = []
+    kind, groups = look(flags, sizes, cache_dir, notes)
     found = [item for group in groups.values() for item in group]
     problems = [f"{item.name}: {item.size}" for item in found if isinstance(item.size, str)]
     prompts = [Found(flag, "", "", flags[flag[2:]]) for flag in ("--instance_prompt", "--class_prompt") if flags[flag[2:]]]
@@ -193,7 +215,8 @@ def findings(flags: dict, cache_dir: str) -> dict:
     counted, tokenizers = pipeline(model, flags["cache_dir"])
     return {
         "data": list(groups), "kind": kind, "found": len(found), "usable": len(found) - len(problems),
-        "can_start": not problems and not (bare and kind == "pictures"), "problems": problems, "duplicates": duplicates(found),
+        "can_start": not problems and not (bare and kind == "pictures"), "problems": problems, "notes": notes,
+        "duplicates": duplicates(found),
         "without_caption": bare, "tokens_counted_with": model, "captions_too_long": too_long(found + prompts, tokenizers, length),
         "buckets": shapes, "cache_for": model or "FLUX.1-dev",
         "cache_bytes": cache_bytes(kind, counted, {caption for _, caption in captions}, shapes, 1 + flags["random_flip"], length),
@@ -202,12 +225,13 @@ def findings(flags: dict, cache_dir: str) -> dict:
 
 def table(report: dict) -> str:
     """The findings for people."""
-    lines = [f"{' and '.join(report['data'])}: {report['found']} {report['kind']}, {report['usable']} usable"]
+    lines = [f"{' and '.join(map(shown, report['data']))}: {report['found']} {report['kind']}, {report['usable']} usable"]
 
     def part(title: str, items: list[str]) -> None:
         if items:
             lines.extend([f"{title}: {len(items)}", listing(items)])
 
+    lines += report["notes"]
     part("cannot be used", report["problems"])
     part("the same contents", [" = ".join(names) for names in report["duplicates"]])
     part("without a caption" + (", and no prompt is given" if report["kind"] == "pictures" else ""), report["without_caption"])
@@ -231,7 +255,9 @@ def main(argv: Optional[list[str]] = None) -> int:
         report = findings(flags, flags["cache_dir"] or folder)
     print(table(report))
     if flags["json"]:
-        Path(flags["json"]).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        # What is left of names that are not UTF-8 becomes \\udce9, an escape that JSON has too.
+        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        Path(flags["json"]).write_text(text, encoding="utf-8", errors="backslashreplace")
     return 0 if report["can_start"] else 1
 
 

@@ -19,6 +19,9 @@ class UserError(Exception):
 
 def run(main: Callable[[], Optional[int]]) -> None:
     """Calls `main` and exits: 0 or what it returns; 2 after a `UserError` or a full disk; 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names and captions that the terminal's encoding lacks are escaped
+            stream.reconfigure(errors="backslashreplace")
     # Until a StopRequest listens: MindSpore's threads take SIGINT over and pass it on as SIGTERM.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -96,3 +99,19 @@ def tell(sentences: Iterable[str]) -> None:
 def listing(items: Iterable[str]) -> str:
     """The items one a line, indented: all of them, so that nobody mends twenty files to learn of twenty more."""
     return "\n".join(f"  {item}" for item in items)
+
+
+def shown(text: object, most: int = 300) -> str:
+    """A name, cell or error as messages show it: in one line, bytes that are not UTF-8 as \\xe9, cut in the middle if it is long."""
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[: most - 60]}... ({len(text)} characters) ...{text[-40:]}"
+    # Python keeps such a byte of a file name as half a character, U+DC80 to U+DCFF, which nothing can print.
+    text = "".join(f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def few(names: Iterable[str], most: int = 3) -> str:
+    """The first names in one line, and how many more there are: "a.png, b.png, c.png and 4 more"."""
+    names = [shown(name, 120) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

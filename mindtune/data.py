@@ -1,185 +1,124 @@
-"""Images and captions: finding them, checking all of them before anything large loads, and turning them into arrays."""
+"""Images with captions: reading them, checking all of them before anything large loads, and turning them into arrays."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import io
-import json
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from mindtune.buckets import nearest_bucket
-from mindtune.cli import UserError, listing
+from mindtune.cli import UserError, few, listing, shown
+from mindtune.images import Ink, UnusableImage, decode, flatten, ink, is_flat, problem, to_rgb  # noqa: F401  (to_rgb: for callers)
 from mindtune.rng import generator
 
-NOT_IMAGES = {".txt", ".json", ".jsonl", ".csv", ".md"}
 INTERPOLATIONS = {name.lower(): getattr(Image.Resampling, name) for name in ("LANCZOS", "BICUBIC", "BILINEAR", "NEAREST", "BOX", "HAMMING")}
+BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64}")
+BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # how JPEG, PNG, WebP and GIF begin
 Resolution = Union[int, tuple[int, int]]  # the side of a square, or (height, width)
 Wanted = Union[int, list[tuple[int, int]]]  # what pictures are cropped to: a square of that side, or the nearest of these buckets
 
 
 @dataclass
 class Sample:
-    """One picture with its caption (None: use the prompt of the whole run).
+    """One image with its caption (None: use the prompt of the whole run).
 
-    `source` is where the encoded picture is: a Path, the bytes themselves, or (dataset, index, column), whose cell `encoded` reads.
+    `source` is where the encoded image is: a Path, the bytes themselves, or (dataset, index, column), whose cell `encoded` reads, paths
+    from `root`. Transparent pixels are laid on `background`.
     """
 
     name: str
     source: Any = field(repr=False)
     caption: Optional[str] = None
+    background: str = "white"
+    root: Optional[str] = field(default=None, repr=False)
 
     def read(self) -> bytes:
         """The encoded image, as found on disk or in the dataset. Raises FileNotFoundError if there is none."""
         if not isinstance(self.source, tuple):
             return encoded(self.source)
         dataset, index, column = self.source
-        return encoded(dataset[index][column])
+        return encoded(dataset[index][column], self.root)
 
     def open(self) -> Image.Image:
-        return to_rgb(Image.open(io.BytesIO(self.read())))
+        return flatten(decode(self.read()), self.background)
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the encoded image."""
-        return hashlib.sha256(self.read()).hexdigest()
+        """Hash of the encoded image, and of what it is laid on if that is not white."""
+        digest = hashlib.sha256(self.read())
+        if self.background != "white":
+            digest.update(self.background.encode())
+        return digest.hexdigest()
 
 
-def encoded(cell: Any) -> bytes:
-    """The encoded image of a dataset's cell: {"bytes", "path"}, bytes, or a path or URL. Raises FileNotFoundError if it has none."""
+def encoded(cell: Any, root: Optional[str] = None) -> bytes:
+    """The encoded image of a dataset's cell: {"bytes", "path"}, bytes, base64, a data URL, a URL, or a path, first from `root`.
+
+    Raises FileNotFoundError if it has none, and UnusableImage for other text.
+    """
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if isinstance(cell, bytes):
-        return cell
+        begins = cell[:16].decode("ascii", "replace").startswith((*BASE64_IMAGES, "data:image/"))
+        return (from_base64(cell.decode("ascii", "replace")) or cell) if begins else cell
     if not cell:
         raise FileNotFoundError("the dataset has none here")
-    if "://" in str(cell):  # the pictures of a folder that is streamed from the hub
+    text = str(cell)
+    if len(text) <= 4096:
+        for place in (text, text.replace("\\", "/")):
+            if root and os.path.isfile(os.path.join(root, place)):
+                return Path(root, place).read_bytes()
+    if not os.path.isfile(text) and (content := from_base64(text)) is not None:
+        return content
+    if len(text) > 4096:
+        raise UnusableImage(f"a text of {len(text)} characters that is no path, URL or base64: {shown(text, 110)}")
+    if "://" in text:  # the images of a folder that is streamed from the hub
         import fsspec
 
-        with fsspec.open(cell, "rb") as file:
+        with fsspec.open(text, "rb") as file:
             return file.read()
-    return Path(cell).read_bytes()
+    return Path(text).read_bytes()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, upright: EXIF rotation applied, transparency laid on white, 16-bit gray scaled by 1/257, CMYK and palettes converted."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"pixel mode {image.mode} is not an 8- or 16-bit picture")
-        image = Image.fromarray((values / 257.0 + 0.5).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-# ---- finding samples ---------------------------------------------------------------------------------------------------------------
-
-
-def samples_in_folder(folder: str, flag: str, caption_column: Optional[str] = None) -> list[Sample]:
-    """The pictures directly in `folder`, in name order, with captions of metadata.jsonl or a .txt beside each; an empty one is none.
-
-    Raises UserError for a missing or empty folder and for captions that cannot be read; `flag` is what the message calls it.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"{flag} {folder}: no such directory. Give the directory that holds the images.")
-    files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith(".") and p.suffix.lower() not in NOT_IMAGES)
-    if not files:
-        inner = [p.name for p in root.iterdir() if p.is_dir()]
-        hint = f" It has subdirectories ({', '.join(sorted(inner)[:3])}): give one of them." if inner else " Put 5 to 20 images there."
-        raise UserError(f"{flag} {folder}: no image in this directory.{hint}")
-    captions = _metadata_captions(root, caption_column)
-    if strangers := sorted(set(captions) - {path.name for path in files}):
-        raise UserError(f"{root / 'metadata.jsonl'}: names files that are not in this directory:\n{listing(strangers)}")
-    samples, bad = [], []
-    for path in files:
-        caption = captions.get(path.name)
-        beside = path.with_suffix(".txt")
-        if caption is None and beside.is_file():
-            try:
-                caption = beside.read_text(encoding="utf-8-sig").strip()
-            except UnicodeDecodeError as error:
-                bad.append(f"{beside}: byte {error.start} is not UTF-8")
-        samples.append(Sample(path.name, path, caption or None))
-    if bad:
-        raise UserError(f"{flag}: {len(bad)} caption files are not UTF-8; save them as UTF-8:\n{listing(bad)}")
-    return samples
-
-
-def _metadata_captions(root: Path, caption_column: Optional[str]) -> dict[str, str]:
-    path = root / "metadata.jsonl"
-    if not path.is_file():
-        return {}
-    captions = {}
+def from_base64(text: str) -> Optional[bytes]:
+    """What base64 text or a data URL holds, in either alphabet, with or without padding and line breaks; None if it is neither."""
+    url = text.startswith("data:")
+    text = text.partition(";base64,")[2] if url else text
+    if not BASE64.match(text[:64]) or not (url or text.startswith(BASE64_IMAGES) or len(text) > 255):  # shorter ones may be paths
+        return None
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028 inside a caption
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            captions[row["file_name"]] = caption = row[caption_column or "text"]
-            if not isinstance(caption, (str, type(None))):
-                raise TypeError(f"the caption is {caption!r}, not a text")
-            f"{row['file_name']}{caption}".encode()  # "\ud800" is JSON, and half a character
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f'{path}, line {number}: expected an object with "file_name" and "{caption_column or "text"}" ({error!r}). '
-                "Mend the line or name the caption's key with --caption_column."
-            ) from None
-    return captions
-
-
-def samples_in_dataset(
-    name: str, config: Optional[str], cache_dir: Optional[str], image_column: Optional[str], caption_column: Optional[str]
-) -> list[Sample]:
-    """The train split of a dataset that the `datasets` library reads (a hub id or a local folder), undecoded until used."""
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(name, config, cache_dir=cache_dir, split="train")
-    except Exception as error:  # the library raises a dozen kinds; its text is what helps
-        raise UserError(f"--dataset_name {name}: the datasets library cannot read it: {error}") from None
-    images = [c for c, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
-    image_column = image_column or ("image" if "image" in images else images[0] if images else None)
-    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-        if column is not None and column not in dataset.column_names:
-            raise UserError(f"{flag} {column}: {name} has the columns {', '.join(dataset.column_names)}. Name one of them.")
-    if image_column not in images:
-        raise UserError(f"--image_column {image_column}: not an image column of {name}; its image columns: {images or 'none'}.")
-    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    captions = dataset[caption_column] if caption_column else [None] * len(dataset)
-    if foreign := [caption for caption in captions if not isinstance(caption, (str, type(None)))]:
-        raise UserError(f"--caption_column {caption_column}: holds {foreign[0]!r}, not text. Name another column.")
-    return [Sample(f"{name}[{i}]", (dataset, i, image_column), captions[i] or None) for i in range(len(dataset))]
+        text = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except ValueError:
+        return None
 
 
 # ---- checking ----------------------------------------------------------------------------------------------------------------------
 
 
 def preflight(samples: list[Sample], wanted: Wanted, flag: str, skip_bad: bool, threads: int = 2) -> list[Sample]:
-    """Decodes every picture and gives the usable ones. Nothing is deleted or changed.
+    """Decodes every image and gives the usable ones. Nothing is deleted or changed.
 
     Raises UserError naming every problem at once (unreadable, truncated, smaller than the resolution or its bucket), or, with
     `skip_bad`, prints that list and goes on without them; also if none is left.
     """
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        found = list(pool.map(lambda sample: usable_size(sample, wanted), samples))
-    bad = [f"{sample.name}: {problem}" for sample, problem in zip(samples, found) if isinstance(problem, str)]
+        found = list(pool.map(lambda sample: usable(sample, wanted), samples))
+    bad = [f"{sample.name}: {each.size}" for sample, each in zip(samples, found) if isinstance(each.size, str)]
     report_bad(bad, f"{len(samples)} files", flag, skip_bad)
-    good = [sample for sample, size in zip(samples, found) if not isinstance(size, str)]
+    for note in animation_notes((sample.name for sample, each in zip(samples, found) if each.animated), flag):
+        print(note)
+    good = [sample for sample, each in zip(samples, found) if not isinstance(each.size, str)]
     if not good:
         raise UserError(f"{flag}: no usable image is left.")
     return good
@@ -196,18 +135,38 @@ def report_bad(bad: list[str], total: str, flag: str, skip_bad: bool) -> None:
         print(f"{flag}: going on without {len(bad)} of {total}:\n{listing(bad)}")
 
 
-def size_or_problem(sample: Sample) -> Union[tuple[int, int], str]:
-    """(width, height) of the upright picture, wholly decoded, or what is wrong with it."""
+class Look(NamedTuple):
+    """What decoding an image found: its (width, height), upright, or what is wrong with it; and if it has more frames.
+
+    Of a condition also the backgrounds on which it has one colour only, and the ink of a transparent one.
+    """
+
+    size: Union[tuple[int, int], str]
+    animated: bool = False
+    flat_on: tuple[str, ...] = ()
+    ink: Optional[Ink] = None
+
+
+def look(sample: Sample, condition: bool = False) -> Look:
+    """Decodes a sample wholly."""
+    content = None
     try:
-        return sample.open().size
-    except FileNotFoundError as error:
-        return f"missing ({error.filename or error})"
-    except UnidentifiedImageError:
-        return "not an image that Pillow can read"
-    except Image.DecompressionBombError as error:
-        return f"too many pixels for a photograph ({error})"
+        content = sample.read()
+        image = decode(content)
+        animated, shades = image.info["animated"], ink(image) if condition else None
+        laid = {ground: flatten(image, ground) for ground in (("white", "black") if shades else (sample.background,))}
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        return f"damaged ({error})"
+        return Look(problem(error, content))
+    flat_on = [ground for ground, found in laid.items() if condition and is_flat(found)]
+    if flat_on and not shades:
+        flat_on = ["white", "black"]
+    return Look(image.size, animated, tuple(flat_on), shades)
+
+
+def animation_notes(names: Iterable[str], flag: str) -> list[str]:
+    """Says of which images only the first frame is used; nothing if there are none."""
+    names = list(names)
+    return [f"{flag}: only the first frame (or page) is used of {len(names)} with several: {few(names)}"] if names else []
 
 
 def too_small(size: tuple[int, int], wanted: Wanted) -> Optional[str]:
@@ -220,10 +179,11 @@ def too_small(size: tuple[int, int], wanted: Wanted) -> Optional[str]:
     return f"{size[0]}x{size[1]} is smaller than {what}"
 
 
-def usable_size(sample: Sample, wanted: Wanted) -> Union[tuple[int, int], str]:
-    """(width, height) of the upright picture, wholly decoded, or what keeps it from being trained on."""
-    size = size_or_problem(sample)
-    return size if isinstance(size, str) else too_small(size, wanted) or size
+def usable(sample: Sample, wanted: Wanted) -> Look:
+    """`look`, whose problem is also that the image is too small."""
+    found = look(sample)
+    small = None if isinstance(found.size, str) else too_small(found.size, wanted)
+    return found._replace(size=small) if small else found
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------------------------

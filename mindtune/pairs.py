@@ -1,25 +1,24 @@
-"""Pairs for ControlNet training: a target picture, its condition picture and a caption; found, checked, put in order, streamed.
-
-A data set of any size costs the same memory: rows stay in the memory-mapped files of the `datasets` library until they are used.
-"""
+"""Pairs for ControlNet training: a target image, its condition image and a caption; checked, put in order, streamed."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
 from mindtune import devices
 from mindtune.buckets import BucketOrder, bucket_numbers, wanted
-from mindtune.cli import UserError, listing
-from mindtune.data import Sample, Wanted, encoded, prefetch, report_bad, size_or_problem, split, too_small
+from mindtune.cli import UserError, few, shown
+from mindtune.data import Look, Sample, Wanted, animation_notes, encoded, look, prefetch, report_bad, split, too_small
+from mindtune.images import Ink, UnusableImage, ground, problem
 from mindtune.rng import generator
+from mindtune.tables import Columns, Source, elsewhere, open_rows
+
+PEEK = 16  # so many conditions at a stream's beginning decide what transparent ones are laid on
 
 
 class Pair(NamedTuple):
@@ -30,47 +29,18 @@ class Pair(NamedTuple):
     caption: str
 
 
-class Columns(NamedTuple):
-    """The names of a data set's three columns."""
-
-    image: Optional[str] = None
-    condition: Optional[str] = None
-    caption: Optional[str] = None
-
-
-class Source(NamedTuple):
-    """Where pairs come from, by the names of the scripts' flags: exactly one of name, directory and .jsonl file, and its columns."""
-
-    dataset_name: Optional[str] = None
-    dataset_config_name: Optional[str] = None
-    train_data_dir: Optional[str] = None
-    jsonl_for_train: Optional[str] = None
-    cache_dir: Optional[str] = None
-    image_column: Optional[str] = None
-    conditioning_image_column: Optional[str] = None
-    caption_column: Optional[str] = None
-
-    @property
-    def name(self) -> str:
-        return self.jsonl_for_train or self.train_data_dir or self.dataset_name
-
-    @property
-    def flag(self) -> str:
-        return "--jsonl_for_train" if self.jsonl_for_train else "--train_data_dir" if self.train_data_dir else "--dataset_name"
-
-
-FLAGS = Columns("--image_column", "--conditioning_image_column", "--caption_column")
-JSON_COLUMNS = Columns("image", "conditioning_image", "text")  # what a .jsonl file is turned into, whatever its own keys
-
-
 class Pairs:
-    """A sequence of pairs over a `datasets.Dataset`: `pairs[i]` reads names and a caption, the pictures are read when opened.
+    """A sequence of pairs over a `datasets.Dataset`: `pairs[i]` reads names and a caption, the images are read when opened.
 
-    `rows` are the rows that take part (None: all). Pickles to a few kilobytes: the rows stay in the files of the data set.
+    `rows` are the rows that take part (None: all), `root` the directory that paths are relative to, `background` what transparent
+    conditions are laid on. Pickles to a few kilobytes: the rows stay in the files of the data set.
     """
 
-    def __init__(self, dataset: Any, columns: Columns, name: str, rows: Optional[np.ndarray] = None) -> None:
-        self.dataset, self.columns, self.name, self.rows = dataset, columns, name, rows
+    def __init__(
+        self, dataset: Any, columns: Columns, name: str, rows: Optional[np.ndarray] = None, root: Optional[str] = None,
+        background: str = "white",
+    ) -> None:  # fmt: skip
+        self.dataset, self.columns, self.name, self.rows, self.root, self.background = dataset, columns, name, rows, root, background
         self.pictures = {column: dataset.select_columns([column]) for column in columns[:2]}
         # Paths and captions apart from the pictures' bytes, which would be read along with every row.
         flat = dataset.flatten()
@@ -85,8 +55,13 @@ class Pairs:
         row = place if self.rows is None else int(self.rows[place])
         texts = self.texts[row]
         image, condition = (
-            Sample(_title(self.name, row, texts.get(f"{column}.path", texts.get(column))), (self.pictures[column], row, column))
-            for column in self.columns[:2]
+            Sample(
+                _title(self.name, row, texts.get(f"{column}.path", texts.get(column))),
+                (self.pictures[column], row, column),
+                background=background,
+                root=self.root,
+            )
+            for column, background in zip(self.columns, ("white", self.background))
         )
         return Pair(image, condition, texts[self.columns.caption] or "")
 
@@ -96,7 +71,13 @@ class Pairs:
     def select(self, indices: Iterable[int]) -> Pairs:
         """The pairs at `indices`, in that order. Raises IndexError for one that is not there."""
         rows = np.arange(len(self.dataset)) if self.rows is None else self.rows
-        return Pairs(self.dataset, self.columns, self.name, rows[np.fromiter(indices, dtype=np.int64)])
+        return Pairs(self.dataset, self.columns, self.name, rows[np.fromiter(indices, dtype=np.int64)], self.root, self.background)
+
+    def on(self, background: str) -> Pairs:
+        """The same pairs, transparent conditions laid on `background`."""
+        if background == self.background:
+            return self
+        return Pairs(self.dataset, self.columns, self.name, self.rows, self.root, background)
 
 
 def check_source_flags(values: dict) -> None:
@@ -117,306 +98,103 @@ def check_source_flags(values: dict) -> None:
 
 
 def _title(name: str, row: int, path: Optional[str]) -> str:
-    """What messages call a picture: its file if it is one, otherwise its row (the path a data set embeds need not be unique)."""
-    return path if path and (os.path.isabs(path) or "://" in path) else f"{name}[{row}]"
+    """What messages call an image: its file if it is one, otherwise its row (the path a data set embeds need not be unique)."""
+    # /9j/ is also how a JPEG in base64 begins.
+    file = path and len(path) <= 4096 and (elsewhere(path) if "://" in path else os.path.isabs(path) and not elsewhere(path))
+    return shown(path) if file else f"{shown(name)}[{row}]"
 
 
-def load_pairs(source: Source) -> Pairs:
+def load_pairs(source: Source, say: Callable[[str], None] = print) -> Pairs:
     """The train split of a data set (or its only split).
 
-    A directory may hold parquet or arrow files, a folder of pictures with metadata, .tar shards in WebDataset layout, or what
+    A directory may hold parquet or arrow files, a folder of images with metadata, .tar shards in WebDataset layout, or what
     `Dataset.save_to_disk` wrote. Raises UserError for whatever cannot be read, and for columns that are not there.
     """
-    dataset, columns, name = _open(source, streaming=False)
+    dataset, columns = open_rows(source, streaming=False, say=say)
     if not len(dataset):
-        raise UserError(f"{name}: the data set has no rows. Give one that has.")
-    return Pairs(dataset, columns, name)
-
-
-# ---- opening a data set ------------------------------------------------------------------------------------------------------------
-
-
-def _open(source: Source, streaming: bool) -> tuple[Any, Columns, str]:
-    """A Dataset (streaming: an IterableDataset) of the three columns with undecoded pictures, their names, and the data set's name."""
-    import datasets
-
-    name, flag, config, cache_dir = source.name, source.flag, source.dataset_config_name, source.cache_dir
-    asked = Columns(source.image_column, source.conditioning_image_column, source.caption_column)
-    root = Path(name).expanduser()
-    if source.train_data_dir and not root.is_dir():
-        raise UserError(f"{flag} {name}: no such directory. Give the directory that holds the pairs.")
-    if source.jsonl_for_train or ((root / "metadata.jsonl").is_file() and not config):
-        # The library reads a folder with metadata too, but dies of a row without condition, and its error names no line.
-        path = root if source.jsonl_for_train else root / "metadata.jsonl"
-        return _jsonl(path, f"{flag} {name}", asked, cache_dir, streaming, inside=not source.jsonl_for_train), JSON_COLUMNS, name
-    dataset = _library(root, name, flag, config, cache_dir, streaming)
-    columns = find_columns(dataset.features, asked, f"{flag} {name}")
-    dataset = dataset.select_columns(list(dict.fromkeys(columns)))
-    for column in columns[:2]:
-        if isinstance(dataset.features[column], datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return dataset, columns, name
-
-
-def _library(root: Path, name: str, flag: str, config: Optional[str], cache_dir: Optional[str], streaming: bool) -> Any:
-    """What the `datasets` library makes of a hub id or a directory: one split, all columns, features known."""
-    import datasets
-    from datasets.packaged_modules.parquet.parquet import Parquet
-
-    where, tars = f"{flag} {name}", sorted(map(str, root.glob("*.tar")))
-    if torn := [tar for tar in tars if not _ends(tar)]:
-        raise UserError(f"{where}: {len(torn)} of {len(tars)} shards are cut off:\n{listing(torn)}\nCopy them again, or remove them.")
-    try:
-        if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
-            found = _split(datasets.load_from_disk(str(root)), where)
-            return found.to_iterable_dataset() if streaming else found
-        if tars:
-            builder = datasets.load_dataset_builder("webdataset", data_files={"train": tars}, cache_dir=cache_dir)
-        else:
-            builder = datasets.load_dataset_builder(str(root) if root.is_dir() else name, config, cache_dir=cache_dir)
-        if root.is_dir() and isinstance(builder, Parquet):
-            return _parquet(_split(builder.config.data_files, where), cache_dir, streaming)
-        if not streaming:
-            builder.download_and_prepare()
-        found = _split(builder.as_streaming_dataset() if streaming else builder.as_dataset(), where)
-        return found if found.features is not None else found._resolve_features()  # csv: known after its first rows only
-    except UserError:
-        raise
-    except Exception as error:  # the library raises a dozen kinds; its text, or its cause's, is what helps
-        reason = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else error
-        hint = "Every sample of the shards needs the same files, such as 01.image.png, 01.conditioning.png and 01.txt."
-        other = "Give a directory with metadata.jsonl, parquet, arrow or .tar files, or for --dataset_name the id of a data set on the hub."
-        raise UserError(f"{where}: the datasets library cannot read it: {reason}\n{hint if tars else other}") from None
-
-
-def _parquet(files: list[str], cache_dir: Optional[str], streaming: bool) -> Any:
-    """The rows of local parquet files, read in small batches: the library's own reader runs up to a gigabyte ahead of its caller."""
-    import datasets
-    import pyarrow.parquet
-
-    stamps = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
-    features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(files[0]))
-    return _from_rows(_parquet_rows, features, {"files": list(files)}, hashlib.sha256(repr(stamps).encode()), cache_dir, streaming)
-
-
-def _parquet_rows(files: list[str]) -> Iterator[dict]:
-    import pyarrow.parquet
-
-    for path in files:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=16, use_threads=False):
-                yield from batch.to_pylist()
-
-
-def _from_rows(rows: Any, features: Any, arguments: dict, digest: Any, cache_dir: Optional[str], streaming: bool) -> Any:
-    """A data set of what `rows(**arguments)` yields: streamed, or memory mapped from a file of the cache that is named by `digest`."""
-    import datasets
-
-    if streaming:
-        return datasets.IterableDataset.from_generator(rows, features=features, gen_kwargs=arguments)
-    options = {"features": features, "gen_kwargs": arguments, "cache_dir": cache_dir, "fingerprint": digest.hexdigest()[:32]}
-    return datasets.Dataset.from_generator(rows, **options)
-
-
-def _ends(tar: str) -> bool:
-    """Whether an archive has its end mark of 1024 zero bytes. The library takes one that is cut off for a shorter one."""
-    with open(tar, "rb") as file:
-        file.seek(max(0, os.path.getsize(tar) - 1024))
-        return file.read() == bytes(1024)
-
-
-def _split(found: Any, where: str) -> Any:
-    if not isinstance(found, dict):
-        return found
-    if "train" not in found and len(found) != 1:
-        raise UserError(f"{where}: has no split train but {', '.join(found)}. Name or keep one of them only.")
-    return found["train"] if "train" in found else next(iter(found.values()))
-
-
-def find_columns(features: dict, asked: Columns, where: str) -> Columns:
-    """The columns of target, condition and caption: the asked ones, or by the usual names. `features`: a column's kind, or None.
-
-    Raises UserError naming the columns there are if one is missing or holds something else.
-    """
-    there = f"{where} has the columns {', '.join(features)}"
-    for flag, column in zip(FLAGS, asked):
-        if column and column not in features:
-            raise UserError(f"{flag} {column}: {there}. Name one of them.")
-    others = [column for column in features if column != asked.image]
-    condition = asked.condition or _first(others, ("conditioning_image",), ("conditioning.", "condition"))
-    others = [column for column in features if column != condition]
-    image = asked.image or _first(others, ("image", "jpg", "png", "jpeg", "webp"), ("image.",))
-    image = image or next((column for column in others if _kind(features[column]) == "Image"), None)
-    found = Columns(image, condition, asked.caption or _first(others, ("text", "txt", "caption", "prompt"), ()))
-    for flag, column, what in zip(FLAGS, found, ("pictures", "pictures", "text")):
-        if column is None:
-            raise UserError(f"{flag}: {there}; none has a known name. Name the one to use with {flag}.")
-        kind, fitting = _kind(features[column]), ("string", "large_string")
-        if what == "pictures":
-            fitting += ("binary", "large_binary", "Image")
-        if kind and kind not in fitting:
-            raise UserError(f"{flag} {column}: holds {kind}, not {what}. {there}. Name another with {flag}.")
-    return found
-
-
-def _first(columns: Iterable[str], names: tuple[str, ...], prefixes: tuple[str, ...]) -> Optional[str]:
-    exact = [name for name in names if name in columns]
-    return next(iter(exact + [column for prefix in prefixes for column in columns if column.startswith(prefix)]), None)
-
-
-def _kind(feature: Any) -> Optional[str]:
-    """How messages call a column's kind. A struct of bytes and path is a picture whose file forgot to say so."""
-    if feature is None or isinstance(feature, dict):
-        return feature and ("Image" if {"bytes", "path"} <= set(feature) else "a struct")
-    return feature.dtype if type(feature).__name__ == "Value" else type(feature).__name__
-
-
-# ---- .jsonl files ------------------------------------------------------------------------------------------------------------------
-
-
-def _jsonl(path: Path, where: str, asked: Columns, cache_dir: Optional[str], streaming: bool, inside: bool) -> Any:
-    """A data set of strings from the lines of `path`, checked: absolute paths and captions. No picture is opened.
-
-    A folder's own metadata came with its pictures and names those `inside` alone; a .jsonl file that the user named may name any.
-    """
-    import datasets
-
-    keys, digest = _check_jsonl(path, where, asked, inside)
-    features = datasets.Features({column: datasets.Value("string") for column in JSON_COLUMNS})
-    return _from_rows(
-        _jsonl_rows, features, {"path": str(path.absolute()), "keys": tuple(keys), "inside": inside}, digest, cache_dir, streaming
-    )
-
-
-def _check_jsonl(path: Path, where: str, asked: Columns, inside: bool) -> tuple[Columns, Any]:
-    """The keys of the lines and a digest of the file. Raises UserError listing all bad lines, or else all missing files."""
-    if not path.is_file():
-        raise UserError(f"{where}: no such file. Give a .jsonl file with a line for every pair.")
-    digest, keys, bad, absent, number = hashlib.sha256(str(path.absolute()).encode()), None, [], {}, 0
-    try:
-        for number, line in _lines(path):
-            digest.update(line.encode())
-            try:
-                row = _keyed(line)
-                keys = keys or find_columns(dict.fromkeys(row), Columns(*(column and _short(column) for column in asked)), where)
-                found = _jsonl_row(row, keys, path.absolute().parent, inside)
-            except ValueError as error:
-                bad.append(f"line {number}: {error}")
-                continue
-            pictures = (found["image"], found["conditioning_image"])
-            absent.update((picture, number) for picture in pictures if picture and picture not in absent and not os.path.isfile(picture))
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: {path.name} is not UTF-8 after line {number}. Save the file as UTF-8.") from None
-    if bad:
-        raise UserError(f"{where}: {len(bad)} lines of {path.name} cannot be used:\n{listing(bad)}\nMend or remove them.")
-    if absent:
-        lines = (f"{picture} (line {number})" for picture, number in absent.items())
-        raise UserError(f"{where}: {len(absent)} files named in {path.name} are missing:\n{listing(lines)}\nMend the lines.")
-    if keys is None:
-        raise UserError(
-            f'{where}: {path.name} has no lines. Write {{"image": ..., "conditioning_image": ..., "text": ...}} for every pair.'
-        )
-    digest.update(repr(keys).encode())
-    return keys, digest
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of every line that is not blank. Only a newline ends one: captions may hold other separators."""
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line
-
-
-def _short(key: str) -> str:
-    """image_file_name and file_name, as folders of pictures call it, and image are one key."""
-    return "image" if key == "file_name" else key[: -len("_file_name")] if key.endswith("_file_name") else key
-
-
-def _keyed(line: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from None
-    except RecursionError:
-        raise ValueError("not JSON that can be read (too deep)") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    return {_short(key): value for key, value in row.items()}
-
-
-def _jsonl_row(row: dict, keys: tuple, root: Path, inside: bool) -> dict[str, Optional[str]]:
-    """The row under the names of JSON_COLUMNS, paths taken from `root`; `inside`: and not out of it.
-
-    Raises ValueError for a lacking key, another type, half a character, or a path that leads out.
-    """
-    if lacking := [key for key in keys if key not in row]:
-        raise ValueError(f"lacks {', '.join(lacking)}; has {', '.join(row) or 'no keys'}")
-    if wrong := [f"{key} is {row[key]!r}, not text" for key in keys if not isinstance(row[key], (str, type(None)))]:
-        raise ValueError("; ".join(wrong))
-    if half := [key for key in keys if row[key] and not _whole(row[key])]:
-        raise ValueError(f"{half[0]} is {row[half[0]]!r}, which is no text")
-    if out := [row[key] for key in keys[:2] if row[key] and inside and not _stays(row[key])]:
-        raise ValueError(f"{out[0]} leads out of the directory")
-    image, condition = (str(root / row[key]) if row[key] else None for key in keys[:2])
-    return dict(zip(JSON_COLUMNS, (image, condition, row[keys[2]])))
-
-
-def _whole(text: str) -> bool:
-    """JSON may hold half a character ("\\ud800") or a zero, which no file name can."""
-    try:
-        return "\0" not in text and bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _stays(name: str) -> bool:
-    """Whether a name leads to a file below the directory. Links there are followed: only who owns the disk can lay them."""
-    return not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
-
-
-def _jsonl_rows(path: str, keys: tuple, inside: bool) -> Iterator[dict]:
-    for _, line in _lines(Path(path)):
-        yield _jsonl_row(_keyed(line), keys, Path(path).parent, inside)
+        raise UserError(f"{source.name}: the data set has no rows. Give one that has.")
+    return Pairs(dataset, columns, source.name, root=source.root)
 
 
 # ---- checking ----------------------------------------------------------------------------------------------------------------------
 
 
 def preflight_pairs(pairs: Pairs, wanted: Wanted, flag: str, skip_bad: bool, threads: int = 2) -> Pairs:
-    """Decodes both pictures of every pair and gives the usable pairs.
+    """Decodes both images of every pair and gives the usable pairs, transparent conditions laid on what shows them.
 
     Raises UserError naming every problem at once (one of the two missing or unreadable, sizes that differ, smaller than the
     resolution or than its own bucket), or, with `skip_bad`, prints that list and goes on without them; also if none is left.
     """
-    usable, bad = np.ones(len(pairs), dtype=bool), []
-    found = prefetch(lambda i: usable_pair_size(pairs[i], wanted), range(len(pairs)), max(1, threads))
-    for index, problem in enumerate(found):
-        if isinstance(problem, str):
+    usable, bad, notes = np.ones(len(pairs), dtype=bool), [], Notes()
+    found = prefetch(lambda i: (pairs[i], usable_pair(pairs[i], wanted)), range(len(pairs)), max(1, threads))
+    for index, (pair, looked) in enumerate(found):
+        notes.add(pair, looked)
+        if isinstance(looked.size, str):
             usable[index] = False
-            bad.append(f"{pairs[index].image.name}: {problem}")
+            bad.append(f"{pair.image.name}: {looked.size}")
     report_bad(bad, f"{len(pairs)} pairs", flag, skip_bad)
     if not usable.any():
         raise UserError(f"{flag}: no usable pair is left.")
-    return pairs.select(np.flatnonzero(usable)) if bad else pairs
+    for line in notes.lines(flag):
+        print(line)
+    return (pairs.select(np.flatnonzero(usable)) if bad else pairs).on(notes.background)
 
 
-def usable_pair_size(pair: Pair, wanted: Wanted) -> Union[tuple[int, int], str]:
-    """(width, height) of both pictures, wholly decoded, or what keeps the pair from being trained on."""
-    size, other = size_or_problem(pair.image), size_or_problem(pair.condition)
+class PairLook(NamedTuple):
+    """(width, height) of both images of a pair, or what keeps it from being trained on; and what decoding each of them found."""
+
+    size: Union[tuple[int, int], str]
+    image: Look
+    condition: Look
+
+
+def usable_pair(pair: Pair, wanted: Wanted) -> PairLook:
+    """Decodes both images wholly."""
+    image, condition = look(pair.image), look(pair.condition, condition=True)
+    size, other = image.size, condition.size
     wrong = [f"{what}{found}" for what, found in (("", size), ("its condition is ", other)) if isinstance(found, str)]
     if not wrong and size != other:
         wrong = [f"{size[0]}x{size[1]}, its condition {other[0]}x{other[1]}"]
     if not wrong:
         small = too_small(size, wanted)
         wrong = [small] if small else []
-    return "; ".join(wrong) if wrong else size
+    return PairLook("; ".join(wrong) if wrong else size, image, condition)
+
+
+class Notes:
+    """What is to be said of the usable pairs of a data set: animations, conditions of one colour, and what transparent ones lie on."""
+
+    def __init__(self) -> None:
+        self.animated, self.flat, self.count, self.transparent, self.ink = [], {"white": [], "black": []}, 0, 0, Ink(0.0, 0.0)
+
+    def add(self, pair: Pair, looked: PairLook) -> None:
+        if isinstance(looked.size, str):
+            return
+        self.count += 1
+        self.animated += [each.name for each, found in ((pair.image, looked.image), (pair.condition, looked.condition)) if found.animated]
+        if found := looked.condition.ink:
+            self.transparent, self.ink = self.transparent + 1, Ink(self.ink.white + found.white, self.ink.black + found.black)
+        for background in looked.condition.flat_on:
+            self.flat[background].append(pair.condition.name)
+
+    @property
+    def background(self) -> str:
+        """What transparent conditions are laid on: one colour for the whole data set, so that all of them look alike."""
+        return ground(self.ink)
+
+    def lines(self, flag: str) -> list[str]:
+        flat, lines = self.flat[self.background], animation_notes(self.animated, flag)
+        if self.background == "black":
+            lines.append(f"{flag}: {self.transparent} transparent conditions are laid on black; on white their drawing would not be seen")
+        if flat:
+            lines.append(f"{flag}: {len(flat)} of {self.count} conditions are blank, of one colour throughout: {few(flat)}")
+        return lines
 
 
 def require_usable(pair: Pair, wanted: Wanted) -> None:
     """Raises UserError for a pair that `preflight_pairs` would refuse: for streams, which are checked in passing."""
-    if isinstance(problem := usable_pair_size(pair, wanted), str):
-        raise UserError(f"{pair.image.name}: {problem}. Mend the data set, or remove the pair from it.")
+    if isinstance(wrong := usable_pair(pair, wanted).size, str):
+        raise UserError(f"{pair.image.name}: {wrong}. Mend the data set, or remove the pair from it.")
 
 
 # ---- what a run trains on ----------------------------------------------------------------------------------------------------------
@@ -427,7 +205,7 @@ class PairData:
 
     def __init__(self, train: Union[Pairs, PairStream], held_out: list[Pair], buckets: list[tuple[int, int]], seed: int, batch_size: int):
         self.train, self.held_out, self.buckets, self.batch_size = train, held_out, buckets, batch_size
-        self.streaming = isinstance(train, PairStream)
+        self.streaming, self.background = isinstance(train, PairStream), train.background
         # An epoch of a stream is not known: the whole run counts as one.
         self.epoch_length = train.count if self.streaming else len(train)
         self.numbers = None if self.streaming else bucket_numbers((pair.image for pair in train), buckets)
@@ -485,9 +263,20 @@ class PairStream:
     the encoded pictures. Sources and errors are those of `load_pairs`; a pair without one of its pictures raises UserError when reached.
     """
 
-    def __init__(self, source: Source, seed: int = 0, buffer_size: int = 1000, count: Optional[int] = None) -> None:
-        self.dataset, self.columns, self.name = _open(source, streaming=True)
-        self.seed, self.buffer_size, self.count = seed, buffer_size, count
+    def __init__(
+        self, source: Source, seed: int = 0, buffer_size: int = 1000, count: Optional[int] = None, say: Callable[[str], None] = print
+    ) -> None:
+        self.dataset, self.columns = open_rows(source, streaming=True, say=say)
+        self.name, self.root = source.name, source.root
+        self.seed, self.buffer_size, self.count, self.background = seed, buffer_size, count, "white"
+        notes = Notes()
+        with contextlib.suppress(Exception):  # what is wrong with a row is said when it is reached
+            for place, row in enumerate(islice(self.dataset, PEEK)):
+                pair = self._pair(row, place)
+                notes.add(pair, usable_pair(pair, 1))
+        self.background = notes.background
+        for line in notes.lines(f"{source.flag} {shown(source.name)}, first {notes.count} pairs"):
+            say(line)
 
     def __iter__(self) -> Iterator[Pair]:
         return self.from_position(0)
@@ -519,11 +308,10 @@ class PairStream:
             raise UserError(f"{self.name}: the datasets library cannot read on in pass {number}: {error!r}") from None
 
     def _pair(self, row: dict, position: int) -> Pair:
-        name, pictures = f"{self.name}, place {position} of the stream", []
-        for what, column in zip(("image", "condition"), self.columns):
+        name, images = f"{shown(self.name)}, place {position} of the stream", []
+        for what, column, background in zip(("image", "condition"), self.columns, ("white", self.background)):
             try:
-                pictures.append(Sample(name, encoded(row[column])))
-            except OSError as error:
-                reason = f"missing ({error.filename or error})" if isinstance(error, FileNotFoundError) else f"not readable ({error})"
-                raise UserError(f"{name}: its {what} is {reason}. Mend the data set, or remove the pair from it.") from None
-        return Pair(*pictures, row[self.columns.caption] or "")
+                images.append(Sample(name, encoded(row[column], self.root), background=background))
+            except (OSError, UnusableImage) as error:
+                raise UserError(f"{name}: its {what} is {problem(error)}. Mend the data set, or remove the pair from it.") from None
+        return Pair(*images, row[self.columns.caption] or "")

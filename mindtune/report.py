@@ -65,7 +65,7 @@ def write_report(output_dir: Path) -> Path:
         f"<body>\n{''.join(parts)}\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
     path = output_dir / REPORT_FILE
-    write_atomically(path, lambda beside: beside.write_text(page, encoding="utf-8"))
+    write_atomically(path, lambda beside: beside.write_text(page, encoding="utf-8", errors="backslashreplace"))
     return path
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from mindspore import nn, ops
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from mindtune.cli import UserError
-from mindtune.data import to_rgb
+from mindtune.cli import UserError, shown
 from mindtune.flow import latent_image_ids, latent_scale, pack_latents, resolution_shift, shift_sigmas, unpack_latents
+from mindtune.images import UnusableImage, flatten, ground, ink, is_flat, opened
 from mindtune.library import pynative_no_grad
 from mindtune.models import unipc
 
@@ -144,15 +144,30 @@ def sample_unet_latents(
     return latents.asnumpy()
 
 
-def condition_picture(path: str, flag: str, resolution: int, multiple: int = 16) -> Image.Image:
-    """A picture as a condition to draw with: its shorter side `resolution`, the longer one the nearest multiple of `multiple`.
-
-    Raises UserError naming `flag` if it cannot be read.
-    """
+def require_condition(path: str, flag: str) -> Image.Image:
+    """The decoded image, in its own mode. Raises UserError naming `flag` if it cannot be read."""
     try:
-        image = to_rgb(Image.open(path))
-    except Exception as error:  # decoders raise many kinds; all of them mean that it is no usable picture
-        raise UserError(f"{flag} {path}: cannot be read as a picture ({error}).") from None
+        return opened(path)
+    except ValueError as error:
+        raise UserError(f"{flag} {shown(path)}: cannot be read as an image ({error}).") from None
+
+
+def condition_picture(path: str, flag: str, resolution: int, multiple: int = 16, background: Optional[str] = None) -> Image.Image:
+    """An image as a condition to draw with: its shorter side `resolution`, the longer one the nearest multiple of `multiple`.
+
+    Transparent pixels are laid on `background` as in training; without one on what shows this drawing, by the rule for data sets. Raises
+    UserError naming `flag` if it cannot be read.
+    """
+    image = require_condition(path, flag)
+    shades = ink(image)
+    if background is None and shades and ground(shades) == "black":
+        print(f"{flag} {shown(path)}: laid on black; on white its drawing would not be seen")
+    try:
+        image = flatten(image, background or (ground(shades) if shades else "white"))
+    except UnusableImage as error:
+        raise UserError(f"{flag} {shown(path)}: cannot be read as an image ({error}).") from None
+    if is_flat(image):
+        print(f"{flag} {shown(path)}: blank, of one colour throughout")
     width, height = (max(resolution, round(side * resolution / min(image.size) / multiple) * multiple) for side in image.size)
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 

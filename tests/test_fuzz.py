@@ -12,10 +12,11 @@ from conftest import load_script
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mindtune import cache, check_data, checkpoint, data, lora, models, pipelines
+from mindtune import cache, check_data, checkpoint, data, folders, lora, models, pipelines
 from mindtune.cli import UserError
-from mindtune.pairs import Source, load_pairs, preflight_pairs
+from mindtune.pairs import load_pairs, preflight_pairs
 from mindtune.precision import resolve_precision
+from mindtune.tables import Source
 
 PRECISION = resolve_precision("no")
 
@@ -280,7 +281,7 @@ def damaged_pictures(folder, random):
 def test_damaged_pictures_are_listed(tmp_path, seed):
     damaged_pictures(tmp_path, np.random.default_rng(seed))
     before = snapshot(tmp_path)
-    samples = data.samples_in_folder(str(tmp_path), "--instance_data_dir")
+    samples = folders.samples_in_folder(str(tmp_path), "--instance_data_dir")
     sentence = orderly(data.preflight, samples, 32, "--instance_data_dir", False)
     assert sentence.count("\n") >= 20 and snapshot(tmp_path) == before
     assert check_data.main(["--instance_data_dir", str(tmp_path), "--resolution", "32", "--instance_prompt", "x"]) == 1
@@ -292,7 +293,7 @@ def test_a_picture_of_too_many_pixels_is_a_listed_problem(tmp_path):
     path = tmp_path / "bomb.png"
     Image.new("1", (30_000, 30_000)).save(path)
     assert path.stat().st_size < 200_000
-    samples = data.samples_in_folder(str(tmp_path), "--instance_data_dir")
+    samples = folders.samples_in_folder(str(tmp_path), "--instance_data_dir")
     sentence = orderly(data.preflight, samples, 32, "--instance_data_dir", False)
     assert "bomb.png: too many pixels" in sentence and "900000000" in sentence
 
@@ -344,7 +345,7 @@ def test_odd_lines_of_metadata_are_refused(tmp_path, line):
     for path in (folder / "a.png", tmp_path / "a.png"):
         Image.new("RGB", (40, 40)).save(path)
     (folder / "metadata.jsonl").write_text(line)
-    assert "metadata.jsonl" in orderly(data.samples_in_folder, str(folder), "--instance_data_dir")
+    assert "metadata.jsonl" in orderly(folders.samples_in_folder, str(folder), "--instance_data_dir")
     pair = line.replace('"text"', '"conditioning_image_file_name": "a.png", "text"')
     (folder / "metadata.jsonl").write_text(pair)
     before = snapshot(tmp_path)

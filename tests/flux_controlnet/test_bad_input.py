@@ -176,7 +176,7 @@ def test_a_condition_to_validate_with_that_is_no_picture(refused, tmp_path, cont
     path = tmp_path / "outline.png"
     if content is not None:
         path.write_bytes(content)
-    says(refused("--validation_prompt", "x", "--validation_image", path), f"--validation_image {path}: cannot be read as a picture", found)
+    says(refused("--validation_prompt", "x", "--validation_image", path), f"--validation_image {path}: cannot be read as an image", found)
 
 
 # ---- the ControlNet to go on from --------------------------------------------------------------------------------------------------

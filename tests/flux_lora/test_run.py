@@ -11,7 +11,7 @@ from fake_hub import TOKEN
 from PIL import Image
 from safetensors import safe_open
 
-from mindtune import checkpoint, data, encode, lora, models
+from mindtune import checkpoint, data, encode, folders, lora, models
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_held_out_loss_falls_with_training_and_stays_without(run):
 
 
 def test_pixels_reach_the_step_as_the_preprocessing_made_them(lora_script, flags, photos):
-    sample = data.samples_in_folder(str(photos), "--instance_data_dir")[0]
+    sample = folders.samples_in_folder(str(photos), "--instance_data_dir")[0]
     pixels = data.pixel_values(sample.open(), 32, "lanczos")
     image = Image.open(sample.source).convert("RGB")
     side = min(image.size)

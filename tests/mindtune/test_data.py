@@ -1,7 +1,8 @@
-"""Pictures and captions: found, checked, and turned into the right pixels."""
+"""Images and captions: read, checked, and turned into the right pixels."""
 
+import base64
 import hashlib
-import json
+import io
 import threading
 import time
 
@@ -15,211 +16,29 @@ from mindtune.data import (
     Sample,
     crop_box,
     encoded,
+    look,
     pixel_values,
     prefetch,
     preflight,
     resize_shorter_side,
-    samples_in_dataset,
-    samples_in_folder,
-    to_rgb,
 )
+from mindtune.folders import samples_in_folder
 
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
+WHITE = (255, 255, 255)
 
 
 def noise(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def reopened(image, path, **options):
-    """What a decoder makes of the saved file."""
-    image.save(path, **options)
-    return Image.open(path)
-
-
-def close_to(image, place, colour, tolerance=4):
-    assert image.mode == "RGB"
-    np.testing.assert_allclose(image.getpixel(place), colour, atol=tolerance)
-
-
-# ---- every kind of picture to RGB --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "orientation, size, red",
-    [(1, (32, 16), (4, 8)), (3, (32, 16), (28, 8)), (6, (16, 32), (8, 4)), (8, (16, 32), (8, 28)), (2, (32, 16), (28, 8))],
-)
-def test_a_jpeg_is_turned_upright_by_its_exif(tmp_path, orientation, size, red):
-    """The camera wrote red on the left; orientation 6 says: turn clockwise, so red comes to the top."""
-    image = Image.new("RGB", (32, 16), BLUE)
-    image.paste(RED, (0, 0, 16, 16))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    upright = to_rgb(reopened(image, tmp_path / "a.jpg", exif=exif, quality=95))
-    assert upright.size == size
-    close_to(upright, red, RED)
-    close_to(upright, (size[0] - 1 - red[0], size[1] - 1 - red[1]), BLUE)
-
-
-def test_a_cmyk_jpeg(tmp_path):
-    """Cyan 0, magenta 1/2, yellow 1, black 1/5: (1 - ink)(1 - black)."""
-    image = reopened(Image.new("CMYK", (16, 16), (0, 128, 255, 51)), tmp_path / "a.jpg", quality=100)
-    assert image.mode == "CMYK"
-    close_to(to_rgb(image), (8, 8), (204, 102, 0))
-
-
-def test_a_palette_png_with_a_transparent_colour_lies_on_white(tmp_path):
-    image = Image.new("P", (4, 1))
-    image.putpalette([*RED, *GREEN, *BLUE])
-    image.putdata([0, 1, 2, 1])
-    found = reopened(image, tmp_path / "a.png", transparency=1)
-    assert found.mode == "P"
-    assert list(to_rgb(found).getdata()) == [RED, WHITE, BLUE, WHITE]
-
-
-def test_a_palette_without_transparency(tmp_path):
-    image = Image.new("P", (2, 1))
-    image.putpalette([*RED, *GREEN])
-    image.putdata([1, 0])
-    assert list(to_rgb(reopened(image, tmp_path / "a.png")).getdata()) == [GREEN, RED]
-
-
-def test_rgba_is_laid_on_white(tmp_path):
-    """a c + (1 - a) 255; what a transparent pixel hides does not show."""
-    image = Image.new("RGBA", (3, 1))
-    image.putdata([(100, 0, 200, 255), (100, 0, 200, 0), (100, 0, 200, 51)])
-    shown = to_rgb(reopened(image, tmp_path / "a.png"))
-    for x, colour in enumerate([(100, 0, 200), WHITE, (224, 204, 244)]):
-        close_to(shown, (x, 0), colour, tolerance=1)
-
-
-def test_gray_with_alpha_is_laid_on_white(tmp_path):
-    image = Image.new("LA", (3, 1))
-    image.putdata([(50, 255), (50, 0), (50, 102)])
-    found = reopened(image, tmp_path / "a.png")
-    assert found.mode == "LA"
-    for x, gray in enumerate([50, 255, 173]):
-        close_to(to_rgb(found), (x, 0), (gray,) * 3, tolerance=1)
-
-
-def test_rgb_with_a_transparent_colour(tmp_path):
-    image = Image.new("RGB", (2, 1), RED)
-    image.putpixel((1, 0), BLUE)
-    assert list(to_rgb(reopened(image, tmp_path / "a.png", transparency=RED)).getdata()) == [WHITE, BLUE]
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_gray_is_scaled_not_clipped(tmp_path, suffix):
-    """round(v / 257): 65535 is 255, and 32896 is 128 (a plain conversion clips everything above 255 to white)."""
-    values = np.array([[0, 128, 129, 257, 32896, 65535]], np.uint16)
-    shown = to_rgb(reopened(Image.fromarray(values), tmp_path / f"a.{suffix}"))
-    assert np.asarray(shown)[0].tolist() == [[v] * 3 for v in (0, 0, 1, 1, 128, 255)]
-
-
-def test_8_bit_gray(tmp_path):
-    shown = to_rgb(reopened(Image.fromarray(np.array([[0, 7, 255]], np.uint8)), tmp_path / "a.png"))
-    assert list(shown.getdata()) == [(0, 0, 0), (7, 7, 7), WHITE]
-
-
-def test_black_and_white(tmp_path):
-    shown = to_rgb(reopened(Image.fromarray(np.array([[True, False]])), tmp_path / "a.png"))
-    assert list(shown.getdata()) == [WHITE, (0, 0, 0)]
-
-
-@pytest.mark.parametrize("values", [np.float32([[0.5, 1.0]]), np.int32([[0, 65536]]), np.int32([[-1, 5]])])
-def test_pixels_of_an_unknown_scale_are_refused(values):
-    with pytest.raises(ValueError, match="not an 8- or 16-bit picture"):
-        to_rgb(Image.fromarray(values))
-
-
-# ---- finding samples ---------------------------------------------------------------------------------------------------------------
+# ---- samples -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures, files that are none, a hidden file and a subdirectory."""
-    folder = tmp_path / "pictures"
-    (folder / "inner").mkdir(parents=True)
     for number, name in enumerate(["c.png", "a.jpg", "B.PNG"]):
-        noise(20, 16, number).save(folder / name)
-    for name in (".hidden.png", "notes.md", "list.csv"):
-        (folder / name).write_text("x")
-    return folder
-
-
-def captions(folder, **options):
-    return {sample.name: sample.caption for sample in samples_in_folder(str(folder), "--instance_data_dir", **options)}
-
-
-def test_pictures_come_in_name_order_without_other_files(folder):
-    assert list(captions(folder).items()) == [("B.PNG", None), ("a.jpg", None), ("c.png", None)]
-
-
-def test_a_missing_and_an_empty_directory(tmp_path, folder):
-    with pytest.raises(UserError, match=r"--instance_data_dir .*no such directory"):
-        captions(folder / "absent")
-    with pytest.raises(UserError, match=r"no image.*Put 5 to 20 images there"):
-        captions(folder / "inner")
-    with pytest.raises(UserError, match=r"no image.*subdirectories .pictures."):
-        captions(tmp_path)
-
-
-def test_captions_of_text_files_also_with_a_byte_order_mark(folder):
-    (folder / "a.txt").write_bytes(b"\xef\xbb\xbf" + "un café\r\n".encode())
-    (folder / "c.txt").write_text("  a cat\n")
-    assert captions(folder) == {"B.PNG": None, "a.jpg": "un café", "c.png": "a cat"}
-
-
-def test_captions_of_metadata_win_over_text_files(folder):
-    rows = [{"file_name": "a.jpg", "text": "from metadata"}, {"file_name": "B.PNG", "text": ""}]
-    (folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
-    (folder / "a.txt").write_text("from text")
-    (folder / "c.txt").write_text("from text")
-    assert captions(folder) == {"B.PNG": None, "a.jpg": "from metadata", "c.png": "from text"}
-
-
-def test_metadata_of_absent_files_is_listed(folder):
-    """A picture in a subdirectory would otherwise lose its caption in silence."""
-    rows = [{"file_name": "inner/a.jpg", "text": "x"}, {"file_name": "absent.png", "text": "x"}]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match=r"(?s)metadata.jsonl: names files.*absent.png.*inner/a.jpg"):
-        captions(folder)
-
-
-def test_the_caption_column_is_named(folder):
-    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "prompt": "p", "text": "t"}')
-    assert captions(folder, caption_column="prompt")["a.jpg"] == "p"
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\x85"])
-def test_only_a_newline_ends_a_json_line(folder, separator):
-    """JSON allows other line separators inside a string."""
-    row = json.dumps({"file_name": "a.jpg", "text": f"one{separator}two"}, ensure_ascii=False)
-    (folder / "metadata.jsonl").write_text(row + '\r\n{"file_name": "c.png", "text": "three"}\n', encoding="utf-8", newline="")
-    assert captions(folder) == {"B.PNG": None, "a.jpg": f"one{separator}two", "c.png": "three"}
-
-
-@pytest.mark.parametrize(
-    "line", ["{broken", "[1]", '"a.jpg"', '{"text": "x"}', '{"file_name": "c.png"}', '{"file_name": "c.png", "text": 3}']
-)
-def test_a_bad_json_line_is_named_by_its_number(folder, line):
-    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "t"}\n' + line)
-    with pytest.raises(UserError, match=r"metadata.jsonl, line 2: expected .*--caption_column"):
-        captions(folder)
-
-
-def test_captions_that_are_not_utf8_are_all_named(folder):
-    for name in ("a.txt", "c.txt"):
-        (folder / name).write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(UserError) as error:
-        captions(folder)
-    assert "2 caption files" in str(error.value) and "a.txt: byte 3" in str(error.value) and "c.txt: byte 3" in str(error.value)
-
-
-def test_metadata_that_is_not_utf8(folder):
-    (folder / "metadata.jsonl").write_bytes(b'{"text": "caf\xe9"}')
-    with pytest.raises(UserError, match=r"metadata.jsonl: byte 13 is not UTF-8"):
-        captions(folder)
+        noise(20, 16, number).save(tmp_path / name)
+    return tmp_path
 
 
 def test_a_sample_reads_its_file(folder):
@@ -246,58 +65,73 @@ def test_every_kind_of_cell_is_read(folder):
     assert encoded({"bytes": b"", "path": str(path)}) == b""
 
 
+def png(seed=0):
+    file = io.BytesIO()
+    noise(20, 16, seed).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda text: text,
+        lambda text: text.encode(),
+        lambda text: f"data:image/any;base64,{text}",
+        lambda text: text.rstrip("="),
+        lambda text: "\n".join(text[start : start + 76] for start in range(0, len(text), 76)) + "\n",
+        lambda text: text.translate({ord("+"): "-", ord("/"): "_"}),
+    ],
+    ids=["text", "bytes", "data URL", "without padding", "in lines", "for URLs"],
+)
+def test_images_in_base64_are_read(kind, written):
+    file = io.BytesIO()
+    noise(20, 16).save(file, kind)
+    cell = written(base64.b64encode(file.getvalue()).decode())
+    if kind == "BMP" and isinstance(cell, bytes):
+        pytest.skip("bytes in a column are the image itself unless they clearly are not")
+    assert encoded(cell) == file.getvalue() == encoded({"bytes": None, "path": cell} if isinstance(cell, str) else {"bytes": cell})
+
+
+def test_a_file_with_a_name_as_in_base64_is_a_file(tmp_path):
+    """A hash without ending, in a folder of hashes, is how many data sets name images."""
+    names = [tmp_path / ("ab01" * 16) / ("cd23" * 16), tmp_path / "iVBORw0KGgo" / ("ef45" * 16)]
+    for path in names:
+        path.parent.mkdir()
+        path.write_bytes(png())
+        assert encoded(str(path)) == encoded(str(path.relative_to(tmp_path)), str(tmp_path)) == png()
+    with pytest.raises(FileNotFoundError):
+        encoded("ab01" * 16)
+
+
+def test_paths_are_read_from_the_data_set_first(tmp_path, monkeypatch):
+    (tmp_path / "set/images").mkdir(parents=True)
+    (tmp_path / "set/images/a.png").write_bytes(png(1))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/b.png").write_bytes(png(2))
+    monkeypatch.chdir(tmp_path / "here")
+    root = str(tmp_path / "set")
+    assert (
+        encoded("images/a.png", root)
+        == encoded("images\\a.png", root)
+        == encoded({"bytes": None, "path": "./images/a.png"}, root)
+        == png(1)
+    )
+    assert encoded("b.png", root) == png(2)
+    with pytest.raises(FileNotFoundError):
+        encoded("images/a.png")
+
+
+def test_text_that_is_no_image_is_cut_in_messages():
+    for cell in ("not base64! " * 5000, "x" * 4000, "data:image/svg+xml," + "<svg/>" * 5000):
+        message = look(Sample("a", ([{"image": cell}], 0, "image"))).size
+        assert isinstance(message, str) and len(message) < 500 and "damaged" not in message
+
+
 @pytest.mark.parametrize("cell", [None, "", {"bytes": None, "path": None}])
 def test_a_cell_without_picture(cell):
     with pytest.raises(FileNotFoundError, match="the dataset has none here"):
         encoded(cell)
-
-
-# ---- a dataset ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def imagefolder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("imagefolder")
-    for number in range(3):
-        noise(20, 16, number).save(folder / f"{number}.png")
-    rows = [{"file_name": f"{n}.png", "text": f"caption {n}", "other": n} for n in range(3)]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-def read_dataset(folder, cache, image_column=None, caption_column=None):
-    return samples_in_dataset(str(folder), None, str(cache), image_column, caption_column)
-
-
-def test_a_dataset_gives_the_files_bytes_and_captions(imagefolder, tmp_path):
-    samples = read_dataset(imagefolder, tmp_path, caption_column="text")
-    assert [sample.caption for sample in samples] == ["caption 0", "caption 1", "caption 2"]
-    for number, sample in enumerate(samples):
-        assert sample.read() == (imagefolder / f"{number}.png").read_bytes()
-        np.testing.assert_array_equal(np.asarray(sample.open()), np.asarray(noise(20, 16, number)))
-
-
-def test_a_dataset_without_caption_column_has_no_captions(imagefolder, tmp_path):
-    assert [sample.caption for sample in read_dataset(imagefolder, tmp_path)] == [None] * 3
-
-
-@pytest.mark.parametrize(
-    "columns, message",
-    [
-        ({"caption_column": "txt"}, "--caption_column txt: .*has the columns image, text, other"),
-        ({"image_column": "img"}, "--image_column img: .*has the columns"),
-        ({"image_column": "text"}, "--image_column text: not an image column"),
-    ],
-)
-def test_a_wrong_column_is_answered_with_the_right_ones(imagefolder, tmp_path, columns, message):
-    with pytest.raises(UserError, match=message):
-        read_dataset(imagefolder, tmp_path, **columns)
-
-
-def test_a_dataset_that_cannot_be_read(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"--dataset_name .*cannot read it"):
-        read_dataset(tmp_path / "empty", tmp_path)
 
 
 # ---- preflight ---------------------------------------------------------------------------------------------------------------------
@@ -374,6 +208,17 @@ def test_preflight_names_what_is_missing(tmp_path):
     samples = [Sample("a", tmp_path / "a.png"), Sample("b", ([{"image": None}], 0, "image"))]
     with pytest.raises(UserError, match=r"(?s)a: missing \(.*/a.png\).*b: missing \(the dataset has none here\)"):
         preflight(samples, 32, "--dataset_name", False)
+
+
+def test_preflight_says_what_it_uses_of_animations(tmp_path, capsys):
+    noise(40, 40).save(tmp_path / "a.gif", save_all=True, append_images=[noise(40, 40, 1)])
+    noise(40, 40).save(tmp_path / "still.gif")
+    assert len(check(tmp_path)) == 2
+    assert "only the first frame (or page) is used of 1 with several: a.gif\n" in capsys.readouterr().out
+
+
+def test_the_digest_tells_what_an_image_is_laid_on():
+    assert Sample("a", png()).digest == hashlib.sha256(png()).hexdigest() != Sample("a", png(), background="black").digest
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------------------------

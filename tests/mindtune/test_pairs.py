@@ -17,7 +17,8 @@ from PIL import Image
 
 from mindtune.cli import UserError
 from mindtune.data import pixel_values
-from mindtune.pairs import Pairs, PairStream, Source, load_pairs, preflight_pairs
+from mindtune.pairs import Pairs, PairStream, load_pairs, preflight_pairs
+from mindtune.tables import Source
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tiny"))
 import shapes
@@ -266,7 +267,7 @@ def refusal(call=load_pairs, **arguments):
         ({"text": [["a", "b"]] * COUNT}, {}, "--caption_column text: holds List, not text"),
         ({"text": IMAGES}, {}, "--caption_column text: holds Image, not text"),
         ({"text": [{"a": 1}] * COUNT}, {}, "--caption_column text: holds a struct, not text"),
-        ({"image": list(range(COUNT))}, {}, "--image_column image: holds int64, not pictures"),
+        ({"image": list(range(COUNT))}, {}, "--image_column image: holds int64, not images"),
     ],
 )
 def test_columns_that_do_not_fit(tmp_path, open_pairs, columns, flags, message):

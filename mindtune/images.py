@@ -1,0 +1,263 @@
+"""Image files: decoding them upright, telling what a file is that is no image, and laying transparency on a colour."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Optional, Union
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mindtune.cli import shown
+
+try:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    HEIF = True
+except ImportError:  # only HEIC photos need it
+    HEIF = False
+
+# A scan of 100 million pixels is decoded; Pillow's error above 178 million stays.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by the EXIF orientation
+RAW = {".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".srw", ".x3f"}
+VIDEO = {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".webm", ".wmv"}
+DOCUMENT = {".ai", ".doc", ".docx", ".eps", ".odt", ".pdf", ".ppt", ".pptx", ".ps", ".xls", ".xlsx"}
+DRAWING = {".emf", ".svg", ".svgz", ".wmf"}
+UNREAD = {".heics", ".jxl", ".jxr", ".kra", ".psb", ".xcf"}
+ARCHIVE = {".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"}
+HINTS = {
+    **dict.fromkeys(VIDEO, "videos: save their frames as images, for example by ffmpeg -i clip.mp4 frame-%04d.png"),
+    **dict.fromkeys(RAW, "raw photos: export them as JPEG, PNG or 16-bit TIFF"),
+    **dict.fromkeys(DRAWING, "vector drawings: export them as PNG"),
+    **dict.fromkeys(DOCUMENT, "documents: export their pages as PNG"),
+    **dict.fromkeys(UNREAD, "of a format that Pillow does not read: export them as PNG or JPEG"),
+    **dict.fromkeys(ARCHIVE, "archives: unpack them"),
+}
+PHOTOS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "HEIF", "AVIF")
+# What the first bytes say of a file that Pillow does not know.
+SIGNATURES = (
+    (b"version https://git-lfs", "a Git LFS pointer: run git lfs pull where the data set was cloned"),
+    (b"%PDF", "a PDF: export its pages as PNG"),
+    (b"PK\x03\x04", "a ZIP archive: unpack it"),
+    (b"Rar!", "a RAR archive: unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it"),
+    (b"\x1f\x8b", "gzip data: unpack it"),
+    (b"\xff\x0a", "JPEG XL: convert it to PNG, for example by djxl a.jxl a.png"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL: convert it to PNG, for example by djxl a.jxl a.png"),
+    (b"\x1aE\xdf\xa3", "a video: save its frames as images"),
+    (b"8BPB", "a Photoshop file: export it as PNG"),
+    (b"gimp xcf", "a GIMP file: export it as PNG"),
+    (b"\xd0\xcf\x11\xe0", "an Office file or Thumbs.db of Windows: remove it"),
+    (b"bplist", "a property list of macOS: remove it"),
+    (b"\0\x05\x16\x07", "an AppleDouble file of macOS, which holds no pixels: remove it"),
+    (b"\x93NUMPY", "a NumPy array: save it as PNG"),
+)
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+
+
+class UnusableImage(ValueError):
+    """An image that is whole but cannot be used; the text says what to do."""
+
+
+def readable_suffixes() -> set[str]:
+    """The file name endings of the image formats that are read here, with the dot, in lower case."""
+    Image.init()
+    found = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return (found | {".heic", ".heif", ".hif", ".avif"}) - set(HINTS)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file begins as an image does, whatever its name."""
+    try:
+        with Image.open(path, formats=[kind for kind in PHOTOS if kind in Image.OPEN]):
+            return True
+    except Exception:  # decoders raise many kinds
+        return False
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------------------------------
+
+
+def decode(content: bytes) -> Image.Image:
+    """The first frame of an encoded image, wholly decoded and upright, in its own mode; info["animated"] says if there are more.
+
+    Metadata never stand in the way: a PNG that is refused for its text, colour profile or their checksums is read without them.
+    Raises what Pillow raises, or UnusableImage.
+    """
+    try:
+        return _upright(content)
+    except (ValueError, SyntaxError, OSError, struct.error):
+        if content[:8] != b"\x89PNG\r\n\x1a\n":
+            raise
+    try:
+        return _upright(b"".join(_plain_png(content, (b"XML:com.adobe.xmp", b"Raw profile type exif"))))  # which may hold the orientation
+    except (ValueError, SyntaxError, OSError, struct.error):
+        return _upright(b"".join(_plain_png(content, ())))
+
+
+def _upright(content: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(content))
+    if 50706 in getattr(image, "tag_v2", ()):  # DNGVersion
+        raise UnusableImage("a raw photo (DNG), of which Pillow reads a preview only: export it as JPEG, PNG or TIFF")
+    # The second image of a phone's JPEG or HEIC is a preview or a map, and a Photoshop file's are layers: none of them are missed.
+    animated = image.format in ("GIF", "PNG", "WEBP", "AVIF", "TIFF") and getattr(image, "is_animated", False)
+    turned = upright(image)
+    turned.info["animated"] = animated
+    return turned
+
+
+def _plain_png(content: bytes, keep: tuple[bytes, ...]) -> Iterator[bytes]:
+    """The chunks that pixels, transparency and orientation need, and texts under the keywords `keep`. PNG, third edition, 5.3."""
+    yield content[:8]
+    place = 8
+    while place + 12 <= len(content):
+        length, kind = struct.unpack(">I4s", content[place : place + 8])
+        keyword = content[place + 8 : place + 88].split(b"\0")[0]
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf") or (kind[1:] in (b"EXt", b"TXt") and keyword in keep):
+            yield content[place : place + 12 + length]
+        place += 12 + length
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says. Unlike Pillow's own function it does not write the EXIF anew, which fails for values such as 1/0."""
+    image.load()
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # an EXIF block that cannot be parsed says nothing, and the pixels are whole
+        orientation = None
+    return image.transpose(TURNS[orientation]) if isinstance(orientation, int) and orientation in TURNS else image
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """8-bit RGB, upright: EXIF rotation applied, transparency laid on `background`, 16-bit gray scaled by 1/257, the rest converted."""
+    return flatten(upright(image), background)
+
+
+def flatten(image: Image.Image, background: str = "white") -> Image.Image:
+    """8-bit RGB of an upright image in any mode. Raises UnusableImage for pixels of an unknown scale."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise UnusableImage(f"pixel mode {image.mode} is not an 8- or 16-bit image: save it as 8- or 16-bit PNG")
+        image = Image.fromarray((values / 257.0 + 0.5).astype(np.uint8))
+    if is_transparent(image):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    if image.mode == "LAB":
+        raise UnusableImage("its colours are L*a*b*, which Pillow does not convert: save it as RGB")
+    return image.convert("RGB")
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether some pixels may be: the mode or format has transparency."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def is_flat(image: Image.Image) -> bool:
+    """Whether all pixels of an RGB image have one colour."""
+    return all(low == high for low, high in image.getextrema())
+
+
+class Ink(NamedTuple):
+    """How much of a transparent image is seen on white and on black: the mean distance of its pixels from that ground, 0 to 255."""
+
+    white: float
+    black: float
+
+
+def ink(image: Image.Image) -> Optional[Ink]:
+    """Of an upright image; None if it has no transparent pixel."""
+    if not is_transparent(image):
+        return None
+    image = image.convert("RGBA")
+    if image.getextrema()[3][0] == 255:
+        return None
+    image = image.reduce(max(1, int((image.width * image.height / 1e6) ** 0.5)))  # averages, weighted by their alpha
+    pixels = np.asarray(image, dtype=np.float32)
+    alpha, colours = pixels[:, :, 3] / 255.0, pixels[:, :, :3]
+    on_white, on_black = (alpha * away.max(axis=2) for away in (255.0 - colours, colours))
+    return Ink(float(on_white.mean()), float(on_black.mean()))
+
+
+def ground(total: Ink) -> str:
+    """What transparent drawings of that ink, summed, are laid on: white, or black if white leaves less than a tenth of what black shows."""
+    return "black" if total.white < 0.1 * total.black else "white"
+
+
+# ---- what is wrong -----------------------------------------------------------------------------------------------------------------
+
+
+def what_is_it(content: bytes) -> Optional[str]:
+    """What a file that Pillow does not know seems to be, and what to do about it; None if its first bytes say nothing."""
+    head = content[:512]
+    if not content:
+        return "the file is empty: copy it again"
+    if head[4:8] == b"ftyp":
+        if head[8:12] in HEIC_BRANDS:
+            need = "pillow-heif cannot read: copy it again" if HEIF else "needs a package: pip install pillow-heif"
+            return f"a HEIC photo that {need}, or convert it to JPEG, for example by heif-convert a.heic a.jpg"
+        if head[8:12] in (b"avif", b"avis"):
+            return "an AVIF image that this Pillow cannot read: copy it again, update Pillow to 11.3, or convert it to PNG"
+        return "a raw photo (CR3): export it as JPEG" if head[8:11] == b"crx" else "a video: save its frames as images"
+    for signature, kind in SIGNATURES:
+        if head.startswith(signature):
+            return kind
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if b"<svg" in text:
+        return "an SVG drawing: export it as PNG"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page: the download went wrong, fetch it again"
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "a video: save its frames as images"
+    return "it holds zeros only: copy it again" if not any(content[:4096]) else None
+
+
+def problem(error: Exception, content: Optional[bytes] = None) -> str:
+    """What messages say of an image whose decoding raised `error`; `content` are its encoded bytes, if they could be read."""
+    if isinstance(error, FileNotFoundError):
+        return f"missing ({shown(error.filename or error)})"
+    if isinstance(error, UnusableImage):
+        return str(error)
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot be read ({errno.errorcode.get(error.errno, error.errno)}: {os.strerror(error.errno)})"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too many pixels for a photograph ({error}): scale it down, for example by magick a.png -resize 4096x4096 b.png"
+    if content is None:
+        return f"cannot be read ({type(error).__name__}: {shown(error)})"
+    kind = what_is_it(content)
+    if isinstance(error, UnidentifiedImageError):
+        return f"not an image that Pillow can read{f': {kind}' if kind else ''}"
+    if kind:
+        return kind
+    if any(words in str(error) for words in ("Ghostscript", "cannot find loader", "not available", "not supported", "unsupported")):
+        return f"of a kind that cannot be decoded here ({shown(error)}): export it as PNG or JPEG"
+    if isinstance(error, (OSError, SyntaxError, EOFError, IndexError, struct.error)):
+        return f"damaged ({shown(error)})"
+    return f"cannot be decoded ({type(error).__name__}: {shown(error)}): save it anew as PNG or JPEG"
+
+
+def opened(path: Union[str, Path]) -> Image.Image:
+    """An image file, decoded and upright. Raises ValueError with what is wrong."""
+    content = None
+    try:
+        content = Path(path).read_bytes()
+        return decode(content)
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
+        raise ValueError(problem(error, content)) from None

@@ -1,0 +1,217 @@
+"""Data sets of images with captions, in every form that the pairs' data sets have (those are tested with the pairs)."""
+
+import base64
+import io
+import json
+import tarfile
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mindtune.cli import UserError
+from mindtune.tables import Source, samples_in_dataset
+
+
+@pytest.fixture(autouse=True)
+def library_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("library"))
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png(seed=0):
+    file = io.BytesIO()
+    noise(20, 16, seed).save(file, "png")
+    return file.getvalue()
+
+
+# ---- images with captions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imagefolder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imagefolder")
+    for number in range(3):
+        noise(20, 16, number).save(folder / f"{number}.png")
+    rows = [{"file_name": f"{n}.png", "text": f"caption {n}", "other": n} for n in range(3)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def read_dataset(folder, cache, image_column=None, caption_column=None):
+    return samples_in_dataset(Source(str(folder), cache_dir=str(cache), image_column=image_column, caption_column=caption_column))
+
+
+def test_a_dataset_gives_the_files_bytes_and_captions(imagefolder, tmp_path):
+    samples = read_dataset(imagefolder, tmp_path, caption_column="text")
+    assert [sample.caption for sample in samples] == ["caption 0", "caption 1", "caption 2"]
+    for number, sample in enumerate(samples):
+        assert sample.read() == (imagefolder / f"{number}.png").read_bytes()
+        np.testing.assert_array_equal(np.asarray(sample.open()), np.asarray(noise(20, 16, number)))
+
+
+def test_a_dataset_without_caption_column_has_no_captions(imagefolder, tmp_path):
+    assert [sample.caption for sample in read_dataset(imagefolder, tmp_path)] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"caption_column": "txt"}, "--caption_column txt: .*has the columns image, text, other"),
+        ({"image_column": "img"}, "--image_column img: .*has the columns"),
+        ({"image_column": "text"}, "(?s)3 files named in metadata.jsonl are missing.*caption 0 .line 1"),
+    ],
+)
+def test_a_wrong_column_is_answered_with_the_right_ones(imagefolder, tmp_path, columns, message):
+    with pytest.raises(UserError, match=message):
+        read_dataset(imagefolder, tmp_path, **columns)
+
+
+def test_a_dataset_that_cannot_be_read(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--dataset_name .*cannot read it"):
+        read_dataset(tmp_path / "empty", tmp_path)
+
+
+def test_images_without_metadata_are_in_the_librarys_order(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    assert [sample.read() for sample in read_dataset(tmp_path, tmp_path / "cache")] == [png(number) for number in range(3)]
+
+
+# ---- one data set in every form ----------------------------------------------------------------------------------------------------
+
+
+CELLS = [{"bytes": png(number), "path": f"{number}.png"} for number in range(3)]
+WORDS = ["one", None, "three"]
+
+
+def typed():
+    return datasets.Dataset.from_dict({"image": CELLS, "text": WORDS}).cast_column("image", datasets.Image())
+
+
+def as_parquet(folder):
+    typed().to_parquet(folder / "train.parquet")
+
+
+def as_parquet_of_plain_structs(folder):
+    pq.write_table(pa.table({"image": pa.array(CELLS), "text": WORDS}), folder / "train.parquet")
+
+
+def as_parquet_of_bytes(folder):
+    pq.write_table(pa.table({"image": [cell["bytes"] for cell in CELLS], "text": WORDS}), folder / "train.parquet")
+
+
+def as_parquet_of_base64(folder):
+    pq.write_table(pa.table({"image": [base64.b64encode(cell["bytes"]).decode() for cell in CELLS], "text": WORDS}), folder / "a.parquet")
+
+
+def as_parquet_of_paths(folder):
+    (folder / "images").mkdir()
+    for number in range(3):
+        (folder / f"images/{number}.png").write_bytes(png(number))
+    pq.write_table(pa.table({"image": [f"images/{number}.png" for number in range(3)], "text": WORDS}), folder / "train.parquet")
+
+
+def as_saved(folder):
+    typed().save_to_disk(folder)
+
+
+def as_saved_with_splits(folder):
+    datasets.DatasetDict({"test": typed().select([0]), "train": typed()}).save_to_disk(folder)
+
+
+def as_arrow(folder):
+    typed().save_to_disk(folder / "saved")
+    next((folder / "saved").glob("*.arrow")).rename(folder / "data.arrow")
+    for path in (folder / "saved").iterdir():
+        path.unlink()
+
+
+def as_shard(folder):
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number in range(3):
+            for ending, content in (("png", png(number)), ("txt", (WORDS[number] or "").encode())):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def as_csv(folder):
+    as_parquet_of_paths(folder)
+    (folder / "train.parquet").unlink()
+    (folder / "metadata.csv").write_text(
+        "".join(f"{a},{b or ''}\n" for a, b in zip(["file_name", *[f"images/{n}.png" for n in range(3)]], ["text", *WORDS]))
+    )
+
+
+FORMS = [value for name, value in list(globals().items()) if name.startswith("as_")]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_form_gives_the_same_images_and_captions(tmp_path, form):
+    (tmp_path / "set").mkdir()
+    form(tmp_path / "set")
+    samples = read_dataset(tmp_path / "set", tmp_path / "cache", "png" if form is as_shard else None, "txt" if form is as_shard else "text")
+    assert [sample.read() for sample in samples] == [png(number) for number in range(3)]
+    assert [sample.caption for sample in samples] == WORDS
+    assert samples[1].name == f"{tmp_path / 'set'}[1]"
+
+
+def test_the_first_image_column_is_used_as_before(tmp_path):
+    """Columns of text named like images do not come before one of images."""
+    rows = {"image": ["words", "words"], "photo": CELLS[:2], "png": CELLS[1:]}
+    table = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image()).cast_column("png", datasets.Image())
+    table.select_columns(["image", "photo"]).to_parquet(tmp_path / "train.parquet")
+    assert [sample.read() for sample in read_dataset(tmp_path, tmp_path / "cache")] == [png(0), png(1)]
+
+
+# ---- what is left out --------------------------------------------------------------------------------------------------------------
+
+
+def said(folder, **options):
+    lines = []
+    samples_in_dataset(Source(str(folder), cache_dir=str(folder.parent / "cache"), **options), lines.append)
+    return lines
+
+
+def test_other_splits_and_files_are_named(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    as_parquet(folder)
+    assert said(folder) == []
+    (folder / "README.md").write_text("x")
+    (folder / "extra.csv").write_text("a,b\n1,2\n")
+    assert said(folder) == [f"--dataset_name {folder}: 1 files are not used beside those read (.parquet): extra.csv"]
+    (folder / "extra.csv").unlink()
+    typed().to_parquet(folder / "test.parquet")
+    assert said(folder) == [f"--dataset_name {folder}: only the split train is used, not test"]
+
+
+def test_images_that_metadata_do_not_name_are_counted(tmp_path):
+    folder = tmp_path / "set"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.png", "b.png", "sub/c.png", "sub/d.png"):
+        (folder / name).write_bytes(png())
+    (folder / "Thumbs.db").write_bytes(b"x")
+    (folder / "clip.mp4").write_bytes(b"x")
+    rows = [{"file_name": "A.png", "text": "x"}, {"file_name": "sub\\d.png", "text": "y"}, {"file_name": "a.png", "text": "x"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    repeated, others, unnamed = said(folder, caption_column="text")
+    assert "1 lines of metadata.jsonl say the same as another; each counts" in repeated
+    assert "1 files are not used beside metadata.jsonl: clip.mp4" in others
+    assert "2 images are not used, for metadata.jsonl does not name them: b.png, sub/c.png" in unnamed
+
+
+def test_a_path_that_is_not_utf8_is_refused(tmp_path):
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    as_saved(tmp_path / "set")
+    with pytest.raises(UserError, match=r"caf.xe9 is not UTF-8, which the datasets library needs"):
+        said(folder)
