@@ -33,6 +33,7 @@ def main(argv=None):
         raise UserError(f"--output {output}: is already there. Name another file or add --overwrite.")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: there is no directory {output.parent}. Make it first.")
+    checkpoint.require_writable("--output", output.absolute().parent)
     source = lora.find_lora(args.lora, "--lora")
     tensors, alphas = lora.read_lora(source, "--lora")
     dtype = precision.DTYPES[args.dtype] if args.dtype else None

@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import lora, models, pipelines, precision, rng, sampling
+from mindtune import checkpoint, lora, models, pipelines, precision, rng, sampling
 from mindtune.cli import UserError, run
 from mindtune.encode import Stage, clip_pooled
 from mindtune.weights import linear_layers
@@ -59,6 +59,7 @@ def main(argv=None):
     args = parse_args(argv)
     pictures = len(args.prompt) * args.num_images_per_prompt * (2 if args.compare else 1)
     output, singles = sampling.output_files(args.output, pictures, args.overwrite)
+    checkpoint.require_writable("--cache_dir", args.cache_dir)
     adapter = lora.find_lora(args.lora, "--lora") if args.lora else None
     parts = lora.read_parts(adapter, "--lora") if adapter else {}
     adapts_clip = "text_encoder" in parts

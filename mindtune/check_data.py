@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 from mindtune.buckets import crop_sizes, nearest_bucket, wanted
+from mindtune.checkpoint import require_writable
 from mindtune.cli import UserError, listing, run, shown
 from mindtune.data import Sample, animation_notes, prefetch, usable
 from mindtune.folders import holds_no_image, samples_in_folder
@@ -251,6 +252,9 @@ def table(report: dict) -> str:
 
 def main(argv: Optional[list[str]] = None) -> int:
     flags = vars(parse_args(argv))
+    require_writable("--cache_dir", flags["cache_dir"])
+    if flags["json"]:
+        require_writable("--json", Path(flags["json"]).absolute().parent)
     with tempfile.TemporaryDirectory() as folder:
         report = findings(flags, flags["cache_dir"] or folder)
     print(table(report))

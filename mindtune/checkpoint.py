@@ -165,7 +165,7 @@ def find_checkpoint(output_dir: Path, which: str) -> Optional[Path]:
     return None
 
 
-def require_writable(flag: str, folder: Optional[str]) -> None:
+def require_writable(flag: str, folder: Union[str, Path, None]) -> None:
     """Raises UserError unless files can be made in `folder`, there or in the directory where it would be made. None needs none."""
     if folder is None:
         return

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
-import json
 import os
 import pickle
 import signal
@@ -40,7 +39,7 @@ from mindtune.pipelines import read_config
 from mindtune.precision import resolve_precision
 from mindtune.rng import normal
 from mindtune.sampling import decode_latents, sample_latents
-from mindtune.weights import weight_files
+from mindtune.weights import read_json, weight_files
 
 Size = Union[int, tuple[int, int]]  # side of a square, or (height, width), in pixels
 MINDONE = version("mindone")  # asked once: it takes 0.5 ms, and every key has it
@@ -133,8 +132,9 @@ class Stage:
         return text
 
     def unconditional(self) -> dict[str, np.ndarray]:
-        """What classifier-free guidance steers away from: `text("")`, or zeros where the pipeline's model_index.json says so (SDXL)."""
-        zeros = json.loads((self.root / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", False)
+        """What classifier-free guidance steers away from: `text("")`, or for SDXL zeros unless its model_index.json says otherwise."""
+        index = read_json(self.root, self.root / "model_index.json")
+        zeros = self.kind == "sdxl" and index.get("force_zeros_for_empty_prompt", True)
         return {name: value * 0.0 if zeros else value for name, value in self.text("").items()}
 
     def moments(self, sample: Sample, size: Size, flip: bool) -> np.ndarray:

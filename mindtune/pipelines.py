@@ -213,7 +213,9 @@ def resolve_controlnet(name: str, flag: str, cache_dir: Optional[str], base: dic
     for key in shared:
         if config.get(key, own.get(key)) != base.get(key):
             raise UserError(f"{flag} {name}: its {key} is {config.get(key)}, the base's {base.get(key)}. Give one made for this model.")
-    if weights and (union := [key for key in stored_tensors(path.parent, path.name) if key.startswith(UNION_TENSORS)]):
+    if any(path.glob("*.safetensors")) and (
+        union := [key for key in stored_tensors(path.parent, path.name) if key.startswith(UNION_TENSORS)]
+    ):
         raise UserError(f"{flag} {name}: a union ControlNet (its file has {union[0]}) is not supported. Give one for a single condition.")
     return path
 
@@ -335,7 +337,8 @@ def _part_problems(
         if quantised := config.get("quantization_config"):
             method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
             return [f"{config_file(name)}: quantization_config says {method}. {UNQUANTISED}"], []
-        if name == "scheduler" or not weights:
+        # A plan needs no weights. Where there are some, it is made for what a run would accept.
+        if name == "scheduler" or not (weights or any(folder.glob("*.safetensors"))):
             return [], []
         return _weights_problems(root, name, variant, there)
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import nn, ops
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from mindtune.checkpoint import require_writable
 from mindtune.cli import UserError, shown
 from mindtune.flow import latent_image_ids, latent_scale, pack_latents, resolution_shift, shift_sigmas, unpack_latents
 from mindtune.images import UnusableImage, flatten, ground, ink, is_flat, opened
@@ -228,7 +229,7 @@ def save_image(image: Image.Image, path: Path) -> Path:
 def output_files(name: str, count: int, overwrite: bool) -> tuple[Path, list[Path]]:
     """What --output names, and beside it <name>-1.png ... for the single pictures if there are several.
 
-    Raises UserError for another format than PNG, and for files that are there if `overwrite` is false.
+    Raises UserError for another format than PNG, for files that are there if `overwrite` is false, and where none can be written.
     """
     output = Path(name)
     if output.suffix.lower() != ".png":
@@ -237,4 +238,5 @@ def output_files(name: str, count: int, overwrite: bool) -> tuple[Path, list[Pat
     for path in (output, *singles):
         if path.exists() and not overwrite:
             raise UserError(f"--output {path}: is already there. Name another file or add --overwrite.")
+    require_writable("--output", output.parent)
     return output, singles

@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import models, pipelines, precision, rng, sampling
+from mindtune import checkpoint, models, pipelines, precision, rng, sampling
 from mindtune.cli import UserError, matched, run
 from mindtune.encode import Stage
 
@@ -52,6 +52,7 @@ def main(argv=None):
     pairs = matched(args.prompt, args.control_image, "--prompt", "--control_image")
     conditions = [sampling.condition_picture(path, "--control_image", args.resolution, 8) for _, path in pairs]
     output, singles = sampling.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
+    checkpoint.require_writable("--cache_dir", args.cache_dir)
     models.set_up_device(graph_mode=False)
     root = pipelines.resolve_pipeline(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SDXL_COMPONENTS
