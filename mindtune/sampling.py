@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
@@ -13,12 +12,13 @@ from typing import Optional
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from mindtune.checkpoint import require_writable
 from mindtune.cli import UserError, shown
 from mindtune.flow import latent_image_ids, latent_scale, pack_latents, resolution_shift, shift_sigmas, unpack_latents
 from mindtune.images import UnusableImage, flatten, ground, ink, is_flat, opened
+from mindtune.labels import LINE, draw, wrap
 from mindtune.library import pynative_no_grad
 from mindtune.models import unipc
 
@@ -202,17 +202,20 @@ def decode_latents(vae: nn.Cell, latents: np.ndarray, compute: ms.Type) -> list[
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], labels: Optional[Sequence[str]] = None) -> Image.Image:
-    """Rows of pictures, each row under its label (wrapped); cells are as large as the largest, small pictures are enlarged."""
+    """Rows of images, each row under its label (wrapped, in any script).
+
+    Cells are as large as the largest image; small images are enlarged.
+    """
     width, height = (max(getattr(image, side) for row in rows for image in row) for side in ("width", "height"))
     scale = max(1, -(-192 // width))
     total = width * scale * max(len(row) for row in rows)
-    texts = [textwrap.wrap(label, max(8, total // 8)) for label in labels] if labels else [[] for _ in rows]
-    band = 16 * max(len(lines) for lines in texts)
+    texts = [wrap(label, total - 6) for label in labels] if labels else [[] for _ in rows]
+    band = LINE * max(len(lines) for lines in texts)
     sheet = Image.new("RGB", (total, (height * scale + band) * len(rows)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for y, (row, lines) in enumerate(zip(rows, texts)):
+    for y, lines in enumerate(texts):  # before any image: a tall letter may reach above its line
+        draw(ImageDraw.Draw(sheet), (3, y * (height * scale + band)), lines)
+    for y, row in enumerate(rows):
         top = y * (height * scale + band)
-        draw.text((3, top), "\n".join(lines), fill="black", font=font, spacing=2)
         for x, image in enumerate(row):
             enlarged = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (x * width * scale, top + band))

@@ -158,7 +158,10 @@ def test_a_grid_places_rows_and_columns():
     assert (pixels(sheet, 200, 150, 400, 150) == 255).all()
 
 
-@pytest.mark.parametrize("labels", [["one", "two"], ["a long prompt " * 20, "short"], ["", "数 ☃ \n"]])
+@pytest.mark.parametrize(
+    "labels",
+    [["one", "two"], ["a long prompt " * 20, "short"], ["", "数 ☃ \n"], ["红色围巾的猫" * 20, "Ấ\u0301\u0301\u0301\u0301"]],
+)
 def test_every_row_stands_under_its_label(labels):
     """Labels never reach into pictures."""
     rows = [[picture(seed=0)], [picture(seed=1)]]
@@ -168,6 +171,13 @@ def test_every_row_stands_under_its_label(labels):
     for y, row in enumerate(rows):
         np.testing.assert_array_equal(pixels(sheet, 0, y * (150 + band) + band, 200, 150), np.asarray(row[0]))
         assert (pixels(sheet, 0, y * (150 + band), 200, band) < 128).any() == bool(labels[y])
+
+
+@pytest.mark.parametrize("one, other", [("猫", "狗"), ("ネコ", "イヌ"), ("고양이", "강아지"), ("кот", "пёс"), ("🐱", "🐶")])
+def test_labels_in_other_scripts_can_be_told_apart(one, other):
+    """Characters that a font does not have would all be the same box."""
+    sheets = [np.asarray(image_grid([[picture()]], [label])) for label in (one, other)]
+    assert sheets[0].shape == sheets[1].shape and not np.array_equal(*sheets)
 
 
 def test_small_pictures_are_enlarged_pixel_by_pixel():
