@@ -263,7 +263,7 @@ def class_shares(args, numbers):
 def class_samples(args, sizes, shares, say=print):
     """The usable class images that are there, of every bucket in `shares` at most so many, maybe none yet. Raises UserError."""
     folder = Path(args.class_data_dir)
-    if folders.holds_no_image(folder):
+    if folders.holds_no_image(folder, "--class_data_dir"):
         return [], np.array([], int)
     samples = folders.samples_in_folder(args.class_data_dir, "--class_data_dir", say=say)
     for sample in samples:
