@@ -590,7 +590,10 @@ def main(argv=None):
     kept_out = [pair.image.name for pair in pair_data.held_out]
     record = {
         "flags": vars(args), "seed": seed, "versions": tracking.package_versions(), "device": ms.get_context("device_target"),
-        "data": {"fingerprint": fingerprint, "samples": pair_data.epoch_length, "held_out": kept_out},
+        "data": {
+            "fingerprint": fingerprint, "samples": pair_data.epoch_length, "held_out": kept_out,
+            "condition_background": pair_data.background,
+        },
         "trainable": {"controlnet": sum(p.size for p in weights.values())}, "workers": devices.workers(),
     }  # fmt: skip
     tracker = curve = None
