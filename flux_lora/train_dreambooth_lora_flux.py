@@ -80,11 +80,11 @@ def parse_args(argv=None):
     add("--cache_dir", help="Where hub downloads and encoder outputs are kept. Default: the hub's cache, and <output_dir>/cache.")
     add("--mindspore_mode", type=int, choices=[0, 1], default=0, help="0 compiles the step to a graph, 1 runs it in PyNative.")
     # Data
-    add("--instance_data_dir", help="Directory of the subject's pictures; captions beside them as .txt or in metadata.jsonl.")
+    add("--instance_data_dir", help="Directory of the subject's images; captions in metadata.jsonl or .csv, or beside them as .txt.")
     add("--dataset_name", help="Instead: a data set for the datasets library, a hub id or a local directory.")
     add("--dataset_config_name", help="Configuration of that data set. Default: its only one.")
     add("--image_column", help="Its column of pictures. Default: the first image column.")
-    add("--caption_column", help="Its column (or the key in metadata.jsonl) of captions. Default: --instance_prompt, or the key text.")
+    add("--caption_column", help="Its column (or the one in metadata) of captions. Default: --instance_prompt, or text in metadata.")
     add("--instance_prompt", help="Prompt of every picture without a caption of its own, with a rare word for the subject.")
     add("--max_train_samples", type=int, help="Use the first so many pictures. Default: all.")
     add("--repeats", type=int, default=1, help="Uses of every picture in an epoch.")
@@ -274,7 +274,7 @@ def class_shares(args, numbers):
 def class_samples(args, sizes, shares, say=print):
     """The usable class images that are there, of every bucket in `shares` at most so many, maybe none yet. Raises UserError."""
     folder = Path(args.class_data_dir)
-    if folders.holds_no_image(folder):
+    if folders.holds_no_image(folder, "--class_data_dir"):
         return [], np.array([], int)
     samples = folders.samples_in_folder(args.class_data_dir, "--class_data_dir", say=say)
     for sample in samples:

@@ -76,11 +76,11 @@ def count_images(folder: Path, readable: set[str], unreadable: list[str]) -> int
     return number
 
 
-def holds_no_image(folder: Path) -> bool:
-    """Whether neither the folder nor its subfolders have an image, or the folder is not there."""
+def holds_no_image(folder: Path, flag: str) -> bool:
+    """Whether neither the folder nor its subfolders have an image, or the folder is not there. Raises UserError for a file."""
     if not folder.exists():
         return True
-    found = contents(folder, "")
+    found = contents(folder, flag)
     return not found.images and not found.subfolders
 
 
@@ -96,30 +96,37 @@ def samples_in_folder(folder: str, flag: str, caption_column: Optional[str] = No
     table = metadata_file(root)
     captions = metadata_captions(table, caption_column) if table else {}
     there = {path.name for path in found.images}
-    named = [root / name for name in sorted(captions) if name not in there and os.path.dirname(name)]
-    notes = list(left_out(found, table, where, named))
+    named = [root / name for name in sorted(captions) if name not in there]
     paths = found.images + named
+    found = found._replace(others=[path for path in found.others if path not in named])
+    notes = left_out(found if paths else found._replace(subfolders={}), table, where, named)
     if not paths:
         inner = [f"{name} with {number} images" for name, number in sorted(found.subfolders.items())]
         hint = f"It has subdirectories ({few(inner)}): give one of them." if inner else "Put 5 to 20 images there."
         raise UserError("\n".join([f"{where}: no image in this directory. {hint}", *notes]))
     for note in notes:
         say(note)
-    beside = Beside(found.captions)
+    return captioned(root, paths, captions, found.captions, table, flag, say)
+
+
+def captioned(
+    root: Path, paths: list[Path], captions: dict, files: list[Path], table: Optional[Path], flag: str, say: Callable[[str], None]
+) -> list[Sample]:
+    """The samples of `paths`: captions of metadata by name from `root`, or of caption `files`. Says which of several captions it takes."""
+    beside, where = Beside(files), f"{flag} {shown(root)}"
     samples, differ, overruled, bad = [], [], [], []
     for path in paths:
         name = os.path.relpath(path, root)
-        files = beside.files(path)
-        caption = captions.get(name)
-        if caption is None and files:
+        own, caption = beside.files(path), captions.get(name)
+        if caption is None and own:
             try:
-                caption = caption_text(files[0])
+                caption = caption_text(own[0])
             except ValueError as error:
-                bad.append(f"{shown(files[0])}: {error}")
-            if any(says_otherwise(file, caption) for file in files[1:]):
+                bad.append(f"{shown(own[0])}: {error}")
+            if any(says_otherwise(file, caption) for file in own[1:]):
                 differ.append(name)
-        elif any(says_otherwise(file, caption) for file in files):
-            overruled.append(files[0].name)
+        elif any(says_otherwise(file, caption) for file in own):
+            overruled.append(own[0].name)
         samples.append(Sample(shown(name), path, caption or None))
     if bad:
         raise UserError(f"{flag}: {len(bad)} caption files cannot be read; save them as UTF-8 ({SAVE_AS_UTF8}):\n{listing(bad)}")
@@ -127,7 +134,7 @@ def samples_in_folder(folder: str, flag: str, caption_column: Optional[str] = No
         say(f"{where}: {len(differ)} images have several captions ({few(differ)}); .txt is used before .caption, a.txt before a.png.txt")
     if overruled:
         say(f"{where}: {table.name} is used, not the captions of {len(overruled)} files that say otherwise: {few(overruled)}")
-    if orphans := [path.name for path in found.captions if path not in beside.taken]:
+    if orphans := [path.name for path in files if path not in beside.taken]:
         say(f"{where}: {len(orphans)} caption files without an image are not used: {few(orphans)}")
     bare = [sample.name for sample in samples if not sample.caption]
     if 0 < len(bare) < len(samples):

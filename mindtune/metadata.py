@@ -9,7 +9,7 @@ import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional, Union
+from typing import Optional, TextIO, Union
 
 from mindtune.cli import UserError, shown
 
@@ -19,23 +19,24 @@ SAVE_AS_UTF8 = "in Windows Notepad by Save as, Encoding: UTF-8; elsewhere for ex
 METADATA = ("metadata.jsonl", "metadata.csv")  # in the order in which they are looked for
 
 
-def encoding(path: Path) -> str:
-    """The encoding that a byte order mark tells, otherwise UTF-8."""
-    with open(path, "rb") as file:
-        head = file.read(4)
+def encoding(head: bytes) -> str:
+    """The encoding that a byte order mark at a file's beginning tells, otherwise UTF-8."""
     return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8-sig")
 
 
 def caption_text(path: Path) -> str:
     """The text of a caption file, stripped. Raises ValueError if it is not UTF-8 and no byte order mark tells what it is."""
-    kind, content = encoding(path), path.read_bytes()
     try:
-        text = content.decode(kind)
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    kind = encoding(content[:4])
+    if kind == "utf-8-sig" and b"\0" in content:  # every second byte of English in UTF-16
+        raise ValueError(f"byte {content.find(0)} is zero, as in UTF-16 without a byte order mark")
+    try:
+        return content.decode(kind).strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not {kind.replace('-sig', '').upper()}") from None
-    if "\0" in text:  # every second byte of English in UTF-16
-        raise ValueError(f"byte {content.find(0)} is zero, as in UTF-16 without a byte order mark")
-    return text.strip()
 
 
 def metadata_file(root: Path) -> Optional[Path]:
@@ -58,9 +59,18 @@ def rows(path: Path) -> Iterator[tuple[int, Union[dict, ValueError]]]:
     return _csv_rows(path) if path.suffix.lower() == ".csv" else _jsonl_rows(path)
 
 
+def _text(path: Path, newline: str) -> TextIO:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+        return open(path, encoding=encoding(head), newline=newline)
+    except OSError as error:
+        raise UserError(f"{shown(path)}: cannot be read ({error.strerror}).") from None
+
+
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Union[dict, ValueError]]]:
     # Only a newline ends a line: captions may hold other separators.
-    with open(path, encoding=encoding(path), newline="\n") as file:
+    with _text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
@@ -83,7 +93,7 @@ def _object(line: str) -> dict:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Union[dict, ValueError]]]:
     """The delimiter is the one of , ; tab | that the header has most of; fields may be quoted by "."""
-    with open(path, encoding=encoding(path), newline="") as file:
+    with _text(path, newline="") as file:
         first = file.readline()
         delimiter = max(",;\t|", key=first.count)
         try:

@@ -194,7 +194,7 @@ def _files(root: Path) -> Iterator[tuple[str, str]]:
     """(folder, name) of every file below `root`, in order of names, without what systems leave there."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not is_litter(name))
-        yield from ((folder, name) for name in sorted(files) if not is_litter(name))
+        yield from ((folder, name) for name in sorted(files) if not is_litter(name) and not name.endswith(".lock"))
 
 
 def find_columns(features: dict, asked: Columns, where: str, single: bool = False) -> Columns:

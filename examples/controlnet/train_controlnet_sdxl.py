@@ -79,7 +79,7 @@ def parse_args(argv=None):
     # Data
     add("--dataset_name", help="A data set for the datasets library: a hub id or a local directory (also .tar shards).")
     add("--dataset_config_name", help="Configuration of that data set. Default: its only one.")
-    add("--train_data_dir", help="Instead: a directory with pictures and metadata.jsonl, parquet or arrow files, or .tar shards.")
+    add("--train_data_dir", help="Instead: a directory with images and metadata.jsonl or .csv, parquet or arrow files, or .tar shards.")
     add("--jsonl_for_train", help="Instead: a .jsonl file of lines with the paths of image and conditioning_image, and text.")
     add("--image_column", help="Column of target pictures. Default: image, or the first image column.")
     add("--conditioning_image_column", help="Column of condition pictures. Default: the one that begins with condition.")
@@ -596,7 +596,10 @@ def main(argv=None):
     kept_out = [pair.image.name for pair in pair_data.held_out]
     record = {
         "flags": vars(args), "seed": seed, "versions": tracking.package_versions(), "device": ms.get_context("device_target"),
-        "data": {"fingerprint": fingerprint, "samples": pair_data.epoch_length, "held_out": kept_out},
+        "data": {
+            "fingerprint": fingerprint, "samples": pair_data.epoch_length, "held_out": kept_out,
+            "condition_background": pair_data.background,
+        },
         "trainable": {"controlnet": sum(p.size for p in weights.values())}, "workers": devices.workers(),
     }  # fmt: skip
     tracker = curve = None

@@ -257,21 +257,21 @@ def test_an_empty_folder(refused, tmp_path):
 
 def test_a_folder_of_folders_offers_them(refused, tmp_path):
     picture(tmp_path / "in/dog/1.png")
-    says(refused("--instance_data_dir", tmp_path / "in"), "no image", "subdirectories (dog)", "give one of them")
+    says(refused("--instance_data_dir", tmp_path / "in"), "no image", "subdirectories (dog with 1 images)", "give one of them")
 
 
 def test_captions_that_are_not_utf8_are_all_listed(refused, tmp_path):
     for name in ("a", "b", "c"):
         picture(tmp_path / f"in/{name}.png")
     (tmp_path / "in/a.txt").write_bytes("ein süßer Hund".encode("latin-1"))
-    (tmp_path / "in/b.txt").write_bytes("ein süßer Hund".encode("utf-16"))
+    (tmp_path / "in/b.txt").write_bytes("ein süßer Hund".encode("utf-16-be"))
     (tmp_path / "in/c.txt").write_bytes("ein süßer Hund".encode())
     message = refused("--instance_data_dir", tmp_path / "in")
     says(
         message + ".",
-        "--instance_data_dir: 2 caption files are not UTF-8",
+        "--instance_data_dir: 2 caption files cannot be read; save them as UTF-8",
         "a.txt: byte 5 is not",
-        "b.txt: byte 0 is not",
+        "b.txt: byte 0 is zero, as in UTF-16",
         "save them as UTF-8",
     )
     assert "c.txt" not in message
@@ -280,10 +280,10 @@ def test_captions_that_are_not_utf8_are_all_listed(refused, tmp_path):
 @pytest.mark.parametrize(
     "line, found",
     [
-        (b'{"file_name": "a.png", "text": "h\xe9"}', "byte 33 is not UTF-8"),
-        (b'{"file_name": "a.png", "text": ', "line 1: expected an object"),
-        (b'{"file_name": "a.png", "caption": "a cat"}', "--caption_column"),
-        (b'{"file_name": "a.png", "text": 7}', "line 1: expected"),
+        (b'{"file_name": "a.png", "text": "h\xe9"}', "not UTF-8 after line 0"),
+        (b'{"file_name": "a.png", "text": ', "line 1: not JSON"),
+        (b'{"file_name": "a.png", "words": "a cat"}', "--caption_column"),
+        (b'{"file_name": "a.png", "text": 7}', "line 1: text is 7"),
     ],
 )
 def test_captions_in_metadata_jsonl(refused, tmp_path, line, found):
@@ -311,7 +311,7 @@ def test_a_dataset_column_that_holds_no_text(refused, tmp_path, monkeypatch):
     (tmp_path / "set/metadata.jsonl").write_text('{"file_name": "a.png", "count": 7}')
     # The library's own copy of the table goes to --cache_dir and is not the run's.
     more = ["--dataset_name", tmp_path / "set", "--cache_dir", tmp_path.parent / f"{tmp_path.name}-hub", "--caption_column", "count"]
-    says(refused(*more, drop="--instance_data_dir"), "--caption_column count: holds 7, not text", "Name another column")
+    says(refused(*more, drop="--instance_data_dir"), "line 1: count is 7, not text")
 
 
 # ---- the output directory ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The check of a data set before a run: its findings against folders made for the purpose, and that it leaves them alone."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -114,6 +115,52 @@ def test_pairs_of_other_sizes_and_what_buckets_leave_out(check, tmp_path):
     code, report, table = check("--train_data_dir", pairs, "--aspect_ratio_buckets", "64,32")
     assert code == 1 and len(report["problems"]) == 1 and "64x64, its condition 72x64" in report["problems"][0]
     assert report["buckets"][0]["cropped_away_mean"] == pytest.approx(0.5) and " 50.0%" in table
+
+
+def test_what_a_run_would_say_of_the_data_is_in_both(check, tmp_path):
+    data = tmp_path / "data"
+    (data / "side").mkdir(parents=True)
+    picture(data / "a.png", 64, 64)
+    picture(data / "side/b.png", 64, 64)
+    (data / "clip.mov").write_bytes(b"x")
+    classes = tmp_path / "class"
+    classes.mkdir()
+    (classes / "Thumbs.db").write_bytes(b"x")
+    more = ["--instance_prompt", "a cat", "--class_data_dir", classes, "--resolution", 64]
+    code, report, table = check("--instance_data_dir", data, *more)
+    assert code == 0 and all(note in table for note in report["notes"])
+    videos, subfolders, no_class = report["notes"]
+    assert "clip.mov (videos: save" in videos and "side/ with 1 images" in subfolders and "no image yet; a run makes them" in no_class
+
+
+def test_white_drawings_on_transparent_ground(check, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    rows = []
+    for number in range(3):
+        picture(tmp_path / f"pairs/{number}.png", 64, 64, seed=number)
+        drawing = Image.new("RGBA", (64, 64))
+        drawing.paste((255, 255, 255, 255), (5, 10 + number, 50, 20))
+        drawing.save(tmp_path / f"pairs/{number}-drawn.png")
+        rows.append({"file_name": f"{number}.png", "conditioning_image_file_name": f"{number}-drawn.png", "text": "x"})
+    (tmp_path / "pairs/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, report, table = check("--train_data_dir", tmp_path / "pairs", "--resolution", 64)
+    assert code == 0 and "3 transparent conditions are laid on black" in report["notes"][0] and report["notes"][0] in table
+
+
+def test_names_that_are_not_utf8_are_printed_and_written(photos, tmp_path):
+    """On a terminal that takes nothing else, with --json."""
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    for name in ("b.png", "bad\udce9.png", "\udce8.png"):
+        (folder / name).write_bytes((photos / "0.png").read_bytes() if "bad" not in name else b"x")
+    line = [sys.executable, "-m", "mindtune.check_data", "--instance_data_dir", str(folder), "--instance_prompt", "a cat"]
+    line += ["--resolution", "64", "--json", str(tmp_path / "report.json")]
+    done = subprocess.run(line, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    printed = done.stdout.decode("utf-8")
+    assert "bad\\xe9.png: not an image" in printed and "caf\\xe9: 3 pictures, 2 usable" in printed
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["problems"][0].startswith("bad\\xe9.png") and report["data"] == [str(folder)]
 
 
 def test_what_cropping_leaves_out():

@@ -266,11 +266,11 @@ def test_a_folder_whose_name_is_not_utf8(photos):
 
 
 def test_a_class_folder_without_images_is_known(photos, tmp_path):
-    assert holds_no_image(tmp_path / "absent") and not holds_no_image(photos) and not holds_no_image(tmp_path)
+    assert holds_no_image(tmp_path / "absent", "x") and not holds_no_image(photos, "x") and not holds_no_image(tmp_path, "x")
     (tmp_path / "litter").mkdir()
     for name in ("Thumbs.db", "notes.txt", "a.zip", ".DS_Store"):
         (tmp_path / "litter" / name).write_bytes(b"x")
-    assert holds_no_image(tmp_path / "litter")
+    assert holds_no_image(tmp_path / "litter", "x")
 
 
 # ---- caption files -----------------------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_a_byte_order_mark_tells_the_encoding(photos, encoding):
 def test_other_encodings_are_named_with_what_to_do(photos):
     (photos / "a.txt").write_text("a cat, 小狗", encoding="gbk")
     with pytest.raises(
-        UserError, match="(?s)1 caption files cannot be read; save them as UTF-8 .*Notepad.*iconv.*a.txt: byte 7 is not UTF-8"
+        UserError, match="(?s)1 caption files cannot be read; save them as UTF-8 .*Notepad.*iconv.*a.txt: byte 9 is not UTF-8"
     ):
         found(photos)
     (photos / "a.txt").write_text("a cat", encoding="utf-16-le")
@@ -377,6 +377,23 @@ def test_metadata_names_nothing_outside(photos, name):
     noise(20, 16).save(photos.parent / "out.png")
     write_rows(photos, (str(photos.parent / "out.png") if name == "OUT" else name, "x"))
     with pytest.raises(UserError, match="leads out of the directory"):
+        found(photos)
+
+
+def test_what_metadata_name_is_used_or_refused_by_the_check(photos):
+    """Not passed over as the same file would be that nothing names."""
+    noise(20, 16).save(photos / ".hidden.png")
+    (photos / "clip.mp4").write_bytes(b"x")
+    write_rows(photos, ("a.png", "1"), ("b.jpg", "2"), (".hidden.png", "3"), ("clip.mp4", "4"))
+    assert found(photos) == ({"a.png": "1", "b.jpg": "2", ".hidden.png": "3", "clip.mp4": "4"}, [])
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl", "metadata.csv"])
+def test_captions_that_may_not_be_read(photos, name):
+    (photos / name).write_text("x")
+    (photos / name).chmod(0)
+    with pytest.raises(UserError, match=rf"{name}.*cannot be read .Permission denied"):
         found(photos)
 
 

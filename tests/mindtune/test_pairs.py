@@ -1,5 +1,6 @@
 """Pairs for ControlNet training: found in every kind of data set, checked, put in order, streamed."""
 
+import base64
 import io
 import json
 import pickle
@@ -133,6 +134,45 @@ def as_jsonl(folder):
         for n in range(COUNT)
     ]
     return {"jsonl_for_train": str(write_lines(folder / "pairs.jsonl", rows))}
+
+
+def as_metadata_csv(folder):
+    write_files(folder)
+    lines = [f"./images/{n}.png;conditions\\{n}.PNG;{CAPTIONS[n]}" for n in range(COUNT)]
+    (folder / "metadata.csv").write_text("\r\n".join(["file_name;conditioning_image_file_name;text", *lines]), encoding="utf-8-sig")
+    return {"train_data_dir": str(folder)}
+
+
+def as_metadata_csv_in_train(folder):
+    as_metadata_csv(folder / "train")
+    return {"train_data_dir": str(folder)}
+
+
+def as_csv_that_is_named(folder):
+    as_metadata_csv(folder)
+    (folder / "metadata.csv").rename(folder / "pairs.csv")
+    return {"jsonl_for_train": str(folder / "pairs.csv")}
+
+
+def as_jsonl_in_base64(folder):
+    rows = [[base64.b64encode(cell).decode() for cell in cells] for cells in (IMAGES, CONDITIONS)]
+    rows = [{"image": a, "conditioning_image": f"data:image/png;base64,{b}", "text": c} for a, b, c in zip(*rows, CAPTIONS)]
+    return {"jsonl_for_train": str(write_lines(folder / "pairs.jsonl", rows))}
+
+
+def as_parquet_in_base64(folder):
+    columns = [[base64.b64encode(cell).decode() for cell in cells] for cells in (IMAGES, CONDITIONS)]
+    names = ["image", "conditioning_image", "text"]
+    pyarrow.parquet.write_table(pyarrow.table(dict(zip(names, (*columns, CAPTIONS)))), folder / "train.parquet")
+    return {"train_data_dir": str(folder)}
+
+
+def as_parquet_of_relative_paths(folder):
+    write_files(folder)
+    columns = [f"images/{n}.png" for n in range(COUNT)], [f"conditions/{n}.png" for n in range(COUNT)]
+    names = ["image", "conditioning_image", "text"]
+    pyarrow.parquet.write_table(pyarrow.table(dict(zip(names, (*columns, CAPTIONS)))), folder / "train.parquet")
+    return {"train_data_dir": str(folder)}
 
 
 def as_csv_of_paths(folder):
@@ -385,6 +425,158 @@ def test_an_edited_jsonl_file_is_read_anew(tmp_path):
     for text in ("before", "after!"):
         path = write_lines(tmp_path / "a.jsonl", [{**row, "text": text}])
         assert load_pairs(Source(jsonl_for_train=str(path), cache_dir=str(tmp_path / "cache")))[0].caption == text
+
+
+# ---- what is left out, and names as people write them ------------------------------------------------------------------------------
+
+
+def said(open_pairs=load_pairs, **arguments):
+    lines = []
+    open_pairs(Source(**arguments), say=lines.append)
+    return [line.split(": ", 1)[1] for line in lines]
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+def test_what_is_left_out_of_a_folder_is_said_once(tmp_path, open_pairs):
+    folder = tmp_path / "pairs"
+    as_folder(folder)
+    arguments = {"train_data_dir": str(folder), "cache_dir": str(tmp_path / "cache")}
+    (folder / "Thumbs.db").write_bytes(b"x")
+    (folder / "images/._0.png").write_bytes(b"x")
+    assert said(open_pairs, **arguments) == []
+    (folder / "images/more.png").write_bytes(IMAGES[0])
+    (folder / "clip.mp4").write_bytes(b"x")
+    (folder / "metadata.csv").write_text("file_name,text\n")
+    line = (folder / "metadata.jsonl").read_text().splitlines()[3]
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write(line + "\n")
+    assert said(open_pairs, **arguments) == [
+        "1 lines of metadata.jsonl say the same as another; each counts",
+        "2 files are not used beside metadata.jsonl: clip.mp4, metadata.csv",
+        "1 images are not used, for metadata.jsonl does not name them: images/more.png",
+    ]
+
+
+def test_an_image_may_have_several_conditions_and_captions(tmp_path):
+    """Lines of pairs are what is used, each as it is; nothing is to be said."""
+    write_files(tmp_path)
+    rows = [
+        {"file_name": "images/0.png", "conditioning_image_file_name": f"conditions/{n}.png", "text": f"{text}"}
+        for n in range(COUNT) for text in "ab"
+    ]  # fmt: skip
+    for number in range(1, COUNT):
+        (tmp_path / f"images/{number}.png").unlink()
+    write_lines(tmp_path / "metadata.jsonl", rows)
+    assert said(train_data_dir=str(tmp_path), cache_dir=str(tmp_path.parent / "cache")) == []
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+def test_files_that_the_library_does_not_read_are_named(tmp_path, open_pairs):
+    (tmp_path / "d").mkdir()
+    as_shards(tmp_path / "d")
+    table(2).to_parquet(tmp_path / "d/train.parquet")
+    found = said(open_pairs, train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache"))
+    assert found == ["1 files are not used beside those read (.tar): train.parquet"]
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+def test_a_line_of_csv_that_is_not_clear_is_named(tmp_path, open_pairs):
+    write_files(tmp_path)
+    lines = ["file_name,conditioning_image_file_name,text", "images/0.png,conditions/0.png,a cat, gray", "images/1.png,conditions/1.png"]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    found = refusal(open_pairs, train_data_dir=str(tmp_path))
+    assert (
+        "2 lines of metadata.csv cannot be used" in found and "line 2: has 4 fields, the first line 3" in found and "line 3: has 2" in found
+    )
+
+
+def test_a_moved_file_is_found_again_under_its_new_name(tmp_path):
+    """The copy of the rows in the cache holds paths: it is made anew when they change."""
+    as_folder(tmp_path / "d")
+    arguments = {"train_data_dir": str(tmp_path / "d"), "cache_dir": str(tmp_path / "cache")}
+    assert contents(load_pairs(Source(**arguments))) == WANTED
+    (tmp_path / "d/images/0.png").rename(tmp_path / "d/images/0.PNG")
+    assert contents(load_pairs(Source(**arguments))) == WANTED
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+def test_a_directory_that_is_not_utf8_is_refused(tmp_path, open_pairs):
+    as_folder(tmp_path / "caf\udce9")
+    assert "caf\\xe9 is not UTF-8" in refusal(open_pairs, train_data_dir=str(tmp_path / "caf\udce9"))
+    assert "caf\\xe9/metadata.jsonl is not UTF-8" in refusal(open_pairs, jsonl_for_train=str(tmp_path / "caf\udce9/metadata.jsonl"))
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+def test_long_cells_are_cut_in_messages(tmp_path, open_pairs):
+    rows = [{"image": "x." * 50_000, "conditioning_image": "y." * 50_000, "text": ""}]
+    assert len(refusal(open_pairs, jsonl_for_train=str(write_lines(tmp_path / "a.jsonl", rows)))) < 2000
+    rows = [{"image": ["x" * 100_000], "conditioning_image": "y", "text": ""}]
+    assert len(refusal(open_pairs, jsonl_for_train=str(write_lines(tmp_path / "a.jsonl", rows)))) < 2000
+
+
+# ---- transparent and blank conditions ----------------------------------------------------------------------------------------------
+
+
+def drawing(colour, seed=0):
+    """A line on a transparent ground."""
+    image = Image.new("RGBA", (16, 16))
+    image.paste(colour, (2, seed % 12, 14, seed % 12 + 3))
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def drawn(folder, colours):
+    table(len(colours), conditioning_image=[drawing(colour, n) for n, colour in enumerate(colours)]).to_parquet(folder / "train.parquet")
+    return Source(train_data_dir=str(folder), cache_dir=str(folder.parent / "cache"))
+
+
+WHITE, BLACK, RED = (255, 255, 255, 255), (0, 0, 0, 255), (255, 0, 0, 255)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "colours, background, lines",
+    [
+        ([WHITE] * 4, "black", ["4 transparent conditions are laid on black"]),
+        ([BLACK] * 4, "white", []),
+        ([RED, WHITE, RED, RED], "white", ["1 of 4 conditions are blank, of one colour"]),
+        ([BLACK, WHITE, WHITE, WHITE], "white", ["3 of 4 conditions are blank, of one colour"]),
+    ],
+    ids=["white", "black", "red and white", "black and white"],
+)
+def test_all_transparent_conditions_are_laid_on_one_colour(tmp_path, capsys, streaming, colours, background, lines):
+    """On black only where white would hide the drawings, all alike; the targets stay on white."""
+    (tmp_path / "d").mkdir()
+    source = drawn(tmp_path / "d", colours)
+    if streaming:
+        pairs = PairStream(source, count=4, buffer_size=1)
+    else:
+        pairs = preflight_pairs(load_pairs(source), 16, "--train_data_dir", False).select([0, 1, 2, 3])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(lines) and all(line in found for line, found in zip(lines, printed))
+    assert pairs.background == background
+    for pair in pickle.loads(pickle.dumps(pairs)):
+        corner = {"white": (255,) * 3, "black": (0,) * 3}[background]
+        assert pair.condition.open().getpixel((0, 0)) == corner and pair.image.background == "white"
+
+
+def test_what_conditions_are_laid_on_tells_data_sets_apart(tmp_path):
+    """Latents in the cache and the run's identity are of the pixels that are trained on."""
+    (tmp_path / "d").mkdir()
+    pairs = load_pairs(drawn(tmp_path / "d", [WHITE] * 2))
+    black = preflight_pairs(pairs, 16, "--train_data_dir", False)
+    assert pairs[0].condition.digest != black[0].condition.digest and pairs[0].image.digest == black[0].image.digest
+
+
+def test_opaque_conditions_of_one_colour_are_named(tmp_path, capsys):
+    flat = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(flat, "png")
+    (tmp_path / "d").mkdir()
+    table(3, conditioning_image=[CONDITIONS[0], flat.getvalue(), CONDITIONS[2]]).to_parquet(tmp_path / "d/train.parquet")
+    pairs = load_pairs(Source(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")))
+    assert preflight_pairs(pairs, 16, "--train_data_dir", False) is pairs
+    assert capsys.readouterr().out == f"--train_data_dir: 1 of 3 conditions are blank, of one colour throughout: {tmp_path}/d[1]\n"
 
 
 # ---- preflight ---------------------------------------------------------------------------------------------------------------------
