@@ -12,7 +12,7 @@ from conftest import load_script
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mindtune import cache, check_data, checkpoint, data, lora, models
+from mindtune import cache, check_data, checkpoint, data, lora, models, pipelines
 from mindtune.cli import UserError
 from mindtune.pairs import Source, load_pairs, preflight_pairs
 from mindtune.precision import resolve_precision
@@ -122,7 +122,7 @@ def pipeline(tiny_flux, tmp_path):
 
 
 def resolve(root):
-    return models.resolve_pipeline(str(root), None, None, None, models.FLUX_COMPONENTS)
+    return pipelines.resolve_pipeline(str(root), None, None, None, pipelines.FLUX_COMPONENTS)
 
 
 @pytest.mark.parametrize("seed", range(3))
