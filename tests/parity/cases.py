@@ -14,9 +14,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / folder) for folder in ("examples/tiny", "examples/controlnet", "flux_lora", "flux_controlnet")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "examples/tiny", "examples/controlnet", "flux_lora", "flux_controlnet")]
 
 import make_tiny_pipeline  # noqa: E402
+import real_pipelines  # noqa: E402
 import train_controlnet  # noqa: E402
 import train_controlnet_flux  # noqa: E402
 import train_controlnet_sdxl  # noqa: E402
@@ -27,6 +28,8 @@ from mindtune import data, diffusion, encode, flow, flux_blocks, lora, models, o
 
 UPDATES, FULL = 50, precision.Precision(ms.float32, ms.float32)
 CAPTION = "a photo of a red circle on a white background"
+# Of published pipelines: as many tokens as their text encoders take, beside a short caption and none, which show how they are padded.
+LENGTHS = {"length": 512, "texts": [CAPTION, "", " ".join([CAPTION] * 60)]}
 # Modules whose outputs are compared one by one, by the names that both sides have; "" is the whole model.
 BLOCK = r"^$|(^|\.)((single_)?transformer_blocks|down_blocks|up_blocks|encoder\.layers)\.\d+$|(^|\.)mid_block$"
 
@@ -63,7 +66,16 @@ CASES = [
     Case("sd15", "epsilon, Min-SNR", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": 5.0}),
     Case("sd15", "v_prediction, Min-SNR", {**CONTROL, "prediction_type": "v_prediction", "snr_gamma": 5.0}),
     Case("sdxl", "epsilon", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": None}),
-]
+    # The files, keys and tensor names of published pipelines, at small sizes (tests/real_pipelines.py).
+    *(Case("flux_lora", name, {**LORA, **LENGTHS, "scheme": "none", "real": name}) for name in ("FLUX.1-dev", "FLUX.1-schnell")),
+    *(
+        Case(kind, name, {**CONTROL, **LENGTHS, "prediction_type": predicted, "snr_gamma": None, "real": name})
+        for kind, name, predicted in (
+            ("sd15", "stable-diffusion-v1-5", "epsilon"), ("sd15", "stable-diffusion-2-1", "v_prediction"),
+            ("sdxl", "stable-diffusion-xl-base-1.0", "epsilon"),
+        )
+    ),
+]  # fmt: skip
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------------------------------
@@ -80,6 +92,8 @@ def make_pipeline(case, folder):
     """The case's pipeline, made once in `folder`; the trained one is the repository's."""
     if case.settings.get("trained"):
         return ROOT / "examples/tiny/flux-shapes"
+    if name := case.settings.get("real"):
+        return folder / name if (folder / name).exists() else real_pipelines.make(name, folder / name)
     base, predicted = case.kind.split("_")[0], case.settings.get("prediction_type")
     root = folder / f"{base}-{predicted}"
     if not root.exists():
@@ -91,7 +105,8 @@ def all_settings(case, root):
     """What both sides read: the case's settings, what its pipeline says, and what all cases share."""
     config = pipelines.read_config(root, "vae")
     common = {"kind": case.kind, "root": str(root), "updates": UPDATES, "block": BLOCK, "caption": CAPTION, "guidance_scale": 3.5}
-    common.update(logit_mean=0.2, logit_std=1.3, mode_scale=1.1, length=16, eps=1e-5, scaling_factor=config["scaling_factor"])
+    common.update(logit_mean=0.2, logit_std=1.3, mode_scale=1.1, length=16, eps=1e-5, texts=[CAPTION])
+    common["scaling_factor"] = config.get("scaling_factor", 0.18215)  # diffusers' default: Stable Diffusion 1.5's file does not say
     return {**common, **case.settings}
 
 

@@ -76,8 +76,9 @@ def prepare(case, work, pipelines, stages):
 def compare(work, settings, root, stage, batches):
     """Row -> its relative errors: of every entry, block, parameter or update."""
     theirs, inputs, errors = np.load(work / "theirs.npz"), np.load(work / "inputs.npz"), {}
-    stage.prepare([settings["caption"], ""], [])
-    text = {f"text {name}": value for name, value in stage.text(settings["caption"]).items()}
+    stage.prepare([*settings["texts"], settings["caption"], ""], [])
+    texts = [stage.text(caption) for caption in settings["texts"]]
+    text = {f"text {number} {name}": value for number, found in enumerate(texts) for name, value in found.items()}
     assert text.keys() == {name for name in theirs.files if name.startswith("text ")}
     errors["text states"] = np.concatenate([relative(value, theirs[name]) for name, value in text.items()])
     moments = stage.load_vae().encode(ms.Tensor(inputs["pixels"]))[0]
@@ -173,7 +174,9 @@ def page(found, exchanged, optimized, reference):
 TEXT = """# Parity with PyTorch
 
 Written by `make parity`: the same weights, batches and draws on both sides, float32; tiny random pipelines, and the trained one of
-[examples/tiny/flux-shapes](../examples/tiny/flux-shapes/README.md).
+[examples/tiny/flux-shapes](../examples/tiny/flux-shapes/README.md). Columns with a model's name: its published files, keys and tensor
+names at small sizes (`tests/real_pipelines.py`), and text states of a short caption, of none and of one that fills 77 (CLIP) and 512 (T5)
+tokens.
 
 - There: PyTorch {theirs[0]}, diffusers {theirs[1]}, transformers {theirs[2]}, peft {theirs[3]} as libraries; step and loop are our own
   (`tests/parity/reference.py`).

@@ -32,6 +32,11 @@ def token_ids(tokenizer, caption, length=77):
     return tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
+def load(cls, folder):
+    """In float32, whatever the files hold."""
+    return cls.from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
 def freeze(model):
     return model.eval().requires_grad_(False)
 
@@ -44,17 +49,17 @@ class UNetControlNet:
 
     def __init__(self, root, work, settings):
         self.root, self.settings = root, settings
-        unet = freeze(diffusers.UNet2DConditionModel.from_pretrained(root / "unet"))
+        unet = freeze(load(diffusers.UNet2DConditionModel, root / "unet"))
         self.models = {"controlnet": diffusers.ControlNetModel.from_pretrained(work / "controlnet"), "unet": unet}
         self.scheduler = diffusers.DDPMScheduler.from_pretrained(root / "scheduler")
         self.trained = {f"controlnet.{name}": p for name, p in self.models["controlnet"].named_parameters()}
 
-    def text(self):
+    def text(self, caption):
         found = []
         for tail, cls in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection"))[: 2 if self.settings["kind"] == "sdxl" else 1]:
             tokenizer = transformers.CLIPTokenizer.from_pretrained(self.root / f"tokenizer{tail}")
-            encoder = getattr(transformers, cls).from_pretrained(self.root / f"text_encoder{tail}").eval()
-            out = encoder(token_ids(tokenizer, self.settings["caption"]), output_hidden_states=True)
+            encoder = load(getattr(transformers, cls), self.root / f"text_encoder{tail}")
+            out = encoder(token_ids(tokenizer, caption), output_hidden_states=True)
             found.append(out.hidden_states[-2] if self.settings["kind"] == "sdxl" else out.last_hidden_state)
         pooled = {"pooled_prompt_embeds": out.text_embeds[0]} if self.settings["kind"] == "sdxl" else {}
         return {"prompt_embeds": torch.cat(found, dim=-1)[0], **pooled}
@@ -82,7 +87,8 @@ class UNetControlNet:
 
 def draw_unet(root, settings, controlnet, noise, condition):
     cls = diffusers.StableDiffusionXLControlNetPipeline if settings["kind"] == "sdxl" else diffusers.StableDiffusionControlNetPipeline
-    pipeline = cls.from_pretrained(root, controlnet=controlnet, **({} if settings["kind"] == "sdxl" else {"safety_checker": None}))
+    without = {} if settings["kind"] == "sdxl" else {"safety_checker": None, "feature_extractor": None}
+    pipeline = cls.from_pretrained(root, controlnet=controlnet, torch_dtype=torch.float32, **without)
     pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
@@ -109,16 +115,16 @@ class Flux:
 
     def __init__(self, root, settings):
         self.root, self.settings = root, settings
-        self.models = {"transformer": freeze(diffusers.FluxTransformer2DModel.from_pretrained(root / "transformer"))}
+        self.models = {"transformer": freeze(load(diffusers.FluxTransformer2DModel, root / "transformer"))}
         self.vae_config = json.loads((root / "vae" / "config.json").read_text())
         self.sigmas = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler").sigmas
 
-    def text(self):
-        clip = transformers.CLIPTextModel.from_pretrained(self.root / "text_encoder").eval()
-        ids = token_ids(transformers.CLIPTokenizer.from_pretrained(self.root / "tokenizer"), self.settings["caption"])
-        t5 = transformers.T5EncoderModel.from_pretrained(self.root / "text_encoder_2").eval()
+    def text(self, caption):
+        clip = load(transformers.CLIPTextModel, self.root / "text_encoder")
+        ids = token_ids(transformers.CLIPTokenizer.from_pretrained(self.root / "tokenizer"), caption)
+        t5 = load(transformers.T5EncoderModel, self.root / "text_encoder_2")
         tokenizer = transformers.T5TokenizerFast.from_pretrained(self.root / "tokenizer_2")
-        states = t5(token_ids(tokenizer, self.settings["caption"], self.settings["length"]))[0]
+        states = t5(token_ids(tokenizer, caption, self.settings["length"]))[0]
         return {"pooled_prompt_embeds": clip(ids).pooler_output[0], "prompt_embeds": states[0]}
 
     def latents(self, moments, noise):
@@ -146,9 +152,10 @@ class Flux:
         _, _, height, width = latents.shape
         rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
         ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+        guidance = torch.full((len(latents),), self.settings["guidance_scale"])
         return {
             "hidden_states": pack(sigma * batch["noise"] + (1 - sigma) * latents), "timestep": sigma.flatten(),
-            "guidance": torch.full((len(latents),), self.settings["guidance_scale"]), "pooled_projections": pooled,
+            "guidance": guidance if self.models["transformer"].config.guidance_embeds else None, "pooled_projections": pooled,
             "encoder_hidden_states": batch["text"], "txt_ids": torch.zeros(batch["text"].shape[1], 3), "img_ids": ids, "return_dict": False,
         }  # fmt: skip
 
@@ -159,7 +166,7 @@ class FluxLora(Flux):
     def __init__(self, root, work, settings):
         super().__init__(root, settings)
         if "text_encoder" in settings["targets"]:
-            self.models["text_encoder"] = freeze(transformers.CLIPTextModel.from_pretrained(root / "text_encoder"))
+            self.models["text_encoder"] = freeze(load(transformers.CLIPTextModel, root / "text_encoder"))
         self.trained, start = {}, load_file(work / "start.safetensors")
         for prefix, model in self.models.items():
             rank, alpha, targets = settings["rank"], settings["alpha"], settings["targets"][prefix]
@@ -181,7 +188,7 @@ class FluxLora(Flux):
 
 def draw_flux(root, settings, noise, **models):
     """By diffusers' own pipeline, uint8 [H, W, 3]; noise [1, C, h, w]."""
-    pipeline = diffusers.FluxPipeline.from_pretrained(root, **models)
+    pipeline = diffusers.FluxPipeline.from_pretrained(root, torch_dtype=torch.float32, **models)
     pipeline.set_progress_bar_config(disable=True)
     height, width = 8 * noise.shape[2], 8 * noise.shape[3]
     image = pipeline(
@@ -213,7 +220,7 @@ class FluxControlNet(Flux):
 
 
 def draw_flux_controlnet(root, settings, controlnet, noise, condition):
-    pipeline = diffusers.FluxControlNetPipeline.from_pretrained(root, controlnet=controlnet)
+    pipeline = diffusers.FluxControlNetPipeline.from_pretrained(root, controlnet=controlnet, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     # The pipeline draws the condition's latent at random; here it is the posterior's mean, as in our validation and inference.
     encode = pipeline.vae.encode
@@ -279,9 +286,10 @@ def main(work):
         if key:
             batches[int(place)][key] = torch.from_numpy(inputs[name])
     step = KINDS[settings["kind"]](root, work, settings)
-    vae = diffusers.AutoencoderKL.from_pretrained(root / "vae").eval()
+    vae = load(diffusers.AutoencoderKL, root / "vae")
     with torch.no_grad():
-        found = {f"text {name}": value for name, value in step.text().items()}
+        texts = [step.text(caption) for caption in settings["texts"]]
+        found = {f"text {number} {name}": value for number, text in enumerate(texts) for name, value in text.items()}
         found["VAE moments"] = vae.encode(torch.from_numpy(inputs["pixels"])).latent_dist.parameters
         blocks, (found["prediction"], found["target"], _) = block_outputs(step.models, settings["block"], lambda: step.outputs(batches[0]))
         found["picture"] = torch.from_numpy(step.picture(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy())
