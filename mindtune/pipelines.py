@@ -158,7 +158,7 @@ def resolve_part(name: str, flag: str, cache_dir: Optional[str], cls: str, weigh
     path = path.resolve()  # "." has no name
     unsupported, broken = _part_problems(path.parent, path.name, (cls,), None, weights, there)
     if unsupported:
-        raise UserError(f"{flag} {name}: cannot be used:\n{listing(unsupported)}")
+        raise UserError(f"{flag} {name}: cannot be used:\n{listing(unsupported)}\ndocs/models.md says which published models can.")
     if broken:
         raise UserError(f"{flag} {name}: not a whole {cls}:\n{listing(broken)}\nCopy or download it again.")
     return path
@@ -172,7 +172,7 @@ def resolve_vae(name: str, flag: str, cache_dir: Optional[str], root: Path, base
         raise UserError(f"{flag} {name}: latent_channels is {vae['latent_channels']}, the {base} reads {model['in_channels']}. "
                         "Give a VAE made for this model.")  # fmt: skip
     if problems := _vae_problems(path.parent, path.name):
-        raise UserError(f"{flag} {name}: cannot be used:\n{listing(problems)}")
+        raise UserError(f"{flag} {name}: cannot be used:\n{listing(problems)}\nGive the config.json that was published with it.")
     return path
 
 
@@ -277,7 +277,9 @@ def check_pipeline(
         with from_files(root):
             unsupported = _model_problems(root, components)
     if unsupported:
-        raise UserError(f"{flag} {root}: cannot be trained by this script:\n{listing(unsupported)}")
+        raise UserError(
+            f"{flag} {root}: cannot be trained by this script:\n{listing(unsupported)}\ndocs/models.md says which published models can."
+        )
     if variant and weights and not broken:
         _tell_variant(flag, root, [name for name in components if _is_model(name)], variant)
     if broken:

@@ -204,7 +204,7 @@ BROKEN_CONTROLNETS = {
     "another width": (lambda c: edit_json(c / "config.json", attention_head_dim=128), ["attention_head_dim is 128", "base's 16"]),
     "other channels": (lambda c: edit_json(c / "config.json", in_channels=128), ["in_channels is 128", "base's 64"]),
     "another text encoder": (lambda c: edit_json(c / "config.json", joint_attention_dim=4096), ["joint_attention_dim is 4096"]),
-    "union": (lambda c: edit_json(c / "config.json", num_mode=10), ["union ControlNet (num_mode 10)", "give one for a single condition"]),
+    "union": (lambda c: edit_json(c / "config.json", num_mode=10), ["union ControlNet (num_mode 10)", "Give one for a single condition"]),
     "condition as pixels": (lambda c: edit_json(c / "config.json", conditioning_embedding_channels=16),
                             ["conditioning_embedding_channels", "not supported"]),
 }  # fmt: skip
