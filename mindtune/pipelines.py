@@ -108,13 +108,15 @@ def config_file(name: str) -> str:
 def read_config(root: Path, name: str) -> dict[str, Any]:
     """A component's config.json (scheduler_config.json), with its class's defaults for the keys that it lacks.
 
+    Those keys are listed as `_use_default_values`, as diffusers does: another class made of the config has its own defaults for them.
     Raises ValueError naming the file if it is torn, OSError if it is missing.
     """
     found = read_json(root, root / config_file(name))
     if isinstance(found.get("text_config"), dict) and "architectures" in found:  # of a whole CLIP
         found = {**found, **found["text_config"], "architectures": found["architectures"]}
-    defaults = config_defaults(class_of(found))
-    return {**{key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}, **found}
+    defaults = {key: value for key, value in config_defaults(class_of(found)).items() if key not in found}
+    defaults = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+    return {**found, **defaults, "_use_default_values": [*defaults]}
 
 
 def class_of(config: dict[str, Any]) -> str:
