@@ -114,7 +114,7 @@ def look(flags: dict, sizes: list[tuple[int, int]], cache_dir: str, notes: list[
         groups = {name: found_pictures(samples[:most], sizes, threads, f"{flag} {shown(name)}", notes)}
         if folder := flags["class_data_dir"]:
             flag = f"--class_data_dir {shown(folder)}"
-            if Path(folder).is_dir() and holds_no_image(Path(folder), "--class_data_dir"):
+            if holds_no_image(Path(folder), "--class_data_dir"):
                 notes.append(f"{flag}: no image yet; a run makes them")
                 samples = []
             else:

@@ -219,7 +219,8 @@ def find_columns(features: dict, asked: Columns, where: str, single: bool = Fals
         if column is None and single and flag != FLAGS.image:
             continue
         if column is None:
-            raise UserError(f"{flag}: {there}; none has a known name. Name the one to use with {flag}.")
+            folder = " A folder of images with caption files is --instance_data_dir's." if single else ""
+            raise UserError(f"{flag}: {there}; none has a known name. Name the one to use with {flag}.{folder}")
         kind, fitting = _kind(features[column]), ("string", "large_string", "string_view")
         if what == "images":
             fitting += ("binary", "large_binary", "Image")

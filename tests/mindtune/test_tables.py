@@ -209,6 +209,16 @@ def test_images_that_metadata_do_not_name_are_counted(tmp_path):
     assert "2 images are not used, for metadata.jsonl does not name them: b.png, sub/c.png" in unnamed
 
 
+def test_a_folder_of_images_with_caption_files_is_pointed_elsewhere(tmp_path):
+    """The library takes it for a data set of text."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/a.png").write_bytes(png())
+    for name in "abc":
+        (tmp_path / f"set/{name}.txt").write_text("a caption")
+    with pytest.raises(UserError, match="--image_column: .*A folder of images with caption files is --instance_data_dir's"):
+        said(tmp_path / "set")
+
+
 def test_a_path_that_is_not_utf8_is_refused(tmp_path):
     folder = tmp_path / "caf\udce9"
     folder.mkdir()
