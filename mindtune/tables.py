@@ -57,6 +57,11 @@ class Source(NamedTuple):
 
 
 FLAGS = Columns("--image_column", "--conditioning_image_column", "--caption_column")
+# What the library makes of folders of images or texts without metadata has other columns than were meant.
+FOLDER_HINTS = (
+    ' Pairs of files are named in metadata.jsonl: {"file_name": ..., "conditioning_image_file_name": ..., "text": ...} in each line.',
+    " A folder of images with caption files is given as --instance_data_dir.",
+)
 JSON_COLUMNS = Columns("image", "conditioning_image", "text")  # what a .jsonl file is turned into, whatever its own keys
 
 
@@ -80,6 +85,9 @@ def open_rows(source: Source, streaming: bool, single: bool = False, say: Callab
     if source.train_data_dir and not root.is_dir():
         raise UserError(f"{where}: no such directory. Give the directory that holds the pairs.")
     table = None if config else metadata_file(root) or metadata_file(root / "train")
+    if table and table.parent != root:
+        if others := sorted(path.name for path in root.iterdir() if path.name != "train" and not is_litter(path.name)):
+            say(f"{where}: only train/ is used, not {few(others)}")
     if source.jsonl_for_train or table:
         # The library reads a folder with metadata too, but dies of a row without condition, and its error names no line.
         path, inside = (root, False) if source.jsonl_for_train else (table, True)
@@ -219,8 +227,8 @@ def find_columns(features: dict, asked: Columns, where: str, single: bool = Fals
         if column is None and single and flag != FLAGS.image:
             continue
         if column is None:
-            folder = " A folder of images with caption files is --instance_data_dir's." if single else ""
-            raise UserError(f"{flag}: {there}; none has a known name. Name the one to use with {flag}.{folder}")
+            hint = FOLDER_HINTS[single] if set(features) <= {"image", "label", "text"} else ""
+            raise UserError(f"{flag}: {there}; none has a known name. Name the one to use with {flag}.{hint}")
         kind, fitting = _kind(features[column]), ("string", "large_string", "string_view")
         if what == "images":
             fitting += ("binary", "large_binary", "Image")

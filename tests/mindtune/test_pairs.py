@@ -457,6 +457,20 @@ def test_what_is_left_out_of_a_folder_is_said_once(tmp_path, open_pairs):
     ]
 
 
+def test_other_folders_than_train_are_named(tmp_path):
+    for name in ("train", "test"):
+        as_metadata_csv(tmp_path / "d" / name)
+    assert said(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")) == ["only train/ is used, not test"]
+
+
+def test_folders_of_images_without_metadata_are_answered_with_how_to_write_it(tmp_path):
+    write_files(tmp_path / "d")
+    found = refusal(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache"))
+    assert (
+        "--conditioning_image_column: " in found and 'named in metadata.jsonl: {"file_name": ..., "conditioning_image_file_name"' in found
+    )
+
+
 def test_an_image_may_have_several_conditions_and_captions(tmp_path):
     """Lines of pairs are what is used, each as it is; nothing is to be said."""
     write_files(tmp_path)

@@ -215,7 +215,7 @@ def test_a_folder_of_images_with_caption_files_is_pointed_elsewhere(tmp_path):
     (tmp_path / "set/a.png").write_bytes(png())
     for name in "abc":
         (tmp_path / f"set/{name}.txt").write_text("a caption")
-    with pytest.raises(UserError, match="--image_column: .*A folder of images with caption files is --instance_data_dir's"):
+    with pytest.raises(UserError, match="--image_column: .*A folder of images with caption files is given as --instance_data_dir"):
         said(tmp_path / "set")
 
 
