@@ -84,10 +84,10 @@ def open_rows(source: Source, streaming: bool, single: bool = False, say: Callab
         raise UserError(f"{where}: the path {shown(os.path.abspath(root))} is not UTF-8, which the datasets library needs. Rename it.")
     if source.train_data_dir and not root.is_dir():
         raise UserError(f"{where}: no such directory. Give the directory that holds the pairs.")
-    table = None if config else metadata_file(root) or metadata_file(root / "train")
-    if table and table.parent != root:
-        if others := sorted(path.name for path in root.iterdir() if path.name != "train" and not is_litter(path.name)):
-            say(f"{where}: only train/ is used, not {few(others)}")
+    table = None if config else _metadata(root, single)
+    others = sorted(name for name in os.listdir(root) if name != "train" and not is_litter(name)) if table and table.parent != root else []
+    if others:
+        say(f"{where}: only train/ is used, not {few(others)}")
     if source.jsonl_for_train or table:
         # The library reads a folder with metadata too, but dies of a row without condition, and its error names no line.
         path, inside = (root, False) if source.jsonl_for_train else (table, True)
@@ -99,6 +99,14 @@ def open_rows(source: Source, streaming: bool, single: bool = False, say: Callab
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
     return dataset, columns
+
+
+def _metadata(root: Path, single: bool) -> Optional[Path]:
+    """The file that names a directory's images, there or in train/. Beside parquet, arrow or .tar files only a metadata.jsonl of pairs."""
+    found = metadata_file(root)
+    if root.is_dir() and any(name.endswith((".parquet", ".arrow", ".tar")) for name in os.listdir(root)):
+        return found if found and found.suffix.lower() == ".jsonl" and not single else None
+    return found or metadata_file(root / "train")
 
 
 def samples_in_dataset(source: Source, say: Callable[[str], None] = print) -> list[Sample]:

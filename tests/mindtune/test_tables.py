@@ -194,6 +194,15 @@ def test_other_splits_and_files_are_named(tmp_path):
     assert said(folder) == [f"--dataset_name {folder}: only the split train is used, not test"]
 
 
+def test_metadata_beside_other_data_files_do_not_take_their_place(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    as_saved(folder)
+    (folder / "metadata.csv").write_text("something,else\n1,2\n")
+    (folder / "metadata.jsonl").write_text("{}")
+    assert len(samples_in_dataset(Source(str(folder)), print)) == 3
+
+
 def test_images_that_metadata_do_not_name_are_counted(tmp_path):
     folder = tmp_path / "set"
     (folder / "sub").mkdir(parents=True)
