@@ -19,10 +19,11 @@ from typing import Any, NamedTuple, Optional, Union
 
 from mindtune.buckets import crop_sizes, nearest_bucket, wanted
 from mindtune.cli import UserError, listing, run, shown
+from mindtune.columns import Source
 from mindtune.data import Sample, animation_notes, prefetch, usable
 from mindtune.folders import holds_no_image, samples_in_folder
 from mindtune.pairs import Notes, check_source_flags, load_pairs, usable_pair
-from mindtune.tables import Source, samples_in_dataset
+from mindtune.tables import samples_in_dataset
 
 # FLUX.1-dev's: latent channels, pixels a latent, T5's and CLIP's width; tokens are --max_sequence_length.
 FLUX_DEV = {"kind": "flux", "channels": 16, "factor": 8, "widths": [4096, 768]}

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from mindtune.cli import UserError
+from mindtune.columns import Source
 from mindtune.data import pixel_values
 from mindtune.pairs import Pairs, PairStream, load_pairs, preflight_pairs
-from mindtune.tables import Source
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tiny"))
 import shapes

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from mindtune.cli import UserError
-from mindtune.tables import Source, samples_in_dataset
+from mindtune.columns import Source
+from mindtune.tables import samples_in_dataset
 
 
 @pytest.fixture(autouse=True)
