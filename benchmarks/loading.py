@@ -59,10 +59,10 @@ def transformer_shapes(config):
     """Name -> shape of every parameter of a FLUX transformer, none of them allocated."""
     from mindspore.nn.utils import no_init_parameters
 
-    from mindtune import models
+    from mindtune import library, models
 
     with no_init_parameters():
-        model = models.mindone.diffusers.FluxTransformer2DModel(**config)
+        model = library.mindone.diffusers.FluxTransformer2DModel(**config)
     return {name: parameter.shape for name, parameter in models.model_parameters(model).items()}
 
 
@@ -74,7 +74,7 @@ def status(process="self"):
 
 def load(root, precision_name, way):
     """In a process of its own: loads the transformer; prints the memory before, then what it took, as JSON, and ends."""
-    from mindtune import models
+    from mindtune import library, models
     from mindtune.precision import resolve_precision
 
     models.set_up_device(graph_mode=False)
@@ -84,7 +84,7 @@ def load(root, precision_name, way):
     if way == "ours":
         model = models.load_model(root, "transformer", precision)
     else:
-        folder, cls = os.fspath(root / "transformer"), models.mindone.diffusers.FluxTransformer2DModel
+        folder, cls = os.fspath(root / "transformer"), library.mindone.diffusers.FluxTransformer2DModel
         model = cls.from_pretrained(folder, mindspore_dtype=precision.storage, use_safetensors=True)
     seconds = time.perf_counter() - start
     weights = sum(parameter.size * parameter.itemsize for parameter in model.get_parameters()) / 2**20

@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import models, precision, rng, sampling
+from mindtune import models, pipelines, precision, rng, sampling
 from mindtune.cli import UserError, matched, run
 from mindtune.encode import Stage
 
@@ -56,8 +56,12 @@ def main(argv=None):
     conditions = [sampling.condition_picture(path, "--control_image", args.resolution) for _, path in pairs]
     output, singles = sampling.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
     models.set_up_device(graph_mode=False)
-    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
-    folder = models.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, models.read_config(root, "transformer"))
+    root = pipelines.resolve_pipeline(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
+    )
+    models.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
+    folder = pipelines.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, pipelines.read_config(root, "transformer"))
+    models.check_files(folder.parent, [folder.name])
 
     # ---- encode the prompts, in a process that gives its memory back ----------
     kind, int8 = precision.resolve_precision(args.mixed_precision), args.base_precision == "int8"
@@ -70,7 +74,7 @@ def main(argv=None):
     # ---- load ----------------------------------------------------------------
     transformer = models.load_model(root, "transformer", kind, args.variant, int8)
     controlnet = models.load_model(folder.parent, folder.name, kind)
-    vae, scheduler = models.load_model(root, "vae", kind, args.variant), models.read_config(root, "scheduler")
+    vae, scheduler = models.load_model(root, "vae", kind, args.variant), pipelines.read_config(root, "scheduler")
 
     # ---- draw ----------------------------------------------------------------
     def draw(text, latents, number):

@@ -25,6 +25,7 @@ from mindspore import ops
 from tqdm import tqdm
 
 from mindtune import (
+    advice,
     buckets,
     checkpoint,
     data,
@@ -32,9 +33,11 @@ from mindtune import (
     flow,
     flux_blocks,
     hub,
+    library,
     models,
     optim,
     pairs,
+    pipelines,
     plan,
     precision,
     report,
@@ -44,9 +47,10 @@ from mindtune import (
     zero,
 )
 from mindtune.cache import encoder_fingerprint
-from mindtune.cli import StopRequest, UserError, check_flags, matched, run
+from mindtune.cli import StopRequest, UserError, check_flags, matched, run, tell
 from mindtune.encode import PairCaptions, PairImages, Stage
 from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
+from mindtune.weights import weight_files
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
@@ -125,6 +129,7 @@ def parse_args(argv=None):
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation and workers.")
     add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
+    add("--lr_schedule_steps", type=int, help="Updates over which the schedule runs, warm-up included. Default: those of the run.")
     add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
@@ -174,7 +179,13 @@ def check_args(args):
     at_least = {"num_double_layers": 0, "num_single_layers": 0, "train_batch_size": 1, "gradient_accumulation_steps": 1}
     at_least.update(num_train_epochs=1, checkpointing_steps=1, validation_steps=1, num_validation_images=1, num_inference_steps=1)
     at_least.update(
-        max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, max_sequence_length=1, device_memory_gb=1, shuffle_buffer_size=1
+        max_train_steps=1,
+        lr_schedule_steps=1,
+        checkpoints_total_limit=1,
+        max_train_samples=1,
+        max_sequence_length=1,
+        device_memory_gb=1,
+        shuffle_buffer_size=1,
     )
     at_least.update(learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0)
     at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0)
@@ -283,7 +294,7 @@ class Batches:
 # ---- the step ----------------------------------------------------------------------------------------------------------------------
 
 
-class TrainStepForFluxControlNet(models.TrainStep):
+class TrainStepForFluxControlNet(library.TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update. A pure function of its inputs.
 
     `vae` is given if the images come as pixels. Calling it gives (scaled loss, loss), scalars.
@@ -302,7 +313,7 @@ class TrainStepForFluxControlNet(models.TrainStep):
         self.controlnet, self.transformer, self.vae = self.model, transformer, vae
         self.compute_dtype, self.sigmas = compute_dtype, sigmas
         # Configs are dicts, which a graph cannot read by attribute: take out what forward needs.
-        self.scaling_factor, self.shift_factor = latent_config["scaling_factor"], latent_config["shift_factor"]
+        self.latent_shift, self.latent_scale = flow.scale_constants(latent_config)
         self.controlnet_guidance = controlnet.config["guidance_embeds"]
         self.transformer_guidance = transformer.config["guidance_embeds"]
         self.text_ids = ms.Tensor(np.zeros((args.max_sequence_length, 3), np.float32))
@@ -311,7 +322,7 @@ class TrainStepForFluxControlNet(models.TrainStep):
     def latents(self, images, posterior_noise):
         if self.vae is not None:
             images = self.vae.encode(images.to(self.compute_dtype))[0]
-        return (flow.sample_posterior(images, posterior_noise) - self.shift_factor) * self.scaling_factor
+        return (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
 
     def predict(self, images, conditions, posterior_noise, condition_noise, noise, indices, prompt_embeds, pooled_prompt_embeds, image_ids):
         """Prediction and target [B, C, h, w] float32, and sigmas [B, 1, 1, 1]."""
@@ -365,7 +376,7 @@ class Painter:
         self.args, self.root, self.stage, self.kind, self.seed = args, root, stage, kind, seed
         self.vae, self.borrows = vae, vae is None
         self.transformer, self.controlnet, self.rows = transformer, controlnet, rows
-        self.scheduler = models.read_config(root, "scheduler")
+        self.scheduler = pipelines.read_config(root, "scheduler")
 
     def draw(self):
         """A row of the condition and --num_validation_images pictures for every pair, always from the same noise."""
@@ -402,9 +413,11 @@ SAME_RUN = {
     "validation_prompt", "validation_image", "num_validation_images", "num_inference_steps", "controlnet_conditioning_scale",
     "validation_steps", "num_train_epochs", "max_train_steps", "push_to_hub", "hub_token",
     "hub_model_id", "dry_run", "device_memory_gb", *ACCEPTED,
+    "lr_schedule_steps",  # what it changes is told
     # What counts of these is how many samples make up an update.
     "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
+CONTROLNET_FLAG = "--controlnet_model_name_or_path"
 FOLDER = "flux_controlnet"  # in a checkpoint, as the reference lays it out
 FINAL = "diffusion_pytorch_model.safetensors"
 OUR_FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", "config.json", FINAL)
@@ -414,10 +427,13 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     if args.dry_run:
-        base, controlnet = "--pretrained_model_name_or_path", "--controlnet_model_name_or_path"
-        configs = models.resolve_configs(args.pretrained_model_name_or_path, base, args.cache_dir, models.FLUX_COMPONENTS, args.revision)
-        existing = args.controlnet_model_name_or_path
-        existing = models.resolve_configs(existing, controlnet, args.cache_dir, ()) if existing else None
+        configs = pipelines.resolve_pipeline(
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS, weights=False
+        )
+        base = pipelines.read_config(configs, "transformer")
+        existing = args.controlnet_model_name_or_path and pipelines.resolve_controlnet(
+            args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, base, weights=False
+        )
         print(plan.describe("flux_controlnet", configs, vars(args), args.device_memory_gb, existing))
         return 0
 
@@ -425,24 +441,28 @@ def main(argv=None):
     services = tracking.services(args.report_to)
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
     devices.set_up(args.distributed)
-    token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
-    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
-    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
-    transformer_config = models.read_config(root, "transformer")
-    existing = None
-    if args.controlnet_model_name_or_path:
-        existing = models.resolve_controlnet(
-            args.controlnet_model_name_or_path, "--controlnet_model_name_or_path", args.cache_dir, transformer_config
-        )
-        print("--controlnet_model_name_or_path: it keeps its own blocks; --num_double_layers and --num_single_layers do nothing")
-    for flag, key in (("num_double_layers", "num_layers"), ("num_single_layers", "num_single_layers")):
-        if not existing and getattr(args, flag) > transformer_config[key]:
-            raise UserError(f"--{flag} {getattr(args, flag)}: the transformer has {transformer_config[key]} such blocks to copy.")
     output_dir, resume = checkpoint.open_output_dir(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, FINAL
     )
     devices.same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
+    for flag in ("cache_dir",):
+        checkpoint.require_writable(f"--{flag}", getattr(args, flag))
+    token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
+    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
+    root = pipelines.resolve_pipeline(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
+    )
+    models.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
+    transformer_config = pipelines.read_config(root, "transformer")
+    existing = None
+    if args.controlnet_model_name_or_path:
+        existing = pipelines.resolve_controlnet(args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, transformer_config)
+        models.check_files(existing.parent, [existing.name])
+        print("--controlnet_model_name_or_path: it keeps its own blocks; --num_double_layers and --num_single_layers do nothing")
+    for flag, key in (("num_double_layers", "num_layers"), ("num_single_layers", "num_single_layers")):
+        if not existing and getattr(args, flag) > transformer_config[key]:
+            raise UserError(f"--{flag} {getattr(args, flag)}: the transformer has {transformer_config[key]} such blocks to copy.")
     to_draw = matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
     for path in args.validation_image:
         sampling.require_condition(path, "--validation_image")  # before the data are looked at, which takes longer
@@ -468,6 +488,8 @@ def main(argv=None):
     if args.cache_latents:
         print("--cache_latents: every pair keeps its centre crop" + (", one entry a flip" if args.random_flip else ""))
         images = PairImages(pair_data, args.random_flip)
+    if not args.streaming:
+        tell(stage.long_captions(PairCaptions(pair_data, more)))
     encoded = stage.prepare(PairCaptions(pair_data, more), images)
     print(f"encode stage: {encoded} made, the rest already in {stage.folder}")
 
@@ -495,7 +517,7 @@ def main(argv=None):
     print(precision.parameter_table({"transformer": transformer, "controlnet": controlnet, **({"vae": vae} if vae else {})}, kind))
 
     # ---- the step ------------------------------------------------------------
-    vae_config, scheduler_config = models.read_config(root, "vae"), models.read_config(root, "scheduler")
+    vae_config, scheduler_config = pipelines.read_config(root, "vae"), pipelines.read_config(root, "scheduler")
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     auto = args.timestep_shift == "auto"
     shift = (
@@ -507,6 +529,7 @@ def main(argv=None):
     batches = Batches(args, seed, stage, pair_data, (vae_config["latent_channels"], factor), len(sigmas))
     per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * pair_data.epoch_length / per_update)
+    schedule_steps = args.lr_schedule_steps or max_train_steps
 
     rate = args.learning_rate * (per_update if args.scale_lr else 1)
     weights = models.model_parameters(controlnet)
@@ -530,7 +553,7 @@ def main(argv=None):
     if args.mixed_precision == "fp16":
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
     fingerprint = checkpoint.text_digest(pair_data.digests())
-    base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
+    base = encoder_fingerprint(root / "transformer", weight_files(root, "transformer", args.variant))
     identity = {"seed": seed, "data": fingerprint, "base": base, "samples_per_update": per_update}
     if len(pair_data.buckets) > 1:  # a batch is of one bucket
         identity["batch_size"] = args.train_batch_size
@@ -553,7 +576,9 @@ def main(argv=None):
     def save_files(folder, values):
         models.save_model(controlnet, folder / FOLDER, ms.float32)
         checkpoint.save_state(folder / "training_state.safetensors", values)
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
+        (folder / "trainer_state.json").write_text(
+            json.dumps({"global_step": global_step, "lr_schedule_steps": schedule_steps, **identity})
+        )
 
     def save():
         values = devices.collect(remembered)
@@ -580,6 +605,12 @@ def main(argv=None):
         return sampling.save_image(grid, output_dir / "samples" / f"{'final' if final else f'step-{global_step:06d}'}.png")
 
     # ---- the loop ------------------------------------------------------------
+    tell(advice.on_settings(args.optimizer, rate, args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps))
+    if resume:
+        tell(advice.on_resumed_schedule(
+            args.lr_scheduler, state.get("lr_schedule_steps"), schedule_steps, global_step, rate, args.lr_warmup_steps,
+            args.lr_num_cycles, args.lr_power,
+        ))  # fmt: skip
     print(f"optimizer state: {optim.state_bytes(optimizer):,} bytes on each of {devices.workers()} workers")
     print(
         f"{pair_data.epoch_length} {'uses of a stream' if args.streaming else 'pairs'}, {len(pair_data.held_out)} held out; "
@@ -613,7 +644,7 @@ def main(argv=None):
     while global_step < max_train_steps and not any(devices.gather(stop.exit_code)):
         began = time.perf_counter()
         lr_factor = optim.schedule_factor(
-            args.lr_scheduler, global_step, args.lr_warmup_steps, max_train_steps, args.lr_num_cycles, args.lr_power, rate
+            args.lr_scheduler, global_step, args.lr_warmup_steps, schedule_steps, args.lr_num_cycles, args.lr_power, rate
         )
         optim.set_learning_rates(optimizer, [rate * lr_factor])
         losses = [float(step(*inputs)[1]) for inputs in devices.micro_batches(step, ahead, accumulation)]

@@ -11,9 +11,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import lora, models, precision, rng, sampling
+from mindtune import lora, models, pipelines, precision, rng, sampling
 from mindtune.cli import UserError, run
 from mindtune.encode import Stage, clip_pooled
+from mindtune.weights import linear_layers
 
 
 def parse_args(argv=None):
@@ -62,9 +63,12 @@ def main(argv=None):
     parts = lora.read_parts(adapter, "--lora") if adapter else {}
     adapts_clip = "text_encoder" in parts
     models.set_up_device(graph_mode=False)
-    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
+    root = pipelines.resolve_pipeline(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
+    )
+    models.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
     if adapter:
-        layers = {name: models.linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
+        layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
         lora.check_parts(adapter, "--lora", parts, layers)
 
     # ---- encode the prompts, in a process that gives its memory back ----------
@@ -82,8 +86,8 @@ def main(argv=None):
         tokenizer = models.load_tokenizer(root / "tokenizer")
     if adapter:
         lora.load_lora(adapter, cells, kind.compute, scale=args.lora_scale)
-    vae, vae_config = models.load_model(root, "vae", kind, args.variant), models.read_config(root, "vae")
-    scheduler = models.read_config(root, "scheduler")
+    vae, vae_config = models.load_model(root, "vae", kind, args.variant), pipelines.read_config(root, "vae")
+    scheduler = pipelines.read_config(root, "scheduler")
 
     # ---- draw ----------------------------------------------------------------
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)

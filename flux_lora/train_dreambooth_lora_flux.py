@@ -23,6 +23,7 @@ from mindspore import ops
 from tqdm import tqdm
 
 from mindtune import (
+    advice,
     buckets,
     checkpoint,
     columns,
@@ -31,10 +32,12 @@ from mindtune import (
     flow,
     folders,
     hub,
+    library,
     lora,
     metadata,
     models,
     optim,
+    pipelines,
     plan,
     precision,
     report,
@@ -45,9 +48,10 @@ from mindtune import (
     zero,
 )
 from mindtune.cache import encoder_fingerprint
-from mindtune.cli import StopRequest, UserError, check_flags, run, shown
+from mindtune.cli import StopRequest, UserError, check_flags, run, shown, tell
 from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
 from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
+from mindtune.weights import linear_layers, weight_files
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
@@ -141,6 +145,7 @@ def parse_args(argv=None):
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation and workers.")
     add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
+    add("--lr_schedule_steps", type=int, help="Updates over which the schedule runs, warm-up included. Default: those of the run.")
     add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
@@ -190,7 +195,13 @@ def check_args(args):
     at_least = {"lora_rank": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "repeats": 1}
     at_least.update(checkpointing_steps=1, validation_epochs=1, num_validation_images=1, num_inference_steps=1, sample_batch_size=1)
     at_least.update(
-        max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, max_sequence_length=1, device_memory_gb=1, num_class_images=1
+        max_train_steps=1,
+        lr_schedule_steps=1,
+        checkpoints_total_limit=1,
+        max_train_samples=1,
+        max_sequence_length=1,
+        device_memory_gb=1,
+        num_class_images=1,
     )
     at_least.update(learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0)
     at_least.update(validation_split=0, adam_beta1=0, adam_beta2=0)
@@ -370,7 +381,7 @@ class Batches:
 # ---- the step ----------------------------------------------------------------------------------------------------------------------
 
 
-class TrainStepForFluxDevDB(models.TrainStep):
+class TrainStepForFluxDevDB(library.TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update. A pure function of its inputs.
 
     `vae` is given if the images come as pixels, `text_encoder` if CLIP trains. Calling it gives (scaled loss, loss), scalars.
@@ -390,7 +401,7 @@ class TrainStepForFluxDevDB(models.TrainStep):
         self.transformer, self.vae, self.text_encoder = self.model, vae, text_encoder
         self.compute_dtype = compute_dtype
         # Configs are dicts, which a graph cannot read by attribute: take out what forward needs.
-        self.scaling_factor, self.shift_factor = latent_config["scaling_factor"], latent_config["shift_factor"]
+        self.latent_shift, self.latent_scale = flow.scale_constants(latent_config)
         self.guidance_embeds = transformer.config["guidance_embeds"]
         self.sigmas = noise_scheduler["sigmas"]
         self.text_ids = text_ids
@@ -405,7 +416,7 @@ class TrainStepForFluxDevDB(models.TrainStep):
         """Prediction and target [B, C, h, w] float32, and sigmas [B, 1, 1, 1]."""
         if self.vae is not None:
             images = self.vae.encode(images.to(self.compute_dtype))[0]
-        latents = (flow.sample_posterior(images, posterior_noise) - self.shift_factor) * self.scaling_factor
+        latents = (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
         sigmas = flow.get_sigmas(self.sigmas, indices)
         noisy_latents = sigmas * noise + (1.0 - sigmas) * latents
         if self.text_encoder is not None:
@@ -447,7 +458,7 @@ class Painter:
         self.latent_shape, self.tokenizer = latent_shape, tokenizer
         self.transformer, self.text_encoder = transformer, text_encoder
         self.text = {prompt: stage.text(prompt) for prompt in args.validation_prompt}
-        self.scheduler = models.read_config(root, "scheduler")
+        self.scheduler = pipelines.read_config(root, "scheduler")
 
     def rows(self, with_base=False):
         """A row of --num_validation_images pictures a prompt, always from the same noise; `with_base`: before each that of the base."""
@@ -488,6 +499,7 @@ SAME_RUN = {
     "resume_from_checkpoint", "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "num_validation_images",
     "num_inference_steps", "validation_epochs", "sample_batch_size", "prior_generation_precision", "num_train_epochs", "max_train_steps",
     "push_to_hub", "hub_token", "hub_model_id", "lora_model_name_or_path", "dry_run", "device_memory_gb", *ACCEPTED,
+    "lr_schedule_steps",  # what it changes is told
     # What counts of these is how many samples make up an update.
     "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
@@ -501,7 +513,7 @@ def trained_before(args, root):
     if Path(args.output_dir).resolve() in path.resolve().parents:
         raise UserError(f"{flag} {path}: lies in --output_dir, where this run writes. Name another output directory.")
     parts = lora.read_parts(path, flag)
-    layers = {name: models.linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
+    layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
     lora.check_parts(path, flag, parts, layers)
     if "text_encoder" in parts and not args.train_text_encoder:
         raise UserError(f"{flag} {path}: adapts CLIP too, which would be lost. Add --train_text_encoder.")
@@ -513,8 +525,9 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     if args.dry_run:
-        flag = "--pretrained_model_name_or_path"
-        configs = models.resolve_configs(args.pretrained_model_name_or_path, flag, args.cache_dir, models.FLUX_COMPONENTS, args.revision)
+        configs = pipelines.resolve_pipeline(
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS, weights=False
+        )
         print(plan.describe("flux_lora", configs, vars(args), args.device_memory_gb))
         return 0
 
@@ -522,20 +535,25 @@ def main(argv=None):
     services = tracking.services(args.report_to)
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
     devices.set_up(args.distributed)
+    output_dir, resume = checkpoint.open_output_dir(
+        args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, lora.LORA_FILE
+    )
+    devices.same(str(resume), "--output_dir: the checkpoint to go on from")
+    state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
+    for flag in ("cache_dir", "class_data_dir"):
+        checkpoint.require_writable(f"--{flag}", getattr(args, flag))
     token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
     repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
-    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.FLUX_COMPONENTS)
+    root = pipelines.resolve_pipeline(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
+    )
+    models.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
     targets = {"transformer": [t.strip() for t in args.lora_layers.split(",")] if args.lora_layers else lora.TRANSFORMER_TARGETS}
     going_on, lora_digest = trained_before(args, root) if args.lora_model_name_or_path else ({}, None)
     if args.lora_layers and "transformer" not in going_on:
         lora.check_targets(models.flux_skeleton(root), targets["transformer"], "--lora_layers")
     if args.train_text_encoder:
         targets["text_encoder"] = lora.TEXT_ENCODER_TARGETS
-    output_dir, resume = checkpoint.open_output_dir(
-        args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, lora.LORA_FILE
-    )
-    devices.same(str(resume), "--output_dir: the checkpoint to go on from")
-    state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
     sizes = buckets.crop_sizes(args.aspect_ratio_buckets, args.resolution)
     samples = load_samples(args, sizes)
     numbers = buckets.bucket_numbers(samples, sizes)
@@ -564,6 +582,7 @@ def main(argv=None):
         used = [(samples[i], numbers[i]) for i in kept] + list(zip(prior_samples, prior_numbers))
         images = [(sample, sizes[k], flip) for sample, k in used for flip in ([False, True] if args.random_flip else [False])]
         images += [(samples[i], sizes[numbers[i]], False) for i in kept_out]
+    tell(stage.long_captions(captions))
     encoded = stage.prepare(captions, images)
     print(f"encode stage: {encoded} made, {len(set(captions)) + len(images) - encoded} already in {stage.folder}")
 
@@ -598,7 +617,7 @@ def main(argv=None):
     print(precision.parameter_table({**trained, **({"vae": vae} if vae else {})}, kind))
 
     # ---- the step ------------------------------------------------------------
-    vae_config, scheduler_config = models.read_config(root, "vae"), models.read_config(root, "scheduler")
+    vae_config, scheduler_config = pipelines.read_config(root, "vae"), pipelines.read_config(root, "scheduler")
     latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
     auto, tokens = args.timestep_shift == "auto", max(h * w for h, w in sizes) // (2 * latent[1]) ** 2
     shift = flow.resolution_shift(tokens, scheduler_config) if auto else float(args.timestep_shift)
@@ -609,6 +628,7 @@ def main(argv=None):
     )  # fmt: skip
     per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.epoch_length / per_update)
+    schedule_steps = args.lr_schedule_steps or max_train_steps
 
     base_rates = [args.learning_rate * (per_update if args.scale_lr else 1)]
     groups = [{"params": transformer.trainable_params(), "lr": base_rates[0], "weight_decay": args.adam_weight_decay}]
@@ -636,7 +656,7 @@ def main(argv=None):
     if args.mixed_precision == "fp16":
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
     fingerprint = checkpoint.text_digest(s.digest + s.caption for s in train_samples + prior_samples)
-    base = encoder_fingerprint(root / "transformer", models.weight_files(root, "transformer", args.variant))
+    base = encoder_fingerprint(root / "transformer", weight_files(root, "transformer", args.variant))
     identity = {"seed": seed, "data": fingerprint, "base": base, "lora_model": lora_digest, "samples_per_update": per_update}
     if len(sizes) > 1:  # a batch is of one bucket
         identity["batch_size"] = args.train_batch_size
@@ -655,7 +675,9 @@ def main(argv=None):
     def save_files(folder, values):
         lora.save_lora(folder / lora.LORA_FILE, trained, ms.float32)
         checkpoint.save_state(folder / "training_state.safetensors", values)
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
+        (folder / "trainer_state.json").write_text(
+            json.dumps({"global_step": global_step, "lr_schedule_steps": schedule_steps, **identity})
+        )
 
     def save():
         values = devices.collect(remembered)
@@ -685,6 +707,12 @@ def main(argv=None):
         return None
 
     # ---- the loop ------------------------------------------------------------
+    tell(advice.on_settings(args.optimizer, base_rates[0], args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps))
+    if resume:
+        tell(advice.on_resumed_schedule(
+            args.lr_scheduler, state.get("lr_schedule_steps"), schedule_steps, global_step, base_rates[0], args.lr_warmup_steps,
+            args.lr_num_cycles, args.lr_power,
+        ))  # fmt: skip
     epoch_updates = batches.epoch_length / per_update
     print(f"optimizer state: {optim.state_bytes(optimizer):,} bytes on each of {devices.workers()} workers")
     print(
@@ -716,7 +744,7 @@ def main(argv=None):
     while global_step < max_train_steps and not any(devices.gather(stop.exit_code)):
         began = time.perf_counter()
         lr_factor = optim.schedule_factor(
-            args.lr_scheduler, global_step, args.lr_warmup_steps, max_train_steps, args.lr_num_cycles, args.lr_power, base_rates[0]
+            args.lr_scheduler, global_step, args.lr_warmup_steps, schedule_steps, args.lr_num_cycles, args.lr_power, base_rates[0]
         )
         rates = [rate * lr_factor for rate in base_rates]
         optim.set_learning_rates(optimizer, rates)

@@ -2,8 +2,8 @@
 
 Imports go one way: `cli`, `rng`, `flow`, `diffusion`, `lora_layouts`, `cache`, `meeting`, `operators` and `buckets` at the bottom, then
 `devices`, `precision`, `images`, `data`, `metadata`, `folders`, `columns`, `named_files`, `tables`, `pairs`, `checkpoint`, `hub`,
-`tracking`, `report`, `adam8bit`, `optim`, `zero`, `flux_blocks`, `int8`, then `models`, `lora`, `plan`, `sampling`, `held_out` and
-`encode`, which touch mindone; `check_data` is a command.
+`tracking`, `report`, `adam8bit`, `optim`, `advice`, `zero`, `flux_blocks`, `int8`, `library`, which imports mindone, `weights`,
+`pipelines`, `models`, `lora`, `plan`, `sampling`, `held_out` and `encode`; `check_data` is a command.
 Nothing else here parses flags, nothing imports a script or reads `args`.
 """
 

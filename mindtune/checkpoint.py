@@ -165,6 +165,21 @@ def find_checkpoint(output_dir: Path, which: str) -> Optional[Path]:
     return None
 
 
+def require_writable(flag: str, folder: Optional[str]) -> None:
+    """Raises UserError unless files can be made in `folder`, there or in the directory where it would be made. None needs none."""
+    if folder is None:
+        return
+    place = Path(folder).absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        reason = "is not a directory" if place.is_file() else f"cannot be written to ({error.strerror})"
+        raise UserError(f"{flag} {folder}: {place} {reason}. Name another directory, or change its permissions.") from None
+
+
 def open_output_dir(name: str, resume: Optional[str], overwrite: bool, our_files: Iterable[str], final: str) -> tuple[Path, Optional[Path]]:
     """(output directory, checkpoint to go on from or None), with what --resume_from_checkpoint and --overwrite_output_dir say.
 
@@ -172,9 +187,7 @@ def open_output_dir(name: str, resume: Optional[str], overwrite: bool, our_files
     Raises UserError for a directory that cannot be written to or that holds another run.
     """
     output_dir = Path(name)
-    base = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
-    if not base.is_dir() or not os.access(base, os.W_OK):
-        raise UserError(f"--output_dir {output_dir}: {base} is not a directory that can be written to. Name another one.")
+    require_writable("--output_dir", name)
     found = [file for file in our_files if (output_dir / file).exists()] + [p.name for p in checkpoints(output_dir)]
     folder = None
     if resume:

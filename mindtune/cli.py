@@ -90,6 +90,12 @@ def matched(prompts: list[str], images: list[str], prompt_flag: str, image_flag:
     return list(zip(prompts * (count // max(1, len(prompts))), images * (count // max(1, len(images)))))
 
 
+def tell(sentences: Iterable[str]) -> None:
+    """Prints each on a line of its own."""
+    for sentence in sentences:
+        print(sentence)
+
+
 def listing(items: Iterable[str]) -> str:
     """The items one a line, indented: all of them, so that nobody mends twenty files to learn of twenty more."""
     return "\n".join(f"  {item}" for item in items)

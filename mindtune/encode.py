@@ -29,15 +29,18 @@ from mindspore import nn
 from tqdm import tqdm
 
 from mindtune import devices
+from mindtune.advice import on_long_captions
 from mindtune.cache import Cache, encoder_fingerprint, key_of
 from mindtune.checkpoint import write_atomically
 from mindtune.cli import UserError, run
 from mindtune.data import Sample, pixel_values
-from mindtune.models import load_model, load_tokenizer, read_config, set_up_device, weight_files
+from mindtune.models import CLIP_LENGTH, load_model, load_tokenizer, set_up_device
 from mindtune.pairs import PairData, require_usable
+from mindtune.pipelines import read_config
 from mindtune.precision import resolve_precision
 from mindtune.rng import normal
 from mindtune.sampling import decode_latents, sample_latents
+from mindtune.weights import weight_files
 
 Size = Union[int, tuple[int, int]]  # side of a square, or (height, width), in pixels
 MINDONE = version("mindone")  # asked once: it takes 0.5 ms, and every key has it
@@ -112,8 +115,10 @@ class Stage:
 
     def text_key(self, encoder: str, caption: str) -> str:
         length = self.max_sequence_length if encoder == "text_encoder_2" else None
-        fingerprint, made_by = self.fingerprints[encoder], self._made_by(self.precision) + ["int8"] * self.in_int8(encoder)
-        return key_of(kind=f"{self.kind} {encoder}", caption=caption, length=length, encoder=fingerprint, made_by=made_by)
+        made_by = self._made_by(self.precision) + ["int8"] * self.in_int8(encoder)
+        if ENCODERS[self.kind][encoder] is _t5_entry:  # entries of 0.1.0 were made with wrong buckets on the CPU
+            made_by.append("exact buckets")
+        return key_of(kind=f"{self.kind} {encoder}", caption=caption, length=length, encoder=self.fingerprints[encoder], made_by=made_by)
 
     def image_key(self, sample: Sample, size: Size, flip: bool) -> str:
         shape = [size, self.interpolation, "centre crop", flip]
@@ -135,6 +140,17 @@ class Stage:
     def moments(self, sample: Sample, size: Size, flip: bool) -> np.ndarray:
         """The VAE's mean and log-variance [2C, H, W] of a picture's centre crop to `size`, float32."""
         return _entry(self.cache, self.image_key(sample, size, flip))["moments"]
+
+    def long_captions(self, captions: Iterable[str]) -> list[str]:
+        """A sentence if the encoder that reads most of a caption does not read all of the first 20,000 (of FLUX that is T5)."""
+        flux = self.kind == "flux"
+        limit = self.max_sequence_length if flux else CLIP_LENGTH
+        tokenizer = load_tokenizer(self.tokenizer_folder("text_encoder_2" if flux else "text_encoder"))
+        # Tokens are made of bytes, and begin and end are two more: only what has more bytes need be counted.
+        long = (caption for caption in dict.fromkeys(itertools.islice(captions, 20_000)) if len(caption.encode()) + 2 > limit)
+        lengths = (len(tokenizer(caption, verbose=False).input_ids) for caption in long)
+        flag = "--max_sequence_length" if flux and limit < 512 else None
+        return on_long_captions(lengths, limit, "T5" if flux else "CLIP", flag)
 
     def prepare(self, captions: Iterable[str], images: Iterable[tuple[Sample, Size, bool]]) -> int:
         """Encodes in a child process what the cache lacks; returns how many captions and pictures that was, of all workers together.

@@ -58,6 +58,17 @@ def resolution_shift(image_tokens: int, config: dict) -> float:
     return math.exp(config["base_shift"] + slope * (image_tokens - low))
 
 
+def latent_scale(vae: dict) -> tuple:
+    """(shift, scale) of a VAE's config: a model's latents are (z - shift) scale. Floats, or float32 arrays [1, C, 1, 1].
+
+    With latents_mean and latents_std, a mean and a spread of every channel, they are mean and scaling_factor / std.
+    """
+    if vae.get("latents_mean") is None:
+        return vae.get("shift_factor") or 0.0, vae["scaling_factor"]
+    mean, std = (np.array(vae[key], np.float32).reshape(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+    return mean, np.float32(vae["scaling_factor"]) / std
+
+
 # ---- in the step -------------------------------------------------------------------------------------------------------------------
 
 
@@ -73,6 +84,11 @@ def sample_posterior(moments: ms.Tensor, noise: ms.Tensor) -> ms.Tensor:
     """
     mean, logvar = ops.chunk(moments.to(ms.float32), 2, axis=1)
     return mean + ops.exp(0.5 * ops.clamp(logvar, -30.0, 20.0)) * noise
+
+
+def scale_constants(vae: dict) -> tuple:
+    """`latent_scale` as constants of a graph."""
+    return tuple(ms.Tensor(value) if isinstance(value, np.ndarray) else value for value in latent_scale(vae))
 
 
 def pack_latents(latents: ms.Tensor) -> ms.Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import time
 from pathlib import Path
 from typing import Callable, Optional
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from mindtune.checkpoint import write_atomically
 from mindtune.cli import UserError
@@ -24,6 +27,8 @@ def check(hub_model_id: Optional[str], output_dir: str, token: Optional[str]) ->
 
     Default: the output directory's name, in the account that the token belongs to. Raises UserError without a usable token.
     """
+    name = hub_model_id or Path(output_dir).resolve().name
+    _require_name(name, "--hub_model_id" if hub_model_id else "--output_dir")
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
         account = _patiently(api.whoami)["name"]
@@ -31,8 +36,22 @@ def check(hub_model_id: Optional[str], output_dir: str, token: Optional[str]) ->
         raise UserError("--push_to_hub: no token. Log in with `huggingface-cli login`, set HF_TOKEN, or give --hub_token.") from None
     except Exception as error:  # refused, unreachable, answered with something else: the text says which
         raise UserError(f"--push_to_hub: the hub does not know this token: {_said(error, token)}. Log in again, or leave it out.") from None
-    name = hub_model_id or Path(output_dir).resolve().name
     return name if "/" in name else f"{account}/{name}"
+
+
+def _require_name(name: str, flag: str) -> None:
+    """Raises UserError for what the hub refuses as the name of a repository."""
+    try:
+        validate_repo_id(name)
+        refused = not name.isascii()  # which that lets through and the hub does not
+    except HFValidationError:
+        refused = True
+    if refused:
+        usable = re.sub(r"[^A-Za-z0-9._/-]+|--+|\.\.+", "-", name).strip("-._")[:96] or "my-model"
+        raise UserError(
+            f"{flag} {name}: with --push_to_hub this is the repository's name, and the hub takes letters, digits, - _ . and at most 96 "
+            f"characters. Give --hub_model_id, such as {usable}."
+        )
 
 
 def push(repo_id: str, output_dir: Path, base_model: str, prompts: list[str], token: Optional[str]) -> str:
@@ -54,7 +73,7 @@ def push(repo_id: str, output_dir: Path, base_model: str, prompts: list[str], to
     except Exception as error:
         raise UserError(
             f"--push_to_hub {repo_id}: {_said(error, token)}.\nNothing on disk is lost: {output_dir} is complete. Push again with:\n"
-            f"  huggingface-cli upload {repo_id} {output_dir} . --include {' '.join(_top(output_dir))}"
+            f"  {shlex.join(['huggingface-cli', 'upload', repo_id, str(output_dir), '.', '--include', *_top(output_dir)])}"
         ) from None
     return str(getattr(done, "commit_url", done))
 

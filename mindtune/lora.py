@@ -24,9 +24,10 @@ from safetensors.numpy import save
 from mindtune import lora_layouts
 from mindtune.cli import UserError
 from mindtune.flux_blocks import bind
-from mindtune.models import PICKLED, BaseTunerLayer, LoraConfig
+from mindtune.library import BaseTunerLayer, LoraConfig
 from mindtune.precision import LINEAR, NUMPY_TYPES
 from mindtune.rng import normal
+from mindtune.weights import PICKLED
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TRANSFORMER_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]

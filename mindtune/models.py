@@ -1,16 +1,12 @@
-"""Finding, checking and loading the parts of a pipeline. The only file that imports mindone and knows its versions apart."""
+"""Building models from their configs, filling them from their files, and saving them."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
-import io
 import json
 import math
 import os
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -19,85 +15,22 @@ import numpy as np
 import transformers
 from mindspore import nn
 from mindspore.nn.utils import no_init_parameters
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mindtune.cache import make_readable
 from mindtune.cli import UserError, listing
 from mindtune.flux_blocks import bind
 from mindtune.int8 import quantise, use_int8
+from mindtune.library import mindone
 from mindtune.operators import use_operators
+from mindtune.pipelines import from_files, read_config
 from mindtune.precision import LINEAR, NUMPY_TYPES, Precision, cast_cell
 from mindtune.rng import generator
+from mindtune.weights import FILE_TYPES, StoredTensor, stored_tensors
 
-with contextlib.redirect_stdout(io.StringIO()):  # mindone prints which flash attention it found
-    import mindone.diffusers
-    import mindone.transformers
-    from mindone.diffusers.training_utils import TrainStep, pynative_no_grad  # noqa: F401  (everybody else has them from here)
-
-# Loading prints a deprecation warning of mindspore about mindone's code for every normalisation layer: nothing a user can mend.
-ms.log._get_logger().addFilter(lambda record: "dtype_to_nptype" not in record.getMessage())
-
-# mindone 0.4 moved its port of peft out of diffusers.
-try:
-    peft = importlib.import_module("mindone.peft")
-    tuners_utils = importlib.import_module("mindone.peft.tuners.tuners_utils")
-except ImportError:
-    peft = importlib.import_module("mindone.diffusers._peft")
-    tuners_utils = importlib.import_module("mindone.diffusers._peft.tuners.tuners_utils")
-LoraConfig, BaseTunerLayer = peft.LoraConfig, tuners_utils.BaseTunerLayer
-
-PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")  # files whose reading runs what is written in them
-
-# Component -> classes it may be of, as model_index.json and the configs name them.
-FLUX_COMPONENTS = {
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "tokenizer_2": ("T5TokenizerFast", "T5Tokenizer"),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("T5EncoderModel",),
-    "vae": ("AutoencoderKL",),
-    "transformer": ("FluxTransformer2DModel",),
-    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
-}
-# Of these schedulers only the betas and the prediction type are read; pictures are drawn with UniPC.
-SD_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-SD_SCHEDULERS += ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler")
-SD_COMPONENTS = {
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "text_encoder": ("CLIPTextModel",),
-    "vae": ("AutoencoderKL",),
-    "unet": ("UNet2DConditionModel",),
-    "scheduler": SD_SCHEDULERS,
-}
-SDXL_COMPONENTS = {
-    **SD_COMPONENTS,
-    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-}
-# The ControlNet that belongs to a model, and what both have to agree on.
-CONTROLNETS = {
-    "FluxTransformer2DModel": (
-        "FluxControlNetModel",
-        ("num_attention_heads", "attention_head_dim", "in_channels", "joint_attention_dim", "pooled_projection_dim"),
-    ),
-    "UNet2DConditionModel": (
-        "ControlNetModel",
-        ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"),
-    ),
-}
-# What `load_tokenizer` can read: any one of these sets of files.
-TOKENIZER_FILES = {"CLIP": (("vocab.json", "merges.txt"),), "T5": (("tokenizer.json",), ("spiece.model",))}
-# Types of a weight file, as its header calls them.
-FILE_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": NUMPY_TYPES[ms.bfloat16]}
-
-
-class StoredTensor(NamedTuple):
-    """Where a tensor is: its file, its type there (a key of FILE_TYPES if it is a float), its shape, and its first byte."""
-
-    path: Path
-    kind: str
-    shape: tuple[int, ...]
-    offset: int
+CLIP_LENGTH = 77  # tokens that CLIP was trained on
+# Ends of the names of tensors that files have and models do not need: positions 0, 1, 2 ..., and heads that are not used.
+KNOWN_EXTRAS = ("embeddings.position_ids", "logit_scale", "text_projection.weight", "encoder.embed_tokens.weight", "shared.weight")
 
 
 def set_up_device(graph_mode: bool) -> None:
@@ -105,217 +38,6 @@ def set_up_device(graph_mode: bool) -> None:
     ms.set_context(mode=ms.GRAPH_MODE if graph_mode else ms.PYNATIVE_MODE)
     if ms.get_context("device_target") == "CPU":
         ms.runtime.launch_blocking()
-
-
-def resolve_pipeline(name: str, revision: Optional[str], variant: Optional[str], cache_dir: Optional[str], components: dict) -> Path:
-    """A local directory as it is, anything else from the hub (only the named components, safetensors only); then checks it.
-
-    Raises UserError if it is neither, or not whole (`check_pipeline`).
-    """
-    root = Path(name)
-    if not root.is_dir():
-        weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-        patterns = ["model_index.json"] + [f"{part}/{kind}" for part in components for kind in ("*.json", "*.txt", "*.model", weights)]
-        root = _download("--pretrained_model_name_or_path", name, revision, cache_dir, patterns)
-    check_pipeline(root, components, variant)
-    return root
-
-
-def resolve_configs(name: str, flag: str, cache_dir: Optional[str], components: Iterable[str], revision: Optional[str] = None) -> Path:
-    """The directory of a pipeline (local, or from the hub) of which only the configs need to be there; without `components`, of a model.
-
-    Raises UserError naming those that are missing.
-    """
-    root = Path(name)
-    if not root.is_dir():
-        root = _download(flag, name, revision, cache_dir, ["*.json"])
-    configs = [f"{part}/config.json" for part in components if not part.startswith(("tokenizer", "scheduler"))] or ["config.json"]
-    if missing := [config for config in configs if not (root / config).is_file()]:
-        raise UserError(f"{flag} {root}: configs are read, and there is none of these:\n{listing(missing)}\nCopy them there.")
-    return root
-
-
-def _download(flag: str, name: str, revision: Optional[str], cache_dir: Optional[str], patterns: list[str]) -> Path:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{flag} {name}: no such directory. Give a local directory or a hub id.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
-    except Exception as error:  # no network, no such repository, gated, wrong revision: the hub's text says which
-        raise UserError(f"{flag} {name}: no such directory, and the hub says: {error}") from None
-
-
-def resolve_part(name: str, flag: str, cache_dir: Optional[str], cls: str) -> Path:
-    """The directory of a model that stands alone (local, or from the hub), whole. Raises UserError naming all defects."""
-    path = Path(name)
-    if not path.is_dir():
-        path = _download(flag, name, None, cache_dir, ["config.json", "*.safetensors", "*.index.json"])
-    try:
-        problems = _component_problems(path.parent, path.name, (cls,), None)
-    except (OSError, ValueError) as error:
-        problems = [str(error)]
-    if problems:
-        raise UserError(f"{flag} {name}: not a whole {cls}:\n{listing(problems)}\nCopy or download it again.")
-    return path
-
-
-def resolve_tokenizer(name: str, flag: str, cache_dir: Optional[str]) -> Path:
-    """The directory of a CLIP tokenizer (local, or from the hub). Raises UserError if it lacks a file."""
-    path = Path(name)
-    if not path.is_dir():
-        path = _download(flag, name, None, cache_dir, ["*.json", "merges.txt"])
-    if problems := _component_problems(path.parent, path.name, ("CLIPTokenizer",), None):
-        raise UserError(f"{flag} {name}: not a CLIP tokenizer:\n{listing(problems)}\nGive the directory of one.")
-    return path
-
-
-def resolve_controlnet(name: str, flag: str, cache_dir: Optional[str], base: dict) -> Path:
-    """The directory of an existing ControlNet (local, or from the hub) that fits the model whose config is `base`.
-
-    Raises UserError if it is neither, not whole, or made for another width; union ControlNets are refused.
-    """
-    cls, shared = CONTROLNETS[base["_class_name"]]
-    path = resolve_part(name, flag, cache_dir, cls)
-    config = read_config(path.parent, path.name)
-    if config.get("num_mode") is not None:
-        raise UserError(
-            f"{flag} {name}: a union ControlNet (num_mode {config['num_mode']}) is not supported; give one for a single condition."
-        )
-    if cls == "FluxControlNetModel" and (channels := config.get("conditioning_embedding_channels")) is not None:
-        raise UserError(
-            f"{flag} {name}: takes its condition as pixels (conditioning_embedding_channels {channels}), which is not supported; give one "
-            "that takes the VAE's latents."
-        )
-    for key in shared:
-        if config.get(key) != base.get(key):
-            raise UserError(f"{flag} {name}: its {key} is {config.get(key)}, the base's {base.get(key)}. Give one made for this model.")
-    return path
-
-
-def check_pipeline(root: Path, components: dict, variant: Optional[str] = None) -> None:
-    """Every component is there, of a right class, its weights complete. Reads headers only. Raises UserError naming all defects."""
-    problems = [] if (root / "model_index.json").is_file() else ["model_index.json is missing"]
-    for name, classes in components.items():
-        try:
-            problems += _component_problems(root, name, classes, variant)
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError(
-            f"--pretrained_model_name_or_path {root}: not a whole pipeline:\n{listing(problems)}\n"
-            "Copy or download it again, in the Hugging Face layout (model_index.json, transformer/, vae/, ...)."
-        )
-
-
-def _component_problems(root: Path, name: str, classes: tuple, variant: Optional[str]) -> list[str]:
-    folder = root / name
-    if not folder.is_dir():
-        return [f"{name}/ is missing"]
-    if classes[0].endswith(("Tokenizer", "TokenizerFast")):
-        choices = TOKENIZER_FILES["CLIP" if classes[0].startswith("CLIP") else "T5"]
-        missing = [[file for file in ("tokenizer_config.json", *choice) if not (folder / file).is_file()] for choice in choices]
-        if all(missing):
-            return [f"{name}/{file} is missing" for file in missing[-1]]
-        for path in sorted(folder.glob("*.json")):
-            _read_json(root, path)
-        found = _index_class(root, name)
-        return [] if found in (None, *classes) else [f"model_index.json: {name} is a {found}, expected {classes[0]}"]
-    config_name = "scheduler_config.json" if name == "scheduler" else "config.json"
-    if not (folder / config_name).is_file():
-        return [f"{name}/{config_name} is missing"]
-    config = _read_json(root, folder / config_name)
-    found = config.get("_class_name") or (config.get("architectures") or ["(none named)"])[0]
-    if found not in classes:
-        return [f"{name}/{config_name}: the class is {found}, expected {classes[0]}"]
-    if name == "scheduler":
-        return []
-    return [problem for path in weight_files(root, name, variant) if (problem := _weights_problem(root, path))]
-
-
-def _index_class(root: Path, name: str) -> Optional[str]:
-    path = root / "model_index.json"
-    return (_read_json(root, path).get(name) or [None, None])[1] if path.is_file() else None  # its absence is reported once
-
-
-def _read_json(root: Path, path: Path) -> dict:
-    """Raises ValueError naming the file if it is torn or holds no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.relative_to(root)} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.relative_to(root)} holds no JSON object")
-    return content
-
-
-def weight_files(root: Path, name: str, variant: Optional[str] = None) -> list[Path]:
-    """The safetensors files of a component: one, or the shards that its index names, whether they exist or not."""
-    folder = root / name
-    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-    middle = f".{variant}" if variant else ""
-    for index in (f"{stem}.safetensors.index{middle}.json", f"{stem}{middle}.safetensors.index.json"):
-        if (folder / index).is_file():
-            shards = _read_json(root, folder / index).get("weight_map") or {}
-            if not shards:
-                raise ValueError(f"{name}/{index} names no files (no weight_map)")
-            if strange := [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]:
-                raise ValueError(f"{name}/{index} names {strange[0]!r}, which is no file of this directory")
-            return sorted({folder / shard for shard in shards.values()})
-    return [folder / f"{stem}{middle}.safetensors"]
-
-
-def linear_layers(root: Path, name: str, variant: Optional[str] = None) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of every linear layer of a component, from the headers of its weight files."""
-    shapes = {}
-    for path in weight_files(root, name, variant):
-        with safe_open(path, framework="numpy") as file:
-            shapes.update({key: file.get_slice(key).get_shape() for key in file.keys()})
-    matrices = {key[: -len(".weight")]: shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2}
-    return {layer: (shape[1], shape[0]) for layer, shape in matrices.items() if not layer.endswith("_embedding")}
-
-
-def _weights_problem(root: Path, path: Path) -> Optional[str]:
-    name = path.relative_to(root)
-    if not path.is_file():
-        found = [f"{name.parent}/{other.name}" for other in sorted(path.parent.glob("*")) if other.suffix in PICKLED]
-        return f"{name} is missing" + (f"; {found[0]} is a pickle, which can run code and is not loaded" if found else "")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length >= size:
-            return f"{name} is cut short ({size:,} bytes)"
-        try:
-            entries = [entry for key, entry in json.loads(file.read(length)).items() if key != "__metadata__"]
-            expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
-        except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
-            return f"{name} is not safetensors"
-    if size != expected:
-        return f"{name} has {size:,} bytes, its header says {expected:,}"
-    try:
-        with safe_open(path, framework="numpy"):
-            return None
-    except (OSError, SafetensorError) as error:
-        return f"{name} is not safetensors ({error})"
-
-
-@contextlib.contextmanager
-def from_files(folder: Path) -> Iterator[None]:
-    """Says of whatever goes wrong inside that the files of `folder` are to blame: libraries raise anything for odd values. UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{folder}: cannot be made from its files ({type(error).__name__}: {error}). Copy or download them again."
-        ) from error
-
-
-def read_config(root: Path, name: str) -> dict:
-    """A component's config.json (scheduler_config.json) as a plain dict."""
-    return json.loads((root / name / ("scheduler_config.json" if name == "scheduler" else "config.json")).read_text())
 
 
 def import_model_class_from_model_name_or_path(root: Path, subfolder: str = "text_encoder") -> type:
@@ -339,17 +61,54 @@ def load_model(root: Path, name: str, precision: Precision, variant: Optional[st
     model = cast_cell(bind(use_operators(_without_weights(root, name, precision.storage))), precision)
     if int8:
         bind(use_int8(model))
-    parameters, renamed = model_parameters(model), _old_attention_names(model)
+    parameters = model_parameters(model)
     scales = {key[: -len("_scale")]: parameters.pop(key) for key in list(parameters) if key.endswith(".weight_scale")}
-    stored = {renamed.get(key, key): tensor for key, tensor in _stored_tensors(root, name, variant).items()}
-    _check_fit(root / name, parameters, stored)
+    stored, _ = _fitting(root, name, variant, model, parameters)
     for key, tensor in stored.items():
-        if key in parameters:  # files may have more, such as the position ids of old CLIPs
-            try:
-                _fill(parameters[key], tensor, scales.get(key))
-            except ValueError as error:
-                raise UserError(f"{tensor.path}: {key}: {error}, which int8 cannot hold. Copy or download it again.") from None
+        try:
+            _fill(parameters[key], tensor, scales.get(key))
+        except ValueError as error:
+            raise UserError(f"{tensor.path}: {key}: {error}, which int8 cannot hold. Copy or download it again.") from None
     return model
+
+
+def check_files(root: Path, names: Iterable[str], variant: Optional[str] = None) -> None:
+    """Weight files have what the configs of the components `names` describe, and tokenizers can be made; no weights are read.
+
+    Prints which tensors a file has that its model does not know. Raises UserError as `load_model` and `load_tokenizer` do.
+    """
+    for name in names:
+        if name.startswith("tokenizer"):
+            load_tokenizer(root / name)
+        elif name != "scheduler":
+            model = _without_weights(root, name, ms.float32)
+            _, extras = _fitting(root, name, variant, model, model_parameters(model))
+            if extras:
+                more = f" and {len(extras) - 3} more" if len(extras) > 3 else ""
+                print(f"{root / name}: the model has no tensors {', '.join(extras[:3])}{more}; they are not used")
+
+
+def _fitting(
+    root: Path, name: str, variant: Optional[str], model: nn.Cell, parameters: dict[str, ms.Parameter]
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The stored tensor of every parameter of `model`, in the files' order, and the names of those that are no parameter's."""
+    renamed, stored, extras = _old_names(model, parameters), {}, []
+    for key, tensor in stored_tensors(root, name, variant).items():
+        own = key if key in parameters else renamed.get(key, key)
+        if own not in parameters:
+            extras.append(key)
+        elif own == key or own not in stored:
+            shape = tuple(parameters[own].shape)
+            # Layers over channels are stored as linear ones in some files and as 1x1 convolutions in others.
+            if tensor.shape != shape and _without_ones(tensor.shape) == _without_ones(shape):
+                tensor = tensor._replace(shape=shape)
+            stored[own] = tensor
+    _check_fit(root / name, parameters, stored)
+    return stored, [key for key in extras if not key.endswith(KNOWN_EXTRAS)]
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _without_weights(root: Path, name: str, storage: ms.Type) -> nn.Cell:
@@ -370,30 +129,18 @@ def _without_weights(root: Path, name: str, storage: ms.Type) -> nn.Cell:
     return model.set_train(False)
 
 
-def _old_attention_names(model: nn.Cell) -> dict[str, str]:
-    """Name in old files -> name now, for the attention of VAEs (Stable Diffusion 1.5's file has the old ones)."""
+def _old_names(model: nn.Cell, parameters: dict[str, ms.Parameter]) -> dict[str, str]:
+    """Name in files of some versions -> name now: a VAE's attention (Stable Diffusion 1.5's file), and T5's embedding, which has two."""
     places = [name for name, cell in model.cells_and_names() if getattr(cell, "_from_deprecated_attn_block", False)]
-    return {
+    renamed = {
         f"{place}.{old}.{kind}": f"{place}.{new}.{kind}"
         for place in places
         for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
         for kind in ("weight", "bias")
     }
-
-
-def _stored_tensors(root: Path, name: str, variant: Optional[str]) -> dict[str, StoredTensor]:
-    """Every tensor of a component's files by its name, in the files' order; reads headers only. Raises UserError for a torn file."""
-    stored = {}
-    for path in weight_files(root, name, variant):
-        if problem := _weights_problem(root, path):
-            raise UserError(f"{root}: {problem}. Copy or download it again.")
-        with open(path, "rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for key, entry in header.items():
-            stored[key] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-    return stored
+    embedding, other = "shared.weight", "encoder.embed_tokens.weight"
+    renamed.update({other: embedding} if embedding in parameters else {embedding: other})
+    return renamed
 
 
 def _check_fit(folder: Path, parameters: dict[str, ms.Parameter], stored: dict[str, StoredTensor]) -> None:
@@ -463,7 +210,7 @@ def flux_controlnet(root: Path, num_layers: int, num_single_layers: int, variant
     The copies are read from the transformer's files: what is in memory may be int8. Zero outputs make the first prediction the base
     model's own. Source: Zhang et al., "Adding Conditional Control" (arXiv 2302.05543).
     """
-    controlnet, stored = empty_flux_controlnet(root, num_layers, num_single_layers), _stored_tensors(root, "transformer", variant)
+    controlnet, stored = empty_flux_controlnet(root, num_layers, num_single_layers), stored_tensors(root, "transformer", variant)
     added = ("controlnet_x_embedder.", "controlnet_blocks.", "controlnet_single_blocks.")
     parameters = model_parameters(controlnet)
     copied = {name: parameter for name, parameter in parameters.items() if not name.startswith(added)}
@@ -479,8 +226,7 @@ def flux_controlnet(root: Path, num_layers: int, num_single_layers: int, variant
 
 def empty_flux_controlnet(root: Path, num_layers: int, num_single_layers: int) -> nn.Cell:
     """A new ControlNet of a transformer's width in evaluation mode, with float32 parameters that have no memory yet."""
-    config = {key: value for key, value in read_config(root, "transformer").items() if not key.startswith("_")}
-    config.pop("out_channels", None)
+    config = _known(mindone.diffusers.FluxControlNetModel, read_config(root, "transformer"))
     config.update(num_layers=num_layers, num_single_layers=num_single_layers)
     with no_init_parameters():
         return mindone.diffusers.FluxControlNetModel(**config).set_train(False)
@@ -492,7 +238,7 @@ def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
     Its layers that read the condition picture start as PyTorch's convolutions do, uniform in +-1 / sqrt(inputs), from `seed`.
     Source: Zhang et al., "Adding Conditional Control" (arXiv 2302.05543), section 3.2.
     """
-    controlnet = mindone.diffusers.ControlNetModel(**_controlnet_config(dict(unet.config)))
+    controlnet = mindone.diffusers.ControlNetModel(**_known(mindone.diffusers.ControlNetModel, dict(unet.config)))
     copied = model_parameters(unet)
     zero = ("controlnet_cond_embedding.conv_out.", "controlnet_down_blocks.", "controlnet_mid_block.")
     parameters = model_parameters(controlnet)
@@ -508,10 +254,10 @@ def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
     return use_operators(controlnet.set_train(False))
 
 
-def _controlnet_config(unet: dict) -> dict:
-    """What a ControlNet takes of a UNet's config."""
-    known = inspect.signature(mindone.diffusers.ControlNetModel.__init__).parameters
-    return {key: value for key, value in unet.items() if key in known}
+def _known(cls: type, config: dict) -> dict:
+    """What a class takes of the config of another one."""
+    known = inspect.signature(cls.__init__).parameters
+    return {key: value for key, value in config.items() if key in known}
 
 
 class Shape(NamedTuple):
@@ -532,7 +278,7 @@ def controlnet_shapes(root: Path, base: str, num_layers: int = 0, num_single_lay
     if base == "transformer":
         return _shapes(empty_flux_controlnet(root, num_layers, num_single_layers))
     with no_init_parameters():
-        return _shapes(mindone.diffusers.ControlNetModel(**_controlnet_config(read_config(root, base))))
+        return _shapes(mindone.diffusers.ControlNetModel(**_known(mindone.diffusers.ControlNetModel, read_config(root, base))))
 
 
 def _shapes(model: nn.Cell) -> list[Shape]:
@@ -542,9 +288,15 @@ def _shapes(model: nn.Cell) -> list[Shape]:
 
 def load_tokenizer(folder: Path):
     """CLIPTokenizer for a folder with a vocab.json, T5TokenizerFast for any other. Raises UserError if its files make none."""
-    cls = transformers.CLIPTokenizer if (folder / "vocab.json").is_file() else transformers.T5TokenizerFast
     with from_files(folder):
-        return cls.from_pretrained(os.fspath(folder))
+        if (folder / "vocab.json").is_file():
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(os.fspath(folder))
+            # A tokenizer_config.json without model_max_length stands for no limit, which CLIP's positions have.
+            tokenizer.model_max_length = min(tokenizer.model_max_length, CLIP_LENGTH)
+            return tokenizer
+        # add_prefix_space, which FLUX.1's config has, makes the tokenizer anew from spiece.model; tokenizer.json has it done.
+        options = {} if (folder / "spiece.model").is_file() else {"add_prefix_space": None}
+        return transformers.T5TokenizerFast.from_pretrained(os.fspath(folder), **options)
 
 
 def load_scheduler(root: Path):
@@ -571,7 +323,7 @@ def recompute_unet(model: nn.Cell) -> None:
 
 def flux_skeleton(root: Path) -> nn.Cell:
     """The transformer's structure at its real depth and a toy width, for looking at names before gigabytes load."""
-    config = {k: v for k, v in read_config(root, "transformer").items() if not k.startswith("_")}
+    config = _known(mindone.diffusers.FluxTransformer2DModel, read_config(root, "transformer"))
     tiny = {"num_attention_heads": 1, "attention_head_dim": 8, "axes_dims_rope": (4, 2, 2)}
     tiny.update(joint_attention_dim=8, pooled_projection_dim=8, in_channels=4)
     return bind(mindone.diffusers.FluxTransformer2DModel(**{**config, **tiny}))  # with the cells that a loaded one has

@@ -205,17 +205,51 @@ class Timesteps(nn.Cell):
         return ops.cat(waves, axis=-1)
 
 
+class TanhGelu(nn.Cell):
+    """`tanh_gelu` as a cell. mindone's computes the tanh by `ops.tanh`, whose CPU kernel errs by up to 1e-4."""
+
+    def construct(self, x):
+        return tanh_gelu(x)
+
+
+def relative_position_bucket(relative_position, bidirectional=True, num_buckets=32, max_distance=128):
+    """The bucket of every distance between tokens, int64, the shape of `relative_position`; made on the host.
+
+    Half of the buckets are for each sign, and half of those for one distance each; the others grow by a constant factor up to
+    `max_distance` (Raffel et al., arXiv 1910.10683, section 2.1). MindSpore's CPU log(2) is 0.6931470, with which the distances 16, 32
+    and 64, where buckets begin, fall into the ones below.
+    """
+    distance, count = relative_position.asnumpy(), num_buckets // 2 if bidirectional else num_buckets
+    offset = np.where(distance > 0, count, 0) if bidirectional else 0
+    distance = np.abs(distance) if bidirectional else np.maximum(-distance, 0)
+    exact = count // 2
+    # float32 as PyTorch has it; a distance of 0 is not looked up.
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(np.log(max_distance / exact))
+    wide = np.minimum(exact + (ratio * (count - exact)).astype(np.int64), count - 1)
+    return ms.Tensor(offset + np.where(distance < exact, distance, wide), ms.int64)
+
+
 def _math_attention(query, key, value, attn_mask):
     """`attention` as mindone's cells call it; the models here use no masks."""
     return attention(query, key, value)
 
 
+def _wide_attention(query, key, value, attn_mask):
+    """The same in float32: Stable Diffusion 2.1 says by upcast_attention that its scores overflow in fp16."""
+    wide = attention(query.astype(ms.float32), key.astype(ms.float32), value.astype(ms.float32))
+    return wide.astype(query.dtype)
+
+
 def use_operators(model: nn.Cell) -> nn.Cell:
-    """Puts exact sinusoids into a model in place, and on the CPU the attention of this file; returns it."""
+    """Puts exact sinusoids, T5's buckets and tanh-GELU into a model in place, and on the CPU the attention of this file; returns it."""
     for _, cell in list(model.cells_and_names()):
         if ON_CPU and hasattr(cell, "math_attention_op"):
-            cell.math_attention_op = _math_attention
+            cell.math_attention_op = _wide_attention if getattr(cell, "upcast_attention", False) else _math_attention
+        if hasattr(cell, "_relative_position_bucket"):
+            cell._relative_position_bucket = relative_position_bucket
         for child, part in cell.name_cells().items():
             if type(part).__name__ == "Timesteps" and not isinstance(part, Timesteps):
                 setattr(cell, child, Timesteps(part))
+            elif type(part).__name__ == "NewGELUActivation":
+                setattr(cell, child, TanhGelu())
     return model

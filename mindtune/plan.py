@@ -21,7 +21,8 @@ from mindtune.adam8bit import BLOCK, SMALLEST
 from mindtune.buckets import crop_sizes
 from mindtune.cli import UserError, run
 from mindtune.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
-from mindtune.models import Shape, controlnet_shapes, read_config, shapes
+from mindtune.models import Shape, controlnet_shapes, shapes
+from mindtune.pipelines import read_config
 from mindtune.precision import DTYPES
 from mindtune.tracking import peak_memory_mb
 
@@ -140,21 +141,26 @@ def _unet_units(config: dict, batch: int, height: int, width: int, text: int, up
     every = lambda value: list(value) if isinstance(value, (list, tuple)) else [value] * levels  # noqa: E731
     layers, heads = every(config["layers_per_block"]), every(config.get("num_attention_heads") or config["attention_head_dim"])
     depth = every(config.get("transformer_layers_per_block", 1))
+    up_depth = config.get("reverse_transformer_layers_per_block") or depth[::-1]
 
-    def level(number, count, attends):
+    def level(number, count, depths, attends):
+        """`depths`: transformer blocks behind each of `count` residual blocks, one number for all or one for each."""
         size = batch * (height >> number) * (width >> number)
-        residual = Unit("residual", size * channels[number])
-        if not attends:
-            return [residual] * count
         weights = size * heads[number] * ((height >> number) * (width >> number) + text)
-        return [residual, *[Unit("attention", size * channels[number], weights)] * depth[number]] * count
+        attention = Unit("attention", size * channels[number], weights)
+        depths = (list(depths) if isinstance(depths, (list, tuple)) else [depths]) * count
+        return [unit for n in depths[:count] for unit in (Unit("residual", size * channels[number]), *[attention] * (n if attends else 0))]
 
-    units = level(levels - 1, 1, True) + level(levels - 1, 1, False) if config.get("mid_block_type", True) else []
+    units, last = [], levels - 1
+    if config.get("mid_block_type", True):
+        attends = config.get("mid_block_type") != "UNetMidBlock2D"
+        units = level(last, 1, depth[last], attends) + level(last, 1, 0, False)
     for number in range(levels):
         if down:
-            units += level(number, layers[number], config["down_block_types"][number].startswith("CrossAttn"))
+            units += level(number, layers[number], depth[number], config["down_block_types"][number].startswith("CrossAttn"))
         if up:
-            units += level(number, layers[number] + 1, config["up_block_types"][levels - 1 - number].startswith("CrossAttn"))
+            attends = config["up_block_types"][last - number].startswith("CrossAttn")
+            units += level(number, layers[number] + 1, up_depth[last - number], attends)
     return units
 
 

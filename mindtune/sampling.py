@@ -16,9 +16,10 @@ from mindspore import nn, ops
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mindtune.cli import UserError, shown
-from mindtune.flow import latent_image_ids, pack_latents, resolution_shift, shift_sigmas, unpack_latents
+from mindtune.flow import latent_image_ids, latent_scale, pack_latents, resolution_shift, shift_sigmas, unpack_latents
 from mindtune.images import UnusableImage, flatten, ground, ink, is_flat, opened
-from mindtune.models import pynative_no_grad, unipc
+from mindtune.library import pynative_no_grad
+from mindtune.models import unipc
 
 
 @contextlib.contextmanager
@@ -186,12 +187,14 @@ def encode_picture(vae: nn.Cell, image: Image.Image, compute: ms.Type) -> np.nda
     """A picture, its sides divisible by 16, as the VAE's scaled latents [1, C, H, W]: the posterior's mean."""
     pixels = (np.asarray(image, dtype=np.float32) / 127.5 - 1.0).transpose(2, 0, 1)
     mean = vae.encode(ms.Tensor(pixels[None]).to(compute))[0].chunk(2, 1)[0].to(ms.float32).asnumpy()
-    return (mean - np.float32(vae.config["shift_factor"])) * np.float32(vae.config["scaling_factor"])
+    shift, scale = (np.asarray(value, np.float32) for value in latent_scale(vae.config))
+    return (mean - shift) * scale
 
 
 def decode_latents(vae: nn.Cell, latents: np.ndarray, compute: ms.Type) -> list[Image.Image]:
     """Scaled latents [B, C, H, W] to B pictures."""
-    z = latents / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0.0)
+    shift, scale = latent_scale(vae.config)
+    z = latents / scale + shift
     pixels = vae.decode(ms.Tensor(z.astype(np.float32)).to(compute), return_dict=False)[0].to(ms.float32).asnumpy()
     pixels = np.nan_to_num((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5 + 0.5).astype(np.uint8)
     return [Image.fromarray(p) for p in pixels.transpose(0, 2, 3, 1)]

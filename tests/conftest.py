@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import skimage.data
 from fake_hub import FakeHub
 from msrun_job import Job
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from mindtune import models
 
@@ -31,12 +33,37 @@ def load_script(relative):
     return module
 
 
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def shard(folder, stem="diffusion_pytorch_model", index=None, middle=""):
+    """Splits a component's weights into two files with an index, as large models come."""
+    single = folder / f"{stem}.safetensors"
+    tensors = sorted(load_file(single).items())
+    names = [f"{stem}{middle}-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+    halves = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+    for name, half in zip(names, halves):
+        save_file(dict(half), folder / name, metadata={"format": "pt"})
+    single.unlink()
+    weight_map = {key: name for name, half in zip(names, halves) for key, _ in half}
+    content = json.dumps({"metadata": {"total_size": sum(v.nbytes for _, v in tensors)}, "weight_map": weight_map})
+    (folder / (index or f"{stem}.safetensors.index.json")).write_text(content)
+    return names
+
+
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory):
     """A complete FLUX pipeline directory with small random weights."""
     out = tmp_path_factory.mktemp("pipeline") / "flux"
     load_script("examples/tiny/make_tiny_pipeline.py").make_flux(out, seed=0)
     return out
+
+
+@pytest.fixture
+def pipeline(tiny_flux, tmp_path):
+    """A copy that a test may spoil."""
+    return shutil.copytree(tiny_flux, tmp_path / "flux")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from conftest import load_script
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mindtune import cache, check_data, checkpoint, data, folders, lora, models
+from mindtune import cache, check_data, checkpoint, data, folders, lora, models, pipelines
 from mindtune.cli import UserError
 from mindtune.columns import Source
 from mindtune.pairs import load_pairs, preflight_pairs
@@ -123,7 +123,7 @@ def pipeline(tiny_flux, tmp_path):
 
 
 def resolve(root):
-    return models.resolve_pipeline(str(root), None, None, None, models.FLUX_COMPONENTS)
+    return pipelines.resolve_pipeline(str(root), None, None, None, pipelines.FLUX_COMPONENTS)
 
 
 @pytest.mark.parametrize("seed", range(3))

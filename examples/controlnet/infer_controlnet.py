@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import models, precision, rng, sampling
+from mindtune import models, pipelines, precision, rng, sampling
 from mindtune.cli import UserError, matched, run
 from mindtune.encode import Stage
 
@@ -52,8 +52,12 @@ def main(argv=None):
     conditions = [sampling.condition_picture(path, "--control_image", args.resolution, 8) for _, path in pairs]
     output, singles = sampling.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
     models.set_up_device(graph_mode=False)
-    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.SD_COMPONENTS)
-    folder = models.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, models.read_config(root, "unet"))
+    root = pipelines.resolve_pipeline(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SD_COMPONENTS
+    )
+    models.check_files(root, pipelines.SD_COMPONENTS, args.variant)
+    folder = pipelines.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, pipelines.read_config(root, "unet"))
+    models.check_files(folder.parent, [folder.name])
 
     # ---- encode the prompts, in a process that gives its memory back ----------
     kind = precision.resolve_precision(args.mixed_precision)
@@ -65,7 +69,7 @@ def main(argv=None):
     # ---- load ----------------------------------------------------------------
     unet = models.load_model(root, "unet", kind, args.variant)
     controlnet = models.load_model(folder.parent, folder.name, kind)
-    vae, scheduler = stage.load_vae(), models.read_config(root, "scheduler")
+    vae, scheduler = stage.load_vae(), pipelines.read_config(root, "scheduler")
     vae_compute = precision.resolve_precision(stage.vae_precision).compute
 
     # ---- draw ----------------------------------------------------------------

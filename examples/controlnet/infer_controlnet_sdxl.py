@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import models, precision, rng, sampling
+from mindtune import models, pipelines, precision, rng, sampling
 from mindtune.cli import UserError, matched, run
 from mindtune.encode import Stage
 
@@ -53,19 +53,22 @@ def main(argv=None):
     conditions = [sampling.condition_picture(path, "--control_image", args.resolution, 8) for _, path in pairs]
     output, singles = sampling.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
     models.set_up_device(graph_mode=False)
-    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.SDXL_COMPONENTS)
+    root = pipelines.resolve_pipeline(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SDXL_COMPONENTS
+    )
+    models.check_files(root, pipelines.SDXL_COMPONENTS, args.variant)
     vae_folder = None
     if args.pretrained_vae_model_name_or_path:
-        vae_folder = models.resolve_part(
-            args.pretrained_vae_model_name_or_path, "--pretrained_vae_model_name_or_path", args.cache_dir, "AutoencoderKL"
-        )
-    folder = models.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, models.read_config(root, "unet"))
+        flag = "--pretrained_vae_model_name_or_path"
+        vae_folder = pipelines.resolve_vae(args.pretrained_vae_model_name_or_path, flag, args.cache_dir, root, "unet")
+        models.check_files(vae_folder.parent, [vae_folder.name])
+    folder = pipelines.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, pipelines.read_config(root, "unet"))
+    models.check_files(folder.parent, [folder.name])
 
     # ---- encode the prompts, in a process that gives its memory back ----------
     kind = precision.resolve_precision(args.mixed_precision)
     with tempfile.TemporaryDirectory() as nowhere:
-        # SDXL's own VAE overflows in fp16.
-        vae_precision = args.mixed_precision if vae_folder else "no"
+        vae_precision = "no" if pipelines.vae_overflows(vae_folder, args.mixed_precision) else args.mixed_precision
         cache = Path(args.cache_dir or nowhere, "mindtune")
         stage = Stage(root, args.variant, args.mixed_precision, cache, 77, kind="sdxl", vae=vae_folder, vae_precision=vae_precision)
         stage.prepare([*args.prompt, ""], [])
@@ -74,7 +77,7 @@ def main(argv=None):
     # ---- load ----------------------------------------------------------------
     unet = models.load_model(root, "unet", kind, args.variant)
     controlnet = models.load_model(folder.parent, folder.name, kind)
-    vae, scheduler = stage.load_vae(), models.read_config(root, "scheduler")
+    vae, scheduler = stage.load_vae(), pipelines.read_config(root, "scheduler")
     vae_compute = precision.resolve_precision(stage.vae_precision).compute
 
     # ---- draw ----------------------------------------------------------------

@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mindtune import (
+    advice,
     buckets,
     checkpoint,
     data,
@@ -32,9 +33,11 @@ from mindtune import (
     diffusion,
     flow,
     hub,
+    library,
     models,
     optim,
     pairs,
+    pipelines,
     plan,
     precision,
     report,
@@ -44,9 +47,10 @@ from mindtune import (
     zero,
 )
 from mindtune.cache import encoder_fingerprint
-from mindtune.cli import StopRequest, UserError, check_flags, matched, run
+from mindtune.cli import StopRequest, UserError, check_flags, matched, run, tell
 from mindtune.encode import PairCaptions, PairImages, Stage
 from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
+from mindtune.weights import weight_files
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------------
 
@@ -120,6 +124,7 @@ def parse_args(argv=None):
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation and workers.")
     add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
+    add("--lr_schedule_steps", type=int, help="Updates over which the schedule runs, warm-up included. Default: those of the run.")
     add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
@@ -169,7 +174,9 @@ def check_args(args):
     """Refuses what cannot work, before anything is read or written. Raises UserError."""
     at_least = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
     at_least.update(num_train_epochs=1, checkpointing_steps=1, validation_steps=1, num_validation_images=1, num_inference_steps=1)
-    at_least.update(max_train_steps=1, checkpoints_total_limit=1, max_train_samples=1, device_memory_gb=1, shuffle_buffer_size=1)
+    at_least.update(
+        max_train_steps=1, lr_schedule_steps=1, checkpoints_total_limit=1, max_train_samples=1, device_memory_gb=1, shuffle_buffer_size=1
+    )
     at_least.update(learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0)
     at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0, crops_coords_top_left_h=0, crops_coords_top_left_w=0)
     check_flags(vars(args), ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
@@ -270,7 +277,7 @@ class Batches:
 # ---- the step ----------------------------------------------------------------------------------------------------------------------
 
 
-class TrainStepForControlNetSDXL(models.TrainStep):
+class TrainStepForControlNetSDXL(library.TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update. A pure function of its inputs.
 
     `alphas` and `weights` are tables over the timesteps [N], float32; `vae` is given if the images come as pixels, in `vae_dtype`.
@@ -287,7 +294,7 @@ class TrainStepForControlNetSDXL(models.TrainStep):
         compute_dtype,
         args,
         prediction_type,
-        scaling_factor,
+        latent_config,
         vae,
         vae_dtype,
         loss_scaler,
@@ -304,12 +311,13 @@ class TrainStepForControlNetSDXL(models.TrainStep):
         self.controlnet, self.unet, self.vae = self.model, unet, vae
         self.alphas, self.weights = alphas, weights
         self.compute_dtype, self.vae_dtype = compute_dtype, vae_dtype
-        self.scaling_factor, self.prediction_type = scaling_factor, prediction_type
+        self.latent_shift, self.latent_scale = flow.scale_constants(latent_config)
+        self.prediction_type = prediction_type
 
     def latents(self, images, posterior_noise):
         if self.vae is not None:
             images = self.vae.encode(images.to(self.vae_dtype))[0]
-        return flow.sample_posterior(images, posterior_noise) * self.scaling_factor
+        return (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
 
     def predict(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids):
         """Prediction and target [B, C, h, w], and weights [B, 1, 1, 1]."""
@@ -383,9 +391,12 @@ SAME_RUN = {
     "upcast_before_saving", "logging_dir", "report_to", "validation_prompt", "validation_image", "num_validation_images",
     "num_inference_steps", "guidance_scale", "controlnet_conditioning_scale", "validation_steps", "num_train_epochs", "max_train_steps",
     "push_to_hub", "hub_token", "hub_model_id", "dry_run", "device_memory_gb", *ACCEPTED,
+    "lr_schedule_steps",  # what it changes is told
     # What counts of these is how many samples make up an update.
     "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
+CONTROLNET_FLAG = "--controlnet_model_name_or_path"
+VAE_FLAG = "--pretrained_vae_model_name_or_path"
 FOLDER = "controlnet"  # in a checkpoint, as the reference lays it out
 FINAL = "diffusion_pytorch_model.safetensors"
 OUR_FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", "config.json", FINAL)
@@ -395,10 +406,14 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     if args.dry_run:
-        base, controlnet = "--pretrained_model_name_or_path", "--controlnet_model_name_or_path"
-        configs = models.resolve_configs(args.pretrained_model_name_or_path, base, args.cache_dir, models.SDXL_COMPONENTS, args.revision)
-        existing = args.controlnet_model_name_or_path
-        existing = models.resolve_configs(existing, controlnet, args.cache_dir, ()) if existing else None
+        configs = pipelines.resolve_pipeline(
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SDXL_COMPONENTS, weights=False
+        )
+        if args.pretrained_vae_model_name_or_path:
+            pipelines.resolve_vae(args.pretrained_vae_model_name_or_path, VAE_FLAG, args.cache_dir, configs, "unet", weights=False)
+        existing = args.controlnet_model_name_or_path and pipelines.resolve_controlnet(
+            args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, pipelines.read_config(configs, "unet"), weights=False
+        )
         print(plan.describe("controlnet_sdxl", configs, vars(args), args.device_memory_gb, existing))
         return 0
 
@@ -406,27 +421,30 @@ def main(argv=None):
     services = tracking.services(args.report_to)
     models.set_up_device(graph_mode=args.mindspore_mode == 0)
     devices.set_up(args.distributed)
-    token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
-    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
-    root = models.resolve_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, models.SDXL_COMPONENTS)
-    unet_config, scheduler_config = models.read_config(root, "unet"), models.read_config(root, "scheduler")
-    alphas, prediction_type = diffusion.alphas_cumprod(scheduler_config), diffusion.prediction_type(scheduler_config)
-    tokenizer = models.resolve_tokenizer(args.tokenizer_name, "--tokenizer_name", args.cache_dir) if args.tokenizer_name else None
-    vae_folder = None
-    if args.pretrained_vae_model_name_or_path:
-        vae_folder = models.resolve_part(
-            args.pretrained_vae_model_name_or_path, "--pretrained_vae_model_name_or_path", args.cache_dir, "AutoencoderKL"
-        )
-    existing = None
-    if args.controlnet_model_name_or_path:
-        existing = models.resolve_controlnet(
-            args.controlnet_model_name_or_path, "--controlnet_model_name_or_path", args.cache_dir, unet_config
-        )
     output_dir, resume = checkpoint.open_output_dir(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, FINAL
     )
     devices.same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
+    for flag in ("cache_dir",):
+        checkpoint.require_writable(f"--{flag}", getattr(args, flag))
+    token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
+    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
+    root = pipelines.resolve_pipeline(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SDXL_COMPONENTS
+    )
+    models.check_files(root, pipelines.SDXL_COMPONENTS, args.variant)
+    unet_config, scheduler_config = pipelines.read_config(root, "unet"), pipelines.read_config(root, "scheduler")
+    alphas, prediction_type = diffusion.alphas_cumprod(scheduler_config), diffusion.prediction_type(scheduler_config)
+    tokenizer = pipelines.resolve_tokenizer(args.tokenizer_name, "--tokenizer_name", args.cache_dir) if args.tokenizer_name else None
+    vae_folder = None
+    if args.pretrained_vae_model_name_or_path:
+        vae_folder = pipelines.resolve_vae(args.pretrained_vae_model_name_or_path, VAE_FLAG, args.cache_dir, root, "unet")
+        models.check_files(vae_folder.parent, [vae_folder.name])
+    existing = None
+    if args.controlnet_model_name_or_path:
+        existing = pipelines.resolve_controlnet(args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, unet_config)
+        models.check_files(existing.parent, [existing.name])
     to_draw = matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
     for path in args.validation_image:
         sampling.require_condition(path, "--validation_image")  # before the data are looked at, which takes longer
@@ -445,8 +463,7 @@ def main(argv=None):
     if kind.storage != kind.compute:
         print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
     folder = Path(args.cache_dir, "mindtune") if args.cache_dir else output_dir / "cache"
-    # SDXL's own VAE overflows in fp16.
-    vae_precision = args.mixed_precision if vae_folder else "no"
+    vae_precision = "no" if pipelines.vae_overflows(vae_folder, args.mixed_precision) else args.mixed_precision
     stage = Stage(
         root, args.variant, args.mixed_precision, folder, 77, args.image_interpolation_mode, "sdxl", vae_folder, tokenizer, vae_precision
     )
@@ -455,6 +472,8 @@ def main(argv=None):
     if args.cache_latents:
         print("--cache_latents: every picture keeps its centre crop" + (", one entry a flip" if args.random_flip else ""))
         images = PairImages(pair_data, args.random_flip, conditions=False)
+    if not args.streaming:
+        tell(stage.long_captions(PairCaptions(pair_data, more)))
     encoded = stage.prepare(PairCaptions(pair_data, more), images)
     print(f"encode stage: {encoded} made, the rest already in {stage.folder}")
 
@@ -479,12 +498,13 @@ def main(argv=None):
     print(precision.parameter_table({"unet": unet, "controlnet": controlnet, **({"vae": vae} if vae else {})}, kind))
 
     # ---- the step ------------------------------------------------------------
-    vae_config = models.read_config(stage.vae.parent, stage.vae.name)
+    vae_config = pipelines.read_config(stage.vae.parent, stage.vae.name)
     latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
     batches = Batches(args, seed, stage, pair_data, latent, len(alphas))
     snr_weights = diffusion.min_snr_weights(alphas, args.snr_gamma, prediction_type)
     per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * pair_data.epoch_length / per_update)
+    schedule_steps = args.lr_schedule_steps or max_train_steps
 
     rate = args.learning_rate * (per_update if args.scale_lr else 1)
     weights = models.model_parameters(controlnet)
@@ -497,7 +517,7 @@ def main(argv=None):
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForControlNetSDXL(
         controlnet, unet, optimizer, ms.Tensor(alphas, ms.float32), ms.Tensor(snr_weights, ms.float32), kind.compute, args,
-        prediction_type, vae_config["scaling_factor"], vae, precision.resolve_precision(stage.vae_precision).compute, scaler,
+        prediction_type, vae_config, vae, precision.resolve_precision(stage.vae_precision).compute, scaler,
     )  # fmt: skip
     ema = optim.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
     painter = Painter(args, scheduler_config, stage, kind, seed, rows, vae, unet, controlnet)
@@ -509,7 +529,7 @@ def main(argv=None):
     if args.mixed_precision == "fp16":
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
     fingerprint = checkpoint.text_digest(pair_data.digests())
-    base = encoder_fingerprint(root / "unet", models.weight_files(root, "unet", args.variant))
+    base = encoder_fingerprint(root / "unet", weight_files(root, "unet", args.variant))
     identity = {"seed": seed, "data": fingerprint, "base": base, "samples_per_update": per_update}
     if len(pair_data.buckets) > 1:  # a batch is of one bucket
         identity["batch_size"] = args.train_batch_size
@@ -532,7 +552,9 @@ def main(argv=None):
     def save_files(folder, values):
         models.save_model(controlnet, folder / FOLDER, ms.float32)
         checkpoint.save_state(folder / "training_state.safetensors", values)
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": global_step, **identity}))
+        (folder / "trainer_state.json").write_text(
+            json.dumps({"global_step": global_step, "lr_schedule_steps": schedule_steps, **identity})
+        )
 
     def save():
         values = devices.collect(remembered)
@@ -559,6 +581,12 @@ def main(argv=None):
         return sampling.save_image(grid, output_dir / "samples" / f"{'final' if final else f'step-{global_step:06d}'}.png")
 
     # ---- the loop ------------------------------------------------------------
+    tell(advice.on_settings(args.optimizer, rate, args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps))
+    if resume:
+        tell(advice.on_resumed_schedule(
+            args.lr_scheduler, state.get("lr_schedule_steps"), schedule_steps, global_step, rate, args.lr_warmup_steps,
+            args.lr_num_cycles, args.lr_power,
+        ))  # fmt: skip
     print(f"optimizer state: {optim.state_bytes(optimizer):,} bytes on each of {devices.workers()} workers")
     print(
         f"{pair_data.epoch_length} {'uses of a stream' if args.streaming else 'pairs'}, {len(pair_data.held_out)} held out; "
@@ -592,7 +620,7 @@ def main(argv=None):
     while global_step < max_train_steps and not any(devices.gather(stop.exit_code)):
         began = time.perf_counter()
         lr_factor = optim.schedule_factor(
-            args.lr_scheduler, global_step, args.lr_warmup_steps, max_train_steps, args.lr_num_cycles, args.lr_power, rate
+            args.lr_scheduler, global_step, args.lr_warmup_steps, schedule_steps, args.lr_num_cycles, args.lr_power, rate
         )
         optim.set_learning_rates(optimizer, [rate * lr_factor])
         losses = [float(step(*inputs)[1]) for inputs in devices.micro_batches(step, ahead, accumulation)]

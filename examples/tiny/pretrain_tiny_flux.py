@@ -23,8 +23,9 @@ import numpy as np
 from mindspore import nn, ops
 from safetensors.numpy import load_file, save
 
-from mindtune import checkpoint, flow, models, optim, precision, rng
+from mindtune import checkpoint, flow, library, models, optim, pipelines, precision, rng
 from mindtune.encode import token_ids
+from mindtune.weights import weight_files
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -74,14 +75,14 @@ def make_data(root: Path, path: Path) -> dict[str, np.ndarray]:
     return dict(np.load(path))
 
 
-class PretrainStep(models.TrainStep):
+class PretrainStep(library.TrainStep):
     """One update of transformer, CLIP and T5. Inputs: moments, posterior noise, noise, indices, CLIP ids, T5 ids."""
 
     def __init__(self, transformer, clip, t5, optimizer, latent_config, sigmas):
         super().__init__(transformer, optimizer, gradient_accumulation_steps=1)
         self.grad_clipper = precision.GradNormClipper(1.0)
         self.clip, self.t5 = clip.set_grad(), t5.set_grad()
-        self.shift, self.scale = latent_config["shift_factor"], latent_config["scaling_factor"]
+        self.shift, self.scale = flow.scale_constants(latent_config)
         self.sigmas = ms.Tensor(sigmas)
         self.text_ids = ms.Tensor(np.zeros((TOKENS, 3), np.float32))
         self.image_ids = ms.Tensor(flow.latent_image_ids(SIDE // 8, SIDE // 8))
@@ -107,7 +108,7 @@ class PretrainStep(models.TrainStep):
 def write_weights(root: Path, cells: dict[str, nn.Cell], average: dict[str, np.ndarray]) -> None:
     """Puts averaged weights into the pipeline's files, in fp16, under the names that the files have."""
     for part in cells:
-        path = models.weight_files(root, part)[0]
+        path = weight_files(root, part)[0]
         names = sorted(load_file(path))
         ours = {models.hf_name(name[len(part) + 1 :]): value for name, value in average.items() if name.startswith(f"{part}.")}
         if missing := set(names) - set(ours):
@@ -148,7 +149,7 @@ def main(argv=None):
     )
     # Shifted towards noise, where colours, place and shape are decided; what is left below is the VAE's fine print.
     sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), 2.5)
-    step = PretrainStep(*cells.values(), optimizer, models.read_config(root, "vae"), sigmas)
+    step = PretrainStep(*cells.values(), optimizer, pipelines.read_config(root, "vae"), sigmas)
     ema = optim.EMA(list(parameters.values()), 0.9995)
     averages = dict(zip(parameters, ema.averages))
 

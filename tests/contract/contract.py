@@ -30,7 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "tiny")]
 import make_tiny_pipeline  # noqa: E402  (examples/tiny)
 import steps  # noqa: E402  (beside this file)
 
-from mindtune import cli, flux_blocks, lora, models, precision, tracking  # noqa: E402
+from mindtune import cli, flux_blocks, library, lora, models, pipelines, precision, tracking  # noqa: E402
+from mindtune.weights import weight_files  # noqa: E402
 
 FOLDERS = ("mindtune", "flux_lora", "flux_controlnet", "examples/controlnet", "examples/tiny")
 PARTS = [(kind, part) for kind in ("flux", "sd15", "sdxl") for part in getattr(models, f"{kind.rstrip('15')}_COMPONENTS".upper())]
@@ -122,7 +123,7 @@ def resolve(name):
 def check_names():
     names = {name for path in sources() for name in mindone_names(ast.parse(path.read_text()))}
     # Whose attributes are looked up: the classes that the tables of mindtune.models name.
-    tables = (models.FLUX_COMPONENTS, models.SD_COMPONENTS, models.SDXL_COMPONENTS)
+    tables = (pipelines.FLUX_COMPONENTS, pipelines.SD_COMPONENTS, pipelines.SDXL_COMPONENTS)
     classes = {name for table in tables for part, found in table.items() if "tokenizer" not in part for name in found}
     classes |= {controlnet for controlnet, _ in models.CONTROLNETS.values()}
     names |= {f"mindone.{'transformers' if name.startswith(('CLIP', 'T5')) else 'diffusers'}.{name}" for name in classes}
@@ -133,7 +134,7 @@ def check_names():
 def find(name):
     """The function that a key of CALLS means."""
     owner, *path = name.split(".")
-    homes = (models, models.peft, models.mindone.diffusers, models.mindone.transformers)
+    homes = (models, models.peft, library.mindone.diffusers, library.mindone.transformers)
     found = next(getattr(home, owner) for home in homes if hasattr(home, owner)) if owner != "training_utils" else None
     found = found or importlib.import_module("mindone.diffusers.training_utils")
     for part in path:
@@ -195,7 +196,7 @@ def controlnets(work):
             new = models.flux_controlnet(work / kind, 1, 1)
         else:
             new = models.unet_controlnet(models.load_model(work / kind, part, full), 0)
-        yield f"{kind}-controlnet", new, models.read_config(work / kind, part)
+        yield f"{kind}-controlnet", new, pipelines.read_config(work / kind, part)
 
 
 def write_reference(work):
@@ -227,7 +228,7 @@ def check_models(work, facts):
     problems, count, full, half = [], 0, precision.resolve_precision("no"), precision.resolve_precision("fp16")
     for kind, part in PARTS:
         root, label = work / kind, f"{kind}/{part}"
-        path = models.weight_files(root, part)[0]
+        path = weight_files(root, part)[0]
         file = load_file(path)
         model = models.load_model(root, part, full)
         problems += wrong(f"{label}: names and shapes", facts[label], shapes(models.model_parameters(model)))
@@ -248,7 +249,7 @@ def refused_without_a_tensor(work, kind, part, file):
     copy, missed = work / "torn" / part, sorted(file)[len(file) // 2]
     shutil.rmtree(copy.parent, ignore_errors=True)
     shutil.copytree(work / kind / part, copy)
-    path = copy / models.weight_files(work / kind, part)[0].name
+    path = copy / weight_files(work / kind, part)[0].name
     save_file({name: value for name, value in file.items() if name != missed}, path, metadata={"format": "pt"})
     try:
         models.load_model(copy.parent, part, precision.resolve_precision("no"))
@@ -270,7 +271,7 @@ def check_loras(work, facts):
         lora.load_lora(theirs, {part: fresh}, ms.float32)
         found = {f"{part}.{name}": parameter.asnumpy() for name, parameter in lora.lora_parameters(fresh).items()}
         problems += differing(f"{label}: the loaded LoRA", load_file(theirs), found)
-        layers = [cell for _, cell in fresh.cells_and_names() if isinstance(cell, models.BaseTunerLayer)]
+        layers = [cell for _, cell in fresh.cells_and_names() if isinstance(cell, library.BaseTunerLayer)]
         lora.enable_lora(fresh, False)
         problems += [] if layers and all(cell._disable_adapters for cell in layers) else [f"{label}: is not switched off"]
         lora.check_targets(fresh, [f"{TARGETS[part][0]}.base_layer"], "a target")
@@ -285,7 +286,7 @@ def check_controlnets(work, facts):
         file = "diffusion_pytorch_model.safetensors"
         problems += differing(f"{name}: the start", load_file(work / name / file), load_file(work / "ours" / file))
         for folder in (work / name, work / "ours"):
-            models.resolve_controlnet(str(folder), "--controlnet", None, base)
+            pipelines.resolve_controlnet(str(folder), "--controlnet", None, base)
             loaded = models.load_model(work, folder.name, precision.resolve_precision("no"))
             problems += differing(f"{name} from {folder.name}", values(model), values(loaded))
     rows.append(("ControlNets: started, saved, loaded", 3, "the starts have the same bits", problems))
@@ -309,7 +310,7 @@ def check_attributes(work):
         "FLUX's blocks bound": sum(isinstance(cell, flux_blocks.Bound) for _, cell in flux.cells_and_names()) == 5,
         "FLUX's sinusoids replaced": any(type(cell).__name__ == "Timesteps" for cell in replaced),
         "a UNet's blocks to recompute": {"ResnetBlock2D", "BasicTransformerBlock"} <= unet_kinds,
-        "no graph for pictures": hasattr(models.pynative_no_grad(), "__enter__"),
+        "no graph for pictures": hasattr(library.pynative_no_grad(), "__enter__"),
     }  # fmt: skip
     rows.append(("attributes of models and schedulers", len(held), "", [f"not so: {what}" for what, so in held.items() if not so]))
 

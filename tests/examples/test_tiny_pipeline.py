@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from mindtune import models
+from mindtune import models, pipelines
 
 maker = load_script("examples/tiny/make_tiny_pipeline.py")
-COMPONENTS = {"flux": models.FLUX_COMPONENTS, "sd15": models.SD_COMPONENTS, "sdxl": models.SDXL_COMPONENTS}
+COMPONENTS = {"flux": pipelines.FLUX_COMPONENTS, "sd15": pipelines.SD_COMPONENTS, "sdxl": pipelines.SDXL_COMPONENTS}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_seed_gives_the_same_bytes_and_another_gives_others(made, tmp_path, ki
 
 @pytest.mark.parametrize("kind", COMPONENTS)
 def test_it_is_whole(made, kind):
-    models.check_pipeline(made[kind], COMPONENTS[kind])
+    pipelines.check_pipeline(made[kind], COMPONENTS[kind])
 
 
 @pytest.mark.parametrize("kind, cls", [("sd15", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")])
@@ -58,8 +58,8 @@ def test_what_sdxl_has_twice(made):
     """Two text encoders of different widths, read side by side by the UNet; the second tokenizer pads with "!"."""
     first, second = (models.load_tokenizer(made["sdxl"] / name) for name in ("tokenizer", "tokenizer_2"))
     assert (first.pad_token, second.pad_token) == ("<|endoftext|>", "!") and first("a dog").input_ids == second("a dog").input_ids
-    widths = [models.read_config(made["sdxl"], name)["hidden_size"] for name in ("text_encoder", "text_encoder_2")]
-    unet = models.read_config(made["sdxl"], "unet")
+    widths = [pipelines.read_config(made["sdxl"], name)["hidden_size"] for name in ("text_encoder", "text_encoder_2")]
+    unet = pipelines.read_config(made["sdxl"], "unet")
     assert widths[0] != widths[1] and unet["cross_attention_dim"] == sum(widths)
     assert unet["projection_class_embeddings_input_dim"] == widths[1] + 6 * unet["addition_time_embed_dim"]
 

@@ -10,6 +10,7 @@ from mindspore import nn
 from safetensors.numpy import load_file
 
 from mindtune import flow, models, operators, optim, precision, rng
+from mindtune.weights import weight_files
 
 SHIFT, SCALE = 0.1159, 0.3611
 SIGMAS = (np.arange(1000, 0, -1) / 1000).astype(np.float32)
@@ -315,7 +316,7 @@ def test_a_new_controlnet_is_a_copy_of_the_transformers_first_blocks(tiny_flux, 
     """Exactly as the file has them, float32 whatever the computation; frozen ones in half."""
     controlnet, transformer = make_models(tiny_flux, kind, double=1, single=2, perturbed=False)
     assert {parameter.dtype for parameter in transformer.get_parameters()} == {precision.DTYPES[kind]}
-    theirs, copied = load_file(models.weight_files(tiny_flux, "transformer")[0]), 0
+    theirs, copied = load_file(weight_files(tiny_flux, "transformer")[0]), 0
     for name, parameter in models.model_parameters(controlnet).items():
         assert parameter.dtype == ms.float32 and parameter.requires_grad, name
         expected = 0.0 if name.startswith(ADDED) else theirs[name]

@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mindtune import lora, models
+from mindtune import lora
 from mindtune.cli import UserError
+from mindtune.weights import linear_layers
 
 ENDS = {"transformer": tuple(lora.TRANSFORMER_TARGETS), "text_encoder": tuple(lora.TEXT_ENCODER_TARGETS)}
 
@@ -39,7 +40,7 @@ def adapter(tiny_flux, tmp_path):
     """A run's directory with a LoRA of attention and CLIP, rank 4 but 2 for every q, alpha not the rank when it was trained."""
     rng, tensors, alphas = np.random.default_rng(0), {}, {}
     for prefix, ends in ENDS.items():
-        for layer, (inputs, outputs) in models.linear_layers(tiny_flux, prefix).items():
+        for layer, (inputs, outputs) in linear_layers(tiny_flux, prefix).items():
             if layer.endswith(ends):
                 rank = 2 if layer.endswith("to_q") else 4
                 tensors[f"{prefix}.{layer}.lora_A.weight"] = 0.2 * rng.standard_normal((rank, inputs)).astype(np.float32)

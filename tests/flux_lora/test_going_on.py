@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mindtune import checkpoint, lora, models
+from mindtune import checkpoint, lora
 from mindtune.cli import UserError
+from mindtune.weights import linear_layers
 
 # Layers of the tiny transformer and its CLIP, with ranks that differ, none of them the default 4 alone.
 LAYERS = {
@@ -27,9 +28,7 @@ def saved(tiny_flux, tmp_path):
 
     def make(layers=LAYERS, layout="diffusers", dtype=None):
         rng, tensors = np.random.default_rng(0), {}
-        widths = {
-            f"{prefix}.{k}": v for prefix in ("transformer", "text_encoder") for k, v in models.linear_layers(tiny_flux, prefix).items()
-        }
+        widths = {f"{prefix}.{k}": v for prefix in ("transformer", "text_encoder") for k, v in linear_layers(tiny_flux, prefix).items()}
         for layer, rank in layers.items():
             inputs, outputs = widths[layer]
             tensors[f"{layer}.lora_A.weight"] = 0.1 * rng.standard_normal((rank, inputs)).astype(np.float32)

@@ -15,6 +15,7 @@ from mindtune.checkpoint import (
     file_digest,
     find_checkpoint,
     load_state,
+    require_writable,
     save_checkpoint,
     save_state,
     set_aside_later,
@@ -325,3 +326,23 @@ def test_going_on_from_one_that_was_set_aside(three):
     assert find_checkpoint(three, aside["checkpoint-4"].name) == aside["checkpoint-4"]
     save_checkpoint(three, 6, writes("6"))
     assert [path.name.split(".")[0] for path in set_aside_later(three, aside["checkpoint-4"])] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("folder", [".", "new", "new/deeper/still"])
+def test_a_directory_that_can_be_written_to(tmp_path, folder):
+    require_writable("--cache_dir", str(tmp_path / folder))
+    require_writable("--cache_dir", None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder, reason", [("file", "is not a directory"), ("file/below", "is not a directory"), ("x" * 300, "cannot be")])
+def test_a_directory_that_cannot_be_written_to(tmp_path, folder, reason):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"^--cache_dir .*{reason}.* Name another directory"):
+        require_writable("--cache_dir", str(tmp_path / folder))
+
+
+def test_a_file_system_that_takes_no_files():
+    """Nobody may write to /proc, not even root."""
+    with pytest.raises(UserError, match=r"^--output_dir /proc/out: /proc cannot be written to \("):
+        require_writable("--output_dir", "/proc/out")

@@ -59,6 +59,18 @@ def test_a_pictures_name_depends_on_its_bytes_and_its_preprocessing(stage, photo
     assert stage().image_key(Sample("another name", renamed), 32, False) == keys[0]
 
 
+def test_captions_that_an_encoder_cuts_off_are_counted(stage, tiny_flux):
+    """Against the tokenizer's own count; a caption is counted once however often it is used."""
+    long = " ".join(["circle"] * 40)
+    tokens = len(models.load_tokenizer(tiny_flux / "tokenizer_2")(long + " cat").input_ids)
+    (said,) = stage().long_captions(["a cat", long, long, long + " cat"])
+    assert said.startswith(f"2 captions are longer than T5 reads: 16 tokens, the longest has {tokens}.")
+    assert "Raise --max_sequence_length" in said
+    assert stage(max_sequence_length=tokens).long_captions([long, long + " cat"]) == []
+    (said,) = stage(kind="sd").long_captions([" ".join(["circle"] * 100)])
+    assert said.startswith("1 caption is longer than CLIP reads: 77 tokens") and "--max_sequence_length" not in said
+
+
 def test_the_childs_embeddings_are_those_of_the_encoders_called_here(stage, tiny_flux):
     made = stage()
     assert made.prepare(["a cat", "a dog", "a cat"], []) == 2

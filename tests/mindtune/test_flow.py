@@ -280,3 +280,13 @@ def test_a_class_sigma_never_weighs_an_instance_error():
 def test_a_graph_reads_wrapped_flags(mode, double, scheme, expected):
     cell = ReadsFlags(flow.AttrJitWrapper(double=double, scheme=scheme, offset=0.5))
     assert float(cell(ms.Tensor(3.0, ms.float32))) == expected
+
+
+def test_the_scale_of_latents():
+    """One shift and scale for all channels, or one for each: (z - mean) scaling_factor / std."""
+    assert flow.latent_scale({"scaling_factor": 0.18215}) == (0.0, 0.18215)
+    assert flow.latent_scale({"scaling_factor": 0.3611, "shift_factor": 0.1159, "latents_mean": None}) == (0.1159, 0.3611)
+    shift, scale = flow.latent_scale({"scaling_factor": 0.5, "shift_factor": None, "latents_mean": [1.0, -2.0], "latents_std": [4.0, 5.0]})
+    latents = (np.array([[[[5.0]], [[3.0]]]]) - shift) * scale
+    np.testing.assert_allclose(latents.ravel(), [(5 - 1) * 0.5 / 4, (3 + 2) * 0.5 / 5], rtol=1e-6)
+    assert shift.dtype == scale.dtype == np.float32 and shift.shape == (1, 2, 1, 1)

@@ -112,3 +112,31 @@ def test_the_token_is_nowhere(fake_hub, result, capsys):
     said = capsys.readouterr()
     assert TOKEN not in said.out + said.err and "trying again" in said.out
     assert not [path for path in result.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    "model_id, folder, named, usable",
+    [
+        (None, "my dog lora", "--output_dir my dog lora", "my-dog-lora"),
+        ("somebody/my dog", "out", "--hub_model_id somebody/my dog", "somebody/my-dog"),
+        (None, "我的模型", "--output_dir 我的模型", "my-model"),
+        (None, "a--b", "--output_dir a--b", "a-b"),
+        (None, "x" * 97, "--output_dir " + "x" * 97, "x" * 96),
+    ],
+)
+def test_a_name_that_the_hub_refuses_is_said_before_a_run(fake_hub, tmp_path, model_id, folder, named, usable):
+    """And before the hub is asked anything."""
+    with pytest.raises(UserError) as error:
+        hub.check(model_id, str(tmp_path / folder), TOKEN)
+    assert str(error.value).startswith(f"{named}: with --push_to_hub") and str(error.value).endswith(f"such as {usable}.")
+    assert fake_hub.requests == []
+    assert hub.check(usable if "/" in usable else f"me/{usable}", str(tmp_path), TOKEN)
+
+
+def test_the_command_to_push_again_can_be_pasted(fake_hub, result):
+    """Paths with spaces are quoted."""
+    spaced = result.rename(result.with_name("my circles"))
+    fake_hub.trouble["/api/repos/create"] = [403]
+    with pytest.raises(UserError) as error:
+        hub.push("somebody/circles", spaced, "base", [], TOKEN)
+    assert f"huggingface-cli upload somebody/circles '{spaced}' . --include" in str(error.value)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from test_flux_blocks import FULL, TARGETS, blocks_of, close, measured, values
 
 from mindtune import int8, lora, models, operators, precision
+from mindtune.weights import weight_files
 
 # black-forest-labs/FLUX.1-dev's transformer; the class has the rest of its numbers as defaults.
 FLUX_DEV = {"guidance_embeds": True, "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}
@@ -89,6 +90,7 @@ from pathlib import Path
 import mindspore as ms, numpy as np
 from mindspore import nn, ops
 from mindtune import models, operators
+from mindtune.weights import weight_files
 
 class Chain(nn.Cell):
     def __init__(self, depth):
@@ -139,7 +141,7 @@ def dequantised(root, name="transformer"):
     """The float32 model that has the int8 one's weights."""
     model = models.load_model(root, name, FULL)
     precision.freeze_params(model)
-    tensors = load_file(models.weight_files(root, name)[0])
+    tensors = load_file(weight_files(root, name)[0])
     linear = {name for name, cell in model.cells_and_names() if isinstance(cell, precision.LINEAR)}
     for name, parameter in models.model_parameters(model).items():
         if name.rpartition(".")[0] in linear and name.endswith(".weight"):

@@ -4,8 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mindtune import lora_layouts, models
+from mindtune import lora_layouts
 from mindtune.lora_layouts import from_diffusers, to_diffusers
+from mindtune.weights import linear_layers
 
 D = 8  # a model's width; its MLPs have 4 D
 OTHERS = ["kohya", "comfyui"]
@@ -169,7 +170,7 @@ def test_clip_has_its_own_prefix_in_every_layout():
 
 @pytest.mark.parametrize("layout", OTHERS)
 def test_every_linear_layer_of_the_model_has_a_name(tiny_flux, layout):
-    layers = models.linear_layers(tiny_flux, "transformer")
+    layers = linear_layers(tiny_flux, "transformer")
     tensors = {}
     for layer, (inputs, rows) in layers.items():
         tensors[f"transformer.{layer}.lora_A.weight"] = np.ones((2, inputs), np.float32)

@@ -6,7 +6,7 @@ import pytest
 from mindone.diffusers.models import embeddings
 from mindspore import nn, ops
 
-from mindtune import operators
+from mindtune import models, operators, precision
 
 
 def values(*shape, seed=0, scale=1.0):
@@ -128,3 +128,43 @@ def test_sinusoids_of_large_timesteps_are_exact(mode, channels, cosine_first, sh
     found = operators.Timesteps(plain)(ms.Tensor(timesteps))
     assert found.dtype == ms.float32
     np.testing.assert_allclose(found.asnumpy(), np.concatenate(waves, axis=1), atol=8e-5)
+
+
+# ---- T5's positions and activation -----------------------------------------------------------------------------------------------------
+
+
+def test_t5s_buckets_begin_where_they_should():
+    """16 buckets a sign: 8 for one distance each, 8 that grow by 16^(1/8), so that 16, 32 and 64 begin one (with MindSpore's log not)."""
+    distances = np.arange(-600, 601)
+    found = operators.relative_position_bucket(ms.Tensor(distances)).asnumpy()
+    for distance, bucket in zip(np.abs(distances).tolist(), found % 16):
+        # In whole numbers: the largest k with distance >= 8 * 16^(k / 8), that is distance^2 >= 2^(6 + k).
+        grown = next(k for k in range(7, -1, -1) if distance**2 >= 2 ** (6 + k)) if distance >= 8 else 0
+        assert bucket == (distance if distance < 8 else 8 + grown), distance
+    np.testing.assert_array_equal(found >= 16, distances > 0)
+    assert found.dtype == np.int64
+
+
+def test_t5_has_the_hosts_buckets_and_an_exact_activation(tiny_flux):
+    t5 = models.load_model(tiny_flux, "text_encoder_2", precision.resolve_precision("no"))
+    first = t5.encoder.block[0].layer[0].SelfAttention
+    bias, table = first.compute_bias(512, 512).asnumpy()[0], first.relative_attention_bias.embedding_table.asnumpy()
+    for distance, bucket in ((16, 26), (32, 28), (64, 30), (-16, 10), (-32, 12), (-64, 14), (0, 0), (7, 23), (511, 31)):
+        query = max(0, -distance)
+        np.testing.assert_array_equal(bias[:, query, query + distance], table[bucket])
+    x = values(1000, scale=4)
+    expected = 0.5 * x.astype(np.float64) * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x.astype(np.float64) ** 3)))
+    found = t5.encoder.block[0].layer[1].DenseReluDense.act(ms.Tensor(x)).asnumpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)  # ops.tanh errs by 1e-4
+
+
+def test_attention_in_float32_where_a_config_asks_for_it():
+    """Stable Diffusion 2.1's upcast_attention: scores beyond 65,504 are no infinity."""
+    q, k, v = (values(1, 2, 5, 16, seed=n) for n in range(3))
+    q, k = 400 * q, 400 * k
+    scores = q.astype(np.float16).astype(np.float64) @ k.astype(np.float16).astype(np.float64).swapaxes(2, 3) / 4
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = weights / weights.sum(-1, keepdims=True) @ v.astype(np.float16).astype(np.float64)
+    found = operators._wide_attention(*(ms.Tensor(x, ms.float16) for x in (q, k, v)), None)
+    assert found.dtype == ms.float16
+    np.testing.assert_allclose(found.asnumpy(), expected, atol=2e-3)

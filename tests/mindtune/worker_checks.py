@@ -8,10 +8,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from mindtune import devices, models, precision
+from mindtune import devices, library, models, precision
 
 
-class Step(models.TrainStep):
+class Step(library.TrainStep):
     """A weight of three numbers whose gradient is the input."""
 
     def __init__(self, model, optimizer, scaler):
