@@ -26,6 +26,7 @@ from mindtune import (
     advice,
     buckets,
     checkpoint,
+    columns,
     data,
     devices,
     flow,
@@ -247,7 +248,7 @@ def load_samples(args, sizes):
     if args.dataset_name:
         flag = f"--dataset_name {shown(args.dataset_name)}"
         samples = tables.samples_in_dataset(
-            tables.Source(
+            columns.Source(
                 args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, image_column=args.image_column,
                 caption_column=args.caption_column,
             )

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple, Optional, Union
 from mindtune.buckets import crop_sizes, nearest_bucket, wanted
 from mindtune.checkpoint import require_writable
 from mindtune.cli import UserError, listing, run, shown
+from mindtune.columns import Source
 from mindtune.data import Sample, animation_notes, prefetch, usable
 from mindtune.folders import holds_no_image, samples_in_folder
 from mindtune.pairs import Notes, check_source_flags, load_pairs, usable_pair
-from mindtune.tables import Source, samples_in_dataset
+from mindtune.tables import samples_in_dataset
 
 # FLUX.1-dev's: latent channels, pixels a latent, T5's and CLIP's width; tokens are --max_sequence_length.
 FLUX_DEV = {"kind": "flux", "channels": 16, "factor": 8, "widths": [4096, 768]}
@@ -115,7 +116,7 @@ def look(flags: dict, sizes: list[tuple[int, int]], cache_dir: str, notes: list[
         groups = {name: found_pictures(samples[:most], sizes, threads, f"{flag} {shown(name)}", notes)}
         if folder := flags["class_data_dir"]:
             flag = f"--class_data_dir {shown(folder)}"
-            if Path(folder).is_dir() and holds_no_image(Path(folder), "--class_data_dir"):
+            if holds_no_image(Path(folder), "--class_data_dir"):
                 notes.append(f"{flag}: no image yet; a run makes them")
                 samples = []
             else:

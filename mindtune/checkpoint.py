@@ -176,7 +176,7 @@ def require_writable(flag: str, folder: Union[str, Path, None]) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        reason = "is not a directory" if place.is_file() else f"cannot be written to ({error.strerror})"
+        reason = "is not a directory" if os.path.isfile(place) else f"cannot be written to ({error.strerror})"
         raise UserError(f"{flag} {folder}: {place} {reason}. Name another directory, or change its permissions.") from None
 
 

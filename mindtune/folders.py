@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
@@ -65,6 +65,13 @@ def contents(root: Path, flag: str) -> Contents:
 
 def is_litter(name: str) -> bool:
     return name.lower() in LITTER or name.startswith((".", "~$"))
+
+
+def files_below(root: Path) -> Iterator[tuple[str, str]]:
+    """(folder, name) of every file below `root`, in order of names, without what systems leave there."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not is_litter(name))
+        yield from ((folder, name) for name in sorted(files) if not is_litter(name) and not name.endswith(".lock"))
 
 
 def count_images(folder: Path, readable: set[str], unreadable: list[str]) -> int:

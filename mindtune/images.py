@@ -51,6 +51,7 @@ HINTS = {
     **dict.fromkeys(ARCHIVE, "archives: unpack them"),
 }
 PHOTOS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "HEIF", "AVIF")
+STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # which Pillow opens and cannot decode
 # What the first bytes say of a file that Pillow does not know.
 SIGNATURES = (
     (b"version https://git-lfs", "a Git LFS pointer: run git lfs pull where the data set was cloned"),
@@ -79,7 +80,7 @@ class UnusableImage(ValueError):
 def readable_suffixes() -> set[str]:
     """The file name endings of the image formats that are read here, with the dot, in lower case."""
     Image.init()
-    found = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in STUBS}
     return (found | {".heic", ".heif", ".hif", ".avif"}) - set(HINTS)
 
 

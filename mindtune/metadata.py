@@ -16,6 +16,7 @@ from mindtune.cli import UserError, shown
 # UTF-32's little-endian mark begins with UTF-16's, so it comes first.
 MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 SAVE_AS_UTF8 = "in Windows Notepad by Save as, Encoding: UTF-8; elsewhere for example by iconv -f GBK -t UTF-8"
+csv.field_size_limit(2**31 - 1)  # an image in base64 is one field
 METADATA = ("metadata.jsonl", "metadata.csv")  # in the order in which they are looked for
 
 
@@ -42,9 +43,10 @@ def caption_text(path: Path) -> str:
 def metadata_file(root: Path) -> Optional[Path]:
     """The folder's metadata.jsonl, or else metadata.csv, in capitals or not; None if it has neither."""
     try:
-        there = {name.lower(): root / name for name in os.listdir(root) if name.lower() in METADATA and (root / name).is_file()}
+        names = sorted(name for name in os.listdir(root) if name.lower() in METADATA and (root / name).is_file())
     except OSError:  # no such directory, or none that may be read
         return None
+    there = {name.lower(): root / name for name in names}  # the last, in small letters, stays
     return next((there[name] for name in METADATA if name in there), None)
 
 
@@ -72,6 +74,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Union[dict, ValueError]]]:
     # Only a newline ends a line: captions may hold other separators.
     with _text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
+            if number == 1 and line.lstrip().startswith("["):
+                raise UserError(f"{shown(path)}: is one JSON list; write its objects one a line (jq -c '.[]' does).")
             if line.strip():
                 try:
                     yield number, _object(line)

@@ -13,10 +13,12 @@ import numpy as np
 from mindtune import devices
 from mindtune.buckets import BucketOrder, bucket_numbers, wanted
 from mindtune.cli import UserError, few, shown
+from mindtune.columns import Columns, Source
 from mindtune.data import Look, Sample, Wanted, animation_notes, encoded, look, prefetch, report_bad, split, too_small
 from mindtune.images import Ink, UnusableImage, ground, problem
+from mindtune.named_files import elsewhere
 from mindtune.rng import generator
-from mindtune.tables import Columns, Source, elsewhere, open_rows
+from mindtune.tables import open_rows
 
 PEEK = 16  # so many conditions at a stream's beginning decide what transparent ones are laid on
 

@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from mindtune import cache, check_data, checkpoint, data, folders, lora, models, pipelines
 from mindtune.cli import UserError
+from mindtune.columns import Source
 from mindtune.pairs import load_pairs, preflight_pairs
 from mindtune.precision import resolve_precision
-from mindtune.tables import Source
 
 PRECISION = resolve_precision("no")
 

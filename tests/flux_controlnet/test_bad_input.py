@@ -171,7 +171,7 @@ def test_prompts_and_conditions_that_do_not_match(refused, shapes, prompts, imag
     says(refused(*given), f"--validation_prompt has {prompts} and --validation_image {images}", "same number", "one prompt")
 
 
-@pytest.mark.parametrize("content, found", [(None, "No such file"), (b"<html>404</html>", "cannot identify"), (b"", "cannot identify")])
+@pytest.mark.parametrize("content, found", [(None, "missing"), (b"<html>404</html>", "a web page"), (b"", "the file is empty")])
 def test_a_condition_to_validate_with_that_is_no_picture(refused, tmp_path, content, found):
     path = tmp_path / "outline.png"
     if content is not None:

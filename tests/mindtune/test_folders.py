@@ -162,7 +162,8 @@ def test_folders_that_systems_leave_are_passed_over_in_silence(photos, name):
     [
         ("clip.MP4", "save their frames"), ("clip.mov", "ffmpeg"), ("a.CR2", "raw photos: export"), ("a.dng", "raw photos"),
         ("a.svg", "export them as PNG"), ("a.pdf", "documents"), ("photos.zip", "unpack them"), ("a.xcf", "Pillow does not read"),
-        ("a.npz", "no images"), ("a.safetensors", "no images"), ("notes.md", "no images"), ("no ending", "no images"),
+        ("a.npz", "no images"), ("a.h5", "no images"),
+        ("a.safetensors", "no images"), ("notes.md", "no images"), ("no ending", "no images"),
         (".hidden.png", "rename them"), ("captions.json", "captions are read from metadata.jsonl"), ("list.tsv", "captions are read from"),
     ],
 )  # fmt: skip
@@ -451,6 +452,12 @@ def test_captions_in_csv_may_hold_commas_quotes_and_lines(photos):
 def test_csv_that_is_not_clear_is_refused_by_its_lines(photos, text, message):
     (photos / "metadata.csv").write_text(text)
     with pytest.raises(UserError, match=f"(?s)metadata.csv: .*{message}"):
+        found(photos)
+
+
+def test_a_list_in_json_is_refused_in_a_sentence(photos):
+    (photos / "metadata.jsonl").write_text('[\n  {"file_name": "a.png",\n   "text": "x"}\n]')
+    with pytest.raises(UserError, match=r"metadata.jsonl: is one JSON list; write its objects one a line .jq"):
         found(photos)
 
 

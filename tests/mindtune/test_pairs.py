@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from mindtune.cli import UserError
+from mindtune.columns import Source
 from mindtune.data import pixel_values
 from mindtune.pairs import Pairs, PairStream, load_pairs, preflight_pairs
-from mindtune.tables import Source
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tiny"))
 import shapes
@@ -455,6 +455,20 @@ def test_what_is_left_out_of_a_folder_is_said_once(tmp_path, open_pairs):
         "2 files are not used beside metadata.jsonl: clip.mp4, metadata.csv",
         "1 images are not used, for metadata.jsonl does not name them: images/more.png",
     ]
+
+
+def test_other_folders_than_train_are_named(tmp_path):
+    for name in ("train", "test"):
+        as_metadata_csv(tmp_path / "d" / name)
+    assert said(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")) == ["only train/ is used, not test"]
+
+
+def test_folders_of_images_without_metadata_are_answered_with_how_to_write_it(tmp_path):
+    write_files(tmp_path / "d")
+    found = refusal(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache"))
+    assert (
+        "--conditioning_image_column: " in found and 'named in metadata.jsonl: {"file_name": ..., "conditioning_image_file_name"' in found
+    )
 
 
 def test_an_image_may_have_several_conditions_and_captions(tmp_path):

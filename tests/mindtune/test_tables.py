@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from mindtune.cli import UserError
-from mindtune.tables import Source, samples_in_dataset
+from mindtune.columns import Source
+from mindtune.tables import samples_in_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +195,15 @@ def test_other_splits_and_files_are_named(tmp_path):
     assert said(folder) == [f"--dataset_name {folder}: only the split train is used, not test"]
 
 
+def test_metadata_beside_other_data_files_do_not_take_their_place(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    as_saved(folder)
+    (folder / "metadata.csv").write_text("something,else\n1,2\n")
+    (folder / "metadata.jsonl").write_text("{}")
+    assert len(samples_in_dataset(Source(str(folder)), print)) == 3
+
+
 def test_images_that_metadata_do_not_name_are_counted(tmp_path):
     folder = tmp_path / "set"
     (folder / "sub").mkdir(parents=True)
@@ -207,6 +217,16 @@ def test_images_that_metadata_do_not_name_are_counted(tmp_path):
     assert "1 lines of metadata.jsonl say the same as another; each counts" in repeated
     assert "1 files are not used beside metadata.jsonl: clip.mp4" in others
     assert "2 images are not used, for metadata.jsonl does not name them: b.png, sub/c.png" in unnamed
+
+
+def test_a_folder_of_images_with_caption_files_is_pointed_elsewhere(tmp_path):
+    """The library takes it for a data set of text."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/a.png").write_bytes(png())
+    for name in "abc":
+        (tmp_path / f"set/{name}.txt").write_text("a caption")
+    with pytest.raises(UserError, match="--image_column: .*A folder of images with caption files is given as --instance_data_dir"):
+        said(tmp_path / "set")
 
 
 def test_a_path_that_is_not_utf8_is_refused(tmp_path):

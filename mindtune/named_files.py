@@ -1,0 +1,147 @@
+"""Rows that name files: metadata.jsonl or .csv beside images, and .jsonl files of pairs; checked whole, no image opened."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import numpy as np
+
+from mindtune.cli import UserError, few, listing, shown
+from mindtune.columns import JSON_COLUMNS, Columns, find_columns
+from mindtune.data import from_base64
+from mindtune.folders import files_below
+from mindtune.images import readable_suffixes
+from mindtune.metadata import SAVE_AS_UTF8, Names, is_text, rows, stays
+
+
+def named_files(
+    path: Path, where: str, asked: Columns, cache_dir: Optional[str], streaming: bool, inside: bool, single: bool, say: Callable
+) -> tuple[Any, Columns]:
+    """A data set of strings from the rows of a .jsonl or .csv file, checked: absolute paths and captions. No image is opened.
+
+    A folder's own metadata came with its images and names those `inside` alone; a file that the user named may name any.
+    """
+    import datasets
+
+    keys, digest = _check_rows(path, where, asked, inside, single, say)
+    columns = Columns(*(name if key else None for name, key in zip(JSON_COLUMNS, keys)))
+    features = datasets.Features({column: datasets.Value("string") for column in columns if column})
+    arguments = {"path": str(path.absolute()), "keys": tuple(keys), "inside": inside}
+    return from_rows(_named_rows, features, arguments, digest, cache_dir, streaming), columns
+
+
+def _check_rows(path: Path, where: str, asked: Columns, inside: bool, single: bool, say: Callable[[str], None]) -> tuple[Columns, Any]:
+    """The keys of the rows and a digest of them. Raises UserError listing all bad lines, or else all missing files."""
+    if not path.is_file():
+        raise UserError(f"{where}: no such file. Give a .jsonl file with a line for every pair.")
+    digest, keys, bad, absent, number = hashlib.sha256(str(path.absolute()).encode()), None, [], {}, 0
+    names, seen, used = Names(path.absolute().parent), array("q"), array("q")
+    try:
+        for number, line in rows(path):
+            try:
+                if isinstance(line, ValueError):
+                    raise line
+                row = {_short(key): value for key, value in line.items()}
+                keys = keys or find_columns(dict.fromkeys(row), Columns(*(column and _short(column) for column in asked)), where, single)
+                found = _named_row(row, keys, names, inside)
+            except ValueError as error:
+                bad.append(f"line {number}: {error}")
+                continue
+            digest.update(repr(found).encode())
+            seen.append(hash(tuple(found.values())))
+            for image in (found.get("image"), found.get("conditioning_image")):
+                used.append(hash(image))
+                if image and image not in absent and not elsewhere(image) and not os.path.isfile(image):
+                    absent[image] = number
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: {path.name} is not UTF-8 after line {number}. Save the file as UTF-8 ({SAVE_AS_UTF8}).") from None
+    if bad:
+        raise UserError(f"{where}: {len(bad)} lines of {path.name} cannot be used:\n{listing(bad)}\nMend or remove them.")
+    if absent:
+        lines = (f"{shown(image)} (line {number})" for image, number in absent.items())
+        raise UserError(f"{where}: {len(absent)} files named in {path.name} are missing:\n{listing(lines)}\nMend the lines.")
+    if keys is None:
+        raise UserError(
+            f'{where}: {path.name} has no lines. Write {{"image": ..., "conditioning_image": ..., "text": ...}} for every pair.'
+        )
+    if repeats := len(seen) - np.unique(np.asarray(seen)).size:
+        say(f"{where}: {repeats} lines of {path.name} say the same as another; each counts")
+    if inside:
+        _say_unnamed(path, used, where, say)
+    digest.update(repr(keys).encode())
+    return keys, digest
+
+
+def _say_unnamed(path: Path, used: array, where: str, say: Callable[[str], None]) -> None:
+    """Names what is below the directory of metadata and is not used: images that no row names, and other files."""
+    hashes, readable, unnamed, others = np.unique(np.asarray(used)), readable_suffixes(), [], []
+    for folder, name in files_below(path.absolute().parent):
+        file = os.path.join(folder, name)
+        if os.path.splitext(name)[1].lower() in readable:
+            place = np.searchsorted(hashes, hash(file))
+            if place == len(hashes) or hashes[place] != hash(file):
+                unnamed.append(os.path.relpath(file, path.absolute().parent))
+        elif file != str(path.absolute()) and not name.endswith(".md"):
+            others.append(os.path.relpath(file, path.absolute().parent))
+    if others:
+        say(f"{where}: {len(others)} files are not used beside {path.name}: {few(others)}")
+    if unnamed:
+        say(f"{where}: {len(unnamed)} images are not used, for {path.name} does not name them: {few(unnamed)}")
+
+
+def _short(key: str) -> str:
+    """image_file_name and file_name, as folders of images call it, and image are one key."""
+    return "image" if key == "file_name" else key[: -len("_file_name")] if key.endswith("_file_name") else key
+
+
+def elsewhere(cell: str) -> bool:
+    """Whether a cell is a URL of another machine, or the image itself as base64."""
+    return ("://" in cell and not cell.startswith("file:")) or (len(cell) > 255 and from_base64(cell) is not None)
+
+
+def _named_row(row: dict, keys: tuple, names: Names, inside: bool) -> dict[str, Optional[str]]:
+    """The row under the names of JSON_COLUMNS, paths taken from the directory of `names`; `inside`: and not out of it.
+
+    Raises ValueError for a lacking key, another type, half a character, or a path that leads out.
+    """
+    wanted = [key for key in keys if key]
+    if lacking := [key for key in wanted if key not in row]:
+        raise ValueError(f"lacks {', '.join(lacking)}; has {shown(', '.join(row)) or 'no keys'}")
+    if wrong := [f"{key} is {shown(repr(row[key]), 120)}, not text" for key in wanted if not isinstance(row[key], (str, type(None)))]:
+        raise ValueError("; ".join(wrong))
+    if half := [key for key in wanted if row[key] and not is_text(row[key])]:
+        raise ValueError(f"{half[0]} is {shown(repr(row[half[0]]), 120)}, which is no text")
+    found = {column: _place(row[key], names, inside) for column, key in zip(JSON_COLUMNS[:2], keys) if key}
+    return {**found, JSON_COLUMNS.caption: row[keys[2]]} if keys[2] else found
+
+
+def _place(cell: Optional[str], names: Names, inside: bool) -> Optional[str]:
+    if not cell or elsewhere(cell):
+        return cell or None
+    found = names.find(cell)
+    if inside and not (stays(found) if found else stays(cell.replace("\\", "/"))):
+        raise ValueError(f"{shown(cell)} leads out of the directory")
+    return str(names.root / (found or cell))
+
+
+def _named_rows(path: str, keys: tuple, inside: bool) -> Iterator[dict]:
+    names = Names(Path(path).parent)
+    for _, line in rows(Path(path)):
+        if isinstance(line, ValueError):
+            raise line
+        yield _named_row({_short(key): value for key, value in line.items()}, keys, names, inside)
+
+
+def from_rows(rows: Any, features: Any, arguments: dict, digest: Any, cache_dir: Optional[str], streaming: bool) -> Any:
+    """A data set of what `rows(**arguments)` yields: streamed, or memory mapped from a file of the cache that is named by `digest`."""
+    import datasets
+
+    if streaming:
+        return datasets.IterableDataset.from_generator(rows, features=features, gen_kwargs=arguments)
+    options = {"features": features, "gen_kwargs": arguments, "cache_dir": cache_dir, "fingerprint": digest.hexdigest()[:32]}
+    return datasets.Dataset.from_generator(rows, **options)
