@@ -66,10 +66,11 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def adapter_rows() -> list[tuple[str, str, str]]:
-    """Tool, what becomes of its LoRAs, why: of the tests of LoRA layouts, where they give them."""
+    """Tool, an entry of its file, and "read" or why not: of the tests of LoRA layouts, where they give them."""
     import test_lora_layouts
 
-    return getattr(test_lora_layouts, "adapter_rows", list)()
+    rows = getattr(test_lora_layouts, "adapter_rows", list)()
+    return [(tool, f"`{entry}`" if entry else "", " ".join(verdict.replace("|", "\\|").split())) for tool, entry, verdict in rows]
 
 
 def page() -> str:
@@ -82,7 +83,7 @@ def page() -> str:
     }  # fmt: skip
     adapters = adapter_rows()
     files = table(("files", ""), [(what, how) for what, (how, _) in FILES.items()])
-    rows = ADAPTERS.format(rows=table(("tool", "", ""), adapters)) if adapters else ""
+    rows = ADAPTERS.format(rows=table(("tool or kind", "an entry of its file", ""), adapters)) if adapters else ""
     return TEXT.format(files=files, adapters=rows, **tables)
 
 

@@ -1,6 +1,6 @@
 """What the config.json of published VAEs and ControlNets says: every key that is there, at its published value.
 
-See tests/real_configs.py, which says the same of pipelines.
+See tests/real_configs.py, which says the same of pipelines. _name_or_path is without the home directory that two files name.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CONTROLNETS = {
     # Those of depth, hed, mlsd and scribble say the same, and of v1.1 those of all other conditions.
     "sd-controlnet-canny": {**header("ControlNetModel", "0.14.0.dev0"), **CONTROL_0_14},
     "control_v11p_sd15_canny": {
-        **header("ControlNetModel", "0.16.0.dev0", "/home/patrick/controlnet_v1_1/control_v11p_sd15_canny"), **CONTROL_0_14,
+        **header("ControlNetModel", "0.16.0.dev0", "control_v11p_sd15_canny"), **CONTROL_0_14,
     },
     "Depth-Anything-controlnet": {**header("ControlNetModel", "0.26.0.dev0"), **CONTROL_0_26},
     "controlnet-canny-sdxl-1.0": {

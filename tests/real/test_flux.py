@@ -6,7 +6,9 @@ import real_pipelines
 from safetensors.numpy import load_file
 
 from mindtune import encode, models
+from mindtune.precision import resolve_precision
 
+from .conftest import copy
 from .verdicts import FLUX, LORA, PIPELINES
 
 RUNS = [(name, script) for name, verdict in PIPELINES.items() for script in (LORA, FLUX) if script in verdict.scripts]
@@ -33,8 +35,20 @@ def test_t5s_embedding_by_either_name(names, real, encode_here, tmp_path):
     tensors = real_pipelines.as_published(config, real_pipelines.draw(real_pipelines.small(config), 0), "")
     value = tensors.pop("shared.weight")
     real_pipelines.write_safetensors(path, {**tensors, **{f"{name}.weight": value for name in names}})
-    loaded = models.load_model(folder.parent, folder.name, models.Precision(models.ms.float32, models.ms.float32))
+    loaded = models.load_model(folder.parent, folder.name, resolve_precision("no"))
     np.testing.assert_array_equal(loaded.shared.embedding_table.asnumpy(), value.astype(np.float32))
+
+
+def test_without_its_sentencepiece_model(run, real, tmp_path):
+    """tokenizer_config.json has add_prefix_space, for which transformers makes the tokenizer from spiece.model; tokenizer.json has the
+    same tokens, and does where that is missing."""
+    root = copy(real("FLUX.1-dev"), tmp_path)
+    whole = models.load_tokenizer(root / "tokenizer_2")
+    (root / "tokenizer_2" / "spiece.model").unlink()
+    caption = "a photo of a red circle, on a white background"
+    found = models.load_tokenizer(root / "tokenizer_2")
+    assert encode.token_ids(found, caption, 64).tolist() == encode.token_ids(whole, caption, 64).tolist()
+    assert run(LORA, root, tmp_path / "out") == run(LORA, real("FLUX.1-dev"), tmp_path / "whole")
 
 
 def test_captions_of_512_tokens(run, real, encoder_cache, tmp_path):

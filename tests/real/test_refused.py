@@ -128,10 +128,10 @@ def test_pickles_alone(refused, real, tmp_path):
 
 
 @pytest.mark.parametrize("script", [LORA, FLUX])
-def test_flux_without_its_sentencepiece_model(script, refused, real, tmp_path):
-    """tokenizer_config.json has add_prefix_space: the tokenizer is made from spiece.model, whatever tokenizer.json says."""
+def test_flux_without_any_file_of_its_second_tokenizer(script, refused, real, tmp_path):
     root = copy(real("FLUX.1-dev"), tmp_path)
-    (root / "tokenizer_2" / "spiece.model").unlink()
+    for name in ("spiece.model", "tokenizer.json"):
+        (root / "tokenizer_2" / name).unlink()
     refused(script, root, ("tokenizer_2/spiece.model",), dry=False)
 
 

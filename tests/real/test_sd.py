@@ -7,6 +7,8 @@ import pytest
 import real_pipelines
 from safetensors.numpy import load_file
 
+from mindtune import models, pipelines
+
 from .conftest import copy
 from .verdicts import PIPELINES, SD
 
@@ -93,3 +95,20 @@ def test_a_tokenizer_that_does_not_say_its_length(run, real, tmp_path):
         for name, options in (("said", {}), ("not", {"model_max_length": False}))
     ]
     assert losses[0] == losses[1]
+
+
+LINSPACE, LEADING, TRAILING = (
+    [999, 874, 749, 624, 500, 375, 250, 125], [889, 778, 667, 556, 445, 334, 223, 112], [999, 874, 749, 624, 499, 374, 249, 124],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name, timesteps", [
+    ("stable-diffusion-v1-5", LINSPACE), ("stable-diffusion-2-1", LINSPACE), ("Realistic_Vision_V5.1_noVAE", LINSPACE),
+    ("stable-diffusion-xl-base-1.0", LEADING), ("RealVisXL_V5.0", LEADING), ("sdxl-turbo", TRAILING),
+])  # fmt: skip
+def test_images_are_drawn_at_the_timesteps_of_diffusers(name, timesteps, real):
+    """Of diffusers 0.35's UniPCMultistepScheduler.from_config(pipeline.scheduler.config), eight steps: where a file does not say
+    timestep_spacing, UniPC's default counts and not that of the scheduler which the file is of (PNDM's and DDIM's is "leading")."""
+    sampler = models.unipc(pipelines.read_config(real(name), "scheduler"))
+    sampler.set_timesteps(8)
+    assert sampler.timesteps.asnumpy().tolist() == timesteps

@@ -111,7 +111,9 @@ FILES = {
     "one file instead of a folder (GGUF, .safetensors, .ckpt)": ("refused", "test_refused.py::test_one_file_instead_of_a_folder"),
     "pickles (.bin) alone": ("refused: reading one runs what is written in it", "test_refused.py::test_pickles_alone"),
     "weights of Flax alone": ("refused", "test_refused.py::test_weights_of_flax_alone"),
-    "FLUX.1 without tokenizer_2/spiece.model": ("refused", "test_refused.py::test_flux_without_its_sentencepiece_model"),
+    "FLUX.1 without tokenizer_2/spiece.model": (
+        "tokenizer.json is read; without both refused", "test_flux.py::test_without_its_sentencepiece_model",
+    ),
 }  # fmt: skip
 OWNERS = {
     "black-forest-labs": [name for name in PIPELINES if name.startswith("FLUX.1")],
