@@ -528,6 +528,7 @@ def main(argv=None):
         configs = pipelines.resolve_pipeline(
             args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS, weights=False
         )
+        models.check_files(configs, models.with_weights(configs, pipelines.FLUX_COMPONENTS, args.variant), args.variant)
         print(plan.describe("flux_lora", configs, vars(args), args.device_memory_gb))
         return 0
 

@@ -71,6 +71,9 @@ def check_flags(values: dict, accepted: dict[str, str], at_least: dict[str, floa
     for name, why in accepted.items():
         if values[name]:
             print(f"--{name}: {why}")
+    for name, value in values.items():
+        if value == "" and name.endswith(("_path", "_dir", "_name", "_checkpoint")):
+            raise UserError(f"--{name}: is empty, as of a shell variable that is not set. Leave it out, or give a value.")
     for name, least in at_least.items():
         if values[name] is not None and not values[name] >= least:
             raise UserError(f"--{name} {values[name]}: must be at least {least}.")

@@ -39,6 +39,8 @@ def alphas_cumprod(scheduler: dict) -> np.ndarray:
         raise UserError(
             f"scheduler/scheduler_config.json: beta_schedule {schedule} is not supported; linear, scaled_linear and squaredcos_cap_v2 are."
         )
+    if not (np.all(betas > 0) and np.all(betas < 1)):
+        raise UserError(f"scheduler/scheduler_config.json: beta_start {first} and beta_end {last} give betas outside of 0 to 1.")
     return np.cumprod(1.0 - betas)
 
 

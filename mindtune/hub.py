@@ -47,7 +47,8 @@ def _require_name(name: str, flag: str) -> None:
     except HFValidationError:
         refused = True
     if refused:
-        usable = re.sub(r"[^A-Za-z0-9._/-]+|--+|\.\.+", "-", name).strip("-._")[:96] or "my-model"
+        parts = [re.sub(r"[^A-Za-z0-9._-]+|--+|\.\.+", "-", part).strip("-._") for part in re.sub(r"\.git$", "", name).split("/")]
+        usable = "/".join([part for part in parts if part][-2:])[:96] or "my-model"
         raise UserError(
             f"{flag} {name}: with --push_to_hub this is the repository's name, and the hub takes letters, digits, - _ . and at most 96 "
             f"characters. Give --hub_model_id, such as {usable}."

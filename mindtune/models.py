@@ -26,7 +26,7 @@ from mindtune.operators import use_operators
 from mindtune.pipelines import from_files, read_config
 from mindtune.precision import LINEAR, NUMPY_TYPES, Precision, cast_cell
 from mindtune.rng import generator
-from mindtune.weights import FILE_TYPES, StoredTensor, stored_tensors
+from mindtune.weights import FILE_TYPES, StoredTensor, stored_tensors, weight_files
 
 CLIP_LENGTH = 77  # tokens that CLIP was trained on
 # Ends of the names of tensors that files have and models do not need: positions 0, 1, 2 ..., and heads that are not used.
@@ -79,13 +79,33 @@ def check_files(root: Path, names: Iterable[str], variant: Optional[str] = None)
     """
     for name in names:
         if name.startswith("tokenizer"):
-            load_tokenizer(root / name)
+            _check_tokenizer(root, name)
         elif name != "scheduler":
             model = _without_weights(root, name, ms.float32)
             _, extras = _fitting(root, name, variant, model, model_parameters(model))
             if extras:
                 more = f" and {len(extras) - 3} more" if len(extras) > 3 else ""
                 print(f"{root / name}: the model has no tensors {', '.join(extras[:3])}{more}; they are not used")
+
+
+def with_weights(root: Path, names: Iterable[str], variant: Optional[str] = None) -> list[str]:
+    """The components whose weight files are there: a plan can do without."""
+    models = [name for name in names if not name.startswith(("tokenizer", "scheduler"))]
+    return [name for name in models if all(path.is_file() for path in weight_files(root, name, variant))]
+
+
+def _check_tokenizer(root: Path, name: str) -> None:
+    """Raises UserError for one that gives ids which its text encoder has no embedding for, or lacks a special token."""
+    tokenizer, encoder = load_tokenizer(root / name), name.replace("tokenizer", "text_encoder")
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if lacking := [key for key, value in special.items() if value is None]:
+        raise UserError(f"{root / name}: has no {', '.join(lacking)}. Copy or download the folder again.")
+    vocabulary = read_config(root, encoder)["vocab_size"] if (root / encoder).is_dir() else len(tokenizer)
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"{root / name}: has {len(tokenizer)} tokens, and {encoder}/config.json a vocab_size of {vocabulary}. Tokens that were "
+            "added need embeddings; give the tokenizer that belongs to the text encoder."
+        )
 
 
 def _fitting(
@@ -103,7 +123,7 @@ def _fitting(
             if tensor.shape != shape and _without_ones(tensor.shape) == _without_ones(shape):
                 tensor = tensor._replace(shape=shape)
             stored[own] = tensor
-    _check_fit(root / name, parameters, stored)
+    _check_fit(root / name, parameters, stored, extras)
     return stored, [key for key in extras if not key.endswith(KNOWN_EXTRAS)]
 
 
@@ -143,10 +163,14 @@ def _old_names(model: nn.Cell, parameters: dict[str, ms.Parameter]) -> dict[str,
     return renamed
 
 
-def _check_fit(folder: Path, parameters: dict[str, ms.Parameter], stored: dict[str, StoredTensor]) -> None:
+def _check_fit(folder: Path, parameters: dict[str, ms.Parameter], stored: dict[str, StoredTensor], extras: Iterable[str] = ()) -> None:
     """Raises UserError unless there is a tensor for every parameter, of its shape and of a floating type."""
     if missing := [key for key in parameters if key not in stored]:
-        raise UserError(f"{folder}: the weight files lack {len(missing)} tensors:\n{listing(missing[:5])}\nCopy or download them again.")
+        instead = list(extras)[:3]
+        advice = (
+            f"They have others, such as {', '.join(instead)}: give the files of this model." if instead else "Copy or download them again."
+        )
+        raise UserError(f"{folder}: the weight files lack {len(missing)} tensors:\n{listing(missing[:5])}\n{advice}")
     pairs = [(key, parameter.shape, stored[key]) for key, parameter in parameters.items()]
     problems = [
         f"{tensor.path.name}: {key} is {list(tensor.shape)} of {tensor.kind}, the model's is {list(shape)}"
@@ -292,11 +316,15 @@ def load_tokenizer(folder: Path):
         if (folder / "vocab.json").is_file():
             tokenizer = transformers.CLIPTokenizer.from_pretrained(os.fspath(folder))
             # A tokenizer_config.json without model_max_length stands for no limit, which CLIP's positions have.
-            tokenizer.model_max_length = min(tokenizer.model_max_length, CLIP_LENGTH)
+            if not 2 < tokenizer.model_max_length <= CLIP_LENGTH:
+                tokenizer.model_max_length = CLIP_LENGTH
             return tokenizer
         # add_prefix_space, which FLUX.1's config has, makes the tokenizer anew from spiece.model; tokenizer.json has it done.
         options = {} if (folder / "spiece.model").is_file() else {"add_prefix_space": None}
-        return transformers.T5TokenizerFast.from_pretrained(os.fspath(folder), **options)
+        tokenizer = transformers.T5TokenizerFast.from_pretrained(os.fspath(folder), **options)
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):  # False, for a spiece.model that is none
+            raise ValueError("spiece.model holds no SentencePiece model")
+        return tokenizer
 
 
 def load_scheduler(root: Path):

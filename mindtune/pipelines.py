@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,7 +13,19 @@ from typing import Any, Optional
 from mindtune import diffusion
 from mindtune.cli import UserError, listing
 from mindtune.library import config_defaults
-from mindtune.weights import file_patterns, file_problem, has_variant, missing_file, read_json, stored_tensors, weight_files
+from mindtune.weights import (
+    FOREIGN,
+    PICKLED,
+    POINTER,
+    file_patterns,
+    file_problem,
+    has_variant,
+    is_pointer,
+    missing_file,
+    read_json,
+    stored_tensors,
+    weight_files,
+)
 
 # Component -> classes it may be of, as model_index.json and the configs name them; none: any that has what is read.
 FLUX_COMPONENTS = {
@@ -38,6 +52,7 @@ SDXL_COMPONENTS = {
 # How the class of a pipeline begins -> what it is, and the scripts that train it. The longest beginning counts.
 FAMILIES = {
     "Flux": ("FLUX.1", "flux_lora/ and flux_controlnet/"),
+    "Flux2": ("FLUX.2", ""),
     "StableDiffusionXL": ("Stable Diffusion XL", "examples/controlnet/train_controlnet_sdxl.py"),
     "StableDiffusion3": ("Stable Diffusion 3", ""),
     "StableDiffusion": ("Stable Diffusion 1 or 2", "examples/controlnet/train_controlnet.py"),
@@ -46,6 +61,7 @@ FAMILIES = {
 SPECIAL = {
     "FluxKontextPipeline": "it edits a reference image, and would be trained as text-to-image. Give black-forest-labs/FLUX.1-dev",
     "FluxFillPipeline": "it fills a masked image. Give black-forest-labs/FLUX.1-dev",
+    "FluxPriorReduxPipeline": "it encodes images for another pipeline. Give black-forest-labs/FLUX.1-dev",
     "FluxControlPipeline": "it reads a condition beside the latents. Give black-forest-labs/FLUX.1-dev",
     "StableDiffusionUpscalePipeline": "it reads a small image beside the latents. Give the text-to-image model",
     "StableDiffusionLatentUpscalePipeline": "it reads a small image beside the latents. Give the text-to-image model",
@@ -72,16 +88,26 @@ ONLY = {
 CONTROLNETS = {
     "FluxTransformer2DModel": (
         "FluxControlNetModel",
-        ("num_attention_heads", "attention_head_dim", "in_channels", "joint_attention_dim", "pooled_projection_dim"),
+        ("num_attention_heads", "attention_head_dim", "axes_dims_rope", "in_channels", "joint_attention_dim", "pooled_projection_dim"),
     ),
     "UNet2DConditionModel": (
         "ControlNetModel",
-        ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"),
+        (
+            "in_channels",
+            "down_block_types",
+            "block_out_channels",
+            "layers_per_block",
+            "cross_attention_dim",
+            "addition_embed_type",
+            "addition_time_embed_dim",
+            "projection_class_embeddings_input_dim",
+        ),
     ),
 }
 UNION_TENSORS = ("task_embedding", "control_add_embedding", "controlnet_mode_embedder", "spatial_ch_projs")
 # What `load_tokenizer` can read: any one of these sets of files.
 TOKENIZER_FILES = {"CLIP": (("vocab.json", "merges.txt"),), "T5": (("tokenizer.json",), ("spiece.model",))}
+WEIGHTS = (".safetensors", *PICKLED, *FOREIGN)  # endings of files that hold some
 QUANTISED = {"F8_E4M3": "fp8", "F8_E5M2": "fp8", "U8": "packed 4-bit or 8-bit", "I8": "8-bit integer"}
 
 
@@ -161,6 +187,7 @@ def resolve_part(name: str, flag: str, cache_dir: Optional[str], cls: str, weigh
     unsupported, broken = _part_problems(path.parent, path.name, (cls,), None, weights, there)
     if unsupported:
         raise UserError(f"{flag} {name}: cannot be used:\n{listing(unsupported)}\ndocs/models.md says which published models can.")
+    broken = [re.sub(r": add --variant .*", ": rename them without it, which is how they are read", line) for line in broken]
     if broken:
         raise UserError(f"{flag} {name}: not a whole {cls}:\n{listing(broken)}\nCopy or download it again.")
     return path
@@ -170,11 +197,16 @@ def resolve_vae(name: str, flag: str, cache_dir: Optional[str], root: Path, base
     """The directory of a VAE that stands in for the pipeline's. Raises UserError if it is not whole or of another width."""
     path = resolve_part(name, flag, cache_dir, "AutoencoderKL", weights)
     vae, model = read_config(path.parent, path.name), read_config(root, base)
+    own = read_config(root, "vae")
     if vae["latent_channels"] != model["in_channels"]:
         raise UserError(f"{flag} {name}: latent_channels is {vae['latent_channels']}, the {base} reads {model['in_channels']}. "
                         "Give a VAE made for this model.")  # fmt: skip
     if problems := _vae_problems(path.parent, path.name):
         raise UserError(f"{flag} {name}: cannot be used:\n{listing(problems)}\nGive the config.json that was published with it.")
+    scales = [(config["scaling_factor"], config["latents_mean"], config["latents_std"]) for config in (own, vae)]
+    if scales[0] != scales[1]:
+        print(f"{flag} {name}: its scaling_factor is {vae['scaling_factor']}, the pipeline's VAE has {own['scaling_factor']}; latents of "
+              "another VAE than the model was trained with give a worse model")  # fmt: skip
     return path
 
 
@@ -268,7 +300,7 @@ def check_pipeline(
     flag = "--pretrained_model_name_or_path"
     if problem := _pipeline_class_problem(root, components):
         raise UserError(f"{flag} {root}: {problem}.")
-    broken = [] if not weights or (root / "model_index.json").is_file() else ["model_index.json is missing"]
+    broken = [] if not weights or (root / "model_index.json").is_file() else [_missing_index(root)]
     unsupported = []
     for name, classes in components.items():
         if weights or _is_model(name) or (root / config_file(name)).is_file():
@@ -289,6 +321,11 @@ def check_pipeline(
             f"{flag} {root}: not a whole pipeline:\n{listing(broken)}\n"
             "Copy or download it again, in the Hugging Face layout (model_index.json, transformer/, vae/, ...)."
         )
+
+
+def _missing_index(root: Path) -> str:
+    below = sorted([*root.glob("*/model_index.json"), *root.glob("snapshots/*/model_index.json")])
+    return "model_index.json is missing" + (f"; there is a pipeline in {below[0].parent}: give that" if below else "")
 
 
 def _is_model(name: str) -> bool:
@@ -312,9 +349,10 @@ def _pipeline_class_problem(root: Path, components: dict) -> Optional[str]:
         found = read_json(root, root / "model_index.json").get("_class_name")
     except (OSError, ValueError):
         return None  # told with the other defects
+    found = str(found)
     if found in SPECIAL:
         return f"model_index.json: _class_name is {found}: {SPECIAL[found]}"
-    family = max((family for family in FAMILIES if str(found).startswith(family)), key=len, default=expected)
+    family = max((family for family in FAMILIES if found.startswith(family)), key=len, default=expected)
     if family != expected:
         title, script = FAMILIES[family]
         return f"model_index.json: _class_name is {found}, {title}; " + (f"train it with {script}" if script else "it is not supported")
@@ -341,12 +379,23 @@ def _part_problems(
         if quantised := config.get("quantization_config"):
             method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
             return [f"{config_file(name)}: quantization_config says {method}. {UNQUANTISED}"], []
+        if nulls := _nulls(root, name):
+            return [f"{config_file(name)}: {', '.join(nulls)}. Give the config.json that was published with the model"], []
         # A plan needs no weights. Where there are some, it is made for what a run would accept.
-        if name == "scheduler" or not (weights or any(folder.glob("*.safetensors"))):
+        if name == "scheduler" or not (weights or any(path.suffix in WEIGHTS for path in folder.iterdir())):
             return [], []
         return _weights_problems(root, name, variant, there)
     except (OSError, ValueError) as error:
         return [], [str(error)]
+
+
+def _nulls(root: Path, name: str) -> list[str]:
+    """Keys that have nothing where the class takes a number or several."""
+    given = read_json(root, root / config_file(name))
+    numbers = (int, float, tuple, list)
+    defaults = config_defaults(class_of(given)) if "_class_name" in given else {}
+    wrong = [key for key, value in given.items() if value is None and isinstance(defaults.get(key), numbers)]
+    return [f"{key} is null, expected such as {defaults[key]}" for key in wrong if not isinstance(defaults[key], bool)]
 
 
 UNQUANTISED = "Quantised weights are not trained on: download the model's own in bf16, fp16 or fp32 instead"
@@ -371,6 +420,11 @@ def _tokenizer_problems(root: Path, name: str, classes: tuple) -> list[str]:
         return [f"{name}/{file} is missing" for file in missing[-1]]
     for path in sorted(folder.glob("*.json")):
         read_json(root, path)
+    for path in [folder / file for file in ("merges.txt", "spiece.model") if (folder / file).is_file()]:
+        if is_pointer(path):
+            return [f"{name}/{path.name} {POINTER}"]
+        if path.suffix == ".txt" and not any(line and not line.startswith("#") for line in path.read_text(encoding="utf-8").split("\n")):
+            return [f"{name}/{path.name} has no merges"]
     index = root / "model_index.json"
     entry = read_json(root, index).get(name) if index.is_file() else None  # its absence is told once
     found = entry[1] if isinstance(entry, list) and len(entry) > 1 else None
@@ -408,11 +462,17 @@ def _expected(configs: dict[str, dict], base: str) -> Iterator[tuple[str, Any, A
     for key, wanted in ONLY.get(base, {}).items():
         yield key, config.get(key), wanted, ", and nothing else is computed here. Give another model"
     if flux:
+        dims = config["axes_dims_rope"]
+        yield "the sum of axes_dims_rope", sum(dims), config["attention_head_dim"], ", which is attention_head_dim"
         if second:
             yield "joint_attention_dim", config["joint_attention_dim"], second["d_model"], ", the width of text_encoder_2"
         if clip:
             yield "pooled_projection_dim", config["pooled_projection_dim"], clip["hidden_size"], ", the width of text_encoder"
         return
+    if config["mid_block_type"] not in (blocks := ["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"]):
+        yield "mid_block_type", config["mid_block_type"], " or ".join(blocks), ": a ControlNet has one"
+    if not isinstance(config["layers_per_block"], int):
+        yield "layers_per_block", config["layers_per_block"], "one number", ": a ControlNet has as many in every block"
     wanted, advice = ("text_time", "Stable Diffusion XL's") if second else (None, "Stable Diffusion 1's and 2's")
     yield "addition_embed_type", config["addition_embed_type"], wanted, f", {advice}. Use the script of the other model"
     if clip:
@@ -426,12 +486,20 @@ def _expected(configs: dict[str, dict], base: str) -> Iterator[tuple[str, Any, A
 
 def _scheduler_problems(scheduler: dict, base: str) -> list[str]:
     file, cls = "scheduler/scheduler_config.json", class_of(scheduler)
+    if not (isinstance(scheduler.get("num_train_timesteps", 1000), int) and scheduler.get("num_train_timesteps", 1000) >= 1):
+        return [f"{file}: num_train_timesteps is {scheduler['num_train_timesteps']}, expected a number such as 1000"]
     if base == "transformer":
+        wrong = [key for key in ("shift", "base_shift", "max_shift") if not _number(scheduler[key])]
+        wrong += [key for key in ("base_image_seq_len", "max_image_seq_len") if not _number(scheduler[key])]
+        if wrong:
+            return [f"{file}: {key} is {scheduler[key]}, expected a number. Give FLUX.1-dev's scheduler_config.json" for key in wrong]
+        if scheduler["base_image_seq_len"] >= scheduler["max_image_seq_len"]:
+            return [f"{file}: base_image_seq_len is {scheduler['base_image_seq_len']}, expected less than max_image_seq_len"]
         only = ONLY["FlowMatchEulerDiscreteScheduler"]
         return [
             f"{file}: {key} is {scheduler[key]}, and only {value} is computed here. Give FLUX.1-dev's scheduler_config.json"
             for key, value in only.items()
-            if scheduler.get(key, value) != value
+            if (scheduler.get(key) if scheduler.get(key) is not None else value) != value
         ]
     if lacking := [key for key in ("beta_start", "beta_end", "beta_schedule") if key not in scheduler]:
         edm = ", which was trained with EDM's noise" if "sigma_data" in scheduler else ""
@@ -444,10 +512,17 @@ def _scheduler_problems(scheduler: dict, base: str) -> list[str]:
 
 
 def _vae_problems(root: Path, name: str) -> list[str]:
-    """latents_mean and latents_std are given together, a number for every channel."""
+    """What cannot be the scale of latents. latents_mean and latents_std are given together, a number for every channel."""
     config = read_config(root, name)
+    scale, shift = config["scaling_factor"], config["shift_factor"]
+    if not (_number(scale) and scale > 0):
+        return [f"{name}/config.json: scaling_factor is {scale}, expected a number above 0, such as 0.18215"]
+    if not (shift is None or _number(shift)):
+        return [f"{name}/config.json: shift_factor is {shift}, expected a number or null"]
     given = {key: config[key] for key in ("latents_mean", "latents_std") if config[key] is not None}
     wrong = [f"{key} is {value}" for key, value in given.items() if not _numbers(value, config["latent_channels"])]
+    if "latents_std" in given and not wrong and min(given["latents_std"]) <= 0:
+        wrong.append(f"latents_std is {given['latents_std']}, and each has to be above 0")
     if len(given) == 1:
         wrong.append(f"{next(iter(given))} is there without the other")
     if given and config["shift_factor"]:
@@ -456,4 +531,8 @@ def _vae_problems(root: Path, name: str) -> list[str]:
 
 
 def _numbers(value: Any, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and all(isinstance(each, (int, float)) for each in value)
+    return isinstance(value, list) and len(value) == count and all(map(_number, value))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

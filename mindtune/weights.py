@@ -33,6 +33,8 @@ class StoredTensor(NamedTuple):
 
 def read_json(root: Path, path: Path) -> dict:
     """Raises ValueError naming the file if it is torn or holds no object."""
+    if is_pointer(path):
+        raise ValueError(f"{path.relative_to(root)} {POINTER}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -40,6 +42,15 @@ def read_json(root: Path, path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path.relative_to(root)} holds no JSON object")
     return content
+
+
+POINTER = "is a pointer of Git LFS: run git lfs pull where it was cloned"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether git left a note in the place of a large file, as it does without git-lfs."""
+    with open(path, "rb") as file:
+        return file.read(24) == b"version https://git-lfs."
 
 
 def stem_of(component: str) -> str:
@@ -68,8 +79,8 @@ def _named_files(root: Path, name: str, variant: Optional[str]) -> list[Path]:
     middle = f".{variant}" if variant else ""
     for index in (f"{stem}.safetensors.index{middle}.json", f"{stem}{middle}.safetensors.index.json"):
         if (folder / index).is_file():
-            shards = read_json(root, folder / index).get("weight_map") or {}
-            if not shards:
+            shards = read_json(root, folder / index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
                 raise ValueError(f"{name}/{index} names no files (no weight_map)")
             if strange := [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]:
                 raise ValueError(f"{name}/{index} names {strange[0]!r}, which is no file of this directory")
@@ -113,6 +124,8 @@ def missing_file(name: str, path: Path, there: list[str]) -> str:
     pattern = re.compile(rf"{stem}(?:\.(\w+))?(?:-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.safetensors")
     found = [match for other in sorted(there) if (match := pattern.fullmatch(other))]
     variants = [variant for match in found for variant in match.groups() if variant not in (None, "non_ema")]
+    if path.name == f"{stem}.safetensors" and any(match.groups() == (None, None) for match in found):
+        return f"{said}, and so is {stem}.safetensors.index.json, which tells what its shards hold"
     if variants:
         return f"{said}; there are files of the variant {variants[0]}: add --variant {variants[0]}"
     for other in sorted(there):
@@ -131,6 +144,8 @@ def file_problem(root: Path, path: Path) -> Optional[str]:
     name = path.relative_to(root)
     if not path.is_file():
         return f"{name} is missing"
+    if is_pointer(path):
+        return f"{name} {POINTER}"
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(8)

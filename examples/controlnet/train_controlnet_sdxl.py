@@ -409,6 +409,7 @@ def main(argv=None):
         configs = pipelines.resolve_pipeline(
             args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SDXL_COMPONENTS, weights=False
         )
+        models.check_files(configs, models.with_weights(configs, pipelines.SDXL_COMPONENTS, args.variant), args.variant)
         if args.pretrained_vae_model_name_or_path:
             pipelines.resolve_vae(args.pretrained_vae_model_name_or_path, VAE_FLAG, args.cache_dir, configs, "unet", weights=False)
         existing = args.controlnet_model_name_or_path and pipelines.resolve_controlnet(
@@ -454,6 +455,16 @@ def main(argv=None):
         (prompt, sampling.condition_picture(path, "--validation_image", args.resolution, 8, pair_data.background))
         for prompt, path in to_draw
     ]
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
+    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * pair_data.epoch_length / per_update)
+    schedule_steps = args.lr_schedule_steps or max_train_steps
+    rate = args.learning_rate * (per_update if args.scale_lr else 1)
+    tell(advice.on_settings(args.optimizer, rate, args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps))
+    if resume:
+        tell(advice.on_resumed_schedule(
+            args.lr_scheduler, state.get("lr_schedule_steps"), schedule_steps, state["global_step"], rate, args.lr_warmup_steps,
+            args.lr_num_cycles, args.lr_power,
+        ))  # fmt: skip
     logging_dir = output_dir / args.logging_dir
     output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -501,11 +512,7 @@ def main(argv=None):
     latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
     batches = Batches(args, seed, stage, pair_data, latent, len(alphas))
     snr_weights = diffusion.min_snr_weights(alphas, args.snr_gamma, prediction_type)
-    per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
-    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * pair_data.epoch_length / per_update)
-    schedule_steps = args.lr_schedule_steps or max_train_steps
 
-    rate = args.learning_rate * (per_update if args.scale_lr else 1)
     weights = models.model_parameters(controlnet)
     groups = [{"params": list(weights.values()), "lr": rate, "weight_decay": args.adam_weight_decay}]
     make = partial(
@@ -580,12 +587,6 @@ def main(argv=None):
         return sampling.save_image(grid, output_dir / "samples" / f"{'final' if final else f'step-{global_step:06d}'}.png")
 
     # ---- the loop ------------------------------------------------------------
-    tell(advice.on_settings(args.optimizer, rate, args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps))
-    if resume:
-        tell(advice.on_resumed_schedule(
-            args.lr_scheduler, state.get("lr_schedule_steps"), schedule_steps, global_step, rate, args.lr_warmup_steps,
-            args.lr_num_cycles, args.lr_power,
-        ))  # fmt: skip
     print(f"optimizer state: {optim.state_bytes(optimizer):,} bytes on each of {devices.workers()} workers")
     print(
         f"{pair_data.epoch_length} {'uses of a stream' if args.streaming else 'pairs'}, {len(pair_data.held_out)} held out; "

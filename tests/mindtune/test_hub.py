@@ -119,6 +119,9 @@ def test_the_token_is_nowhere(fake_hub, result, capsys):
     [
         (None, "my dog lora", "--output_dir my dog lora", "my-dog-lora"),
         ("somebody/my dog", "out", "--hub_model_id somebody/my dog", "somebody/my-dog"),
+        ("a/b/c", "out", "--hub_model_id a/b/c", "b/c"),
+        ("me/x.git", "out", "--hub_model_id me/x.git", "me/x"),
+        ("/me", "out", "--hub_model_id /me", "me"),
         (None, "我的模型", "--output_dir 我的模型", "my-model"),
         (None, "a--b", "--output_dir a--b", "a-b"),
         (None, "x" * 97, "--output_dir " + "x" * 97, "x" * 96),

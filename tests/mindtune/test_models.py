@@ -234,6 +234,13 @@ def test_tensors_that_a_model_does_not_know_are_named(pipeline, capsys):
     assert capsys.readouterr().out == f"{pipeline / 'transformer'}: {expected}\n"
 
 
+def test_files_of_another_model_say_what_they_have(pipeline):
+    (path,) = weight_files(pipeline, "transformer")
+    save_file({f"module.{key}": value for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="They have others, such as module.context_embedder.bias"):
+        check_files(pipeline, ["transformer"])
+
+
 def test_files_that_do_not_fit_are_found_before_anything_is_loaded(pipeline):
     edit(pipeline / "vae" / "config.json", layers_per_block=2)
     with pytest.raises(UserError, match="the weight files lack"):
@@ -359,6 +366,28 @@ def test_a_clip_tokenizer_without_a_limit(pipeline):
     path = pipeline / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "model_max_length"}))
     assert load_tokenizer(pipeline / "tokenizer").model_max_length == 77
+
+
+@pytest.mark.parametrize("limit", [0, -1, 8192])
+def test_a_clip_tokenizer_with_a_limit_that_cannot_be(pipeline, limit):
+    edit(pipeline / "tokenizer" / "tokenizer_config.json", model_max_length=limit)
+    assert load_tokenizer(pipeline / "tokenizer").model_max_length == 77
+
+
+def test_a_tokenizer_with_more_tokens_than_the_text_encoder(pipeline):
+    """Saved after add_tokens: its new ids have no embedding."""
+    tokenizer = load_tokenizer(pipeline / "tokenizer")
+    tokenizer.add_tokens("<sks>")
+    tokenizer.save_pretrained(pipeline / "tokenizer")
+    with pytest.raises(UserError, match=f"has {len(tokenizer)} tokens, and text_encoder/config.json a vocab_size of {len(tokenizer) - 1}"):
+        check_files(pipeline, ["tokenizer"])
+
+
+def test_a_spiece_model_that_is_none(pipeline):
+    edit(pipeline / "tokenizer_2" / "tokenizer_config.json", add_prefix_space=True)
+    (pipeline / "tokenizer_2" / "spiece.model").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="tokenizer_2: "):
+        load_tokenizer(pipeline / "tokenizer_2")
 
 
 def test_a_t5_tokenizer_as_flux_has_it_without_spiece_model(pipeline):

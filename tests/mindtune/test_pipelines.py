@@ -10,7 +10,16 @@ from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
 from mindtune.models import load_model
-from mindtune.pipelines import FLUX_COMPONENTS, SD_COMPONENTS, SDXL_COMPONENTS, check_pipeline, read_config, resolve_pipeline
+from mindtune.pipelines import (
+    FLUX_COMPONENTS,
+    SD_COMPONENTS,
+    SDXL_COMPONENTS,
+    check_pipeline,
+    read_config,
+    resolve_controlnet,
+    resolve_pipeline,
+    resolve_vae,
+)
 from mindtune.precision import resolve_precision
 from mindtune.weights import weight_files
 
@@ -121,7 +130,12 @@ def test_a_pointer_in_the_place_of_weights(pipeline):
     path.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
     )
-    assert defects(pipeline)[0].startswith(f"vae/{path.name} is cut short")
+    assert defects(pipeline) == [f"vae/{path.name} is a pointer of Git LFS: run git lfs pull where it was cloned"]
+    for name in ("tokenizer/merges.txt", "tokenizer_2/spiece.model", "vae/config.json"):
+        path.replace(pipeline / name) if not path.exists() else (pipeline / name).write_bytes(path.read_bytes())
+    assert [line.split(" ")[0] for line in defects(pipeline)] == [
+        "tokenizer/merges.txt", "tokenizer_2/spiece.model", "vae/config.json",
+    ]  # fmt: skip
 
 
 def test_a_missing_shard(pipeline):
@@ -241,6 +255,8 @@ def test_weights_in_another_format(pipeline, other, said):
         ("FluxControlPipeline", "it reads a condition beside the latents"),
         ("StableDiffusionXLPipeline", "Stable Diffusion XL; train it with examples/controlnet/train_controlnet_sdxl.py"),
         ("StableDiffusionPipeline", "Stable Diffusion 1 or 2; train it with examples/controlnet/train_controlnet.py"),
+        ("Flux2Pipeline", "FLUX.2; it is not supported"),
+        ("FluxPriorReduxPipeline", "it encodes images for another pipeline"),
         ("StableDiffusion3Pipeline", "Stable Diffusion 3; it is not supported"),
     ],
 )
@@ -289,6 +305,14 @@ def sdxl(tmp_path_factory):
         ("scheduler", "shift_terminal", 0.1, "shift_terminal is 0.1, and only None is computed here"),
         ("scheduler", "time_shift_type", "linear", "time_shift_type is linear, and only exponential is computed here"),
         ("vae", "latents_mean", [0.0] * 16, "latents_mean is there without the other"),
+        ("vae", "scaling_factor", None, "scaling_factor is null, expected such as 0.18215"),
+        ("vae", "scaling_factor", 0, "scaling_factor is 0, expected a number above 0"),
+        ("vae", "shift_factor", "a", "shift_factor is a, expected a number or null"),
+        ("vae", "block_out_channels", None, "block_out_channels is null, expected such as (64,)"),
+        ("transformer", "axes_dims_rope", [4, 6, 4], "the sum of axes_dims_rope is 14, expected 16, which is attention_head_dim"),
+        ("scheduler", "base_shift", None, "base_shift is null, expected such as 0.5"),
+        ("scheduler", "num_train_timesteps", "1000", "num_train_timesteps is 1000, expected a number such as 1000"),
+        ("scheduler", "max_image_seq_len", 256, "base_image_seq_len is 256, expected less than max_image_seq_len"),
     ],
 )
 def test_flux_models_of_other_kinds(pipeline, part, key, value, said):
@@ -305,6 +329,9 @@ def test_flux_models_of_other_kinds(pipeline, part, key, value, said):
         ("unet", "in_channels", 9, "in_channels is 9, expected 4: an inpainting model"),
         ("unet", "in_channels", 7, "in_channels is 7, expected 4: an upscaler"),
         ("unet", "addition_embed_type", "text_time", "addition_embed_type is text_time, expected None"),
+        ("unet", "mid_block_type", None, "mid_block_type is None, expected UNetMidBlock2DCrossAttn or UNetMidBlock2D"),
+        ("unet", "layers_per_block", [1, 1, 1, 1], "layers_per_block is [1, 1, 1, 1], expected one number"),
+        ("scheduler", "beta_end", 2.0, "beta_start 0.00085 and beta_end 2.0 give betas outside of 0 to 1"),
         ("unet", "num_class_embeds", 1000, "num_class_embeds is 1000, expected None"),
         ("unet", "cross_attention_dim", 64, "cross_attention_dim is 64, expected 32, the width of the text encoders"),
         ("scheduler", "prediction_type", "sample", "prediction_type sample is not supported"),
@@ -458,3 +485,37 @@ def test_a_file_in_the_place_of_a_directory(tmp_path, name, what):
     (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(UserError, match=f"{name}: {what}. Give the directory of the model in the Hugging Face layout"):
         resolve_pipeline(str(tmp_path / name), None, None, None, FLUX_COMPONENTS)
+
+
+def test_a_directory_above_the_pipeline(pipeline):
+    """A hub cache's own folder, or one level too high."""
+    with pytest.raises(UserError, match=f"model_index.json is missing; there is a pipeline in {pipeline}: give that"):
+        resolve_pipeline(str(pipeline.parent), None, None, None, FLUX_COMPONENTS)
+
+
+def test_an_index_and_a_class_of_other_types(pipeline):
+    shard(pipeline / "transformer")
+    for content in ({"weight_map": ["a"]}, {"weight_map": "a"}):
+        (pipeline / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(content))
+        (line,) = defects(pipeline)
+        assert line.endswith("names no files (no weight_map)")
+    (pipeline / "transformer" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    (line,) = defects(pipeline)
+    assert "and so is diffusion_pytorch_model.safetensors.index.json" in line
+    edit(pipeline / "model_index.json", _class_name=["FluxPipeline"])
+    assert defects(pipeline) == [line]
+
+
+def test_a_vae_of_another_latent_space_is_told(sdxl, tiny_sd, capsys):
+    """It may be trained with; the model was made for the pipeline's."""
+    resolve_vae(str(sdxl / "vae"), "--vae", None, sdxl, "unet")
+    assert capsys.readouterr().out == ""
+    resolve_vae(str(tiny_sd / "vae"), "--vae", None, sdxl, "unet")
+    assert "its scaling_factor is 0.18215, the pipeline's VAE has 0.13025" in capsys.readouterr().out
+
+
+def test_a_controlnet_with_only_files_of_a_variant(pipeline):
+    rename(pipeline, "transformer", "fp16")
+    edit(pipeline / "transformer" / "config.json", _class_name="FluxControlNetModel")
+    with pytest.raises(UserError, match="files of the variant fp16: rename them without it"):
+        resolve_controlnet(str(pipeline / "transformer"), "--controlnet", None, {"_class_name": "FluxTransformer2DModel"})
