@@ -67,7 +67,7 @@ def rows(path: Path) -> Iterator[tuple[int, Union[dict, ValueError]]]:
 
     Raises UnicodeDecodeError when it reaches text in another encoding, and UserError for a .csv file without a header.
     """
-    return _csv_rows(path) if path.suffix.lower() == ".csv" else _jsonl_rows(path)
+    return _csv_rows(path) if path.suffix.lower() in (".csv", ".tsv") else _jsonl_rows(path)
 
 
 def _text(path: Path, newline: str) -> TextIO:
@@ -136,6 +136,16 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Union[dict, ValueError]]]:
             else:
                 quote = ", put a caption that holds one in double quotes" if len(fields) > len(header) else ""
                 yield number, ValueError(f"has {len(fields)} fields, the first line {len(header)} (separated by {delimiter!r}{quote})")
+
+
+def is_text_file(path: Path) -> bool:
+    """Whether a file begins as text: without a zero, unless a byte order mark tells of UTF-16 or 32."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    except OSError:  # said when it is read
+        return True
+    return b"\0" not in head or encoding(head) != "utf-8-sig"
 
 
 def is_text(text: str) -> bool:

@@ -731,3 +731,96 @@ def test_a_stream_that_breaks_off_says_where(tmp_path):
     stream = iter(PairStream(Source(train_data_dir=str(tmp_path)), buffer_size=1))
     with pytest.raises(UserError, match="cannot read on in pass 0: UnicodeDecodeError"):
         list(islice(stream, COUNT))
+
+
+def one_pair(folder, image, condition="b.png", name="a.jsonl", **options):
+    """The first pair of a .jsonl file of one line."""
+    path = write_lines(folder / name, [{"image": image, "conditioning_image": condition, "text": ""}])
+    return load_pairs(Source(jsonl_for_train=str(path), cache_dir=str(folder / "cache"), **options))[0]
+
+
+def test_relative_paths_of_a_jsonl_file_are_taken_from_the_working_directory_too(tmp_path, monkeypatch):
+    """Its own directory comes first; metadata that came with a folder may not name files elsewhere."""
+    for place in ("lists", "pr"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "pr/a.png").write_bytes(IMAGES[0])
+    (tmp_path / "b.png").write_bytes(IMAGES[1])
+    (tmp_path / "lists/b.png").write_bytes(IMAGES[2])
+    monkeypatch.chdir(tmp_path)
+    pair = one_pair(tmp_path / "lists", "pr/a.png")
+    assert (pair.image.read(), pair.condition.read()) == (IMAGES[0], IMAGES[2])
+    assert pair.image.name == str(tmp_path / "pr/a.png")
+    write_lines(tmp_path / "lists/metadata.jsonl", [{"image": "pr/a.png", "conditioning_image": "b.png", "text": ""}])
+    assert "lists/pr/a.png (line 1)" in refusal(train_data_dir=str(tmp_path / "lists"))
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+def test_absolute_paths_in_a_folders_own_metadata(tmp_path, open_pairs):
+    (tmp_path / "d").mkdir()
+    for place in ("d/a.png", "out.png"):
+        (tmp_path / place).write_bytes(IMAGES[0])
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    lines = [{"image": str(tmp_path / d / "a.png"), "conditioning_image": "a.png", "text": ""} for d in ("d", "link")]
+    write_lines(tmp_path / "d/metadata.jsonl", lines)
+    pairs = open_pairs(Source(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")))
+    assert [pair.image.read() for pair in islice(pairs, 2)] == [IMAGES[0]] * 2
+    write_lines(tmp_path / "d/metadata.jsonl", [{**lines[0], "image": str(tmp_path / "out.png")}])
+    assert "out.png leads out of the directory" in refusal(open_pairs, train_data_dir=str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("form", ["{}", "data:image/png;base64,{}"])
+def test_an_image_of_one_colour_is_short_in_base64(tmp_path, form):
+    file = io.BytesIO()
+    Image.new("L", (80, 80)).save(file, "png")
+    text = base64.b64encode(file.getvalue()).decode()
+    assert len(text) < 200
+    pair = one_pair(tmp_path, form.format(text), form.format(text))
+    assert pair.image.read() == pair.condition.read() == file.getvalue()
+
+
+def test_broken_base64_is_not_called_a_missing_file(tmp_path):
+    text = base64.b64encode(png(64, 64)).decode()
+    rows = [
+        {"image": cell, "conditioning_image": text, "text": ""}
+        for cell in (text[:201], text[:300] + "%" + text[300:], "data:image/png;base64,%" + text)
+    ]
+    found = refusal(jsonl_for_train=str(write_lines(tmp_path / "a.jsonl", rows)))
+    assert found.count("is base64 that is damaged or cut off") == 3 and "missing" not in found and len(found) < 1200
+
+
+def test_urls_of_files_and_in_capitals(tmp_path):
+    (tmp_path / "a b#1.png").write_bytes(IMAGES[0])
+    (tmp_path / "b.png").write_bytes(IMAGES[1])
+    pair = one_pair(tmp_path, f"file://{tmp_path}/a%20b#1.png", f"FILE:{tmp_path}/b.png")
+    assert (pair.image.read(), pair.condition.read()) == (IMAGES[0], IMAGES[1])
+    assert one_pair(tmp_path, "HTTPS://Host/A.png").image.name == "https://Host/A.png"
+
+
+def test_other_files_than_jsonl_are_told_where_they_go(tmp_path):
+    as_parquet(tmp_path)
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    for name in ("train.parquet", "a.png"):
+        found = refusal(jsonl_for_train=str(tmp_path / name))
+        assert f"{name}: not a text file. Give a .jsonl file with a line for every pair; a directory of" in found and len(found) < 400
+    assert "is a directory. Give it as --train_data_dir" in refusal(jsonl_for_train=str(tmp_path))
+
+
+def test_tab_separated_values(tmp_path):
+    write_files(tmp_path)
+    (tmp_path / "a.tsv").write_text("Image\tconditioning_image\tText\nimages/0.png\tconditions/0.png\ta, b\n")
+    pairs = load_pairs(Source(jsonl_for_train=str(tmp_path / "a.tsv"), cache_dir=str(tmp_path / "cache")))
+    assert contents(pairs) == [(IMAGES[0], CONDITIONS[0], "a, b")]
+
+
+def test_files_that_metadata_use_are_not_called_unused(tmp_path):
+    """Whatever their names end in; hidden images and those of linked folders that they do not name are said."""
+    for name in ("d", "far"):
+        (tmp_path / name).mkdir()
+    for name in ("d/a.JPG_large", "d/a.mp4", "d/.z.png", "far/m.png", "d/notes.bin"):
+        (tmp_path / name).write_bytes(IMAGES[0])
+    (tmp_path / "d/more").symlink_to(tmp_path / "far")
+    write_lines(tmp_path / "d/metadata.jsonl", [{"image": "a.JPG_large", "conditioning_image": "a.mp4", "text": ""}])
+    assert said(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")) == [
+        "1 files are not used beside metadata.jsonl: notes.bin",
+        "2 images are not used, for metadata.jsonl does not name them: .z.png, more/m.png",
+    ]
