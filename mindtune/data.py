@@ -80,7 +80,7 @@ def encoded(cell: Any, root: Optional[str] = None) -> bytes:
                 return Path(root, place).read_bytes()
     if not os.path.isfile(text) and (content := from_base64(text)) is not None:
         return content
-    if len(text) > 4096:
+    if len(text) > 4096 or ("://" not in text and max(map(len, text.split("/"))) > 255):
         raise UnusableImage(f"a text of {len(text)} characters that is no path, URL or base64: {shown(text, 110)}")
     if "://" in text:  # the images of a folder that is streamed from the hub
         import fsspec

@@ -23,6 +23,7 @@ from mindtune.data import (
     resize_shorter_side,
 )
 from mindtune.folders import samples_in_folder
+from mindtune.images import UnusableImage
 
 WHITE = (255, 255, 255)
 
@@ -383,3 +384,9 @@ def test_prefetch_can_be_left_in_the_middle():
     count = len(made)
     time.sleep(0.05)
     assert len(made) == count < 10
+
+
+def test_text_too_long_for_a_file_name_is_no_missing_file():
+    """Such as base64 that is cut off; the system's own error says "File name too long"."""
+    with pytest.raises(UnusableImage, match="a text of 301 characters that is no path, URL or base64"):
+        encoded("A" * 300 + "%")
