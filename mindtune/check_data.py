@@ -165,13 +165,13 @@ def pipeline(name: Optional[str], cache_dir: Optional[str]) -> tuple[dict, dict]
     """A pipeline's sizes, named as in FLUX_DEV, and its tokenizers by encoder. Without a name FLUX.1-dev's sizes and none."""
     if name is None:
         return FLUX_DEV, {}
-    from mindtune import models, pipelines  # import mindone, which the check of pictures alone does without
+    from mindtune import configs, models, pipelines  # import mindone, which the check of pictures alone does without
 
     root = pipelines.resolve_pipeline(name, None, None, cache_dir, {"vae": (), "text_encoder": ()}, weights=False)
-    vae, clip = pipelines.read_config(root, "vae"), pipelines.read_config(root, "text_encoder")
+    vae, clip = configs.read_config(root, "vae"), configs.read_config(root, "text_encoder")
     kind = "flux" if (root / "transformer").is_dir() else "sdxl" if (root / "text_encoder_2").is_dir() else "sd"
     sizes = {"kind": kind, "channels": vae["latent_channels"], "factor": 2 ** (len(vae["block_out_channels"]) - 1)}
-    second = pipelines.read_config(root, "text_encoder_2") if kind != "sd" else {}
+    second = configs.read_config(root, "text_encoder_2") if kind != "sd" else {}
     sizes["widths"] = {
         "flux": lambda: [second["d_model"], clip["hidden_size"]],
         "sd": lambda: [clip["hidden_size"]],

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "tiny")]
 import make_tiny_pipeline  # noqa: E402  (examples/tiny)
 import steps  # noqa: E402  (beside this file)
 
-from mindtune import cli, flux_blocks, library, lora, models, pipelines, precision, tracking  # noqa: E402
+from mindtune import cli, configs, flux_blocks, library, lora, models, pipelines, precision, tracking  # noqa: E402
 from mindtune.weights import weight_files  # noqa: E402
 
 FOLDERS = ("mindtune", "flux_lora", "flux_controlnet", "examples/controlnet", "examples/tiny")
@@ -196,7 +196,7 @@ def controlnets(work):
             new = models.flux_controlnet(work / kind, 1, 1)
         else:
             new = models.unet_controlnet(models.load_model(work / kind, part, full), 0)
-        yield f"{kind}-controlnet", new, pipelines.read_config(work / kind, part)
+        yield f"{kind}-controlnet", new, configs.read_config(work / kind, part)
 
 
 def write_reference(work):
