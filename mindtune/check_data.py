@@ -21,7 +21,7 @@ from mindtune.buckets import crop_sizes, nearest_bucket, wanted
 from mindtune.checkpoint import require_writable
 from mindtune.cli import UserError, listing, run, shown
 from mindtune.columns import Source
-from mindtune.data import Sample, animation_notes, prefetch, usable
+from mindtune.data import Look, Sample, image_notes, prefetch, usable
 from mindtune.folders import holds_no_image, samples_in_folder
 from mindtune.pairs import Notes, check_source_flags, load_pairs, usable_pair
 from mindtune.tables import samples_in_dataset
@@ -69,14 +69,14 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
 
 
 def found_pictures(samples: list[Sample], sizes: list[tuple[int, int]], threads: int, flag: str, notes: list[str]) -> list[Found]:
-    def one(place: int) -> tuple[Found, bool]:
+    def one(place: int) -> tuple[Found, Look]:
         sample = samples[place]
         looked = usable(sample, wanted(sizes))
         digest = "" if isinstance(looked.size, str) else sample.digest
-        return Found(sample.name, looked.size, digest, sample.caption), looked.animated
+        return Found(sample.name, looked.size, digest, sample.caption), looked
 
     found = list(prefetch(one, range(len(samples)), threads))
-    notes += animation_notes((item.name for item, animated in found if animated), flag)
+    notes += image_notes(((item.name, looked) for item, looked in found), flag)
     return [item for item, _ in found]
 
 
