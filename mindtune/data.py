@@ -139,7 +139,8 @@ def report_bad(bad: list[str], total: str, flag: str, skip_bad: bool) -> None:
 class Look(NamedTuple):
     """What decoding an image found: its (width, height), upright, or what is wrong with it; if it has more frames, and if it is dark.
 
-    Dark is 16-bit gray that holds no value above 255. Of a condition also the backgrounds on which it has one colour only, and the ink of a transparent one.
+    Dark is 16-bit gray that holds no value above 255. Of a condition also the backgrounds on which it has one colour only, and the ink
+    of a transparent one.
     """
 
     size: Union[tuple[int, int], str]
