@@ -56,9 +56,10 @@ HINTS = {
 }
 PHOTOS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "HEIF", "AVIF")
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # which Pillow opens and cannot decode
+LFS_POINTER = b"version https://git-lfs"
 # What the first bytes say of a file that Pillow does not know.
 SIGNATURES = (
-    (b"version https://git-lfs", "a Git LFS pointer: run git lfs pull where the data set was cloned"),
+    (LFS_POINTER, "a Git LFS pointer: run git lfs pull where the data set was cloned"),
     (b"%PDF", "a PDF: export its pages as PNG"),
     (b"PK\x03\x04", "a ZIP archive: unpack it"),
     (b"Rar!", "a RAR archive: unpack it"),

@@ -411,7 +411,7 @@ def test_an_image_without_a_transparent_pixel_has_no_ink_of_its_own(image):
         "white and thin black",
         "black and thin red",
         "orange",
-    ],  # fmt: skip
+    ],
 )
 def test_a_drawing_is_laid_on_black_only_if_white_would_hide_it(image, expected):
     assert ground(ink(image)) == expected

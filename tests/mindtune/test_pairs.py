@@ -277,6 +277,12 @@ def test_columns_may_be_named_and_empty_captions_are_empty(tmp_path):
     assert contents(pairs) == list(zip(IMAGES, CONDITIONS, ["a", "", "", *"defg"]))
 
 
+def test_one_column_is_not_both_image_and_condition(tmp_path):
+    table().to_parquet(tmp_path / "train.parquet")
+    found = refusal(train_data_dir=str(tmp_path), image_column="image", conditioning_image_column="image")
+    assert "column image is named for two purposes. Name each column once." in found
+
+
 def test_the_first_other_image_column_is_the_target(tmp_path):
     renamed = table(image=None, conditioning_image=None, text=None, condition=CONDITIONS, photo=IMAGES, prompt=CAPTIONS)
     renamed.to_parquet(tmp_path / "train.parquet")
@@ -338,7 +344,7 @@ def test_a_data_set_without_rows(tmp_path):
     (tmp_path / "parquet").mkdir()
     pyarrow.parquet.write_table(table().data.table.slice(0, 0), tmp_path / "parquet" / "train.parquet")
     assert "the data set has no rows" in refusal(train_data_dir=str(tmp_path / "saved"))
-    assert "corresponds to no data" in refusal(train_data_dir=str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
+    assert "the data set has no rows" in refusal(train_data_dir=str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
     assert "of size 0" in refusal(PairStream, train_data_dir=str(tmp_path / "saved"))
     with pytest.raises(UserError, match="the data set has no rows"):
         next(iter(PairStream(Source(train_data_dir=str(tmp_path / "parquet")))))
