@@ -127,6 +127,7 @@ def _library(root: Path, name: str, where: str, config: Optional[str], cache_dir
         reason = shown(f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else error, 1000)
         hint = "Every sample of the shards needs the same files, such as 01.image.png, 01.conditioning.png and 01.txt."
         other = "Give a directory with metadata.jsonl, parquet, arrow or .tar files, or for --dataset_name the id of a data set on the hub."
+        other += " A folder of images for a LoRA is given as --instance_data_dir." if root.is_dir() else ""
         raise UserError(f"{where}: the datasets library cannot read it: {reason}\n{hint if tars else other}") from None
 
 

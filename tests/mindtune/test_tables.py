@@ -76,7 +76,7 @@ def test_a_wrong_column_is_answered_with_the_right_ones(imagefolder, tmp_path, c
 
 def test_a_dataset_that_cannot_be_read(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"--dataset_name .*cannot read it"):
+    with pytest.raises(UserError, match=r"(?s)--dataset_name .*cannot read it.* folder of images .* is given as --instance_data_dir"):
         read_dataset(tmp_path / "empty", tmp_path)
 
 
