@@ -72,7 +72,7 @@ def check_flags(values: dict, accepted: dict[str, str], at_least: dict[str, floa
         if values[name]:
             print(f"--{name}: {why}")
     for name, value in values.items():
-        if value == "" and name.endswith(("_path", "_dir", "_name", "_checkpoint")):
+        if value == "" and name.endswith("_name_or_path"):
             raise UserError(f"--{name}: is empty, as of a shell variable that is not set. Leave it out, or give a value.")
     for name, least in at_least.items():
         if values[name] is not None and not values[name] >= least:

@@ -22,17 +22,18 @@ SCRIPTS = {
 }  # fmt: skip
 TEXT = """# Which published models are trained
 
-Written by `python tests/models_page.py`, which makes each model in small with the published files, keys and tensor names (random
-weights), trains it for two updates with a validation image and a resumed run, or sees that it is refused before anything is encoded or
-written, with model, key and value in the message. No published weights are loaded. Where a published file could not be read,
-`tests/real_configs.py` says what stands in for it. A name without an owner is of no one repository.
+Written by `python tests/models_page.py`. It makes a small copy of each model with random weights: file names, config keys and tensor
+names are the published ones. A supported model is trained for an update, drawn with, and resumed. An unsupported one has to be refused
+before anything is encoded or written, with a message that names the model, the key and its value. No published weights are loaded.
+Where a published file was not at hand, `tests/real_configs.py` says what stands in for it. Names without an owner were found in more
+than one place.
 
 ## Pipelines
 
 {pipelines}
 ## VAEs
 
-SDXL's script takes them by `--pretrained_vae_model_name_or_path`.
+For SDXL give them by `--pretrained_vae_model_name_or_path`; for Stable Diffusion 1 and 2 put them into the pipeline's `vae` folder.
 
 {vaes}
 ## ControlNets to go on from
@@ -76,14 +77,14 @@ def adapter_rows() -> list[tuple[str, str, str]]:
 def page() -> str:
     """The page by the tables that the tests hold the scripts to."""
     tables = {
-        part: table((title, "", ""), [verdict_row(name, verdict) for name, verdict in verdicts.items()])
+        part: table((title, "what happens", "remark"), [verdict_row(name, verdict) for name, verdict in verdicts.items()])
         for part, title, verdicts in (
             ("pipelines", "pipeline", PIPELINES), ("vaes", "VAE", VAES), ("controlnets", "ControlNet", CONTROLNETS)
         )
     }  # fmt: skip
     adapters = adapter_rows()
-    files = table(("files", ""), [(what, how) for what, (how, _) in FILES.items()])
-    rows = ADAPTERS.format(rows=table(("tool or kind", "an entry of its file", ""), adapters)) if adapters else ""
+    files = table(("files", "what happens"), [(what, how) for what, (how, _) in FILES.items()])
+    rows = ADAPTERS.format(rows=table(("tool or kind", "an entry of its file", "read, or the message"), adapters)) if adapters else ""
     return TEXT.format(files=files, adapters=rows, **tables)
 
 

@@ -277,6 +277,12 @@ def test_columns_may_be_named_and_empty_captions_are_empty(tmp_path):
     assert contents(pairs) == list(zip(IMAGES, CONDITIONS, ["a", "", "", *"defg"]))
 
 
+def test_one_column_is_not_both_image_and_condition(tmp_path):
+    table().to_parquet(tmp_path / "train.parquet")
+    found = refusal(train_data_dir=str(tmp_path), image_column="image", conditioning_image_column="image")
+    assert "column image is named for two purposes. Name each column once." in found
+
+
 def test_the_first_other_image_column_is_the_target(tmp_path):
     renamed = table(image=None, conditioning_image=None, text=None, condition=CONDITIONS, photo=IMAGES, prompt=CAPTIONS)
     renamed.to_parquet(tmp_path / "train.parquet")
@@ -338,7 +344,7 @@ def test_a_data_set_without_rows(tmp_path):
     (tmp_path / "parquet").mkdir()
     pyarrow.parquet.write_table(table().data.table.slice(0, 0), tmp_path / "parquet" / "train.parquet")
     assert "the data set has no rows" in refusal(train_data_dir=str(tmp_path / "saved"))
-    assert "corresponds to no data" in refusal(train_data_dir=str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
+    assert "the data set has no rows" in refusal(train_data_dir=str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
     assert "of size 0" in refusal(PairStream, train_data_dir=str(tmp_path / "saved"))
     with pytest.raises(UserError, match="the data set has no rows"):
         next(iter(PairStream(Source(train_data_dir=str(tmp_path / "parquet")))))
@@ -554,10 +560,15 @@ WHITE, BLACK, RED = (255, 255, 255, 255), (0, 0, 0, 255), (255, 0, 0, 255)
     [
         ([WHITE] * 4, "black", ["4 transparent conditions are laid on black"]),
         ([BLACK] * 4, "white", []),
-        ([RED, WHITE, RED, RED], "white", ["1 of 4 conditions are blank, of one colour"]),
-        ([BLACK, WHITE, WHITE, WHITE], "white", ["3 of 4 conditions are blank, of one colour"]),
+        ([RED] * 4, "white", []),
+        ([RED, WHITE, RED, RED], "black", ["4 transparent conditions are laid on black; on white 25% of their drawing would not be seen"]),
+        (
+            [BLACK, WHITE, WHITE, WHITE],
+            "white",
+            ["4 transparent conditions are laid on white, where 75% of", "3 of 4 conditions are blank, of one colour"],
+        ),
     ],
-    ids=["white", "black", "red and white", "black and white"],
+    ids=["white", "black", "red", "red and white", "black and white"],
 )
 def test_all_transparent_conditions_are_laid_on_one_colour(tmp_path, capsys, streaming, colours, background, lines):
     """On black only where white would hide the drawings, all alike; the targets stay on white."""
@@ -573,6 +584,31 @@ def test_all_transparent_conditions_are_laid_on_one_colour(tmp_path, capsys, str
     for pair in pickle.loads(pickle.dumps(pairs)):
         corner = {"white": (255,) * 3, "black": (0,) * 3}[background]
         assert pair.condition.open().getpixel((0, 0)) == corner and pair.image.background == "white"
+
+
+def test_a_stream_looks_behind_its_beginning_for_transparent_conditions(tmp_path, capsys):
+    """Twenty opaque conditions come first, one without an image and one that is none among them."""
+    (tmp_path / "d").mkdir()
+    conditions = [CONDITIONS[0], None, b"none", *[CONDITIONS[1]] * 17, *(drawing(WHITE, n) for n in range(20))]
+    images = [IMAGES[n % COUNT] for n in range(40)]
+    rows = {"image": images, "conditioning_image": conditions, "text": ["x"] * 40}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "d/train.parquet")
+    stream = PairStream(Source(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")))
+    assert stream.background == "black"
+    assert ", 30 pairs of its first 256 rows: 16 transparent conditions are laid on black" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cell", ["s3://b/a.png", "a\0b", "foo://x", "file://x\0y", "data:image/png;base64,%"])
+@pytest.mark.parametrize("column, what", [("image", "image"), ("conditioning_image", "condition")])
+def test_a_cell_that_cannot_be_read_is_named_when_the_stream_reaches_it(tmp_path, cell, column, what):
+    rows = {"image": ["a.png"] * 2, "conditioning_image": ["a.png"] * 2, "text": ["x"] * 2}
+    rows[column] = ["a.png", cell]
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    pairs = iter(PairStream(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")), buffer_size=1))
+    next(pairs)
+    with pytest.raises(UserError, match=f"place 1 of the stream: its {what}: .*Mend the data set"):
+        next(pairs)
 
 
 def test_what_conditions_are_laid_on_tells_data_sets_apart(tmp_path):
@@ -607,12 +643,12 @@ def mixed(tmp_path):
 
 
 PROBLEMS = {
-    1: "its condition is missing (the dataset has none here)",
+    1: "its condition: missing (the dataset has none here)",
     2: "missing (the dataset has none here)",
     3: "64x64, its condition 32x32",
     4: "damaged (",
     5: "40x31 is smaller than --resolution 32",
-    6: "its condition is not an image that Pillow can read",
+    6: "its condition: not an image that Pillow can read",
 }
 
 
@@ -719,7 +755,7 @@ def test_an_unpaired_picture_is_named_when_the_stream_reaches_it(tmp_path, colum
     stream = PairStream(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")), buffer_size=1, count=7)
     pairs = iter(stream)
     assert [next(pairs).caption for _ in range(3)] == CAPTIONS[:3]
-    with pytest.raises(UserError, match=f"place 3 of the stream: its {what} is missing.*Mend the data set"):
+    with pytest.raises(UserError, match=f"place 3 of the stream: its {what}: missing.*Mend the data set"):
         next(pairs)
     assert [pair.caption for pair in stream.from_position(4)] == CAPTIONS[4:]
 

@@ -70,7 +70,7 @@ CONTROLNETS = {
     "control_v11p_sd15_canny": trained(SD, why="all of v1.1: the same config"),
     "Depth-Anything-controlnet": trained(SD),
     **{name: trained(SDXL) for name in ("controlnet-canny-sdxl-1.0", "controlnet-depth-sdxl-1.0")},
-    "controlnet-union-sdxl-1.0": refused(SDXL, "union", "task_embedding", why=UNION + "; its tensors tell, its config.json does not"),
+    "controlnet-union-sdxl-1.0": refused(SDXL, "union", "task_embedding", why=UNION + "; only its tensors show it"),
     "controlnet-union-sdxl-1.0 promax": refused(SDXL, "union", "num_control_type", "8", why=UNION),
     "sd21-photo-background-9-channels": refused(SD, "in_channels", "9", why="takes 9 channels, latents with a mask and a masked image"),
     "6-channel ControlNet": refused(SD, "conditioning_channels", "6", why="takes conditions of 6 channels; the scripts give RGB images"),

@@ -29,7 +29,7 @@ def make_models(sd, kind="no", perturbed=True, recompute=False):
     return controlnet, unet
 
 
-def make_step(sd, controlnet, unet, kind="no", predicted="epsilon", gamma=None, **flags):
+def make_step(sd, controlnet, unet, kind="no", predicted="epsilon", gamma=None, vae=None, **flags):
     flags = [f"--{name}={value}" for name, value in {"max_grad_norm": 0, **flags}.items()]
     args = sd.train.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", *flags])
     # Without a first moment's memory and without clipping, AdamW's first moment is the gradient.
@@ -38,7 +38,8 @@ def make_step(sd, controlnet, unet, kind="no", predicted="epsilon", gamma=None, 
     make = sd.train.TrainStepForControlNetSDXL if sd.kind == "sdxl" else sd.train.TrainStepForControlNet
     return make(
         controlnet, unet, optimizer, ms.Tensor(ALPHAS, ms.float32), ms.Tensor(weights, ms.float32),
-        precision.resolve_precision(kind).compute, args, predicted, SCALE, None, ms.float32, precision.loss_scaler(kind),
+        precision.resolve_precision(kind).compute, args, predicted,
+        vae or {"scaling_factor": SCALE}, None, ms.float32, precision.loss_scaler(kind),
     )  # fmt: skip
 
 
@@ -107,6 +108,17 @@ def plain_prediction(sd):
     down, mid = plain_control(*given, controlnet_cond=ms.Tensor(batch[1]), return_dict=False, **more)
     residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     return plain_unet(*given, return_dict=False, **residuals, **more)[0].asnumpy().astype(np.float64), x, alphas
+
+
+def test_latents_of_a_vae_with_a_mean_and_a_spread_of_every_channel(sd):
+    """Playground 2.5's: (z - mean) scaling_factor / std."""
+    mean, std = [-1.6, 1.9, -1.4, 2.5], [8.5, 5.9, 6.5, 5.2]
+    vae = {"scaling_factor": 0.5, "shift_factor": None, "latents_mean": mean, "latents_std": std}
+    step, batch = make_step(sd, *make_models(sd), vae=vae), make_batch(sd, 2)
+    found = step.latents(ms.Tensor(batch[0], ms.float32), ms.Tensor(batch[2], ms.float32)).asnumpy()
+    z = batch[0][:, :4] + np.exp(0.5 * np.clip(batch[0][:, 4:], -30, 20)) * batch[2]
+    expected = (z - np.reshape(mean, (1, 4, 1, 1))) * 0.5 / np.reshape(std, (1, 4, 1, 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0])
