@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import workload  # noqa: E402
 from mindspore import nn, ops  # noqa: E402
 
-from mindtune import library, models, pipelines  # noqa: E402
+from mindtune import configs, library, models  # noqa: E402
 
 
 def memory():
@@ -48,7 +48,7 @@ def load_plainly(root, name, precision=None, variant=None):
     if name.startswith("text_encoder"):
         cls = models.import_model_class_from_model_name_or_path(root, name)
     else:
-        cls = getattr(library.mindone.diffusers, pipelines.read_config(root, name)["_class_name"])
+        cls = getattr(library.mindone.diffusers, configs.read_config(root, name)["_class_name"])
     return cls.from_pretrained(str(Path(root) / name), mindspore_dtype=ms.float32, use_safetensors=True).set_train(False)
 
 

@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import checkpoint, models, pipelines, precision, rng, sampling
+from mindtune import checkpoint, configs, models, pipelines, precision, rng, sampling
 from mindtune.cli import UserError, matched, run
 from mindtune.encode import Stage
 
@@ -61,7 +61,7 @@ def main(argv=None):
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
     )
     models.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
-    folder = pipelines.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, pipelines.read_config(root, "transformer"))
+    folder = pipelines.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, configs.read_config(root, "transformer"))
     models.check_files(folder.parent, [folder.name])
 
     # ---- encode the prompts, in a process that gives its memory back ----------
@@ -75,7 +75,7 @@ def main(argv=None):
     # ---- load ----------------------------------------------------------------
     transformer = models.load_model(root, "transformer", kind, args.variant, int8)
     controlnet = models.load_model(folder.parent, folder.name, kind)
-    vae, scheduler = models.load_model(root, "vae", kind, args.variant), pipelines.read_config(root, "scheduler")
+    vae, scheduler = models.load_model(root, "vae", kind, args.variant), configs.read_config(root, "scheduler")
 
     # ---- draw ----------------------------------------------------------------
     def draw(text, latents, number):

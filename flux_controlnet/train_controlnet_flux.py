@@ -28,6 +28,7 @@ from mindtune import (
     advice,
     buckets,
     checkpoint,
+    configs,
     data,
     devices,
     flow,
@@ -376,7 +377,7 @@ class Painter:
         self.args, self.root, self.stage, self.kind, self.seed = args, root, stage, kind, seed
         self.vae, self.borrows = vae, vae is None
         self.transformer, self.controlnet, self.rows = transformer, controlnet, rows
-        self.scheduler = pipelines.read_config(root, "scheduler")
+        self.scheduler = configs.read_config(root, "scheduler")
 
     def draw(self):
         """A row of the condition and --num_validation_images pictures for every pair, always from the same noise."""
@@ -427,15 +428,15 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     if args.dry_run:
-        configs = pipelines.resolve_pipeline(
+        root = pipelines.resolve_pipeline(
             args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS, weights=False
         )
-        models.check_files(configs, models.with_weights(configs, pipelines.FLUX_COMPONENTS, args.variant), args.variant)
-        base = pipelines.read_config(configs, "transformer")
+        models.check_files(root, models.with_weights(root, pipelines.FLUX_COMPONENTS, args.variant), args.variant)
+        base = configs.read_config(root, "transformer")
         existing = args.controlnet_model_name_or_path and pipelines.resolve_controlnet(
             args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, base, weights=False
         )
-        print(plan.describe("flux_controlnet", configs, vars(args), args.device_memory_gb, existing))
+        print(plan.describe("flux_controlnet", root, vars(args), args.device_memory_gb, existing))
         return 0
 
     # ---- check everything --------------------------------------------------
@@ -454,7 +455,7 @@ def main(argv=None):
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
     )
     models.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
-    transformer_config = pipelines.read_config(root, "transformer")
+    transformer_config = configs.read_config(root, "transformer")
     existing = None
     if args.controlnet_model_name_or_path:
         existing = pipelines.resolve_controlnet(args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, transformer_config)
@@ -527,7 +528,7 @@ def main(argv=None):
     print(precision.parameter_table({"transformer": transformer, "controlnet": controlnet, **({"vae": vae} if vae else {})}, kind))
 
     # ---- the step ------------------------------------------------------------
-    vae_config, scheduler_config = pipelines.read_config(root, "vae"), pipelines.read_config(root, "scheduler")
+    vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     auto = args.timestep_shift == "auto"
     shift = (

@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import checkpoint, lora, models, pipelines, precision, rng, sampling
+from mindtune import checkpoint, configs, lora, models, pipelines, precision, rng, sampling
 from mindtune.cli import UserError, run
 from mindtune.encode import Stage, clip_pooled
 from mindtune.weights import linear_layers
@@ -87,8 +87,8 @@ def main(argv=None):
         tokenizer = models.load_tokenizer(root / "tokenizer")
     if adapter:
         lora.load_lora(adapter, cells, kind.compute, scale=args.lora_scale)
-    vae, vae_config = models.load_model(root, "vae", kind, args.variant), pipelines.read_config(root, "vae")
-    scheduler = pipelines.read_config(root, "scheduler")
+    vae, vae_config = models.load_model(root, "vae", kind, args.variant), configs.read_config(root, "vae")
+    scheduler = configs.read_config(root, "scheduler")
 
     # ---- draw ----------------------------------------------------------------
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)

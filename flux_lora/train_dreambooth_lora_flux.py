@@ -27,6 +27,7 @@ from mindtune import (
     buckets,
     checkpoint,
     columns,
+    configs,
     data,
     devices,
     flow,
@@ -458,7 +459,7 @@ class Painter:
         self.latent_shape, self.tokenizer = latent_shape, tokenizer
         self.transformer, self.text_encoder = transformer, text_encoder
         self.text = {prompt: stage.text(prompt) for prompt in args.validation_prompt}
-        self.scheduler = pipelines.read_config(root, "scheduler")
+        self.scheduler = configs.read_config(root, "scheduler")
 
     def rows(self, with_base=False):
         """A row of --num_validation_images pictures a prompt, always from the same noise; `with_base`: before each that of the base."""
@@ -525,11 +526,11 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     if args.dry_run:
-        configs = pipelines.resolve_pipeline(
+        root = pipelines.resolve_pipeline(
             args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS, weights=False
         )
-        models.check_files(configs, models.with_weights(configs, pipelines.FLUX_COMPONENTS, args.variant), args.variant)
-        print(plan.describe("flux_lora", configs, vars(args), args.device_memory_gb))
+        models.check_files(root, models.with_weights(root, pipelines.FLUX_COMPONENTS, args.variant), args.variant)
+        print(plan.describe("flux_lora", root, vars(args), args.device_memory_gb))
         return 0
 
     # ---- check everything --------------------------------------------------
@@ -618,7 +619,7 @@ def main(argv=None):
     print(precision.parameter_table({**trained, **({"vae": vae} if vae else {})}, kind))
 
     # ---- the step ------------------------------------------------------------
-    vae_config, scheduler_config = pipelines.read_config(root, "vae"), pipelines.read_config(root, "scheduler")
+    vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
     latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
     auto, tokens = args.timestep_shift == "auto", max(h * w for h, w in sizes) // (2 * latent[1]) ** 2
     shift = flow.resolution_shift(tokens, scheduler_config) if auto else float(args.timestep_shift)

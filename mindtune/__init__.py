@@ -3,7 +3,8 @@
 Imports go one way: `cli`, `rng`, `flow`, `diffusion`, `lora_names`, `lora_layouts`, `mapped`, `labels`, `cache`, `meeting`,
 `operators` and `buckets` at the bottom, then `devices`, `precision`, `images`, `data`, `metadata`, `folders`, `columns`, `named_files`,
 `tables`, `pairs`, `checkpoint`, `hub`, `tracking`, `report`, `adam8bit`, `optim`, `advice`, `zero`, `flux_blocks`, `int8`, `library`,
-which imports mindone, `weights`, `pipelines`, `models`, `lora`, `plan`, `sampling`, `held_out` and `encode`; `check_data` is a command.
+which imports mindone, `weights`, `configs`, `supported`, `pipelines`, `models`, `lora`, `plan`, `sampling`, `held_out` and `encode`;
+`check_data` is a command.
 Nothing else here parses flags, nothing imports a script or reads `args`.
 """
 

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, Optional, Union
 
 from mindtune.buckets import crop_sizes, nearest_bucket, wanted
 from mindtune.checkpoint import require_writable
-from mindtune.cli import UserError, listing, run, shown
+from mindtune.cli import UserError, check_flags, listing, run, shown
 from mindtune.columns import Source
-from mindtune.data import Sample, animation_notes, prefetch, usable
+from mindtune.data import Look, Sample, image_notes, prefetch, usable
 from mindtune.folders import holds_no_image, samples_in_folder
 from mindtune.pairs import Notes, check_source_flags, load_pairs, usable_pair
 from mindtune.tables import samples_in_dataset
@@ -42,21 +42,21 @@ class Found(NamedTuple):
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mindtune.check_data", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--instance_data_dir", help="Directory of pictures for a LoRA.")
-    add("--class_data_dir", help="Directory of its class pictures, looked at too.")
+    add("--instance_data_dir", help="Directory of images for a LoRA.")
+    add("--class_data_dir", help="Directory of its class images, looked at too.")
     add("--train_data_dir", help="Directory of pairs for a ControlNet.")
     add("--jsonl_for_train", help="A .jsonl file of pairs.")
     add("--dataset_name", help="A data set for the datasets library; of pairs if --conditioning_image_column is given.")
     add("--dataset_config_name", help="Configuration of that data set. Default: its only one.")
-    add("--image_column", help="Column of pictures. Default: found by its name.")
-    add("--conditioning_image_column", help="Column of condition pictures. Default: found by its name.")
-    add("--caption_column", help="Column of captions. Default: found by its name; of pictures for a LoRA none.")
-    add("--instance_prompt", help="Prompt of pictures without a caption of their own.")
-    add("--class_prompt", help="The same of class pictures.")
+    add("--image_column", help="Column of images. Default: found by its name.")
+    add("--conditioning_image_column", help="Column of condition images. Default: found by its name.")
+    add("--caption_column", help="Column of captions. Default: found by its name; of images for a LoRA none.")
+    add("--instance_prompt", help="Prompt of images without a caption of their own.")
+    add("--class_prompt", help="The same of class images.")
     add("--max_train_samples", type=int, help="Look at the first so many. Default: all.")
     add("--resolution", type=int, default=512, help="Side of the square that is trained on, in pixels.")
-    add("--aspect_ratio_buckets", help='Instead: heights and widths to choose from for every picture, "672,1568;1024,1024".')
-    add("--random_flip", action="store_true", help="Count a cached latent for both sides of a picture.")
+    add("--aspect_ratio_buckets", help='Instead: heights and widths to choose from for every image, "672,1568;1024,1024".')
+    add("--random_flip", action="store_true", help="Count a cached latent for both sides of an image.")
     add("--pretrained_model_name_or_path", help="Directory of the pipeline, for its tokenizers. Default: sizes of FLUX.1-dev.")
     add("--max_sequence_length", type=int, default=512, help="T5 tokens of a caption.")
     add("--cache_dir", help="Where downloads of the datasets library are kept. Default: a temporary directory.")
@@ -69,14 +69,14 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
 
 
 def found_pictures(samples: list[Sample], sizes: list[tuple[int, int]], threads: int, flag: str, notes: list[str]) -> list[Found]:
-    def one(place: int) -> tuple[Found, bool]:
+    def one(place: int) -> tuple[Found, Look]:
         sample = samples[place]
         looked = usable(sample, wanted(sizes))
         digest = "" if isinstance(looked.size, str) else sample.digest
-        return Found(sample.name, looked.size, digest, sample.caption), looked.animated
+        return Found(sample.name, looked.size, digest, sample.caption), looked
 
     found = list(prefetch(one, range(len(samples)), threads))
-    notes += animation_notes((item.name for item, animated in found if animated), flag)
+    notes += image_notes(((item.name, looked) for item, looked in found), flag)
     return [item for item, _ in found]
 
 
@@ -165,13 +165,13 @@ def pipeline(name: Optional[str], cache_dir: Optional[str]) -> tuple[dict, dict]
     """A pipeline's sizes, named as in FLUX_DEV, and its tokenizers by encoder. Without a name FLUX.1-dev's sizes and none."""
     if name is None:
         return FLUX_DEV, {}
-    from mindtune import models, pipelines  # import mindone, which the check of pictures alone does without
+    from mindtune import configs, models, pipelines  # import mindone, which the check of pictures alone does without
 
     root = pipelines.resolve_pipeline(name, None, None, cache_dir, {"vae": (), "text_encoder": ()}, weights=False)
-    vae, clip = pipelines.read_config(root, "vae"), pipelines.read_config(root, "text_encoder")
+    vae, clip = configs.read_config(root, "vae"), configs.read_config(root, "text_encoder")
     kind = "flux" if (root / "transformer").is_dir() else "sdxl" if (root / "text_encoder_2").is_dir() else "sd"
     sizes = {"kind": kind, "channels": vae["latent_channels"], "factor": 2 ** (len(vae["block_out_channels"]) - 1)}
-    second = pipelines.read_config(root, "text_encoder_2") if kind != "sd" else {}
+    second = configs.read_config(root, "text_encoder_2") if kind != "sd" else {}
     sizes["widths"] = {
         "flux": lambda: [second["d_model"], clip["hidden_size"]],
         "sd": lambda: [clip["hidden_size"]],
@@ -253,6 +253,7 @@ def table(report: dict) -> str:
 
 def main(argv: Optional[list[str]] = None) -> int:
     flags = vars(parse_args(argv))
+    check_flags(flags, {}, {"max_train_samples": 1, "max_sequence_length": 1, "dataloader_num_workers": 0}, ())
     require_writable("--cache_dir", flags["cache_dir"])
     if flags["json"]:
         require_writable("--json", Path(flags["json"]).absolute().parent)

@@ -99,9 +99,10 @@ def tell(sentences: Iterable[str]) -> None:
         print(sentence)
 
 
-def listing(items: Iterable[str]) -> str:
-    """The items one a line, indented: all of them, so that nobody mends twenty files to learn of twenty more."""
-    return "\n".join(f"  {item}" for item in items)
+def listing(items: Iterable[str], most: int = 50) -> str:
+    """The items one a line, indented: so many that nobody mends twenty files to learn of twenty more, and the number of those after."""
+    lines = [f"  {item}" for item in items]
+    return "\n".join(lines[:most] + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))
 
 
 def shown(text: object, most: int = 300) -> str:

@@ -68,7 +68,8 @@ def find_columns(features: dict, asked: Columns, where: str, single: bool = Fals
     condition = None if single else asked.condition or _first(others, ("conditioning_image",), ("conditioning.", "condition"))
     others = [column for column in features if column != condition]
     typed = [column for column in others if _kind(features[column]) == "Image"]
-    image = asked.image or _first(typed if single and typed else others, ("image", "jpg", "png", "jpeg", "webp"), ("image.",))
+    names = ("image", "jpg", "png", "jpeg", "webp", "heic", "heif", "avif")
+    image = asked.image or _first(typed if single and typed else others, names, ("image.",))
     image = image or next(iter(typed), None)
     found = Columns(image, condition, asked.caption or (None if single else _first(others, ("text", "txt", "caption", "prompt"), ())))
     for flag, column, what in zip(FLAGS, found, ("images", "images", "text")):
@@ -91,7 +92,7 @@ def _first(columns: Iterable[str], names: tuple[str, ...], prefixes: tuple[str, 
 
 
 def _kind(feature: Any) -> Optional[str]:
-    """How messages call a column's kind. A struct of bytes and path is an image whose file forgot to say so."""
+    """How messages call a column's kind. A struct with bytes is an image whose file forgot to say so."""
     if feature is None or isinstance(feature, dict):
-        return feature and ("Image" if {"bytes", "path"} <= set(feature) else "a struct")
+        return feature and ("Image" if "bytes" in feature else "a struct")
     return feature.dtype if type(feature).__name__ == "Value" else type(feature).__name__

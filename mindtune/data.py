@@ -23,7 +23,8 @@ from mindtune.rng import generator
 
 INTERPOLATIONS = {name.lower(): getattr(Image.Resampling, name) for name in ("LANCZOS", "BICUBIC", "BILINEAR", "NEAREST", "BOX", "HAMMING")}
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64}")
-BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # how JPEG, PNG, WebP and GIF begin
+# How JPEG, PNG, WebP, GIF, BMP, TIFF and, both alike, AVIF and HEIC begin.
+BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "Qk", "SUkqA", "TU0AK", "AAAA")
 Resolution = Union[int, tuple[int, int]]  # the side of a square, or (height, width)
 Wanted = Union[int, list[tuple[int, int]]]  # what pictures are cropped to: a square of that side, or the nearest of these buckets
 
@@ -80,7 +81,7 @@ def encoded(cell: Any, root: Optional[str] = None) -> bytes:
                 return Path(root, place).read_bytes()
     if not os.path.isfile(text) and (content := from_base64(text)) is not None:
         return content
-    if len(text) > 4096:
+    if len(text) > 4096 or ("://" not in text and max(map(len, text.split("/"))) > 255):
         raise UnusableImage(f"a text of {len(text)} characters that is no path, URL or base64: {shown(text, 110)}")
     if "://" in text:  # the images of a folder that is streamed from the hub
         import fsspec
@@ -116,7 +117,7 @@ def preflight(samples: list[Sample], wanted: Wanted, flag: str, skip_bad: bool, 
         found = list(pool.map(lambda sample: usable(sample, wanted), samples))
     bad = [f"{sample.name}: {each.size}" for sample, each in zip(samples, found) if isinstance(each.size, str)]
     report_bad(bad, f"{len(samples)} files", flag, skip_bad)
-    for note in animation_notes((sample.name for sample, each in zip(samples, found) if each.animated), flag):
+    for note in image_notes(zip((sample.name for sample in samples), found), flag):
         print(note)
     good = [sample for sample, each in zip(samples, found) if not isinstance(each.size, str)]
     if not good:
@@ -136,15 +137,17 @@ def report_bad(bad: list[str], total: str, flag: str, skip_bad: bool) -> None:
 
 
 class Look(NamedTuple):
-    """What decoding an image found: its (width, height), upright, or what is wrong with it; and if it has more frames.
+    """What decoding an image found: its (width, height), upright, or what is wrong with it; if it has more frames, and if it is dark.
 
-    Of a condition also the backgrounds on which it has one colour only, and the ink of a transparent one.
+    Dark is 16-bit gray that holds no value above 255. Of a condition also the backgrounds on which it has one colour only, and the ink
+    of a transparent one.
     """
 
     size: Union[tuple[int, int], str]
     animated: bool = False
     flat_on: tuple[str, ...] = ()
     ink: Optional[Ink] = None
+    dark: bool = False
 
 
 def look(sample: Sample, condition: bool = False) -> Look:
@@ -160,13 +163,18 @@ def look(sample: Sample, condition: bool = False) -> Look:
     flat_on = [ground for ground, found in laid.items() if condition and is_flat(found)]
     if flat_on and not shades:
         flat_on = ["white", "black"]
-    return Look(image.size, animated, tuple(flat_on), shades)
+    dark = image.mode.startswith("I") and 0 < image.getextrema()[1] < 256
+    return Look(image.size, animated, tuple(flat_on), shades, dark)
 
 
-def animation_notes(names: Iterable[str], flag: str) -> list[str]:
-    """Says of which images only the first frame is used; nothing if there are none."""
-    names = list(names)
-    return [f"{flag}: only the first frame (or page) is used of {len(names)} with several: {few(names)}"] if names else []
+def image_notes(found: Iterable[tuple[str, Look]], flag: str) -> list[str]:
+    """Says of which images, by name, only the first frame is used, and which are nearly black; nothing if there are none."""
+    found, lines = list(found), []
+    if names := [name for name, each in found if each.animated]:
+        lines.append(f"{flag}: only the first frame (or page) is used of {len(names)} with several: {few(names)}")
+    if names := [name for name, each in found if each.dark]:
+        lines.append(f"{flag}: {len(names)} are 16-bit with values up to 255 of 65535, so black; save them as 8-bit PNG: {few(names)}")
+    return lines
 
 
 def too_small(size: tuple[int, int], wanted: Wanted) -> Optional[str]:

@@ -32,10 +32,10 @@ from mindtune.advice import on_long_captions
 from mindtune.cache import Cache, encoder_fingerprint, key_of
 from mindtune.checkpoint import write_atomically
 from mindtune.cli import UserError, run
+from mindtune.configs import read_config
 from mindtune.data import Sample, pixel_values
 from mindtune.models import CLIP_LENGTH, load_model, load_tokenizer, set_up_device
 from mindtune.pairs import PairData, require_usable
-from mindtune.pipelines import read_config
 from mindtune.precision import resolve_precision
 from mindtune.rng import normal
 from mindtune.sampling import decode_latents, sample_latents

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
@@ -17,20 +17,21 @@ TABLES = {".csv", ".json", ".jsonl", ".parquet", ".toml", ".tsv", ".xlsx", ".yam
 # What systems leave in folders on their own; names that begin with . or ~$ besides.
 LITTER = {
     "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "zbthumbnail.info", "icon\r", "@eadir", "@__thumb",
-    "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found",
+    "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found", ".appledouble", ".cache", ".fseventsd", ".git",
+    ".ipynb_checkpoints", ".spotlight-v100", ".svn", ".thumbnails", ".trashes",
 }  # fmt: skip
 FILE_KEYS, CAPTION_KEYS = ("file_name", "image", "filename"), ("text", "caption", "prompt")
 
 
 class Contents(NamedTuple):
-    """The files of a folder by what they are, in name order, and its subfolders with the number of images in each."""
+    """The files of a folder by what they are, in name order, and its subfolders that hold files, with the paths of those."""
 
     images: list[Path]
     captions: list[Path]
     tables: list[Path]
     others: list[Path]
     broken: list[Path]
-    subfolders: dict[str, int]
+    subfolders: dict[str, list[str]]
     unreadable: list[str]
 
 
@@ -38,18 +39,21 @@ def contents(root: Path, flag: str) -> Contents:
     """Raises UserError if there is no such directory, or none that may be read."""
     try:
         paths = sorted(root.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise UserError(f"{flag} {shown(root)}: is a file. Give the directory that holds the images.") from None
+    except FileNotFoundError:
         raise UserError(f"{flag} {shown(root)}: no such directory. Give the directory that holds the images.") from None
     except PermissionError:
         raise UserError(f"{flag} {shown(root)}: this directory may not be read. Change its permissions (chmod), or copy it.") from None
     found, readable = Contents([], [], [], [], [], {}, []), readable_suffixes()
     for path in paths:
         suffix, hidden = path.suffix.lower(), path.name.startswith(".")
-        if is_litter(path.name) and not (hidden and suffix in readable and not path.name.startswith("._")):
-            continue
         if os.path.isdir(path):
-            if number := count_images(path, readable, found.unreadable):
-                found.subfolders[path.name] = number
+            inner = () if is_systems(path.name) else files_below(path, hidden, found.unreadable)
+            if files := [os.path.join(*place) for place in inner]:
+                found.subfolders[path.name] = files
+        elif is_systems(path.name) or (hidden and suffix not in readable):
+            continue
         elif not os.path.exists(path):
             found.broken.append(path)
         elif hidden or not os.path.isfile(path) or suffix in HINTS:
@@ -64,23 +68,50 @@ def contents(root: Path, flag: str) -> Contents:
 
 
 def is_litter(name: str) -> bool:
-    return name.lower() in LITTER or name.startswith((".", "~$"))
+    return is_systems(name) or name.startswith(".")
 
 
-def files_below(root: Path) -> Iterator[tuple[str, str]]:
-    """(folder, name) of every file below `root`, in order of names, without what systems leave there."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not is_litter(name))
-        yield from ((folder, name) for name in sorted(files) if not is_litter(name) and not name.endswith(".lock"))
+def is_systems(name: str) -> bool:
+    """Whether a system left it: of no interest even if it is an image, unlike other hidden files."""
+    return name.lower() in LITTER or name.startswith(("._", "~$"))
 
 
-def count_images(folder: Path, readable: set[str], unreadable: list[str]) -> int:
-    """How many files below `folder` are images by their names. Folders that may not be read go into `unreadable`."""
-    number = 0
-    for _, folders, files in os.walk(folder, onerror=lambda error: unreadable.append(error.filename)):
-        folders[:] = [name for name in folders if not is_litter(name)]
-        number += sum(os.path.splitext(name)[1].lower() in readable and not is_litter(name) for name in files)
-    return number
+def files_below(root: Path, hidden: bool = False, unreadable: Optional[list[str]] = None) -> Iterator[tuple[str, str]]:
+    """(folder, name) of every file below `root`, in order of names, without what systems leave there; of hidden files the images only.
+
+    `hidden`: all are. Links to folders are followed, once to each place. Folders that may not be read go into `unreadable`.
+    """
+    readable, seen, note = readable_suffixes(), [os.path.realpath(root)], None
+
+    def is_new(folder: str) -> bool:
+        if not os.path.islink(folder):
+            return True
+        target = os.path.realpath(folder)
+        round_about = os.path.commonpath((target, seen[0])) == target
+        if round_about or any(os.path.commonpath((target, place)) == place for place in seen):
+            return False
+        seen.append(target)
+        return True
+
+    if unreadable is not None:
+        note = lambda error: unreadable.append(error.filename)  # noqa: E731
+    for folder, folders, files in os.walk(root, onerror=note, followlinks=True):
+        inner = sorted(name for name in folders if not is_systems(name))
+        folders[:] = [name for name in inner if is_new(os.path.join(folder, name))]
+        within = hidden or f"{os.sep}." in folder[len(str(root)) :]
+        for name in sorted(name for name in files if not is_systems(name)):
+            if is_image_name(name, readable) or not (within or name.startswith(".") or name.endswith(".lock")):
+                yield folder, name
+
+
+def is_image_name(name: str, readable: set[str]) -> bool:
+    return os.path.splitext(name)[1].lower() in readable
+
+
+def images_of(files: list[str]) -> int:
+    """How many files are images by their names."""
+    readable = readable_suffixes()
+    return sum(is_image_name(file, readable) for file in files)
 
 
 def holds_no_image(folder: Path, flag: str) -> bool:
@@ -88,7 +119,7 @@ def holds_no_image(folder: Path, flag: str) -> bool:
     if not folder.exists():
         return True
     found = contents(folder, flag)
-    return not found.images and not found.subfolders
+    return not found.images and not any(images_of(files) for name, files in found.subfolders.items() if not name.startswith("."))
 
 
 def samples_in_folder(folder: str, flag: str, caption_column: Optional[str] = None, say: Callable[[str], None] = print) -> list[Sample]:
@@ -104,48 +135,56 @@ def samples_in_folder(folder: str, flag: str, caption_column: Optional[str] = No
     captions = metadata_captions(table, caption_column) if table else {}
     there = {path.name for path in found.images}
     named = [root / name for name in sorted(captions) if name not in there]
-    paths = found.images + named
-    found = found._replace(others=[path for path in found.others if path not in named])
-    notes = left_out(found if paths else found._replace(subfolders={}), table, where, named)
+    paths, inner = found.images + named, {str(path.parent) for path in named} - {str(root)}
+    deeper = [Path(file) for files in found.subfolders.values() for file in files if os.path.dirname(file) in inner]
+    own = beside(paths, found.captions + [path for path in deeper if path.suffix.lower() in CAPTIONS])
+    used = {*map(str, named), *(str(file) for files in own.values() for file in files)}
     if not paths:
-        inner = [f"{name} with {number} images" for name, number in sorted(found.subfolders.items())]
+        counts = {name: images_of(files) for name, files in sorted(found.subfolders.items())}
+        found = found._replace(subfolders={name: files for name, files in found.subfolders.items() if not counts[name]})
+        inner = [f"{name} with {number} images" for name, number in counts.items() if number]
         hint = f"It has subdirectories ({few(inner)}): give one of them." if inner else "Put 5 to 20 images there."
-        raise UserError("\n".join([f"{where}: no image in this directory. {hint}", *notes]))
-    for note in notes:
+        raise UserError("\n".join([f"{where}: no image in this directory. {hint}", *left_out(found, table, where, used)]))
+    for note in left_out(found, table, where, used):
         say(note)
-    return captioned(root, paths, captions, found.captions, table, flag, say)
+    if table and not captions:
+        say(f"{where}: {table.name} has no rows")
+    samples = captioned(root, captions, own, table, flag, say)
+    if orphans := [path.name for path in found.captions if str(path) not in used]:
+        say(f"{where}: {len(orphans)} caption files without an image are not used: {few(orphans)}")
+    bare = [sample.name for sample in samples if not sample.caption]
+    if 0 < len(bare) < len(samples):
+        say(f"{where}: {len(samples) - len(bare)} of {len(samples)} images have a caption of their own; without: {few(bare)}")
+    return samples
 
 
 def captioned(
-    root: Path, paths: list[Path], captions: dict, files: list[Path], table: Optional[Path], flag: str, say: Callable[[str], None]
+    root: Path, captions: dict, own: dict[Path, list[Path]], table: Optional[Path], flag: str, say: Callable[[str], None]
 ) -> list[Sample]:
-    """The samples of `paths`: captions of metadata by name from `root`, or of caption `files`. Says which of several captions it takes."""
-    beside, where = Beside(files), f"{flag} {shown(root)}"
-    samples, differ, overruled, bad = [], [], [], []
-    for path in paths:
+    """A sample of each image: captions of metadata by name from `root`, or of its `own` files. Says which of several captions it takes."""
+    where, samples, differ, overruled, bad, owners = f"{flag} {shown(root)}", [], [], [], [], {}
+    for path, files in own.items():
         name = os.path.relpath(path, root)
-        own, caption = beside.files(path), captions.get(name)
-        if caption is None and own:
+        caption = captions.get(name)
+        if caption is None and files:
+            owners.setdefault(files[0], []).append(name)
             try:
-                caption = caption_text(own[0])
+                caption = caption_text(files[0])
             except ValueError as error:
-                bad.append(f"{shown(own[0])}: {error}")
-            if any(says_otherwise(file, caption) for file in own[1:]):
+                bad.append(f"{shown(files[0])}: {error}")
+            if any(says_otherwise(file, caption) for file in files[1:]):
                 differ.append(name)
-        elif any(says_otherwise(file, caption) for file in own):
-            overruled.append(own[0].name)
+        elif any(says_otherwise(file, caption) for file in files):
+            overruled.append(os.path.relpath(files[0], root))
         samples.append(Sample(shown(name), path, caption or None))
     if bad:
         raise UserError(f"{flag}: {len(bad)} caption files cannot be read; save them as UTF-8 ({SAVE_AS_UTF8}):\n{listing(bad)}")
     if differ:
         say(f"{where}: {len(differ)} images have several captions ({few(differ)}); .txt is used before .caption, a.txt before a.png.txt")
+    if shared := [f"{os.path.relpath(file, root)} to {' and '.join(names)}" for file, names in owners.items() if len(names) > 1]:
+        say(f"{where}: {len(shared)} caption files belong to several images each: {few(shared)}")
     if overruled:
         say(f"{where}: {table.name} is used, not the captions of {len(overruled)} files that say otherwise: {few(overruled)}")
-    if orphans := [path.name for path in files if path not in beside.taken]:
-        say(f"{where}: {len(orphans)} caption files without an image are not used: {few(orphans)}")
-    bare = [sample.name for sample in samples if not sample.caption]
-    if 0 < len(bare) < len(samples):
-        say(f"{where}: {len(samples) - len(bare)} of {len(samples)} images have a caption of their own; without: {few(bare)}")
     return samples
 
 
@@ -156,50 +195,54 @@ def says_otherwise(file: Path, caption: Optional[str]) -> bool:
         return True
 
 
-def left_out(found: Contents, table: Optional[Path], where: str, named: Iterable[Path]) -> list[str]:
-    """A line for every kind of thing in a folder that is no sample."""
+def left_out(found: Contents, table: Optional[Path], where: str, used: set[str]) -> list[str]:
+    """A line for every kind of thing in a folder that is no sample and whose path is not among the `used`."""
     lines = []
     if found.broken:
         lines.append(f"{where}: {len(found.broken)} links lead nowhere and are not used: {few(path.name for path in found.broken)}")
     kinds = {}
-    for path in found.others:
+    for path in (path for path in found.others if str(path) not in used):
         hint = "hidden files: rename them to use them" if path.name.startswith(".") else HINTS.get(path.suffix.lower(), "")
         kinds.setdefault(hint, []).append(path.name)
     for hint, names in kinds.items():
         lines.append(f"{where}: {len(names)} files are not used: {few(names)}{f' ({hint})' if hint else ', no images'}")
     if tables := [path.name for path in found.tables if path != table]:
-        used = table.name if table else "metadata.jsonl, metadata.csv, .txt and .caption"
-        lines.append(f"{where}: {len(tables)} files are not used: {few(tables)}; captions are read from {used}")
-    taken = {}
-    for path in named:
-        first = os.path.relpath(path, table.parent).split(os.sep)[0]
-        taken[first] = taken.get(first, 0) + 1
-    unused = {name: number - taken.get(name, 0) for name, number in found.subfolders.items()}
-    if unused := [f"{shown(name)}/ with {number} images" for name, number in sorted(unused.items()) if number > 0]:
-        lines.append(f"{where}: subfolders are not used: {few(unused)}. Move the images up, or name them in metadata.jsonl (sub/a.png).")
+        read = table.name if table else "metadata.jsonl, metadata.csv, .txt and .caption"
+        lines.append(f"{where}: {len(tables)} files are not used: {few(tables)}; captions are read from {read}")
+    unused = []
+    for name, files in sorted(found.subfolders.items()):
+        files = [file for file in files if file not in used]
+        images = images_of(files)
+        counts = [f"{number} {what}" for number, what in ((images, "images"), (len(files) - images, "other files")) if number]
+        unused += [f"{shown(name)}/ with {' and '.join(counts)}"] if counts else []
+    if unused:
+        hint = "Move the images up, or name them in metadata.jsonl (sub/a.png)."
+        lines.append(f"{where}: subfolders are not used: {few(unused)}. {hint}")
     if found.unreadable:
         lines.append(f"{where}: {len(found.unreadable)} subfolders may not be read: {few(found.unreadable)}")
     return lines
 
 
-class Beside:
-    """The caption files of a folder, looked up by image: a.txt, a.TXT, a.caption or a.png.txt for a.png."""
+def beside(images: list[Path], files: list[Path]) -> dict[Path, list[Path]]:
+    """The caption files of every image, the one to use first: a.txt, a.TXT, a.caption or a.png.txt for a.png.
 
-    def __init__(self, captions: list[Path]) -> None:
-        self.exact, self.alike, self.taken = {}, {}, set()
-        for path in sorted(captions, key=lambda path: (CAPTIONS.index(path.suffix.lower()), path.suffix != path.suffix.lower())):
-            self.exact.setdefault(path.stem, []).append(path)
-            self.alike.setdefault(same_name(path.stem), []).append(path)
+    Those of exactly its name, or else those whose names are alike and no other image's.
+    """
+    exact, alike = {}, {}
+    for path in sorted(files, key=lambda path: (CAPTIONS.index(path.suffix.lower()), path.suffix != path.suffix.lower())):
+        exact.setdefault((path.parent, path.stem), []).append(path)
+        alike.setdefault((path.parent, same_name(path.stem)), []).append(path)
 
-    def files(self, image: Path) -> list[Path]:
-        """Those of `image`, the one to use first."""
-        for index, form in ((self.exact, str), (self.alike, same_name)):
-            both = (index.get(form(image.stem), []), index.get(form(image.name), []))
-            if files := [file for file in (*both[0], *both[1]) if file.parent == image.parent]:
-                break
-        files.sort(key=lambda file: CAPTIONS.index(file.suffix.lower()))  # stable: a.txt stays before a.png.txt
-        self.taken.update(files)
-        return files
+    def of(image: Path, index: dict, form: Callable[[str], str]) -> list[Path]:
+        found = [file for name in (image.stem, image.name) for file in index.get((image.parent, form(name)), [])]
+        # Stable: a.txt stays before a.png.txt.
+        return sorted(dict.fromkeys(found), key=lambda file: CAPTIONS.index(file.suffix.lower()))
+
+    found = {image: of(image, exact, str) for image in images}
+    claimed = {file for own in found.values() for file in own}
+    for image in (image for image, own in found.items() if not own):
+        found[image] = [file for file in of(image, alike, same_name) if file not in claimed]
+    return found
 
 
 def metadata_captions(path: Path, caption_column: Optional[str]) -> dict[str, Optional[str]]:
@@ -218,7 +261,8 @@ def metadata_captions(path: Path, caption_column: Optional[str]) -> dict[str, Op
                 continue
             found = names.find(name)
             if found is None or not stays(found):
-                missing.append(f"{shown(name)} (line {number})" + (" leads out of the directory" if found or not stays(name) else ""))
+                out = found or not stays(names.from_root(name))
+                missing.append(f"{shown(name)} (line {number})" + (" leads out of the directory" if out else ""))
             elif found in captions and captions[found] != caption:
                 bad.append(f"line {number}: another caption for {shown(found)} than line {lines[found]}'s")
             else:
@@ -237,7 +281,9 @@ def metadata_captions(path: Path, caption_column: Optional[str]) -> dict[str, Op
 
 
 def _key(row: dict, usual: tuple[str, ...]) -> str:
-    return next((key for key in usual if key in row), usual[0])
+    """The first of the usual names that the row has, in capitals or not."""
+    there = {key.lower(): key for key in reversed(row) if key not in usual}
+    return next((there.get(key, key) for key in usual if key in row or key in there), usual[0])
 
 
 def _row(row: dict, keys: tuple[str, str]) -> tuple[str, Optional[str]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
@@ -26,6 +28,8 @@ except ImportError:  # only HEIC photos need it
 
 # A scan of 100 million pixels is decoded; Pillow's error above 178 million stays.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Of metadata that are cut off, by a line of Pillow's source; the pixels are whole.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,9 +56,10 @@ HINTS = {
 }
 PHOTOS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "HEIF", "AVIF")
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # which Pillow opens and cannot decode
+LFS_POINTER = b"version https://git-lfs"
 # What the first bytes say of a file that Pillow does not know.
 SIGNATURES = (
-    (b"version https://git-lfs", "a Git LFS pointer: run git lfs pull where the data set was cloned"),
+    (LFS_POINTER, "a Git LFS pointer: run git lfs pull where the data set was cloned"),
     (b"%PDF", "a PDF: export its pages as PNG"),
     (b"PK\x03\x04", "a ZIP archive: unpack it"),
     (b"Rar!", "a RAR archive: unpack it"),
@@ -100,11 +105,13 @@ def decode(content: bytes) -> Image.Image:
     """The first frame of an encoded image, wholly decoded and upright, in its own mode; info["animated"] says if there are more.
 
     Metadata never stand in the way: a PNG that is refused for its text, colour profile or their checksums is read without them.
-    Raises what Pillow raises, or UnusableImage.
+    A JPEG may lack its end mark. Raises what Pillow raises, or UnusableImage.
     """
     try:
         return _upright(content)
     except (ValueError, SyntaxError, OSError, struct.error):
+        if content[:3] == b"\xff\xd8\xff" and (ended := _ended_jpeg(content)):
+            return _upright(ended)
         if content[:8] != b"\x89PNG\r\n\x1a\n":
             raise
     try:
@@ -124,26 +131,55 @@ def _upright(content: bytes) -> Image.Image:
     return turned
 
 
+def _ended_jpeg(content: bytes) -> Optional[bytes]:
+    """A JPEG that lacks only its end mark, with it; None if pixels are missing too.
+
+    Bytes after the last pixel's are passed over, so what stands there changes the pixels only if some are missing.
+    """
+    body, mark = content.rstrip(b"\xff"), b"\xff\xd9"
+    try:
+        ended, filled = (Image.open(io.BytesIO(body + filling + mark)).tobytes() for filling in (b"", bytes(range(165, 250))))
+    except (ValueError, SyntaxError, OSError, struct.error):
+        return None
+    return body + mark if ended == filled else None
+
+
 def _plain_png(content: bytes, keep: tuple[bytes, ...]) -> Iterator[bytes]:
-    """The chunks that pixels, transparency and orientation need, and texts under the keywords `keep`. PNG, third edition, 5.3."""
+    """The chunks that pixels, transparency and orientation need, and texts under the keywords `keep`. PNG, third edition, 5.3.
+
+    Metadata get the checksum of what they hold: a wrong one says nothing of the pixels.
+    """
     yield content[:8]
     place = 8
     while place + 12 <= len(content):
         length, kind = struct.unpack(">I4s", content[place : place + 8])
         keyword = content[place + 8 : place + 88].split(b"\0")[0]
-        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf") or (kind[1:] in (b"EXt", b"TXt") and keyword in keep):
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS"):
             yield content[place : place + 12 + length]
+        elif kind == b"eXIf" or (kind[1:] in (b"EXt", b"TXt") and keyword in keep):
+            chunk = content[place : place + 8 + length]
+            yield chunk + struct.pack(">I", zlib.crc32(chunk[4:]))
         place += 12 + length
 
 
 def upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF says. Unlike Pillow's own function it does not write the EXIF anew, which fails for values such as 1/0."""
     image.load()
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception:  # an EXIF block that cannot be parsed says nothing, and the pixels are whole
-        orientation = None
+    orientation = None
+    for read in (lambda: _orientation(image.info["exif"]), lambda: image.getexif().get(0x0112)):
+        with contextlib.suppress(Exception):  # an EXIF block that cannot be parsed says nothing, and the pixels are whole
+            orientation = orientation or read()
     return image.transpose(TURNS[orientation]) if isinstance(orientation, int) and orientation in TURNS else image
+
+
+def _orientation(exif: bytes) -> Optional[int]:
+    """Of an EXIF block, by its first directory's entries. Pillow reads none behind one that it cannot read. Exif 2.32, 4.6.2."""
+    exif = exif[6:] if exif.startswith(b"Exif\0\0") else exif
+    order = "<" if exif.startswith(b"II") else ">"
+    (place,) = struct.unpack_from(order + "I", exif, 4)
+    (count,) = struct.unpack_from(order + "H", exif, place)
+    entries = (struct.unpack_from(order + "HHIH", exif, place + 2 + 12 * number) for number in range(count))
+    return next((value for tag, kind, _, value in entries if (tag, kind) == (0x0112, 3)), None)
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
@@ -177,10 +213,18 @@ def is_flat(image: Image.Image) -> bool:
 
 
 class Ink(NamedTuple):
-    """How much of a transparent image is seen on white and on black: the mean distance of its pixels from that ground, 0 to 255."""
+    """How much of a transparent image is drawn, and how much of that is seen on white and on black: mean alpha, 0 to 1.
 
-    white: float
-    black: float
+    A pixel is seen if a channel of its colour is at least a quarter of the range away from the ground.
+    """
+
+    drawn: float = 0.0
+    white: float = 0.0
+    black: float = 0.0
+
+    def lost(self, background: str) -> float:
+        """The share of the drawing that is not seen on "white" or "black"."""
+        return 1.0 - getattr(self, background) / self.drawn if self.drawn else 0.0
 
 
 def ink(image: Image.Image) -> Optional[Ink]:
@@ -191,15 +235,18 @@ def ink(image: Image.Image) -> Optional[Ink]:
     if image.getextrema()[3][0] == 255:
         return None
     image = image.reduce(max(1, int((image.width * image.height / 1e6) ** 0.5)))  # averages, weighted by their alpha
-    pixels = np.asarray(image, dtype=np.float32)
+    pixels = np.asarray(image)
     alpha, colours = pixels[:, :, 3] / 255.0, pixels[:, :, :3]
-    on_white, on_black = (alpha * away.max(axis=2) for away in (255.0 - colours, colours))
-    return Ink(float(on_white.mean()), float(on_black.mean()))
+    on_white, on_black = (alpha * seen for seen in (colours.min(axis=2) < 192, colours.max(axis=2) >= 64))
+    return Ink(*(float(each.mean()) for each in (alpha, on_white, on_black)))
 
 
 def ground(total: Ink) -> str:
-    """What transparent drawings of that ink, summed, are laid on: white, or black if white leaves less than a tenth of what black shows."""
-    return "black" if total.white < 0.1 * total.black else "white"
+    """What transparent drawings of that ink, summed, are laid on: white, but black if that loses less and nearly nothing.
+
+    Nearly nothing is a tenth; white must lose a tenth more. Black drawings, coloured ones, and white ones beside black stay on white.
+    """
+    return "black" if total.lost("black") < 0.1 <= total.lost("white") - total.lost("black") else "white"
 
 
 # ---- what is wrong -----------------------------------------------------------------------------------------------------------------

@@ -41,13 +41,22 @@ def caption_text(path: Path) -> str:
 
 
 def metadata_file(root: Path) -> Optional[Path]:
-    """The folder's metadata.jsonl, or else metadata.csv, in capitals or not; None if it has neither."""
+    """The folder's metadata.jsonl, or else metadata.csv, in capitals or not, a blank one last; None if it has neither."""
     try:
         names = sorted(name for name in os.listdir(root) if name.lower() in METADATA and (root / name).is_file())
     except OSError:  # no such directory, or none that may be read
         return None
     there = {name.lower(): root / name for name in names}  # the last, in small letters, stays
-    return next((there[name] for name in METADATA if name in there), None)
+    found = [there[name] for name in METADATA if name in there]
+    return min(found, key=is_blank, default=None)
+
+
+def is_blank(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return not any(line.strip(b"\xef\xbb\xbf \t\r\n") for line in file)
+    except OSError:  # said when it is read
+        return False
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------------------------
@@ -58,7 +67,7 @@ def rows(path: Path) -> Iterator[tuple[int, Union[dict, ValueError]]]:
 
     Raises UnicodeDecodeError when it reaches text in another encoding, and UserError for a .csv file without a header.
     """
-    return _csv_rows(path) if path.suffix.lower() == ".csv" else _jsonl_rows(path)
+    return _csv_rows(path) if path.suffix.lower() in (".csv", ".tsv") else _jsonl_rows(path)
 
 
 def _text(path: Path, newline: str) -> TextIO:
@@ -76,6 +85,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Union[dict, ValueError]]]:
         for number, line in enumerate(file, 1):
             if number == 1 and line.lstrip().startswith("["):
                 raise UserError(f"{shown(path)}: is one JSON list; write its objects one a line (jq -c '.[]' does).")
+            if number == 1 and line.strip() == "{":
+                raise UserError(f"{shown(path)}: has objects over several lines; write them one a line (jq -c . does).")
             if line.strip():
                 try:
                     yield number, _object(line)
@@ -127,6 +138,16 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Union[dict, ValueError]]]:
                 yield number, ValueError(f"has {len(fields)} fields, the first line {len(header)} (separated by {delimiter!r}{quote})")
 
 
+def is_text_file(path: Path) -> bool:
+    """Whether a file begins as text: without a zero, unless a byte order mark tells of UTF-16 or 32."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    except OSError:  # said when it is read
+        return True
+    return b"\0" not in head or encoding(head) != "utf-8-sig"
+
+
 def is_text(text: str) -> bool:
     """JSON may hold half a character ("\\ud800") or a zero, which no file name can."""
     try:
@@ -157,6 +178,7 @@ class Names:
 
     def find(self, name: str) -> Optional[str]:
         """The path of the one file that `name` means, from `root` and without . and .. in it; None if there is none or several."""
+        name = self.from_root(name)
         for written in (name, name.replace("\\", "/")):
             if written and (os.path.isabs(written) or os.path.isfile(self.root / written)):
                 return os.path.normpath(written) if os.path.isfile(self.root / written) else None
@@ -174,6 +196,14 @@ class Names:
                 return None
             found = os.path.join(found, alike[0])
         return found if os.path.isfile(self.root / found) else None
+
+    def from_root(self, name: str) -> str:
+        """An absolute path that leads below `root`, also through links, from there; other names as they are."""
+        for real in (os.path.abspath, os.path.realpath) if os.path.isabs(name) else ():
+            inner = os.path.relpath(real(name), real(self.root))
+            if stays(inner):
+                return inner
+        return name
 
     def _listing(self, folder: str) -> dict:
         try:

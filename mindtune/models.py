@@ -19,11 +19,11 @@ from safetensors.numpy import save_file
 
 from mindtune.cache import make_readable
 from mindtune.cli import UserError, listing
+from mindtune.configs import from_files, read_config
 from mindtune.flux_blocks import bind
 from mindtune.int8 import quantise, use_int8
 from mindtune.library import mindone
 from mindtune.operators import use_operators
-from mindtune.pipelines import from_files, read_config
 from mindtune.precision import LINEAR, NUMPY_TYPES, Precision, cast_cell
 from mindtune.rng import generator
 from mindtune.weights import FILE_TYPES, StoredTensor, stored_tensors, weight_files

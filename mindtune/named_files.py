@@ -8,15 +8,16 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, Optional
+from urllib.parse import unquote
 
 import numpy as np
 
 from mindtune.cli import UserError, few, listing, shown
 from mindtune.columns import JSON_COLUMNS, Columns, find_columns
-from mindtune.data import from_base64
+from mindtune.data import BASE64, BASE64_IMAGES, from_base64
 from mindtune.folders import files_below
 from mindtune.images import readable_suffixes
-from mindtune.metadata import SAVE_AS_UTF8, Names, is_text, rows, stays
+from mindtune.metadata import SAVE_AS_UTF8, Names, is_text, is_text_file, rows, stays
 
 
 def named_files(
@@ -37,8 +38,13 @@ def named_files(
 
 def _check_rows(path: Path, where: str, asked: Columns, inside: bool, single: bool, say: Callable[[str], None]) -> tuple[Columns, Any]:
     """The keys of the rows and a digest of them. Raises UserError listing all bad lines, or else all missing files."""
+    if path.is_dir():
+        raise UserError(f"{where}: is a directory. Give it as --train_data_dir.")
     if not path.is_file():
         raise UserError(f"{where}: no such file. Give a .jsonl file with a line for every pair.")
+    if not is_text_file(path):
+        hint = "Give a .jsonl file with a line for every pair; a directory of parquet or other files is given as --train_data_dir."
+        raise UserError(f"{where}: not a text file. {hint}")
     digest, keys, bad, absent, number = hashlib.sha256(str(path.absolute()).encode()), None, [], {}, 0
     names, seen, used = Names(path.absolute().parent), array("q"), array("q")
     try:
@@ -46,7 +52,7 @@ def _check_rows(path: Path, where: str, asked: Columns, inside: bool, single: bo
             try:
                 if isinstance(line, ValueError):
                     raise line
-                row = {_short(key): value for key, value in line.items()}
+                row = _short_row(line)
                 keys = keys or find_columns(dict.fromkeys(row), Columns(*(column and _short(column) for column in asked)), where, single)
                 found = _named_row(row, keys, names, inside)
             except ValueError as error:
@@ -82,12 +88,11 @@ def _say_unnamed(path: Path, used: array, where: str, say: Callable[[str], None]
     hashes, readable, unnamed, others = np.unique(np.asarray(used)), readable_suffixes(), [], []
     for folder, name in files_below(path.absolute().parent):
         file = os.path.join(folder, name)
-        if os.path.splitext(name)[1].lower() in readable:
-            place = np.searchsorted(hashes, hash(file))
-            if place == len(hashes) or hashes[place] != hash(file):
-                unnamed.append(os.path.relpath(file, path.absolute().parent))
-        elif file != str(path.absolute()) and not name.endswith(".md"):
-            others.append(os.path.relpath(file, path.absolute().parent))
+        place = np.searchsorted(hashes, hash(file))
+        if (place < len(hashes) and hashes[place] == hash(file)) or file == str(path.absolute()) or name.endswith(".md"):
+            continue
+        kind = unnamed if os.path.splitext(name)[1].lower() in readable else others
+        kind.append(os.path.relpath(file, path.absolute().parent))
     if others:
         say(f"{where}: {len(others)} files are not used beside {path.name}: {few(others)}")
     if unnamed:
@@ -99,9 +104,16 @@ def _short(key: str) -> str:
     return "image" if key == "file_name" else key[: -len("_file_name")] if key.endswith("_file_name") else key
 
 
+def _short_row(line: dict) -> dict:
+    """The row by short keys, and its usual ones in small letters too."""
+    row = {_short(key): value for key, value in line.items()}
+    usual = {key: _short(key.lower()) for key in row if key.lower() != key}
+    return {**{small: row[key] for key, small in usual.items() if small in JSON_COLUMNS}, **row} if usual else row
+
+
 def elsewhere(cell: str) -> bool:
     """Whether a cell is a URL of another machine, or the image itself as base64."""
-    return ("://" in cell and not cell.startswith("file:")) or (len(cell) > 255 and from_base64(cell) is not None)
+    return ("://" in cell and not cell.startswith("file:")) or from_base64(cell) is not None
 
 
 def _named_row(row: dict, keys: tuple, names: Names, inside: bool) -> dict[str, Optional[str]]:
@@ -121,11 +133,21 @@ def _named_row(row: dict, keys: tuple, names: Names, inside: bool) -> dict[str, 
 
 
 def _place(cell: Optional[str], names: Names, inside: bool) -> Optional[str]:
-    if not cell or elsewhere(cell):
-        return cell or None
+    if not cell:
+        return None
+    if cell[:6].lower() == "file:/":
+        cell = "/" + unquote(cell[5:]).lstrip("/")
+    scheme, colon, rest = cell.partition("://")
+    cell = scheme.lower() + colon + rest if colon else cell
+    if elsewhere(cell):
+        return cell
     found = names.find(cell)
-    if inside and not (stays(found) if found else stays(cell.replace("\\", "/"))):
+    if found is None and (cell.startswith("data:") or (cell.startswith(BASE64_IMAGES) and BASE64.match(cell))):
+        raise ValueError(f"{shown(cell, 120)} is base64 that is damaged or cut off")
+    if inside and not stays(found or names.from_root(cell.replace("\\", "/"))):
         raise ValueError(f"{shown(cell)} leads out of the directory")
+    if found is None and not inside and os.path.isfile(cell):
+        return os.path.abspath(cell)
     return str(names.root / (found or cell))
 
 
@@ -134,7 +156,7 @@ def _named_rows(path: str, keys: tuple, inside: bool) -> Iterator[dict]:
     for _, line in rows(Path(path)):
         if isinstance(line, ValueError):
             raise line
-        yield _named_row({_short(key): value for key, value in line.items()}, keys, names, inside)
+        yield _named_row(_short_row(line), keys, names, inside)
 
 
 def from_rows(rows: Any, features: Any, arguments: dict, digest: Any, cache_dir: Optional[str], streaming: bool) -> Any:

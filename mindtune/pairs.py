@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
+from PIL import Image
 
 from mindtune import devices
 from mindtune.buckets import BucketOrder, bucket_numbers, wanted
 from mindtune.cli import UserError, few, shown
 from mindtune.columns import Columns, Source
-from mindtune.data import Look, Sample, Wanted, animation_notes, encoded, look, prefetch, report_bad, split, too_small
-from mindtune.images import Ink, UnusableImage, ground, problem
+from mindtune.data import Look, Sample, Wanted, encoded, image_notes, look, prefetch, report_bad, split, too_small
+from mindtune.images import Ink, ground, is_transparent, problem
 from mindtune.named_files import elsewhere
 from mindtune.rng import generator
 from mindtune.tables import open_rows
 
-PEEK = 16  # so many conditions at a stream's beginning decide what transparent ones are laid on
+PEEK, FAR = 16, 256  # the first 16 transparent conditions among a stream's first 256 rows decide what such are laid on
 
 
 class Pair(NamedTuple):
@@ -154,7 +156,7 @@ def usable_pair(pair: Pair, wanted: Wanted) -> PairLook:
     """Decodes both images wholly."""
     image, condition = look(pair.image), look(pair.condition, condition=True)
     size, other = image.size, condition.size
-    wrong = [f"{what}{found}" for what, found in (("", size), ("its condition is ", other)) if isinstance(found, str)]
+    wrong = [f"{what}{found}" for what, found in (("", size), ("its condition: ", other)) if isinstance(found, str)]
     if not wrong and size != other:
         wrong = [f"{size[0]}x{size[1]}, its condition {other[0]}x{other[1]}"]
     if not wrong:
@@ -167,15 +169,16 @@ class Notes:
     """What is to be said of the usable pairs of a data set: animations, conditions of one colour, and what transparent ones lie on."""
 
     def __init__(self) -> None:
-        self.animated, self.flat, self.count, self.transparent, self.ink = [], {"white": [], "black": []}, 0, 0, Ink(0.0, 0.0)
+        self.images, self.flat, self.count, self.transparent, self.ink = [], {"white": [], "black": []}, 0, 0, Ink()
 
     def add(self, pair: Pair, looked: PairLook) -> None:
         if isinstance(looked.size, str):
             return
         self.count += 1
-        self.animated += [each.name for each, found in ((pair.image, looked.image), (pair.condition, looked.condition)) if found.animated]
-        if found := looked.condition.ink:
-            self.transparent, self.ink = self.transparent + 1, Ink(self.ink.white + found.white, self.ink.black + found.black)
+        found = ((pair.image.name, looked.image), (pair.condition.name, looked.condition))
+        self.images += [(name, each) for name, each in found if each.animated or each.dark]
+        if looked.condition.ink:
+            self.transparent, self.ink = self.transparent + 1, Ink(*map(sum, zip(self.ink, looked.condition.ink)))
         for background in looked.condition.flat_on:
             self.flat[background].append(pair.condition.name)
 
@@ -185,9 +188,13 @@ class Notes:
         return ground(self.ink)
 
     def lines(self, flag: str) -> list[str]:
-        flat, lines = self.flat[self.background], animation_notes(self.animated, flag)
+        flat, lines, lost = self.flat[self.background], image_notes(self.images, flag), self.ink.lost(self.background)
         if self.background == "black":
-            lines.append(f"{flag}: {self.transparent} transparent conditions are laid on black; on white their drawing would not be seen")
+            unseen = f"on white {self.ink.lost('white'):.0%} of their drawing would not be seen"
+            lines.append(f"{flag}: {self.transparent} transparent conditions are laid on black; {unseen}")
+        if lost >= 0.1:
+            what = f"{self.transparent} transparent conditions are laid on {self.background}, where {lost:.0%} of their drawing is not seen"
+            lines.append(f"{flag}: {what}. Give them a ground that shows all of it.")
         if flat:
             lines.append(f"{flag}: {len(flat)} of {self.count} conditions are blank, of one colour throughout: {few(flat)}")
         return lines
@@ -271,14 +278,23 @@ class PairStream:
         self.dataset, self.columns = open_rows(source, streaming=True, say=say)
         self.name, self.root = source.name, source.root
         self.seed, self.buffer_size, self.count, self.background = seed, buffer_size, count, "white"
-        notes = Notes()
-        with contextlib.suppress(Exception):  # what is wrong with a row is said when it is reached
-            for place, row in enumerate(islice(self.dataset, PEEK)):
-                pair = self._pair(row, place)
-                notes.add(pair, usable_pair(pair, 1))
+        notes = self._first_look()
         self.background = notes.background
-        for line in notes.lines(f"{source.flag} {shown(source.name)}, first {notes.count} pairs"):
+        for line in notes.lines(f"{source.flag} {shown(source.name)}, {notes.count} pairs of its first {FAR} rows"):
             say(line)
+
+    def _first_look(self) -> Notes:
+        """Of the first pairs, and then of those whose condition may be transparent. What is wrong is said when it is reached."""
+        notes = Notes()
+        with contextlib.suppress(Exception):  # the stream breaks off
+            for place, row in enumerate(islice(self.dataset, FAR)):
+                if place >= PEEK <= notes.transparent:
+                    break
+                with contextlib.suppress(Exception):  # a bad row
+                    pair = self._pair(row, place)
+                    if place < PEEK or is_transparent(Image.open(io.BytesIO(pair.condition.source))):
+                        notes.add(pair, usable_pair(pair, 1))
+        return notes
 
     def __iter__(self) -> Iterator[Pair]:
         return self.from_position(0)
@@ -314,6 +330,6 @@ class PairStream:
         for what, column, background in zip(("image", "condition"), self.columns, ("white", self.background)):
             try:
                 images.append(Sample(name, encoded(row[column], self.root), background=background))
-            except (OSError, UnusableImage) as error:
-                raise UserError(f"{name}: its {what} is {problem(error)}. Mend the data set, or remove the pair from it.") from None
+            except Exception as error:  # reading a URL raises many kinds
+                raise UserError(f"{name}: its {what}: {problem(error)}. Mend the data set, or remove the pair from it.") from None
         return Pair(*images, row[self.columns.caption] or "")

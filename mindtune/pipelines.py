@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import re
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
-from mindtune import diffusion
 from mindtune.cli import UserError, listing
+from mindtune.configs import class_of, config_file, from_files, read_config
 from mindtune.library import config_defaults
+from mindtune.supported import class_problem, model_problems, vae_problems
 from mindtune.weights import (
     FOREIGN,
     PICKLED,
@@ -49,41 +47,6 @@ SDXL_COMPONENTS = {
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
 }
-# How the class of a pipeline begins -> what it is, and the scripts that train it. The longest beginning counts.
-FAMILIES = {
-    "Flux": ("FLUX.1", "flux_lora/ and flux_controlnet/"),
-    "Flux2": ("FLUX.2", ""),
-    "StableDiffusionXL": ("Stable Diffusion XL", "examples/controlnet/train_controlnet_sdxl.py"),
-    "StableDiffusion3": ("Stable Diffusion 3", ""),
-    "StableDiffusion": ("Stable Diffusion 1 or 2", "examples/controlnet/train_controlnet.py"),
-}
-# Classes of pipelines whose weights are trained in another way than those of their family.
-SPECIAL = {
-    "FluxKontextPipeline": "it edits a reference image, and would be trained as text-to-image. Give black-forest-labs/FLUX.1-dev",
-    "FluxFillPipeline": "it fills a masked image. Give black-forest-labs/FLUX.1-dev",
-    "FluxPriorReduxPipeline": "it encodes images for another pipeline. Give black-forest-labs/FLUX.1-dev",
-    "FluxControlPipeline": "it reads a condition beside the latents. Give black-forest-labs/FLUX.1-dev",
-    "StableDiffusionUpscalePipeline": "it reads a small image beside the latents. Give the text-to-image model",
-    "StableDiffusionLatentUpscalePipeline": "it reads a small image beside the latents. Give the text-to-image model",
-    "StableDiffusionInstructPix2PixPipeline": "it edits a reference image. Give the text-to-image model",
-    "StableDiffusionXLInstructPix2PixPipeline": "it edits a reference image. Give the text-to-image model",
-    "StableDiffusionDepth2ImgPipeline": "it reads a depth map beside the latents. Give the text-to-image model",
-}
-# Input channels of models that read more than the noisy latents.
-EXTRA_INPUTS = {
-    384: "a model that fills (latents, masked image and mask)", 128: "a model with a condition beside the latents (Canny, Depth)",
-    9: "an inpainting model (latents, masked image and mask)", 8: "a model that edits an image", 7: "an upscaler", 5: "a depth model",
-}  # fmt: skip
-# Keys of which only the given value is computed here. Another one would train a model in a way that it was not made for.
-ONLY = {
-    "unet": {
-        "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None, "time_cond_proj_dim": None,
-    },
-    "FlowMatchEulerDiscreteScheduler": {
-        "shift_terminal": None, "time_shift_type": "exponential", "invert_sigmas": False, "use_karras_sigmas": False,
-        "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
-    },
-}  # fmt: skip
 # The ControlNet that belongs to a model, and what both have to agree on.
 CONTROLNETS = {
     "FluxTransformer2DModel": (
@@ -109,47 +72,6 @@ UNION_TENSORS = ("task_embedding", "control_add_embedding", "controlnet_mode_emb
 TOKENIZER_FILES = {"CLIP": (("vocab.json", "merges.txt"),), "T5": (("tokenizer.json",), ("spiece.model",))}
 WEIGHTS = (".safetensors", *PICKLED, *FOREIGN)  # endings of files that hold some
 QUANTISED = {"F8_E4M3": "fp8", "F8_E5M2": "fp8", "U8": "packed 4-bit or 8-bit", "I8": "8-bit integer"}
-
-
-# ---- configs ---------------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def from_files(folder: Path) -> Iterator[None]:
-    """Says of whatever goes wrong inside that the files of `folder` are to blame: libraries raise anything for odd values. UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{folder}: cannot be made from its files ({type(error).__name__}: {error}). Copy or download them again."
-        ) from error
-
-
-def config_file(name: str) -> str:
-    return f"{name}/scheduler_config.json" if name == "scheduler" else f"{name}/config.json"
-
-
-def read_config(root: Path, name: str) -> dict[str, Any]:
-    """A component's config.json (scheduler_config.json), with its class's defaults for the keys that it lacks.
-
-    Those keys are listed as `_use_default_values`, as diffusers does: another class made of the config has its own defaults for them.
-    Raises ValueError naming the file if it is torn, OSError if it is missing.
-    """
-    found = read_json(root, root / config_file(name))
-    if isinstance(found.get("text_config"), dict) and "architectures" in found:  # of a whole CLIP
-        found = {**found, **found["text_config"], "architectures": found["architectures"]}
-    defaults = {key: value for key, value in config_defaults(class_of(found)).items() if key not in found}
-    defaults = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
-    return {**found, **defaults, "_use_default_values": [*defaults]}
-
-
-def class_of(config: dict[str, Any]) -> str:
-    """The class that a config names."""
-    architectures = config.get("architectures")
-    named = architectures[0] if isinstance(architectures, list) and architectures else "(none named)"
-    return str(config.get("_class_name") or named)
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------------------------
@@ -201,7 +123,7 @@ def resolve_vae(name: str, flag: str, cache_dir: Optional[str], root: Path, base
     if vae["latent_channels"] != model["in_channels"]:
         raise UserError(f"{flag} {name}: latent_channels is {vae['latent_channels']}, the {base} reads {model['in_channels']}. "
                         "Give a VAE made for this model.")  # fmt: skip
-    if problems := _vae_problems(path.parent, path.name):
+    if problems := vae_problems(path.parent, path.name):
         raise UserError(f"{flag} {name}: cannot be used:\n{listing(problems)}\nGive the config.json that was published with it.")
     scales = [(config["scaling_factor"], config["latents_mean"], config["latents_std"]) for config in (own, vae)]
     if scales[0] != scales[1]:
@@ -298,7 +220,7 @@ def check_pipeline(
     repository on the hub, of which some were downloaded. Raises UserError naming all defects.
     """
     flag = "--pretrained_model_name_or_path"
-    if problem := _pipeline_class_problem(root, components):
+    if problem := class_problem(root, components):
         raise UserError(f"{flag} {root}: {problem}.")
     broken = [] if not weights or (root / "model_index.json").is_file() else [_missing_index(root)]
     unsupported = []
@@ -309,7 +231,7 @@ def check_pipeline(
                 found += more
     if not broken and not unsupported:
         with from_files(root):
-            unsupported = _model_problems(root, components)
+            unsupported = model_problems(root, components)
     if unsupported:
         raise UserError(
             f"{flag} {root}: cannot be trained by this script:\n{listing(unsupported)}\ndocs/models.md says which published models can."
@@ -338,25 +260,6 @@ def _tell_variant(flag: str, root: Path, names: list[str], variant: str) -> None
         raise UserError(f"{flag} {root}: no component has files of the variant {variant}. Leave --variant {variant} out.")
     if plain:
         print(f"--variant {variant}: {', '.join(plain)} has no files of that variant; the plain ones are used")
-
-
-def _pipeline_class_problem(root: Path, components: dict) -> Optional[str]:
-    """What is wrong with the class that model_index.json names. A class that is not known is left to the checks of the configs."""
-    if not {"transformer", "unet"} & components.keys():
-        return None
-    expected = "Flux" if "transformer" in components else "StableDiffusionXL" if "text_encoder_2" in components else "StableDiffusion"
-    try:
-        found = read_json(root, root / "model_index.json").get("_class_name")
-    except (OSError, ValueError):
-        return None  # told with the other defects
-    found = str(found)
-    if found in SPECIAL:
-        return f"model_index.json: _class_name is {found}: {SPECIAL[found]}"
-    family = max((family for family in FAMILIES if found.startswith(family)), key=len, default=expected)
-    if family != expected:
-        title, script = FAMILIES[family]
-        return f"model_index.json: _class_name is {found}, {title}; " + (f"train it with {script}" if script else "it is not supported")
-    return None
 
 
 def _part_problems(
@@ -429,110 +332,3 @@ def _tokenizer_problems(root: Path, name: str, classes: tuple) -> list[str]:
     entry = read_json(root, index).get(name) if index.is_file() else None  # its absence is told once
     found = entry[1] if isinstance(entry, list) and len(entry) > 1 else None
     return [] if found in (None, *classes) else [f"model_index.json: {name} is a {found}, expected {classes[0]}"]
-
-
-# ---- what is trained -------------------------------------------------------------------------------------------------------------------
-
-
-def _model_problems(root: Path, components: dict) -> list[str]:
-    """What configs say that the scripts do not compute, or that does not go together."""
-    configs = {name: read_config(root, name) for name in components if (root / config_file(name)).is_file()}
-    base = "transformer" if "transformer" in components else "unet"
-    problems = _scheduler_problems(configs["scheduler"], base) if "scheduler" in configs else []
-    if "vae" in configs:
-        problems += _vae_problems(root, "vae")
-    if base not in configs:
-        return problems
-    for key, value, wanted, why in _expected(configs, base):
-        if value != wanted:
-            problems.append(f"{base}/config.json: {key} is {value}, expected {wanted}{why}")
-    return problems
-
-
-def _expected(configs: dict[str, dict], base: str) -> Iterator[tuple[str, Any, Any, str]]:
-    """Of the transformer or UNet: key, its value, the value that the scripts can train with, and what another one means."""
-    config, flux = configs[base], base == "transformer"
-    clip, second = configs.get("text_encoder"), configs.get("text_encoder_2")
-    if vae := configs.get("vae"):
-        channels = vae["latent_channels"] * (4 if flux else 1)
-        what = EXTRA_INPUTS.get(config["in_channels"], "a model that reads more than the noisy latents")
-        yield "in_channels", config["in_channels"], channels, f": {what}. Give the text-to-image model"
-        if config["out_channels"] is not None:
-            yield "out_channels", config["out_channels"], channels, ": it does not predict noise. Give the text-to-image model"
-    for key, wanted in ONLY.get(base, {}).items():
-        yield key, config.get(key), wanted, ", and nothing else is computed here. Give another model"
-    if flux:
-        dims = config["axes_dims_rope"]
-        yield "the sum of axes_dims_rope", sum(dims), config["attention_head_dim"], ", which is attention_head_dim"
-        if second:
-            yield "joint_attention_dim", config["joint_attention_dim"], second["d_model"], ", the width of text_encoder_2"
-        if clip:
-            yield "pooled_projection_dim", config["pooled_projection_dim"], clip["hidden_size"], ", the width of text_encoder"
-        return
-    if config["mid_block_type"] not in (blocks := ["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"]):
-        yield "mid_block_type", config["mid_block_type"], " or ".join(blocks), ": a ControlNet has one"
-    if not isinstance(config["layers_per_block"], int):
-        yield "layers_per_block", config["layers_per_block"], "one number", ": a ControlNet has as many in every block"
-    wanted, advice = ("text_time", "Stable Diffusion XL's") if second else (None, "Stable Diffusion 1's and 2's")
-    yield "addition_embed_type", config["addition_embed_type"], wanted, f", {advice}. Use the script of the other model"
-    if clip:
-        width = clip["hidden_size"] + (second["hidden_size"] if second else 0)
-        yield "cross_attention_dim", config["cross_attention_dim"], width, ", the width of the text encoders"
-    if second and config["addition_embed_type"] == "text_time":
-        width = second["projection_dim"] + 6 * config["addition_time_embed_dim"]
-        key = "projection_class_embeddings_input_dim"
-        yield key, config[key], width, ": it reads other sizes than height, width and crop. Give a base model, not a refiner"
-
-
-def _scheduler_problems(scheduler: dict, base: str) -> list[str]:
-    file, cls = "scheduler/scheduler_config.json", class_of(scheduler)
-    if not (isinstance(scheduler.get("num_train_timesteps", 1000), int) and scheduler.get("num_train_timesteps", 1000) >= 1):
-        return [f"{file}: num_train_timesteps is {scheduler['num_train_timesteps']}, expected a number such as 1000"]
-    if base == "transformer":
-        wrong = [key for key in ("shift", "base_shift", "max_shift") if not _number(scheduler[key])]
-        wrong += [key for key in ("base_image_seq_len", "max_image_seq_len") if not _number(scheduler[key])]
-        if wrong:
-            return [f"{file}: {key} is {scheduler[key]}, expected a number. Give FLUX.1-dev's scheduler_config.json" for key in wrong]
-        if scheduler["base_image_seq_len"] >= scheduler["max_image_seq_len"]:
-            return [f"{file}: base_image_seq_len is {scheduler['base_image_seq_len']}, expected less than max_image_seq_len"]
-        only = ONLY["FlowMatchEulerDiscreteScheduler"]
-        return [
-            f"{file}: {key} is {scheduler[key]}, and only {value} is computed here. Give FLUX.1-dev's scheduler_config.json"
-            for key, value in only.items()
-            if (scheduler.get(key) if scheduler.get(key) is not None else value) != value
-        ]
-    if lacking := [key for key in ("beta_start", "beta_end", "beta_schedule") if key not in scheduler]:
-        edm = ", which was trained with EDM's noise" if "sigma_data" in scheduler else ""
-        return [f"{file}: {cls} has no {', '.join(lacking)}{edm}. Models with such noise are not supported; give one with betas"]
-    try:
-        diffusion.alphas_cumprod(scheduler), diffusion.prediction_type(scheduler)
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def _vae_problems(root: Path, name: str) -> list[str]:
-    """What cannot be the scale of latents. latents_mean and latents_std are given together, a number for every channel."""
-    config = read_config(root, name)
-    scale, shift = config["scaling_factor"], config["shift_factor"]
-    if not (_number(scale) and scale > 0):
-        return [f"{name}/config.json: scaling_factor is {scale}, expected a number above 0, such as 0.18215"]
-    if not (shift is None or _number(shift)):
-        return [f"{name}/config.json: shift_factor is {shift}, expected a number or null"]
-    given = {key: config[key] for key in ("latents_mean", "latents_std") if config[key] is not None}
-    wrong = [f"{key} is {value}" for key, value in given.items() if not _numbers(value, config["latent_channels"])]
-    if "latents_std" in given and not wrong and min(given["latents_std"]) <= 0:
-        wrong.append(f"latents_std is {given['latents_std']}, and each has to be above 0")
-    if len(given) == 1:
-        wrong.append(f"{next(iter(given))} is there without the other")
-    if given and config["shift_factor"]:
-        wrong.append(f"shift_factor is {config['shift_factor']} beside latents_mean")
-    return [f"{name}/config.json: {problem}; expected latents_mean and latents_std of latent_channels numbers each" for problem in wrong]
-
-
-def _numbers(value: Any, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and all(map(_number, value))
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

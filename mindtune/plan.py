@@ -20,9 +20,9 @@ import mindspore as ms
 from mindtune.adam8bit import BLOCK, SMALLEST
 from mindtune.buckets import crop_sizes
 from mindtune.cli import UserError, run
+from mindtune.configs import read_config
 from mindtune.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models import Shape, controlnet_shapes, shapes
-from mindtune.pipelines import read_config
 from mindtune.precision import DTYPES
 from mindtune.tracking import peak_memory_mb
 

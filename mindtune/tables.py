@@ -15,7 +15,8 @@ from mindtune.cli import UserError, few, listing, shown
 from mindtune.columns import Columns, Source, find_columns
 from mindtune.data import Sample
 from mindtune.folders import files_below, is_litter
-from mindtune.metadata import is_text, metadata_file
+from mindtune.images import LFS_POINTER, readable_suffixes
+from mindtune.metadata import is_text, metadata_file, rows
 from mindtune.named_files import from_rows, named_files
 
 
@@ -30,6 +31,8 @@ def open_rows(source: Source, streaming: bool, single: bool = False, say: Callab
     name, flag, config, cache_dir = source.name, source.flag, source.dataset_config_name, source.cache_dir
     where = f"{flag} {shown(name)}"
     asked = Columns(source.image_column, source.conditioning_image_column, source.caption_column)
+    if twice := [column for column in asked if column and asked.count(column) > 1]:
+        raise UserError(f"{where}: column {twice[0]} is named for two purposes. Name each column once.")
     root = Path(name).expanduser()
     if not is_text(os.path.abspath(root)):
         raise UserError(f"{where}: the path {shown(os.path.abspath(root))} is not UTF-8, which the datasets library needs. Rename it.")
@@ -42,9 +45,17 @@ def open_rows(source: Source, streaming: bool, single: bool = False, say: Callab
     if source.jsonl_for_train or table:
         # The library reads a folder with metadata too, but dies of a row without condition, and its error names no line.
         path, inside = (root, False) if source.jsonl_for_train else (table, True)
-        return named_files(path, where, asked, cache_dir, streaming, inside, single, say)
+        dataset, columns = named_files(path, where, asked, cache_dir, streaming, inside, single, say)
+        if single:
+            _say_captions(dict.fromkeys(next(rows(path))[1]), columns, where, say)
+        return dataset, columns
     dataset = _library(root, name, where, config, cache_dir, streaming, say)
+    there = dataset.features
+    if lower := {column: column.lower() for column in there if column not in asked and column.lower() not in there}:
+        dataset = dataset.rename_columns(lower)
     columns = find_columns(dataset.features, asked, where, single)
+    if single:
+        _say_captions(dataset.features, columns, where, say)
     dataset = dataset.select_columns(list(dict.fromkeys(filter(None, columns))))
     for column in filter(None, columns[:2]):
         if isinstance(dataset.features[column], datasets.Image):
@@ -65,7 +76,18 @@ def samples_in_dataset(source: Source, say: Callable[[str], None] = print) -> li
     dataset, columns = open_rows(source, streaming=False, single=True, say=say)
     captions = dataset[columns.caption] if columns.caption else [None] * len(dataset)
     images, name = dataset.select_columns([columns.image]), shown(source.name)
+    bare = [f"{name}[{i}]" for i, caption in enumerate(captions) if not caption]
+    if columns.caption and bare:
+        own = f"{len(captions) - len(bare)} of {len(captions)} images have a caption of their own"
+        say(f"{source.flag} {name}: {own}; without: {few(bare)}")
     return [Sample(f"{name}[{i}]", (images, i, columns.image), caption or None, root=source.root) for i, caption in enumerate(captions)]
+
+
+def _say_captions(features: dict, columns: Columns, where: str, say: Callable[[str], None]) -> None:
+    """Names the column that seems to hold captions if none is used."""
+    words = [name for name in ("text", "txt", "caption", "prompt") if name in features and name != columns.image]
+    if words and not columns.caption:
+        say(f"{where}: the column {words[0]} is not used; --caption_column {words[0]} takes captions from it")
 
 
 def _library(root: Path, name: str, where: str, config: Optional[str], cache_dir: Optional[str], streaming: bool, say: Callable) -> Any:
@@ -74,6 +96,9 @@ def _library(root: Path, name: str, where: str, config: Optional[str], cache_dir
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     tars = sorted(map(str, root.glob("*.tar")))
+    files = [os.path.join(*place) for place in files_below(root) if place[1].endswith((".parquet", ".arrow", ".tar"))]
+    if pointers := [file for file in files if _head(file) == LFS_POINTER]:
+        raise UserError(f"{where}: {len(pointers)} files are Git LFS pointers:\n{listing(pointers)}\nRun git lfs pull where it was cloned.")
     if torn := [tar for tar in tars if not _ends(tar)]:
         raise UserError(f"{where}: {len(torn)} of {len(tars)} shards are cut off:\n{listing(torn)}\nCopy them again, or remove them.")
     try:
@@ -87,7 +112,7 @@ def _library(root: Path, name: str, where: str, config: Optional[str], cache_dir
         if root.is_dir() and builder.config.data_files:
             _say_unused(root, builder.config.data_files, where, say)
         if root.is_dir() and isinstance(builder, Parquet):
-            return _parquet(_split(builder.config.data_files, where, say), cache_dir, streaming)
+            return _parquet(_split(builder.config.data_files, where, say), where, cache_dir, streaming, say)
         if not streaming:
             builder.download_and_prepare()
         found = _split(builder.as_streaming_dataset() if streaming else builder.as_dataset(), where, say)
@@ -95,29 +120,58 @@ def _library(root: Path, name: str, where: str, config: Optional[str], cache_dir
     except UserError:
         raise
     except Exception as error:  # the library raises a dozen kinds; its text, or its cause's, is what helps
+        if isinstance(error.__cause__ or error, UnicodeEncodeError):
+            names = [name for name in (os.path.join(*place) for place in files_below(root)) if not is_text(name)]
+            other = "Rename them. With metadata.jsonl beside them, or by --instance_data_dir, images are read under such names too."
+            raise UserError(f"{where}: the datasets library needs names in UTF-8; {len(names)} are not: {few(names)}. {other}") from None
         reason = shown(f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else error, 1000)
         hint = "Every sample of the shards needs the same files, such as 01.image.png, 01.conditioning.png and 01.txt."
         other = "Give a directory with metadata.jsonl, parquet, arrow or .tar files, or for --dataset_name the id of a data set on the hub."
+        other += " A folder of images for a LoRA is given as --instance_data_dir." if root.is_dir() else ""
         raise UserError(f"{where}: the datasets library cannot read it: {reason}\n{hint if tars else other}") from None
 
 
-def _parquet(files: list[str], cache_dir: Optional[str], streaming: bool) -> Any:
-    """The rows of local parquet files, read in small batches: the library's own reader runs up to a gigabyte ahead of its caller."""
+def _parquet(files: list[str], where: str, cache_dir: Optional[str], streaming: bool, say: Callable[[str], None]) -> Any:
+    """The rows of local parquet files, read in small batches: the library's own reader runs up to a gigabyte ahead of its caller.
+
+    Columns of kinds that the library lacks, such as maps, are left out.
+    """
     import datasets
     import pyarrow.parquet
 
     stamps = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
-    features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(files[0]))
-    return from_rows(_parquet_rows, features, {"files": list(files)}, hashlib.sha256(repr(stamps).encode()), cache_dir, streaming)
+    schema, count, others = None, 0, []
+    for path in files:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema, count = schema or file.schema_arrow, count + file.metadata.num_rows
+            if set(file.schema_arrow.names) != set(schema.names):
+                others.append(f"{shown(path)} ({', '.join(file.schema_arrow.names)})")
+    if not count:
+        raise UserError(f"{where}: the data set has no rows. Give one that has.")
+    if others:
+        say(f"{where}: {len(others)} files have other columns than {files[0]} ({', '.join(schema.names)}), whose are used: {few(others)}")
+    for name in schema.names:
+        try:
+            datasets.features.features.generate_from_arrow_type(schema.field(name).type)
+        except (ValueError, NotImplementedError):
+            schema = schema.remove(schema.get_field_index(name))
+    features, arguments = datasets.Features.from_arrow_schema(schema), {"files": list(files), "columns": tuple(schema.names)}
+    return from_rows(_parquet_rows, features, arguments, hashlib.sha256(repr(stamps).encode()), cache_dir, streaming)
 
 
-def _parquet_rows(files: list[str]) -> Iterator[dict]:
+def _parquet_rows(files: list[str], columns: tuple[str, ...]) -> Iterator[dict]:
     import pyarrow.parquet
 
     for path in files:
         with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=16, use_threads=False):
-                yield from batch.to_pylist()
+            for batch in file.iter_batches(batch_size=16, columns=list(columns), use_threads=False):
+                yield from ({name: row.get(name) for name in columns} for row in batch.to_pylist())
+
+
+def _head(file: str) -> bytes:
+    """As many bytes as tell a Git LFS pointer."""
+    with open(file, "rb") as opened:
+        return opened.read(len(LFS_POINTER))
 
 
 def _ends(tar: str) -> bool:
@@ -144,4 +198,6 @@ def _say_unused(root: Path, splits: dict, where: str, say: Callable[[str], None]
     there = (os.path.join(folder, name) for folder, name in files_below(root) if name not in ("dataset_infos.json", "dataset_info.json"))
     if unused := [os.path.relpath(file, root) for file in there if os.path.abspath(file) not in used and not file.endswith(".md")]:
         kinds = ", ".join(sorted({os.path.splitext(file)[1] for file in used}))
-        say(f"{where}: {len(unused)} files are not used beside those read ({kinds}): {few(unused)}")
+        images = any(os.path.splitext(file)[1].lower() in readable_suffixes() for file in unused)
+        how = ". Images of every kind are read if metadata.jsonl names them, and by --instance_data_dir" if images else ""
+        say(f"{where}: {len(unused)} files are not used beside those read ({kinds}): {few(unused)}{how}")

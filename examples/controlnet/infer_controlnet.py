@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import checkpoint, models, pipelines, precision, rng, sampling
+from mindtune import checkpoint, configs, models, pipelines, precision, rng, sampling
 from mindtune.cli import UserError, matched, run
 from mindtune.encode import Stage
 
@@ -57,7 +57,7 @@ def main(argv=None):
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SD_COMPONENTS
     )
     models.check_files(root, pipelines.SD_COMPONENTS, args.variant)
-    folder = pipelines.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, pipelines.read_config(root, "unet"))
+    folder = pipelines.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, configs.read_config(root, "unet"))
     models.check_files(folder.parent, [folder.name])
 
     # ---- encode the prompts, in a process that gives its memory back ----------
@@ -70,7 +70,7 @@ def main(argv=None):
     # ---- load ----------------------------------------------------------------
     unet = models.load_model(root, "unet", kind, args.variant)
     controlnet = models.load_model(folder.parent, folder.name, kind)
-    vae, scheduler = stage.load_vae(), pipelines.read_config(root, "scheduler")
+    vae, scheduler = stage.load_vae(), configs.read_config(root, "scheduler")
     vae_compute = precision.resolve_precision(stage.vae_precision).compute
 
     # ---- draw ----------------------------------------------------------------

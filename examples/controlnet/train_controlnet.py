@@ -28,6 +28,7 @@ from mindtune import (
     advice,
     buckets,
     checkpoint,
+    configs,
     data,
     devices,
     diffusion,
@@ -391,14 +392,14 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     if args.dry_run:
-        configs = pipelines.resolve_pipeline(
+        root = pipelines.resolve_pipeline(
             args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SD_COMPONENTS, weights=False
         )
-        models.check_files(configs, models.with_weights(configs, pipelines.SD_COMPONENTS, args.variant), args.variant)
+        models.check_files(root, models.with_weights(root, pipelines.SD_COMPONENTS, args.variant), args.variant)
         existing = args.controlnet_model_name_or_path and pipelines.resolve_controlnet(
-            args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, pipelines.read_config(configs, "unet"), weights=False
+            args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, configs.read_config(root, "unet"), weights=False
         )
-        print(plan.describe("controlnet", configs, vars(args), args.device_memory_gb, existing))
+        print(plan.describe("controlnet", root, vars(args), args.device_memory_gb, existing))
         return 0
 
     # ---- check everything --------------------------------------------------
@@ -417,7 +418,7 @@ def main(argv=None):
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SD_COMPONENTS
     )
     models.check_files(root, pipelines.SD_COMPONENTS, args.variant)
-    unet_config, scheduler_config = pipelines.read_config(root, "unet"), pipelines.read_config(root, "scheduler")
+    unet_config, scheduler_config = configs.read_config(root, "unet"), configs.read_config(root, "scheduler")
     alphas, prediction_type = diffusion.alphas_cumprod(scheduler_config), diffusion.prediction_type(scheduler_config)
     tokenizer = pipelines.resolve_tokenizer(args.tokenizer_name, "--tokenizer_name", args.cache_dir) if args.tokenizer_name else None
     existing = None
@@ -484,7 +485,7 @@ def main(argv=None):
     print(precision.parameter_table({"unet": unet, "controlnet": controlnet, **({"vae": vae} if vae else {})}, kind))
 
     # ---- the step ------------------------------------------------------------
-    vae_config = pipelines.read_config(stage.vae.parent, stage.vae.name)
+    vae_config = configs.read_config(stage.vae.parent, stage.vae.name)
     latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
     batches = Batches(args, seed, stage, pair_data, latent, len(alphas))
     snr_weights = diffusion.min_snr_weights(alphas, args.snr_gamma, prediction_type)

@@ -124,14 +124,14 @@ def draw(root: Path, captions: list[str], steps: int = 12, seed: int = 0, size: 
     """A picture of every caption by the pipeline in `root`, each from its own seeded noise."""
     import mindspore as ms
 
-    from mindtune import models, pipelines, precision, rng, sampling
+    from mindtune import configs, models, precision, rng, sampling
     from mindtune.encode import token_ids
 
     models.set_up_device(graph_mode=False)
     full = precision.resolve_precision("no")
     cells = [models.load_model(root, part, full) for part in ("transformer", "text_encoder", "text_encoder_2", "vae")]
     tokenizers = models.load_tokenizer(root / "tokenizer"), models.load_tokenizer(root / "tokenizer_2")
-    scheduler, images = pipelines.read_config(root, "scheduler"), []
+    scheduler, images = configs.read_config(root, "scheduler"), []
     transformer, clip, t5, vae = cells
     with sampling.eager():
         for start in range(0, len(captions), 50):

@@ -23,7 +23,7 @@ import numpy as np
 from mindspore import nn, ops
 from safetensors.numpy import load_file, save
 
-from mindtune import checkpoint, flow, library, models, optim, pipelines, precision, rng
+from mindtune import checkpoint, configs, flow, library, models, optim, precision, rng
 from mindtune.encode import token_ids
 from mindtune.weights import weight_files
 
@@ -149,7 +149,7 @@ def main(argv=None):
     )
     # Shifted towards noise, where colours, place and shape are decided; what is left below is the VAE's fine print.
     sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), 2.5)
-    step = PretrainStep(*cells.values(), optimizer, pipelines.read_config(root, "vae"), sigmas)
+    step = PretrainStep(*cells.values(), optimizer, configs.read_config(root, "vae"), sigmas)
     ema = optim.EMA(list(parameters.values()), 0.9995)
     averages = dict(zip(parameters, ema.averages))
 

@@ -30,13 +30,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "tiny")]
 import make_tiny_pipeline  # noqa: E402  (examples/tiny)
 import steps  # noqa: E402  (beside this file)
 
-from mindtune import cli, flux_blocks, library, lora, models, pipelines, precision, tracking  # noqa: E402
+from mindtune import cli, configs, flux_blocks, library, lora, models, pipelines, precision, tracking  # noqa: E402
 from mindtune.weights import weight_files  # noqa: E402
 
 FOLDERS = ("mindtune", "flux_lora", "flux_controlnet", "examples/controlnet", "examples/tiny")
-PARTS = [(kind, part) for kind in ("flux", "sd15", "sdxl") for part in getattr(models, f"{kind.rstrip('15')}_COMPONENTS".upper())]
+PARTS = [(kind, part) for kind in ("flux", "sd15", "sdxl") for part in getattr(pipelines, f"{kind.rstrip('15')}_COMPONENTS".upper())]
 PARTS = [(kind, part) for kind, part in PARTS if "tokenizer" not in part and part != "scheduler"]
-TARGETS = {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS, "text_encoder_2": lora.TEXT_ENCODER_TARGETS}
+TARGETS = {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS}
 # The calls whose object no import names: what is called -> how many positional arguments, and the keywords.
 FLUX_INPUTS = "hidden_states encoder_hidden_states pooled_projections timestep img_ids txt_ids guidance return_dict"
 CALLS = {
@@ -125,7 +125,7 @@ def check_names():
     # Whose attributes are looked up: the classes that the tables of mindtune.models name.
     tables = (pipelines.FLUX_COMPONENTS, pipelines.SD_COMPONENTS, pipelines.SDXL_COMPONENTS)
     classes = {name for table in tables for part, found in table.items() if "tokenizer" not in part for name in found}
-    classes |= {controlnet for controlnet, _ in models.CONTROLNETS.values()}
+    classes |= {controlnet for controlnet, _ in pipelines.CONTROLNETS.values()}
     names |= {f"mindone.{'transformers' if name.startswith(('CLIP', 'T5')) else 'diffusers'}.{name}" for name in classes}
     dotted = {name for name in names if name.count(".") < 4}  # longer ones go into an object, such as cls.__init__
     rows.append(("names of mindone exist", len(dotted), "", [f"no {name}" for name in sorted(dotted) if not exists(name)]))
@@ -134,7 +134,7 @@ def check_names():
 def find(name):
     """The function that a key of CALLS means."""
     owner, *path = name.split(".")
-    homes = (models, models.peft, library.mindone.diffusers, library.mindone.transformers)
+    homes = (library, library.peft, library.mindone.diffusers, library.mindone.transformers)
     found = next(getattr(home, owner) for home in homes if hasattr(home, owner)) if owner != "training_utils" else None
     found = found or importlib.import_module("mindone.diffusers.training_utils")
     for part in path:
@@ -196,7 +196,7 @@ def controlnets(work):
             new = models.flux_controlnet(work / kind, 1, 1)
         else:
             new = models.unet_controlnet(models.load_model(work / kind, part, full), 0)
-        yield f"{kind}-controlnet", new, pipelines.read_config(work / kind, part)
+        yield f"{kind}-controlnet", new, configs.read_config(work / kind, part)
 
 
 def write_reference(work):
@@ -220,8 +220,8 @@ def write_reference(work):
 
 
 def adaptable():
-    """What a LoRA goes into: FLUX and CLIP."""
-    return [("flux", "transformer"), ("flux", "text_encoder"), ("sdxl", "text_encoder_2")]
+    """What a LoRA goes into: FLUX and its CLIP."""
+    return [("flux", "transformer"), ("flux", "text_encoder")]
 
 
 def check_models(work, facts):

@@ -8,7 +8,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
-from mindtune import diffusion, flow, lora, models, optim, pipelines, precision, rng
+from mindtune import configs, diffusion, flow, lora, models, optim, precision, rng
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGMAS = ms.Tensor((np.arange(1000, 0, -1) / 1000).astype(np.float32))
@@ -110,7 +110,7 @@ def sd_controlnet(work, kind="no", base="sd15", recompute=False):
     give_values({name: parameter for name, parameter in trained.items() if name.startswith(added)})
     for model in (unet, controlnet) if recompute else ():
         models.recompute_unet(model)
-    alphas = diffusion.alphas_cumprod(pipelines.read_config(work / base, "scheduler"))
+    alphas = diffusion.alphas_cumprod(configs.read_config(work / base, "scheduler"))
     make = script.TrainStepForControlNetSDXL if sdxl else script.TrainStepForControlNet
     step = make(
         controlnet.set_train(True), unet, adam(list(trained.values())), ms.Tensor(alphas, ms.float32), ms.Tensor(np.ones(1000, np.float32)),

@@ -31,8 +31,8 @@ def test_white_drawings_are_trained_on_and_shown_on_black(control, drawn, tmp_pa
     looking = ["--validation_prompt", "a red circle", "--validation_image", drawn / "0-lines.png", "--num_validation_images", 1]
     control(tmp_path / "out", "--train_data_dir", drawn, *more, *looking, "--max_train_steps", 2)
     printed = capsys.readouterr().out
-    where = f"--train_data_dir {drawn}{', first 4 pairs' if more == ['--streaming'] else ''}"
-    assert printed.count(f"{where}: 4 transparent conditions are laid on black; on white their drawing would not be seen\n") == 1
+    where = f"--train_data_dir {drawn}{', 4 pairs of its first 256 rows' if more == ['--streaming'] else ''}"
+    assert printed.count(f"{where}: 4 transparent conditions are laid on black; on white 100% of their drawing would not be seen\n") == 1
     assert printed.count(f"{where}: 1 of 4 conditions are blank, of one colour throughout: ") == 1
     assert json.loads((tmp_path / "out/run.json").read_text())["data"]["condition_background"] == "black"
     assert [line["step"] for line in metrics(tmp_path / "out") if "loss" in line] == [1, 2]

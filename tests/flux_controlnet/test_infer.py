@@ -6,7 +6,7 @@ import pytest
 from conftest import load_script
 from PIL import Image
 
-from mindtune import data, encode, models, pipelines, precision, rng, sampling
+from mindtune import configs, data, encode, models, precision, rng, sampling
 from mindtune.cli import UserError
 
 
@@ -83,7 +83,7 @@ def test_scale_zero_is_the_base_model_and_more_is_further_from_it(draw, small_fl
     text = encode.Stage(small_flux, None, "no", warm_cache / "mindtune", 16).text("a red circle")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     latents = sampling.sample_latents(
-        transformer, pipelines.read_config(small_flux, "scheduler"), text["prompt_embeds"][None], text["pooled_prompt_embeds"][None],
+        transformer, configs.read_config(small_flux, "scheduler"), text["prompt_embeds"][None], text["pooled_prompt_embeds"][None],
         rng.normal(0, "validation", 0, shape=(1, 16, 4, 4)), 2, 3.5, ms.float32,
     )  # fmt: skip
     base = np.asarray(sampling.decode_latents(vae, latents, ms.float32)[0]).astype(int)
@@ -95,7 +95,7 @@ def test_scale_zero_is_the_base_model_and_more_is_further_from_it(draw, small_fl
 def test_a_condition_is_encoded_as_in_training(small_flux, shapes, warm_cache):
     """The posterior's mean, shifted and scaled; the moments are those that training caches."""
     kind = precision.resolve_precision("no")
-    vae, config = models.load_model(small_flux, "vae", kind), pipelines.read_config(small_flux, "vae")
+    vae, config = models.load_model(small_flux, "vae", kind), configs.read_config(small_flux, "vae")
     sample = data.Sample("0", outline(shapes, 0))
     mean = encode.Stage(small_flux, None, "no", warm_cache / "mindtune", 16).moments(sample, (32, 32), False)[:16].astype(np.float64)
     given = sampling.encode_picture(vae, sampling.condition_picture(outline(shapes, 0), "--control_image", 32), ms.float32)

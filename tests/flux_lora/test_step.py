@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from mindtune import flow, lora, optim, pipelines, precision, rng
+from mindtune import configs, flow, lora, optim, precision, rng
 from mindtune.models import load_model
 
 SHIFT, SCALE = 0.1159, 0.3611
@@ -203,7 +203,7 @@ def test_clip_trains_with_its_own_rate_and_decay(lora_script, flags, tiny_flux, 
     step = make_step(lora_script, flags, transformer, optimizer=optimizer, text_encoder=text_encoder)
     before = {name: p.asnumpy().copy() for name, p in text_encoder.parameters_and_names()}
     ids = np.tile(np.arange(77, dtype=np.int32), (2, 1))
-    ids[:, 10:] = pipelines.read_config(tiny_flux, "text_encoder")["eos_token_id"]
+    ids[:, 10:] = configs.read_config(tiny_flux, "text_encoder")["eos_token_id"]
     step(*map(ms.Tensor, (*make_batch(2)[:5], ids, make_batch(2)[6])))
     moved = {name: np.abs(p.asnumpy() - before[name]).max() for name, p in text_encoder.parameters_and_names()}
     assert all(distance == 0 for name, distance in moved.items() if ".lora_" not in name)

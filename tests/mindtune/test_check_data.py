@@ -163,6 +163,12 @@ def test_names_that_are_not_utf8_are_printed_and_written(photos, tmp_path):
     assert report["problems"][0].startswith("bad\\xe9.png") and report["data"] == [str(folder)]
 
 
+def test_the_help_speaks_of_images(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "picture" not in capsys.readouterr().out
+
+
 def test_what_cropping_leaves_out():
     """Of a picture of 300 x 100 a square of 100 is kept; of 100 x 400 for a bucket of 32 high and 64 wide, 50 of 400 rows."""
     assert cropped_away((300, 100), (64, 64)) == pytest.approx(2 / 3)
@@ -184,6 +190,9 @@ def test_sizes_of_flux_dev_without_a_model(check, photos):
         (["--instance_data_dir", "no/where"], ["--instance_data_dir no/where", "no such directory"]),
         (["--instance_data_dir", "x", "--train_data_dir", "y"], ["--train_data_dir", "holds pairs"]),
         (["--train_data_dir", "no/where"], ["--train_data_dir no/where", "no such directory"]),
+        (["--instance_data_dir", "x", "--max_train_samples", "0"], ["--max_train_samples 0: must be at least 1"]),
+        (["--instance_data_dir", "x", "--max_train_samples", "-1"], ["--max_train_samples -1: must be at least 1"]),
+        (["--instance_data_dir", "x", "--max_sequence_length", "0"], ["--max_sequence_length 0: must be at least 1"]),
         (["--train_data_dir", "x", "--aspect_ratio_buckets", "3"], ["--aspect_ratio_buckets", "height,width"]),
     ],
 )

@@ -23,6 +23,7 @@ from mindtune.data import (
     resize_shorter_side,
 )
 from mindtune.folders import samples_in_folder
+from mindtune.images import UnusableImage
 
 WHITE = (255, 255, 255)
 
@@ -91,6 +92,23 @@ def test_images_in_base64_are_read(kind, written):
     if kind == "BMP" and isinstance(cell, bytes):
         pytest.skip("bytes in a column are the image itself unless they clearly are not")
     assert encoded(cell) == file.getvalue() == encoded({"bytes": None, "path": cell} if isinstance(cell, str) else {"bytes": cell})
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "AVIF", "HEIF", "PNG", "JPEG", "WEBP", "GIF"])
+def test_base64_in_a_column_of_bytes_is_read(kind):
+    file = io.BytesIO()
+    noise(20, 16).save(file, kind)
+    assert encoded(base64.b64encode(file.getvalue())) == file.getvalue() == encoded(file.getvalue())
+
+
+def test_16_bit_images_with_8_bit_values_are_named(tmp_path, capsys):
+    """What programs write that forget to scale: black to the eye and to the model."""
+    for name, most in (("dark", 255), ("scaled", 65535), ("black", 0)):
+        Image.fromarray(np.linspace(0, most, 400).astype(np.uint16).reshape(20, 20)).save(tmp_path / f"{name}.png")
+    samples = [Sample(name, tmp_path / f"{name}.png") for name in ("dark", "scaled", "black")]
+    assert preflight(samples, 16, "--flag", skip_bad=False) == samples
+    said = "--flag: 1 are 16-bit with values up to 255 of 65535, so black; save them as 8-bit PNG: dark\n"
+    assert capsys.readouterr().out == said
 
 
 def test_a_file_with_a_name_as_in_base64_is_a_file(tmp_path):
@@ -383,3 +401,9 @@ def test_prefetch_can_be_left_in_the_middle():
     count = len(made)
     time.sleep(0.05)
     assert len(made) == count < 10
+
+
+def test_text_too_long_for_a_file_name_is_no_missing_file():
+    """Such as base64 that is cut off; the system's own error says "File name too long"."""
+    with pytest.raises(UnusableImage, match="a text of 301 characters that is no path, URL or base64"):
+        encoded("A" * 300 + "%")

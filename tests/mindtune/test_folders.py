@@ -203,7 +203,8 @@ def test_subfolders_are_counted(photos):
     names, said = found(photos)
     assert names == BARE and len(said) == 1
     assert (
-        "subfolders are not used: side views/ with 2 images, x.png/ with 1 images. Move the images up, or name them in metadata" in said[0]
+        "subfolders are not used: side views/ with 3 images, words/ with 1 other files, x.png/ with 1 images. Move the images up, "
+        "or name them in metadata" in said[0]
     )
 
 
@@ -479,3 +480,119 @@ def test_a_long_cell_is_cut_in_messages(photos):
     with pytest.raises(UserError) as error:
         found(photos)
     assert len(str(error.value)) < 1000
+
+
+def test_a_caption_file_goes_to_the_image_of_exactly_its_name(photos):
+    noise(20, 16).save(photos / "A.png")
+    (photos / "A.txt").write_text("of the capital one")
+    names, said = found(photos)
+    assert names == {"A.png": "of the capital one", "a.png": None, "b.jpg": None}
+    assert said == [f"--instance_data_dir {photos}: 1 of 3 images have a caption of their own; without: a.png, b.jpg"]
+
+
+def test_a_caption_file_of_several_images_is_said(photos):
+    noise(20, 16).save(photos / "a.jpeg")
+    for name in ("a.txt", "b.txt"):
+        (photos / name).write_text("a caption")
+    names, said = found(photos)
+    assert set(names.values()) == {"a caption"}
+    assert said == [f"--instance_data_dir {photos}: 1 caption files belong to several images each: a.txt to a.jpeg and a.png"]
+
+
+@pytest.mark.parametrize("blank", ["", "\n \r\n", "\ufeff\n"])
+def test_an_empty_metadata_jsonl_does_not_hide_the_csv(photos, blank):
+    (photos / "metadata.jsonl").write_text(blank)
+    (photos / "metadata.csv").write_text("file_name,text\na.png,one\nb.jpg,two\n")
+    names, said = found(photos)
+    assert names == {"a.png": "one", "b.jpg": "two"}
+    assert said == [f"--instance_data_dir {photos}: 1 files are not used: metadata.jsonl; captions are read from metadata.csv"]
+
+
+@pytest.mark.parametrize("name, text", [("metadata.csv", "file_name,text\n"), ("metadata.jsonl", "\n")])
+def test_metadata_without_rows_are_said(photos, name, text):
+    (photos / name).write_text(text)
+    assert found(photos) == (BARE, [f"--instance_data_dir {photos}: {name} has no rows"])
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_absolute_paths_inside_the_folder(photos, tmp_path, through_a_link):
+    (tmp_path / "link").symlink_to(photos)
+    (photos / "sub").mkdir()
+    noise(20, 16).save(photos / "sub/c.png")
+    folder = tmp_path / "link" if through_a_link else photos
+    write_rows(photos, *((str(folder / name), name) for name in ("a.png", "b.jpg", "sub/c.png")))
+    assert found(photos) == ({"a.png": "a.png", "b.jpg": "b.jpg", "sub/c.png": "sub/c.png"}, [])
+    write_rows(photos, (str(photos / "absent.png"), "x"))
+    with pytest.raises(UserError, match=r"absent.png .line 1.\nMend"):
+        found(photos)
+
+
+def test_captions_beside_images_that_metadata_name_in_subfolders(photos):
+    (photos / "sub").mkdir()
+    for name in ("a", "c", "left"):
+        noise(20, 16).save(photos / f"sub/{name}.png")
+        (photos / f"sub/{name}.txt").write_text(f"beside sub/{name}")
+    write_rows(photos, ("a.png", "1"), ("b.jpg", "2"), ("sub/a.png", None), ("sub/c.png", "from metadata"))
+    names, said = found(photos)
+    assert names == {"a.png": "1", "b.jpg": "2", "sub/a.png": "beside sub/a", "sub/c.png": "from metadata"}
+    assert [line.split(": ", 1)[1].split(". ")[0] for line in said] == [
+        "subfolders are not used: sub/ with 1 images and 1 other files",
+        "metadata.jsonl is used, not the captions of 1 files that say otherwise: sub/c.txt",
+    ]
+
+
+@pytest.mark.parametrize(
+    "path, what",
+    [
+        ("captions/a.txt", "captions/ with 1 other files"), ("vids/c.mp4", "vids/ with 1 other files"),
+        ("noend/IMG1", "noend/ with 1 other files"), (".hid/z.png", ".hid/ with 1 images"), ("s/.h/z.png", "s/ with 1 images"),
+    ],
+)  # fmt: skip
+def test_subfolders_of_other_files_are_named(photos, path, what):
+    (photos / path).parent.mkdir(parents=True)
+    (photos / path).write_bytes(b"x")
+    names, said = found(photos)
+    assert names == BARE and len(said) == 1 and f"subfolders are not used: {what}. " in said[0]
+
+
+def test_without_any_image_the_subfolders_of_other_files_are_named_too(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("v.mov", "c.txt"):
+        (tmp_path / "sub" / name).write_bytes(b"x")
+    with pytest.raises(UserError, match="(?s)no image in this directory. Put 5.*sub/ with 2 other files"):
+        found(tmp_path)
+    assert holds_no_image(tmp_path, "x")
+
+
+def test_links_to_folders_inside_subfolders_are_counted_once_and_never_followed_round(photos, tmp_path):
+    (tmp_path / "other").mkdir()
+    (photos / "s").mkdir()
+    noise(20, 16).save(tmp_path / "other/m.png")
+    for name, target in (("more", tmp_path / "other"), ("again", tmp_path / "other"), ("round", photos), ("up", tmp_path)):
+        (photos / "s" / name).symlink_to(target)
+    (tmp_path / "other/back").symlink_to(photos / "s")
+    assert "subfolders are not used: s/ with 1 images. " in found(photos)[1][0]
+
+
+def test_a_file_in_place_of_the_folder(photos):
+    with pytest.raises(UserError, match="a.png: is a file. Give the directory that holds the images."):
+        found(photos / "a.png")
+
+
+def test_keys_of_metadata_in_capitals_or_not(photos):
+    (photos / "metadata.csv").write_text("File_Name,Text\na.png,one\nb.jpg,two\n")
+    assert found(photos) == ({"a.png": "one", "b.jpg": "two"}, [])
+
+
+def test_a_long_list_of_missing_files_is_cut(photos):
+    write_rows(photos, *((f"wrong/{number:04d}.png", "x") for number in range(3000)))
+    with pytest.raises(UserError, match=r"0049.png .line 50.\n  and 2950 more\nMend") as error:
+        found(photos)
+    assert len(str(error.value)) < 3000
+
+
+def test_json_over_several_lines_is_refused_in_a_sentence(photos):
+    (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x"}, indent=1) * 300)
+    with pytest.raises(UserError, match="metadata.jsonl: has objects over several lines; write them one a line .jq") as error:
+        found(photos)
+    assert len(str(error.value)) < 500

@@ -204,6 +204,34 @@ def test_a_png_whose_text_has_a_wrong_checksum_is_whole():
     assert look(Sample("a", bytes(content))).size.startswith("damaged (")
 
 
+def test_a_png_whose_exif_has_a_wrong_checksum_is_whole_and_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = bytearray(encode(noise(20, 16), "PNG", exif=exif.tobytes()))
+    content[content.index(b"eXIf") - 4 + 8 + len(exif.tobytes()) - 6] ^= 1  # PNG's has no "Exif\0\0", so this is of the checksum
+    same(decode(bytes(content)), noise(20, 16).transpose(Image.Transpose.ROTATE_270))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_jpeg_is_upright_though_its_exif_points_out_of_itself(order):
+    """Exif 2.32: a directory of Make, whose text would be far behind the end, and of orientation 6."""
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    make = struct.pack(order + "HHII", 0x010F, 2, 20, 0x7FFFFFFF)
+    exif = head + struct.pack(order + "IH", 8, 2) + make + struct.pack(order + "HHIHH", 0x0112, 3, 1, 6, 0) + bytes(4)
+    content = encode(smooth(), "JPEG", quality=95, exif=b"Exif\0\0" + exif)
+    same(decode(content), smooth().transpose(Image.Transpose.ROTATE_270), 12)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_without_its_end_mark_is_whole(progressive):
+    content = encode(smooth(), "JPEG", quality=95, progressive=progressive)
+    assert content[-2:] == b"\xff\xd9"
+    for part in (content[:-2], content[:-1]):
+        same(decode(part), decode(content))
+    for lost in (6, 12, 30, len(content) // 2):
+        assert look(Sample("a", content[:-lost])).size.startswith("damaged (")
+
+
 def test_a_name_with_another_formats_ending_is_no_matter(tmp_path):
     smooth().save(tmp_path / "a.png", format="JPEG")
     same(opened(tmp_path / "a.png"), smooth(), 12)
@@ -330,13 +358,23 @@ def line(ground_colour, colour, mode="RGBA"):
     return image
 
 
-def test_ink_is_the_distance_from_the_ground():
-    """A quarter of the pixels is opaque (200, 100, 50): on black 200, on white 255 - 50, of each a quarter."""
+def beside(image, colour):
+    """With a thin line more."""
+    ImageDraw.Draw(image).line((5, 70, 75, 50), fill=colour)
+    return image
+
+
+def test_ink_is_what_is_seen_of_a_drawing():
+    """A quarter of the pixels is orange, seen on both; a quarter is white at alpha 1/5; an eighth is black."""
     image = Image.new("RGBA", (20, 20))
     image.paste((200, 100, 50, 255), (0, 0, 10, 10))
-    assert ink(image) == pytest.approx(Ink(white=205 / 4, black=50))
-    large = image.resize((2000, 2000), Image.Resampling.NEAREST)
-    assert ink(large) == pytest.approx(Ink(white=205 / 4, black=50), abs=0.5)
+    image.paste((255, 255, 255, 51), (10, 0, 20, 10))
+    image.paste((0, 0, 0, 255), (0, 10, 10, 15))
+    found = Ink(drawn=0.25 + 0.05 + 0.125, white=0.25 + 0.125, black=0.25 + 0.05)
+    assert ink(image) == pytest.approx(found)
+    assert found.lost("white") == pytest.approx(0.05 / 0.425) and found.lost("black") == pytest.approx(0.125 / 0.425)
+    assert ink(image.resize((2000, 2000), Image.Resampling.NEAREST)) == pytest.approx(found, abs=0.01)
+    assert Ink().lost("white") == 0
 
 
 @pytest.mark.parametrize("image", [smooth(), smooth().convert("RGBA"), smooth().convert("L")])
@@ -354,8 +392,26 @@ def test_an_image_without_a_transparent_pixel_has_no_ink_of_its_own(image):
         (line((0, 0, 0, 0), (255, 0, 0, 255)), "white"),
         (line((0, 0, 0, 0), (128, 128, 128, 255)), "white"),
         (Image.new("RGBA", (8, 8)), "white"),
+        (line((0, 0, 0, 0), (255, 255, 224, 255)), "black"),
+        (beside(line((0, 0, 0, 0), (255, 255, 255, 255)), (255, 0, 0, 255)), "black"),
+        (beside(line((0, 0, 0, 0), (255, 255, 255, 255)), (0, 0, 0, 255)), "white"),
+        (beside(line((0, 0, 0, 0), (0, 0, 0, 255)), (255, 0, 0, 255)), "white"),
+        (line((0, 0, 0, 0), (230, 120, 60, 255)), "white"),
     ],
-    ids=["white", "nearly white", "gray and alpha", "black", "red", "gray", "nothing"],
+    ids=[
+        "white",
+        "nearly white",
+        "gray and alpha",
+        "black",
+        "red",
+        "gray",
+        "nothing",
+        "pale yellow",
+        "white and thin red",
+        "white and thin black",
+        "black and thin red",
+        "orange",
+    ],
 )
 def test_a_drawing_is_laid_on_black_only_if_white_would_hide_it(image, expected):
     assert ground(ink(image)) == expected

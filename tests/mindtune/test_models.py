@@ -21,6 +21,7 @@ from conftest import edit, load_script, shard
 from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
+from mindtune.configs import read_config
 from mindtune.models import (
     check_files,
     flux_skeleton,
@@ -30,7 +31,6 @@ from mindtune.models import (
     load_tokenizer,
     model_parameters,
 )
-from mindtune.pipelines import read_config
 from mindtune.precision import cast_cell, resolve_precision
 from mindtune.weights import weight_files
 

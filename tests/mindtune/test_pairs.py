@@ -277,6 +277,12 @@ def test_columns_may_be_named_and_empty_captions_are_empty(tmp_path):
     assert contents(pairs) == list(zip(IMAGES, CONDITIONS, ["a", "", "", *"defg"]))
 
 
+def test_one_column_is_not_both_image_and_condition(tmp_path):
+    table().to_parquet(tmp_path / "train.parquet")
+    found = refusal(train_data_dir=str(tmp_path), image_column="image", conditioning_image_column="image")
+    assert "column image is named for two purposes. Name each column once." in found
+
+
 def test_the_first_other_image_column_is_the_target(tmp_path):
     renamed = table(image=None, conditioning_image=None, text=None, condition=CONDITIONS, photo=IMAGES, prompt=CAPTIONS)
     renamed.to_parquet(tmp_path / "train.parquet")
@@ -338,7 +344,7 @@ def test_a_data_set_without_rows(tmp_path):
     (tmp_path / "parquet").mkdir()
     pyarrow.parquet.write_table(table().data.table.slice(0, 0), tmp_path / "parquet" / "train.parquet")
     assert "the data set has no rows" in refusal(train_data_dir=str(tmp_path / "saved"))
-    assert "corresponds to no data" in refusal(train_data_dir=str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
+    assert "the data set has no rows" in refusal(train_data_dir=str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
     assert "of size 0" in refusal(PairStream, train_data_dir=str(tmp_path / "saved"))
     with pytest.raises(UserError, match="the data set has no rows"):
         next(iter(PairStream(Source(train_data_dir=str(tmp_path / "parquet")))))
@@ -554,10 +560,15 @@ WHITE, BLACK, RED = (255, 255, 255, 255), (0, 0, 0, 255), (255, 0, 0, 255)
     [
         ([WHITE] * 4, "black", ["4 transparent conditions are laid on black"]),
         ([BLACK] * 4, "white", []),
-        ([RED, WHITE, RED, RED], "white", ["1 of 4 conditions are blank, of one colour"]),
-        ([BLACK, WHITE, WHITE, WHITE], "white", ["3 of 4 conditions are blank, of one colour"]),
+        ([RED] * 4, "white", []),
+        ([RED, WHITE, RED, RED], "black", ["4 transparent conditions are laid on black; on white 25% of their drawing would not be seen"]),
+        (
+            [BLACK, WHITE, WHITE, WHITE],
+            "white",
+            ["4 transparent conditions are laid on white, where 75% of", "3 of 4 conditions are blank, of one colour"],
+        ),
     ],
-    ids=["white", "black", "red and white", "black and white"],
+    ids=["white", "black", "red", "red and white", "black and white"],
 )
 def test_all_transparent_conditions_are_laid_on_one_colour(tmp_path, capsys, streaming, colours, background, lines):
     """On black only where white would hide the drawings, all alike; the targets stay on white."""
@@ -573,6 +584,31 @@ def test_all_transparent_conditions_are_laid_on_one_colour(tmp_path, capsys, str
     for pair in pickle.loads(pickle.dumps(pairs)):
         corner = {"white": (255,) * 3, "black": (0,) * 3}[background]
         assert pair.condition.open().getpixel((0, 0)) == corner and pair.image.background == "white"
+
+
+def test_a_stream_looks_behind_its_beginning_for_transparent_conditions(tmp_path, capsys):
+    """Twenty opaque conditions come first, one without an image and one that is none among them."""
+    (tmp_path / "d").mkdir()
+    conditions = [CONDITIONS[0], None, b"none", *[CONDITIONS[1]] * 17, *(drawing(WHITE, n) for n in range(20))]
+    images = [IMAGES[n % COUNT] for n in range(40)]
+    rows = {"image": images, "conditioning_image": conditions, "text": ["x"] * 40}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "d/train.parquet")
+    stream = PairStream(Source(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")))
+    assert stream.background == "black"
+    assert ", 30 pairs of its first 256 rows: 16 transparent conditions are laid on black" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cell", ["s3://b/a.png", "a\0b", "foo://x", "file://x\0y", "data:image/png;base64,%"])
+@pytest.mark.parametrize("column, what", [("image", "image"), ("conditioning_image", "condition")])
+def test_a_cell_that_cannot_be_read_is_named_when_the_stream_reaches_it(tmp_path, cell, column, what):
+    rows = {"image": ["a.png"] * 2, "conditioning_image": ["a.png"] * 2, "text": ["x"] * 2}
+    rows[column] = ["a.png", cell]
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    pairs = iter(PairStream(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")), buffer_size=1))
+    next(pairs)
+    with pytest.raises(UserError, match=f"place 1 of the stream: its {what}: .*Mend the data set"):
+        next(pairs)
 
 
 def test_what_conditions_are_laid_on_tells_data_sets_apart(tmp_path):
@@ -607,12 +643,12 @@ def mixed(tmp_path):
 
 
 PROBLEMS = {
-    1: "its condition is missing (the dataset has none here)",
+    1: "its condition: missing (the dataset has none here)",
     2: "missing (the dataset has none here)",
     3: "64x64, its condition 32x32",
     4: "damaged (",
     5: "40x31 is smaller than --resolution 32",
-    6: "its condition is not an image that Pillow can read",
+    6: "its condition: not an image that Pillow can read",
 }
 
 
@@ -719,7 +755,7 @@ def test_an_unpaired_picture_is_named_when_the_stream_reaches_it(tmp_path, colum
     stream = PairStream(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")), buffer_size=1, count=7)
     pairs = iter(stream)
     assert [next(pairs).caption for _ in range(3)] == CAPTIONS[:3]
-    with pytest.raises(UserError, match=f"place 3 of the stream: its {what} is missing.*Mend the data set"):
+    with pytest.raises(UserError, match=f"place 3 of the stream: its {what}: missing.*Mend the data set"):
         next(pairs)
     assert [pair.caption for pair in stream.from_position(4)] == CAPTIONS[4:]
 
@@ -731,3 +767,96 @@ def test_a_stream_that_breaks_off_says_where(tmp_path):
     stream = iter(PairStream(Source(train_data_dir=str(tmp_path)), buffer_size=1))
     with pytest.raises(UserError, match="cannot read on in pass 0: UnicodeDecodeError"):
         list(islice(stream, COUNT))
+
+
+def one_pair(folder, image, condition="b.png", name="a.jsonl", **options):
+    """The first pair of a .jsonl file of one line."""
+    path = write_lines(folder / name, [{"image": image, "conditioning_image": condition, "text": ""}])
+    return load_pairs(Source(jsonl_for_train=str(path), cache_dir=str(folder / "cache"), **options))[0]
+
+
+def test_relative_paths_of_a_jsonl_file_are_taken_from_the_working_directory_too(tmp_path, monkeypatch):
+    """Its own directory comes first; metadata that came with a folder may not name files elsewhere."""
+    for place in ("lists", "pr"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "pr/a.png").write_bytes(IMAGES[0])
+    (tmp_path / "b.png").write_bytes(IMAGES[1])
+    (tmp_path / "lists/b.png").write_bytes(IMAGES[2])
+    monkeypatch.chdir(tmp_path)
+    pair = one_pair(tmp_path / "lists", "pr/a.png")
+    assert (pair.image.read(), pair.condition.read()) == (IMAGES[0], IMAGES[2])
+    assert pair.image.name == str(tmp_path / "pr/a.png")
+    write_lines(tmp_path / "lists/metadata.jsonl", [{"image": "pr/a.png", "conditioning_image": "b.png", "text": ""}])
+    assert "lists/pr/a.png (line 1)" in refusal(train_data_dir=str(tmp_path / "lists"))
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+def test_absolute_paths_in_a_folders_own_metadata(tmp_path, open_pairs):
+    (tmp_path / "d").mkdir()
+    for place in ("d/a.png", "out.png"):
+        (tmp_path / place).write_bytes(IMAGES[0])
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    lines = [{"image": str(tmp_path / d / "a.png"), "conditioning_image": "a.png", "text": ""} for d in ("d", "link")]
+    write_lines(tmp_path / "d/metadata.jsonl", lines)
+    pairs = open_pairs(Source(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")))
+    assert [pair.image.read() for pair in islice(pairs, 2)] == [IMAGES[0]] * 2
+    write_lines(tmp_path / "d/metadata.jsonl", [{**lines[0], "image": str(tmp_path / "out.png")}])
+    assert "out.png leads out of the directory" in refusal(open_pairs, train_data_dir=str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("form", ["{}", "data:image/png;base64,{}"])
+def test_an_image_of_one_colour_is_short_in_base64(tmp_path, form):
+    file = io.BytesIO()
+    Image.new("L", (80, 80)).save(file, "png")
+    text = base64.b64encode(file.getvalue()).decode()
+    assert len(text) < 200
+    pair = one_pair(tmp_path, form.format(text), form.format(text))
+    assert pair.image.read() == pair.condition.read() == file.getvalue()
+
+
+def test_broken_base64_is_not_called_a_missing_file(tmp_path):
+    text = base64.b64encode(png(64, 64)).decode()
+    rows = [
+        {"image": cell, "conditioning_image": text, "text": ""}
+        for cell in (text[:201], text[:300] + "%" + text[300:], "data:image/png;base64,%" + text)
+    ]
+    found = refusal(jsonl_for_train=str(write_lines(tmp_path / "a.jsonl", rows)))
+    assert found.count("is base64 that is damaged or cut off") == 3 and "missing" not in found and len(found) < 1200
+
+
+def test_urls_of_files_and_in_capitals(tmp_path):
+    (tmp_path / "a b#1.png").write_bytes(IMAGES[0])
+    (tmp_path / "b.png").write_bytes(IMAGES[1])
+    pair = one_pair(tmp_path, f"file://{tmp_path}/a%20b#1.png", f"FILE:{tmp_path}/b.png")
+    assert (pair.image.read(), pair.condition.read()) == (IMAGES[0], IMAGES[1])
+    assert one_pair(tmp_path, "HTTPS://Host/A.png").image.name == "https://Host/A.png"
+
+
+def test_other_files_than_jsonl_are_told_where_they_go(tmp_path):
+    as_parquet(tmp_path)
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    for name in ("train.parquet", "a.png"):
+        found = refusal(jsonl_for_train=str(tmp_path / name))
+        assert f"{name}: not a text file. Give a .jsonl file with a line for every pair; a directory of" in found and len(found) < 400
+    assert "is a directory. Give it as --train_data_dir" in refusal(jsonl_for_train=str(tmp_path))
+
+
+def test_tab_separated_values(tmp_path):
+    write_files(tmp_path)
+    (tmp_path / "a.tsv").write_text("Image\tconditioning_image\tText\nimages/0.png\tconditions/0.png\ta, b\n")
+    pairs = load_pairs(Source(jsonl_for_train=str(tmp_path / "a.tsv"), cache_dir=str(tmp_path / "cache")))
+    assert contents(pairs) == [(IMAGES[0], CONDITIONS[0], "a, b")]
+
+
+def test_files_that_metadata_use_are_not_called_unused(tmp_path):
+    """Whatever their names end in; hidden images and those of linked folders that they do not name are said."""
+    for name in ("d", "far"):
+        (tmp_path / name).mkdir()
+    for name in ("d/a.JPG_large", "d/a.mp4", "d/.z.png", "far/m.png", "d/notes.bin"):
+        (tmp_path / name).write_bytes(IMAGES[0])
+    (tmp_path / "d/more").symlink_to(tmp_path / "far")
+    write_lines(tmp_path / "d/metadata.jsonl", [{"image": "a.JPG_large", "conditioning_image": "a.mp4", "text": ""}])
+    assert said(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")) == [
+        "1 files are not used beside metadata.jsonl: notes.bin",
+        "2 images are not used, for metadata.jsonl does not name them: .z.png, more/m.png",
+    ]

@@ -9,13 +9,13 @@ from conftest import edit, load_script, shard
 from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
+from mindtune.configs import read_config
 from mindtune.models import load_model
 from mindtune.pipelines import (
     FLUX_COMPONENTS,
     SD_COMPONENTS,
     SDXL_COMPONENTS,
     check_pipeline,
-    read_config,
     resolve_controlnet,
     resolve_pipeline,
     resolve_vae,

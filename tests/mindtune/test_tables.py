@@ -76,7 +76,7 @@ def test_a_wrong_column_is_answered_with_the_right_ones(imagefolder, tmp_path, c
 
 def test_a_dataset_that_cannot_be_read(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"--dataset_name .*cannot read it"):
+    with pytest.raises(UserError, match=r"(?s)--dataset_name .*cannot read it.* folder of images .* is given as --instance_data_dir"):
         read_dataset(tmp_path / "empty", tmp_path)
 
 
@@ -186,13 +186,110 @@ def test_other_splits_and_files_are_named(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     as_parquet(folder)
-    assert said(folder) == []
+    (captions,) = said(folder)
     (folder / "README.md").write_text("x")
     (folder / "extra.csv").write_text("a,b\n1,2\n")
-    assert said(folder) == [f"--dataset_name {folder}: 1 files are not used beside those read (.parquet): extra.csv"]
+    assert said(folder) == [f"--dataset_name {folder}: 1 files are not used beside those read (.parquet): extra.csv", captions]
     (folder / "extra.csv").unlink()
     typed().to_parquet(folder / "test.parquet")
-    assert said(folder) == [f"--dataset_name {folder}: only the split train is used, not test"]
+    assert said(folder) == [f"--dataset_name {folder}: only the split train is used, not test", captions]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_captions_that_are_not_asked_for_are_named(tmp_path, form):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    form(folder)
+    name = "txt" if form is as_shard else "text"
+    line = f"--dataset_name {folder}: the column {name} is not used; --caption_column {name} takes captions from it"
+    assert line in said(folder)
+    line = f"--dataset_name {folder}: 2 of 3 images have a caption of their own; without: {folder}[1]"
+    found = said(folder, caption_column=name)
+    assert line in found and not any("--caption_column" in line for line in found)
+
+
+@pytest.mark.parametrize("name", ["caption", None])
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_parquet_files_of_other_columns_are_named(tmp_path, name, first):
+    """A library of two exports, of which one has no captions, or has them under another name."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    second = "b" if first == "a" else "a"
+    pq.write_table(pa.table({"image": [cell["bytes"] for cell in CELLS], "text": ["x"] * 3}), folder / f"{first}.parquet")
+    columns = {"image": [CELLS[0]["bytes"]], **({name: ["y"]} if name else {})}
+    pq.write_table(pa.table(columns), folder / f"{second}.parquet")
+    lines = said(folder)
+    assert sum("1 files have other columns than" in line and "b.parquet (" in line for line in lines) == 1
+    assert len(read_dataset(folder, tmp_path / "cache")) == 4
+    if first == "a":
+        found = said(folder, caption_column="text")
+        assert any(f"3 of 4 images have a caption of their own; without: {folder}[3]" in line for line in found)
+
+
+def test_a_parquet_file_without_rows_is_refused(tmp_path):
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}), tmp_path / "set/train.parquet")
+    with pytest.raises(UserError, match="the data set has no rows"):
+        said(tmp_path / "set")
+
+
+def test_columns_of_kinds_that_the_library_lacks_do_not_matter(tmp_path):
+    (tmp_path / "set").mkdir()
+    extra = pa.array([[("a", 1)]] * 3, pa.map_(pa.string(), pa.int64()))
+    columns = {"meta": extra, "Image": pa.array([{"bytes": cell["bytes"]} for cell in CELLS]), "Text": WORDS}
+    pq.write_table(pa.table(columns), tmp_path / "set/train.parquet")
+    samples = read_dataset(tmp_path / "set", tmp_path / "cache", caption_column="Text")
+    assert [(sample.read(), sample.caption) for sample in samples] == [(cell["bytes"], words) for cell, words in zip(CELLS, WORDS)]
+
+
+def test_git_lfs_pointers_are_named(tmp_path):
+    (tmp_path / "set/data").mkdir(parents=True)
+    for ending in ("parquet", "tar", "arrow"):
+        file = tmp_path / f"set/data/train.{ending}"
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+        with pytest.raises(UserError, match=rf"(?s)1 files are Git LFS pointers:.*train.{ending}\nRun git lfs pull"):
+            said(tmp_path / "set")
+        file.unlink()
+
+
+@pytest.mark.parametrize("ending", ["PNG", "heic"])
+def test_shards_with_endings_in_capitals_or_of_photos(tmp_path, ending):
+    (tmp_path / "set").mkdir()
+    file = io.BytesIO()
+    noise(20, 16).save(file, "HEIF" if ending == "heic" else "png")
+    with tarfile.open(tmp_path / "set/0.tar", "w") as tar:
+        for number in range(3):
+            for name, content in ((ending, file.getvalue()), ("TXT", b"words")):
+                member = tarfile.TarInfo(f"{number}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    samples = read_dataset(tmp_path / "set", tmp_path / "cache", caption_column="txt")
+    assert [(sample.read(), sample.caption) for sample in samples] == [(file.getvalue(), "words")] * 3
+
+
+def test_photos_that_the_library_does_not_read_have_a_way(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.heic"):
+        (folder / name).write_bytes(png())
+    (line,) = said(folder)
+    assert "1 files are not used beside those read (.png): c.heic. Images of every kind are read if metadata.jsonl names them" in line
+
+
+def test_names_that_are_not_utf8_are_named(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("a.png", "caf\udce9.png"):
+        (folder / name).write_bytes(png())
+    with pytest.raises(UserError, match=r"needs names in UTF-8; 1 are not: .*caf.xe9.png. Rename them"):
+        said(folder)
+
+
+def test_one_column_is_not_both_image_and_caption(tmp_path):
+    (tmp_path / "set").mkdir()
+    as_parquet(tmp_path / "set")
+    with pytest.raises(UserError, match="column image is named for two purposes"):
+        said(tmp_path / "set", image_column="image", caption_column="image")
 
 
 def test_metadata_beside_other_data_files_do_not_take_their_place(tmp_path):

@@ -24,7 +24,7 @@ import train_controlnet_sdxl  # noqa: E402
 import train_dreambooth_lora_flux  # noqa: E402
 from shapes import conditioning, draw_scene, picture  # noqa: E402
 
-from mindtune import data, diffusion, encode, flow, flux_blocks, lora, models, optim, pipelines, precision, rng, sampling  # noqa: E402
+from mindtune import configs, data, diffusion, encode, flow, flux_blocks, lora, models, optim, precision, rng, sampling  # noqa: E402
 
 UPDATES, FULL = 50, precision.Precision(ms.float32, ms.float32)
 CAPTION = "a photo of a red circle on a white background"
@@ -103,7 +103,7 @@ def make_pipeline(case, folder):
 
 def all_settings(case, root):
     """What both sides read: the case's settings, what its pipeline says, and what all cases share."""
-    config = pipelines.read_config(root, "vae")
+    config = configs.read_config(root, "vae")
     common = {"kind": case.kind, "root": str(root), "updates": UPDATES, "block": BLOCK, "caption": CAPTION, "guidance_scale": 3.5}
     common.update(logit_mean=0.2, logit_std=1.3, mode_scale=1.1, length=16, eps=1e-5, texts=[CAPTION])
     common["scaling_factor"] = config.get("scaling_factor", 0.18215)  # diffusers' default: Stable Diffusion 1.5's file does not say
@@ -124,7 +124,7 @@ def make_batch(settings, root, number, stage, vae):
     On the trained pipeline latents and text are those of shapes: `vae` and `stage` make them, and are needed for no other.
     """
     kind, size = settings["kind"], 4 if settings.get("prior_weight") else 2
-    channels = pipelines.read_config(root, "vae")["latent_channels"]
+    channels = configs.read_config(root, "vae")["latent_channels"]
     height, width = (8, 8) if vae else (4, 6) if kind.startswith("flux") else (8, 12)
 
     def normal(what, *shape):
@@ -133,7 +133,7 @@ def make_batch(settings, root, number, stage, vae):
     batch = {what: normal(what, channels, height, width) for what in ("posterior", "noise")}
     batch["moments"] = normal("moments", 2 * channels, height, width)
     if kind.startswith("flux"):
-        config = pipelines.read_config(root, "transformer")
+        config = configs.read_config(root, "transformer")
         batch.update(text=normal("text", settings["length"], config["joint_attention_dim"]), normal=normal("density"))
         batch.update(pooled=normal("pooled", config["pooled_projection_dim"]), uniform=rng.generator(0, "parity u", number).random(size))
     if kind == "flux_controlnet":
@@ -146,9 +146,9 @@ def make_batch(settings, root, number, stage, vae):
     if kind.startswith("sd"):
         batch["condition"] = 1 / (1 + np.exp(-normal("condition", 3, 8 * height, 8 * width)))
         batch["timesteps"] = rng.generator(0, "parity timesteps", number).integers(0, 1000, size).astype(np.int32)
-        batch["text"] = normal("text", 77, pipelines.read_config(root, "unet")["cross_attention_dim"])
+        batch["text"] = normal("text", 77, configs.read_config(root, "unet")["cross_attention_dim"])
     if kind == "sdxl":
-        batch["pooled"] = normal("pooled", pipelines.read_config(root, "text_encoder_2")["projection_dim"])
+        batch["pooled"] = normal("pooled", configs.read_config(root, "text_encoder_2")["projection_dim"])
         batch["time_ids"] = np.array([[64, 96, 0, 3, 64, 96]] * size, np.float32)
     if vae:
         scenes = [scene(number, place) for place in range(size)]
@@ -255,7 +255,7 @@ class Ours:
         flags = ["--pretrained_model_name_or_path=x", f"--max_grad_norm={1.0 if train else 0.0}"]
         if kind.startswith("flux"):
             flags += [f"--weighting_scheme={settings['scheme']}", f"--max_sequence_length={settings['length']}"]
-            sigmas, vae = models.load_scheduler(self.root).sigmas, pipelines.read_config(self.root, "vae")
+            sigmas, vae = models.load_scheduler(self.root).sigmas, configs.read_config(self.root, "vae")
         if kind == "flux_lora":
             flags.append("--instance_data_dir=x")
             if weight := settings.get("prior_weight"):
@@ -274,7 +274,7 @@ class Ours:
         script = train_controlnet_sdxl if kind == "sdxl" else train_controlnet
         make = script.TrainStepForControlNetSDXL if kind == "sdxl" else script.TrainStepForControlNet
         latent_config = {"scaling_factor": settings["scaling_factor"]}
-        predicted, alphas = settings["prediction_type"], diffusion.alphas_cumprod(pipelines.read_config(self.root, "scheduler"))
+        predicted, alphas = settings["prediction_type"], diffusion.alphas_cumprod(configs.read_config(self.root, "scheduler"))
         weights = diffusion.min_snr_weights(alphas, settings["snr_gamma"], predicted)
         return make(
             self.cells["controlnet"], self.base, optimizer, ms.Tensor(alphas, ms.float32), ms.Tensor(weights, ms.float32), ms.float32,
@@ -308,7 +308,7 @@ class Ours:
 
     def picture(self, stage, noise, condition):
         """uint8 [H, W, 3], eight steps from the noise [1, C, h, w] by the sampling loop that the scripts use."""
-        text, vae, scheduler = stage.text(CAPTION), stage.load_vae(), pipelines.read_config(self.root, "scheduler")
+        text, vae, scheduler = stage.text(CAPTION), stage.load_vae(), configs.read_config(self.root, "scheduler")
         controlnet = self.cells.get("controlnet")
         with sampling.eager():
             if self.settings["kind"].startswith("sd"):

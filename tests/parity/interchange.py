@@ -21,7 +21,7 @@ import train_controlnet_sdxl
 import train_dreambooth_lora_flux
 from shapes import conditioning, make_folder, make_subject
 
-from mindtune import lora, pipelines, rng
+from mindtune import configs, lora, rng
 
 SCRIPTS = {
     "flux_lora": (train_dreambooth_lora_flux, infer_flux_lora), "flux_controlnet": (train_controlnet_flux, infer_flux_controlnet),
@@ -76,7 +76,7 @@ def prepare(work):
         root = roots[kind] = make_pipeline(Case(kind, "", {"prediction_type": "epsilon"} if kind.startswith("sd") else {}), work)
         settings = {"kind": kind, "root": str(root), "caption": CAPTION, "length": LENGTH}
         (folder / "settings.json").write_text(json.dumps(settings))
-        channels = pipelines.read_config(root, "vae")["latent_channels"]
+        channels = configs.read_config(root, "vae")["latent_channels"]
         np.save(folder / "noise.npy", rng.normal(0, "validation", 0, shape=(1, channels, 8, 12)))
         conditioning(scene(0, 0), 96).convert("RGB").resize((96, 64)).save(folder / "condition.png")
         train(folder, kind, root, data, "ours", 0.05, 3, *MORE.get(kind, ()))

@@ -7,7 +7,7 @@ import pytest
 import real_pipelines
 from safetensors.numpy import load_file
 
-from mindtune import models, pipelines
+from mindtune import configs, models
 
 from .conftest import copy
 from .verdicts import PIPELINES, SD
@@ -109,6 +109,6 @@ LINSPACE, LEADING, TRAILING = (
 def test_images_are_drawn_at_the_timesteps_of_diffusers(name, timesteps, real):
     """Of diffusers 0.35's UniPCMultistepScheduler.from_config(pipeline.scheduler.config), eight steps: where a file does not say
     timestep_spacing, UniPC's default counts and not that of the scheduler which the file is of (PNDM's and DDIM's is "leading")."""
-    sampler = models.unipc(pipelines.read_config(real(name), "scheduler"))
+    sampler = models.unipc(configs.read_config(real(name), "scheduler"))
     sampler.set_timesteps(8)
     assert sampler.timesteps.asnumpy().tolist() == timesteps

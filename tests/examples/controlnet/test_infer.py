@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindtune import models, pipelines, precision, rng, sampling
+from mindtune import configs, models, precision, rng, sampling
 from mindtune.cli import UserError
 from mindtune.encode import Stage
 
@@ -74,7 +74,7 @@ def test_the_latents_are_those_of_mindones_pipeline(sd, perturbed, shapes, encod
     unet, controlnet = models.load_model(sd.root, "unet", full), models.load_model(perturbed[sd.kind].parent, sd.kind, full)
     condition = sampling.condition_picture(str(shapes / "conditioning" / "000000.png"), "--control_image", 64)
     pixels, noise = sampling.condition_pixels(condition), rng.normal(0, "noise", shape=(1, 4, 8, 8))
-    scheduler = pipelines.read_config(sd.root, "scheduler")
+    scheduler = configs.read_config(sd.root, "scheduler")
     control = (controlnet, pixels, 0.8)
     ours = sampling.sample_unet_latents(
         unet, scheduler, stage.text("a red circle"), stage.unconditional(), noise, 4, guidance, ms.float32, control
