@@ -240,7 +240,7 @@ def test_all_bad_pairs_are_listed_at_once(refused, bad_pairs):
     message = refused("--train_data_dir", bad_pairs)
     says(message, f"--train_data_dir {bad_pairs}: 4 of 6 pairs cannot be used", "--skip_bad_images")
     says(
-        message, "1.png: 48x40, its condition 40x48", "2.png: its condition is not an image", "3.png: 31x90 is smaller than --resolution 32"
+        message, "1.png: 48x40, its condition 40x48", "2.png: its condition: not an image", "3.png: 31x90 is smaller than --resolution 32"
     )
     assert re.search(r"images/4.png: (damaged|not an image)", message)
     assert "/0.png" not in message and "/5.png" not in message
@@ -304,7 +304,7 @@ def test_the_bad_pairs_of_another_run_leave_it_as_it_is(refused, bad_pairs, tmp_
     says(refused(), "holds another run", "run.json", "--overwrite_output_dir")
 
 
-STREAMED = {"other size": (1, "40x48"), "no picture": (2, "its condition is not an image"), "too small": (3, "smaller than"),
+STREAMED = {"other size": (1, "40x48"), "no picture": (2, "its condition: not an image"), "too small": (3, "smaller than"),
             "cut off": (4, "damaged|not an image")}  # fmt: skip
 
 
