@@ -212,21 +212,29 @@ class TanhGelu(nn.Cell):
         return tanh_gelu(x)
 
 
+@ops.constexpr
+@lru_cache(None)
+def _bucket_starts(exact, count, max_distance):
+    """The distances at which the buckets after `exact` begin, from the host: float32 as PyTorch has it."""
+    distances = np.arange(exact, max_distance + 1)
+    ratio = np.log(distances.astype(np.float32) / exact) / np.float32(np.log(max_distance / exact))
+    buckets = np.minimum(exact + (ratio * (count - exact)).astype(np.int64), count - 1)
+    return tuple(int(distances[np.argmax(buckets >= bucket)]) for bucket in range(exact + 1, count))
+
+
 def relative_position_bucket(relative_position, bidirectional=True, num_buckets=32, max_distance=128):
-    """The bucket of every distance between tokens, int64, the shape of `relative_position`; made on the host.
+    """The bucket of every distance between tokens, int64, the shape of `relative_position`.
 
     Half of the buckets are for each sign, and half of those for one distance each; the others grow by a constant factor up to
-    `max_distance` (Raffel et al., arXiv 1910.10683, section 2.1). MindSpore's CPU log(2) is 0.6931470, with which the distances 16, 32
-    and 64, where buckets begin, fall into the ones below.
+    `max_distance` (Raffel et al., arXiv 1910.10683, section 2.1). Where they begin is computed on the host: MindSpore's CPU log(2) is
+    0.6931470, with which the distances 16, 32 and 64 fall into the buckets below.
     """
-    distance, count = relative_position.asnumpy(), num_buckets // 2 if bidirectional else num_buckets
-    offset = np.where(distance > 0, count, 0) if bidirectional else 0
-    distance = np.abs(distance) if bidirectional else np.maximum(-distance, 0)
-    exact = count // 2
-    # float32 as PyTorch has it; a distance of 0 is not looked up.
-    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(np.log(max_distance / exact))
-    wide = np.minimum(exact + (ratio * (count - exact)).astype(np.int64), count - 1)
-    return ms.Tensor(offset + np.where(distance < exact, distance, wide), ms.int64)
+    count = num_buckets // 2 if bidirectional else num_buckets
+    distance = ops.abs(relative_position) if bidirectional else ops.maximum(-relative_position, ops.zeros_like(relative_position))
+    bucket = ops.minimum(distance, ops.full_like(distance, count // 2))
+    for start in _bucket_starts(count // 2, count, max_distance):
+        bucket = bucket + (distance >= start).astype(ms.int64)
+    return bucket + count * (relative_position > 0).astype(ms.int64) if bidirectional else bucket
 
 
 def _math_attention(query, key, value, attn_mask):

@@ -239,9 +239,7 @@ def bad_pairs(tmp_path):
 def test_all_bad_pairs_are_listed_at_once(refused, bad_pairs):
     message = refused("--train_data_dir", bad_pairs)
     says(message, f"--train_data_dir {bad_pairs}: 4 of 6 pairs cannot be used", "--skip_bad_images")
-    says(
-        message, "1.png: 48x40, its condition 40x48", "2.png: its condition: not an image", "3.png: 31x90 is smaller than --resolution 32"
-    )
+    says(message, "1.png: 48x40, its condition 40x48", "2.png: its condition: not an image", "3.png: 31x90 is smaller than --resolution 32")
     assert re.search(r"images/4.png: (damaged|not an image)", message)
     assert "/0.png" not in message and "/5.png" not in message
 
