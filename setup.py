@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="mindtune",
@@ -10,5 +10,5 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.9,<3.13",
-    packages=["mindtune"],
+    packages=find_packages(include=["mindtune", "mindtune.*"]),
 )

@@ -22,8 +22,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
-from make_tiny_pipeline import make_flux, make_sd15, make_sdxl  # noqa: E402  (examples/tiny)
-from shapes import conditioning, draw_scene, picture  # noqa: E402
+from make_tiny_pipeline import make_flux, make_sd15, make_sdxl
+from shapes import conditioning, draw_scene, picture
 
 SCRIPT = ROOT / "flux_controlnet" / "train_controlnet_flux.py"
 LORA = ROOT / "flux_lora" / "train_dreambooth_lora_flux.py"
@@ -32,14 +32,27 @@ SD, SDXL = (ROOT / "examples" / "controlnet" / name for name in ("train_controln
 
 def train(pipeline, out, *flags, script=SCRIPT):
     """Runs a script; (peak RssAnon in MB, its run.json)."""
-    words = [sys.executable, script, "--pretrained_model_name_or_path", pipeline, "--output_dir", out, "--report_to", "none", "--seed", 0]
+    words = [
+        sys.executable,
+        script,
+        "--pretrained_model_name_or_path",
+        pipeline,
+        "--output_dir",
+        out,
+        "--report_to",
+        "none",
+        "--seed",
+        0,
+    ]
     with open(out.with_suffix(".log"), "w") as log:
         process = subprocess.Popen([str(word) for word in (*words, *flags)], stdout=log, stderr=subprocess.STDOUT)
         peak = 0
         while process.poll() is None:
             try:
                 status = Path(f"/proc/{process.pid}/status").read_text()
-                peak = max(peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+                peak = max(
+                    peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0
+                )
             except OSError:
                 pass  # it has just ended
             time.sleep(0.02)
@@ -68,8 +81,28 @@ def write_parquet(path, count, side=32):
 
 def data(work):
     make_flux(work / "tiny")
-    flags = ["--resolution", 32, "--num_double_layers", 1, "--num_single_layers", 1, "--train_batch_size", 4, "--max_train_steps", 20]
-    flags += ["--max_sequence_length", 16, "--mindspore_mode", 1, "--dataloader_num_workers", 2, "--cache_dir", work / "cache"]
+    flags = [
+        "--resolution",
+        32,
+        "--num_double_layers",
+        1,
+        "--num_single_layers",
+        1,
+        "--train_batch_size",
+        4,
+        "--max_train_steps",
+        20,
+    ]
+    flags += [
+        "--max_sequence_length",
+        16,
+        "--mindspore_mode",
+        1,
+        "--dataloader_num_workers",
+        2,
+        "--cache_dir",
+        work / "cache",
+    ]
     print("pairs    file MB    mapped MB    streamed MB    (peak RssAnon of the training process)")
     for count in (500, 50_000):
         size = write_parquet(work / str(count) / "train.parquet", count)
@@ -82,15 +115,33 @@ def data(work):
 
 def recompute(work):
     """Thin and deep blocks on many tokens: activations, not weights, are what memory goes to, as in training at full size."""
-    thin = {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 4, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12]}
+    thin = {
+        "num_layers": 4,
+        "num_single_layers": 8,
+        "num_attention_heads": 4,
+        "attention_head_dim": 32,
+        "axes_dims_rope": [8, 12, 12],
+    }
     make_flux(work / "flux", transformer=thin)
     make_sd15(work / "sd15")
     make_sdxl(work / "sdxl")
     write_parquet(work / "pairs" / "train.parquet", 8, 512)
     (work / "pictures").mkdir()
     for number in range(8):
-        picture(draw_scene(np.random.default_rng(number), "all", anywhere=True), 512).save(work / "pictures" / f"{number}.png")
-    common = ["--resolution", 512, "--train_batch_size", 2, "--max_train_steps", 3, "--cache_latents", "--cache_dir", work / "cache"]
+        picture(draw_scene(np.random.default_rng(number), "all", anywhere=True), 512).save(
+            work / "pictures" / f"{number}.png"
+        )
+    common = [
+        "--resolution",
+        512,
+        "--train_batch_size",
+        2,
+        "--max_train_steps",
+        3,
+        "--cache_latents",
+        "--cache_dir",
+        work / "cache",
+    ]
     text, pairs = ["--max_sequence_length", 64], ["--train_data_dir", work / "pairs"]
     kinds = {
         "FLUX LoRA": (LORA, "flux", [*text, "--instance_data_dir", work / "pictures", "--instance_prompt", "a circle"]),
@@ -98,14 +149,18 @@ def recompute(work):
         "SD 1.5 ControlNet": (SD, "sd15", pairs),
         "SDXL ControlNet": (SDXL, "sdxl", pairs),
     }
-    print("                              kept MB    recomputed MB    (peak RssAnon of the training process)   losses differ by")
+    print(
+        "                              kept MB    recomputed MB    (peak RssAnon of the training process)   losses differ by"
+    )
     found = {}
     for name, (script, pipeline, flags) in kinds.items():
         for mode_name, mode in (("graph", 0), ("PyNative", 1)):
             peaks, losses = [], []
             for number, more in enumerate(([], ["--gradient_checkpointing"])):
                 out = work / f"{name}-{mode}-{number}"
-                peaks.append(train(work / pipeline, out, *common, *flags, "--mindspore_mode", mode, *more, script=script)[0])
+                peaks.append(
+                    train(work / pipeline, out, *common, *flags, "--mindspore_mode", mode, *more, script=script)[0]
+                )
                 losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
             apart = float(np.max(np.abs(np.subtract(*losses)) / losses[0]))
             found[f"{name}, {mode_name}"] = {"kept_mb": peaks[0], "recomputed_mb": peaks[1], "losses_apart": apart}

@@ -55,18 +55,18 @@ def train(way, work, mode):
     """In a process of its own: one training run, with the encoders handled as `way` says. Prints its memory as JSON."""
     import mindspore as ms
 
-    from mindtune import encode
+    from mindtune.encode import child, encoder_stage
 
     kept = []
 
     def in_process(job):
         """What the child does, in this process; `load_model` hands every encoder over to `kept`."""
         stage, captions, images, _ = job
-        real = encode.load_model
-        encode.load_model = lambda *a, **k: kept.append(real(*a, **k)) or kept[-1]
-        encode._encode_captions(stage, captions)
-        encode._encode_images(stage, images)
-        encode.load_model = real
+        real = encoder_stage.load_model
+        encoder_stage.load_model = lambda *a, **k: kept.append(real(*a, **k)) or kept[-1]
+        child._encode_captions(stage, captions)
+        child._encode_images(stage, images)
+        encoder_stage.load_model = real
         if way == "deleted":
             for cell in kept:
                 for parameter in cell.get_parameters():
@@ -74,7 +74,7 @@ def train(way, work, mode):
             kept.clear()
 
     if way != "ours":
-        encode._in_child = in_process
+        encoder_stage._in_child = in_process
     script = load(ROOT / "flux_lora" / "train_dreambooth_lora_flux.py")
     flags = f"--pretrained_model_name_or_path {work}/pipeline --instance_data_dir {work}/photos --resolution 64 --cache_latents"
     flags += f" --max_sequence_length 64 --train_batch_size 2 --max_train_steps 20 --seed 0 --mindspore_mode {mode} --report_to none"

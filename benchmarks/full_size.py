@@ -27,9 +27,15 @@ from loading import status, transformer_shapes
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
-import make_tiny_pipeline as maker  # noqa: E402  (examples/tiny)
+import make_tiny_pipeline as maker
 
-FLUX_DEV = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
+FLUX_DEV = {
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+}
 FLUX_DEV.update(joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True)
 NARROW = {**FLUX_DEV, "num_layers": 2, "num_single_layers": 4, "num_attention_heads": 4}
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
@@ -57,7 +63,9 @@ def write_pipeline(root, transformer):
         write_shard(folder / file, {name: shapes[name] for name in names}, rng)
         weight_map.update(dict.fromkeys(names, file))
         print(f"wrote {file}", flush=True)
-    maker.write_json(folder / "diffusion_pytorch_model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    maker.write_json(
+        folder / "diffusion_pytorch_model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map}
+    )
     return int(sum(np.prod(shape) for shape in shapes.values())), len(shards)
 
 
@@ -90,10 +98,42 @@ def make_photos(folder):
 
 def train(work, updates):
     """Runs the script; what it took, how far it went, and the last lines that it printed if it failed."""
-    words = [sys.executable, ROOT / "flux_lora/train_dreambooth_lora_flux.py", "--pretrained_model_name_or_path", work / "pipeline"]
-    words += ["--instance_data_dir", work / "photos", "--instance_prompt", "a photo of sks cat", "--output_dir", work / "out"]
-    words += ["--base_precision", "int8", "--gradient_checkpointing", "--resolution", 256, "--cache_latents", "--train_batch_size", 1]
-    words += ["--lora_rank", 16, "--max_train_steps", updates, "--seed", 0, "--report_to", "none", "--mindspore_mode", 0]
+    words = [
+        sys.executable,
+        ROOT / "flux_lora/train_dreambooth_lora_flux.py",
+        "--pretrained_model_name_or_path",
+        work / "pipeline",
+    ]
+    words += [
+        "--instance_data_dir",
+        work / "photos",
+        "--instance_prompt",
+        "a photo of sks cat",
+        "--output_dir",
+        work / "out",
+    ]
+    words += [
+        "--base_precision",
+        "int8",
+        "--gradient_checkpointing",
+        "--resolution",
+        256,
+        "--cache_latents",
+        "--train_batch_size",
+        1,
+    ]
+    words += [
+        "--lora_rank",
+        16,
+        "--max_train_steps",
+        updates,
+        "--seed",
+        0,
+        "--report_to",
+        "none",
+        "--mindspore_mode",
+        0,
+    ]
     began, peak, loaded, log = time.time(), 0.0, None, work / "log"
     with open(log, "w") as out:
         process = subprocess.Popen([str(word) for word in words], stdout=out, stderr=subprocess.STDOUT)
@@ -116,7 +156,10 @@ def train(work, updates):
     run = json.loads((work / "out" / "run.json").read_text())
     return {
         **found,
-        **{key: run.get(key) for key in ("seconds_to_first_update", "seconds_per_step", "peak_memory_mb", "memory", "trainable")},
+        **{
+            key: run.get(key)
+            for key in ("seconds_to_first_update", "seconds_per_step", "peak_memory_mb", "memory", "trainable")
+        },
     }
 
 
@@ -133,7 +176,12 @@ def main():
         make_photos(work / "photos")
         written = time.time() - began
         cores = len(re.findall(r"^processor", Path("/proc/cpuinfo").read_text(), re.M))
-        found = {"parameters": parameters, "shards": shards, "seconds_to_write": written, "date": time.strftime("%Y-%m-%d")}
+        found = {
+            "parameters": parameters,
+            "shards": shards,
+            "seconds_to_write": written,
+            "date": time.strftime("%Y-%m-%d"),
+        }
         found.update(machine=f"{cores} cores, {platform.machine()}", **train(work, args.updates))
     print(json.dumps(found, indent=1))
     if not args.tried:

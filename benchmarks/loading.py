@@ -26,10 +26,22 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 
-WIDE = {"num_layers": 3, "num_single_layers": 9, "num_attention_heads": 8, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
+WIDE = {
+    "num_layers": 3,
+    "num_single_layers": 9,
+    "num_attention_heads": 8,
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+}
 WIDE.update(joint_attention_dim=4096, pooled_projection_dim=768)
 # Type in the files, number of files, type in memory (a --mixed_precision).
-CASES = [("float32", 1, "fp32"), ("bfloat16", 1, "bf16"), ("bfloat16", 1, "fp32"), ("float32", 1, "bf16"), ("float32", 4, "fp32")]
+CASES = [
+    ("float32", 1, "fp32"),
+    ("bfloat16", 1, "bf16"),
+    ("bfloat16", 1, "fp32"),
+    ("float32", 1, "bf16"),
+    ("float32", 4, "fp32"),
+]
 
 
 def write_model(folder, kind, shards):
@@ -37,7 +49,9 @@ def write_model(folder, kind, shards):
     import ml_dtypes
     from safetensors.numpy import save_file
 
-    spec = importlib.util.spec_from_file_location("make_tiny_pipeline", ROOT / "examples" / "tiny" / "make_tiny_pipeline.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_tiny_pipeline", ROOT / "examples" / "tiny" / "make_tiny_pipeline.py"
+    )
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
     config = {**maker.FLUX_TRANSFORMER, **WIDE}
@@ -59,11 +73,11 @@ def transformer_shapes(config):
     """Name -> shape of every parameter of a FLUX transformer, none of them allocated."""
     from mindspore.nn.utils import no_init_parameters
 
-    from mindtune import library, models
+    from mindtune.models import library, loading
 
     with no_init_parameters():
         model = library.mindone.diffusers.FluxTransformer2DModel(**config)
-    return {name: parameter.shape for name, parameter in models.model_parameters(model).items()}
+    return {name: parameter.shape for name, parameter in loading.model_parameters(model).items()}
 
 
 def status(process="self"):
@@ -74,21 +88,24 @@ def status(process="self"):
 
 def load(root, precision_name, way):
     """In a process of its own: loads the transformer; prints the memory before, then what it took, as JSON, and ends."""
-    from mindtune import library, models
-    from mindtune.precision import resolve_precision
+    from mindtune.models import execution, library, loading
+    from mindtune.models.precision import resolve_precision
 
-    models.set_up_device(graph_mode=False)
+    execution.set_up_device(graph_mode=False)
     precision = resolve_precision(precision_name)
     before, start = status(), time.perf_counter()
     print(json.dumps(before), flush=True)
     if way == "ours":
-        model = models.load_model(root, "transformer", precision)
+        model = loading.load_model(root, "transformer", precision)
     else:
         folder, cls = os.fspath(root / "transformer"), library.mindone.diffusers.FluxTransformer2DModel
         model = cls.from_pretrained(folder, mindspore_dtype=precision.storage, use_safetensors=True)
     seconds = time.perf_counter() - start
     weights = sum(parameter.size * parameter.itemsize for parameter in model.get_parameters()) / 2**20
-    print(json.dumps({"weights": weights, "seconds": seconds, "with files": status()["VmHWM"] - before["VmRSS"]}), flush=True)
+    print(
+        json.dumps({"weights": weights, "seconds": seconds, "with files": status()["VmHWM"] - before["VmRSS"]}),
+        flush=True,
+    )
     os._exit(0)  # MindSpore takes a while to take a model apart
 
 
@@ -118,7 +135,9 @@ def measure(cases=CASES):
                 write_model(root / "transformer", kind, shards)
             ways = {way: watch(root, precision_name, way) for way in ("ours", "mindone")}
             row = {"file": kind, "shards": shards, "memory": precision_name, "weights": ways["ours"].pop("weights")}
-            found.append({**row, **{f"{way} {key}": ways[way][key] for way in ways for key in ("peak", "with files", "seconds")}})
+            found.append(
+                {**row, **{f"{way} {key}": ways[way][key] for way in ways for key in ("peak", "with files", "seconds")}}
+            )
     return found
 
 
@@ -128,7 +147,9 @@ def main():
     args = parser.parse_args()
     if args.load:
         return load(Path(args.load[0]), *args.load[1:])
-    print("                                          ours: peak   with files   seconds     mindone: peak   with files   seconds")
+    print(
+        "                                          ours: peak   with files   seconds     mindone: peak   with files   seconds"
+    )
     for row in measure():
         files = "1 file " if row["shards"] == 1 else f"{row['shards']} files"
         print(f"{row['file']:8s} {files} -> {row['memory']}, {row['weights']:5.0f} MB", end="    ")

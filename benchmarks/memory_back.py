@@ -17,9 +17,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "examples/tiny", "examples/controlnet", "flux_lora", "flux_controlnet")]
+sys.path[:0] = [
+    str(ROOT / folder)
+    for folder in ("benchmarks", "examples/tiny", "examples/controlnet", "flux_lora", "flux_controlnet")
+]
 
-from loading import status  # noqa: E402  (beside this one)
+from loading import status
 
 SCRIPTS = {"lora": "train_dreambooth_lora_flux", "controlnet": "train_controlnet_flux", "sd": "train_controlnet"}
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
@@ -27,9 +30,35 @@ VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_
 
 def flags(kind, work, updates, every):
     """The command line of a run that looks and saves every so many updates."""
-    words = ["--pretrained_model_name_or_path", work / ("sd15" if kind == "sd" else "flux"), "--resolution", 64, "--cache_latents"]
-    words += ["--train_batch_size", 2, "--max_train_steps", updates, "--num_validation_images", 1, "--num_inference_steps", 4, "--seed", 0]
-    words += ["--checkpointing_steps", every, "--checkpoints_total_limit", 1, "--cache_dir", work / "cache", "--validation_split", 0.25]
+    words = [
+        "--pretrained_model_name_or_path",
+        work / ("sd15" if kind == "sd" else "flux"),
+        "--resolution",
+        64,
+        "--cache_latents",
+    ]
+    words += [
+        "--train_batch_size",
+        2,
+        "--max_train_steps",
+        updates,
+        "--num_validation_images",
+        1,
+        "--num_inference_steps",
+        4,
+        "--seed",
+        0,
+    ]
+    words += [
+        "--checkpointing_steps",
+        every,
+        "--checkpoints_total_limit",
+        1,
+        "--cache_dir",
+        work / "cache",
+        "--validation_split",
+        0.25,
+    ]
     words += ["--validation_prompt", "a red circle"]
     if kind == "lora":
         # Four pictures of eight uses: an epoch is three pictures and so three halves of an update.
@@ -46,7 +75,7 @@ def run(kind, mode, work, updates, every):
     """In a process of its own: a run of a script with a watch on its memory. Prints JSON: what, RssAnon in MB."""
     import importlib
 
-    from mindtune import encode
+    from mindtune.encode import encoder_stage
 
     script, notes = importlib.import_module(SCRIPTS[kind]), []
 
@@ -64,12 +93,21 @@ def run(kind, mode, work, updates, every):
 
         setattr(owner, name, call)
 
-    watched(encode.Stage, "prepare", "the encode stage")
+    watched(encoder_stage.Stage, "prepare", "the encode stage")
     watched(script.Painter, "rows" if kind == "lora" else "draw", "drawing")
     watched(script.checkpoint, "save_checkpoint", "saving")
-    watched(script.sampling, "give_back", "giving back")
+    watched(script.execution, "free_memory", "giving back")
     words = [str(word) for word in flags(kind, work, updates, every)]
-    script.main([*words, "--output_dir", str(work / f"out-{kind}-{mode}"), "--mindspore_mode", str(mode), "--overwrite_output_dir"])
+    script.main(
+        [
+            *words,
+            "--output_dir",
+            str(work / f"out-{kind}-{mode}"),
+            "--mindspore_mode",
+            str(mode),
+            "--overwrite_output_dir",
+        ]
+    )
     print(json.dumps(notes))
 
 
@@ -114,10 +152,17 @@ def leak(work):
         for mode in (0, 1):
             notes = watch(kind, mode, work, 500, 50)
             before = [what for what, _ in notes]
-            after = [memory for i, (what, memory) in enumerate(notes) if what == "after giving back" and before[i - 2] == "after saving"]
+            after = [
+                memory
+                for i, (what, memory) in enumerate(notes)
+                if what == "after giving back" and before[i - 2] == "after saving"
+            ]
             found[f"{kind} {('graph', 'PyNative')[mode]}"] = after
             growth = max(after[2:]) / after[1] - 1
-            print(f"{kind:10s} {('graph', 'PyNative')[mode]:8s} {' '.join(f'{m:5.0f}' for m in after)}   {100 * growth:+.2f}%", flush=True)
+            print(
+                f"{kind:10s} {('graph', 'PyNative')[mode]:8s} {' '.join(f'{m:5.0f}' for m in after)}   {100 * growth:+.2f}%",
+                flush=True,
+            )
     return found
 
 

@@ -20,9 +20,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "examples/tiny")]
 
-import workload  # noqa: E402  (beside this one)
-from make_tiny_pipeline import make_flux, make_sd15, make_sdxl  # noqa: E402  (examples/tiny)
-from shapes import make_folder  # noqa: E402
+import workload
+from make_tiny_pipeline import make_flux, make_sd15, make_sdxl
+from shapes import make_folder
 
 SCRIPTS = {
     "lora": "flux_lora/train_dreambooth_lora_flux.py", "controlnet": "flux_controlnet/train_controlnet_flux.py",
@@ -44,9 +44,17 @@ SETTINGS = [
     ("lora", "wide", "--resolution 512 --mindspore_mode 1"),
     ("controlnet", "mid", "--resolution 256 --num_double_layers 2 --num_single_layers 2"),
     ("controlnet", "mid", "--resolution 512 --num_double_layers 2 --num_single_layers 2 --gradient_checkpointing"),
-    ("controlnet", "mid", "--resolution 256 --num_double_layers 2 --num_single_layers 2 --mindspore_mode 1 --use_8bit_adam"),
+    (
+        "controlnet",
+        "mid",
+        "--resolution 256 --num_double_layers 2 --num_single_layers 2 --mindspore_mode 1 --use_8bit_adam",
+    ),
     ("controlnet", "mid", "--resolution 512 --num_double_layers 2 --num_single_layers 0 --mindspore_mode 1"),
-    ("controlnet", "wide", "--resolution 256 --num_double_layers 1 --num_single_layers 0 --mindspore_mode 1 --gradient_checkpointing"),
+    (
+        "controlnet",
+        "wide",
+        "--resolution 256 --num_double_layers 1 --num_single_layers 0 --mindspore_mode 1 --gradient_checkpointing",
+    ),
     ("sdxl", "sdxl", "--resolution 256"),
     ("sdxl", "sdxl", "--resolution 256 --train_batch_size 2 --mindspore_mode 1"),
     ("sdxl", "sdxl", "--resolution 512 --mindspore_mode 1"),
@@ -70,11 +78,35 @@ def make(work, name):
 def measure(work, script, pipeline, flags):
     """(predicted, measured) in MB."""
     make(work, pipeline)
-    words = [sys.executable, ROOT / SCRIPTS[script], "--pretrained_model_name_or_path", work / pipeline, "--output_dir", work / "out"]
-    words += ["--max_train_steps", 3, "--cache_latents", "--cache_dir", work / "cache", "--seed", 0, "--report_to", "none"]
+    words = [
+        sys.executable,
+        ROOT / SCRIPTS[script],
+        "--pretrained_model_name_or_path",
+        work / pipeline,
+        "--output_dir",
+        work / "out",
+    ]
+    words += [
+        "--max_train_steps",
+        3,
+        "--cache_latents",
+        "--cache_dir",
+        work / "cache",
+        "--seed",
+        0,
+        "--report_to",
+        "none",
+    ]
     words += ["--overwrite_output_dir", "--train_batch_size", 1, *flags.split()]
     if script == "lora":
-        words += ["--instance_data_dir", work / "pairs" / "images", "--instance_prompt", "a circle", "--lora_rank", workload.RANK]
+        words += [
+            "--instance_data_dir",
+            work / "pairs" / "images",
+            "--instance_prompt",
+            "a circle",
+            "--lora_rank",
+            workload.RANK,
+        ]
     else:
         words += ["--train_data_dir", work / "pairs"]
     if pipeline in workload.SIZES:
@@ -97,7 +129,13 @@ def main():
         for script, pipeline, flags in SETTINGS:
             if only in f"{script} {pipeline} {flags}":
                 predicted, measured = measure(work, script, pipeline, flags)
-                row = {"script": script, "size": pipeline, "flags": flags, "predicted_mb": predicted, "measured_mb": measured}
+                row = {
+                    "script": script,
+                    "size": pipeline,
+                    "flags": flags,
+                    "predicted_mb": predicted,
+                    "measured_mb": measured,
+                }
                 found.append({**row, "error": predicted / measured - 1})
                 print(
                     f"{script:10s} {pipeline:5s} {predicted:6.0f} of {measured:6.0f} MB ({100 * found[-1]['error']:+5.1f}%)  {flags}",

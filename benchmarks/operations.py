@@ -46,7 +46,7 @@ def attention(q, k, v, batch, queries, keys, width):
     return product(product(q, k, cost), v, cost)
 
 
-# ---- FLUX ----------------------------------------------------------------------------------------------------------------------------
+# ---- FLUX ----------------------------------------------------------------------------------------
 
 
 class Flux:
@@ -56,7 +56,12 @@ class Flux:
         config = size["transformer"]
         self.width = config["num_attention_heads"] * config["attention_head_dim"]
         self.batch, self.image, self.text = batch, batch * size["tokens"][0] * size["tokens"][1], batch * size["text"]
-        self.both, self.trains, self.rank, self.text_width = self.image + self.text, trains, rank, config["joint_attention_dim"]
+        self.both, self.trains, self.rank, self.text_width = (
+            self.image + self.text,
+            trains,
+            rank,
+            config["joint_attention_dim"],
+        )
 
     def linear(self, x, rows, inputs, outputs, rank=0):
         return layer(x, rows, inputs, outputs, self.trains, rank)
@@ -64,8 +69,14 @@ class Flux:
     def start(self):
         """Image tokens, text tokens and the embedding of timestep, guidance and pooled text."""
         given, width = Value(), self.width
-        embedded = [self.linear(self.linear(given, self.batch, n, width), self.batch, width, width) for n in (256, 256, 768)]
-        return self.linear(given, self.image, 64, width), self.linear(given, self.text, self.text_width, width), join(*embedded)
+        embedded = [
+            self.linear(self.linear(given, self.batch, n, width), self.batch, width, width) for n in (256, 256, 768)
+        ]
+        return (
+            self.linear(given, self.image, 64, width),
+            self.linear(given, self.text, self.text_width, width),
+            join(*embedded),
+        )
 
     def project(self, x, rows, rank):
         return [self.linear(x, rows, self.width, self.width, rank) for _ in range(3)]
@@ -102,7 +113,9 @@ class Flux:
         x = join(text, x)
         for number in range(singles):
             x = join(self.single_block(x, temb), *at(single_residuals, number, singles))
-        return self.linear(join(x, self.linear(temb, self.batch, self.width, 2 * self.width)), self.image, self.width, 64)
+        return self.linear(
+            join(x, self.linear(temb, self.batch, self.width, 2 * self.width)), self.image, self.width, 64
+        )
 
     def controlnet(self, doubles, singles):
         """Residuals of the double and of the single blocks."""
@@ -123,7 +136,7 @@ def at(residuals, number, blocks):
     return [residuals[number // -(-blocks // len(residuals))]] if residuals else []
 
 
-# ---- Stable Diffusion ----------------------------------------------------------------------------------------------------------------
+# ---- Stable Diffusion ----------------------------------------------------------------------------
 
 
 class UNet:
@@ -131,7 +144,11 @@ class UNet:
 
     def __init__(self, size, batch, trains=False):
         config = size["unet"]
-        self.widths, self.layers, self.text_width = config["block_out_channels"], config["layers_per_block"], config["cross_attention_dim"]
+        self.widths, self.layers, self.text_width = (
+            config["block_out_channels"],
+            config["layers_per_block"],
+            config["cross_attention_dim"],
+        )
         self.batch, self.side, self.text, self.trains = batch, size["latent"][0], size["text"], trains
         width = self.widths[0]
         self.temb = self.linear(self.linear(Value(), batch, width, 4 * width), batch, 4 * width, 4 * width)

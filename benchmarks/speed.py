@@ -29,7 +29,11 @@ import speed_report
 import workload
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE, PLOT = ROOT / "benchmarks/results/speed.json", ROOT / "docs/performance.md", ROOT / "docs/performance.png"
+RESULTS, PAGE, PLOT = (
+    ROOT / "benchmarks/results/speed.json",
+    ROOT / "docs/performance.md",
+    ROOT / "docs/performance.png",
+)
 SHAPES = ROOT / "examples/tiny/flux-shapes"
 
 # Way -> its process and what the job says. Of PyTorch's two the better one counts.
@@ -78,7 +82,11 @@ class Bench:
         seconds = time.time() - began
         found["others"] = round(max(0.0, others_seconds() - busy) / seconds, 2)
         self.others.append((found["others"], seconds))
-        shown = {key: round(value, 3) for key, value in found.items() if isinstance(value, float)} if error is None else found
+        shown = (
+            {key: round(value, 3) for key, value in found.items() if isinstance(value, float)}
+            if error is None
+            else found
+        )
         print(f"  {script} {job['do']} {job.get('form', '')}: {shown} ({seconds:.0f} s)", flush=True)
         return found
 
@@ -97,7 +105,11 @@ class Bench:
                 process.wait()
         if why or process.returncode == 0:
             return why
-        return f"killed by signal {-process.returncode}" if process.returncode < 0 else (self.work / "errors").read_text().strip()
+        return (
+            f"killed by signal {-process.returncode}"
+            if process.returncode < 0
+            else (self.work / "errors").read_text().strip()
+        )
 
     def in_turn(self, ways, key):
         """`ways`: name -> (function that measures once, rounds). name -> its runs, and of `key` (or key[name]) median, least and most."""
@@ -112,7 +124,13 @@ class Bench:
     def step_job(self, kind, name, size=None, batch=1, **more):
         """A job's common part; its pipeline is written when it is first asked for."""
         size = size or workload.SIZES[name]
-        job = {"kind": kind, "size": size, "batch": batch, "root": self.work / name, "work": self.work / f"{kind} {name}"}
+        job = {
+            "kind": kind,
+            "size": size,
+            "batch": batch,
+            "root": self.work / name,
+            "work": self.work / f"{kind} {name}",
+        }
         if not job["work"].exists():
             self.run("step_mindspore.py", do="write", **job)
         return {**job, "warmup": 1 if self.short else 2, **more}
@@ -166,7 +184,7 @@ def summary(runs, key):
     return {**found, "runs": runs, **({"failed": failed[-1]} if failed and not good else {})}
 
 
-# ---- sections ------------------------------------------------------------------------------------------------------------------------
+# ---- sections ------------------------------------------------------------------------------------
 
 
 def steps(bench):
@@ -195,7 +213,12 @@ def first(bench):
     job = bench.step_job("flux_lora", "mid" if bench.short else "deep")
     return {
         label: once(bench, way, job, 2)
-        for label, way in (("ours", "ours"), ("ours, the second time", "ours"), ("mindone", "mindone"), ("PyTorch", "PyTorch"))
+        for label, way in (
+            ("ours", "ours"),
+            ("ours, the second time", "ours"),
+            ("mindone", "mindone"),
+            ("PyTorch", "PyTorch"),
+        )
     }
 
 
@@ -220,7 +243,10 @@ def cached(bench):
 def host(bench):
     """The training script with caches: time outside the step, time waited for data."""
     root = bench.step_job("flux_lora", "mid")["root"]
-    mid, alone = {"root": root, "side": 256, "length": 128, "batch": 1, "updates": 25}, {"flags": ["--dataloader_num_workers", "0"]}
+    mid, alone = (
+        {"root": root, "side": 256, "length": 128, "batch": 1, "updates": 25},
+        {"flags": ["--dataloader_num_workers", "0"]},
+    )
     runs = {
         "shapes, batch 4": (partial(bench.train, "cached"), 2),
         "shapes, batch 4, no worker": (partial(bench.train, "cached", **alone), 2),
@@ -253,7 +279,9 @@ def growth(bench):
     tokens = [8, 16] if bench.short else [8, 16, 24, 32]
     batches, depths = ([], []) if bench.short else ([2, 4], [2, 8])
     base = workload.SIZES["mid"]
-    points = [("tokens", n * n, {**base, "tokens": [n, n]}, 1) for n in tokens] + [("batch", n, base, n) for n in batches]
+    points = [("tokens", n * n, {**base, "tokens": [n, n]}, 1) for n in tokens] + [
+        ("batch", n, base, n) for n in batches
+    ]
     for n in depths:
         deeper = {**base, "transformer": {**base["transformer"], "num_layers": n, "num_single_layers": 2 * n}}
         points.append(("blocks", 3 * n, deeper, 1))
@@ -262,12 +290,16 @@ def growth(bench):
         name = f"mid {amount} blocks" if what == "blocks" else "mid"
         job = bench.step_job("flux_lora", name, size, batch)
         row = {way: once(bench, way, job, 3).get("update") for way in ("ours", "PyTorch")}
-        found.append({"what": what, "amount": amount, "operations": operations.of_step("flux_lora", size, batch), **row})
+        found.append(
+            {"what": what, "amount": amount, "operations": operations.of_step("flux_lora", size, batch), **row}
+        )
     same = next(row for row in found if row["amount"] == 256)
     found += [{**same, "what": "batch", "amount": 1}, {**same, "what": "blocks", "amount": 12}]
     for count in (16,) if bench.short else (16, 128, 512):
         run = bench.train("cached", count=count, updates=30)
-        found.append({"what": "pictures", "amount": count, **{key: run.get(key) for key in ("update", "first", "peak_mb")}})
+        found.append(
+            {"what": "pictures", "amount": count, **{key: run.get(key) for key in ("update", "first", "peak_mb")}}
+        )
     return found
 
 
@@ -280,7 +312,7 @@ def loading(bench):
     return measure()
 
 
-# ---- the whole -----------------------------------------------------------------------------------------------------------------------
+# ---- the whole -----------------------------------------------------------------------------------
 
 SECTIONS = {f.__name__: f for f in (steps, first, limit, cached, encode, host, growth, loading)}
 
@@ -304,15 +336,23 @@ def versions(torch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; default: all.")
-    parser.add_argument("--torch", default=str(ROOT / ".venv-parity/bin/python"), help="Python with PyTorch and diffusers.")
-    parser.add_argument("--work", type=Path, help="Folder for pipelines, kept and used again. Default: a temporary one.")
+    parser.add_argument(
+        "--torch", default=str(ROOT / ".venv-parity/bin/python"), help="Python with PyTorch and diffusers."
+    )
+    parser.add_argument(
+        "--work", type=Path, help="Folder for pipelines, kept and used again. Default: a temporary one."
+    )
     parser.add_argument("--try", dest="short", action="store_true", help="Everything once, shortly; keeps nothing.")
-    parser.add_argument("--report", action="store_true", help="Only write tables and plot anew from the numbers that are there.")
+    parser.add_argument(
+        "--report", action="store_true", help="Only write tables and plot anew from the numbers that are there."
+    )
     args = parser.parse_args()
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}. There are {', '.join(SECTIONS)}.")
     if not Path(args.torch).exists():
-        parser.error(f"--torch {args.torch}: no such Python. `make .venv-parity/made` makes one with PyTorch and diffusers.")
+        parser.error(
+            f"--torch {args.torch}: no such Python. `make .venv-parity/made` makes one with PyTorch and diffusers."
+        )
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not args.short else {}
     if args.report and not results:
         parser.error("--report: there are no numbers yet; run without it first.")
@@ -325,7 +365,12 @@ def main():
             bench.others, made, began = [], time.strftime("%Y-%m-%d"), time.time()
             found = SECTIONS[name](bench)
             others = max((cores for cores, seconds in bench.others if seconds >= 5), default=0.0)
-            results[name] = {"made": made, "minutes": round((time.time() - began) / 60, 1), "others": others, "found": found}
+            results[name] = {
+                "made": made,
+                "minutes": round((time.time() - began) / 60, 1),
+                "others": others,
+                "found": found,
+            }
             results.update(machine=machine(), versions=versions(bench.torch))
             if not args.short:  # after every section: a run that is stopped has not been for nothing
                 RESULTS.parent.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ def write(results, page, plot_path):
         plot(found(results, "growth"), plot_path)
 
 
-# ---- reading the results -------------------------------------------------------------------------------------------------------------
+# ---- reading the results -------------------------------------------------------------------------
 
 
 def found(results, section, *keys):
@@ -57,7 +57,11 @@ def share_of_limit(results):
 
 
 def loading_peak(results):
-    rows = [row for row in found(results, "loading") or () if (row["file"], row["shards"], row["memory"]) == ("float32", 1, "fp32")]
+    rows = [
+        row
+        for row in found(results, "loading") or ()
+        if (row["file"], row["shards"], row["memory"]) == ("float32", 1, "fp32")
+    ]
     return ratio(rows[0]["ours peak"], rows[0]["weights"]) if rows else None
 
 
@@ -77,7 +81,7 @@ def worst(results, name, key):
     return max((run[key] for run in runs if key in run), default=None)
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def number(value, digits=2, unit=""):
@@ -97,23 +101,82 @@ def table(header, rows):
 
 def targets(results):
     """Every target with its value at the start and now, and whether it is reached."""
-    times, seconds, gigabytes, whole = number, *(partial(number, digits=d, unit=u) for d, u in ((1, " s"), (2, " GB"), (0, "")))
+    times, seconds, gigabytes, whole = (
+        number,
+        *(partial(number, digits=d, unit=u) for d, u in ((1, " s"), (2, " GB"), (0, ""))),
+    )
     first = {name: found(results, "first", name, "first") for name in ("ours", "ours, the second time")}
     outside = {name: found(results, "host", name, "outside") for name in ("shapes, batch 4", "mid, batch 1")}
     # Section, name, wanted, at the start, now, whether more is better, how to write it.
     rows = [
-        ("steps", "LoRA step at `mid`: PyTorch's time over ours", 1.3, "0.47", step_ratio(results, "flux_lora mid"), True, times),
-        ("steps", "LoRA step at `wide`: PyTorch's time over ours", 2.0, "1.3", step_ratio(results, "flux_lora wide"), True, times),
+        (
+            "steps",
+            "LoRA step at `mid`: PyTorch's time over ours",
+            1.3,
+            "0.47",
+            step_ratio(results, "flux_lora mid"),
+            True,
+            times,
+        ),
+        (
+            "steps",
+            "LoRA step at `wide`: PyTorch's time over ours",
+            2.0,
+            "1.3",
+            step_ratio(results, "flux_lora wide"),
+            True,
+            times,
+        ),
         ("limit", "LoRA step at `wide`: share of the limit", 0.85, "0.59", share_of_limit(results), True, times),
         ("first", "first update at `deep`, a fresh process", 30.0, "115 s", first["ours"], False, seconds),
-        ("first", "first update at `deep`, the second time", 10.0, "115 s", first["ours, the second time"], False, seconds),
-        ("first", "host memory of the compiled graph at `deep`", 2.0, "6.8 GB", graph_memory(results), False, gigabytes),
+        (
+            "first",
+            "first update at `deep`, the second time",
+            10.0,
+            "115 s",
+            first["ours, the second time"],
+            False,
+            seconds,
+        ),
+        (
+            "first",
+            "host memory of the compiled graph at `deep`",
+            2.0,
+            "6.8 GB",
+            graph_memory(results),
+            False,
+            gigabytes,
+        ),
         ("loading", "loading: peak over the weights' size", 1.2, "3.2", loading_peak(results), False, times),
         ("host", "time outside the step, shapes pipeline", 0.02, "-", outside["shapes, batch 4"], False, percent),
         ("host", "time outside the step, `mid`", 0.02, "-", outside["mid, batch 1"], False, percent),
-        ("host", "batches waited for after the first, shapes pipeline", 0, "all", worst(results, "shapes, batch 4", "late"), False, whole),
-        ("host", "batches waited for after the first, `mid`", 0, "all", worst(results, "mid, batch 1", "late"), False, whole),
-        ("cached", "caches over the seeds' step with the VAE inside, shapes pipeline", 2.0, "-", over_seeds(results), True, times),
+        (
+            "host",
+            "batches waited for after the first, shapes pipeline",
+            0,
+            "all",
+            worst(results, "shapes, batch 4", "late"),
+            False,
+            whole,
+        ),
+        (
+            "host",
+            "batches waited for after the first, `mid`",
+            0,
+            "all",
+            worst(results, "mid, batch 1", "late"),
+            False,
+            whole,
+        ),
+        (
+            "cached",
+            "caches over the seeds' step with the VAE inside, shapes pipeline",
+            2.0,
+            "-",
+            over_seeds(results),
+            True,
+            times,
+        ),
     ]
     lines = []
     for section, name, wanted, start, value, more, show in rows:
@@ -136,7 +199,16 @@ def spread(way, digits=3):
 
 
 def step_table(results):
-    header = ["seconds an update", "ours", "ours, PyNative", "mindone", "PyTorch", "PyTorch, compiled", "PyTorch / ours", "mindone / ours"]
+    header = [
+        "seconds an update",
+        "ours",
+        "ours, PyNative",
+        "mindone",
+        "PyTorch",
+        "PyTorch, compiled",
+        "PyTorch / ours",
+        "mindone / ours",
+    ]
     rows = []
     for case, part in (found(results, "steps") or {}).items():
         kind, name = case.split()
@@ -145,7 +217,10 @@ def step_table(results):
         rows.append([f"{KINDS[kind]}, `{name}`", *cells, *both])
     if not rows:
         return table(header, rows)
-    return table(header, rows) + f"\nThe losses of every update differ from ours by at most {losses_apart(results):.1e} of the loss.\n"
+    return (
+        table(header, rows)
+        + f"\nThe losses of every update differ from ours by at most {losses_apart(results):.1e} of the loss.\n"
+    )
 
 
 def losses_apart(results):
@@ -158,11 +233,21 @@ def losses_apart(results):
 
 
 def start_table(results):
-    header = ["LoRA at `deep`, a process each", "first update after", "second", "compiled graph", "peak of the process", "later updates, s"]
+    header = [
+        "LoRA at `deep`, a process each",
+        "first update after",
+        "second",
+        "compiled graph",
+        "peak of the process",
+        "later updates, s",
+    ]
     rows = []
     for name, run in (found(results, "first") or {}).items():
         memory = [number(run[key] / 1024, 2, " GB") if key in run else "-" for key in ("graph_mb", "peak_mb")]
-        times = [number(run.get(key), 1, " s") if "failed" not in run else f"failed: {run['failed'][:80]}" for key in ("first", "second")]
+        times = [
+            number(run.get(key), 1, " s") if "failed" not in run else f"failed: {run['failed'][:80]}"
+            for key in ("first", "second")
+        ]
         rows.append([name, *times, *memory, number(run.get("update"), 3)])
     return table(header, rows)
 
@@ -196,7 +281,11 @@ def limit_table(results):
         rows.append([name, *cells, number(limit, 3), number(seconds, 3), number(ratio(limit, seconds))])
     text = f"Best rate of a matrix product: {best / 1e9:.0f} GFLOP/s ({shape}).\n\n"
     text += table(["step", "forward, GFLOP", "backward, GFLOP", "limit, s", "ours, s", "share of the limit"], rows)
-    checks = [(sum(s["operations"].values()), s["operations_by_torch"]) for s in all_steps.values() if s.get("operations_by_torch")]
+    checks = [
+        (sum(s["operations"].values()), s["operations_by_torch"])
+        for s in all_steps.values()
+        if s.get("operations_by_torch")
+    ]
     if checks:
         apart = max(abs(ours / theirs - 1) for ours, theirs in checks)
         text += f"\nPyTorch's own counter on {len(checks)} of these steps: the same number within {apart:.1e}.\n"
@@ -204,7 +293,13 @@ def limit_table(results):
 
 
 def script_table(results):
-    header = ["training script, shapes pipeline, batch 4", "pictures a second", "s an update", "first update after", "peak, GB"]
+    header = [
+        "training script, shapes pipeline, batch 4",
+        "pictures a second",
+        "s an update",
+        "first update after",
+        "peak, GB",
+    ]
     names = {
         "cached": "`--cache_latents`, text cached",
         "vae": "VAE inside the step, text cached",
@@ -214,7 +309,11 @@ def script_table(results):
     rows = []
     for form, part in (found(results, "cached") or {}).items():
         run = next((run for run in part["runs"] if "update" in run), {})
-        cells = [number(part.get("pictures_a_second"), 1), number(run.get("update"), 3), number(run.get("first"), 1, " s")]
+        cells = [
+            number(part.get("pictures_a_second"), 1),
+            number(run.get("update"), 3),
+            number(run.get("first"), 1, " s"),
+        ]
         rows.append([names[form], *cells, number(run["peak_mb"] / 1024, 2) if run else part.get("failed", "")[:80]])
     return table(header, rows)
 
@@ -227,7 +326,15 @@ def host_table(results):
         late = f"{worst(results, name, 'late')} of {run['batches'] - 1}" if run else "-"
         waits = [number(run.get("first_wait"), 3), late, percent(worst(results, name, "waited"))]
         rows.append([name, *cells, percent(part.get("outside")), *waits])
-    header = ["training script, caches", "s an update", "of it in the step", "outside", "first batch, s", "later ones waited for", "in all"]
+    header = [
+        "training script, caches",
+        "s an update",
+        "of it in the step",
+        "outside",
+        "first batch, s",
+        "later ones waited for",
+        "in all",
+    ]
     return table(header, rows)
 
 
@@ -250,7 +357,10 @@ def loading_table(results):
 
 
 def growth_table(results):
-    names, rows = {"tokens": "{} image tokens", "batch": "batch of {}", "blocks": "{} blocks", "pictures": "{} pictures"}, []
+    names, rows = (
+        {"tokens": "{} image tokens", "batch": "batch of {}", "blocks": "{} blocks", "pictures": "{} pictures"},
+        [],
+    )
     for row in found(results, "growth") or ():
         if row["what"] == "pictures":
             more = f"first update after {number(row['first'], 1)} s, peak {number((row['peak_mb'] or 0) / 1024, 2)} GB"
@@ -263,7 +373,11 @@ def growth_table(results):
 def disturbances(results):
     """When each section was measured and how long it took, and which of them others disturbed."""
     made = {name: part for name, part in results.items() if isinstance(part, dict) and "made" in part}
-    text = "Measured: " + ", ".join(f"{name} {part['made']} ({part['minutes']:.0f} minutes)" for name, part in made.items()) + ".\n"
+    text = (
+        "Measured: "
+        + ", ".join(f"{name} {part['made']} ({part['minutes']:.0f} minutes)" for name, part in made.items())
+        + ".\n"
+    )
     bad = [f"{name} ({part['others']:.2f})" for name, part in made.items() if disturbed(results, name)]
     if bad:
         text += (
@@ -289,7 +403,7 @@ def tables(results):
     return "\n".join(text)
 
 
-# ---- plot ----------------------------------------------------------------------------------------------------------------------------
+# ---- plot ----------------------------------------------------------------------------------------
 
 
 def plot(rows, path):
@@ -301,7 +415,11 @@ def plot(rows, path):
     titles = {"tokens": "image tokens", "batch": "batch", "blocks": "blocks", "pictures": "pictures"}
     for axis, (what, label) in zip(axes, titles.items()):
         own = sorted((row for row in rows if row["what"] == what), key=lambda row: row["amount"])
-        lines = {"ours": "ours", "PyTorch": "PyTorch"} if what != "pictures" else {"first": "to first update", "update": "an update"}
+        lines = (
+            {"ours": "ours", "PyTorch": "PyTorch"}
+            if what != "pictures"
+            else {"first": "to first update", "update": "an update"}
+        )
         for key, name in lines.items():
             points = [(row["amount"], row[key]) for row in own if row.get(key) is not None]
             if points:

@@ -14,14 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "tests/parity", "examples/tiny", "flux_lora")]
 
-import cases  # noqa: E402  (tests/parity)
-import make_tiny_pipeline  # noqa: E402  (examples/tiny)
-import mindspore as ms  # noqa: E402
-import numpy as np  # noqa: E402
-import workload  # noqa: E402
-from mindspore import nn, ops  # noqa: E402
+import cases
+import make_tiny_pipeline
+import mindspore as ms
+import numpy as np
+import workload
+from mindspore import nn, ops
 
-from mindtune import configs, library, models  # noqa: E402
+from mindtune.models import configs, execution, library, loading
 
 
 def memory():
@@ -46,10 +46,12 @@ def is_ours(value):
 
 def load_plainly(root, name, precision=None, variant=None):
     if name.startswith("text_encoder"):
-        cls = models.import_model_class_from_model_name_or_path(root, name)
+        cls = loading.import_model_class_from_model_name_or_path(root, name)
     else:
         cls = getattr(library.mindone.diffusers, configs.read_config(root, name)["_class_name"])
-    return cls.from_pretrained(str(Path(root) / name), mindspore_dtype=ms.float32, use_safetensors=True).set_train(False)
+    return cls.from_pretrained(str(Path(root) / name), mindspore_dtype=ms.float32, use_safetensors=True).set_train(
+        False
+    )
 
 
 def require_plain(model):
@@ -60,7 +62,7 @@ def require_plain(model):
     assert not found, f"the plain side has something of ours: {found}"
 
 
-# ---- jobs ----------------------------------------------------------------------------------------------------------------------------
+# ---- jobs ----------------------------------------------------------------------------------------
 
 
 def write(job):
@@ -85,7 +87,8 @@ def write(job):
 def write_vae(job):
     """A pipeline whose VAE is as wide as FLUX.1-dev's, of random weights."""
     make_tiny_pipeline.make_flux(
-        Path(job["root"]), vae={"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
+        Path(job["root"]),
+        vae={"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32},
     )
     return {}
 
@@ -103,7 +106,7 @@ def make_step(job):
 
 def updates(job):
     """Seconds of single updates, of the way there from the start of the process, and memory."""
-    models.set_up_device(graph_mode=job["mode"] == "graph")
+    execution.set_up_device(graph_mode=job["mode"] == "graph")
     if job["side"] == "plain":
         use_mindone_plainly()
     step, batch = make_step(job)
@@ -127,7 +130,9 @@ class Product(nn.Cell):
         super().__init__()
         rng = np.random.default_rng(0)
         self.a = ms.Parameter(rng.standard_normal((rows, inputs), dtype=np.float32), name="a")
-        self.b = ms.Parameter(rng.standard_normal((outputs, inputs) if transposed else (inputs, outputs), dtype=np.float32), name="b")
+        self.b = ms.Parameter(
+            rng.standard_normal((outputs, inputs) if transposed else (inputs, outputs), dtype=np.float32), name="b"
+        )
         self.product = ops.MatMul(transpose_b=transposed)
 
     def construct(self):
@@ -136,7 +141,7 @@ class Product(nn.Cell):
 
 def rate(job):
     """shape -> the best of `repeats` rates of one matrix product in a graph, operations a second."""
-    models.set_up_device(graph_mode=True)
+    execution.set_up_device(graph_mode=True)
     found = {}
     for shape in job["shapes"]:
         for transposed in (False, True):
@@ -146,7 +151,9 @@ def rate(job):
                 cell()
                 ms.runtime.synchronize()
                 times.append(time.perf_counter() - began)
-            found["x".join(map(str, shape)) + (" transposed" if transposed else "")] = 2 * np.prod(shape, dtype=float) / min(times[1:])
+            found["x".join(map(str, shape)) + (" transposed" if transposed else "")] = (
+                2 * np.prod(shape, dtype=float) / min(times[1:])
+            )
     return {"rates": found, "best": max(found.values())}
 
 

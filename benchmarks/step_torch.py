@@ -14,17 +14,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "tests/parity")]
 
-import diffusers  # noqa: E402
-import numpy as np  # noqa: E402
-import reference  # noqa: E402  (tests/parity)
-import torch  # noqa: E402
-import workload  # noqa: E402
-from PIL import Image  # noqa: E402
+import diffusers
+import numpy as np
+import reference
+import torch
+import workload
+from PIL import Image
 
 
 def make_step(job):
     """(a function that does one update and gives its loss, the models by name)."""
-    settings, arrays = workload.settings(job["kind"], job["size"]), workload.batch(job["kind"], job["size"], job["batch"])
+    settings, arrays = (
+        workload.settings(job["kind"], job["size"]),
+        workload.batch(job["kind"], job["size"], job["batch"]),
+    )
     step = reference.KINDS[job["kind"]](Path(job["root"]), Path(job["work"]), settings)
     batch, parameters = {name: torch.from_numpy(array) for name, array in arrays.items()}, list(step.trained.values())
     (rate, decay), *_ = settings["rates"].values()

@@ -17,14 +17,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "examples/tiny", "flux_lora")]
 
-import mindspore as ms  # noqa: E402
-import numpy as np  # noqa: E402
-import train_dreambooth_lora_flux as script  # noqa: E402  (flux_lora)
-from mindspore import nn  # noqa: E402
-from shapes import draw_scene, picture  # noqa: E402  (examples/tiny)
-from step_mindspore import load_plainly, memory, require_plain, use_mindone_plainly  # noqa: E402  (beside this one)
+import mindspore as ms
+import numpy as np
+import train_dreambooth_lora_flux as script
+from mindspore import nn
+from shapes import draw_scene, picture
+from step_mindspore import load_plainly, memory, require_plain, use_mindone_plainly
 
-from mindtune import data, encode, folders, models, precision  # noqa: E402
+from mindtune.data import folders, order
+from mindtune.encode import child, encoder_stage, text_encoders
+from mindtune.models import execution, loading, precision
 
 CALLS, WAITS = [], []  # (began, ended) of every call of the step with its result read, seconds waited for every batch
 
@@ -42,7 +44,7 @@ class WatchedStep(script.TrainStepForFluxDevDB):
 
 def watch_data():
     """Notes how long the loop waits for each batch."""
-    prefetch = data.prefetch
+    prefetch = order.prefetch
 
     def watched(*arguments, **options):
         batches = prefetch(*arguments, **options)
@@ -55,7 +57,7 @@ def watch_data():
             WAITS.append(time.perf_counter() - began)
             yield batch
 
-    data.prefetch = watched
+    order.prefetch = watched
 
 
 class WithText(nn.Cell):
@@ -65,7 +67,17 @@ class WithText(nn.Cell):
         super().__init__()
         self.transformer, self.t5 = transformer, t5
 
-    def construct(self, hidden_states, timestep, guidance, pooled_projections, encoder_hidden_states, txt_ids, img_ids, return_dict):
+    def construct(
+        self,
+        hidden_states,
+        timestep,
+        guidance,
+        pooled_projections,
+        encoder_hidden_states,
+        txt_ids,
+        img_ids,
+        return_dict,
+    ):
         states = self.t5(encoder_hidden_states.astype(ms.int32))[0]
         return self.transformer(
             hidden_states=hidden_states, timestep=timestep, guidance=guidance, pooled_projections=pooled_projections,
@@ -97,11 +109,11 @@ class StepWithText(PlainStep):
 def give_token_ids():
     """Batches hold token ids, made for every use, in the place of T5's and CLIP's outputs."""
     root = ROOT / "examples/tiny/flux-shapes"
-    clip, t5 = (models.load_tokenizer(root / name) for name in ("tokenizer", "tokenizer_2"))
+    clip, t5 = (loading.load_tokenizer(root / name) for name in ("tokenizer", "tokenizer_2"))
 
     def text(batches, caption):
         ids = (t5, batches.args.max_sequence_length), (clip, clip.model_max_length)
-        return tuple(encode.token_ids(tokenizer, caption, length).astype(np.int32) for tokenizer, length in ids)
+        return tuple(text_encoders.token_ids(tokenizer, caption, length).astype(np.int32) for tokenizer, length in ids)
 
     script.Batches._text = text
 
@@ -133,8 +145,8 @@ def train(job):
 
 def encode_pictures(job):
     """Pictures a second of the encode stage, decoding and writing its entries included, after the first two."""
-    models.set_up_device(graph_mode=False)
-    stage = encode.Stage(Path(job["root"]), None, "no", Path(job["out"]), 12)
+    execution.set_up_device(graph_mode=False)
+    stage = encoder_stage.Stage(Path(job["root"]), None, "no", Path(job["out"]), 12)
     samples, put, ends = folders.samples_in_folder(job["pictures"], "pictures")[: job["count"]], stage.cache.put, []
 
     def watched_put(key, entry):
@@ -142,7 +154,7 @@ def encode_pictures(job):
         ends.append(time.perf_counter())
 
     stage.cache.put = watched_put
-    encode._encode_images(stage, [(sample, job["side"], False) for sample in samples])
+    child._encode_images(stage, [(sample, job["side"], False) for sample in samples])
     return {"pictures_a_second": (len(ends) - 2) / (ends[-1] - ends[1])}
 
 

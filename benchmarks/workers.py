@@ -54,9 +54,18 @@ def updates_of(out):
 
 def measure(words, workers, updates, out, own_network):
     """A run's numbers."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
     environment["PYTHONPATH"] = str(ROOT)
-    line = [str(Path(sys.executable).with_name("msrun")), f"--worker_num={workers}", f"--local_worker_num={workers}", "--join=True"]
+    line = [
+        str(Path(sys.executable).with_name("msrun")),
+        f"--worker_num={workers}",
+        f"--local_worker_num={workers}",
+        "--join=True",
+    ]
     line += [f"--log_dir={out}.workers", *words, "--distributed"]
     if own_network:
         line = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *line]
@@ -80,7 +89,9 @@ def measure(words, workers, updates, out, own_network):
         "first_worker_mb": run["peak_memory_mb"]["training_process"],
         "state_bytes": int(said.split("optimizer state: ")[1].split(" bytes")[0].replace(",", "")),
         "trained_bytes": 4 * sum(run["trainable"].values()),
-        "bytes_between_workers": round((sent_after - sent) / (after - before)) if own_network and after > before else None,
+        "bytes_between_workers": round((sent_after - sent) / (after - before))
+        if own_network and after > before
+        else None,
     }
 
 

@@ -33,10 +33,23 @@ RANK = 16
 
 def settings(kind, size):
     """What tests/parity's two sides of a training step read. `kind`: flux_lora, flux_controlnet or sd15; `size`: an entry of SIZES."""
-    common = {"kind": kind, "eps": 1e-8, "guidance_scale": 3.5, "length": size["text"], "logit_mean": 0.0, "logit_std": 1.0}
+    common = {
+        "kind": kind,
+        "eps": 1e-8,
+        "guidance_scale": 3.5,
+        "length": size["text"],
+        "logit_mean": 0.0,
+        "logit_std": 1.0,
+    }
     common.update(mode_scale=1.29, scheme="none", updates=1)
     if kind == "flux_lora":
-        return {**common, "rank": RANK, "alpha": float(RANK), "targets": {"transformer": TARGETS}, "rates": {"transformer": [1e-4, 1e-4]}}
+        return {
+            **common,
+            "rank": RANK,
+            "alpha": float(RANK),
+            "targets": {"transformer": TARGETS},
+            "rates": {"transformer": [1e-4, 1e-4]},
+        }
     common.update(rates={"controlnet": [5e-6, 1e-2]})
     if kind == "flux_controlnet":
         return {**common, "blocks": size["controlnet"]}
@@ -58,8 +71,13 @@ def batch(kind, size, count=1):
         made.update(text=normal(size["text"], size["transformer"]["joint_attention_dim"]), pooled=normal(768))
         made.update(uniform=rng.random(count), normal=normal())
     else:
-        made.update(text=normal(size["text"], size["unet"]["cross_attention_dim"]), condition=rng.random((count, 3, 8 * height, 8 * width)))
-        made.update(condition=made["condition"].astype(np.float32), timesteps=rng.integers(0, 1000, count).astype(np.int32))
+        made.update(
+            text=normal(size["text"], size["unet"]["cross_attention_dim"]),
+            condition=rng.random((count, 3, 8 * height, 8 * width)),
+        )
+        made.update(
+            condition=made["condition"].astype(np.float32), timesteps=rng.integers(0, 1000, count).astype(np.int32)
+        )
     if kind == "flux_controlnet":
         made.update(condition=normal(2 * channels, height, width), condition_posterior=normal(channels, height, width))
     return made

@@ -22,10 +22,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
-from evaluate_shapes import overlap  # noqa: E402  (scripts beside this one)
-from shapes import make_folder  # noqa: E402
+from evaluate_shapes import overlap
+from shapes import make_folder
 
-from mindtune.sampling import image_grid, save_image  # noqa: E402
+from mindtune.data.grids import image_grid, save_image
 
 TRAIN = """flux_controlnet/train_controlnet_flux.py
 --pretrained_model_name_or_path examples/tiny/flux-shapes --train_data_dir {out}/train --output_dir {out}/controlnet
@@ -50,8 +50,15 @@ def held_out(out):
     """(outlines, targets, prompts, the outlines' paths) of the pairs that neither base nor ControlNet has seen."""
     folder = ROOT / out / "held_out"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    outlines, targets = ([folder / row[f"{kind}_file_name"] for row in rows] for kind in ("conditioning_image", "image"))
-    return [Image.open(path) for path in outlines], [Image.open(path) for path in targets], [row["text"] for row in rows], outlines
+    outlines, targets = (
+        [folder / row[f"{kind}_file_name"] for row in rows] for kind in ("conditioning_image", "image")
+    )
+    return (
+        [Image.open(path) for path in outlines],
+        [Image.open(path) for path in targets],
+        [row["text"] for row in rows],
+        outlines,
+    )
 
 
 def draw(out, name, scale):
@@ -65,7 +72,9 @@ def draw(out, name, scale):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--output_dir", default="out/demo-controlnet", help="Where everything goes; an earlier demo's run there is replaced."
+        "--output_dir",
+        default="out/demo-controlnet",
+        help="Where everything goes; an earlier demo's run there is replaced.",
     )
     parser.add_argument("--max_train_steps", type=int, default=1000, help="Updates.")
     parser.add_argument("--count", type=int, default=48, help="Held-out pictures to draw.")

@@ -20,8 +20,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
-from evaluate_shapes import is_subject  # noqa: E402  (a script beside this one)
-from shapes import COLOURS, SUBJECT, make_subject  # noqa: E402
+from evaluate_shapes import is_subject
+from shapes import COLOURS, SUBJECT, make_subject
 
 TRAIN = """flux_lora/train_dreambooth_lora_flux.py
 --pretrained_model_name_or_path examples/tiny/flux-shapes --instance_data_dir {out}/subject
@@ -45,7 +45,9 @@ def run(command, out, **more):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", default="out/demo", help="Where everything goes; an earlier demo's run there is replaced.")
+    parser.add_argument(
+        "--output_dir", default="out/demo", help="Where everything goes; an earlier demo's run there is replaced."
+    )
     out = Path(parser.parse_args().output_dir).resolve()
     out = out.relative_to(ROOT) if ROOT in out.parents else out
     started = time.time()
@@ -58,7 +60,9 @@ def main():
     losses = [line["loss"] for line in lines if "loss" in line]
     print(f"\nloss, first and last 20 updates: {np.mean(losses[:20]):.3f} -> {np.mean(losses[-20:]):.3f}")
     # The grid's pictures in order: six of the base, six of the adapter, prompt after prompt.
-    seen = [is_subject(Image.open(ROOT / out / "pictures" / f"grid-{n + 1}.png"), SUBJECT) for n in range(12 * len(PROMPTS))]
+    seen = [
+        is_subject(Image.open(ROOT / out / "pictures" / f"grid-{n + 1}.png"), SUBJECT) for n in range(12 * len(PROMPTS))
+    ]
     rates = np.array(seen).reshape(-1, 2, 6).mean((0, 2))
     print(f"pictures that show the subject:  base {rates[0]:.0%}, adapter {rates[1]:.0%}")
     print(f"adapter       {out}/lora/pytorch_lora_weights.safetensors")

@@ -11,9 +11,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import checkpoint, configs, models, pipelines, precision, rng, sampling
+from mindtune import files, rng
 from mindtune.cli import UserError, matched, run
-from mindtune.encode import Stage
+from mindtune.data import conditions, grids
+from mindtune.encode.encoder_stage import Stage
+from mindtune.models import configs, execution, loading, pipelines, precision, sampling
 
 
 def parse_args(argv=None):
@@ -24,16 +26,31 @@ def parse_args(argv=None):
     add("--variant", help="Variant of the weight files, such as fp16. Default: none.")
     add("--cache_dir", help="Where hub downloads and encoded prompts are kept. Default: the hub's cache, and nowhere.")
     add("--controlnet", required=True, help="The directory of a ControlNet (config.json and weights), or a hub id.")
-    add("--controlnet_conditioning_scale", type=float, default=1.0, help="Strength of the ControlNet; 0: the base model alone.")
+    add(
+        "--controlnet_conditioning_scale",
+        type=float,
+        default=1.0,
+        help="Strength of the ControlNet; 0: the base model alone.",
+    )
     add("--prompt", nargs="+", required=True, help="What to draw, one or more prompts.")
-    add("--control_image", nargs="+", required=True, help="Condition pictures: one for all prompts, one each, or several for one prompt.")
+    add(
+        "--control_image",
+        nargs="+",
+        required=True,
+        help="Condition pictures: one for all prompts, one each, or several for one prompt.",
+    )
     add("--num_images_per_prompt", type=int, default=1, help="Pictures a pair, each from its own noise.")
     add("--resolution", type=int, default=512, help="Shorter side of the pictures, in pixels; divisible by 16.")
     add("--num_inference_steps", type=int, default=28, help="Steps of sampling.")
     add("--guidance_scale", type=float, default=3.5, help="Guidance given to guidance-distilled models.")
     add("--max_sequence_length", type=int, default=512, help="T5 tokens of a prompt, at most 512.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of weights and of computation.")
-    add("--base_precision", choices=["same", "int8"], default="same", help="int8: the transformer and T5 in one byte a weight.")
+    add(
+        "--base_precision",
+        choices=["same", "int8"],
+        default="same",
+        help="int8: the transformer and T5 in one byte a weight.",
+    )
     add("--seed", type=int, default=0, help="Seed of the noise.")
     add("--output", default="flux-controlnet.png", help="The picture, or the grid of several.")
     add("--overwrite", action="store_true", help="Replace pictures that are already there.")
@@ -45,26 +62,30 @@ def parse_args(argv=None):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
     if args.max_sequence_length > 512:
-        raise UserError(f"--max_sequence_length {args.max_sequence_length}: T5 was trained on at most 512 tokens here; use 512 or less.")
+        raise UserError(
+            f"--max_sequence_length {args.max_sequence_length}: T5 was trained on at most 512 tokens here; use 512 or less."
+        )
     return args
 
 
 def main(argv=None):
-    # ---- check everything --------------------------------------------------
+    # ---- check everything ------------------------------------------------------------------------
     args = parse_args(argv)
     pairs = matched(args.prompt, args.control_image, "--prompt", "--control_image")
-    conditions = [sampling.condition_picture(path, "--control_image", args.resolution) for _, path in pairs]
-    output, singles = sampling.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
-    checkpoint.require_writable("--cache_dir", args.cache_dir)
-    models.set_up_device(graph_mode=False)
+    conditions = [conditions.condition_image(path, "--control_image", args.resolution) for _, path in pairs]
+    output, singles = grids.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
+    files.require_writable("--cache_dir", args.cache_dir)
+    execution.set_up_device(graph_mode=False)
     root = pipelines.resolve_pipeline(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
     )
-    models.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
-    folder = pipelines.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, configs.read_config(root, "transformer"))
-    models.check_files(folder.parent, [folder.name])
+    loading.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
+    folder = pipelines.resolve_controlnet(
+        args.controlnet, "--controlnet", args.cache_dir, configs.read_config(root, "transformer")
+    )
+    loading.check_files(folder.parent, [folder.name])
 
-    # ---- encode the prompts, in a process that gives its memory back ----------
+    # ---- encode the prompts, in a process that gives its memory back -----------------------------
     kind, int8 = precision.resolve_precision(args.mixed_precision), args.base_precision == "int8"
     with tempfile.TemporaryDirectory() as nowhere:
         cache = Path(args.cache_dir or nowhere, "mindtune")
@@ -72,12 +93,12 @@ def main(argv=None):
         stage.prepare(args.prompt, [])
         texts = {prompt: stage.text(prompt) for prompt in args.prompt}
 
-    # ---- load ----------------------------------------------------------------
-    transformer = models.load_model(root, "transformer", kind, args.variant, int8)
-    controlnet = models.load_model(folder.parent, folder.name, kind)
-    vae, scheduler = models.load_model(root, "vae", kind, args.variant), configs.read_config(root, "scheduler")
+    # ---- load ------------------------------------------------------------------------------------
+    transformer = loading.load_model(root, "transformer", kind, args.variant, int8)
+    controlnet = loading.load_model(folder.parent, folder.name, kind)
+    vae, scheduler = loading.load_model(root, "vae", kind, args.variant), configs.read_config(root, "scheduler")
 
-    # ---- draw ----------------------------------------------------------------
+    # ---- draw ------------------------------------------------------------------------------------
     def draw(text, latents, number):
         noise = rng.normal(args.seed, "validation", number, shape=latents.shape)
         drawn = sampling.sample_latents(
@@ -87,16 +108,16 @@ def main(argv=None):
         return sampling.decode_latents(vae, drawn, kind.compute)[0]
 
     rows = []
-    with sampling.eager():
+    with execution.pynative():
         for (prompt, _), condition in zip(pairs, conditions):
-            latents = sampling.encode_picture(vae, condition, kind.compute)
+            latents = sampling.encode_image(vae, condition, kind.compute)
             rows.append([draw(texts[prompt], latents, number) for number in range(args.num_images_per_prompt)])
 
-    # ---- save ----------------------------------------------------------------
+    # ---- save ------------------------------------------------------------------------------------
     for path, image in zip(singles, (image for row in rows for image in row)):
-        print(sampling.save_image(image, path))
+        print(grids.save_image(image, path))
     grid = [[condition, *row] for condition, row in zip(conditions, rows)]
-    print(sampling.save_image(sampling.image_grid(grid, [p for p, _ in pairs]) if singles else rows[0][0], output))
+    print(grids.save_image(grids.image_grid(grid, [p for p, _ in pairs]) if singles else rows[0][0], output))
     return 0
 
 

@@ -9,8 +9,9 @@ of --dtype.
 import argparse
 from pathlib import Path
 
-from mindtune import checkpoint, lora, lora_layouts, precision
+from mindtune import files
 from mindtune.cli import UserError, run
+from mindtune.models import lora, lora_layouts, precision
 
 
 def parse_args(argv=None):
@@ -19,7 +20,11 @@ def parse_args(argv=None):
     add("--lora", required=True, help="The adapter, a .safetensors file or the directory that holds it.")
     add("--format", required=True, choices=lora_layouts.LAYOUTS, help="Layout to write.")
     add("--output", required=True, help="The file to write, .safetensors.")
-    add("--dtype", choices=["fp32", "fp16", "bf16"], help="Type of its weights. Default: the adapter's own, fp16 for 8-bit ones.")
+    add(
+        "--dtype",
+        choices=["fp32", "fp16", "bf16"],
+        help="Type of its weights. Default: the adapter's own, fp16 for 8-bit ones.",
+    )
     add("--overwrite", action="store_true", help="Replace a file that is already there.")
     return parser.parse_args(argv)
 
@@ -33,13 +38,15 @@ def main(argv=None):
         raise UserError(f"--output {output}: is already there. Name another file or add --overwrite.")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: there is no directory {output.parent}. Make it first.")
-    checkpoint.require_writable("--output", output.absolute().parent)
+    files.require_writable("--output", output.absolute().parent)
     source = lora.find_lora(args.lora, "--lora")
     tensors, alphas = lora.read_lora(source, "--lora")
     dtype = precision.DTYPES[args.dtype] if args.dtype else None
     ranks = {}
     try:
-        checkpoint.write_atomically(output, lambda path: ranks.update(lora.write_lora(path, tensors, alphas, args.format, dtype)))
+        files.write_atomically(
+            output, lambda path: ranks.update(lora.write_lora(path, tensors, alphas, args.format, dtype))
+        )
     except ValueError as error:
         raise UserError(f"--lora {source}: {error}.") from None
     print(f"{output}: {args.format} layout, {lora.count_ranks(ranks)}, {args.dtype or 'type as it was'}")

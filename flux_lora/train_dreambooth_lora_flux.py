@@ -22,39 +22,20 @@ import numpy as np
 from mindspore import ops
 from tqdm import tqdm
 
-from mindtune import (
-    advice,
-    buckets,
-    checkpoint,
-    columns,
-    configs,
-    data,
-    devices,
-    flow,
-    folders,
-    hub,
-    library,
-    lora,
-    metadata,
-    models,
-    optim,
-    pipelines,
-    plan,
-    precision,
-    report,
-    rng,
-    sampling,
-    tables,
-    tracking,
-    zero,
-)
-from mindtune.cache import encoder_fingerprint
+from mindtune import files, flow, plan, rng
 from mindtune.cli import StopRequest, UserError, check_flags, run, shown, tell
-from mindtune.encode import ClassImages, Stage, clip_pooled, token_ids
-from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
-from mindtune.weights import linear_layers, weight_files
+from mindtune.data import buckets, checks, columns, crops, folders, grids, metadata, order, tables
+from mindtune.distributed import ranks
+from mindtune.encode.cache import encoder_fingerprint
+from mindtune.encode.encoder_stage import ClassImages, Stage
+from mindtune.encode.text_encoders import clip_pooled, token_ids
+from mindtune.models import configs, execution, library, loading, lora, pipelines, precision, sampling
+from mindtune.models.weights import linear_layers, weight_files
+from mindtune.optim import advice, optimizers, schedules, zero1
+from mindtune.run import checkpoint, hub, report, tracking
+from mindtune.run.evaluation import HELD_OUT_INDICES, held_out_loss
 
-# ---- flags -------------------------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
 # CUDA switches that a diffusers command may carry, and what this backend does anyway.
 ACCEPTED = {
@@ -79,58 +60,145 @@ def parse_args(argv=None):
     add("--revision", help="Branch, tag or commit on the hub. Default: main.")
     add("--variant", help="Variant of the weight files, such as fp16. Default: none.")
     add("--lora_model_name_or_path", help="A LoRA to go on from (file or directory). Default: a new one.")
-    add("--cache_dir", help="Where hub downloads and encoder outputs are kept. Default: the hub's cache, and <output_dir>/cache.")
-    add("--mindspore_mode", type=int, choices=[0, 1], default=0, help="0 compiles the step to a graph, 1 runs it in PyNative.")
+    add(
+        "--cache_dir",
+        help="Where hub downloads and encoder outputs are kept. Default: the hub's cache, and <output_dir>/cache.",
+    )
+    add(
+        "--mindspore_mode",
+        type=int,
+        choices=[0, 1],
+        default=0,
+        help="0 compiles the step to a graph, 1 runs it in PyNative.",
+    )
     # Data
-    add("--instance_data_dir", help="Directory of the subject's images; captions in metadata.jsonl or .csv, or beside them as .txt.")
+    add(
+        "--instance_data_dir",
+        help="Directory of the subject's images; captions in metadata.jsonl or .csv, or beside them as .txt.",
+    )
     add("--dataset_name", help="Instead: a data set for the datasets library, a hub id or a local directory.")
     add("--dataset_config_name", help="Configuration of that data set. Default: its only one.")
     add("--image_column", help="Its column of pictures. Default: the first image column.")
-    add("--caption_column", help="Its column (or the one in metadata) of captions. Default: --instance_prompt, or text in metadata.")
-    add("--instance_prompt", help="Prompt of every picture without a caption of its own, with a rare word for the subject.")
+    add(
+        "--caption_column",
+        help="Its column (or the one in metadata) of captions. Default: --instance_prompt, or text in metadata.",
+    )
+    add(
+        "--instance_prompt",
+        help="Prompt of every picture without a caption of its own, with a rare word for the subject.",
+    )
     add("--max_train_samples", type=int, help="Use the first so many pictures. Default: all.")
     add("--repeats", type=int, default=1, help="Uses of every picture in an epoch.")
     add("--skip_bad_images", action="store_true", help="Go on without unreadable or too small pictures, listing them.")
-    add("--validation_split", type=float, default=0.0, help="Share of the pictures kept out of training to measure their loss; 0: none.")
-    add("--resolution", type=int, default=512, help="Side of the square that is trained on, in pixels; divisible by 16.")
-    add("--aspect_ratio_buckets", help='Instead: heights and widths to choose from for every picture, "672,1568;1024,1024".')
+    add(
+        "--validation_split",
+        type=float,
+        default=0.0,
+        help="Share of the pictures kept out of training to measure their loss; 0: none.",
+    )
+    add(
+        "--resolution", type=int, default=512, help="Side of the square that is trained on, in pixels; divisible by 16."
+    )
+    add(
+        "--aspect_ratio_buckets",
+        help='Instead: heights and widths to choose from for every picture, "672,1568;1024,1024".',
+    )
     add("--center_crop", action="store_true", help="Crop centrally. Default: a fresh random crop for every use.")
     add("--random_flip", action="store_true", help="Mirror half of the uses, drawn afresh.")
-    add("--image_interpolation_mode", choices=sorted(data.INTERPOLATIONS), default="lanczos", help="Filter for resizing.")
+    add(
+        "--image_interpolation_mode",
+        choices=sorted(crops.INTERPOLATIONS),
+        default="lanczos",
+        help="Filter for resizing.",
+    )
     add("--cache_latents", action="store_true", help="Encode the pictures once, centre-cropped, one entry a flip.")
     add("--dataloader_num_workers", type=int, default=1, help="Threads that make batches ahead of the step; 0: none.")
     add("--max_sequence_length", type=int, default=512, help="T5 tokens of a prompt, at most 512.")
     # Prior preservation
-    add("--with_prior_preservation", action="store_true", help="Train class pictures along, so that the class keeps its look.")
+    add(
+        "--with_prior_preservation",
+        action="store_true",
+        help="Train class pictures along, so that the class keeps its look.",
+    )
     add("--class_data_dir", help="Directory of class pictures; filled up to --num_class_images by the base model.")
     add("--class_prompt", help="Prompt of the class pictures without a caption of their own.")
     add("--num_class_images", type=int, default=100, help="Class pictures wanted.")
     add("--prior_loss_weight", type=float, default=1.0, help="Weight of the class pictures' loss.")
     add("--sample_batch_size", type=int, default=4, help="Class pictures made at a time.")
-    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="Their precision. Default: --mixed_precision.")
+    add(
+        "--prior_generation_precision",
+        choices=["no", "fp32", "fp16", "bf16"],
+        help="Their precision. Default: --mixed_precision.",
+    )
     # LoRA
     add("--lora_rank", "--rank", type=int, default=4, help="Rank of the low-rank layers.")
     add("--lora_alpha", type=float, help="Their scale is alpha/rank. Default: the rank.")
     add("--lora_dropout", type=float, default=0.0, help="Dropout before them; above 0 a resumed run draws other masks.")
-    add("--lora_layers", help="Comma-separated ends of layer names. Default: " + ",".join(lora.TRANSFORMER_TARGETS) + ".")
+    add(
+        "--lora_layers",
+        help="Comma-separated ends of layer names. Default: " + ",".join(lora.TRANSFORMER_TARGETS) + ".",
+    )
     add("--train_text_encoder", action="store_true", help="Adapt CLIP too (T5 stays frozen).")
     # Step
-    add("--weighting_scheme", choices=flow.WEIGHTING_SCHEMES, default="none", help="Density of timesteps and weight of their loss.")
+    add(
+        "--weighting_scheme",
+        choices=flow.WEIGHTING_SCHEMES,
+        default="none",
+        help="Density of timesteps and weight of their loss.",
+    )
     add("--logit_mean", type=float, default=0.0, help="Mean, for logit_normal.")
     add("--logit_std", type=float, default=1.0, help="Standard deviation, for logit_normal.")
     add("--mode_scale", type=float, default=1.29, help="Scale, for mode.")
-    add("--timestep_shift", default="1", help="Shift training towards noise: a factor, or auto for the resolution's. 1: as FLUX.1-dev.")
-    add("--guidance_scale", type=float, default=3.5, help="Guidance given to a guidance-distilled transformer, training and sampling.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of frozen weights and of computation.")
-    add("--base_precision", choices=["same", "int8"], default="same", help="int8: the frozen transformer and T5 in one byte a weight.")
-    add("--gradient_checkpointing", action="store_true", help="Recompute the blocks in the backward pass to save memory.")
-    add("--train_batch_size", type=int, default=4, help="Pictures a step and worker (with class pictures: of each kind).")
+    add(
+        "--timestep_shift",
+        default="1",
+        help="Shift training towards noise: a factor, or auto for the resolution's. 1: as FLUX.1-dev.",
+    )
+    add(
+        "--guidance_scale",
+        type=float,
+        default=3.5,
+        help="Guidance given to a guidance-distilled transformer, training and sampling.",
+    )
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        default="no",
+        help="Type of frozen weights and of computation.",
+    )
+    add(
+        "--base_precision",
+        choices=["same", "int8"],
+        default="same",
+        help="int8: the frozen transformer and T5 in one byte a weight.",
+    )
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="Recompute the blocks in the backward pass to save memory.",
+    )
+    add(
+        "--train_batch_size",
+        type=int,
+        default=4,
+        help="Pictures a step and worker (with class pictures: of each kind).",
+    )
     add("--gradient_accumulation_steps", type=int, default=1, help="Steps an update.")
     add("--num_train_epochs", type=int, default=1, help="Passes over the pictures.")
     add("--max_train_steps", type=int, help="Updates in all; overrides the epochs.")
     add("--seed", type=int, help="Seed of everything random. Default: drawn, and written to run.json.")
-    add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0, help="1: share the optimizer's state out over the workers.")
-    add("--distributed", action="store_true", help="Train on several devices at once, as one of the workers that msrun starts.")
+    add(
+        "--zero_stage",
+        type=int,
+        choices=[0, 1, 2, 3],
+        default=0,
+        help="1: share the optimizer's state out over the workers.",
+    )
+    add(
+        "--distributed",
+        action="store_true",
+        help="Train on several devices at once, as one of the workers that msrun starts.",
+    )
     # Optimizer
     add(
         "--optimizer",
@@ -139,14 +207,26 @@ def parse_args(argv=None):
         default="adamw",
         help="AdamW has bias correction, AdamWeightDecay is MindSpore's without; adafactor reads no --adam_ flag but the decay.",
     )
-    add("--use_8bit_adam", action="store_true", help="AdamW with moments in 8 bits: 2 bytes of state a parameter instead of 8.")
-    add("--offload_optimizer", action="store_true", help="AdamW's moments in the host's memory, updated there; graph mode only.")
+    add(
+        "--use_8bit_adam",
+        action="store_true",
+        help="AdamW with moments in 8 bits: 2 bytes of state a parameter instead of 8.",
+    )
+    add(
+        "--offload_optimizer",
+        action="store_true",
+        help="AdamW's moments in the host's memory, updated there; graph mode only.",
+    )
     add("--learning_rate", type=float, default=1e-4, help="Base rate; for prodigy about 1.")
     add("--text_encoder_lr", type=float, default=5e-6, help="Base rate for CLIP.")
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation and workers.")
-    add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
+    add("--lr_scheduler", choices=schedules.SCHEDULES, default="constant", help="Course of the rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
-    add("--lr_schedule_steps", type=int, help="Updates over which the schedule runs, warm-up included. Default: those of the run.")
+    add(
+        "--lr_schedule_steps",
+        type=int,
+        help="Updates over which the schedule runs, warm-up included. Default: those of the run.",
+    )
     add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
@@ -157,7 +237,12 @@ def parse_args(argv=None):
     add("--prodigy_beta3", type=float, help="Decay of prodigy's estimate. Default: the root of beta2.")
     add("--prodigy_decouple", type=boolean, default=True, help="Decay weights as AdamW does.")
     add("--prodigy_use_bias_correction", type=boolean, default=True, help="Adam's bias correction.")
-    add("--prodigy_safeguard_warmup", type=boolean, default=True, help="Keep the warm-up's small rates out of the estimate.")
+    add(
+        "--prodigy_safeguard_warmup",
+        type=boolean,
+        default=True,
+        help="Keep the warm-up's small rates out of the estimate.",
+    )
     add("--max_grad_norm", type=float, default=1.0, help="Clip the gradients' norm; 0: no clipping.")
     # Output
     add("--output_dir", default="flux-dreambooth-lora", help="Directory for everything that the run leaves.")
@@ -165,7 +250,11 @@ def parse_args(argv=None):
     add("--checkpointing_steps", type=int, default=500, help="Updates between checkpoints.")
     add("--checkpoints_total_limit", type=int, help="Keep the newest so many. Default: all.")
     add("--resume_from_checkpoint", help="latest, a checkpoint's name in the output directory, or its path.")
-    add("--upcast_before_saving", action="store_true", help="Final adapter in float32. Default: in the type of computation.")
+    add(
+        "--upcast_before_saving",
+        action="store_true",
+        help="Final adapter in float32. Default: in the type of computation.",
+    )
     add("--logging_dir", default="logs", help="TensorBoard's directory, inside the output directory.")
     add(
         "--report_to",
@@ -181,7 +270,12 @@ def parse_args(argv=None):
     add("--hub_token", help="Token with write access; written nowhere. Default: HF_TOKEN, or that of the last login.")
     add("--hub_model_id", help="Repository to upload to. Default: the output directory's name, in your account.")
     add("--dry_run", action="store_true", help="Print the memory plan and end; reads configs only, writes nothing.")
-    add("--device_memory_gb", type=float, default=64, help="Memory of the device that the plan shall fit, such as 64 or 32 on Ascend.")
+    add(
+        "--device_memory_gb",
+        type=float,
+        default=64,
+        help="Memory of the device that the plan shall fit, such as 64 or 32 on Ascend.",
+    )
     # Reference flags of other backends
     for name, why in ACCEPTED.items():
         add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
@@ -193,8 +287,16 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Refuses what cannot work, before anything is read or written. Raises UserError."""
-    at_least = {"lora_rank": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "repeats": 1}
-    at_least.update(checkpointing_steps=1, validation_epochs=1, num_validation_images=1, num_inference_steps=1, sample_batch_size=1)
+    at_least = {
+        "lora_rank": 1,
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1,
+        "repeats": 1,
+    }
+    at_least.update(
+        checkpointing_steps=1, validation_epochs=1, num_validation_images=1, num_inference_steps=1, sample_batch_size=1
+    )
     at_least.update(
         max_train_steps=1,
         lr_schedule_steps=1,
@@ -204,32 +306,44 @@ def check_args(args):
         device_memory_gb=1,
         num_class_images=1,
     )
-    at_least.update(learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0)
+    at_least.update(
+        learning_rate=0, text_encoder_lr=0, max_grad_norm=0, lora_dropout=0, lr_warmup_steps=0, dataloader_num_workers=0
+    )
     at_least.update(validation_split=0, adam_beta1=0, adam_beta2=0)
     check_flags(vars(args), ACCEPTED, at_least, ("validation_split", "lora_dropout", "adam_beta1", "adam_beta2"))
-    optim.check_state_flags(args.optimizer, args.use_8bit_adam, args.offload_optimizer, args.mindspore_mode == 0)
-    zero.check_flags(args.zero_stage, args.distributed, args.optimizer)
+    optimizers.check_state_flags(args.optimizer, args.use_8bit_adam, args.offload_optimizer, args.mindspore_mode == 0)
+    zero1.check_flags(args.zero_stage, args.distributed, args.optimizer)
 
     if bool(args.instance_data_dir) == bool(args.dataset_name):
         raise UserError("give either --instance_data_dir (a directory of pictures) or --dataset_name, one of the two.")
     if args.instance_data_dir:
         for name in ("dataset_config_name", "image_column"):
             if getattr(args, name):
-                raise UserError(f"--{name} {getattr(args, name)}: belongs to --dataset_name; leave it out with --instance_data_dir.")
+                raise UserError(
+                    f"--{name} {getattr(args, name)}: belongs to --dataset_name; leave it out with --instance_data_dir."
+                )
         folder = Path(args.instance_data_dir)
         if args.caption_column and folder.is_dir() and not metadata.metadata_file(folder):
-            raise UserError(f"--caption_column {args.caption_column}: {folder} has no metadata.jsonl or metadata.csv to read it from.")
+            raise UserError(
+                f"--caption_column {args.caption_column}: {folder} has no metadata.jsonl or metadata.csv to read it from."
+            )
     if args.class_prompt and not args.class_data_dir:
-        raise UserError("--class_prompt without --class_data_dir: name the directory where class pictures are or shall be kept.")
+        raise UserError(
+            "--class_prompt without --class_data_dir: name the directory where class pictures are or shall be kept."
+        )
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
         raise UserError("--with_prior_preservation needs --class_data_dir and --class_prompt.")
     if args.class_data_dir and not args.with_prior_preservation:
         print("--class_data_dir and --class_prompt do nothing without --with_prior_preservation")
     if args.resolution % 16 or args.resolution < 16:
         near = max(16, round(args.resolution / 16) * 16)
-        raise UserError(f"--resolution {args.resolution}: must be divisible by 16 (VAE 8, patches 2). The nearest is {near}.")
+        raise UserError(
+            f"--resolution {args.resolution}: must be divisible by 16 (VAE 8, patches 2). The nearest is {near}."
+        )
     if args.max_sequence_length > 512:
-        raise UserError(f"--max_sequence_length {args.max_sequence_length}: T5 was trained on at most 512 tokens here; use 512 or less.")
+        raise UserError(
+            f"--max_sequence_length {args.max_sequence_length}: T5 was trained on at most 512 tokens here; use 512 or less."
+        )
     if args.lora_alpha is not None and not args.lora_alpha > 0:
         raise UserError(f"--lora_alpha {args.lora_alpha}: must be above 0; at 0 the adapter does nothing.")
     if args.timestep_shift != "auto":
@@ -241,7 +355,7 @@ def check_args(args):
             raise UserError(f"--timestep_shift {args.timestep_shift}: give a positive factor or auto.")
 
 
-# ---- data --------------------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def load_samples(args, sizes):
@@ -258,10 +372,14 @@ def load_samples(args, sizes):
         flag = f"--instance_data_dir {shown(args.instance_data_dir)}"
         samples = folders.samples_in_folder(args.instance_data_dir, "--instance_data_dir", args.caption_column)
     samples = samples[: args.max_train_samples]
-    samples = data.preflight(samples, buckets.wanted(sizes), flag, args.skip_bad_images, args.dataloader_num_workers)
+    samples = checks.preflight(
+        samples, buckets.min_size(sizes), flag, args.skip_bad_images, args.dataloader_num_workers
+    )
     bare = [sample.name for sample in samples if sample.caption is None]
     if bare and args.instance_prompt is None:
-        raise UserError(f"{len(bare)} pictures have no caption ({bare[0]} ...): give --instance_prompt, or a .txt file beside each.")
+        raise UserError(
+            f"{len(bare)} pictures have no caption ({bare[0]} ...): give --instance_prompt, or a .txt file beside each."
+        )
     for sample in samples:
         sample.caption = args.instance_prompt if sample.caption is None else sample.caption
     return samples
@@ -282,15 +400,18 @@ def class_samples(args, sizes, shares, say=print):
     for sample in samples:
         sample.caption = sample.caption or args.class_prompt
     used, flag = [sizes[k] for k in shares], f"--class_data_dir {shown(folder)}"
-    samples = data.preflight(samples, buckets.wanted(used), flag, args.skip_bad_images, args.dataloader_num_workers)
-    numbers = np.array(list(shares))[buckets.bucket_numbers(samples, used)]
+    samples = checks.preflight(samples, buckets.min_size(used), flag, args.skip_bad_images, args.dataloader_num_workers)
+    numbers = np.array(list(shares))[buckets.bucket_ids(samples, used)]
     places = [place for place, k in enumerate(numbers) if np.count_nonzero(numbers[:place] == k) < shares[k]]
     return [samples[place] for place in places], numbers[places]
 
 
 def make_class_images(args, root, seed, sizes, shares, have):
     """The class pictures that are missing, in a process of their own. Their numbers name their noise: go on after the last one."""
-    folder, stage = Path(args.class_data_dir), make_stage(args, root, args.prior_generation_precision or args.mixed_precision)
+    folder, stage = (
+        Path(args.class_data_dir),
+        make_stage(args, root, args.prior_generation_precision or args.mixed_precision),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for bucket, share in shares.items():
         missing, size = share - int(np.count_nonzero(have == bucket)), sizes[bucket]
@@ -316,14 +437,20 @@ class Batches:
     bucket's image ids [T, 3]. `latent` is (channels, pixels a latent), samples of each kind come with the numbers of their buckets.
     """
 
-    def __init__(self, args, seed, stage, sizes, samples, class_samples, held_out, latent, num_train_timesteps, tokenizer=None):
+    def __init__(
+        self, args, seed, stage, sizes, samples, class_samples, held_out, latent, num_train_timesteps, tokenizer=None
+    ):
         self.args, self.seed, self.stage, self.tokenizer, self.sizes = args, seed, stage, tokenizer, sizes
         self.samples, self.class_samples, self.held_out_samples = samples[0], class_samples[0], list(zip(*held_out))
         self.latent, self.num_train_timesteps = latent, num_train_timesteps
         stream = "{} {}" if len(sizes) > 1 else "{}"
-        self.order = buckets.BucketOrder(seed, samples[1], args.train_batch_size, stream.format("instance", "{}"), args.repeats)
+        self.order = buckets.BucketOrder(
+            seed, samples[1], args.train_batch_size, stream.format("instance", "{}"), args.repeats
+        )
         self.class_ids = {k: np.flatnonzero(class_samples[1] == k) for k in self.order.buckets if self.class_samples}
-        self.class_streams = {k: rng.SampleStream(seed, stream.format("class", k), len(ids)) for k, ids in self.class_ids.items()}
+        self.class_streams = {
+            k: rng.SampleStream(seed, stream.format("class", k), len(ids)) for k, ids in self.class_ids.items()
+        }
         self.epoch_length = max(self.order.epoch_length, len(self.class_samples))
 
     def at(self, batch):
@@ -350,9 +477,13 @@ class Batches:
             image = self.stage.moments(sample, size, flip)
         else:
             place = None if args.center_crop else (crop[0], crop[1])
-            image = data.pixel_values(sample.open(), size, args.image_interpolation_mode, place, flip)
+            image = crops.pixel_values(sample.open(), size, args.image_interpolation_mode, place, flip)
         u = flow.sample_density(
-            rng.generator(seed, f"{kind} timestep", sample_id, use), args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale
+            rng.generator(seed, f"{kind} timestep", sample_id, use),
+            args.weighting_scheme,
+            args.logit_mean,
+            args.logit_std,
+            args.mode_scale,
         )
         index = np.int32(flow.density_to_index(u, self.num_train_timesteps))
         posterior = rng.normal(seed, f"{kind} posterior", sample_id, use, shape=shape)
@@ -366,7 +497,7 @@ class Batches:
         if self.args.cache_latents:
             image = self.stage.moments(sample, size, False)
         else:
-            image = data.pixel_values(sample.open(), size, self.args.image_interpolation_mode)
+            image = crops.pixel_values(sample.open(), size, self.args.image_interpolation_mode)
         posterior = rng.normal(self.seed, "held-out posterior", sample_id, shape=shape)
         noise = rng.normal(self.seed, "held-out noise", sample_id, index, shape=shape)
         row = image, posterior, noise, np.int32(index), *self._text(sample.caption)
@@ -376,10 +507,12 @@ class Batches:
         text = self.stage.text(caption)
         if self.tokenizer is None:
             return text["prompt_embeds"], text["pooled_prompt_embeds"]
-        return text["prompt_embeds"], token_ids(self.tokenizer, caption, self.tokenizer.model_max_length).astype(np.int32)
+        return text["prompt_embeds"], token_ids(self.tokenizer, caption, self.tokenizer.model_max_length).astype(
+            np.int32
+        )
 
 
-# ---- the step ----------------------------------------------------------------------------------------------------------------------
+# ---- the step ------------------------------------------------------------------------------------
 
 
 class TrainStepForFluxDevDB(library.TrainStep):
@@ -438,7 +571,9 @@ class TrainStepForFluxDevDB(library.TrainStep):
         return flow.unpack_latents(prediction, noise.shape[2], noise.shape[3]), noise - latents, sigmas
 
     def forward(self, images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds, image_ids):
-        prediction, target, sigmas = self.predict(images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds, image_ids)
+        prediction, target, sigmas = self.predict(
+            images, posterior_noise, noise, indices, prompt_embeds, pooled_prompt_embeds, image_ids
+        )
         weighting = flow.loss_weighting(self.args.weighting_scheme, sigmas)
         if self.args.with_prior_preservation:
             loss = flow.prior_preservation_mse(prediction, target, weighting, self.args.prior_loss_weight)
@@ -447,7 +582,7 @@ class TrainStepForFluxDevDB(library.TrainStep):
         return self.scale_loss(loss), loss
 
 
-# ---- looking ------------------------------------------------------------------------------------------------------------------------
+# ---- looking -------------------------------------------------------------------------------------
 
 
 class Painter:
@@ -464,10 +599,10 @@ class Painter:
     def rows(self, with_base=False):
         """A row of --num_validation_images pictures a prompt, always from the same noise; `with_base`: before each that of the base."""
         if self.borrows:
-            self.vae = models.load_model(self.root, "vae", self.kind, self.args.variant)
+            self.vae = loading.load_model(self.root, "vae", self.kind, self.args.variant)
         trained = [m for m in (self.transformer, self.text_encoder) if m is not None]
         drawn = []
-        with sampling.resting(*trained):
+        with execution.eval_mode(*trained):
             for adapted in (False, True) if with_base else (True,):  # the adapter is left switched on
                 for model in trained:
                     lora.enable_lora(model, adapted)
@@ -475,7 +610,7 @@ class Painter:
                 drawn.append([[self._image(prompt, text, n) for n in numbers] for prompt, text in self.text.items()])
         if self.borrows:
             self.vae = None
-            sampling.give_back()
+            execution.free_memory()
         return [row for prompt in zip(*drawn) for row in prompt]
 
     def _image(self, prompt, text, number):
@@ -485,12 +620,19 @@ class Painter:
             pooled = clip_pooled(self.text_encoder, self.tokenizer, prompt)[None]
         steps, compute = self.args.num_inference_steps, self.kind.compute
         latents = sampling.sample_latents(
-            self.transformer, self.scheduler, text["prompt_embeds"][None], pooled, noise, steps, self.args.guidance_scale, compute
+            self.transformer,
+            self.scheduler,
+            text["prompt_embeds"][None],
+            pooled,
+            noise,
+            steps,
+            self.args.guidance_scale,
+            compute,
         )
         return sampling.decode_latents(self.vae, latents, compute)[0]
 
 
-# ---- the job -----------------------------------------------------------------------------------------------------------------------
+# ---- the job -------------------------------------------------------------------------------------
 
 
 # Flags that may change from one start of a run to the next without changing what is trained.
@@ -504,7 +646,14 @@ SAME_RUN = {
     # What counts of these is how many samples make up an update.
     "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
 }  # fmt: skip
-OUR_FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", lora.LORA_FILE)
+OUR_FILES = (
+    "run.json",
+    report.REPORT_FILE,
+    "metrics.jsonl",
+    "loss_by_timestep.csv",
+    "loss_by_timestep.png",
+    lora.LORA_FILE,
+)
 
 
 def trained_before(args, root):
@@ -519,7 +668,7 @@ def trained_before(args, root):
     if "text_encoder" in parts and not args.train_text_encoder:
         raise UserError(f"{flag} {path}: adapts CLIP too, which would be lost. Add --train_text_encoder.")
     print(f"going on from {path} ({lora.describe(parts)}): there --lora_rank and --lora_layers do nothing")
-    return parts, checkpoint.file_digest(path)
+    return parts, files.file_digest(path)
 
 
 def main(argv=None):
@@ -527,80 +676,95 @@ def main(argv=None):
     started = time.time()
     if args.dry_run:
         root = pipelines.resolve_pipeline(
-            args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS, weights=False
+            args.pretrained_model_name_or_path,
+            args.revision,
+            args.variant,
+            args.cache_dir,
+            pipelines.FLUX_COMPONENTS,
+            weights=False,
         )
-        models.check_files(root, models.with_weights(root, pipelines.FLUX_COMPONENTS, args.variant), args.variant)
+        loading.check_files(root, loading.with_weights(root, pipelines.FLUX_COMPONENTS, args.variant), args.variant)
         print(plan.describe("flux_lora", root, vars(args), args.device_memory_gb))
         return 0
 
-    # ---- check everything --------------------------------------------------
+    # ---- check everything ------------------------------------------------------------------------
     services = tracking.services(args.report_to)
-    models.set_up_device(graph_mode=args.mindspore_mode == 0)
-    devices.set_up(args.distributed)
+    execution.set_up_device(graph_mode=args.mindspore_mode == 0)
+    ranks.set_up(args.distributed)
     output_dir, resume = checkpoint.open_output_dir(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, lora.LORA_FILE
     )
-    devices.same(str(resume), "--output_dir: the checkpoint to go on from")
+    ranks.require_same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
     for flag in ("cache_dir", "class_data_dir"):
-        checkpoint.require_writable(f"--{flag}", getattr(args, flag))
+        files.require_writable(f"--{flag}", getattr(args, flag))
     token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
-    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
+    repo_id = ranks.on_main_process(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
     root = pipelines.resolve_pipeline(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
     )
-    models.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
-    targets = {"transformer": [t.strip() for t in args.lora_layers.split(",")] if args.lora_layers else lora.TRANSFORMER_TARGETS}
+    loading.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
+    targets = {
+        "transformer": [t.strip() for t in args.lora_layers.split(",")]
+        if args.lora_layers
+        else lora.TRANSFORMER_TARGETS
+    }
     going_on, lora_digest = trained_before(args, root) if args.lora_model_name_or_path else ({}, None)
     if args.lora_layers and "transformer" not in going_on:
-        lora.check_targets(models.flux_skeleton(root), targets["transformer"], "--lora_layers")
+        lora.check_targets(loading.flux_skeleton(root), targets["transformer"], "--lora_layers")
     if args.train_text_encoder:
         targets["text_encoder"] = lora.TEXT_ENCODER_TARGETS
     sizes = buckets.crop_sizes(args.aspect_ratio_buckets, args.resolution)
     samples = load_samples(args, sizes)
-    numbers = buckets.bucket_numbers(samples, sizes)
+    numbers = buckets.bucket_ids(samples, sizes)
     shares = class_shares(args, numbers) if args.with_prior_preservation else {}
     prior_samples, prior_numbers = class_samples(args, sizes, shares) if shares else ([], np.array([], int))
 
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
-    seed = devices.gather(seed)[0]
-    kept, kept_out = data.split(len(samples), args.validation_split, seed)
+    seed = ranks.all_gather(seed)[0]
+    kept, kept_out = order.split(len(samples), args.validation_split, seed)
     train_samples, held_out = [samples[i] for i in kept], [samples[i] for i in kept_out]
     logging_dir = output_dir / args.logging_dir
     output_dir.mkdir(parents=True, exist_ok=True)
 
-    # ---- encode once, in a process that gives its memory back -----------------
+    # ---- encode once, in a process that gives its memory back ------------------------------------
     kind, int8 = precision.resolve_precision(args.mixed_precision), args.base_precision == "int8"
     if kind.storage != kind.compute:
         print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
     stage = make_stage(args, root, args.mixed_precision)
     if len(prior_samples) < sum(shares.values()):
         make_class_images(args, root, seed, sizes, shares, prior_numbers)
-        prior_samples, prior_numbers = class_samples(args, sizes, shares, say=lambda line: None)  # what it left out is said
+        prior_samples, prior_numbers = class_samples(
+            args, sizes, shares, say=lambda line: None
+        )  # what it left out is said
     captions = [s.caption for s in samples + prior_samples] + args.validation_prompt
     images = []
     if args.cache_latents:
-        print("--cache_latents: every picture keeps its centre crop" + (", one entry a flip" if args.random_flip else ""))
+        print(
+            "--cache_latents: every picture keeps its centre crop" + (", one entry a flip" if args.random_flip else "")
+        )
         used = [(samples[i], numbers[i]) for i in kept] + list(zip(prior_samples, prior_numbers))
-        images = [(sample, sizes[k], flip) for sample, k in used for flip in ([False, True] if args.random_flip else [False])]
+        images = [
+            (sample, sizes[k], flip) for sample, k in used for flip in ([False, True] if args.random_flip else [False])
+        ]
         images += [(samples[i], sizes[numbers[i]], False) for i in kept_out]
     tell(stage.long_captions(captions))
     encoded = stage.prepare(captions, images)
     print(f"encode stage: {encoded} made, {len(set(captions)) + len(images) - encoded} already in {stage.folder}")
 
-    # ---- load, freeze, cast --------------------------------------------------
+    # ---- load, freeze, cast ----------------------------------------------------------------------
     ms.set_seed(
-        (seed + state.get("global_step", 0) + devices.worker()) % 2**32
+        (seed + state.get("global_step", 0) + ranks.rank()) % 2**32
     )  # only --lora_dropout draws from MindSpore's own generators
-    transformer = models.load_model(root, "transformer", kind, args.variant, int8)
-    text_encoder = models.load_model(root, "text_encoder", kind, args.variant) if args.train_text_encoder else None
-    tokenizer = models.load_tokenizer(root / "tokenizer") if args.train_text_encoder else None
-    vae = None if args.cache_latents else models.load_model(root, "vae", kind, args.variant)
+    transformer = loading.load_model(root, "transformer", kind, args.variant, int8)
+    text_encoder = loading.load_model(root, "text_encoder", kind, args.variant) if args.train_text_encoder else None
+    tokenizer = loading.load_tokenizer(root / "tokenizer") if args.train_text_encoder else None
+    vae = None if args.cache_latents else loading.load_model(root, "vae", kind, args.variant)
     trained = {"transformer": transformer, **({"text_encoder": text_encoder} if args.train_text_encoder else {})}
     for model in (*trained.values(), *([vae] if vae else [])):
         precision.freeze_params(model)
 
-    # ---- add what trains -----------------------------------------------------
+    # ---- add what trains -------------------------------------------------------------------------
     alpha = args.lora_alpha if args.lora_alpha is not None else float(args.lora_rank)
     for name, model in trained.items():
         if name in going_on:
@@ -618,17 +782,17 @@ def main(argv=None):
             block.recompute()
     print(precision.parameter_table({**trained, **({"vae": vae} if vae else {})}, kind))
 
-    # ---- the step ------------------------------------------------------------
+    # ---- the step --------------------------------------------------------------------------------
     vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
     latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
     auto, tokens = args.timestep_shift == "auto", max(h * w for h, w in sizes) // (2 * latent[1]) ** 2
     shift = flow.resolution_shift(tokens, scheduler_config) if auto else float(args.timestep_shift)
-    sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), shift)
+    sigmas = flow.shift_sigmas(loading.load_scheduler(root).sigmas.asnumpy(), shift)
     batches = Batches(
         args, seed, stage, sizes, (train_samples, numbers[kept]), (prior_samples, prior_numbers), (held_out, numbers[kept_out]), latent,
         len(sigmas), tokenizer,
     )  # fmt: skip
-    per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * batches.epoch_length / per_update)
     schedule_steps = args.lr_schedule_steps or max_train_steps
 
@@ -640,37 +804,49 @@ def main(argv=None):
         decay = args.adam_weight_decay_text_encoder
         groups.append({"params": text_encoder.trainable_params(), "lr": base_rates[1], "weight_decay": decay})
     make = partial(
-        optim.create_optimizer, args.optimizer, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=args.prodigy_beta3,
+        optimizers.create_optimizer, args.optimizer, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=args.prodigy_beta3,
         decouple=args.prodigy_decouple, use_bias_correction=args.prodigy_use_bias_correction,
         safeguard_warmup=args.prodigy_safeguard_warmup, eight_bit=args.use_8bit_adam, offload=args.offload_optimizer,
     )  # fmt: skip
-    optimizer = zero.SharedOptimizer(make, groups) if args.zero_stage else make(groups)
+    optimizer = zero1.ShardedOptimizer(make, groups) if args.zero_stage else make(groups)
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForFluxDevDB(
         transformer, optimizer, {"sigmas": ms.Tensor(sigmas, ms.float32)}, kind.compute, args, vae_config,
         ms.Tensor(np.zeros((args.max_sequence_length, 3), np.float32)), vae, text_encoder, scaler,
     )  # fmt: skip
-    painter = Painter(args, root, stage, kind, seed, batches.latent_shape(sizes[0]), vae, tokenizer, transformer, text_encoder)
+    painter = Painter(
+        args, root, stage, kind, seed, batches.latent_shape(sizes[0]), vae, tokenizer, transformer, text_encoder
+    )
 
-    # ---- resume --------------------------------------------------------------
+    # ---- resume ----------------------------------------------------------------------------------
     remembered = {f"{n}.{k}": p for n, model in trained.items() for k, p in lora.lora_parameters(model).items()}
-    remembered.update({f"optimizer.{k}": p for k, p in optim.optimizer_state(optimizer).items()})
+    remembered.update({f"optimizer.{k}": p for k, p in optimizers.optimizer_state(optimizer).items()})
     if args.mixed_precision == "fp16":
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
-    fingerprint = checkpoint.text_digest(s.digest + s.caption for s in train_samples + prior_samples)
+    fingerprint = files.text_digest(s.digest + s.caption for s in train_samples + prior_samples)
     base = encoder_fingerprint(root / "transformer", weight_files(root, "transformer", args.variant))
-    identity = {"seed": seed, "data": fingerprint, "base": base, "lora_model": lora_digest, "samples_per_update": per_update}
+    identity = {
+        "seed": seed,
+        "data": fingerprint,
+        "base": base,
+        "lora_model": lora_digest,
+        "samples_per_update": per_update,
+    }
     if len(sizes) > 1:  # a batch is of one bucket
         identity["batch_size"] = args.train_batch_size
     identity.update({k: v for k, v in vars(args).items() if k not in SAME_RUN})
     global_step = 0
     if resume:
-        checkpoint.load_state(resume / "training_state.safetensors", remembered, itertools.chain(*devices.gather(list(remembered))))
+        checkpoint.load_state(
+            resume / "training_state.safetensors", remembered, itertools.chain(*ranks.all_gather(list(remembered)))
+        )
         global_step = state["global_step"]
         changed = [name for name, value in identity.items() if state.get(name) != value]
         if changed:
-            print(f"resuming with another {', '.join(changed)} than the checkpoint was made with: not its exact continuation")
-        for path in devices.first(checkpoint.set_aside_later, output_dir, resume) or ():
+            print(
+                f"resuming with another {', '.join(changed)} than the checkpoint was made with: not its exact continuation"
+            )
+        for path in ranks.on_main_process(checkpoint.set_aside_later, output_dir, resume) or ():
             print(f"a later checkpoint is kept as {path.name}")
         print(f"resuming from {resume.name} after update {global_step}")
 
@@ -682,7 +858,7 @@ def main(argv=None):
         )
 
     def save():
-        values = devices.collect(remembered)
+        values = ranks.collect(remembered)
         if tracker is None:
             return None
         tracker.flush()
@@ -702,24 +878,28 @@ def main(argv=None):
             rows, labels = painter.rows(with_base=final), list(args.validation_prompt)
             if final:
                 labels = [f"{prompt} ({who})" for prompt in labels for who in ("base", "adapter")]
-            grid = sampling.image_grid(rows, labels)
+            grid = grids.image_grid(rows, labels)
             name = "final" if final else f"step-{global_step:06d}"
             tracker.image(global_step, "validation", grid)
-            return sampling.save_image(grid, output_dir / "samples" / f"{name}.png")
+            return grids.save_image(grid, output_dir / "samples" / f"{name}.png")
         return None
 
-    # ---- the loop ------------------------------------------------------------
-    tell(advice.on_settings(args.optimizer, base_rates[0], args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps))
+    # ---- the loop --------------------------------------------------------------------------------
+    tell(
+        advice.on_settings(
+            args.optimizer, base_rates[0], args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps
+        )
+    )
     if resume:
         tell(advice.on_resumed_schedule(
             args.lr_scheduler, state.get("lr_schedule_steps"), schedule_steps, global_step, base_rates[0], args.lr_warmup_steps,
             args.lr_num_cycles, args.lr_power,
         ))  # fmt: skip
     epoch_updates = batches.epoch_length / per_update
-    print(f"optimizer state: {optim.state_bytes(optimizer):,} bytes on each of {devices.workers()} workers")
+    print(f"optimizer state: {optimizers.state_bytes(optimizer):,} bytes on each of {ranks.world_size()} workers")
     print(
         f"{len(train_samples)} pictures, {len(held_out)} held out, {len(prior_samples)} class pictures; "
-        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation x {devices.workers()} workers; "
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation x {ranks.world_size()} workers; "
         f"{max_train_steps} updates, "
         f"{max_train_steps / epoch_updates:.1f} epochs; seed {seed}"
     )
@@ -727,10 +907,10 @@ def main(argv=None):
         "flags": vars(args), "seed": seed, "versions": tracking.package_versions(), "device": ms.get_context("device_target"),
         "data": {"fingerprint": fingerprint, "samples": len(train_samples), "held_out": [s.name for s in held_out]},
         "trainable": {name: sum(p.size for p in model.trainable_params()) for name, model in trained.items()},
-        "workers": devices.workers(),
+        "workers": ranks.world_size(),
     }  # fmt: skip
     tracker = curve = None
-    if devices.is_first():
+    if ranks.is_main_process():
         if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
             checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
         tracking.write_run_json(output_dir / "run.json", **record, finished=False)
@@ -738,20 +918,34 @@ def main(argv=None):
         curve = tracking.LossByTimestep(output_dir, global_step)
     stop, seconds, skipped = StopRequest(), [], 0
     accumulation = args.gradient_accumulation_steps
-    numbers = devices.mine(range(global_step * accumulation * devices.workers(), max_train_steps * accumulation * devices.workers()))
-    ahead = data.prefetch(batches.at, numbers, args.dataloader_num_workers)
+    numbers = ranks.shard(
+        range(global_step * accumulation * ranks.world_size(), max_train_steps * accumulation * ranks.world_size())
+    )
+    ahead = order.prefetch(batches.at, numbers, args.dataloader_num_workers)
     if not resume:
         look()
-    bar = tqdm(total=max_train_steps, initial=global_step, unit="update", dynamic_ncols=True, disable=not devices.is_first())
-    while global_step < max_train_steps and not any(devices.gather(stop.exit_code)):
+    bar = tqdm(
+        total=max_train_steps,
+        initial=global_step,
+        unit="update",
+        dynamic_ncols=True,
+        disable=not ranks.is_main_process(),
+    )
+    while global_step < max_train_steps and not any(ranks.all_gather(stop.exit_code)):
         began = time.perf_counter()
-        lr_factor = optim.schedule_factor(
-            args.lr_scheduler, global_step, args.lr_warmup_steps, schedule_steps, args.lr_num_cycles, args.lr_power, base_rates[0]
+        lr_factor = schedules.schedule_factor(
+            args.lr_scheduler,
+            global_step,
+            args.lr_warmup_steps,
+            schedule_steps,
+            args.lr_num_cycles,
+            args.lr_power,
+            base_rates[0],
         )
         rates = [rate * lr_factor for rate in base_rates]
-        optim.set_learning_rates(optimizer, rates)
-        losses = [float(step(*inputs)[1]) for inputs in devices.micro_batches(step, ahead, accumulation)]
-        loss, norm = float(np.mean(devices.gather(losses))), float(step.grad_clipper.norm)
+        optimizers.set_learning_rates(optimizer, rates)
+        losses = [float(step(*inputs)[1]) for inputs in ranks.micro_batches(step, ahead, accumulation)]
+        loss, norm = float(np.mean(ranks.all_gather(losses))), float(step.grad_clipper.norm)
         global_step += 1
         values = {"loss": loss, "lr": rates[0], "grad_norm": norm}
         if args.train_text_encoder:
@@ -766,7 +960,9 @@ def main(argv=None):
             if args.mixed_precision != "fp16" or values["loss_scale"] <= 1.0:
                 bar.close()
                 # A checkpoint of the update before holds the weights that gave this loss: not known to be good.
-                good = [path for path in checkpoint.checkpoints(output_dir) if checkpoint.step_of(path) < global_step - 1]
+                good = [
+                    path for path in checkpoint.checkpoints(output_dir) if checkpoint.step_of(path) < global_step - 1
+                ]
                 raise UserError(
                     f"update {global_step}: the loss is {loss}, the gradients' norm {norm}. Nothing was saved of it; the last good "
                     f"checkpoint is {good[-1] if good else '(none yet)'}. Try a lower --learning_rate, or bf16 instead of fp16."
@@ -784,10 +980,10 @@ def main(argv=None):
                 look()
             if global_step % args.checkpointing_steps == 0:
                 save()  # after looking: a run resumed from here shall not miss what was to be seen at this update
-                sampling.give_back()  # PyNative's many small blocks
+                execution.free_memory()  # PyNative's many small blocks
     bar.close()
 
-    # ---- stopped, or done ----------------------------------------------------
+    # ---- stopped, or done ------------------------------------------------------------------------
     def finish_run_json(finished):
         steady = seconds[2:] or seconds
         tracking.write_run_json(
@@ -799,15 +995,17 @@ def main(argv=None):
 
     folder = save()
     if global_step < max_train_steps:
-        devices.first(finish_run_json, False)
-        devices.first(report.write_report, output_dir)
-        print(f"saved {folder} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest")
-        devices.finish()
+        ranks.on_main_process(finish_run_json, False)
+        ranks.on_main_process(report.write_report, output_dir)
+        print(
+            f"saved {folder} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest"
+        )
+        ranks.finish()
         return 130  # as a shell reports Ctrl-C
-    if devices.is_first():
+    if ranks.is_main_process():
         dtype = ms.float32 if args.upcast_before_saving else kind.storage
         final = output_dir / lora.LORA_FILE
-        checkpoint.write_atomically(final, lambda path: lora.save_lora(path, trained, dtype))
+        files.write_atomically(final, lambda path: lora.save_lora(path, trained, dtype))
         grid, plot = look(final=True), curve.plot()
         tracker.close()
         finish_run_json(True)
@@ -820,7 +1018,7 @@ def main(argv=None):
         if repo_id:
             address = hub.push(repo_id, output_dir, args.pretrained_model_name_or_path, args.validation_prompt, token)
             print(f"on the hub: {address}")
-    devices.finish()
+    ranks.finish()
     return 0
 
 

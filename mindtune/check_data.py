@@ -17,14 +17,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
-from mindtune.buckets import crop_sizes, nearest_bucket, wanted
-from mindtune.checkpoint import require_writable
 from mindtune.cli import UserError, check_flags, listing, run, shown
-from mindtune.columns import Source
-from mindtune.data import Look, Sample, image_notes, prefetch, usable
-from mindtune.folders import holds_no_image, samples_in_folder
-from mindtune.pairs import Notes, check_source_flags, load_pairs, usable_pair
-from mindtune.tables import samples_in_dataset
+from mindtune.data.buckets import crop_sizes, min_size, nearest_bucket
+from mindtune.data.checks import Inspection, image_notes, usable
+from mindtune.data.columns import Source
+from mindtune.data.folders import holds_no_image, samples_in_folder
+from mindtune.data.image_sample import Sample
+from mindtune.data.order import prefetch
+from mindtune.data.pair_checks import Notes, usable_pair
+from mindtune.data.pairs import check_source_flags, load_pairs
+from mindtune.data.tables import samples_in_dataset
+from mindtune.files import require_writable
 
 # FLUX.1-dev's: latent channels, pixels a latent, T5's and CLIP's width; tokens are --max_sequence_length.
 FLUX_DEV = {"kind": "flux", "channels": 16, "factor": 8, "widths": [4096, 768]}
@@ -40,7 +43,9 @@ class Found(NamedTuple):
 
 
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mindtune.check_data", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m mindtune.check_data", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     add = parser.add_argument
     add("--instance_data_dir", help="Directory of images for a LoRA.")
     add("--class_data_dir", help="Directory of its class images, looked at too.")
@@ -55,9 +60,15 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add("--class_prompt", help="The same of class images.")
     add("--max_train_samples", type=int, help="Look at the first so many. Default: all.")
     add("--resolution", type=int, default=512, help="Side of the square that is trained on, in pixels.")
-    add("--aspect_ratio_buckets", help='Instead: heights and widths to choose from for every image, "672,1568;1024,1024".')
+    add(
+        "--aspect_ratio_buckets",
+        help='Instead: heights and widths to choose from for every image, "672,1568;1024,1024".',
+    )
     add("--random_flip", action="store_true", help="Count a cached latent for both sides of an image.")
-    add("--pretrained_model_name_or_path", help="Directory of the pipeline, for its tokenizers. Default: sizes of FLUX.1-dev.")
+    add(
+        "--pretrained_model_name_or_path",
+        help="Directory of the pipeline, for its tokenizers. Default: sizes of FLUX.1-dev.",
+    )
     add("--max_sequence_length", type=int, default=512, help="T5 tokens of a caption.")
     add("--cache_dir", help="Where downloads of the datasets library are kept. Default: a temporary directory.")
     add("--dataloader_num_workers", type=int, default=2, help="Threads that read.")
@@ -65,13 +76,15 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# ---- finding -------------------------------------------------------------------------------------------------------------------------
+# ---- finding -------------------------------------------------------------------------------------
 
 
-def found_pictures(samples: list[Sample], sizes: list[tuple[int, int]], threads: int, flag: str, notes: list[str]) -> list[Found]:
-    def one(place: int) -> tuple[Found, Look]:
+def found_pictures(
+    samples: list[Sample], sizes: list[tuple[int, int]], threads: int, flag: str, notes: list[str]
+) -> list[Found]:
+    def one(place: int) -> tuple[Found, Inspection]:
         sample = samples[place]
-        looked = usable(sample, wanted(sizes))
+        looked = usable(sample, min_size(sizes))
         digest = "" if isinstance(looked.size, str) else sample.digest
         return Found(sample.name, looked.size, digest, sample.caption), looked
 
@@ -83,7 +96,7 @@ def found_pictures(samples: list[Sample], sizes: list[tuple[int, int]], threads:
 def found_pairs(pairs: Any, sizes: list[tuple[int, int]], threads: int, flag: str, notes: list[str]) -> list[Found]:
     def one(place: int) -> tuple:
         pair = pairs[place]
-        looked = usable_pair(pair, wanted(sizes))
+        looked = usable_pair(pair, min_size(sizes))
         digest = "" if isinstance(looked.size, str) else pair.image.digest + pair.condition.digest
         return pair, looked, Found(pair.image.name, looked.size, digest, pair.caption)
 
@@ -95,7 +108,9 @@ def found_pairs(pairs: Any, sizes: list[tuple[int, int]], threads: int, flag: st
     return found
 
 
-def look(flags: dict, sizes: list[tuple[int, int]], cache_dir: str, notes: list[str]) -> tuple[str, dict[str, list[Found]]]:
+def look(
+    flags: dict, sizes: list[tuple[int, int]], cache_dir: str, notes: list[str]
+) -> tuple[str, dict[str, list[Found]]]:
     """ "pictures" or "pairs", and what each directory or data set holds; `notes` gets what a run would say of it.
 
     Raises UserError if it cannot be read at all.
@@ -108,7 +123,10 @@ def look(flags: dict, sizes: list[tuple[int, int]], cache_dir: str, notes: list[
             raise UserError("give either --instance_data_dir or --dataset_name, one of the two.")
         name = flags["instance_data_dir"] or flags["dataset_name"]
         if flags["instance_data_dir"]:
-            flag, samples = "--instance_data_dir", samples_in_folder(name, "--instance_data_dir", flags["caption_column"], notes.append)
+            flag, samples = (
+                "--instance_data_dir",
+                samples_in_folder(name, "--instance_data_dir", flags["caption_column"], notes.append),
+            )
         else:
             columns = {column: flags[column] for column in ("image_column", "caption_column")}
             source = Source(name, flags["dataset_config_name"], cache_dir=cache_dir, **columns)
@@ -130,7 +148,7 @@ def look(flags: dict, sizes: list[tuple[int, int]], cache_dir: str, notes: list[
     return "pairs", {source.name: found_pairs(pairs, sizes, threads, f"{source.flag} {shown(source.name)}", notes)}
 
 
-# ---- what it means -------------------------------------------------------------------------------------------------------------------
+# ---- what it means -------------------------------------------------------------------------------
 
 
 def cropped_away(size: tuple[int, int], bucket: tuple[int, int]) -> float:
@@ -165,7 +183,11 @@ def pipeline(name: Optional[str], cache_dir: Optional[str]) -> tuple[dict, dict]
     """A pipeline's sizes, named as in FLUX_DEV, and its tokenizers by encoder. Without a name FLUX.1-dev's sizes and none."""
     if name is None:
         return FLUX_DEV, {}
-    from mindtune import configs, models, pipelines  # import mindone, which the check of pictures alone does without
+    from mindtune.models import (
+        configs,
+        loading,
+        pipelines,
+    )  # import mindone, which the check of pictures alone does without
 
     root = pipelines.resolve_pipeline(name, None, None, cache_dir, {"vae": (), "text_encoder": ()}, weights=False)
     vae, clip = configs.read_config(root, "vae"), configs.read_config(root, "text_encoder")
@@ -177,8 +199,13 @@ def pipeline(name: Optional[str], cache_dir: Optional[str]) -> tuple[dict, dict]
         "sd": lambda: [clip["hidden_size"]],
         "sdxl": lambda: [clip["hidden_size"] + second["hidden_size"], second["projection_dim"]],
     }[kind]()
-    folders = {"CLIP": "tokenizer", **({} if kind == "sd" else {"T5" if kind == "flux" else "the second CLIP": "tokenizer_2"})}
-    return sizes, {who: models.load_tokenizer(root / folder) for who, folder in folders.items() if (root / folder).is_dir()}
+    folders = {
+        "CLIP": "tokenizer",
+        **({} if kind == "sd" else {"T5" if kind == "flux" else "the second CLIP": "tokenizer_2"}),
+    }
+    return sizes, {
+        who: loading.load_tokenizer(root / folder) for who, folder in folders.items() if (root / folder).is_dir()
+    }
 
 
 def too_long(found: Iterable[Found], tokenizers: dict, t5_length: int) -> list[dict]:
@@ -193,7 +220,9 @@ def too_long(found: Iterable[Found], tokenizers: dict, t5_length: int) -> list[d
     return out
 
 
-def cache_bytes(kind: str, sizes: dict, captions: set[str], buckets: list[dict], flips: int, t5_length: int) -> dict[str, int]:
+def cache_bytes(
+    kind: str, sizes: dict, captions: set[str], buckets: list[dict], flips: int, t5_length: int
+) -> dict[str, int]:
     """What the encode stage will keep: text states of every caption, and with --cache_latents the VAE's moments, all float32."""
     tokens = t5_length if sizes["kind"] == "flux" else 77
     text = 4 * len(captions) * (tokens * sizes["widths"][0] + sum(sizes["widths"][1:]))
@@ -209,11 +238,17 @@ def findings(flags: dict, cache_dir: str) -> dict:
     kind, groups = look(flags, sizes, cache_dir, notes)
     found = [item for group in groups.values() for item in group]
     problems = [f"{item.name}: {item.size}" for item in found if isinstance(item.size, str)]
-    prompts = [Found(flag, "", "", flags[flag[2:]]) for flag in ("--instance_prompt", "--class_prompt") if flags[flag[2:]]]
+    prompts = [
+        Found(flag, "", "", flags[flag[2:]]) for flag in ("--instance_prompt", "--class_prompt") if flags[flag[2:]]
+    ]
     own = {name: flags["class_prompt" if name == flags["class_data_dir"] else "instance_prompt"] for name in groups}
     captions = [(item.name, item.caption or own[name] or "") for name, group in groups.items() for item in group]
     bare = [name for name, caption in captions if not caption]
-    model, length, shapes = flags["pretrained_model_name_or_path"], flags["max_sequence_length"], by_bucket(found, sizes)
+    model, length, shapes = (
+        flags["pretrained_model_name_or_path"],
+        flags["max_sequence_length"],
+        by_bucket(found, sizes),
+    )
     counted, tokenizers = pipeline(model, flags["cache_dir"])
     return {
         "data": list(groups), "kind": kind, "found": len(found), "usable": len(found) - len(problems),
@@ -227,7 +262,9 @@ def findings(flags: dict, cache_dir: str) -> dict:
 
 def table(report: dict) -> str:
     """The findings for people."""
-    lines = [f"{' and '.join(map(shown, report['data']))}: {report['found']} {report['kind']}, {report['usable']} usable"]
+    lines = [
+        f"{' and '.join(map(shown, report['data']))}: {report['found']} {report['kind']}, {report['usable']} usable"
+    ]
 
     def part(title: str, items: list[str]) -> None:
         if items:
@@ -236,8 +273,14 @@ def table(report: dict) -> str:
     lines += report["notes"]
     part("cannot be used", report["problems"])
     part("the same contents", [" = ".join(names) for names in report["duplicates"]])
-    part("without a caption" + (", and no prompt is given" if report["kind"] == "pictures" else ""), report["without_caption"])
-    long = [f"{item['name']}: {item['tokens']} tokens, {item['encoder']} reads {item['limit']}" for item in report["captions_too_long"]]
+    part(
+        "without a caption" + (", and no prompt is given" if report["kind"] == "pictures" else ""),
+        report["without_caption"],
+    )
+    long = [
+        f"{item['name']}: {item['tokens']} tokens, {item['encoder']} reads {item['limit']}"
+        for item in report["captions_too_long"]
+    ]
     part("captions that are cut off", long)
     if report["tokens_counted_with"] is None:
         lines.append("tokens of captions: not counted without --pretrained_model_name_or_path")
@@ -246,7 +289,9 @@ def table(report: dict) -> str:
         away = f"{100 * shape['cropped_away_mean']:11.1f}%  {100 * shape['cropped_away_most']:6.1f}%"
         lines.append(f"{shape['height']},{shape['width']}".ljust(14) + f" {shape['pictures']:8d}  {away}")
     text, latents = (report["cache_bytes"][what] / 1e6 for what in ("text", "latents"))
-    lines.append(f"disk for the cache ({report['cache_for']}): text {text:.1f} MB, with --cache_latents {latents:.1f} MB more")
+    lines.append(
+        f"disk for the cache ({report['cache_for']}): text {text:.1f} MB, with --cache_latents {latents:.1f} MB more"
+    )
     lines.append("a run can start with this data" if report["can_start"] else "a run would not start with this data")
     return "\n".join(lines)
 

@@ -31,10 +31,15 @@ def run(main: Callable[[], Optional[int]]) -> None:
         code = 2
     except (OSError, SafetensorError) as error:
         # safetensors raises its own kind, with the number in the text only.
-        number = error.errno if isinstance(error, OSError) else int((re.findall(r"os error (\d+)", str(error)) or [0])[0])
+        number = (
+            error.errno if isinstance(error, OSError) else int((re.findall(r"os error (\d+)", str(error)) or [0])[0])
+        )
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"error: the disk is full ({error}). Free some space and start again; checkpoints already there are whole.", file=sys.stderr)
+        print(
+            f"error: the disk is full ({error}). Free some space and start again; checkpoints already there are whole.",
+            file=sys.stderr,
+        )
         code = 2
     except KeyboardInterrupt:
         print("\ninterrupted before the first update: nothing to save", file=sys.stderr)
@@ -73,7 +78,9 @@ def check_flags(values: dict, accepted: dict[str, str], at_least: dict[str, floa
             print(f"--{name}: {why}")
     for name, value in values.items():
         if value == "" and name.endswith("_name_or_path"):
-            raise UserError(f"--{name}: is empty, as of a shell variable that is not set. Leave it out, or give a value.")
+            raise UserError(
+                f"--{name}: is empty, as of a shell variable that is not set. Leave it out, or give a value."
+            )
     for name, least in at_least.items():
         if values[name] is not None and not values[name] >= least:
             raise UserError(f"--{name} {values[name]}: must be at least {least}.")

@@ -40,7 +40,9 @@ def alphas_cumprod(scheduler: dict) -> np.ndarray:
             f"scheduler/scheduler_config.json: beta_schedule {schedule} is not supported; linear, scaled_linear and squaredcos_cap_v2 are."
         )
     if not (np.all(betas > 0) and np.all(betas < 1)):
-        raise UserError(f"scheduler/scheduler_config.json: beta_start {first} and beta_end {last} give betas outside of 0 to 1.")
+        raise UserError(
+            f"scheduler/scheduler_config.json: beta_start {first} and beta_end {last} give betas outside of 0 to 1."
+        )
     return np.cumprod(1.0 - betas)
 
 
@@ -48,7 +50,9 @@ def prediction_type(scheduler: dict) -> str:
     """What a scheduler's config says that the model predicts. Raises UserError for anything but epsilon and v_prediction."""
     found = scheduler.get("prediction_type", "epsilon")
     if found not in PREDICTION_TYPES:
-        raise UserError(f"scheduler/scheduler_config.json: prediction_type {found} is not supported; epsilon and v_prediction are.")
+        raise UserError(
+            f"scheduler/scheduler_config.json: prediction_type {found} is not supported; epsilon and v_prediction are."
+        )
     return found
 
 

@@ -24,10 +24,12 @@ class AttrJitWrapper:
             setattr(self, name, value)
 
 
-# ---- on the host -------------------------------------------------------------------------------------------------------------------
+# ---- on the host ---------------------------------------------------------------------------------
 
 
-def sample_density(rng: np.random.Generator, scheme: str, logit_mean: float, logit_std: float, mode_scale: float) -> float:
+def sample_density(
+    rng: np.random.Generator, scheme: str, logit_mean: float, logit_std: float, mode_scale: float
+) -> float:
     """One u in [0, 1]: where on the path from image (0) to noise (1, index 0) to train.
 
     Source: Esser et al., "Scaling Rectified Flow Transformers" (arXiv 2403.03206), section 3.1.
@@ -69,7 +71,7 @@ def latent_scale(vae: dict) -> tuple:
     return mean, np.float32(vae["scaling_factor"]) / std
 
 
-# ---- in the step -------------------------------------------------------------------------------------------------------------------
+# ---- in the step ---------------------------------------------------------------------------------
 
 
 def get_sigmas(table: ms.Tensor, indices: ms.Tensor, n_dim: int = 4) -> ms.Tensor:
@@ -94,7 +96,11 @@ def scale_constants(vae: dict) -> tuple:
 def pack_latents(latents: ms.Tensor) -> ms.Tensor:
     """[B, C, H, W] to tokens [B, H/2 * W/2, 4C]: every 2x2 patch becomes one token, channels outermost."""
     b, c, h, w = latents.shape
-    return latents.reshape((b, c, h // 2, 2, w // 2, 2)).transpose((0, 2, 4, 1, 3, 5)).reshape((b, h // 2 * (w // 2), 4 * c))
+    return (
+        latents.reshape((b, c, h // 2, 2, w // 2, 2))
+        .transpose((0, 2, 4, 1, 3, 5))
+        .reshape((b, h // 2 * (w // 2), 4 * c))
+    )
 
 
 def unpack_latents(tokens: ms.Tensor, height: int, width: int) -> ms.Tensor:
@@ -125,7 +131,9 @@ def weighted_mse(prediction: ms.Tensor, target: ms.Tensor, weighting: ms.Tensor)
     return error.reshape((error.shape[0], -1)).mean(axis=1).mean()
 
 
-def prior_preservation_mse(prediction: ms.Tensor, target: ms.Tensor, weighting: ms.Tensor, prior_weight: float) -> ms.Tensor:
+def prior_preservation_mse(
+    prediction: ms.Tensor, target: ms.Tensor, weighting: ms.Tensor, prior_weight: float
+) -> ms.Tensor:
     """Loss of a batch [instances; class images]: instance error + prior_weight * class error, each with its own sigmas' weights.
 
     Source: Ruiz et al., "DreamBooth" (arXiv 2208.12242), section 3.3.

@@ -17,14 +17,15 @@ from typing import NamedTuple, Optional
 
 import mindspore as ms
 
-from mindtune.adam8bit import BLOCK, SMALLEST
-from mindtune.buckets import crop_sizes
 from mindtune.cli import UserError, run
-from mindtune.configs import read_config
-from mindtune.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
-from mindtune.models import Shape, controlnet_shapes, shapes
-from mindtune.precision import DTYPES
-from mindtune.tracking import peak_memory_mb
+from mindtune.data.buckets import crop_sizes
+from mindtune.models.configs import read_config
+from mindtune.models.controlnets import controlnet_shapes
+from mindtune.models.loading import Shape, shapes
+from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
+from mindtune.models.precision import DTYPES
+from mindtune.optim.adam8bit import BLOCK, SMALLEST
+from mindtune.run.tracking import peak_memory_mb
 
 MB = 1 << 20
 BYTES = {"no": 4, "fp32": 4, "fp16": 2, "bf16": 2}
@@ -76,7 +77,7 @@ class Plan(NamedTuple):
         return self.device() + self.host_optimizer + self.runtime
 
 
-# ---- counting --------------------------------------------------------------------------------------------------------------------------
+# ---- counting ------------------------------------------------------------------------------------
 
 
 @cache
@@ -113,11 +114,13 @@ def _state(trained: list[tuple[int, ...]], optimizer: str, eight_bit: bool) -> i
     if eight_bit:
         return sum(2 * (-(-size // BLOCK)) * (BLOCK + 4) if size >= SMALLEST else 8 * size for size in sizes)
     if optimizer == "adafactor":
-        return sum(4 * (math.prod(s[:-1]) + math.prod(s[:-2] + s[-1:])) if len(s) > 1 else 4 * math.prod(s) for s in trained)
+        return sum(
+            4 * (math.prod(s[:-1]) + math.prod(s[:-2] + s[-1:])) if len(s) > 1 else 4 * math.prod(s) for s in trained
+        )
     return (16 if optimizer == "prodigy" else 8) * sum(sizes)
 
 
-# ---- activations -----------------------------------------------------------------------------------------------------------------------
+# ---- activations ---------------------------------------------------------------------------------
 
 
 class Unit(NamedTuple):
@@ -128,7 +131,9 @@ class Unit(NamedTuple):
     weights: int = 0
 
 
-def _flux_units(config: dict, batch: int, tokens: int, text: int, blocks: Optional[tuple[int, int]] = None) -> list[Unit]:
+def _flux_units(
+    config: dict, batch: int, tokens: int, text: int, blocks: Optional[tuple[int, int]] = None
+) -> list[Unit]:
     double, single = blocks or (config["num_layers"], config["num_single_layers"])
     heads, both = config["num_attention_heads"], tokens + text
     output, weights = batch * both * heads * config["attention_head_dim"], batch * heads * both * both
@@ -139,7 +144,10 @@ def _unet_units(config: dict, batch: int, height: int, width: int, text: int, up
     """Residual and transformer blocks of a UNet's halves (the middle belongs to both), latents of `height` x `width`."""
     channels, levels = config["block_out_channels"], len(config["block_out_channels"])
     every = lambda value: list(value) if isinstance(value, (list, tuple)) else [value] * levels  # noqa: E731
-    layers, heads = every(config["layers_per_block"]), every(config.get("num_attention_heads") or config["attention_head_dim"])
+    layers, heads = (
+        every(config["layers_per_block"]),
+        every(config.get("num_attention_heads") or config["attention_head_dim"]),
+    )
     depth = every(config.get("transformer_layers_per_block", 1))
     up_depth = config.get("reverse_transformer_layers_per_block") or depth[::-1]
 
@@ -149,7 +157,11 @@ def _unet_units(config: dict, batch: int, height: int, width: int, text: int, up
         weights = size * heads[number] * ((height >> number) * (width >> number) + text)
         attention = Unit("attention", size * channels[number], weights)
         depths = (list(depths) if isinstance(depths, (list, tuple)) else [depths]) * count
-        return [unit for n in depths[:count] for unit in (Unit("residual", size * channels[number]), *[attention] * (n if attends else 0))]
+        return [
+            unit
+            for n in depths[:count]
+            for unit in (Unit("residual", size * channels[number]), *[attention] * (n if attends else 0))
+        ]
 
     units, last = [], levels - 1
     if config.get("mid_block_type", True):
@@ -157,7 +169,9 @@ def _unet_units(config: dict, batch: int, height: int, width: int, text: int, up
         units = level(last, 1, depth[last], attends) + level(last, 1, 0, False)
     for number in range(levels):
         if down:
-            units += level(number, layers[number], depth[number], config["down_block_types"][number].startswith("CrossAttn"))
+            units += level(
+                number, layers[number], depth[number], config["down_block_types"][number].startswith("CrossAttn")
+            )
         if up:
             attends = config["up_block_types"][last - number].startswith("CrossAttn")
             units += level(number, layers[number] + 1, up_depth[last - number], attends)
@@ -175,7 +189,7 @@ def _kept(units: list[Unit], width: int, graph: bool, fused: bool) -> tuple[int,
     return int(kept), int(inputs)
 
 
-# ---- the plan --------------------------------------------------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 
 def make_plan(kind: str, root: Path, flags: dict, existing: Optional[Path] = None, on_cpu: bool = False) -> Plan:
@@ -237,7 +251,8 @@ def encode_peak(kind: str, root: Path, flags: dict) -> int:
     width = 4 if on_cpu else BYTES[precision]
     # The widest tensors of an encoder are its first level's, at the picture's own size; six of them are there at a time.
     sizes.append(
-        _frozen("vae", _shapes(root, "vae"), precision).size + 6 * width * pixels * read_config(root, "vae")["block_out_channels"][0]
+        _frozen("vae", _shapes(root, "vae"), precision).size
+        + 6 * width * pixels * read_config(root, "vae")["block_out_channels"][0]
     )
     return max(sizes) + (CPU["process"] if on_cpu else 0)
 
@@ -254,7 +269,10 @@ def _units(kind: str, flags: dict, config: dict, vae: dict, existing: Optional[d
         tokens, text = rows * columns // 4, flags["max_sequence_length"]
         own = existing or {"num_layers": flags["num_double_layers"], "num_single_layers": flags["num_single_layers"]}
         blocks = own["num_layers"], own["num_single_layers"]
-        frozen = (max(0, config["num_layers"] - 1), config["num_single_layers"])  # residuals enter after the first block
+        frozen = (
+            max(0, config["num_layers"] - 1),
+            config["num_single_layers"],
+        )  # residuals enter after the first block
         return _flux_units(config, batch, tokens, text, blocks) + _flux_units(config, batch, tokens, text, frozen)
     units = _unet_units(config, batch, rows, columns, 77, up=False, down=True)
     units.append(Unit("condition", 64 * batch * height * width))  # its layers' outputs are 64 numbers a pixel together
@@ -279,7 +297,7 @@ def _runtime(units: list[Unit], width: int, graph: bool, trained: int, int8_laye
     return int(size)
 
 
-# ---- telling ---------------------------------------------------------------------------------------------------------------------------
+# ---- telling -------------------------------------------------------------------------------------
 
 # What saves memory, what costs least in quality and time first: flag, its value, what it costs.
 SAVINGS = [
@@ -295,7 +313,9 @@ SAVINGS = [
 ]
 
 
-def suggestions(kind: str, root: Path, flags: dict, limit: int, existing: Optional[Path] = None) -> tuple[list[str], int]:
+def suggestions(
+    kind: str, root: Path, flags: dict, limit: int, existing: Optional[Path] = None
+) -> tuple[list[str], int]:
     """Flags to add, one after the other until a device holds it, with what each saves and costs; and the bytes needed then."""
     flags, lines = dict(flags), []
     needed = make_plan(kind, root, flags, existing).device()
@@ -322,7 +342,10 @@ def describe(kind: str, root: Path, flags: dict, device_gb: float, existing: Opt
     on_cpu = ms.get_context("device_target") == "CPU"
     for part in plan.parts:
         rows.append((part.name, f"{part.parameters:,}", part.stored, _gb(part.size)))
-    rows += [("gradients", "", "float32", _gb(plan.gradients)), ("optimizer", "", "", _gb(plan.optimizer or plan.host_optimizer))]
+    rows += [
+        ("gradients", "", "float32", _gb(plan.gradients)),
+        ("optimizer", "", "", _gb(plan.optimizer or plan.host_optimizer)),
+    ]
     if plan.host_optimizer:
         rows[-1] = ("optimizer, on the host", "", "", _gb(plan.host_optimizer))
     if plan.average:
@@ -336,7 +359,14 @@ def describe(kind: str, root: Path, flags: dict, device_gb: float, existing: Opt
     rows.append(("host, while loading", "", "", _gb(plan.loading)))
     rows.append(("encode stage, a process of its own", "", "", _gb(encode_peak(kind, root, flags))))
     if on_cpu:
-        rows.append(("on this CPU instead: the process", "", "", _gb(make_plan(kind, root, flags, existing, on_cpu=True).process())))
+        rows.append(
+            (
+                "on this CPU instead: the process",
+                "",
+                "",
+                _gb(make_plan(kind, root, flags, existing, on_cpu=True).process()),
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
     limit = int(device_gb * (1 << 30))
@@ -344,7 +374,9 @@ def describe(kind: str, root: Path, flags: dict, device_gb: float, existing: Opt
         return "\n".join([*lines, f"fits a device of {device_gb:g} GB"])
     saved, needed = suggestions(kind, root, flags, limit, existing)
     lines.append(f"does not fit a device of {device_gb:g} GB. Add, in this order:")
-    lines += [f"  {line}" for line in saved] + [f"then it takes {_gb(needed)}" + ("" if needed <= limit else ", which is still too much")]
+    lines += [f"  {line}" for line in saved] + [
+        f"then it takes {_gb(needed)}" + ("" if needed <= limit else ", which is still too much")
+    ]
     return "\n".join(lines)
 
 
@@ -364,7 +396,9 @@ def measured(kind: str, root: Path, flags: dict, existing: Optional[Path] = None
 def main() -> Optional[int]:
     """python -m mindtune.plan --script PATH flags: the script's own --dry_run."""
     if len(sys.argv) < 3 or sys.argv[1] != "--script" or not Path(sys.argv[2]).is_file():
-        raise UserError("python -m mindtune.plan --script PATH flags: PATH is a training script, flags are those that it shall run with.")
+        raise UserError(
+            "python -m mindtune.plan --script PATH flags: PATH is a training script, flags are those that it shall run with."
+        )
     sys.argv = [sys.argv[2], *sys.argv[3:], "--dry_run"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

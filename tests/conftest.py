@@ -17,9 +17,9 @@ from msrun_job import Job
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from mindtune import models
+from mindtune.models import execution
 
-models.set_up_device(graph_mode=False)  # before the first operator: blocking launches cannot be had later
+execution.set_up_device(graph_mode=False)  # before the first operator: blocking launches cannot be had later
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,7 +70,12 @@ def pipeline(tiny_flux, tmp_path):
 def photos(tmp_path_factory):
     """Five photographs, none square, the shorter side 72 to 104 pixels."""
     folder = tmp_path_factory.mktemp("photos")
-    pictures = [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.rocket(), skimage.data.astronaut()[:, 90:420]]
+    pictures = [
+        skimage.data.chelsea(),
+        skimage.data.coffee(),
+        skimage.data.rocket(),
+        skimage.data.astronaut()[:, 90:420],
+    ]
     pictures.append(skimage.data.chelsea()[20:260, 90:300])
     for number, pixels in enumerate(pictures):
         image = Image.fromarray(np.ascontiguousarray(pixels))
@@ -114,9 +119,38 @@ def flags(tiny_flux, photos, encoder_cache):
     """flags(out, *more): the command line of a small PyNative run on the photographs; later flags win over earlier ones."""
 
     def make(out, *more):
-        base = ["--pretrained_model_name_or_path", tiny_flux, "--instance_data_dir", photos, "--instance_prompt", "a photo of sks cat"]
-        base += ["--output_dir", out, "--cache_dir", encoder_cache, "--resolution", 32, "--max_sequence_length", 16, "--seed", 0]
-        base += ["--train_batch_size", 1, "--max_train_steps", 3, "--mindspore_mode", 1, "--num_inference_steps", 2, "--report_to", "none"]
+        base = [
+            "--pretrained_model_name_or_path",
+            tiny_flux,
+            "--instance_data_dir",
+            photos,
+            "--instance_prompt",
+            "a photo of sks cat",
+        ]
+        base += [
+            "--output_dir",
+            out,
+            "--cache_dir",
+            encoder_cache,
+            "--resolution",
+            32,
+            "--max_sequence_length",
+            16,
+            "--seed",
+            0,
+        ]
+        base += [
+            "--train_batch_size",
+            1,
+            "--max_train_steps",
+            3,
+            "--mindspore_mode",
+            1,
+            "--num_inference_steps",
+            2,
+            "--report_to",
+            "none",
+        ]
         return [str(part) for part in (*base, *more)]
 
     return make

@@ -70,7 +70,10 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.repositories.append(name)
             self.answer({"url": f"{self.hub.url}/{name}", "name": name})
         elif "/preupload/" in self.path:
-            modes = [(file["path"], "lfs" if file["path"].endswith(".safetensors") else "regular") for file in json.loads(body)["files"]]
+            modes = [
+                (file["path"], "lfs" if file["path"].endswith(".safetensors") else "regular")
+                for file in json.loads(body)["files"]
+            ]
             self.answer({"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes]})
         elif self.path.endswith("/info/lfs/objects/batch"):
             actions = lambda oid: {"upload": {"href": f"{self.hub.url}/lfs/{oid}", "header": {}}}  # noqa: E731

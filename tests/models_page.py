@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "models.md"
 sys.path[:0] = [str(HERE), str(HERE / "mindtune")]
 
-from real.verdicts import CONTROLNETS, FILES, OWNERS, PIPELINES, VAES, Verdict  # noqa: E402
+from real.verdicts import CONTROLNETS, FILES, OWNERS, PIPELINES, VAES, Verdict
 
 SCRIPTS = {
     "flux_lora": "[LoRA](flux_lora.md)", "flux_controlnet": "[ControlNet](flux_controlnet.md)", "sd": "[ControlNet](controlnet.md)",
@@ -71,7 +71,10 @@ def adapter_rows() -> list[tuple[str, str, str]]:
     import test_lora_layouts
 
     rows = getattr(test_lora_layouts, "adapter_rows", list)()
-    return [(tool, f"`{entry}`" if entry else "", " ".join(verdict.replace("|", "\\|").split())) for tool, entry, verdict in rows]
+    return [
+        (tool, f"`{entry}`" if entry else "", " ".join(verdict.replace("|", "\\|").split()))
+        for tool, entry, verdict in rows
+    ]
 
 
 def page() -> str:
@@ -84,7 +87,11 @@ def page() -> str:
     }  # fmt: skip
     adapters = adapter_rows()
     files = table(("files", "what happens"), [(what, how) for what, (how, _) in FILES.items()])
-    rows = ADAPTERS.format(rows=table(("tool or kind", "an entry of its file", "read, or the message"), adapters)) if adapters else ""
+    rows = (
+        ADAPTERS.format(rows=table(("tool or kind", "an entry of its file", "read, or the message"), adapters))
+        if adapters
+        else ""
+    )
     return TEXT.format(files=files, adapters=rows, **tables)
 
 

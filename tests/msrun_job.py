@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from mindtune.checkpoint import checkpoints, damage
+from mindtune.run.checkpoint import checkpoints, damage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,11 +35,30 @@ class Job:
     def __init__(self, script, workers, out, arguments):
         self.out, port = Path(out), free_port()
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # msrun starts the python that is first there
-        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        line = [str(Path(sys.executable).with_name("msrun")), f"--worker_num={workers}", f"--local_worker_num={workers}", "--join=True"]
-        line += [f"--master_port={port}", f"--log_dir={out}.{port}.workers", str(ROOT / script), *map(str, arguments), "--distributed"]
+        environment = {
+            **os.environ,
+            "PATH": path,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        line = [
+            str(Path(sys.executable).with_name("msrun")),
+            f"--worker_num={workers}",
+            f"--local_worker_num={workers}",
+            "--join=True",
+        ]
+        line += [
+            f"--master_port={port}",
+            f"--log_dir={out}.{port}.workers",
+            str(ROOT / script),
+            *map(str, arguments),
+            "--distributed",
+        ]
         self.console = open(f"{out}.{port}.console", "w")  # noqa: SIM115  (closed by wait)
-        self.process = subprocess.Popen(line, stdout=self.console, stderr=subprocess.STDOUT, env=environment, cwd=self.out.parent)
+        self.process = subprocess.Popen(
+            line, stdout=self.console, stderr=subprocess.STDOUT, env=environment, cwd=self.out.parent
+        )
 
     def wait(self, timeout=180):
         """msrun's exit code."""
@@ -57,7 +76,9 @@ class Job:
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if str(self.out) in (folder / "cmdline").read_text() or os.readlink(folder / "cwd") == str(self.out.parent):
+                if str(self.out) in (folder / "cmdline").read_text() or os.readlink(folder / "cwd") == str(
+                    self.out.parent
+                ):
                     environment = (folder / "environ").read_text().split("\0")
                     found[int(folder.name)] = dict(part.split("=", 1) for part in environment if "=" in part)
             except OSError:
@@ -96,7 +117,12 @@ def assert_same_run(found, expected, updates):
         assert {key: value.dtype for key, value in values.items()} == {key: value.dtype for key, value in right.items()}
         far = {key: relative(values[key], right[key]) for key in right if not relative(values[key], right[key]) < 1e-5}
         assert far == {}
-    lines, right = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (found, expected))
+    lines, right = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (found, expected)
+    )
     assert [sorted(line) for line in lines] == [sorted(line) for line in right]
     for line, other_line in zip(lines, right):
-        np.testing.assert_allclose([line[name] for name in sorted(line)], [other_line[name] for name in sorted(line)], rtol=1e-5)
+        np.testing.assert_allclose(
+            [line[name] for name in sorted(line)], [other_line[name] for name in sorted(line)], rtol=1e-5
+        )

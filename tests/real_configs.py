@@ -22,7 +22,7 @@ def without(config: dict, *keys: str) -> dict:
     return {key: value for key, value in config.items() if key not in keys}
 
 
-# ---- models --------------------------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
 # What all UNets and their ControlNets say, of whatever age.
 UNET_SHARED = {
@@ -64,7 +64,14 @@ SDXL_SIZES = {
     "projection_class_embeddings_input_dim": 2816, "transformer_layers_per_block": [1, 2, 10],
     "use_linear_projection": True,
 }  # fmt: skip
-UNET_SDXL = {**UNET_SD1, **UNET_0_19, **SDXL_SIZES, "sample_size": 128, "up_block_types": SDXL_UP, "upcast_attention": None}
+UNET_SDXL = {
+    **UNET_SD1,
+    **UNET_0_19,
+    **SDXL_SIZES,
+    "sample_size": 128,
+    "up_block_types": SDXL_UP,
+    "upcast_attention": None,
+}
 
 FLUX_TRANSFORMER = {
     "attention_head_dim": 128, "guidance_embeds": True, "in_channels": 64, "joint_attention_dim": 4096,
@@ -123,7 +130,9 @@ T5 = {
 }  # fmt: skip
 
 
-def text(config: dict, version: str, path: str | None = None, dtype: str = "float32", cls: str = "CLIPTextModel") -> dict:
+def text(
+    config: dict, version: str, path: str | None = None, dtype: str = "float32", cls: str = "CLIPTextModel"
+) -> dict:
     """The config.json of a text encoder; `version` is that of transformers."""
     named = {"_name_or_path": path} if path else {}
     return {"architectures": [cls], **named, **config, "torch_dtype": dtype, "transformers_version": version}
@@ -131,7 +140,7 @@ def text(config: dict, version: str, path: str | None = None, dtype: str = "floa
 
 OPENAI = "openai/clip-vit-large-patch14"
 
-# ---- schedulers ----------------------------------------------------------------------------------------------------------------------
+# ---- schedulers ----------------------------------------------------------------------------------
 
 BETAS = {
     "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
@@ -139,7 +148,13 @@ BETAS = {
     "set_alpha_to_one": False, "steps_offset": 1, "trained_betas": None,
 }  # fmt: skip
 OLD = {**BETAS, "skip_prk_steps": True}
-EULER = {**OLD, "interpolation_type": "linear", "prediction_type": "epsilon", "sample_max_value": 1.0, "timestep_spacing": "leading"}
+EULER = {
+    **OLD,
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+}
 DEIS = {
     **BETAS, "algorithm_type": "deis", "dynamic_thresholding_ratio": 0.995, "lower_order_final": True,
     "prediction_type": "epsilon",
@@ -164,7 +179,7 @@ FLOW_0_34 = {
     "use_beta_sigmas": False, "use_exponential_sigmas": False, "use_karras_sigmas": False,
 }  # fmt: skip
 
-# ---- tokenizers ----------------------------------------------------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 
 def token(content: str, normalized: bool = True) -> dict:
@@ -172,14 +187,23 @@ def token(content: str, normalized: bool = True) -> dict:
 
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
-CLIP_TOKENIZER = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "tokenizer_class": "CLIPTokenizer"}
+CLIP_TOKENIZER = {
+    "add_prefix_space": False,
+    "do_lower_case": True,
+    "errors": "replace",
+    "tokenizer_class": "CLIPTokenizer",
+}
 
 
-def old_tokenizer(folder: str, path: str | None, pad: str = END, pad_of_map: str | None = None, tidy: bool = False) -> dict[str, dict]:
+def old_tokenizer(
+    folder: str, path: str | None, pad: str = END, pad_of_map: str | None = None, tidy: bool = False
+) -> dict[str, dict]:
     """The files of transformers up to 4.32: tokens written out in tokenizer_config.json. `tidy` has the key that 4.30 added."""
     special = {"bos_token": token(START), "eos_token": token(END), "unk_token": token(END)}
     config = {**CLIP_TOKENIZER, **{key: {"__type": "AddedToken", **value} for key, value in special.items()}}
-    config.update({"model_max_length": 77, "pad_token": pad}, **({"clean_up_tokenization_spaces": True} if tidy else {}))
+    config.update(
+        {"model_max_length": 77, "pad_token": pad}, **({"clean_up_tokenization_spaces": True} if tidy else {})
+    )
     if path:
         config.update(name_or_path=path, special_tokens_map_file="./special_tokens_map.json")
     return {
@@ -206,7 +230,12 @@ def new_tokenizer(folder: str, normalized: bool, pad: str = END) -> dict[str, di
 
 def t5_tokenizer() -> dict[str, dict]:
     extra = [f"<extra_id_{number}>" for number in range(100)]
-    words = {"0": "<pad>", "1": "</s>", "2": "<unk>", **{str(32099 - number): word for number, word in enumerate(extra)}}
+    words = {
+        "0": "<pad>",
+        "1": "</s>",
+        "2": "<unk>",
+        **{str(32099 - number): word for number, word in enumerate(extra)},
+    }
     config = {
         "add_prefix_space": True, "added_tokens_decoder": {key: {**token(word, False), "special": True} for key,
         word in words.items()},
@@ -215,14 +244,16 @@ def t5_tokenizer() -> dict[str, dict]:
         "model_max_length": 512, "pad_token": "<pad>", "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer",
         "unk_token": "<unk>",
     }  # fmt: skip
-    special = {f"{name}_token": token(word, False) for name, word in (("pad", "<pad>"), ("eos", "</s>"), ("unk", "<unk>"))}
+    special = {
+        f"{name}_token": token(word, False) for name, word in (("pad", "<pad>"), ("eos", "</s>"), ("unk", "<unk>"))
+    }
     return {
         "tokenizer_2/tokenizer_config.json": config,
         "tokenizer_2/special_tokens_map.json": {"additional_special_tokens": extra, **special},
     }
 
 
-# ---- pipelines -----------------------------------------------------------------------------------------------------------------------
+# ---- pipelines -----------------------------------------------------------------------------------
 
 NOTHING = [None, None]
 CHECKER = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
@@ -339,7 +370,10 @@ def sd2_text(folder: str, version: str = "4.25.0.dev0", dtype: str = "float32") 
 PADDED = {"feature_extractor": NOTHING, "image_encoder": NOTHING}  # in model_index.json since diffusers 0.23
 SCALE = {"scaling_factor": 0.18215}
 SD1_TOKENIZER, SD1_ENCODER = old_tokenizer("tokenizer", OPENAI), text(CLIP_L, "4.22.0.dev0", OPENAI)
-EXTRACTOR, UNCHECKED = {"feature_extractor": ["transformers", "CLIPFeatureExtractor"]}, {"requires_safety_checker": False}
+EXTRACTOR, UNCHECKED = (
+    {"feature_extractor": ["transformers", "CLIPFeatureExtractor"]},
+    {"requires_safety_checker": False},
+)
 UNET_0_27 = {**UNET_SDXL, **UNET_0_24, "upcast_attention": False}
 UNET_2_1 = {**UNET_SD2, **UNET_0_10}
 V_PREDICTION, EPSILON = {"prediction_type": "v_prediction"}, {"prediction_type": "epsilon"}
@@ -422,9 +456,15 @@ XL_0_27 = sdxl(
 )  # fmt: skip
 
 
-def xl_like(files: dict[str, dict], version: str, kind: str, scheduler: dict | None = None, unet: dict | None = None) -> dict[str, dict]:
+def xl_like(
+    files: dict[str, dict], version: str, kind: str, scheduler: dict | None = None, unet: dict | None = None
+) -> dict[str, dict]:
     """The files of another SDXL with a scheduler, or changes to the UNet's config, of its own."""
-    index = {**without(files["model_index.json"], "add_watermarker"), "_diffusers_version": version, "scheduler": ["diffusers", kind]}
+    index = {
+        **without(files["model_index.json"], "add_watermarker"),
+        "_diffusers_version": version,
+        "scheduler": ["diffusers", kind],
+    }
     files = {**files, "model_index.json": index}
     if scheduler:
         files["scheduler/scheduler_config.json"] = {**header(kind, version), **scheduler}

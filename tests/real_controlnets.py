@@ -22,7 +22,12 @@ from real_configs import (
 VAES = {
     "sd-vae-ft-mse": {**header("AutoencoderKL", "0.4.2"), **VAE_256},
     "sdxl-vae": {**header("AutoencoderKL", "0.18.0.dev0", "."), **VAE_SDXL},
-    "sdxl-vae-fp16-fix": {**header("AutoencoderKL", "0.18.0.dev0", "."), **VAE_SDXL, "sample_size": 512, "force_upcast": False},
+    "sdxl-vae-fp16-fix": {
+        **header("AutoencoderKL", "0.18.0.dev0", "."),
+        **VAE_SDXL,
+        "sample_size": 512,
+        "force_upcast": False,
+    },
     "playground-v2.5 VAE": {**header("AutoencoderKL", "0.27.0.dev0"), **VAE_PLAYGROUND},
 }
 
@@ -38,7 +43,12 @@ CONTROL_0_20 = {
     "num_attention_heads": None, "transformer_layers_per_block": 1,
 }  # fmt: skip
 CONTROL_0_26 = {**CONTROL_0_20, "mid_block_type": "UNetMidBlock2DCrossAttn"}
-CONTROL_SD21 = {**CONTROL_0_20, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
+CONTROL_SD21 = {
+    **CONTROL_0_20,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
 CONTROL_SDXL = {**CONTROL_0_20, **SDXL_SIZES, "upcast_attention": None}
 NULLS = [key for key, value in CONTROL_SDXL.items() if value is None]
 CONTROLNETS = {

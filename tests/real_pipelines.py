@@ -79,7 +79,7 @@ def small(config: dict) -> dict:
     return made
 
 
-# ---- tokenizers ----------------------------------------------------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 
 @cache
@@ -121,7 +121,7 @@ def write_tokenizer(folder: Path, config: dict, special: dict, model_max_length:
     write_json(folder / "special_tokens_map.json", special)
 
 
-# ---- weights -------------------------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -130,7 +130,7 @@ def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     import mindone.transformers
     from mindspore.nn.utils import no_init_parameters
 
-    from mindtune.models import hf_name
+    from mindtune.models.loading import hf_name
 
     with no_init_parameters():
         if "architectures" in config:
@@ -138,7 +138,9 @@ def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             cell = cls(cls.config_class(**config))
         else:
             cls = getattr(mindone.diffusers, config["_class_name"])
-            cell = cls(**{key: value for key, value in config.items() if not key.startswith("_") and key != "num_control_type"})
+            cell = cls(
+                **{key: value for key, value in config.items() if not key.startswith("_") and key != "num_control_type"}
+            )
     return {hf_name(name): tuple(parameter.shape) for name, parameter in cell.parameters_and_names()}
 
 
@@ -176,7 +178,11 @@ def as_published(config: dict, tensors: dict, variant: str) -> dict[str, np.ndar
     if flux or config.get("torch_dtype") == "bfloat16":
         dtype = ml_dtypes.bfloat16
     made = {name: value.astype(dtype) for name, value in tensors.items()}
-    if config.get("_class_name") == "AutoencoderKL" and variant != "fp16" and version(config, "_diffusers_version") < (0, 17):
+    if (
+        config.get("_class_name") == "AutoencoderKL"
+        and variant != "fp16"
+        and version(config, "_diffusers_version") < (0, 17)
+    ):
         made = old_names(made)
     if config.get("model_type") == "clip_text_model" and version(config, "transformers_version") < (4, 31):
         made["text_model.embeddings.position_ids"] = np.arange(77, dtype=np.int64)[None]
@@ -207,7 +213,9 @@ def write_weights(folder: Path, stem: str, tensors: dict[str, np.ndarray], varia
         write_safetensors(folder / name, {each: tensors[each] for each in own})
         weight_map.update(dict.fromkeys(own, name))
     total = sum(value.nbytes for value in tensors.values())
-    write_json(folder / f"{stem}.safetensors.index{middle}.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(
+        folder / f"{stem}.safetensors.index{middle}.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
 
 
 def write_model(folder: Path, config: dict, seed: int, variants=("",), shards: int = 1) -> None:
@@ -221,13 +229,25 @@ def write_model(folder: Path, config: dict, seed: int, variants=("",), shards: i
         write_weights(folder, stem, as_published(config, tensors, variant), variant, shards)
 
 
-# ---- what is asked for ---------------------------------------------------------------------------------------------------------------
+# ---- what is asked for ---------------------------------------------------------------------------
 
 PUBLISHED_SHARDS = {"transformer": 3, "text_encoder_2": 2}  # of FLUX.1; every other model is one file
-SINGLE_FILES = {"FLUX.1-dev": "flux1-dev", "FLUX.1-schnell": "flux1-schnell", "stable-diffusion-v1-5": "v1-5-pruned-emaonly"}
+SINGLE_FILES = {
+    "FLUX.1-dev": "flux1-dev",
+    "FLUX.1-schnell": "flux1-schnell",
+    "stable-diffusion-v1-5": "v1-5-pruned-emaonly",
+}
 
 
-def make(name: str, out: Path, seed: int = 0, variants=("",), shards=None, extras: bool = False, model_max_length: bool = True) -> Path:
+def make(
+    name: str,
+    out: Path,
+    seed: int = 0,
+    variants=("",),
+    shards=None,
+    extras: bool = False,
+    model_max_length: bool = True,
+) -> Path:
     """The pipeline `name` in the new folder `out`, about 2 MB.
 
     `variants`: which weight files there are, "" and "fp16"; `shards`: part -> number of files, of FLUX the published ones; `extras`: the
@@ -254,7 +274,9 @@ def write_extras(out: Path, single: str) -> None:
     """Files that a script has to leave alone: each is torn, so that reading it fails."""
     for folder in sorted(path.parent for path in out.glob("*/config.json")):
         stem = "model" if folder.name.startswith(("text_encoder", "safety_checker")) else "diffusion_pytorch_model"
-        (folder / f"{stem.replace('model', 'pytorch_model') if stem == 'model' else stem}.bin").write_bytes(pickle.dumps("torn"))
+        (folder / f"{stem.replace('model', 'pytorch_model') if stem == 'model' else stem}.bin").write_bytes(
+            pickle.dumps("torn")
+        )
         (folder / f"{stem}.non_ema.safetensors").write_bytes(b"torn")
         (folder / "flax_model.msgpack").write_bytes(b"torn")
         (folder / "model.onnx").write_bytes(b"torn")

@@ -36,7 +36,9 @@ def test_a_page_names_every_number_that_is_logged(script):
     source = text(script)
     named = set(re.findall(r'"(\w+)": ', re.search(r"values = \{([^}]*)\}", source)[1]))
     named |= set(re.findall(r'values\["(\w+)"\] = ', source)) | {"held_out/loss"}
-    assert {"loss", "lr", "grad_norm", "loss_scale"} < named and [name for name in named if f"`{name}`" not in text(PAGES[script])] == []
+    assert {"loss", "lr", "grad_norm", "loss_scale"} < named and [
+        name for name in named if f"`{name}`" not in text(PAGES[script])
+    ] == []
 
 
 def test_quoted_errors_are_those_that_are_printed():
@@ -48,7 +50,7 @@ def test_quoted_errors_are_those_that_are_printed():
     assert len(quoted) > 20 and [words for words in quoted if words not in printed] == []
 
 
-# ---- write your own ------------------------------------------------------------------------------------------------------------------
+# ---- write your own ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -88,4 +90,6 @@ def test_the_script_with_another_loss_trains(own_script, flags, tmp_path, mode):
 def test_the_script_with_another_loss_refuses_what_cannot_be(own_script, flags, tmp_path):
     line = [sys.executable, str(own_script), *flags(tmp_path / "out", "--huber_delta", 0)]
     done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 2 and "--huber_delta 0.0: must be above 0" in done.stderr and not (tmp_path / "out").exists()
+    assert (
+        done.returncode == 2 and "--huber_delta 0.0: must be above 0" in done.stderr and not (tmp_path / "out").exists()
+    )

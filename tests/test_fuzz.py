@@ -12,11 +12,16 @@ from conftest import load_script
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mindtune import cache, check_data, checkpoint, data, folders, lora, models, pipelines
+from mindtune import check_data
 from mindtune.cli import UserError
-from mindtune.columns import Source
-from mindtune.pairs import load_pairs, preflight_pairs
-from mindtune.precision import resolve_precision
+from mindtune.data import checks, folders
+from mindtune.data.columns import Source
+from mindtune.data.pair_checks import preflight_pairs
+from mindtune.data.pairs import load_pairs
+from mindtune.encode import cache
+from mindtune.models import loading, lora, pipelines
+from mindtune.models.precision import resolve_precision
+from mindtune.run import checkpoint
 
 PRECISION = resolve_precision("no")
 
@@ -35,7 +40,7 @@ def orderly(function, *arguments, **more):
     return None
 
 
-# ---- damage --------------------------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 
 def header_of(content):
@@ -108,7 +113,7 @@ def damaged_json(content, random):
     }
 
 
-# ---- pipelines -----------------------------------------------------------------------------------------------------------------------
+# ---- pipelines -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -137,7 +142,7 @@ def test_damaged_weights_are_named_before_anything_loads(pipeline, seed):
         before = snapshot(pipeline)
         sentence = orderly(resolve, pipeline)
         if sentence is None:  # a whole file of something else: then the fit to the model is what refuses it
-            sentence = orderly(models.load_model, pipeline, path.parent.name, PRECISION)
+            sentence = orderly(loading.load_model, pipeline, path.parent.name, PRECISION)
         assert sentence is None or path.name in sentence or path.parent.name in sentence, name
         assert sentence or name in ("flipped bits",), name
         assert snapshot(pipeline) == before, name
@@ -161,11 +166,11 @@ def test_damaged_configs_end_in_a_sentence(pipeline, name):
         if orderly(resolve, pipeline) is None:
             part = path.parent.name
             if part.startswith("tokenizer"):
-                orderly(models.load_tokenizer, path.parent)
+                orderly(loading.load_tokenizer, path.parent)
             elif part == "scheduler":
-                orderly(models.load_scheduler, pipeline)
+                orderly(loading.load_scheduler, pipeline)
             elif path.parent != pipeline:
-                orderly(models.load_model, pipeline, part, PRECISION)
+                orderly(loading.load_model, pipeline, part, PRECISION)
         assert snapshot(pipeline) == before, case
 
 
@@ -185,7 +190,7 @@ def test_an_index_names_no_file_outside_its_folder(pipeline, shard):
     assert "diffusion_pytorch_model.safetensors.index.json" in orderly(resolve, pipeline)
 
 
-# ---- adapters, checkpoints, the cache --------------------------------------------------------------------------------------------------
+# ---- adapters, checkpoints, the cache ------------------------------------------------------------
 
 
 def small_lora(path):
@@ -254,7 +259,7 @@ def test_a_damaged_cache_entry_is_no_entry(tmp_path, seed):
     assert kept.valid("k")
 
 
-# ---- pictures and captions -------------------------------------------------------------------------------------------------------------
+# ---- pictures and captions -----------------------------------------------------------------------
 
 
 def damaged_pictures(folder, random):
@@ -282,7 +287,7 @@ def test_damaged_pictures_are_listed(tmp_path, seed):
     damaged_pictures(tmp_path, np.random.default_rng(seed))
     before = snapshot(tmp_path)
     samples = folders.samples_in_folder(str(tmp_path), "--instance_data_dir")
-    sentence = orderly(data.preflight, samples, 32, "--instance_data_dir", False)
+    sentence = orderly(checks.preflight, samples, 32, "--instance_data_dir", False)
     assert sentence.count("\n") >= 20 and snapshot(tmp_path) == before
     assert check_data.main(["--instance_data_dir", str(tmp_path), "--resolution", "32", "--instance_prompt", "x"]) == 1
     assert snapshot(tmp_path) == before
@@ -294,7 +299,7 @@ def test_a_picture_of_too_many_pixels_is_a_listed_problem(tmp_path):
     Image.new("1", (30_000, 30_000)).save(path)
     assert path.stat().st_size < 200_000
     samples = folders.samples_in_folder(str(tmp_path), "--instance_data_dir")
-    sentence = orderly(data.preflight, samples, 32, "--instance_data_dir", False)
+    sentence = orderly(checks.preflight, samples, 32, "--instance_data_dir", False)
     assert "bomb.png: too many pixels" in sentence and "900000000" in sentence
 
 
@@ -314,7 +319,16 @@ def test_odd_captions_are_refused_or_become_tokens(tmp_path, tiny_flux, caption)
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(caption)
     before = snapshot(tmp_path)
-    flags = ["--instance_data_dir", str(tmp_path), "--resolution", "32", "--instance_prompt", "x", "--max_sequence_length", "16"]
+    flags = [
+        "--instance_data_dir",
+        str(tmp_path),
+        "--resolution",
+        "32",
+        "--instance_prompt",
+        "x",
+        "--max_sequence_length",
+        "16",
+    ]
     sentence = orderly(check_data.main, [*flags, "--pretrained_model_name_or_path", str(tiny_flux)])
     assert sentence is None or "a.txt" in sentence
     assert snapshot(tmp_path) == before
@@ -362,7 +376,15 @@ def test_the_export_script_refuses_what_is_no_lora(tmp_path):
     for name, content in damaged_safetensors(whole, random).items():
         (tmp_path / "lora.safetensors").write_bytes(content)
         sentence = orderly(
-            script.main, ["--lora", str(tmp_path / "lora.safetensors"), "--output", str(tmp_path / "out.safetensors"), "--format", "kohya"]
+            script.main,
+            [
+                "--lora",
+                str(tmp_path / "lora.safetensors"),
+                "--output",
+                str(tmp_path / "out.safetensors"),
+                "--format",
+                "kohya",
+            ],
         )
         assert sentence or name in ("flipped bits", "another type"), name
         (tmp_path / "out.safetensors").unlink(missing_ok=True)

@@ -30,7 +30,7 @@ def options():
     return lambda script: [action for action in parser_of(script)._actions if action.dest != "help"]
 
 
-# ---- flags -------------------------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 def attributes_of_args(tree):
@@ -63,7 +63,7 @@ def test_a_script_opens_with_the_command_to_run_it(script):
     assert f"    python {Path(script).name} --" in ast.get_docstring(source(script), clean=False)
 
 
-# ---- scripts and the common module -------------------------------------------------------------------------------------------------
+# ---- scripts and the common module ---------------------------------------------------------------
 
 
 def test_the_scripts_run_elsewhere_with_only_mindtune_installed(flags, tiny_flux, tmp_path):
@@ -75,14 +75,23 @@ def test_the_scripts_run_elsewhere_with_only_mindtune_installed(flags, tiny_flux
 
     run_copy("flux_lora/train_dreambooth_lora_flux.py", *flags("out", "--max_train_steps", 1))
     small = ["--height", 32, "--width", 32, "--num_inference_steps", 2, "--max_sequence_length", 16]
-    run_copy("flux_lora/infer_flux_lora.py", "--pretrained_model_name_or_path", tiny_flux, "--lora", "out", "--prompt", "a cat", *small)
+    run_copy(
+        "flux_lora/infer_flux_lora.py",
+        "--pretrained_model_name_or_path",
+        tiny_flux,
+        "--lora",
+        "out",
+        "--prompt",
+        "a cat",
+        *small,
+    )
     assert (tmp_path / "flux-lora.png").read_bytes()[:4] == b"\x89PNG"
     assert [sorted(line) for line in metrics(tmp_path / "out")] == [["grad_norm", "loss", "lr", "step"]]
     assert (tmp_path / "out/pytorch_lora_weights.safetensors").stat().st_size > 10_000
 
 
 def imports(tree):
-    """Names of the imported modules, with those taken out of a package: mindtune, mindtune.data ..."""
+    """Names of the imported modules, with those taken out of a package: mindtune, mindtune.data.image_sample ..."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -97,7 +106,9 @@ def test_the_common_module_knows_no_script_and_no_command_line(module):
     scripts = {Path(script).stem for script in SCRIPTS} | {"flux_lora", "flux_controlnet", "examples"}
     flags = set() if module == "check_data" else {"argparse"}  # which is a command itself
     assert not {name.split(".")[0] for name in imports(tree)} & {*flags, *scripts}
-    assert attributes_of_args(tree) == set() and "args" not in {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    assert attributes_of_args(tree) == set() and "args" not in {
+        node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)
+    }
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -114,13 +125,17 @@ def test_a_script_imports_no_other_script(script):
     assert not {part for name in imports(source(script)) for part in name.split(".")} & others
 
 
-# ---- the repository ----------------------------------------------------------------------------------------------------------------
+# ---- the repository ------------------------------------------------------------------------------
 
 
 def tracked():
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     names = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-    return [name for name in names if name.endswith((".py", ".md", ".toml", ".txt", ".sh", ".yml", "Makefile", ".ci/run"))]
+    return [
+        name for name in names if name.endswith((".py", ".md", ".toml", ".txt", ".sh", ".yml", "Makefile", ".ci/run"))
+    ]
 
 
 def test_no_file_names_a_path_or_package_mirror_of_somebodys_machine():
@@ -129,6 +144,11 @@ def test_no_file_names_a_path_or_package_mirror_of_somebodys_machine():
     folders = [re.escape("/" + name + "/") for name in ("work", "root", "Users", "opt")] + [r"/home/\w"]
     mirrors = ["index" + "-url", "pypi" + r"\.", "pythonhosted" + r"\.", "tuna" + r"\.", "artifactory", "devpi"]
     pattern = re.compile("|".join([rf"(?<![\w.}}]){folder}" for folder in folders] + mirrors))
-    found = [f"{name}: {line.strip()}" for name in tracked() for line in (ROOT / name).read_text().splitlines() if pattern.search(line)]
+    found = [
+        f"{name}: {line.strip()}"
+        for name in tracked()
+        for line in (ROOT / name).read_text().splitlines()
+        if pattern.search(line)
+    ]
     found = [line for line in found if not line.startswith("tests/test_house.py")]
     assert found == []

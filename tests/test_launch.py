@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, load_script, metrics
 from msrun_job import free_port
 
-from mindtune.checkpoint import checkpoints, damage
+from mindtune.run.checkpoint import checkpoints, damage
 
 LAUNCH = {
     "flux_lora/train_dreambooth_lora_flux.py": "flux_lora/launch/train_devices.sh",
@@ -24,7 +24,14 @@ LAUNCH = {
 def environment(**more):
     """With the Python that runs the tests first on PATH, for msrun; later flags win over those that a launch script has."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **more}
+    return {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -47,10 +54,19 @@ def test_several_machines(script, tmp_path):
         "DATA": "some/data",
     }
     names.update(DEVICES="8", NODES="4", NODE_RANK="2", MASTER="10.0.0.1", OUT=str(tmp_path / "out"))
-    done = subprocess.run([ROOT / LAUNCH[script], "--seed", "7"], env={**os.environ, **names}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [ROOT / LAUNCH[script], "--seed", "7"], env={**os.environ, **names}, capture_output=True, text=True, check=True
+    )
     words = done.stdout.split("\n")[:-1]
     place = words.index(script)
-    wanted = ["--worker_num=32", "--local_worker_num=8", "--node_rank=2", "--master_addr=10.0.0.1", "--join=True", "--bind_core=True"]
+    wanted = [
+        "--worker_num=32",
+        "--local_worker_num=8",
+        "--node_rank=2",
+        "--master_addr=10.0.0.1",
+        "--join=True",
+        "--bind_core=True",
+    ]
     assert set(wanted) <= set(words[:place]) and f"--log_dir={tmp_path}/out/workers" in words[:place]
     args = load_script(script).parse_args(words[place + 1 :])
     assert args.distributed and args.seed == 7 and args.output_dir == str(tmp_path / "out")
@@ -59,7 +75,10 @@ def test_several_machines(script, tmp_path):
 
 def start(script, arguments, log, **names):
     return subprocess.Popen(
-        [ROOT / LAUNCH[script], *map(str, arguments)], env=environment(BIND="False", PORT=str(free_port()), **names), stdout=log, stderr=log
+        [ROOT / LAUNCH[script], *map(str, arguments)],
+        env=environment(BIND="False", PORT=str(free_port()), **names),
+        stdout=log,
+        stderr=log,
     )
 
 
@@ -76,7 +95,9 @@ def test_ctrl_c_makes_both_workers_save_and_end(flags, photos, tmp_path):
         job.send_signal(signal.SIGINT)
         assert job.wait(timeout=60) != 0
     (folder,) = checkpoints(out)
-    assert damage(folder) is None and f"saved {folder} after update {len(metrics(out))}" in (tmp_path / "log").read_text()
+    assert (
+        damage(folder) is None and f"saved {folder} after update {len(metrics(out))}" in (tmp_path / "log").read_text()
+    )
 
 
 def test_the_controlnets_with_one_worker_each(tmp_path):
@@ -84,7 +105,10 @@ def test_the_controlnets_with_one_worker_each(tmp_path):
     load_script("examples/tiny/shapes.py").make_folder(tmp_path / "pairs", 3, 64, seed=0, split="train")
     jobs = {}
     maker = load_script("examples/tiny/make_tiny_pipeline.py")
-    small = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    small = {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    }
     maker.make_flux(tmp_path / "flux", seed=0)
     maker.KINDS["sd15"](tmp_path / "sd15", unet={**small, "block_out_channels": [16, 32]})
     for script, kind in zip(list(LAUNCH)[1:], ("flux", "sd15")):
@@ -100,9 +124,18 @@ def test_the_controlnets_with_one_worker_each(tmp_path):
             "--resolution",
             64,
         ]
-        more += ["--report_to", "none", *(["--num_double_layers", 1, "--max_sequence_length", 16] if kind == "flux" else [])]
+        more += [
+            "--report_to",
+            "none",
+            *(["--num_double_layers", 1, "--max_sequence_length", 16] if kind == "flux" else []),
+        ]
         with open(tmp_path / kind / "log", "w") as log:
-            names = {"DEVICES": "1", "MODEL": str(tmp_path / kind), "DATA": str(tmp_path / "pairs"), "OUT": str(tmp_path / f"{kind}-out")}
+            names = {
+                "DEVICES": "1",
+                "MODEL": str(tmp_path / kind),
+                "DATA": str(tmp_path / "pairs"),
+                "OUT": str(tmp_path / f"{kind}-out"),
+            }
             jobs[kind] = start(script, more, log, **names)
     for kind, job in jobs.items():
         assert job.wait(timeout=180) == 0, (tmp_path / kind / "log").read_text()

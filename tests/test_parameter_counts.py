@@ -12,8 +12,8 @@ import pytest
 import transformers
 from mindspore.nn.utils import no_init_parameters
 
-from mindtune.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS, add_lora, lora_parameters
-from mindtune.precision import freeze_params
+from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS, add_lora, lora_parameters
+from mindtune.models.precision import freeze_params
 
 # black-forest-labs/FLUX.1-dev, transformer/config.json and text_encoder/config.json.
 TRANSFORMER = {

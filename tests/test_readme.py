@@ -28,14 +28,26 @@ def commands(name):
     text = re.sub(r" *\\\n *", " ", (ROOT / name).read_text())
     lines = (line.strip() for line in text.splitlines() if line.startswith("    "))
     first = r"(make|pip|python|huggingface-cli|[A-Z]+=\S+) "
-    return [re.sub(r" {2,}#.*", "", line) for line in lines if re.match(first, line) and "   " not in line.split("#")[0].strip()]
+    return [
+        re.sub(r" {2,}#.*", "", line)
+        for line in lines
+        if re.match(first, line) and "   " not in line.split("#")[0].strip()
+    ]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_flux, photos):
     """A directory that looks like a checkout, with FLUX.1-dev, photos and pairs."""
     place = tmp_path_factory.mktemp("checkout")
-    for name in ("flux_lora", "flux_controlnet", "examples", "mindtune", "Makefile", "requirements-ascend.txt", "setup.py"):
+    for name in (
+        "flux_lora",
+        "flux_controlnet",
+        "examples",
+        "mindtune",
+        "Makefile",
+        "requirements-ascend.txt",
+        "setup.py",
+    ):
         (place / name).symlink_to(ROOT / name)
     shutil.copytree(tiny_flux, place / "FLUX.1-dev")
     shutil.copytree(photos, place / "photos")
@@ -44,7 +56,11 @@ def place(tmp_path_factory, tiny_flux, photos):
 
 
 def run(line, place):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
     added = next((more for word, more in TABLE.items() if word in line), "")
     done = subprocess.run(f"{line} {added}", shell=True, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{line} {added}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -83,7 +99,9 @@ def test_what_pip_and_the_hub_are_asked_for():
     assert all(Requirement(line).specifier for line in lines if line)
     (download,) = (line for line in commands("README.md") if line.startswith("huggingface-cli "))
     words = shlex.split(download)
-    help_text = subprocess.run([Path(sys.executable).with_name(words[0]), words[1], "--help"], capture_output=True, text=True).stdout
+    help_text = subprocess.run(
+        [Path(sys.executable).with_name(words[0]), words[1], "--help"], capture_output=True, text=True
+    ).stdout
     assert "--local-dir" in help_text and words[-2] == "--local-dir"
 
 
@@ -103,7 +121,9 @@ def test_the_chinese_readme_has_the_same_commands_links_and_numbers():
     assert "(README_zh.md)" in english and "(README.md)" in chinese
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+@pytest.mark.parametrize(
+    "name", ["README.md", "README_zh.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+)
 def test_links_lead_somewhere(name):
     page = ROOT / name
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):

@@ -11,9 +11,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import checkpoint, configs, models, pipelines, precision, rng, sampling
+from mindtune import files, rng
 from mindtune.cli import UserError, matched, run
-from mindtune.encode import Stage
+from mindtune.data import conditions, grids
+from mindtune.encode.encoder_stage import Stage
+from mindtune.models import configs, execution, loading, pipelines, precision, sampling
 
 
 def parse_args(argv=None):
@@ -24,9 +26,19 @@ def parse_args(argv=None):
     add("--variant", help="Variant of the weight files, such as fp16. Default: none.")
     add("--cache_dir", help="Where hub downloads and encoded prompts are kept. Default: the hub's cache, and nowhere.")
     add("--controlnet", required=True, help="The directory of a ControlNet (config.json and weights), or a hub id.")
-    add("--controlnet_conditioning_scale", type=float, default=1.0, help="Strength of the ControlNet; 0: the base model alone.")
+    add(
+        "--controlnet_conditioning_scale",
+        type=float,
+        default=1.0,
+        help="Strength of the ControlNet; 0: the base model alone.",
+    )
     add("--prompt", nargs="+", required=True, help="What to draw, one or more prompts.")
-    add("--control_image", nargs="+", required=True, help="Condition pictures: one for all prompts, one each, or several for one prompt.")
+    add(
+        "--control_image",
+        nargs="+",
+        required=True,
+        help="Condition pictures: one for all prompts, one each, or several for one prompt.",
+    )
     add("--num_images_per_prompt", type=int, default=1, help="Pictures a pair, each from its own noise.")
     add("--resolution", type=int, default=512, help="Shorter side of the pictures, in pixels; divisible by 8.")
     add("--num_inference_steps", type=int, default=20, help="Steps of sampling.")
@@ -46,34 +58,38 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    # ---- check everything --------------------------------------------------
+    # ---- check everything ------------------------------------------------------------------------
     args = parse_args(argv)
     pairs = matched(args.prompt, args.control_image, "--prompt", "--control_image")
-    conditions = [sampling.condition_picture(path, "--control_image", args.resolution, 8) for _, path in pairs]
-    output, singles = sampling.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
-    checkpoint.require_writable("--cache_dir", args.cache_dir)
-    models.set_up_device(graph_mode=False)
+    conditions = [conditions.condition_image(path, "--control_image", args.resolution, 8) for _, path in pairs]
+    output, singles = grids.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
+    files.require_writable("--cache_dir", args.cache_dir)
+    execution.set_up_device(graph_mode=False)
     root = pipelines.resolve_pipeline(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SD_COMPONENTS
     )
-    models.check_files(root, pipelines.SD_COMPONENTS, args.variant)
-    folder = pipelines.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, configs.read_config(root, "unet"))
-    models.check_files(folder.parent, [folder.name])
+    loading.check_files(root, pipelines.SD_COMPONENTS, args.variant)
+    folder = pipelines.resolve_controlnet(
+        args.controlnet, "--controlnet", args.cache_dir, configs.read_config(root, "unet")
+    )
+    loading.check_files(folder.parent, [folder.name])
 
-    # ---- encode the prompts, in a process that gives its memory back ----------
+    # ---- encode the prompts, in a process that gives its memory back -----------------------------
     kind = precision.resolve_precision(args.mixed_precision)
     with tempfile.TemporaryDirectory() as nowhere:
-        stage = Stage(root, args.variant, args.mixed_precision, Path(args.cache_dir or nowhere, "mindtune"), 77, kind="sd")
+        stage = Stage(
+            root, args.variant, args.mixed_precision, Path(args.cache_dir or nowhere, "mindtune"), 77, kind="sd"
+        )
         stage.prepare([*args.prompt, ""], [])
         texts, empty = {prompt: stage.text(prompt) for prompt in args.prompt}, stage.unconditional()
 
-    # ---- load ----------------------------------------------------------------
-    unet = models.load_model(root, "unet", kind, args.variant)
-    controlnet = models.load_model(folder.parent, folder.name, kind)
+    # ---- load ------------------------------------------------------------------------------------
+    unet = loading.load_model(root, "unet", kind, args.variant)
+    controlnet = loading.load_model(folder.parent, folder.name, kind)
     vae, scheduler = stage.load_vae(), configs.read_config(root, "scheduler")
     vae_compute = precision.resolve_precision(stage.vae_precision).compute
 
-    # ---- draw ----------------------------------------------------------------
+    # ---- draw ------------------------------------------------------------------------------------
     def draw(text, pixels, number):
         noise = rng.normal(args.seed, "validation", number, shape=sampling.latent_shape(vae, pixels))
         drawn = sampling.sample_unet_latents(
@@ -83,16 +99,16 @@ def main(argv=None):
         return sampling.decode_latents(vae, drawn, vae_compute)[0]
 
     rows = []
-    with sampling.eager():
+    with execution.pynative():
         for (prompt, _), condition in zip(pairs, conditions):
-            pixels = sampling.condition_pixels(condition)
+            pixels = conditions.condition_pixels(condition)
             rows.append([draw(texts[prompt], pixels, number) for number in range(args.num_images_per_prompt)])
 
-    # ---- save ----------------------------------------------------------------
+    # ---- save ------------------------------------------------------------------------------------
     for path, image in zip(singles, (image for row in rows for image in row)):
-        print(sampling.save_image(image, path))
+        print(grids.save_image(image, path))
     grid = [[condition, *row] for condition, row in zip(conditions, rows)]
-    print(sampling.save_image(sampling.image_grid(grid, [p for p, _ in pairs]) if singles else rows[0][0], output))
+    print(grids.save_image(grids.image_grid(grid, [p for p, _ in pairs]) if singles else rows[0][0], output))
     return 0
 
 

@@ -11,23 +11,42 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mindtune import checkpoint, configs, models, pipelines, precision, rng, sampling
+from mindtune import files, rng
 from mindtune.cli import UserError, matched, run
-from mindtune.encode import Stage
+from mindtune.data import conditions, grids
+from mindtune.encode.encoder_stage import Stage
+from mindtune.models import configs, execution, loading, pipelines, precision, sampling
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Directory of a Stable Diffusion XL pipeline, or a hub id.")
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="Directory of a Stable Diffusion XL pipeline, or a hub id.",
+    )
     add("--revision", help="Branch, tag or commit on the hub. Default: main.")
     add("--variant", help="Variant of the weight files, such as fp16. Default: none.")
-    add("--pretrained_vae_model_name_or_path", help="Directory of another VAE, or a hub id. Default: the pipeline's, in fp32.")
+    add(
+        "--pretrained_vae_model_name_or_path",
+        help="Directory of another VAE, or a hub id. Default: the pipeline's, in fp32.",
+    )
     add("--cache_dir", help="Where hub downloads and encoded prompts are kept. Default: the hub's cache, and nowhere.")
     add("--controlnet", required=True, help="The directory of a ControlNet (config.json and weights), or a hub id.")
-    add("--controlnet_conditioning_scale", type=float, default=1.0, help="Strength of the ControlNet; 0: the base model alone.")
+    add(
+        "--controlnet_conditioning_scale",
+        type=float,
+        default=1.0,
+        help="Strength of the ControlNet; 0: the base model alone.",
+    )
     add("--prompt", nargs="+", required=True, help="What to draw, one or more prompts.")
-    add("--control_image", nargs="+", required=True, help="Condition pictures: one for all prompts, one each, or several for one prompt.")
+    add(
+        "--control_image",
+        nargs="+",
+        required=True,
+        help="Condition pictures: one for all prompts, one each, or several for one prompt.",
+    )
     add("--num_images_per_prompt", type=int, default=1, help="Pictures a pair, each from its own noise.")
     add("--resolution", type=int, default=1024, help="Shorter side of the pictures, in pixels; divisible by 8.")
     add("--num_inference_steps", type=int, default=20, help="Steps of sampling.")
@@ -47,41 +66,52 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    # ---- check everything --------------------------------------------------
+    # ---- check everything ------------------------------------------------------------------------
     args = parse_args(argv)
     pairs = matched(args.prompt, args.control_image, "--prompt", "--control_image")
-    conditions = [sampling.condition_picture(path, "--control_image", args.resolution, 8) for _, path in pairs]
-    output, singles = sampling.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
-    checkpoint.require_writable("--cache_dir", args.cache_dir)
-    models.set_up_device(graph_mode=False)
+    conditions = [conditions.condition_image(path, "--control_image", args.resolution, 8) for _, path in pairs]
+    output, singles = grids.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
+    files.require_writable("--cache_dir", args.cache_dir)
+    execution.set_up_device(graph_mode=False)
     root = pipelines.resolve_pipeline(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SDXL_COMPONENTS
     )
-    models.check_files(root, pipelines.SDXL_COMPONENTS, args.variant)
+    loading.check_files(root, pipelines.SDXL_COMPONENTS, args.variant)
     vae_folder = None
     if args.pretrained_vae_model_name_or_path:
         flag = "--pretrained_vae_model_name_or_path"
         vae_folder = pipelines.resolve_vae(args.pretrained_vae_model_name_or_path, flag, args.cache_dir, root, "unet")
-        models.check_files(vae_folder.parent, [vae_folder.name])
-    folder = pipelines.resolve_controlnet(args.controlnet, "--controlnet", args.cache_dir, configs.read_config(root, "unet"))
-    models.check_files(folder.parent, [folder.name])
+        loading.check_files(vae_folder.parent, [vae_folder.name])
+    folder = pipelines.resolve_controlnet(
+        args.controlnet, "--controlnet", args.cache_dir, configs.read_config(root, "unet")
+    )
+    loading.check_files(folder.parent, [folder.name])
 
-    # ---- encode the prompts, in a process that gives its memory back ----------
+    # ---- encode the prompts, in a process that gives its memory back -----------------------------
     kind = precision.resolve_precision(args.mixed_precision)
     with tempfile.TemporaryDirectory() as nowhere:
         vae_precision = "no" if pipelines.vae_overflows(vae_folder, args.mixed_precision) else args.mixed_precision
         cache = Path(args.cache_dir or nowhere, "mindtune")
-        stage = Stage(root, args.variant, args.mixed_precision, cache, 77, kind="sdxl", vae=vae_folder, vae_precision=vae_precision)
+        stage = Stage(
+            root,
+            args.variant,
+            args.mixed_precision,
+            cache,
+            77,
+            kind="sdxl",
+            vae=vae_folder,
+            vae_precision=vae_precision,
+        )
         stage.prepare([*args.prompt, ""], [])
         texts, empty = {prompt: stage.text(prompt) for prompt in args.prompt}, stage.unconditional()
 
-    # ---- load ----------------------------------------------------------------
-    unet = models.load_model(root, "unet", kind, args.variant)
-    controlnet = models.load_model(folder.parent, folder.name, kind)
+    # ---- load ------------------------------------------------------------------------------------
+    unet = loading.load_model(root, "unet", kind, args.variant)
+    controlnet = loading.load_model(folder.parent, folder.name, kind)
     vae, scheduler = stage.load_vae(), configs.read_config(root, "scheduler")
     vae_compute = precision.resolve_precision(stage.vae_precision).compute
 
-    # ---- draw ----------------------------------------------------------------
+    # ---- draw ------------------------------------------------------------------------------------
     def draw(text, pixels, number):
         noise = rng.normal(args.seed, "validation", number, shape=sampling.latent_shape(vae, pixels))
         drawn = sampling.sample_unet_latents(
@@ -91,16 +121,16 @@ def main(argv=None):
         return sampling.decode_latents(vae, drawn, vae_compute)[0]
 
     rows = []
-    with sampling.eager():
+    with execution.pynative():
         for (prompt, _), condition in zip(pairs, conditions):
-            pixels = sampling.condition_pixels(condition)
+            pixels = conditions.condition_pixels(condition)
             rows.append([draw(texts[prompt], pixels, number) for number in range(args.num_images_per_prompt)])
 
-    # ---- save ----------------------------------------------------------------
+    # ---- save ------------------------------------------------------------------------------------
     for path, image in zip(singles, (image for row in rows for image in row)):
-        print(sampling.save_image(image, path))
+        print(grids.save_image(image, path))
     grid = [[condition, *row] for condition, row in zip(conditions, rows)]
-    print(sampling.save_image(sampling.image_grid(grid, [p for p, _ in pairs]) if singles else rows[0][0], output))
+    print(grids.save_image(grids.image_grid(grid, [p for p, _ in pairs]) if singles else rows[0][0], output))
     return 0
 
 

@@ -24,36 +24,20 @@ import mindspore as ms
 import numpy as np
 from tqdm import tqdm
 
-from mindtune import (
-    advice,
-    buckets,
-    checkpoint,
-    configs,
-    data,
-    devices,
-    diffusion,
-    flow,
-    hub,
-    library,
-    models,
-    optim,
-    pairs,
-    pipelines,
-    plan,
-    precision,
-    report,
-    rng,
-    sampling,
-    tracking,
-    zero,
-)
-from mindtune.cache import encoder_fingerprint
+from mindtune import diffusion, files, flow, plan, rng
 from mindtune.cli import StopRequest, UserError, check_flags, matched, run, tell
-from mindtune.encode import PairCaptions, PairImages, Stage
-from mindtune.held_out import HELD_OUT_INDICES, held_out_loss
-from mindtune.weights import weight_files
+from mindtune.data import buckets, conditions, crops, grids, pair_checks, pair_data, pair_stream, pairs
+from mindtune.data.pair_data import PairCaptions, PairImages
+from mindtune.distributed import ranks
+from mindtune.encode.cache import encoder_fingerprint
+from mindtune.encode.encoder_stage import Stage
+from mindtune.models import configs, controlnets, execution, library, loading, pipelines, precision, sampling
+from mindtune.models.weights import weight_files
+from mindtune.optim import advice, averaging, optimizers, schedules, zero1
+from mindtune.run import checkpoint, hub, report, tracking
+from mindtune.run.evaluation import HELD_OUT_INDICES, held_out_loss
 
-# ---- flags -------------------------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
 # CUDA and PyTorch switches that a diffusers command may carry, and what this backend does anyway.
 ACCEPTED = {
@@ -69,48 +53,119 @@ def parse_args(argv=None):
     add = parser.add_argument
 
     # Model
-    add("--pretrained_model_name_or_path", required=True, help="Directory of a Stable Diffusion XL pipeline, or a hub id.")
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="Directory of a Stable Diffusion XL pipeline, or a hub id.",
+    )
     add("--controlnet_model_name_or_path", help="A ControlNet to go on from. Default: a copy of the UNet's first half.")
     add("--tokenizer_name", help="Directory of another first tokenizer, or a hub id. Default: the pipeline's.")
-    add("--pretrained_vae_model_name_or_path", help="Directory of another VAE, or a hub id. Default: the pipeline's, in fp32.")
+    add(
+        "--pretrained_vae_model_name_or_path",
+        help="Directory of another VAE, or a hub id. Default: the pipeline's, in fp32.",
+    )
     add("--revision", help="Branch, tag or commit on the hub. Default: main.")
     add("--variant", help="Variant of the weight files, such as fp16. Default: none.")
-    add("--cache_dir", help="Where hub downloads and encoder outputs are kept. Default: the hub's cache, and <output_dir>/cache.")
-    add("--mindspore_mode", type=int, choices=[0, 1], default=0, help="0 compiles the step to a graph, 1 runs it in PyNative.")
+    add(
+        "--cache_dir",
+        help="Where hub downloads and encoder outputs are kept. Default: the hub's cache, and <output_dir>/cache.",
+    )
+    add(
+        "--mindspore_mode",
+        type=int,
+        choices=[0, 1],
+        default=0,
+        help="0 compiles the step to a graph, 1 runs it in PyNative.",
+    )
     # Data
     add("--dataset_name", help="A data set for the datasets library: a hub id or a local directory (also .tar shards).")
     add("--dataset_config_name", help="Configuration of that data set. Default: its only one.")
-    add("--train_data_dir", help="Instead: a directory with images and metadata.jsonl or .csv, parquet or arrow files, or .tar shards.")
-    add("--jsonl_for_train", help="Instead: a .jsonl file of lines with the paths of image and conditioning_image, and text.")
+    add(
+        "--train_data_dir",
+        help="Instead: a directory with images and metadata.jsonl or .csv, parquet or arrow files, or .tar shards.",
+    )
+    add(
+        "--jsonl_for_train",
+        help="Instead: a .jsonl file of lines with the paths of image and conditioning_image, and text.",
+    )
     add("--image_column", help="Column of target pictures. Default: image, or the first image column.")
-    add("--conditioning_image_column", help="Column of condition pictures. Default: the one that begins with condition.")
+    add(
+        "--conditioning_image_column", help="Column of condition pictures. Default: the one that begins with condition."
+    )
     add("--caption_column", help="Column of captions. Default: text, caption or prompt.")
     add("--streaming", action="store_true", help="Read the data in passing, never all of it; needs --max_train_steps.")
     add("--shuffle_buffer_size", type=int, default=1000, help="Samples that --streaming shuffles among.")
     add("--max_train_samples", type=int, help="Use the first so many pairs. Default: all.")
-    add("--proportion_empty_prompts", type=float, default=0.0, help="Share of uses with an empty caption, drawn afresh.")
+    add(
+        "--proportion_empty_prompts", type=float, default=0.0, help="Share of uses with an empty caption, drawn afresh."
+    )
     add("--skip_bad_images", action="store_true", help="Go on without unusable pairs, listing them.")
-    add("--validation_split", type=float, default=0.0, help="Share of the pairs kept out of training to measure their loss; 0: none.")
+    add(
+        "--validation_split",
+        type=float,
+        default=0.0,
+        help="Share of the pairs kept out of training to measure their loss; 0: none.",
+    )
     add("--resolution", type=int, default=512, help="Side of the square that is trained on, in pixels; divisible by 8.")
-    add("--aspect_ratio_buckets", help='Instead: heights and widths to choose from for every pair, "672,1568;1024,1024".')
-    add("--crops_coords_top_left_h", type=int, default=0, help="Top edge of the crop that the model is told, in pixels.")
-    add("--crops_coords_top_left_w", type=int, default=0, help="Left edge of the crop that the model is told, in pixels.")
+    add(
+        "--aspect_ratio_buckets",
+        help='Instead: heights and widths to choose from for every pair, "672,1568;1024,1024".',
+    )
+    add(
+        "--crops_coords_top_left_h", type=int, default=0, help="Top edge of the crop that the model is told, in pixels."
+    )
+    add(
+        "--crops_coords_top_left_w",
+        type=int,
+        default=0,
+        help="Left edge of the crop that the model is told, in pixels.",
+    )
     add("--center_crop", action="store_true", help="Crop centrally. Default: a fresh random crop for every use.")
-    add("--random_flip", action="store_true", help="Mirror half of the uses, drawn afresh, picture and condition together.")
-    add("--image_interpolation_mode", choices=sorted(data.INTERPOLATIONS), default="lanczos", help="Filter for resizing.")
+    add(
+        "--random_flip",
+        action="store_true",
+        help="Mirror half of the uses, drawn afresh, picture and condition together.",
+    )
+    add(
+        "--image_interpolation_mode",
+        choices=sorted(crops.INTERPOLATIONS),
+        default="lanczos",
+        help="Filter for resizing.",
+    )
     add("--cache_latents", action="store_true", help="Encode pictures once, centre-cropped, one entry a flip.")
     add("--dataloader_num_workers", type=int, default=1, help="Threads that make batches ahead of the step; 0: none.")
     # Step
-    add("--snr_gamma", type=float, help="Weight timesteps by Min-SNR with this gamma; 5.0 is usual. Default: all alike.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of frozen weights and of computation.")
-    add("--gradient_checkpointing", action="store_true", help="Recompute all blocks in the backward pass to save memory.")
+    add(
+        "--snr_gamma", type=float, help="Weight timesteps by Min-SNR with this gamma; 5.0 is usual. Default: all alike."
+    )
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        default="no",
+        help="Type of frozen weights and of computation.",
+    )
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="Recompute all blocks in the backward pass to save memory.",
+    )
     add("--train_batch_size", type=int, default=4, help="Pairs a step and worker.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Steps an update.")
     add("--num_train_epochs", type=int, default=1, help="Passes over the pairs.")
     add("--max_train_steps", type=int, help="Updates in all; overrides the epochs.")
     add("--seed", type=int, help="Seed of everything random. Default: drawn, and written to run.json.")
-    add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=0, help="1: share the optimizer's state out over the workers.")
-    add("--distributed", action="store_true", help="Train on several devices at once, as one of the workers that msrun starts.")
+    add(
+        "--zero_stage",
+        type=int,
+        choices=[0, 1, 2, 3],
+        default=0,
+        help="1: share the optimizer's state out over the workers.",
+    )
+    add(
+        "--distributed",
+        action="store_true",
+        help="Train on several devices at once, as one of the workers that msrun starts.",
+    )
     # Optimizer
     add(
         "--optimizer",
@@ -119,13 +174,25 @@ def parse_args(argv=None):
         default="adamw",
         help="AdamW has bias correction, AdamWeightDecay is MindSpore's without; adafactor reads no --adam_ flag but the decay.",
     )
-    add("--use_8bit_adam", action="store_true", help="AdamW with moments in 8 bits: 2 bytes of state a parameter instead of 8.")
-    add("--offload_optimizer", action="store_true", help="AdamW's moments in the host's memory, updated there; graph mode only.")
+    add(
+        "--use_8bit_adam",
+        action="store_true",
+        help="AdamW with moments in 8 bits: 2 bytes of state a parameter instead of 8.",
+    )
+    add(
+        "--offload_optimizer",
+        action="store_true",
+        help="AdamW's moments in the host's memory, updated there; graph mode only.",
+    )
     add("--learning_rate", type=float, default=5e-6, help="Base rate; for prodigy about 1.")
     add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation and workers.")
-    add("--lr_scheduler", choices=optim.SCHEDULES, default="constant", help="Course of the rate.")
+    add("--lr_scheduler", choices=schedules.SCHEDULES, default="constant", help="Course of the rate.")
     add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
-    add("--lr_schedule_steps", type=int, help="Updates over which the schedule runs, warm-up included. Default: those of the run.")
+    add(
+        "--lr_schedule_steps",
+        type=int,
+        help="Updates over which the schedule runs, warm-up included. Default: those of the run.",
+    )
     add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
     add("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
@@ -133,7 +200,11 @@ def parse_args(argv=None):
     add("--adam_epsilon", type=float, default=1e-8, help="Added to the root of the second moment.")
     add("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
     add("--max_grad_norm", type=float, default=1.0, help="Clip the gradients' norm; 0: no clipping.")
-    add("--use_ema", action="store_true", help="Keep a moving average of the ControlNet; it is what is drawn with and saved at the end.")
+    add(
+        "--use_ema",
+        action="store_true",
+        help="Keep a moving average of the ControlNet; it is what is drawn with and saved at the end.",
+    )
     add("--ema_decay", type=float, default=0.9999, help="Highest decay of that average.")
     # Output
     add("--output_dir", default="controlnet-model", help="Directory for everything that the run leaves.")
@@ -141,7 +212,12 @@ def parse_args(argv=None):
     add("--checkpointing_steps", type=int, default=500, help="Updates between checkpoints.")
     add("--checkpoints_total_limit", type=int, help="Keep the newest so many. Default: all.")
     add("--resume_from_checkpoint", help="latest, a checkpoint's name in the output directory, or its path.")
-    add("--save_weight_dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="Type of the final ControlNet's weights.")
+    add(
+        "--save_weight_dtype",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        help="Type of the final ControlNet's weights.",
+    )
     add("--upcast_before_saving", action="store_true", help="The same as --save_weight_dtype fp32.")
     add("--logging_dir", default="logs", help="TensorBoard's directory, inside the output directory.")
     add(
@@ -151,17 +227,32 @@ def parse_args(argv=None):
         help="Where curves go, besides metrics.jsonl; all: those that are installed and logged in.",
     )
     add("--validation_prompt", nargs="+", default=[], help="Prompts to draw while training and at the end.")
-    add("--validation_image", nargs="+", default=[], help="Their condition pictures: one for all, one each, or several for one prompt.")
+    add(
+        "--validation_image",
+        nargs="+",
+        default=[],
+        help="Their condition pictures: one for all, one each, or several for one prompt.",
+    )
     add("--num_validation_images", type=int, default=4, help="Pictures a pair of prompt and condition.")
     add("--num_inference_steps", type=int, default=20, help="Steps of sampling.")
-    add("--guidance_scale", type=float, default=5.0, help="Strength of the prompt when drawing (classifier-free guidance); 1: none.")
+    add(
+        "--guidance_scale",
+        type=float,
+        default=5.0,
+        help="Strength of the prompt when drawing (classifier-free guidance); 1: none.",
+    )
     add("--controlnet_conditioning_scale", type=float, default=1.0, help="Strength of the ControlNet when drawing.")
     add("--validation_steps", type=int, default=100, help="Updates between validations.")
     add("--push_to_hub", action="store_true", help="Upload the ControlNet with a model card when the run is done.")
     add("--hub_token", help="Token with write access; written nowhere. Default: HF_TOKEN, or that of the last login.")
     add("--hub_model_id", help="Repository to upload to. Default: the output directory's name, in your account.")
     add("--dry_run", action="store_true", help="Print the memory plan and end; reads configs only, writes nothing.")
-    add("--device_memory_gb", type=float, default=64, help="Memory of the device that the plan shall fit, such as 64 or 32 on Ascend.")
+    add(
+        "--device_memory_gb",
+        type=float,
+        default=64,
+        help="Memory of the device that the plan shall fit, such as 64 or 32 on Ascend.",
+    )
     # Reference flags of other versions or backends
     for name, why in ACCEPTED.items():
         add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
@@ -174,15 +265,26 @@ def parse_args(argv=None):
 def check_args(args):
     """Refuses what cannot work, before anything is read or written. Raises UserError."""
     at_least = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
-    at_least.update(num_train_epochs=1, checkpointing_steps=1, validation_steps=1, num_validation_images=1, num_inference_steps=1)
     at_least.update(
-        max_train_steps=1, lr_schedule_steps=1, checkpoints_total_limit=1, max_train_samples=1, device_memory_gb=1, shuffle_buffer_size=1
+        num_train_epochs=1, checkpointing_steps=1, validation_steps=1, num_validation_images=1, num_inference_steps=1
     )
-    at_least.update(learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0)
-    at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0, crops_coords_top_left_h=0, crops_coords_top_left_w=0)
+    at_least.update(
+        max_train_steps=1,
+        lr_schedule_steps=1,
+        checkpoints_total_limit=1,
+        max_train_samples=1,
+        device_memory_gb=1,
+        shuffle_buffer_size=1,
+    )
+    at_least.update(
+        learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0
+    )
+    at_least.update(
+        proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0, crops_coords_top_left_h=0, crops_coords_top_left_w=0
+    )
     check_flags(vars(args), ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
-    optim.check_state_flags(args.optimizer, args.use_8bit_adam, args.offload_optimizer, args.mindspore_mode == 0)
-    zero.check_flags(args.zero_stage, args.distributed, args.optimizer)
+    optimizers.check_state_flags(args.optimizer, args.use_8bit_adam, args.offload_optimizer, args.mindspore_mode == 0)
+    zero1.check_flags(args.zero_stage, args.distributed, args.optimizer)
 
     pairs.check_source_flags(vars(args))
     if args.resolution % 8 or args.resolution < 64:
@@ -194,7 +296,7 @@ def check_args(args):
         raise UserError(f"--snr_gamma {args.snr_gamma}: must be above 0; 5.0 is usual.")
 
 
-# ---- data --------------------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def load_data(args, seed):
@@ -205,10 +307,10 @@ def load_data(args, seed):
     )  # fmt: skip
     sizes = buckets.crop_sizes(args.aspect_ratio_buckets, args.resolution)
     if args.streaming:
-        count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
-        stream = pairs.PairStream(source, seed, args.shuffle_buffer_size, count)
-        return pairs.PairData(stream, [], sizes, seed, args.train_batch_size)
-    return pairs.load_data(
+        count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size()
+        stream = pair_stream.PairStream(source, seed, args.shuffle_buffer_size, count)
+        return pair_data.PairData(stream, [], sizes, seed, args.train_batch_size)
+    return pair_data.load_data(
         source, sizes, seed, args.train_batch_size, args.max_train_samples, args.validation_split, args.skip_bad_images,
         args.dataloader_num_workers,
     )  # fmt: skip
@@ -251,7 +353,13 @@ class Batches:
         shape = self._latent_shape(size)
         posterior = rng.normal(self.seed, "held-out posterior", sample_id, shape=shape)
         noise = rng.normal(self.seed, "held-out noise", sample_id, timestep, shape=shape)
-        row = *self._images(pair, size, None, False), posterior, noise, np.int32(timestep), *self._text(pair.caption, size)
+        row = (
+            *self._images(pair, size, None, False),
+            posterior,
+            noise,
+            np.int32(timestep),
+            *self._text(pair.caption, size),
+        )
         return tuple(np.stack([column]) for column in row)
 
     def _latent_shape(self, size):
@@ -261,10 +369,10 @@ class Batches:
     def _images(self, pair, size, place, flip):
         """Target and condition, cropped by one box and mirrored together."""
         if self.args.streaming and not self.args.cache_latents:  # else the encode stage has looked at every pair
-            pairs.require_usable(pair, self.args.resolution)
+            pair_checks.require_usable(pair, self.args.resolution)
 
         def pixels(sample):
-            return data.pixel_values(sample.open(), size, self.args.image_interpolation_mode, place, flip)
+            return crops.pixel_values(sample.open(), size, self.args.image_interpolation_mode, place, flip)
 
         image = self.stage.moments(pair.image, size, flip) if self.args.cache_latents else pixels(pair.image)
         return image, (pixels(pair.condition) + 1.0) / 2.0
@@ -275,7 +383,7 @@ class Batches:
         return text["prompt_embeds"], text["pooled_prompt_embeds"], np.array([*size, *crop, *size], np.float32)
 
 
-# ---- the step ----------------------------------------------------------------------------------------------------------------------
+# ---- the step ------------------------------------------------------------------------------------
 
 
 class TrainStepForControlNetSDXL(library.TrainStep):
@@ -320,13 +428,17 @@ class TrainStepForControlNetSDXL(library.TrainStep):
             images = self.vae.encode(images.to(self.vae_dtype))[0]
         return (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
 
-    def predict(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids):
+    def predict(
+        self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids
+    ):
         """Prediction and target [B, C, h, w], and weights [B, 1, 1, 1]."""
         latents, alphas = self.latents(images, posterior_noise), flow.get_sigmas(self.alphas, timesteps)
         noisy = diffusion.add_noise(latents, noise, alphas).to(self.compute_dtype)
         text = prompt_embeds.to(self.compute_dtype)
         added = {"text_embeds": pooled_prompt_embeds.to(self.compute_dtype), "time_ids": time_ids}
-        down, mid = self.controlnet(noisy, timesteps, text, conditions.to(self.compute_dtype), added_cond_kwargs=added, return_dict=False)
+        down, mid = self.controlnet(
+            noisy, timesteps, text, conditions.to(self.compute_dtype), added_cond_kwargs=added, return_dict=False
+        )
         prediction = self.unet(
             noisy,
             timesteps,
@@ -339,7 +451,9 @@ class TrainStepForControlNetSDXL(library.TrainStep):
         target = diffusion.target(latents, noise, alphas, self.prediction_type)
         return prediction, target, flow.get_sigmas(self.weights, timesteps)
 
-    def forward(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids):
+    def forward(
+        self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids
+    ):
         prediction, target, weights = self.predict(
             images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids
         )
@@ -347,14 +461,21 @@ class TrainStepForControlNetSDXL(library.TrainStep):
         return self.scale_loss(loss), loss
 
 
-# ---- looking ------------------------------------------------------------------------------------------------------------------------
+# ---- looking -------------------------------------------------------------------------------------
 
 
 class Painter:
     """Draws the validation rows with the ControlNet at hand; loads only the prompts' cached embeddings, and the VAE for a while."""
 
     def __init__(self, args, scheduler, stage, kind, seed, rows, vae, unet, controlnet):
-        self.args, self.scheduler, self.stage, self.kind, self.seed, self.rows = args, scheduler, stage, kind, seed, rows
+        self.args, self.scheduler, self.stage, self.kind, self.seed, self.rows = (
+            args,
+            scheduler,
+            stage,
+            kind,
+            seed,
+            rows,
+        )
         self.vae, self.borrows, self.unet, self.controlnet = vae, vae is None, unet, controlnet
         self.empty = stage.unconditional() if rows else None
 
@@ -362,15 +483,15 @@ class Painter:
         """A row of the condition and --num_validation_images pictures for every pair, always from the same noise."""
         if self.borrows:
             self.vae = self.stage.load_vae()
-        with sampling.resting(self.controlnet):
+        with execution.eval_mode(self.controlnet):
             drawn = [[condition, *self._images(prompt, condition)] for prompt, condition in self.rows]
         if self.borrows:
             self.vae = None
-            sampling.give_back()
+            execution.free_memory()
         return drawn
 
     def _images(self, prompt, condition):
-        args, pixels = self.args, sampling.condition_pixels(condition)
+        args, pixels = self.args, conditions.condition_pixels(condition)
         shape = sampling.latent_shape(self.vae, pixels)
         for number in range(args.num_validation_images):
             drawn = sampling.sample_unet_latents(
@@ -378,10 +499,12 @@ class Painter:
                 rng.normal(self.seed, "validation", number, shape=shape), args.num_inference_steps, args.guidance_scale, self.kind.compute,
                 (self.controlnet, pixels, args.controlnet_conditioning_scale),
             )  # fmt: skip
-            yield sampling.decode_latents(self.vae, drawn, precision.resolve_precision(self.stage.vae_precision).compute)[0]
+            yield sampling.decode_latents(
+                self.vae, drawn, precision.resolve_precision(self.stage.vae_precision).compute
+            )[0]
 
 
-# ---- the job -----------------------------------------------------------------------------------------------------------------------
+# ---- the job -------------------------------------------------------------------------------------
 
 
 # Flags that may change from one start of a run to the next without changing what is trained.
@@ -400,7 +523,15 @@ CONTROLNET_FLAG = "--controlnet_model_name_or_path"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
 FOLDER = "controlnet"  # in a checkpoint, as the reference lays it out
 FINAL = "diffusion_pytorch_model.safetensors"
-OUR_FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png", "config.json", FINAL)
+OUR_FILES = (
+    "run.json",
+    report.REPORT_FILE,
+    "metrics.jsonl",
+    "loss_by_timestep.csv",
+    "loss_by_timestep.png",
+    "config.json",
+    FINAL,
+)
 
 
 def main(argv=None):
@@ -408,59 +539,82 @@ def main(argv=None):
     started = time.time()
     if args.dry_run:
         root = pipelines.resolve_pipeline(
-            args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SDXL_COMPONENTS, weights=False
+            args.pretrained_model_name_or_path,
+            args.revision,
+            args.variant,
+            args.cache_dir,
+            pipelines.SDXL_COMPONENTS,
+            weights=False,
         )
-        models.check_files(root, models.with_weights(root, pipelines.SDXL_COMPONENTS, args.variant), args.variant)
+        loading.check_files(root, loading.with_weights(root, pipelines.SDXL_COMPONENTS, args.variant), args.variant)
         if args.pretrained_vae_model_name_or_path:
-            pipelines.resolve_vae(args.pretrained_vae_model_name_or_path, VAE_FLAG, args.cache_dir, root, "unet", weights=False)
+            pipelines.resolve_vae(
+                args.pretrained_vae_model_name_or_path, VAE_FLAG, args.cache_dir, root, "unet", weights=False
+            )
         existing = args.controlnet_model_name_or_path and pipelines.resolve_controlnet(
-            args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, configs.read_config(root, "unet"), weights=False
+            args.controlnet_model_name_or_path,
+            CONTROLNET_FLAG,
+            args.cache_dir,
+            configs.read_config(root, "unet"),
+            weights=False,
         )
         print(plan.describe("controlnet_sdxl", root, vars(args), args.device_memory_gb, existing))
         return 0
 
-    # ---- check everything --------------------------------------------------
+    # ---- check everything ------------------------------------------------------------------------
     services = tracking.services(args.report_to)
-    models.set_up_device(graph_mode=args.mindspore_mode == 0)
-    devices.set_up(args.distributed)
+    execution.set_up_device(graph_mode=args.mindspore_mode == 0)
+    ranks.set_up(args.distributed)
     output_dir, resume = checkpoint.open_output_dir(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, FINAL
     )
-    devices.same(str(resume), "--output_dir: the checkpoint to go on from")
+    ranks.require_same(str(resume), "--output_dir: the checkpoint to go on from")
     state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
-    checkpoint.require_writable("--cache_dir", args.cache_dir)
+    files.require_writable("--cache_dir", args.cache_dir)
     token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
-    repo_id = devices.first(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
+    repo_id = ranks.on_main_process(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
     root = pipelines.resolve_pipeline(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SDXL_COMPONENTS
     )
-    models.check_files(root, pipelines.SDXL_COMPONENTS, args.variant)
+    loading.check_files(root, pipelines.SDXL_COMPONENTS, args.variant)
     unet_config, scheduler_config = configs.read_config(root, "unet"), configs.read_config(root, "scheduler")
     alphas, prediction_type = diffusion.alphas_cumprod(scheduler_config), diffusion.prediction_type(scheduler_config)
-    tokenizer = pipelines.resolve_tokenizer(args.tokenizer_name, "--tokenizer_name", args.cache_dir) if args.tokenizer_name else None
+    tokenizer = (
+        pipelines.resolve_tokenizer(args.tokenizer_name, "--tokenizer_name", args.cache_dir)
+        if args.tokenizer_name
+        else None
+    )
     vae_folder = None
     if args.pretrained_vae_model_name_or_path:
-        vae_folder = pipelines.resolve_vae(args.pretrained_vae_model_name_or_path, VAE_FLAG, args.cache_dir, root, "unet")
-        models.check_files(vae_folder.parent, [vae_folder.name])
+        vae_folder = pipelines.resolve_vae(
+            args.pretrained_vae_model_name_or_path, VAE_FLAG, args.cache_dir, root, "unet"
+        )
+        loading.check_files(vae_folder.parent, [vae_folder.name])
     existing = None
     if args.controlnet_model_name_or_path:
-        existing = pipelines.resolve_controlnet(args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, unet_config)
-        models.check_files(existing.parent, [existing.name])
+        existing = pipelines.resolve_controlnet(
+            args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, unet_config
+        )
+        loading.check_files(existing.parent, [existing.name])
     to_draw = matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
     for path in args.validation_image:
-        sampling.require_condition(path, "--validation_image")  # before the data are looked at, which takes longer
+        conditions.require_condition(path, "--validation_image")  # before the data are looked at, which takes longer
     seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
-    seed = devices.gather(seed)[0]
+    seed = ranks.all_gather(seed)[0]
     pair_data = load_data(args, seed)
     rows = [
-        (prompt, sampling.condition_picture(path, "--validation_image", args.resolution, 8, pair_data.background))
+        (prompt, conditions.condition_image(path, "--validation_image", args.resolution, 8, pair_data.background))
         for prompt, path in to_draw
     ]
-    per_update = args.train_batch_size * args.gradient_accumulation_steps * devices.workers()
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * pair_data.epoch_length / per_update)
     schedule_steps = args.lr_schedule_steps or max_train_steps
     rate = args.learning_rate * (per_update if args.scale_lr else 1)
-    tell(advice.on_settings(args.optimizer, rate, args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps))
+    tell(
+        advice.on_settings(
+            args.optimizer, rate, args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps
+        )
+    )
     if resume:
         tell(advice.on_resumed_schedule(
             args.lr_scheduler, state.get("lr_schedule_steps"), schedule_steps, state["global_step"], rate, args.lr_warmup_steps,
@@ -469,73 +623,84 @@ def main(argv=None):
     logging_dir = output_dir / args.logging_dir
     output_dir.mkdir(parents=True, exist_ok=True)
 
-    # ---- encode once, in a process that gives its memory back -----------------
+    # ---- encode once, in a process that gives its memory back ------------------------------------
     kind = precision.resolve_precision(args.mixed_precision)
     if kind.storage != kind.compute:
         print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
     folder = Path(args.cache_dir, "mindtune") if args.cache_dir else output_dir / "cache"
     vae_precision = "no" if pipelines.vae_overflows(vae_folder, args.mixed_precision) else args.mixed_precision
     stage = Stage(
-        root, args.variant, args.mixed_precision, folder, 77, args.image_interpolation_mode, "sdxl", vae_folder, tokenizer, vae_precision
+        root,
+        args.variant,
+        args.mixed_precision,
+        folder,
+        77,
+        args.image_interpolation_mode,
+        "sdxl",
+        vae_folder,
+        tokenizer,
+        vae_precision,
     )
     more = args.validation_prompt + ([""] if args.proportion_empty_prompts or rows else [])
     images = ()
     if args.cache_latents:
-        print("--cache_latents: every picture keeps its centre crop" + (", one entry a flip" if args.random_flip else ""))
+        print(
+            "--cache_latents: every picture keeps its centre crop" + (", one entry a flip" if args.random_flip else "")
+        )
         images = PairImages(pair_data, args.random_flip, conditions=False)
     if not args.streaming:
         tell(stage.long_captions(PairCaptions(pair_data, more)))
     encoded = stage.prepare(PairCaptions(pair_data, more), images)
     print(f"encode stage: {encoded} made, the rest already in {stage.folder}")
 
-    # ---- load, freeze, cast --------------------------------------------------
-    unet = models.load_model(root, "unet", kind, args.variant)
+    # ---- load, freeze, cast ----------------------------------------------------------------------
+    unet = loading.load_model(root, "unet", kind, args.variant)
     vae = None if args.cache_latents else stage.load_vae()
     for model in (unet, *([vae] if vae else [])):
         precision.freeze_params(model)
 
-    # ---- add what trains -----------------------------------------------------
+    # ---- add what trains -------------------------------------------------------------------------
     if existing:
-        controlnet = models.load_model(existing.parent, existing.name, precision.resolve_precision("no"))
+        controlnet = loading.load_model(existing.parent, existing.name, precision.resolve_precision("no"))
     else:
-        controlnet = models.unet_controlnet(unet, seed)
+        controlnet = controlnets.unet_controlnet(unet, seed)
     # MindSpore's optimizers update in the parameter's own precision: float32 parameters, computing in half.
     precision.compute_in(controlnet, kind.compute).set_train(True)
     for parameter in controlnet.get_parameters():
         parameter.requires_grad = True
     if args.gradient_checkpointing:
         for model in (unet, controlnet):
-            models.recompute_unet(model)
+            controlnets.recompute_unet(model)
     print(precision.parameter_table({"unet": unet, "controlnet": controlnet, **({"vae": vae} if vae else {})}, kind))
 
-    # ---- the step ------------------------------------------------------------
+    # ---- the step --------------------------------------------------------------------------------
     vae_config = configs.read_config(stage.vae.parent, stage.vae.name)
     latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
     batches = Batches(args, seed, stage, pair_data, latent, len(alphas))
     snr_weights = diffusion.min_snr_weights(alphas, args.snr_gamma, prediction_type)
 
-    weights = models.model_parameters(controlnet)
+    weights = loading.model_parameters(controlnet)
     groups = [{"params": list(weights.values()), "lr": rate, "weight_decay": args.adam_weight_decay}]
     make = partial(
-        optim.create_optimizer, args.optimizer, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=None,
+        optimizers.create_optimizer, args.optimizer, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=None,
         decouple=True, use_bias_correction=True, safeguard_warmup=True, eight_bit=args.use_8bit_adam, offload=args.offload_optimizer,
     )  # fmt: skip
-    optimizer = zero.SharedOptimizer(make, groups) if args.zero_stage else make(groups)
+    optimizer = zero1.ShardedOptimizer(make, groups) if args.zero_stage else make(groups)
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForControlNetSDXL(
         controlnet, unet, optimizer, ms.Tensor(alphas, ms.float32), ms.Tensor(snr_weights, ms.float32), kind.compute, args,
         prediction_type, vae_config, vae, precision.resolve_precision(stage.vae_precision).compute, scaler,
     )  # fmt: skip
-    ema = optim.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
+    ema = averaging.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
     painter = Painter(args, scheduler_config, stage, kind, seed, rows, vae, unet, controlnet)
 
-    # ---- resume --------------------------------------------------------------
-    remembered = {f"optimizer.{k}": p for k, p in optim.optimizer_state(optimizer).items()}
+    # ---- resume ----------------------------------------------------------------------------------
+    remembered = {f"optimizer.{k}": p for k, p in optimizers.optimizer_state(optimizer).items()}
     if ema:
         remembered.update({f"ema.{name}": p for name, p in zip(weights, ema.averages)})
     if args.mixed_precision == "fp16":
         remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
-    fingerprint = checkpoint.text_digest(pair_data.digests())
+    fingerprint = files.text_digest(pair_data.digests())
     base = encoder_fingerprint(root / "unet", weight_files(root, "unet", args.variant))
     identity = {"seed": seed, "data": fingerprint, "base": base, "samples_per_update": per_update}
     if len(pair_data.buckets) > 1:  # a batch is of one bucket
@@ -544,12 +709,16 @@ def main(argv=None):
     global_step = 0
     if resume:
         checkpoint.load_state(resume / FOLDER / FINAL, weights)
-        checkpoint.load_state(resume / "training_state.safetensors", remembered, itertools.chain(*devices.gather(list(remembered))))
+        checkpoint.load_state(
+            resume / "training_state.safetensors", remembered, itertools.chain(*ranks.all_gather(list(remembered)))
+        )
         global_step = state["global_step"]
         changed = [name for name, value in identity.items() if state.get(name) != value]
         if changed:
-            print(f"resuming with another {', '.join(changed)} than the checkpoint was made with: not its exact continuation")
-        for path in devices.first(checkpoint.set_aside_later, output_dir, resume) or ():
+            print(
+                f"resuming with another {', '.join(changed)} than the checkpoint was made with: not its exact continuation"
+            )
+        for path in ranks.on_main_process(checkpoint.set_aside_later, output_dir, resume) or ():
             print(f"a later checkpoint is kept as {path.name}")
         print(f"resuming from {resume.name} after update {global_step}")
 
@@ -557,14 +726,14 @@ def main(argv=None):
         return ema.in_use() if ema else contextlib.nullcontext()
 
     def save_files(folder, values):
-        models.save_model(controlnet, folder / FOLDER, ms.float32)
+        loading.save_model(controlnet, folder / FOLDER, ms.float32)
         checkpoint.save_state(folder / "training_state.safetensors", values)
         (folder / "trainer_state.json").write_text(
             json.dumps({"global_step": global_step, "lr_schedule_steps": schedule_steps, **identity})
         )
 
     def save():
-        values = devices.collect(remembered)
+        values = ranks.collect(remembered)
         if tracker is None:
             return None
         tracker.flush()
@@ -583,15 +752,15 @@ def main(argv=None):
                 tracker.log(global_step, held_out__loss=float(np.mean(losses)), **by_time)
             if not rows or not global_step:
                 return None
-            grid = sampling.image_grid(painter.draw(), [prompt for prompt, _ in rows])
+            grid = grids.image_grid(painter.draw(), [prompt for prompt, _ in rows])
         tracker.image(global_step, "validation", grid)
-        return sampling.save_image(grid, output_dir / "samples" / f"{'final' if final else f'step-{global_step:06d}'}.png")
+        return grids.save_image(grid, output_dir / "samples" / f"{'final' if final else f'step-{global_step:06d}'}.png")
 
-    # ---- the loop ------------------------------------------------------------
-    print(f"optimizer state: {optim.state_bytes(optimizer):,} bytes on each of {devices.workers()} workers")
+    # ---- the loop --------------------------------------------------------------------------------
+    print(f"optimizer state: {optimizers.state_bytes(optimizer):,} bytes on each of {ranks.world_size()} workers")
     print(
         f"{pair_data.epoch_length} {'uses of a stream' if args.streaming else 'pairs'}, {len(pair_data.held_out)} held out; "
-        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation x {devices.workers()} workers; "
+        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation x {ranks.world_size()} workers; "
         f"{max_train_steps} updates, "
         f"{max_train_steps * per_update / pair_data.epoch_length:.1f} epochs; seed {seed}"
     )
@@ -602,10 +771,10 @@ def main(argv=None):
             "fingerprint": fingerprint, "samples": pair_data.epoch_length, "held_out": kept_out,
             "condition_background": pair_data.background,
         },
-        "trainable": {"controlnet": sum(p.size for p in weights.values())}, "workers": devices.workers(),
+        "trainable": {"controlnet": sum(p.size for p in weights.values())}, "workers": ranks.world_size(),
     }  # fmt: skip
     tracker = curve = None
-    if devices.is_first():
+    if ranks.is_main_process():
         if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
             checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
         tracking.write_run_json(output_dir / "run.json", **record, finished=False)
@@ -613,19 +782,31 @@ def main(argv=None):
         curve = tracking.LossByTimestep(output_dir, global_step, "timestep")
     stop, seconds, skipped = StopRequest(), [], 0
     accumulation = args.gradient_accumulation_steps
-    micro = accumulation * devices.workers()  # batches of all workers an update
+    micro = accumulation * ranks.world_size()  # batches of all workers an update
     ahead = batches.iterate(global_step * micro, max_train_steps * micro)
     if not resume:
         look()
-    bar = tqdm(total=max_train_steps, initial=global_step, unit="update", dynamic_ncols=True, disable=not devices.is_first())
-    while global_step < max_train_steps and not any(devices.gather(stop.exit_code)):
+    bar = tqdm(
+        total=max_train_steps,
+        initial=global_step,
+        unit="update",
+        dynamic_ncols=True,
+        disable=not ranks.is_main_process(),
+    )
+    while global_step < max_train_steps and not any(ranks.all_gather(stop.exit_code)):
         began = time.perf_counter()
-        lr_factor = optim.schedule_factor(
-            args.lr_scheduler, global_step, args.lr_warmup_steps, schedule_steps, args.lr_num_cycles, args.lr_power, rate
+        lr_factor = schedules.schedule_factor(
+            args.lr_scheduler,
+            global_step,
+            args.lr_warmup_steps,
+            schedule_steps,
+            args.lr_num_cycles,
+            args.lr_power,
+            rate,
         )
-        optim.set_learning_rates(optimizer, [rate * lr_factor])
-        losses = [float(step(*inputs)[1]) for inputs in devices.micro_batches(step, ahead, accumulation)]
-        loss, norm = float(np.mean(devices.gather(losses))), float(step.grad_clipper.norm)
+        optimizers.set_learning_rates(optimizer, [rate * lr_factor])
+        losses = [float(step(*inputs)[1]) for inputs in ranks.micro_batches(step, ahead, accumulation)]
+        loss, norm = float(np.mean(ranks.all_gather(losses))), float(step.grad_clipper.norm)
         global_step += 1
         if ema:
             ema.update(global_step)
@@ -640,7 +821,9 @@ def main(argv=None):
             if args.mixed_precision != "fp16" or values["loss_scale"] <= 1.0:
                 bar.close()
                 # A checkpoint of the update before holds the weights that gave this loss: not known to be good.
-                good = [path for path in checkpoint.checkpoints(output_dir) if checkpoint.step_of(path) < global_step - 1]
+                good = [
+                    path for path in checkpoint.checkpoints(output_dir) if checkpoint.step_of(path) < global_step - 1
+                ]
                 raise UserError(
                     f"update {global_step}: the loss is {loss}, the gradients' norm {norm}. Nothing was saved of it; the last good "
                     f"checkpoint is {good[-1] if good else '(none yet)'}. Try a lower --learning_rate, or bf16 instead of fp16."
@@ -650,17 +833,19 @@ def main(argv=None):
         if tracker:
             tracker.log(global_step, **values)
         seconds.append(time.perf_counter() - began)
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate * lr_factor:.2e}", s=f"{np.median(seconds[-20:]):.2f}", refresh=False)
+        bar.set_postfix(
+            loss=f"{loss:.4f}", lr=f"{rate * lr_factor:.2e}", s=f"{np.median(seconds[-20:]):.2f}", refresh=False
+        )
         bar.update()
         if global_step < max_train_steps:
             if global_step % args.validation_steps == 0:
                 look()
             if global_step % args.checkpointing_steps == 0:
                 save()  # after looking: a run resumed from here shall not miss what was to be seen at this update
-                sampling.give_back()  # PyNative's many small blocks
+                execution.free_memory()  # PyNative's many small blocks
     bar.close()
 
-    # ---- stopped, or done ----------------------------------------------------
+    # ---- stopped, or done ------------------------------------------------------------------------
     def finish_run_json(finished):
         steady = seconds[2:] or seconds
         tracking.write_run_json(
@@ -672,28 +857,36 @@ def main(argv=None):
 
     saved = save()
     if global_step < max_train_steps:
-        devices.first(finish_run_json, False)
-        devices.first(report.write_report, output_dir)
-        print(f"saved {saved} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest")
-        devices.finish()
+        ranks.on_main_process(finish_run_json, False)
+        ranks.on_main_process(report.write_report, output_dir)
+        print(
+            f"saved {saved} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest"
+        )
+        ranks.finish()
         return 130  # as a shell reports Ctrl-C
-    if devices.is_first():
+    if ranks.is_main_process():
         dtype = precision.DTYPES["fp32" if args.upcast_before_saving else args.save_weight_dtype]
         with averaged():
-            checkpoint.write_files_atomically(output_dir, lambda beside: models.save_model(controlnet, beside, dtype))
+            files.write_files_atomically(output_dir, lambda beside: loading.save_model(controlnet, beside, dtype))
         grid, plot = look(final=True), curve.plot()
         tracker.close()
         finish_run_json(True)
         page = report.write_report(output_dir)
         curves = logging_dir if services else output_dir / "metrics.jsonl"
-        left = {"ControlNet": output_dir / FINAL, "picture grid": grid, "held-out loss plot": plot, "curves": curves, "report": page}
+        left = {
+            "ControlNet": output_dir / FINAL,
+            "picture grid": grid,
+            "held-out loss plot": plot,
+            "curves": curves,
+            "report": page,
+        }
         for what, path in left.items():
             if path:
                 print(f"{what}: {path}")
         if repo_id:
             address = hub.push(repo_id, output_dir, args.pretrained_model_name_or_path, args.validation_prompt, token)
             print(f"on the hub: {address}")
-    devices.finish()
+    ranks.finish()
     return 0
 
 

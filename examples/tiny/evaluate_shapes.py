@@ -41,7 +41,9 @@ def look(image: Image.Image) -> Seen:
     """Reads one square RGB picture."""
     pixels = np.asarray(image.convert("RGB"), np.float32)
     nearest = np.square(pixels[:, :, None, :] - PALETTE).sum(-1).argmin(-1)
-    border = np.concatenate([nearest[:2].ravel(), nearest[-2:].ravel(), nearest[:, :2].ravel(), nearest[:, -2:].ravel()])
+    border = np.concatenate(
+        [nearest[:2].ravel(), nearest[-2:].ravel(), nearest[:, :2].ravel(), nearest[:, -2:].ravel()]
+    )
     background = int(np.bincount(border, minlength=len(NAMES)).argmax())
     inside = nearest[nearest != background]
     if inside.size < 0.01 * nearest.size:
@@ -61,7 +63,9 @@ def best_shape(cover: np.ndarray) -> tuple[str, float]:
     best = ("", 0.0)
     for kind in SHAPES:
         reference = np.nonzero(mask(Scene(kind, "red", "blue"), 256) > 0.5)
-        spans = [(axis.max() - axis.min() + 1) / 256 / 0.32 for axis in reference]  # a radius of 1 in heights and widths
+        spans = [
+            (axis.max() - axis.min() + 1) / 256 / 0.32 for axis in reference
+        ]  # a radius of 1 in heights and widths
         offsets = [((axis.max() + axis.min() + 1) / 512 - 0.5) / 0.32 for axis in reference]
         lows, highs = (np.quantile(ys, 0.01), np.quantile(xs, 0.01)), (np.quantile(ys, 0.99), np.quantile(xs, 0.99))
         radius = np.mean([(high - low + 1) / size / span for low, high, span in zip(lows, highs, spans)])
@@ -85,7 +89,11 @@ def is_subject(image: Image.Image, colours: tuple[str, str]) -> bool:
     pixels = np.asarray(image.convert("RGB"), np.float32)
     size = len(pixels)
     first, second = (np.square(pixels - COLOURS[name]).sum(-1) for name in colours)
-    others = np.square(pixels[:, :, None, :] - [value for name, value in COLOURS.items() if name not in colours]).sum(-1).min(-1)
+    others = (
+        np.square(pixels[:, :, None, :] - [value for name, value in COLOURS.items() if name not in colours])
+        .sum(-1)
+        .min(-1)
+    )
     inside = np.minimum(first, second) < others
     share = np.mean((second < first)[inside]) if inside.sum() > 0.05 * size * size else 0.0
     if not 0.25 <= share <= 0.75:
@@ -93,7 +101,9 @@ def is_subject(image: Image.Image, colours: tuple[str, str]) -> bool:
     pattern = np.where(second < first, 1.0, -1.0) * inside
     places = [0.5 + step / 64 for step in range(-12, 13)]
     scenes = [Scene("circle", *colours, (x, y), radius) for radius in (*RADII, 0.3) for x in places for y in places]
-    agreement = max(abs((np.where(checkers(scene, size), 1.0, -1.0) * pattern).sum()) for scene in scenes) / inside.sum()
+    agreement = (
+        max(abs((np.where(checkers(scene, size), 1.0, -1.0) * pattern).sum()) for scene in scenes) / inside.sum()
+    )
     return bool(agreement >= 0.6)  # agreeing minus disagreeing shares: 0.8 - 0.2
 
 
@@ -120,20 +130,23 @@ def score(images, captions) -> dict[str, float]:
     }
 
 
-def draw(root: Path, captions: list[str], steps: int = 12, seed: int = 0, size: int = 64, tokens: int = 12) -> list[Image.Image]:
+def draw(
+    root: Path, captions: list[str], steps: int = 12, seed: int = 0, size: int = 64, tokens: int = 12
+) -> list[Image.Image]:
     """A picture of every caption by the pipeline in `root`, each from its own seeded noise."""
     import mindspore as ms
 
-    from mindtune import configs, models, precision, rng, sampling
-    from mindtune.encode import token_ids
+    from mindtune import rng
+    from mindtune.encode.text_encoders import token_ids
+    from mindtune.models import configs, execution, loading, precision, sampling
 
-    models.set_up_device(graph_mode=False)
+    execution.set_up_device(graph_mode=False)
     full = precision.resolve_precision("no")
-    cells = [models.load_model(root, part, full) for part in ("transformer", "text_encoder", "text_encoder_2", "vae")]
-    tokenizers = models.load_tokenizer(root / "tokenizer"), models.load_tokenizer(root / "tokenizer_2")
+    cells = [loading.load_model(root, part, full) for part in ("transformer", "text_encoder", "text_encoder_2", "vae")]
+    tokenizers = loading.load_tokenizer(root / "tokenizer"), loading.load_tokenizer(root / "tokenizer_2")
     scheduler, images = configs.read_config(root, "scheduler"), []
     transformer, clip, t5, vae = cells
-    with sampling.eager():
+    with execution.pynative():
         for start in range(0, len(captions), 50):
             batch = captions[start : start + 50]
             ids = [np.stack([token_ids(t, c, n) for c in batch]) for t, n in zip(tokenizers, (77, tokens))]
@@ -156,7 +169,10 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.folder:
         rows = [json.loads(line) for line in (args.folder / "metadata.jsonl").read_text().splitlines()]
-        images, captions = [Image.open(args.folder / row["image_file_name"]) for row in rows], [row["text"] for row in rows]
+        images, captions = (
+            [Image.open(args.folder / row["image_file_name"]) for row in rows],
+            [row["text"] for row in rows],
+        )
     else:
         rng = np.random.default_rng(args.seed)
         captions = [draw_scene(rng, "held_out").caption for _ in range(args.count)]
@@ -164,11 +180,14 @@ def main(argv=None) -> int:
     for name, value in score(images, captions).items():
         print(f"{name:13s} {value:.3f}")
     if args.grid:
-        from mindtune.sampling import image_grid, save_image
+        from mindtune.data.grids import image_grid, save_image
 
         names = [caption.replace("a ", "").replace(" background", "") for caption in captions]
         rows = [range(start, min(start + 8, len(images))) for start in range(0, min(48, len(images)), 8)]
-        save_image(image_grid([[images[k] for k in row] for row in rows], [" | ".join(names[k] for k in row) for row in rows]), args.grid)
+        save_image(
+            image_grid([[images[k] for k in row] for row in rows], [" | ".join(names[k] for k in row) for row in rows]),
+            args.grid,
+        )
     return 0
 
 

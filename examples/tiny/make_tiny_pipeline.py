@@ -91,7 +91,9 @@ def make_t5_tokenizer(folder: Path, captions: list[str]):
     # The conversion in transformers drops the byte fallback (and needs protobuf), so tokenizer.json is built here.
     pieces = [*read_pieces(spiece), *((f"<extra_id_{i}>", 0.0) for i in reversed(range(100)))]
     fast = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
-    fast.normalizer = normalizers.Sequence([normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")])
+    fast.normalizer = normalizers.Sequence(
+        [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
+    )
     fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("▁", prepend_scheme="always")])
     fast.post_processor = processors.TemplateProcessing(
@@ -156,7 +158,7 @@ def save_weights(cell, file: Path, rng: np.random.Generator, gains: dict[str, fl
     """Draws new weights for the parameters of the cell; of the cell only names and shapes are used."""
     from safetensors.numpy import save
 
-    from mindtune.models import hf_name
+    from mindtune.models.loading import hf_name
 
     shapes = {hf_name(name): parameter.shape for name, parameter in cell.parameters_and_names()}
     # Sorted, so that the bytes do not depend on the order in which the library builds its layers.
@@ -340,7 +342,10 @@ SDXL_COMPONENTS = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-SDXL_WIDTHS = (WIDTH, WIDTH // 2)  # of the two text encoders: the UNet reads both states side by side, and the second's pooled output
+SDXL_WIDTHS = (
+    WIDTH,
+    WIDTH // 2,
+)  # of the two text encoders: the UNet reads both states side by side, and the second's pooled output
 
 SD15_SCHEDULER = {
     "beta_end": 0.012,
@@ -389,7 +394,8 @@ SDXL_UNET = {
     "block_out_channels": [16, 32, 32],
     "cross_attention_dim": sum(SDXL_WIDTHS),
     "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-    "projection_class_embeddings_input_dim": SDXL_WIDTHS[1] + 6 * 8,  # the pooled text and six numbers of size and place
+    "projection_class_embeddings_input_dim": SDXL_WIDTHS[1]
+    + 6 * 8,  # the pooled text and six numbers of size and place
     "sample_size": 128,
     "transformer_layers_per_block": [1, 1, 2],
     "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
@@ -397,7 +403,11 @@ SDXL_UNET = {
 }
 
 SD15_VAE = {
-    **{name: value for name, value in FLUX_VAE.items() if name not in ("shift_factor", "use_post_quant_conv", "use_quant_conv")},
+    **{
+        name: value
+        for name, value in FLUX_VAE.items()
+        if name not in ("shift_factor", "use_post_quant_conv", "use_quant_conv")
+    },
     "force_upcast": False,
     "latent_channels": 4,
     "sample_size": 512,
@@ -405,16 +415,24 @@ SD15_VAE = {
 }
 
 
-def make_sd15(out: Path, seed: int = 0, captions: list[str] = CAPTIONS, unet: dict | None = None, scheduler: dict | None = None) -> None:
+def make_sd15(
+    out: Path, seed: int = 0, captions: list[str] = CAPTIONS, unet: dict | None = None, scheduler: dict | None = None
+) -> None:
     """Writes the pipeline into `out`; FileExistsError if there is something already. The dicts override entries of the configs."""
     clips = {"text_encoder": ("CLIPTextModel", {}, {})}
     index = hub_header("StableDiffusionPipeline") | SD15_COMPONENTS
-    make_sd(Path(out), seed, captions, index, clips, SD15_UNET | (unet or {}), SD15_VAE, SD15_SCHEDULER | (scheduler or {}))
+    make_sd(
+        Path(out), seed, captions, index, clips, SD15_UNET | (unet or {}), SD15_VAE, SD15_SCHEDULER | (scheduler or {})
+    )
 
 
-def make_sdxl(out: Path, seed: int = 0, captions: list[str] = CAPTIONS, unet: dict | None = None, scheduler: dict | None = None) -> None:
+def make_sdxl(
+    out: Path, seed: int = 0, captions: list[str] = CAPTIONS, unet: dict | None = None, scheduler: dict | None = None
+) -> None:
     """The same for Stable Diffusion XL."""
-    first, second = ({"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width} for width in SDXL_WIDTHS)
+    first, second = (
+        {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width} for width in SDXL_WIDTHS
+    )
     clips = {
         "text_encoder": ("CLIPTextModel", first, {}),
         "text_encoder_2": ("CLIPTextModelWithProjection", second, {"pad_token": "!"}),
@@ -424,7 +442,9 @@ def make_sdxl(out: Path, seed: int = 0, captions: list[str] = CAPTIONS, unet: di
     make_sd(Path(out), seed, captions, index, clips, SDXL_UNET | (unet or {}), vae, SDXL_SCHEDULER | (scheduler or {}))
 
 
-def make_sd(out: Path, seed: int, captions: list[str], index: dict, clips: dict, unet: dict, vae: dict, scheduler: dict) -> None:
+def make_sd(
+    out: Path, seed: int, captions: list[str], index: dict, clips: dict, unet: dict, vae: dict, scheduler: dict
+) -> None:
     """`clips`: text encoder -> its class, changes to its config, special tokens of its tokenizer."""
     rng = np.random.default_rng(seed)
     require_empty(out)

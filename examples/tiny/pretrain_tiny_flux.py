@@ -23,15 +23,18 @@ import numpy as np
 from mindspore import nn, ops
 from safetensors.numpy import load_file, save
 
-from mindtune import checkpoint, configs, flow, library, models, optim, precision, rng
-from mindtune.encode import token_ids
-from mindtune.weights import weight_files
+from mindtune import files, flow, rng
+from mindtune.encode.text_encoders import token_ids
+from mindtune.models import configs, execution, library, loading, precision
+from mindtune.models.weights import weight_files
+from mindtune.optim import averaging, optimizers, schedules
+from mindtune.run import checkpoint
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from make_tiny_pipeline import CAPTIONS, make_flux  # noqa: E402  (the files beside this one, from wherever it is called)
-from shapes import COLOURS, SHAPES, picture, scenes  # noqa: E402
+from make_tiny_pipeline import CAPTIONS, make_flux
+from shapes import COLOURS, SHAPES, picture, scenes
 
 SIDE, TOKENS = 64, 12
 SAVE_EVERY, AVERAGE_EVERY = 250, 10  # steps
@@ -40,13 +43,21 @@ TRANSFORMER = {
     "num_layers": 2, "num_single_layers": 5, "num_attention_heads": 6, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12],
     "joint_attention_dim": 96, "pooled_projection_dim": 96,
 }  # fmt: skip
-CLIP = {"hidden_size": 96, "intermediate_size": 192, "projection_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+CLIP = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "projection_dim": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 T5 = {"d_model": 96, "d_kv": 24, "d_ff": 192, "num_layers": 2, "num_heads": 4}
 
 
 def make_pipeline(out: Path, vae: Path) -> None:
     """The pipeline with random weights, its tokenizers knowing every word of the world, and the trained VAE."""
-    captions = [f"a {colour} {shape} on a {other} background" for colour in COLOURS for shape in SHAPES for other in COLOURS]
+    captions = [
+        f"a {colour} {shape} on a {other} background" for colour in COLOURS for shape in SHAPES for other in COLOURS
+    ]
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     make_flux(partial, captions=CAPTIONS + captions, transformer=TRANSFORMER, clip=CLIP, t5=T5)
@@ -59,18 +70,22 @@ def make_pipeline(out: Path, vae: Path) -> None:
 def make_data(root: Path, path: Path) -> dict[str, np.ndarray]:
     """Every scene of the training split as VAE moments and token ids, made once and kept in one file."""
     if not path.is_file():
-        vae = models.load_model(root, "vae", precision.resolve_precision("no"))
-        tokenizers = models.load_tokenizer(root / "tokenizer"), models.load_tokenizer(root / "tokenizer_2")
+        vae = loading.load_model(root, "vae", precision.resolve_precision("no"))
+        tokenizers = loading.load_tokenizer(root / "tokenizer"), loading.load_tokenizer(root / "tokenizer_2")
         everything, moments = scenes("train"), []
         for start in range(0, len(everything), 64):
             images = [np.asarray(picture(scene, SIDE), np.float32) for scene in everything[start : start + 64]]
-            moments.append(vae.encode(ms.Tensor(np.stack(images).transpose(0, 3, 1, 2) / 127.5 - 1))[0].asnumpy().astype(np.float16))
+            moments.append(
+                vae.encode(ms.Tensor(np.stack(images).transpose(0, 3, 1, 2) / 127.5 - 1))[0]
+                .asnumpy()
+                .astype(np.float16)
+            )
         data = {
             "moments": np.concatenate(moments),
             "clip": np.array([token_ids(tokenizers[0], scene.caption, 77) for scene in everything], np.int32),
             "t5": np.array([token_ids(tokenizers[1], scene.caption, TOKENS) for scene in everything], np.int32),
         }
-        checkpoint.write_atomically(path, lambda beside: np.savez(open(beside, "wb"), **data))  # noqa: SIM115
+        files.write_atomically(path, lambda beside: np.savez(open(beside, "wb"), **data))  # noqa: SIM115
         print(f"encoded {len(everything)} scenes", flush=True)
     return dict(np.load(path))
 
@@ -110,11 +125,17 @@ def write_weights(root: Path, cells: dict[str, nn.Cell], average: dict[str, np.n
     for part in cells:
         path = weight_files(root, part)[0]
         names = sorted(load_file(path))
-        ours = {models.hf_name(name[len(part) + 1 :]): value for name, value in average.items() if name.startswith(f"{part}.")}
+        ours = {
+            loading.hf_name(name[len(part) + 1 :]): value
+            for name, value in average.items()
+            if name.startswith(f"{part}.")
+        }
         if missing := set(names) - set(ours):
             raise KeyError(f"{part}: no trained weight for {sorted(missing)[:3]}")
         half = {name: ours[name].astype(np.float16) for name in names}
-        checkpoint.write_atomically(path, lambda beside, half=half: beside.write_bytes(save(half, metadata={"format": "pt"})))
+        files.write_atomically(
+            path, lambda beside, half=half: beside.write_bytes(save(half, metadata={"format": "pt"}))
+        )
 
 
 def main(argv=None):
@@ -127,46 +148,48 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="Seed of everything random.")
     args = parser.parse_args(argv)
 
-    # ---- pipeline, data ------------------------------------------------------
-    models.set_up_device(graph_mode=False)
+    # ---- pipeline, data --------------------------------------------------------------------------
+    execution.set_up_device(graph_mode=False)
     root = args.work / "flux-shapes"
     if not root.exists():
         make_pipeline(root, args.work / "vae")
     data = make_data(root, args.work / "data.npz")
-    models.set_up_device(graph_mode=True)
+    execution.set_up_device(graph_mode=True)
 
-    # ---- models, step --------------------------------------------------------
+    # ---- models, step ----------------------------------------------------------------------------
     full = precision.resolve_precision("no")
     # In evaluation mode, though they train: T5's dropout draws from a generator whose state cannot be saved.
-    cells = {name: models.load_model(root, name, full) for name in ("transformer", "text_encoder", "text_encoder_2")}
+    cells = {name: loading.load_model(root, name, full) for name in ("transformer", "text_encoder", "text_encoder_2")}
     parameters = {f"{part}.{name}": p for part, cell in cells.items() for name, p in cell.parameters_and_names()}
     for parameter in parameters.values():
         parameter.requires_grad = True
     print(precision.parameter_table(cells, full), flush=True)
     trained = [p for cell in cells.values() for p in cell.trainable_params()]
-    optimizer = optim.create_optimizer(
+    optimizer = optimizers.create_optimizer(
         "adamw", [{"params": trained, "lr": args.learning_rate, "weight_decay": 0.01}], betas=(0.9, 0.99), eps=1e-8
     )
     # Shifted towards noise, where colours, place and shape are decided; what is left below is the VAE's fine print.
-    sigmas = flow.shift_sigmas(models.load_scheduler(root).sigmas.asnumpy(), 2.5)
+    sigmas = flow.shift_sigmas(loading.load_scheduler(root).sigmas.asnumpy(), 2.5)
     step = PretrainStep(*cells.values(), optimizer, configs.read_config(root, "vae"), sigmas)
-    ema = optim.EMA(list(parameters.values()), 0.9995)
+    ema = averaging.EMA(list(parameters.values()), 0.9995)
     averages = dict(zip(parameters, ema.averages))
 
-    # ---- resume --------------------------------------------------------------
+    # ---- resume ----------------------------------------------------------------------------------
     states, first = args.work / "state", 0
     remembered = {**parameters, **{f"average.{name}": p for name, p in averages.items()}}
-    remembered.update({f"optimizer.{k}": p for k, p in optim.optimizer_state(optimizer).items()})
+    remembered.update({f"optimizer.{k}": p for k, p in optimizers.optimizer_state(optimizer).items()})
     if folder := checkpoint.find_checkpoint(states, "latest"):
         checkpoint.load_state(folder / "state.safetensors", remembered)
         first = checkpoint.step_of(folder)
         print(f"going on after step {first}", flush=True)
 
     def save(number):
-        checkpoint.save_checkpoint(states, number, lambda folder: checkpoint.save_state(folder / "state.safetensors", remembered), 2)
+        checkpoint.save_checkpoint(
+            states, number, lambda folder: checkpoint.save_state(folder / "state.safetensors", remembered), 2
+        )
         write_weights(root, cells, {name: p.asnumpy() for name, p in averages.items()})
 
-    # ---- the loop ------------------------------------------------------------
+    # ---- the loop --------------------------------------------------------------------------------
     stream, started, losses = rng.SampleStream(args.seed, "pretrain", len(data["t5"])), time.time(), []
     for number in range(first, args.steps):
         ids = [stream.at(k)[0] for k in range(number * args.batch_size, (number + 1) * args.batch_size)]
@@ -175,8 +198,8 @@ def main(argv=None):
         u = [flow.sample_density(draws, "logit_normal", 0.0, 1.0, 0.0) for _ in ids]
         indices = np.array([flow.density_to_index(v, len(sigmas)) for v in u], np.int32)
         noise = (draws.standard_normal(shape, dtype=np.float32) for _ in range(2))
-        factor = optim.schedule_factor("cosine", number, 300, args.steps, cycles=1)
-        optim.set_learning_rates(optimizer, [args.learning_rate * factor])
+        factor = schedules.schedule_factor("cosine", number, 300, args.steps, cycles=1)
+        optimizers.set_learning_rates(optimizer, [args.learning_rate * factor])
         batch = (data["moments"][ids].astype(np.float32), *noise, indices, data["clip"][ids], data["t5"][ids])
         losses.append(float(step(*map(ms.Tensor, batch))[1]))
         done = number + 1

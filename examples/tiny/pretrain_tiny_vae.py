@@ -93,12 +93,17 @@ def main():
             partial = state.with_suffix(".partial")
             torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, partial)
             partial.replace(state)
-            print(f"step {step + 1}: error {error.item():.4f}, {(time.time() - started) / (step + 1 - first):.2f} s a step", flush=True)
+            print(
+                f"step {step + 1}: error {error.item():.4f}, {(time.time() - started) / (step + 1 - first):.2f} s a step",
+                flush=True,
+            )
 
     with torch.no_grad():
         latents = torch.cat([vae.encode(batch(args.seed + 1, k, 64, args.side)).latent_dist.sample() for k in range(8)])
     # As FLUX's factors do: latents of mean 0 and standard deviation 1 for the transformer.
-    vae.register_to_config(shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4))
+    vae.register_to_config(
+        shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
+    )
     vae.save_pretrained(args.out)
     print(json.dumps({name: vae.config[name] for name in ("shift_factor", "scaling_factor")}))
 

@@ -92,7 +92,7 @@ def draw_scene(rng: np.random.Generator, split: str = "train", anywhere: bool = 
     return scene
 
 
-# ---- drawing -----------------------------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 
 
 def outline_points(shape: str) -> list[tuple[float, float]]:
@@ -100,7 +100,9 @@ def outline_points(shape: str) -> list[tuple[float, float]]:
 
     def turn(count, first, radii=(1.0,)):
         angles = [first + 2 * math.pi * i / count for i in range(count)]
-        return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
+        return [
+            (radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)
+        ]
 
     if shape in ("circle", "ring"):
         return turn(96, 0.0)
@@ -168,7 +170,7 @@ def conditioning(scene: Scene, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BOX).convert("RGB")
 
 
-# ---- a folder ----------------------------------------------------------------------------------------------------------------------
+# ---- a folder ------------------------------------------------------------------------------------
 
 
 def make_folder(out: Path, count: int, size: int, seed: int, split: str) -> None:
@@ -183,7 +185,11 @@ def make_folder(out: Path, count: int, size: int, seed: int, split: str) -> None
         scene, name = draw_scene(rng, split), f"{number:06d}.png"
         picture(scene, size).save(out / "images" / name)
         conditioning(scene, size).save(out / "conditioning" / name)
-        row = {"image_file_name": f"images/{name}", "conditioning_image_file_name": f"conditioning/{name}", "text": scene.caption}
+        row = {
+            "image_file_name": f"images/{name}",
+            "conditioning_image_file_name": f"conditioning/{name}",
+            "text": scene.caption,
+        }
         rows.append(json.dumps(row))
     (out / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 
@@ -207,7 +213,9 @@ def main(argv=None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="Pictures.")
     parser.add_argument("--size", type=int, default=64, help="Their side in pixels.")
     parser.add_argument("--seed", type=int, default=0, help="Same seed, same bytes.")
-    parser.add_argument("--split", choices=["train", "held_out", "all"], default="train", help="Which colour and shape pairs.")
+    parser.add_argument(
+        "--split", choices=["train", "held_out", "all"], default="train", help="Which colour and shape pairs."
+    )
     args = parser.parse_args(argv)
     try:
         make_folder(args.out, args.count, args.size, args.seed, args.split)

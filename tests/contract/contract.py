@@ -27,14 +27,20 @@ from safetensors.numpy import load_file, save_file
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "tiny")]
 
-import make_tiny_pipeline  # noqa: E402  (examples/tiny)
-import steps  # noqa: E402  (beside this file)
+import make_tiny_pipeline
+import steps
 
-from mindtune import cli, configs, flux_blocks, library, lora, models, pipelines, precision, tracking  # noqa: E402
-from mindtune.weights import weight_files  # noqa: E402
+from mindtune import cli
+from mindtune.models import configs, controlnets, execution, flux_blocks, library, loading, lora, pipelines, precision
+from mindtune.models.weights import weight_files
+from mindtune.run import tracking
 
 FOLDERS = ("mindtune", "flux_lora", "flux_controlnet", "examples/controlnet", "examples/tiny")
-PARTS = [(kind, part) for kind in ("flux", "sd15", "sdxl") for part in getattr(pipelines, f"{kind.rstrip('15')}_COMPONENTS".upper())]
+PARTS = [
+    (kind, part)
+    for kind in ("flux", "sd15", "sdxl")
+    for part in getattr(pipelines, f"{kind.rstrip('15')}_COMPONENTS".upper())
+]
 PARTS = [(kind, part) for kind, part in PARTS if "tokenizer" not in part and part != "scheduler"]
 TARGETS = {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS}
 # The calls whose object no import names: what is called -> how many positional arguments, and the keywords.
@@ -72,12 +78,14 @@ def wrong(what, expected, found):
     return [] if expected == found else [f"{what}: expected {expected}, found {found}"]
 
 
-# ---- imports and names ---------------------------------------------------------------------------------------------------------------
+# ---- imports and names ---------------------------------------------------------------------------
 
 
 def sources():
     # pretrain_tiny_vae.py is the one script that runs on PyTorch.
-    return [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if path.stem != "pretrain_tiny_vae"]
+    return [
+        path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if path.stem != "pretrain_tiny_vae"
+    ]
 
 
 def check_imports():
@@ -122,13 +130,17 @@ def resolve(name):
 
 def check_names():
     names = {name for path in sources() for name in mindone_names(ast.parse(path.read_text()))}
-    # Whose attributes are looked up: the classes that the tables of mindtune.models name.
+    # Whose attributes are looked up: the classes that the tables of mindtune.models.loading name.
     tables = (pipelines.FLUX_COMPONENTS, pipelines.SD_COMPONENTS, pipelines.SDXL_COMPONENTS)
     classes = {name for table in tables for part, found in table.items() if "tokenizer" not in part for name in found}
     classes |= {controlnet for controlnet, _ in pipelines.CONTROLNETS.values()}
-    names |= {f"mindone.{'transformers' if name.startswith(('CLIP', 'T5')) else 'diffusers'}.{name}" for name in classes}
+    names |= {
+        f"mindone.{'transformers' if name.startswith(('CLIP', 'T5')) else 'diffusers'}.{name}" for name in classes
+    }
     dotted = {name for name in names if name.count(".") < 4}  # longer ones go into an object, such as cls.__init__
-    rows.append(("names of mindone exist", len(dotted), "", [f"no {name}" for name in sorted(dotted) if not exists(name)]))
+    rows.append(
+        ("names of mindone exist", len(dotted), "", [f"no {name}" for name in sorted(dotted) if not exists(name)])
+    )
 
 
 def find(name):
@@ -162,7 +174,7 @@ def check_calls():
     rows.append(("calls bind to their signatures", len(CALLS), "", problems))
 
 
-# ---- models, adapters, ControlNets ---------------------------------------------------------------------------------------------------
+# ---- models, adapters, ControlNets ---------------------------------------------------------------
 
 
 def shapes(parameters):
@@ -170,7 +182,7 @@ def shapes(parameters):
 
 
 def values(model):
-    return {name: parameter.to(ms.float32).asnumpy() for name, parameter in models.model_parameters(model).items()}
+    return {name: parameter.to(ms.float32).asnumpy() for name, parameter in loading.model_parameters(model).items()}
 
 
 def differing(what, expected, found):
@@ -181,21 +193,23 @@ def differing(what, expected, found):
 
 def adapted(root, part):
     """The model with a LoRA whose every number is drawn by name."""
-    model = models.load_model(root, part, precision.resolve_precision("no"))
+    model = loading.load_model(root, part, precision.resolve_precision("no"))
     lora.add_lora(model, 4, 8.0, 0.0, TARGETS[part], ms.float32)
     lora.init_lora(model, 4, seed=0)
-    steps.give_values({name: parameter for name, parameter in lora.lora_parameters(model).items() if ".lora_B." in name})
+    steps.give_values(
+        {name: parameter for name, parameter in lora.lora_parameters(model).items() if ".lora_B." in name}
+    )
     return model
 
 
-def controlnets(work):
+def new_controlnets(work):
     """Name -> a new ControlNet and the config it has to fit."""
     full = precision.resolve_precision("no")
     for kind, part in (("flux", "transformer"), ("sd15", "unet"), ("sdxl", "unet")):
         if kind == "flux":
-            new = models.flux_controlnet(work / kind, 1, 1)
+            new = controlnets.flux_controlnet(work / kind, 1, 1)
         else:
-            new = models.unet_controlnet(models.load_model(work / kind, part, full), 0)
+            new = controlnets.unet_controlnet(loading.load_model(work / kind, part, full), 0)
         yield f"{kind}-controlnet", new, configs.read_config(work / kind, part)
 
 
@@ -206,14 +220,14 @@ def write_reference(work):
         make(work / kind)
     for kind, part in PARTS:
         full = precision.resolve_precision("no")
-        facts[f"{kind}/{part}"] = shapes(models.model_parameters(models.load_model(work / kind, part, full)))
+        facts[f"{kind}/{part}"] = shapes(loading.model_parameters(loading.load_model(work / kind, part, full)))
     for kind, part in adaptable():
         model = adapted(work / kind, part)
         facts[f"{kind}/{part} with LoRA"] = shapes(lora.lora_parameters(model))
         lora.save_lora(work / f"{kind}-{part}.safetensors", {part: model}, ms.float32)
-    for name, model, _ in controlnets(work):
-        facts[name] = shapes(models.model_parameters(model))
-        models.save_model(model, work / name, ms.float32)
+    for name, model, _ in new_controlnets(work):
+        facts[name] = shapes(loading.model_parameters(model))
+        loading.save_model(model, work / name, ms.float32)
     (work / "facts.json").write_text(json.dumps({"versions": tracking.package_versions(), "shapes": facts}))
     numbers = {f"{name}/{key}": value for name, step in steps.STEPS.items() for key, value in step(work).items()}
     np.savez(work / "steps.npz", **numbers)
@@ -230,18 +244,23 @@ def check_models(work, facts):
         root, label = work / kind, f"{kind}/{part}"
         path = weight_files(root, part)[0]
         file = load_file(path)
-        model = models.load_model(root, part, full)
-        problems += wrong(f"{label}: names and shapes", facts[label], shapes(models.model_parameters(model)))
+        model = loading.load_model(root, part, full)
+        problems += wrong(f"{label}: names and shapes", facts[label], shapes(loading.model_parameters(model)))
         problems += differing(label, file, values(model))
         # T5's `wo` overflows in fp16 and stays in float32.
-        loaded, wide = models.load_model(root, part, half), [name for name in file if kind == "flux" and ".wo." in name]
+        loaded, wide = (
+            loading.load_model(root, part, half),
+            [name for name in file if kind == "flux" and ".wo." in name],
+        )
         rounded = {name: value if name in wide else value.astype(np.float16) for name, value in file.items()}
         problems += differing(f"{label} in fp16", rounded, values(loaded))
-        single = {name for name, parameter in models.model_parameters(loaded).items() if parameter.dtype != ms.float16}
+        single = {name for name, parameter in loading.model_parameters(loaded).items() if parameter.dtype != ms.float16}
         problems += wrong(f"{label} in fp16: what stays float32", sorted(wide), sorted(single))
         problems += refused_without_a_tensor(work, kind, part, file)
         count += len(file)
-    rows.append(("models load: names, shapes, bits, fp16, a lacking tensor", len(PARTS), f"{count} parameters", problems))
+    rows.append(
+        ("models load: names, shapes, bits, fp16, a lacking tensor", len(PARTS), f"{count} parameters", problems)
+    )
 
 
 def refused_without_a_tensor(work, kind, part, file):
@@ -252,7 +271,7 @@ def refused_without_a_tensor(work, kind, part, file):
     path = copy / weight_files(work / kind, part)[0].name
     save_file({name: value for name, value in file.items() if name != missed}, path, metadata={"format": "pt"})
     try:
-        models.load_model(copy.parent, part, precision.resolve_precision("no"))
+        loading.load_model(copy.parent, part, precision.resolve_precision("no"))
     except cli.UserError as error:
         return [] if "lack 1 tensors" in str(error) else [f"{kind}/{part} without {missed}: {error}"]
     return [f"{kind}/{part} loads without {missed}"]
@@ -267,27 +286,31 @@ def check_loras(work, facts):
         problems += wrong(f"{label}: what trains", len(lora.lora_parameters(model)), len(model.trainable_params()))
         lora.save_lora(ours, {part: model}, ms.float32)
         problems += [] if ours.read_bytes() == theirs.read_bytes() else [f"{label}: the saved file has other bytes"]
-        fresh = models.load_model(work / kind, part, precision.resolve_precision("no"))
+        fresh = loading.load_model(work / kind, part, precision.resolve_precision("no"))
         lora.load_lora(theirs, {part: fresh}, ms.float32)
         found = {f"{part}.{name}": parameter.asnumpy() for name, parameter in lora.lora_parameters(fresh).items()}
         problems += differing(f"{label}: the loaded LoRA", load_file(theirs), found)
         layers = [cell for _, cell in fresh.cells_and_names() if isinstance(cell, library.BaseTunerLayer)]
         lora.enable_lora(fresh, False)
-        problems += [] if layers and all(cell._disable_adapters for cell in layers) else [f"{label}: is not switched off"]
+        problems += (
+            [] if layers and all(cell._disable_adapters for cell in layers) else [f"{label}: is not switched off"]
+        )
         lora.check_targets(fresh, [f"{TARGETS[part][0]}.base_layer"], "a target")
-    rows.append(("LoRAs: injected, saved, loaded, switched off", len(adaptable()), "the files have the same bytes", problems))
+    rows.append(
+        ("LoRAs: injected, saved, loaded, switched off", len(adaptable()), "the files have the same bytes", problems)
+    )
 
 
 def check_controlnets(work, facts):
     problems = []
-    for name, model, base in controlnets(work):
-        problems += wrong(f"{name}: names and shapes", facts[name], shapes(models.model_parameters(model)))
-        models.save_model(model, work / "ours", ms.float32)
+    for name, model, base in new_controlnets(work):
+        problems += wrong(f"{name}: names and shapes", facts[name], shapes(loading.model_parameters(model)))
+        loading.save_model(model, work / "ours", ms.float32)
         file = "diffusion_pytorch_model.safetensors"
         problems += differing(f"{name}: the start", load_file(work / name / file), load_file(work / "ours" / file))
         for folder in (work / name, work / "ours"):
             pipelines.resolve_controlnet(str(folder), "--controlnet", None, base)
-            loaded = models.load_model(work, folder.name, precision.resolve_precision("no"))
+            loaded = loading.load_model(work, folder.name, precision.resolve_precision("no"))
             problems += differing(f"{name} from {folder.name}", values(model), values(loaded))
     rows.append(("ControlNets: started, saved, loaded", 3, "the starts have the same bits", problems))
 
@@ -295,11 +318,13 @@ def check_controlnets(work, facts):
 def check_attributes(work):
     """What is reached by attribute on a live object."""
     full = precision.resolve_precision("no")
-    flux, unet = models.load_model(work / "flux", "transformer", full), models.load_model(work / "sdxl", "unet", full)
-    vae, clip = models.load_model(work / "flux", "vae", full), models.load_model(work / "flux", "text_encoder", full)
-    t5, scheduler = models.load_model(work / "flux", "text_encoder_2", full), models.load_scheduler(work / "flux")
+    flux, unet = loading.load_model(work / "flux", "transformer", full), loading.load_model(work / "sdxl", "unet", full)
+    vae, clip = loading.load_model(work / "flux", "vae", full), loading.load_model(work / "flux", "text_encoder", full)
+    t5, scheduler = loading.load_model(work / "flux", "text_encoder_2", full), loading.load_scheduler(work / "flux")
     unet_kinds = {type(cell).__name__ for _, cell in unet.cells_and_names()}
-    replaced = [cell for _, cell in flux.cells_and_names() if type(cell).__module__ == "mindtune.operators"]
+    replaced = [
+        cell for _, cell in flux.cells_and_names() if type(cell).__module__ == "mindtune.models.loading.fast_ops"
+    ]
     held = {
         "FLUX's blocks": len(flux.transformer_blocks) == len(flux.single_transformer_blocks) == 2,
         "config by key": flux.config["guidance_embeds"] and unet.config["addition_embed_type"] == "text_time",
@@ -312,10 +337,17 @@ def check_attributes(work):
         "a UNet's blocks to recompute": {"ResnetBlock2D", "BasicTransformerBlock"} <= unet_kinds,
         "no graph for pictures": hasattr(library.pynative_no_grad(), "__enter__"),
     }  # fmt: skip
-    rows.append(("attributes of models and schedulers", len(held), "", [f"not so: {what}" for what, so in held.items() if not so]))
+    rows.append(
+        (
+            "attributes of models and schedulers",
+            len(held),
+            "",
+            [f"not so: {what}" for what, so in held.items() if not so],
+        )
+    )
 
 
-# ---- training steps ------------------------------------------------------------------------------------------------------------------
+# ---- training steps ------------------------------------------------------------------------------
 
 
 def relative(expected, found, least=1e-12):
@@ -341,20 +373,28 @@ def check_steps(work):
         errors = {key: relative(value, found[key], least) for key, value in expected.items()}
         if "loss" in errors:
             bounds = next(bound for word, bound in BOUNDS.items() if word in name)
-            seen = {"loss": errors.pop("loss"), "norm": errors.pop("norm"), "worst gradient": float(np.max([*errors.values()]))}
+            seen = {
+                "loss": errors.pop("loss"),
+                "norm": errors.pop("norm"),
+                "worst gradient": float(np.max([*errors.values()])),
+            }
         else:
             bounds, seen = (1e-5,), {"worst output": float(np.max([*errors.values()]))}
         remark = ", ".join(f"{what} {error:.1e}" for what, error in seen.items())
-        problems = [f"{name}: {what} {error:.1e}" for (what, error), bound in zip(seen.items(), bounds) if not error <= bound]
+        problems = [
+            f"{name}: {what} {error:.1e}" for (what, error), bound in zip(seen.items(), bounds) if not error <= bound
+        ]
         rows.append((name, len(errors), remark, problems))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--reference", help="The interpreter that has requirements.txt.")
-    parser.add_argument("--write", type=Path, metavar="WORK", help="Only write this interpreter's side to the folder WORK.")
+    parser.add_argument(
+        "--write", type=Path, metavar="WORK", help="Only write this interpreter's side to the folder WORK."
+    )
     args = parser.parse_args()
-    models.set_up_device(graph_mode=False)
+    execution.set_up_device(graph_mode=False)
     if args.write:
         write_reference(args.write)
         return 0
@@ -362,14 +402,25 @@ def main():
         work = Path(folder)
         subprocess.run([args.reference, __file__, "--write", folder], check=True, stderr=subprocess.DEVNULL)
         written = json.loads((work / "facts.json").read_text())
-        for check in (check_imports, check_names, check_calls, check_models, check_loras, check_controlnets, check_attributes, check_steps):
+        for check in (
+            check_imports,
+            check_names,
+            check_calls,
+            check_models,
+            check_loras,
+            check_controlnets,
+            check_attributes,
+            check_steps,
+        ):
             given = (work, written["shapes"])[: len(inspect.signature(check).parameters)]
             try:
                 check(*given)
             except Exception as error:  # the other checks have something to say, too
                 rows.append((check.__name__, 0, "stopped", [f"{check.__name__}: {type(error).__name__}: {error}"]))
     for who, versions in (("reference", written["versions"]), ("here", tracking.package_versions())):
-        print(f"{who}: mindspore {versions['mindspore']}, mindone {versions['mindone']}, transformers {versions['transformers']}")
+        print(
+            f"{who}: mindspore {versions['mindspore']}, mindone {versions['mindone']}, transformers {versions['transformers']}"
+        )
     for what, count, remark, problems in rows:
         print(f"{'MISS' if problems else 'ok':4}  {what:56}  {count:4}  {remark}")
     problems = [problem for *_, found in rows for problem in found]

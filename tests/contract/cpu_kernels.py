@@ -48,7 +48,9 @@ def convolution(channels, kernel, sides, stride, dilation, groups):
 @stands_in
 def Conv2DExt(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     sides = [side for side in pair(padding) for _ in range(2)]
-    out = convolution(weight.shape[0], weight.shape[2:], tuple(sides), pair(stride), pair(dilation), groups)(input, weight)
+    out = convolution(weight.shape[0], weight.shape[2:], tuple(sides), pair(stride), pair(dilation), groups)(
+        input, weight
+    )
     return out if bias is None else out + bias.reshape((1, -1, 1, 1))
 
 
@@ -78,9 +80,14 @@ def ConstantPadND(self, input, padding, value=0.0):
 
 
 @stands_in
-def FlashAttentionScore(self, query, key, value, real_shift=None, drop_mask=None, padding_mask=None, attn_mask=None, *rest):
+def FlashAttentionScore(
+    self, query, key, value, real_shift=None, drop_mask=None, padding_mask=None, attn_mask=None, *rest
+):
     """[batch, heads, tokens, dim]; True in the mask leaves out. Computes in float32 and gives the type it takes; no dropout."""
-    assert self.input_layout == gen_ops_prim.str_to_enum("FlashAttentionScore", "input_layout", "BNSD") and self.keep_prob == 1.0
+    assert (
+        self.input_layout == gen_ops_prim.str_to_enum("FlashAttentionScore", "input_layout", "BNSD")
+        and self.keep_prob == 1.0
+    )
     wide = [each.astype(ms.float32) for each in (query, key, value)]
     scores = ops.matmul(wide[0], wide[1].swapaxes(-1, -2)) * self.scale_value
     if attn_mask is not None:
@@ -96,4 +103,6 @@ def install():
     # These call their kernels without the operator's class.
     mint.nn.functional.gelu = lambda input, approximate="none": ops.gelu(input, approximate)
     mint.stack = lambda tensors, dim=0: ops.stack(tensors, dim)
-    mint.unbind = lambda input, dim=0: tuple(part.squeeze(dim) for part in ops.split(input, 1, dim))  # its gradient would stack
+    mint.unbind = lambda input, dim=0: tuple(
+        part.squeeze(dim) for part in ops.split(input, 1, dim)
+    )  # its gradient would stack

@@ -8,7 +8,9 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
-from mindtune import configs, diffusion, flow, lora, models, optim, precision, rng
+from mindtune import diffusion, flow, rng
+from mindtune.models import configs, controlnets, loading, lora, precision
+from mindtune.optim import optimizers
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGMAS = ms.Tensor((np.arange(1000, 0, -1) / 1000).astype(np.float32))
@@ -30,7 +32,7 @@ def normal(what, *shape):
 
 def adam(parameters):
     """Without a first moment's memory and without clipping its first moment is the gradient."""
-    return optim.AdamW([{"params": parameters, "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
+    return optimizers.AdamW([{"params": parameters, "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
 
 
 def give_values(parameters):
@@ -57,8 +59,10 @@ def flux_lora(work, kind="no", recompute=False):
     """DreamBooth LoRA, batch 2, not square."""
     kind = precision.resolve_precision(kind)
     script = load_script("flux_lora/train_dreambooth_lora_flux.py")
-    args = script.parse_args(["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x", "--max_grad_norm=0"])
-    transformer = models.load_model(work / "flux", "transformer", kind)
+    args = script.parse_args(
+        ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x", "--max_grad_norm=0"]
+    )
+    transformer = loading.load_model(work / "flux", "transformer", kind)
     precision.freeze_params(transformer)
     lora.add_lora(transformer, 4, 4.0, 0.0, lora.TRANSFORMER_TARGETS, kind.compute)
     precision.cast_training_params([transformer])
@@ -69,10 +73,21 @@ def flux_lora(work, kind="no", recompute=False):
         recompute_flux(transformer)
     text_ids = ms.Tensor(np.zeros((5, 3), np.float32))
     step = script.TrainStepForFluxDevDB(
-        transformer.set_train(True), adam(list(trained.values())), {"sigmas": SIGMAS}, kind.compute, args, LATENTS, text_ids
+        transformer.set_train(True),
+        adam(list(trained.values())),
+        {"sigmas": SIGMAS},
+        kind.compute,
+        args,
+        LATENTS,
+        text_ids,
     )
     batch = normal("moments", 2, 32, 4, 6), normal("posterior", 2, 16, 4, 6), normal("noise", 2, 16, 4, 6)
-    batch += ms.Tensor([100, 900]), normal("text", 2, 5, 32), normal("pooled", 2, 32), ms.Tensor(flow.latent_image_ids(4, 6))
+    batch += (
+        ms.Tensor([100, 900]),
+        normal("text", 2, 5, 32),
+        normal("pooled", 2, 32),
+        ms.Tensor(flow.latent_image_ids(4, 6)),
+    )
     return one_step(step, batch, trained)
 
 
@@ -80,11 +95,13 @@ def flux_controlnet(work, kind="no", recompute=False):
     """FLUX ControlNet of one double and one single block."""
     kind = precision.resolve_precision(kind)
     script = load_script("flux_controlnet/train_controlnet_flux.py")
-    args = script.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_sequence_length=5", "--max_grad_norm=0"])
-    transformer = models.load_model(work / "flux", "transformer", kind)
+    args = script.parse_args(
+        ["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_sequence_length=5", "--max_grad_norm=0"]
+    )
+    transformer = loading.load_model(work / "flux", "transformer", kind)
     precision.freeze_params(transformer)
-    controlnet = precision.compute_in(models.flux_controlnet(work / "flux", 1, 1), kind.compute)
-    trained = models.model_parameters(controlnet)
+    controlnet = precision.compute_in(controlnets.flux_controlnet(work / "flux", 1, 1), kind.compute)
+    trained = loading.model_parameters(controlnet)
     give_values({name: parameter for name, parameter in trained.items() if name.startswith("controlnet_")})
     if recompute:
         recompute_flux(transformer, controlnet)
@@ -93,7 +110,12 @@ def flux_controlnet(work, kind="no", recompute=False):
     )
     batch = [normal(name, 2, 32, 4, 6) for name in ("moments", "condition")]
     batch += [normal(name, 2, 16, 4, 6) for name in ("posterior", "condition posterior", "noise")]
-    batch += [ms.Tensor([100, 900]), normal("text", 2, 5, 32), normal("pooled", 2, 32), ms.Tensor(flow.latent_image_ids(4, 6))]
+    batch += [
+        ms.Tensor([100, 900]),
+        normal("text", 2, 5, 32),
+        normal("pooled", 2, 32),
+        ms.Tensor(flow.latent_image_ids(4, 6)),
+    ]
     return one_step(step, batch, trained)
 
 
@@ -102,14 +124,14 @@ def sd_controlnet(work, kind="no", base="sd15", recompute=False):
     kind, sdxl = precision.resolve_precision(kind), base == "sdxl"
     script = load_script("examples/controlnet/train_controlnet" + ("_sdxl.py" if sdxl else ".py"))
     args = script.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_grad_norm=0"])
-    unet = models.load_model(work / base, "unet", kind)
+    unet = loading.load_model(work / base, "unet", kind)
     precision.freeze_params(unet)
-    controlnet = precision.compute_in(models.unet_controlnet(unet, 0), kind.compute)
-    trained = models.model_parameters(controlnet)
+    controlnet = precision.compute_in(controlnets.unet_controlnet(unet, 0), kind.compute)
+    trained = loading.model_parameters(controlnet)
     added = ("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")
     give_values({name: parameter for name, parameter in trained.items() if name.startswith(added)})
     for model in (unet, controlnet) if recompute else ():
-        models.recompute_unet(model)
+        controlnets.recompute_unet(model)
     alphas = diffusion.alphas_cumprod(configs.read_config(work / base, "scheduler"))
     make = script.TrainStepForControlNetSDXL if sdxl else script.TrainStepForControlNet
     step = make(
@@ -117,7 +139,12 @@ def sd_controlnet(work, kind="no", base="sd15", recompute=False):
         kind.compute, args, "epsilon", {"scaling_factor": 0.18215}, None, ms.float32, precision.loss_scaler("no"),
     )  # fmt: skip
     width, more = unet.config["cross_attention_dim"], []
-    batch = normal("moments", 2, 8, 8, 8), normal("condition", 2, 3, 64, 64), normal("posterior", 2, 4, 8, 8), normal("noise", 2, 4, 8, 8)
+    batch = (
+        normal("moments", 2, 8, 8, 8),
+        normal("condition", 2, 3, 64, 64),
+        normal("posterior", 2, 4, 8, 8),
+        normal("noise", 2, 4, 8, 8),
+    )
     if sdxl:
         more = [normal("pooled", 2, 16), ms.Tensor([[64.0, 64, 0, 0, 64, 64]] * 2, ms.float32)]
     return one_step(step, (*batch, ms.Tensor([20, 900]), normal("text", 2, 77, width), *more), trained)
@@ -128,13 +155,13 @@ def encoders(work):
     full = precision.resolve_precision("no")
     ids, found = ms.Tensor(np.arange(77)[None] % 50, ms.int32), {}
     for kind, name in (("flux", "text_encoder"), ("sdxl", "text_encoder_2"), ("flux", "text_encoder_2")):
-        encoder = models.load_model(work / kind, name, full)
+        encoder = loading.load_model(work / kind, name, full)
         if name == "text_encoder_2" and kind == "flux":
             found["T5 states"] = encoder(ids)[0].asnumpy()
         else:
             pooled, states = encoder(ids)[1 if kind == "flux" else 0], encoder(ids, output_hidden_states=True)[2][-2]
             found.update({f"{kind} CLIP pooled": pooled.asnumpy(), f"{kind} CLIP states": states.asnumpy()})
-    vae = models.load_model(work / "flux", "vae", full)
+    vae = loading.load_model(work / "flux", "vae", full)
     found["VAE moments"] = vae.encode(normal("pixels", 1, 3, 32, 32))[0].asnumpy()
     found["VAE picture"] = vae.decode(normal("latents", 1, 16, 4, 4), return_dict=False)[0].asnumpy()
     return found

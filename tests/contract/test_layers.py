@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from mindspore import mint, nn
 
-from mindtune import lora, precision
 from mindtune.cli import UserError
+from mindtune.models import lora, precision
 
 
 class Model(nn.Cell):
@@ -29,8 +29,12 @@ def test_targets_are_found_among_both_kinds():
 def test_a_file_for_another_width_is_refused_of_both_kinds(monkeypatch, tmp_path, name):
     halves = {"A": np.zeros((2, 5), np.float32), "B": np.zeros((3, 2), np.float32)}
     part = {f"{name}.lora_{half}.weight": value for half, value in halves.items()}
-    monkeypatch.setattr(lora, "read_parts", lambda *_: {"transformer": part})  # the layers of a toy are none of FLUX.1's
-    with pytest.raises(UserError, match=r"A and B of to_. are \(2, 5\) and \(3, 2\), the layer of this transformer takes 4 and gives 3"):
+    monkeypatch.setattr(
+        lora, "read_parts", lambda *_: {"transformer": part}
+    )  # the layers of a toy are none of FLUX.1's
+    with pytest.raises(
+        UserError, match=r"A and B of to_. are \(2, 5\) and \(3, 2\), the layer of this transformer takes 4 and gives 3"
+    ):
         lora.load_lora(tmp_path / "lora.safetensors", {"transformer": Model()}, ms.float32)
 
 

@@ -16,13 +16,22 @@ shapes = load_script("examples/tiny/shapes.py")
 
 BACKGROUNDS = [name for name in shapes.COLOURS if name not in shapes.SUBJECT]
 SUBJECT_PROMPTS = [f"a sks circle on a {background} background" for background in BACKGROUNDS]
-CLASS_PROMPTS = [f"a {colour} circle on a {other} background" for colour in shapes.COLOURS for other in BACKGROUNDS if colour != other]
+CLASS_PROMPTS = [
+    f"a {colour} circle on a {other} background"
+    for colour in shapes.COLOURS
+    for other in BACKGROUNDS
+    if colour != other
+]
 
 
 def command(words, *more):
     """Runs one of the demonstration's commands with further flags; later flags win over earlier ones."""
     done = subprocess.run(
-        [sys.executable, *shlex.split(words), *map(str, more)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *shlex.split(words), *map(str, more)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -49,7 +58,11 @@ def draw(tmp_path_factory):
 
     def make(run, prompts, count, *more):
         grid = tmp_path_factory.mktemp("pictures") / "grid.png"
-        words = demo.INFER.replace("--lora {out}/lora", "").replace("--compare", "").format(out="unused", prompts=shlex.join(prompts))
+        words = (
+            demo.INFER.replace("--lora {out}/lora", "")
+            .replace("--compare", "")
+            .format(out="unused", prompts=shlex.join(prompts))
+        )
         command(words, *(["--lora", run] if run else []), "--num_images_per_prompt", count, "--output", grid, *more)
         return [Image.open(grid.with_name(f"grid-{n + 1}.png")) for n in range(count * len(prompts))]
 
@@ -101,10 +114,20 @@ def test_prior_preservation_keeps_the_class(teach, draw, tmp_path):
     """With the base's own pictures of every second class prompt trained along, under their captions, the other class prompts keep nine
     tenths of what the base gets right, and the subject is learned all the same."""
     others, asked = CLASS_PROMPTS[::2], CLASS_PROMPTS[1::2]
-    for number, (picture, caption) in enumerate(zip(evaluator.draw(ROOT / "examples/tiny/flux-shapes", others, seed=5), others)):
+    for number, (picture, caption) in enumerate(
+        zip(evaluator.draw(ROOT / "examples/tiny/flux-shapes", others, seed=5), others)
+    ):
         picture.save(tmp_path / f"{number:02d}.png")
         (tmp_path / f"{number:02d}.txt").write_text(caption)
-    prior = ["--with_prior_preservation", "--class_data_dir", tmp_path, "--class_prompt", "a circle", "--num_class_images", len(others)]
+    prior = [
+        "--with_prior_preservation",
+        "--class_data_dir",
+        tmp_path,
+        "--class_prompt",
+        "a circle",
+        "--num_class_images",
+        len(others),
+    ]
     run = teach("prior", *prior)
     base, adapter = (evaluator.score(draw(who, asked, 1), asked)["all"] for who in (None, run))
     assert base > 0.5 and adapter >= 0.9 * base

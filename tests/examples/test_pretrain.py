@@ -13,7 +13,13 @@ def small(monkeypatch):
     """A world of 24 scenes, a transformer of two thin blocks, a checkpoint after every second step."""
     few = pretrain.scenes("train")[::84]
     monkeypatch.setattr(pretrain, "scenes", lambda split: few)
-    thin = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "axes_dims_rope": [4, 2, 2]}
+    thin = {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "axes_dims_rope": [4, 2, 2],
+    }
     monkeypatch.setattr(pretrain, "TRANSFORMER", {**pretrain.TRANSFORMER, **thin})
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
     monkeypatch.setattr(pretrain, "AVERAGE_EVERY", 1)

@@ -16,7 +16,9 @@ evaluator = load_script("examples/tiny/evaluate_shapes.py")
 def test_every_colour_and_every_shape_is_trained_and_held_out_pairs_are_not():
     train, out = shapes.pairs("train"), shapes.pairs("held_out")
     assert len(train) == 36 and len(out) == 12 and not set(train) & set(out)
-    assert {colour for colour, _ in train} == set(shapes.COLOURS) and {shape for _, shape in train} == set(shapes.SHAPES)
+    assert {colour for colour, _ in train} == set(shapes.COLOURS) and {shape for _, shape in train} == set(
+        shapes.SHAPES
+    )
     assert Counter(shape for _, shape in out) == dict.fromkeys(shapes.SHAPES, 2)
 
 
@@ -30,7 +32,9 @@ def test_the_world_is_finite_and_whole_shapes_lie_inside_the_picture():
             assert cover.max() == 1 and max(cover[0].max(), cover[-1].max(), cover[:, 0].max(), cover[:, -1].max()) == 0
 
 
-@pytest.mark.parametrize("shape, area", [("circle", np.pi), ("square", 2.0), ("triangle", 1.299), ("ring", 0.75 * np.pi), ("cross", 2.218)])
+@pytest.mark.parametrize(
+    "shape, area", [("circle", np.pi), ("square", 2.0), ("triangle", 1.299), ("ring", 0.75 * np.pi), ("cross", 2.218)]
+)
 def test_areas_are_those_of_geometry(shape, area):
     """In units of the radius squared: pi, 2, 3 sqrt(3)/4, 3 pi/4, and two bars 1.9 by 0.72 that cross."""
     scene = shapes.Scene(shape, "red", "blue", (0.47, 0.52), 0.3)
@@ -40,7 +44,9 @@ def test_areas_are_those_of_geometry(shape, area):
 def test_a_picture_has_its_two_colours_and_nothing_else_away_from_edges():
     scene = shapes.Scene("square", "orange", "purple")
     pixels, cover = np.asarray(shapes.picture(scene, 64)), shapes.mask(scene, 64)
-    assert (pixels[cover == 1] == shapes.COLOURS["orange"]).all() and (pixels[cover == 0] == shapes.COLOURS["purple"]).all()
+    assert (pixels[cover == 1] == shapes.COLOURS["orange"]).all() and (
+        pixels[cover == 0] == shapes.COLOURS["purple"]
+    ).all()
 
 
 def test_the_outline_lies_on_the_shapes_edge():
@@ -111,7 +117,8 @@ def test_the_commands_print_what_the_docstrings_say(tmp_path, capsys):
     shapes.main([str(tmp_path / "w"), "--count", "5", "--size", "64", "--split", "held_out"])
     assert "wrote 5 scenes of the split held_out" in capsys.readouterr().out
     assert all(
-        shapes.held_out(*json.loads(line)["text"].split()[1:3]) for line in (tmp_path / "w" / "metadata.jsonl").read_text().splitlines()
+        shapes.held_out(*json.loads(line)["text"].split()[1:3])
+        for line in (tmp_path / "w" / "metadata.jsonl").read_text().splitlines()
     )
     evaluator.main(["--folder", str(tmp_path / "w")])
     assert "shape         1.000" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from mindtune import configs, models, pipelines
+from mindtune.models import configs, loading, pipelines
 
 maker = load_script("examples/tiny/make_tiny_pipeline.py")
 COMPONENTS = {"flux": pipelines.FLUX_COMPONENTS, "sd15": pipelines.SD_COMPONENTS, "sdxl": pipelines.SDXL_COMPONENTS}
@@ -56,8 +56,10 @@ def test_mindones_pipeline_loads_it_and_draws(made, kind, cls):
 
 def test_what_sdxl_has_twice(made):
     """Two text encoders of different widths, read side by side by the UNet; the second tokenizer pads with "!"."""
-    first, second = (models.load_tokenizer(made["sdxl"] / name) for name in ("tokenizer", "tokenizer_2"))
-    assert (first.pad_token, second.pad_token) == ("<|endoftext|>", "!") and first("a dog").input_ids == second("a dog").input_ids
+    first, second = (loading.load_tokenizer(made["sdxl"] / name) for name in ("tokenizer", "tokenizer_2"))
+    assert (first.pad_token, second.pad_token) == ("<|endoftext|>", "!") and first("a dog").input_ids == second(
+        "a dog"
+    ).input_ids
     widths = [configs.read_config(made["sdxl"], name)["hidden_size"] for name in ("text_encoder", "text_encoder_2")]
     unet = configs.read_config(made["sdxl"], "unet")
     assert widths[0] != widths[1] and unet["cross_attention_dim"] == sum(widths)

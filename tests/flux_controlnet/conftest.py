@@ -12,7 +12,8 @@ from conftest import command, load_script
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from mindtune import encode, pairs
+from mindtune.data import pair_data, pairs
+from mindtune.encode import encoder_stage
 
 TRAIN = "flux_controlnet/train_controlnet_flux.py"
 FINAL = "diffusion_pytorch_model.safetensors"
@@ -46,7 +47,11 @@ def write_pairs(folder, images, conditions, captions):
     """A folder that --train_data_dir reads, from uint8 arrays."""
     rows = []
     for number, (image, condition, caption) in enumerate(zip(images, conditions, captions)):
-        row = {"file_name": f"images/{number}.png", "conditioning_image_file_name": f"conditioning/{number}.png", "text": caption}
+        row = {
+            "file_name": f"images/{number}.png",
+            "conditioning_image_file_name": f"conditioning/{number}.png",
+            "text": caption,
+        }
         for name, pixels in zip((row["file_name"], row["conditioning_image_file_name"]), (image, condition)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(folder / name)
@@ -66,17 +71,28 @@ def oblong(tmp_path_factory):
     """Six pairs, wide (48x32) and tall (32x48) by turns, the condition the picture's negative: both show where they were cropped."""
     images = [marked(number, *((32, 48) if number % 2 == 0 else (48, 32))) for number in range(6)]
     folder = tmp_path_factory.mktemp("oblong") / "pairs"
-    return write_pairs(folder, images, [255 - image for image in images], [f"picture {number % 3}" for number in range(6)])
+    return write_pairs(
+        folder, images, [255 - image for image in images], [f"picture {number % 3}" for number in range(6)]
+    )
 
 
 @pytest.fixture(scope="session")
 def warm_cache(encoder_cache, control_script, tiny_flux, shapes, oblong):
     """The session's encoder cache, filled in one child process with what most runs here need."""
-    stage = encode.Stage(tiny_flux, None, "no", encoder_cache / "mindtune", 16)
-    groups = [pairs.load_pairs(pairs.Source(train_data_dir=str(folder), cache_dir=str(encoder_cache))) for folder in (shapes, oblong)]
+    stage = encoder_stage.Stage(tiny_flux, None, "no", encoder_cache / "mindtune", 16)
+    groups = [
+        pairs.load_pairs(pairs.Source(train_data_dir=str(folder), cache_dir=str(encoder_cache)))
+        for folder in (shapes, oblong)
+    ]
     sizes = [[(32, 32)], [(32, 48), (48, 32)]]
-    images = [job for group, buckets in zip(groups, sizes) for job in encode.PairImages(pairs.PairData(group, [], buckets, 0, 1), True)]
-    stage.prepare(["", "x", "a red circle", "a blue star", *(pair.caption for group in groups for pair in group)], images)
+    images = [
+        job
+        for group, buckets in zip(groups, sizes)
+        for job in pair_data.PairImages(pair_data.PairData(group, [], buckets, 0, 1), True)
+    ]
+    stage.prepare(
+        ["", "x", "a red circle", "a blue star", *(pair.caption for group in groups for pair in group)], images
+    )
     return encoder_cache
 
 
@@ -85,9 +101,38 @@ def control_flags(small_flux, shapes, warm_cache):
     """control_flags(out, *more): the command line of a small PyNative run on the shapes; later flags win over earlier ones."""
 
     def make(out, *more):
-        base = ["--pretrained_model_name_or_path", small_flux, "--train_data_dir", shapes, "--output_dir", out, "--cache_dir", warm_cache]
-        base += ["--resolution", 32, "--max_sequence_length", 16, "--seed", 0, "--train_batch_size", 1, "--max_train_steps", 3]
-        base += ["--num_double_layers", 1, "--num_single_layers", 1, "--learning_rate", 1e-3, "--num_inference_steps", 2]
+        base = [
+            "--pretrained_model_name_or_path",
+            small_flux,
+            "--train_data_dir",
+            shapes,
+            "--output_dir",
+            out,
+            "--cache_dir",
+            warm_cache,
+        ]
+        base += [
+            "--resolution",
+            32,
+            "--max_sequence_length",
+            16,
+            "--seed",
+            0,
+            "--train_batch_size",
+            1,
+            "--max_train_steps",
+            3,
+        ]
+        base += [
+            "--num_double_layers",
+            1,
+            "--num_single_layers",
+            1,
+            "--learning_rate",
+            1e-3,
+            "--num_inference_steps",
+            2,
+        ]
         base += ["--mindspore_mode", 1, "--report_to", "none"]
         return [str(part) for part in (*base, *more)]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindtune import models
 from mindtune.cli import UserError
+from mindtune.models import controlnets, loading
 
 from .conftest import FINAL, write_pairs
 
@@ -40,8 +40,8 @@ def refused(control_script, control_flags, tmp_path, small_flux, shapes, monkeyp
         pytest.fail("a model was loaded before the input was checked")
 
     def run(*more, drop=None):
-        monkeypatch.setattr("mindtune.models.load_model", never)
-        monkeypatch.setattr("mindtune.encode._in_child", never)
+        monkeypatch.setattr("mindtune.models.loading.load_model", never)
+        monkeypatch.setattr("mindtune.encode.encoder_stage._in_child", never)
         arguments = control_flags(tmp_path / "out", *more)
         before, mode = tree(tmp_path, small_flux, shapes), ms.get_context("mode")
         with pytest.raises(UserError) as caught:
@@ -59,31 +59,70 @@ def says(message, *parts):
     assert not missing and message.endswith("."), message
 
 
-# ---- flags -------------------------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
 CANNOT_BE = [
     (["--distributed"], ["--distributed", "msrun --worker_num=2", "--join=True"]),
     (["--zero_stage", 1], ["--zero_stage 1", "--distributed"]),
     (["--distributed", "--zero_stage", 2], ["--zero_stage 2", "ReduceScatter", "--zero_stage 1"]),
-    (["--distributed", "--zero_stage", 1, "--optimizer", "prodigy"], ["--zero_stage 1", "prodigy", "another optimizer"]),
+    (
+        ["--distributed", "--zero_stage", 1, "--optimizer", "prodigy"],
+        ["--zero_stage 1", "prodigy", "another optimizer"],
+    ),
 ]
-AT_LEAST_ONE = ["train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples"]
-AT_LEAST_ONE += ["checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images", "num_inference_steps"]
+AT_LEAST_ONE = [
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_train_steps",
+    "max_train_samples",
+]
+AT_LEAST_ONE += [
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "num_validation_images",
+    "num_inference_steps",
+]
 AT_LEAST_ONE += ["max_sequence_length", "shuffle_buffer_size"]
-AT_LEAST_ZERO = ["num_double_layers", "num_single_layers", "learning_rate", "max_grad_norm", "lr_warmup_steps", "dataloader_num_workers"]
+AT_LEAST_ZERO = [
+    "num_double_layers",
+    "num_single_layers",
+    "learning_rate",
+    "max_grad_norm",
+    "lr_warmup_steps",
+    "dataloader_num_workers",
+]
 AT_LEAST_ZERO += ["ema_decay", "validation_split", "proportion_empty_prompts", "adam_beta1", "adam_beta2"]
-FRACTIONS = ["learning_rate", "max_grad_norm", "ema_decay", "validation_split", "proportion_empty_prompts", "adam_beta1", "adam_beta2"]
+FRACTIONS = [
+    "learning_rate",
+    "max_grad_norm",
+    "ema_decay",
+    "validation_split",
+    "proportion_empty_prompts",
+    "adam_beta1",
+    "adam_beta2",
+]
 OUT_OF_RANGE = [
     (["--resolution", 100], ["--resolution 100", "divisible by 16", "nearest is 96"]),
     (["--resolution", 0], ["--resolution 0", "divisible by 16", "nearest is 16"]),
     *((["--" + name, 0], [f"--{name} 0", "at least 1"]) for name in AT_LEAST_ONE),
     *((["--" + name, -1], [f"--{name} -1", "at least 0"]) for name in AT_LEAST_ZERO),
     *((["--" + name, "nan"], [f"--{name} nan"]) for name in FRACTIONS),
-    *((["--" + name, 1], [f"--{name} 1", "below 1"]) for name in ("validation_split", "ema_decay", "adam_beta1", "adam_beta2")),
-    (["--num_double_layers", 0, "--num_single_layers", 0], ["--num_double_layers 0 --num_single_layers 0", "at least one block"]),
+    *(
+        (["--" + name, 1], [f"--{name} 1", "below 1"])
+        for name in ("validation_split", "ema_decay", "adam_beta1", "adam_beta2")
+    ),
+    (
+        ["--num_double_layers", 0, "--num_single_layers", 0],
+        ["--num_double_layers 0 --num_single_layers 0", "at least one block"],
+    ),
     (["--max_sequence_length", 600], ["--max_sequence_length 600", "512 or less"]),
     (["--proportion_empty_prompts", 1.5], ["--proportion_empty_prompts 1.5", "[0, 1]"]),
-    *((["--timestep_shift", value], [f"--timestep_shift {value}", "positive factor or auto"]) for value in ("some", -1, 0, "inf", "nan")),
+    *(
+        (["--timestep_shift", value], [f"--timestep_shift {value}", "positive factor or auto"])
+        for value in ("some", -1, 0, "inf", "nan")
+    ),
     (["--aspect_ratio_buckets", "32x48"], ["--aspect_ratio_buckets", "'32x48'", "height,width"]),
     (["--aspect_ratio_buckets", "32,40"], ["--aspect_ratio_buckets: 32,40", "multiples of 16"]),
     (["--aspect_ratio_buckets", "32,48;32,48"], ["--aspect_ratio_buckets: 32,48 is there twice"]),
@@ -92,7 +131,10 @@ OUT_OF_RANGE = [
 ]
 DO_NOT_GO_TOGETHER = [
     *(
-        (["--use_8bit_adam", "--optimizer", name], [f"--use_8bit_adam with --optimizer {name}", "AdamW's", "leave one of the two out"])
+        (
+            ["--use_8bit_adam", "--optimizer", name],
+            [f"--use_8bit_adam with --optimizer {name}", "AdamW's", "leave one of the two out"],
+        )
         for name in ("adamweightdecay", "prodigy", "adafactor")
     ),
     (["--dataset_name", "some/pairs"], ["--dataset_name", "--train_data_dir", "--jsonl_for_train", "one of"]),
@@ -100,13 +142,28 @@ DO_NOT_GO_TOGETHER = [
     (["--dataset_config_name", "large"], ["--dataset_config_name large", "--dataset_name", "leave it out"]),
     (["--streaming", "--max_train_samples", 3], ["--max_train_samples with --streaming", "leave one of the two out"]),
     (["--streaming", "--validation_split", 0.2], ["--validation_split with --streaming", "leave one of the two out"]),
-    (["--streaming", "--aspect_ratio_buckets", "32,48"], ["--aspect_ratio_buckets with --streaming", "leave one of the two out"]),
-    (["--resume_from_checkpoint", "checkpoint-9"], ["--resume_from_checkpoint checkpoint-9", "no such checkpoint", "none"]),
-    (["--pretrained_model_name_or_path", "./flux"], ["--pretrained_model_name_or_path ./flux", "no such directory", "hub id"]),
-    (["--controlnet_model_name_or_path", "./none"], ["--controlnet_model_name_or_path ./none", "no such directory", "hub id"]),
+    (
+        ["--streaming", "--aspect_ratio_buckets", "32,48"],
+        ["--aspect_ratio_buckets with --streaming", "leave one of the two out"],
+    ),
+    (
+        ["--resume_from_checkpoint", "checkpoint-9"],
+        ["--resume_from_checkpoint checkpoint-9", "no such checkpoint", "none"],
+    ),
+    (
+        ["--pretrained_model_name_or_path", "./flux"],
+        ["--pretrained_model_name_or_path ./flux", "no such directory", "hub id"],
+    ),
+    (
+        ["--controlnet_model_name_or_path", "./none"],
+        ["--controlnet_model_name_or_path ./none", "no such directory", "hub id"],
+    ),
     (["--train_data_dir", "no/where"], ["--train_data_dir no/where", "no such directory"]),
     (["--image_column", "photo"], ["--image_column photo", "has the columns", "conditioning_image"]),
-    (["--conditioning_image_column", "edges"], ["--conditioning_image_column edges", "has the columns", "conditioning_image"]),
+    (
+        ["--conditioning_image_column", "edges"],
+        ["--conditioning_image_column edges", "has the columns", "conditioning_image"],
+    ),
     (["--caption_column", "words"], ["--caption_column words", "has the columns", "text"]),
     (["--num_double_layers", 2], ["--num_double_layers 2", "the transformer has 1"]),
     (["--num_single_layers", 2], ["--num_single_layers 2", "the transformer has 1"]),
@@ -156,37 +213,53 @@ def test_what_argparse_refuses_exits_with_2(control_script, control_flags, tmp_p
 
 
 def test_cuda_and_torch_flags_are_accepted_with_one_line_each(control_script, control_flags, tmp_path, capsys):
-    names = ["--allow_tf32", "--enable_xformers_memory_efficient_attention", "--enable_npu_flash_attention", "--set_grads_to_none"]
+    names = [
+        "--allow_tf32",
+        "--enable_xformers_memory_efficient_attention",
+        "--enable_npu_flash_attention",
+        "--set_grads_to_none",
+    ]
     control_script.parse_args(control_flags(tmp_path / "out", *names))
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == names
 
 
-# ---- validation --------------------------------------------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prompts, images", [(2, 3), (3, 2), (1, 0), (0, 1)])
 def test_prompts_and_conditions_that_do_not_match(refused, shapes, prompts, images):
     given = ["--validation_prompt", *["a red circle"] * prompts] if prompts else []
     given += ["--validation_image", *[shapes / "conditioning" / "000000.png"] * images] if images else []
-    says(refused(*given), f"--validation_prompt has {prompts} and --validation_image {images}", "same number", "one prompt")
+    says(
+        refused(*given),
+        f"--validation_prompt has {prompts} and --validation_image {images}",
+        "same number",
+        "one prompt",
+    )
 
 
-@pytest.mark.parametrize("content, found", [(None, "missing"), (b"<html>404</html>", "a web page"), (b"", "the file is empty")])
+@pytest.mark.parametrize(
+    "content, found", [(None, "missing"), (b"<html>404</html>", "a web page"), (b"", "the file is empty")]
+)
 def test_a_condition_to_validate_with_that_is_no_picture(refused, tmp_path, content, found):
     path = tmp_path / "outline.png"
     if content is not None:
         path.write_bytes(content)
-    says(refused("--validation_prompt", "x", "--validation_image", path), f"--validation_image {path}: cannot be read as an image", found)
+    says(
+        refused("--validation_prompt", "x", "--validation_image", path),
+        f"--validation_image {path}: cannot be read as an image",
+        found,
+    )
 
 
-# ---- the ControlNet to go on from --------------------------------------------------------------------------------------------------
+# ---- the ControlNet to go on from ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def whole_controlnet(small_flux, tmp_path_factory):
     """A ControlNet of one block of either kind on disk."""
     folder = tmp_path_factory.mktemp("existing") / "controlnet"
-    models.save_model(models.flux_controlnet(small_flux, 1, 1), folder, ms.float32)
+    loading.save_model(controlnets.flux_controlnet(small_flux, 1, 1), folder, ms.float32)
     return folder
 
 
@@ -218,7 +291,7 @@ def test_a_controlnet_that_does_not_fit_is_refused(refused, whole_controlnet, tm
     says(refused("--controlnet_model_name_or_path", folder), f"--controlnet_model_name_or_path {folder}", *parts)
 
 
-# ---- pairs -------------------------------------------------------------------------------------------------------------------------
+# ---- pairs ---------------------------------------------------------------------------------------
 
 
 def gray(width, height):
@@ -239,7 +312,12 @@ def bad_pairs(tmp_path):
 def test_all_bad_pairs_are_listed_at_once(refused, bad_pairs):
     message = refused("--train_data_dir", bad_pairs)
     says(message, f"--train_data_dir {bad_pairs}: 4 of 6 pairs cannot be used", "--skip_bad_images")
-    says(message, "1.png: 48x40, its condition 40x48", "2.png: its condition: not an image", "3.png: 31x90 is smaller than --resolution 32")
+    says(
+        message,
+        "1.png: 48x40, its condition 40x48",
+        "2.png: its condition: not an image",
+        "3.png: 31x90 is smaller than --resolution 32",
+    )
     assert re.search(r"images/4.png: (damaged|not an image)", message)
     assert "/0.png" not in message and "/5.png" not in message
 
@@ -267,7 +345,9 @@ def test_a_pair_with_an_alpha_channel_is_no_bad_pair(control_script, control_fla
     folder = write_pairs(tmp_path / "kinds", [gray(40, 40)], [gray(40, 40)], ["x"])
     Image.fromarray(np.dstack([gray(40, 40), np.full((40, 40), 100, np.uint8)])).save(folder / "images/0.png")
     Image.fromarray(gray(40, 40)[..., 0]).save(folder / "conditioning/0.png")
-    train = control_script.load_data(control_script.parse_args(control_flags(tmp_path / "out", "--train_data_dir", folder)), 0).train
+    train = control_script.load_data(
+        control_script.parse_args(control_flags(tmp_path / "out", "--train_data_dir", folder)), 0
+    ).train
     assert len(train) == 1
 
 
@@ -284,7 +364,10 @@ def test_unpaired_pictures_are_all_listed(refused, bad_pairs):
     [
         ('{"image": "images/0.png", "text": "x"}', "--conditioning_image_column"),
         ('{"image": "images/0.png", "conditioning_image": ', "line 1: not JSON"),
-        ('{"image": "images/0.png", "conditioning_image": 7, "text": "x"}', "line 1: conditioning_image is 7, not text"),
+        (
+            '{"image": "images/0.png", "conditioning_image": 7, "text": "x"}',
+            "line 1: conditioning_image is 7, not text",
+        ),
         ("", "has no lines"),
     ],
 )
@@ -324,19 +407,28 @@ def test_a_stream_cannot_leave_bad_pairs_out(refused):
     says(refused("--streaming", "--skip_bad_images"), "--skip_bad_images with --streaming")
 
 
-# ---- while training ----------------------------------------------------------------------------------------------------------------
+# ---- while training ------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_update(control, tmp_path):
     """Update 1 makes the weights absurd, update 2 shows it: the checkpoint between the two is no good one."""
     with pytest.raises(UserError, match=r"update 2: the loss is (nan|inf)") as caught:
-        control(tmp_path / "out", "--cache_latents", "--learning_rate", 1e30, "--max_train_steps", 9, "--checkpointing_steps", 1)
+        control(
+            tmp_path / "out",
+            "--cache_latents",
+            "--learning_rate",
+            1e30,
+            "--max_train_steps",
+            9,
+            "--checkpointing_steps",
+            1,
+        )
     says(str(caught.value), "the last good checkpoint is (none yet)", "--learning_rate")
     assert not (tmp_path / "out" / FINAL).exists()
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is False
 
 
-# ---- through the command -----------------------------------------------------------------------------------------------------------
+# ---- through the command -------------------------------------------------------------------------
 
 
 def test_the_command_prints_the_sentence_and_exits_with_2(train_control, tmp_path):

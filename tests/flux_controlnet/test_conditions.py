@@ -7,7 +7,7 @@ import pytest
 from conftest import metrics
 from PIL import Image
 
-from mindtune import pairs
+from mindtune.data import pairs
 
 
 @pytest.fixture
@@ -21,18 +21,36 @@ def drawn(tmp_path):
         if number < 3:
             condition.paste((255, 255, 255, 255), (4, 4 + 8 * number, 28, 8 + 8 * number))
         condition.save(folder / f"{number}-lines.png")
-        rows.append({"file_name": f"{number}.png", "conditioning_image_file_name": f"{number}-lines.png", "text": "a red circle"})
+        rows.append(
+            {
+                "file_name": f"{number}.png",
+                "conditioning_image_file_name": f"{number}-lines.png",
+                "text": "a red circle",
+            }
+        )
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
 @pytest.mark.parametrize("more", [["--cache_latents"], ["--streaming"]], ids=["cached", "streamed"])
 def test_white_drawings_are_trained_on_and_shown_on_black(control, drawn, tmp_path, capsys, more):
-    looking = ["--validation_prompt", "a red circle", "--validation_image", drawn / "0-lines.png", "--num_validation_images", 1]
+    looking = [
+        "--validation_prompt",
+        "a red circle",
+        "--validation_image",
+        drawn / "0-lines.png",
+        "--num_validation_images",
+        1,
+    ]
     control(tmp_path / "out", "--train_data_dir", drawn, *more, *looking, "--max_train_steps", 2)
     printed = capsys.readouterr().out
     where = f"--train_data_dir {drawn}{', 4 pairs of its first 256 rows' if more == ['--streaming'] else ''}"
-    assert printed.count(f"{where}: 4 transparent conditions are laid on black; on white 100% of their drawing would not be seen\n") == 1
+    assert (
+        printed.count(
+            f"{where}: 4 transparent conditions are laid on black; on white 100% of their drawing would not be seen\n"
+        )
+        == 1
+    )
     assert printed.count(f"{where}: 1 of 4 conditions are blank, of one colour throughout: ") == 1
     assert json.loads((tmp_path / "out/run.json").read_text())["data"]["condition_background"] == "black"
     assert [line["step"] for line in metrics(tmp_path / "out") if "loss" in line] == [1, 2]
@@ -43,7 +61,9 @@ def test_white_drawings_are_trained_on_and_shown_on_black(control, drawn, tmp_pa
 
 def test_the_latents_of_white_drawings_differ(control_script, control_flags, drawn, tmp_path):
     """What reaches the step is the drawing, not a white square."""
-    args = control_script.parse_args(control_flags(tmp_path / "out", "--train_data_dir", drawn, "--cache_dir", tmp_path / "cache"))
+    args = control_script.parse_args(
+        control_flags(tmp_path / "out", "--train_data_dir", drawn, "--cache_dir", tmp_path / "cache")
+    )
     data = control_script.load_data(args, 0)
     assert isinstance(data.train, pairs.Pairs) and data.background == "black"
     conditions = [np.asarray(pair.condition.open()) for pair in data.train]

@@ -6,8 +6,11 @@ import pytest
 from conftest import load_script
 from PIL import Image
 
-from mindtune import configs, data, encode, models, precision, rng, sampling
+from mindtune import rng
 from mindtune.cli import UserError
+from mindtune.data import conditions, grids, image_sample
+from mindtune.encode import encoder_stage
+from mindtune.models import configs, controlnets, loading, precision, sampling
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +26,34 @@ def outline(shapes, number):
 def trained(control_script, small_flux, shapes, warm_cache, tmp_path_factory):
     """Three updates from a ControlNet whose projections are not zero, so that the condition shows, and the final picture grid."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    controlnet = models.flux_controlnet(small_flux, 1, 1)
-    for name, parameter in models.model_parameters(controlnet).items():
+    controlnet = controlnets.flux_controlnet(small_flux, 1, 1)
+    for name, parameter in loading.model_parameters(controlnet).items():
         if name.startswith("controlnet_"):
             parameter.set_data(ms.Tensor(0.2 * rng.normal(0, name, shape=parameter.shape)))
-    models.save_model(controlnet, out.parent / "begun", ms.float32)
-    flags = ["--pretrained_model_name_or_path", small_flux, "--train_data_dir", shapes, "--resolution", 32, "--max_sequence_length", 16]
-    flags += ["--cache_dir", warm_cache, "--output_dir", out, "--seed", 0, "--mindspore_mode", 1, "--report_to", "none", "--use_ema"]
+    loading.save_model(controlnet, out.parent / "begun", ms.float32)
+    flags = [
+        "--pretrained_model_name_or_path",
+        small_flux,
+        "--train_data_dir",
+        shapes,
+        "--resolution",
+        32,
+        "--max_sequence_length",
+        16,
+    ]
+    flags += [
+        "--cache_dir",
+        warm_cache,
+        "--output_dir",
+        out,
+        "--seed",
+        0,
+        "--mindspore_mode",
+        1,
+        "--report_to",
+        "none",
+        "--use_ema",
+    ]
     flags += ["--controlnet_model_name_or_path", out.parent / "begun", "--cache_latents", "--learning_rate", 1e-2]
     flags += ["--validation_prompt", "a red circle", "--validation_image", outline(shapes, 0), outline(shapes, 1)]
     flags += ["--num_validation_images", 2, "--num_inference_steps", 2, "--train_batch_size", 2, "--max_train_steps", 3]
@@ -44,7 +68,16 @@ def draw(script, small_flux, shapes, warm_cache, trained, tmp_path):
 
     def run(*more):
         base = ["--pretrained_model_name_or_path", small_flux, "--cache_dir", warm_cache, "--controlnet", trained]
-        base += ["--prompt", "a red circle", "--control_image", outline(shapes, 0), "--resolution", 32, "--num_inference_steps", 2]
+        base += [
+            "--prompt",
+            "a red circle",
+            "--control_image",
+            outline(shapes, 0),
+            "--resolution",
+            32,
+            "--num_inference_steps",
+            2,
+        ]
         base += ["--max_sequence_length", 16, "--output", tmp_path / "x.png"]
         script.main([str(word) for word in (*base, *more)])
         return tmp_path / "x.png"
@@ -70,17 +103,17 @@ def test_training_and_inference_draw_the_same_pictures(draw, trained, shapes, tm
     assert np.abs(pixels(grid) - pixels(trained / "samples" / "final.png")).max() <= 1
     singles = [Image.open(tmp_path / f"x-{n}.png") for n in (1, 2, 3, 4)]
     assert {single.size for single in singles} == {(32, 32)} and len({single.tobytes() for single in singles}) == 4
-    conditions = [sampling.condition_picture(outline(shapes, n), "--control_image", 32) for n in (0, 1)]
+    conditions = [conditions.condition_image(outline(shapes, n), "--control_image", 32) for n in (0, 1)]
     rows = [[conditions[0], *singles[:2]], [conditions[1], *singles[2:]]]
-    np.testing.assert_array_equal(pixels(grid), np.asarray(sampling.image_grid(rows, ["a red circle"] * 2)))
+    np.testing.assert_array_equal(pixels(grid), np.asarray(grids.image_grid(rows, ["a red circle"] * 2)))
     # The same noise under another condition is another picture.
     assert np.abs(pixels(tmp_path / "x-1.png") - pixels(tmp_path / "x-3.png")).mean() > 0.1
 
 
 def test_scale_zero_is_the_base_model_and_more_is_further_from_it(draw, small_flux, warm_cache):
     kind = precision.resolve_precision("no")
-    transformer, vae = (models.load_model(small_flux, part, kind) for part in ("transformer", "vae"))
-    text = encode.Stage(small_flux, None, "no", warm_cache / "mindtune", 16).text("a red circle")
+    transformer, vae = (loading.load_model(small_flux, part, kind) for part in ("transformer", "vae"))
+    text = encoder_stage.Stage(small_flux, None, "no", warm_cache / "mindtune", 16).text("a red circle")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     latents = sampling.sample_latents(
         transformer, configs.read_config(small_flux, "scheduler"), text["prompt_embeds"][None], text["pooled_prompt_embeds"][None],
@@ -95,11 +128,19 @@ def test_scale_zero_is_the_base_model_and_more_is_further_from_it(draw, small_fl
 def test_a_condition_is_encoded_as_in_training(small_flux, shapes, warm_cache):
     """The posterior's mean, shifted and scaled; the moments are those that training caches."""
     kind = precision.resolve_precision("no")
-    vae, config = models.load_model(small_flux, "vae", kind), configs.read_config(small_flux, "vae")
-    sample = data.Sample("0", outline(shapes, 0))
-    mean = encode.Stage(small_flux, None, "no", warm_cache / "mindtune", 16).moments(sample, (32, 32), False)[:16].astype(np.float64)
-    given = sampling.encode_picture(vae, sampling.condition_picture(outline(shapes, 0), "--control_image", 32), ms.float32)
-    np.testing.assert_allclose(given[0], (mean - config["shift_factor"]) * config["scaling_factor"], rtol=1e-5, atol=1e-6)
+    vae, config = loading.load_model(small_flux, "vae", kind), configs.read_config(small_flux, "vae")
+    sample = image_sample.Sample("0", outline(shapes, 0))
+    mean = (
+        encoder_stage.Stage(small_flux, None, "no", warm_cache / "mindtune", 16)
+        .moments(sample, (32, 32), False)[:16]
+        .astype(np.float64)
+    )
+    given = sampling.encode_image(
+        vae, conditions.condition_image(outline(shapes, 0), "--control_image", 32), ms.float32
+    )
+    np.testing.assert_allclose(
+        given[0], (mean - config["shift_factor"]) * config["scaling_factor"], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_picture_keeps_the_conditions_shape(draw, tmp_path):
@@ -130,8 +171,12 @@ def test_half_precision_draws_nearly_the_same(draw, mixed_precision):
     ],
 )
 def test_bad_flags_get_a_sentence(draw, more, sentence, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("a model was loaded before the flags were checked"))
-    monkeypatch.setattr(encode, "_in_child", lambda *_: pytest.fail("encoders ran before the flags were checked"))
+    monkeypatch.setattr(
+        loading, "load_model", lambda *_: pytest.fail("a model was loaded before the flags were checked")
+    )
+    monkeypatch.setattr(
+        encoder_stage, "_in_child", lambda *_: pytest.fail("encoders ran before the flags were checked")
+    )
     with pytest.raises(UserError, match=sentence):
         draw(*more)
 

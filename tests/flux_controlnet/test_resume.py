@@ -12,8 +12,8 @@ import pytest
 from conftest import command, metrics
 from safetensors.numpy import load_file
 
-from mindtune.checkpoint import checkpoints, damage
 from mindtune.cli import UserError
+from mindtune.run.checkpoint import checkpoints, damage
 
 from .conftest import FINAL, TRAIN
 
@@ -37,7 +37,12 @@ def kill_somewhere(arguments, out, chance, after):
 def end_state(out):
     """What must be the same to the byte: the ControlNet, the optimizer with everything around it, and the logged losses."""
     last = checkpoints(out)[-1]
-    files = [out / FINAL, out / "config.json", out / "metrics.jsonl", *(path for path in last.rglob("*") if path.is_file())]
+    files = [
+        out / FINAL,
+        out / "config.json",
+        out / "metrics.jsonl",
+        *(path for path in last.rglob("*") if path.is_file()),
+    ]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
@@ -76,9 +81,13 @@ def test_the_state_of_everything_is_in_a_checkpoint(control, tmp_path):
     (folder,) = checkpoints(tmp_path / "run")
     weights, state = load_file(folder / "flux_controlnet" / FINAL), load_file(folder / "training_state.safetensors")
     for kind in ("exp_avg.", "exp_avg_sq."):
-        assert sum(value.size for name, value in state.items() if f".{kind}" in name) == sum(value.size for value in weights.values())
+        assert sum(value.size for name, value in state.items() if f".{kind}" in name) == sum(
+            value.size for value in weights.values()
+        )
     averages = {name[len("ema.") :]: value for name, value in state.items() if name.startswith("ema.")}
-    assert {name: value.shape for name, value in averages.items()} == {name: value.shape for name, value in weights.items()}
+    assert {name: value.shape for name, value in averages.items()} == {
+        name: value.shape for name, value in weights.items()
+    }
     assert any(not np.array_equal(averages[name], value) for name, value in weights.items())
     assert {"loss_scale", "loss_scale_counter"} <= set(state)
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
@@ -93,7 +102,10 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(control, tmp
     weights.write_bytes(weights.read_bytes()[:-100])
     control(out, *more, "--resume_from_checkpoint", "latest")
     said = capsys.readouterr().out
-    assert f"checkpoint-4: flux_controlnet/{FINAL} is damaged; falling back" in said and "resuming from checkpoint-2" in said
+    assert (
+        f"checkpoint-4: flux_controlnet/{FINAL} is damaged; falling back" in said
+        and "resuming from checkpoint-2" in said
+    )
     assert end_state(out) == end_state(tmp_path / "whole")
 
 
@@ -119,7 +131,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(control, control_flags, tmp_p
 def test_another_size_is_refused_and_another_batch_is_said(control, tiny_flux, tmp_path, capsys):
     out, more = (
         tmp_path / "run",
-        ["--pretrained_model_name_or_path", tiny_flux, "--cache_latents", "--resume_from_checkpoint", "latest", "--max_train_steps"],
+        [
+            "--pretrained_model_name_or_path",
+            tiny_flux,
+            "--cache_latents",
+            "--resume_from_checkpoint",
+            "latest",
+            "--max_train_steps",
+        ],
     )
     control(out, *more, 1)
     with pytest.raises(UserError, match=r"controlnet_blocks\.1\..*: the checkpoint has no such state"):

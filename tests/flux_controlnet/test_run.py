@@ -15,7 +15,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from mindtune import checkpoint, data, encode, models, precision
+from mindtune.data import crops
+from mindtune.encode import child, encoder_stage
+from mindtune.models import loading, precision
+from mindtune.run import checkpoint
 
 from .conftest import FINAL, marked
 
@@ -25,10 +28,12 @@ def run(control, tmp_path, monkeypatch):
     """run(*flags): a run in this process; gives its output directory and the names of the models that it loaded itself."""
 
     def go(*more, name="run"):
-        loaded, real = [], models.load_model
-        monkeypatch.setattr(models, "load_model", lambda root, part, *rest: loaded.append(part) or real(root, part, *rest))
+        loaded, real = [], loading.load_model
+        monkeypatch.setattr(
+            loading, "load_model", lambda root, part, *rest: loaded.append(part) or real(root, part, *rest)
+        )
         control(tmp_path / name, *more)
-        monkeypatch.setattr(models, "load_model", real)
+        monkeypatch.setattr(loading, "load_model", real)
         return tmp_path / name, loaded
 
     return go
@@ -41,25 +46,48 @@ def outline(shapes, number):
 def untrained(small_flux):
     """What a new ControlNet of 1+1 blocks holds, from the transformer's file: float32 arrays under diffusers' names."""
     theirs = load_file(small_flux / "transformer" / FINAL)
-    blocks = ("x_embedder.", "context_embedder.", "time_text_embed.", "transformer_blocks.0.", "single_transformer_blocks.0.")
+    blocks = (
+        "x_embedder.",
+        "context_embedder.",
+        "time_text_embed.",
+        "transformer_blocks.0.",
+        "single_transformer_blocks.0.",
+    )
     made = {name: value for name, value in theirs.items() if name.startswith(blocks)}
     inner, tokens = theirs["x_embedder.weight"].shape
-    for place, width in (("controlnet_x_embedder", tokens), ("controlnet_blocks.0", inner), ("controlnet_single_blocks.0", inner)):
-        made.update({f"{place}.weight": np.zeros((inner, width), np.float32), f"{place}.bias": np.zeros(inner, np.float32)})
+    for place, width in (
+        ("controlnet_x_embedder", tokens),
+        ("controlnet_blocks.0", inner),
+        ("controlnet_single_blocks.0", inner),
+    ):
+        made.update(
+            {f"{place}.weight": np.zeros((inner, width), np.float32), f"{place}.bias": np.zeros(inner, np.float32)}
+        )
     return made
 
 
-# ---- what is left ------------------------------------------------------------------------------------------------------------------
+# ---- what is left --------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_controlnet_checkpoints_curves_pictures_and_a_record(run, shapes, small_flux):
-    looking = ["--validation_prompt", "a red circle", "--validation_image", outline(shapes, 0), "--num_validation_images", 2]
+    looking = [
+        "--validation_prompt",
+        "a red circle",
+        "--validation_image",
+        outline(shapes, 0),
+        "--num_validation_images",
+        2,
+    ]
     looking += ["--validation_steps", 2, "--validation_split", 0.2, "--report_to", "tensorboard"]
     out, _ = run("--cache_latents", *looking, "--max_train_steps", 5, "--checkpointing_steps", 2)
     folders = checkpoint.checkpoints(out)
     assert [folder.name for folder in folders] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     assert all(checkpoint.damage(folder) is None for folder in folders)
-    assert sorted(path.name for path in (out / "samples").iterdir()) == ["final.png", "step-000002.png", "step-000004.png"]
+    assert sorted(path.name for path in (out / "samples").iterdir()) == [
+        "final.png",
+        "step-000002.png",
+        "step-000004.png",
+    ]
     assert Image.open(out / "samples" / "final.png").width == 3 * 192  # the condition and two pictures, enlarged
     rows = list(csv.DictReader((out / "loss_by_timestep.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == ["0"] * 8 + ["2"] * 8 + ["4"] * 8 + ["5"] * 8
@@ -74,15 +102,21 @@ def test_a_run_leaves_controlnet_checkpoints_curves_pictures_and_a_record(run, s
 
     # diffusers' names and layout: in the output directory, and in every checkpoint's flux_controlnet.
     expected = untrained(small_flux)
-    assert {name: value.shape for name, value in final.items()} == {name: value.shape for name, value in expected.items()}
+    assert {name: value.shape for name, value in final.items()} == {
+        name: value.shape for name, value in expected.items()
+    }
     last = load_file(folders[-1] / "flux_controlnet" / FINAL)
     for folder in (out, folders[-1] / "flux_controlnet"):
         config = json.loads((folder / "config.json").read_text())
-        assert (config["_class_name"], config["num_layers"], config["num_single_layers"]) == ("FluxControlNetModel", 1, 1)
-        ours = models.load_model(folder.parent, folder.name, precision.resolve_precision("no"))
+        assert (config["_class_name"], config["num_layers"], config["num_single_layers"]) == (
+            "FluxControlNetModel",
+            1,
+            1,
+        )
+        ours = loading.load_model(folder.parent, folder.name, precision.resolve_precision("no"))
         theirs = mindone.diffusers.FluxControlNetModel.from_pretrained(str(folder))
         for model in (ours, theirs):
-            for name, parameter in models.model_parameters(model).items():
+            for name, parameter in loading.model_parameters(model).items():
                 np.testing.assert_array_equal(parameter.asnumpy(), final[name], err_msg=name)
                 np.testing.assert_array_equal(parameter.asnumpy(), last[name], err_msg=name)
 
@@ -113,13 +147,15 @@ def test_the_final_weights_are_in_the_type_asked_for_and_checkpoints_in_float32(
     with safe_open(out / FINAL, framework="numpy") as file:
         for name in file.keys():
             np.testing.assert_array_equal(file.get_tensor(name), exact[name].astype(rounded), err_msg=name)
-    loaded = models.load_model(out.parent, out.name, precision.resolve_precision("no"))
+    loaded = loading.load_model(out.parent, out.name, precision.resolve_precision("no"))
     assert {p.dtype for p in loaded.get_parameters()} == {ms.float32}
 
 
 def test_with_ema_the_final_weights_are_the_average_by_its_formula(run, small_flux):
     """decay min(0.25, (1 + t) / (10 + t)) after update t: 2/11, then 0.25, on the weights that the checkpoints hold."""
-    out, _ = run("--use_ema", "--ema_decay", 0.25, "--cache_latents", "--checkpointing_steps", 1, "--max_train_steps", 4)
+    out, _ = run(
+        "--use_ema", "--ema_decay", 0.25, "--cache_latents", "--checkpointing_steps", 1, "--max_train_steps", 4
+    )
     average = {name: value.astype(np.float64) for name, value in untrained(small_flux).items()}
     for update in (1, 2, 3, 4):
         live = load_file(out / f"checkpoint-{update}" / "flux_controlnet" / FINAL)
@@ -134,7 +170,15 @@ def test_with_ema_the_final_weights_are_the_average_by_its_formula(run, small_fl
 def test_a_controlnet_that_exists_is_gone_on_from(run):
     """Its own blocks count, not those that a new one would have; at rate 0 it comes out as it went in."""
     first, _ = run("--cache_latents", name="first")
-    again = ["--controlnet_model_name_or_path", first, "--num_double_layers", 4, "--num_single_layers", 4, "--cache_latents"]
+    again = [
+        "--controlnet_model_name_or_path",
+        first,
+        "--num_double_layers",
+        4,
+        "--num_single_layers",
+        4,
+        "--cache_latents",
+    ]
     still, _ = run(*again, "--learning_rate", 0, "--max_train_steps", 1, name="still")
     assert (still / FINAL).read_bytes() == (first / FINAL).read_bytes()
     assert (still / "config.json").read_bytes() == (first / "config.json").read_bytes()
@@ -147,7 +191,10 @@ def test_a_controlnet_that_exists_is_gone_on_from(run):
     "more, held",
     [
         (["--cache_latents"], ["transformer"]),
-        (["--cache_latents", "--num_validation_images", 1, "--validation_prompt", "a red circle"], ["transformer", "vae"]),
+        (
+            ["--cache_latents", "--num_validation_images", 1, "--validation_prompt", "a red circle"],
+            ["transformer", "vae"],
+        ),
         ([], ["transformer", "vae"]),
     ],
 )
@@ -157,7 +204,7 @@ def test_the_training_process_loads_only_what_it_needs(run, shapes, more, held):
     assert run(*more, "--max_train_steps", 1)[1] == held
 
 
-# ---- data --------------------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def rows_of(folder):
@@ -227,16 +274,30 @@ def batches(control_script, control_flags, tmp_path):
 @pytest.mark.parametrize("source", ["folder", "jsonl", "shards", "dataset"])
 def test_a_stream_gives_every_pair_once_a_pass_whole_and_with_its_caption(batches, sources, shapes, source):
     """Eighteen uses are three passes over the six; the last of a run's twenty begin the fourth. Shuffled, and repeatably so."""
-    more = [*sources[source], "--streaming", "--max_train_steps", 10, "--train_batch_size", 2, "--shuffle_buffer_size", 4]
+    more = [
+        *sources[source],
+        "--streaming",
+        "--max_train_steps",
+        10,
+        "--train_batch_size",
+        2,
+        "--shuffle_buffer_size",
+        4,
+    ]
     expected = {}
     for row in rows_of(shapes):
-        pixels = [data.pixel_values(Image.open(shapes / row[f"{key}_file_name"]), 32, "lanczos") for key in ("image", "conditioning_image")]
+        pixels = [
+            crops.pixel_values(Image.open(shapes / row[f"{key}_file_name"]), 32, "lanczos")
+            for key in ("image", "conditioning_image")
+        ]
         expected[pixels[0].tobytes()] = (pixels[1].tobytes(), row["text"])
     orders = []
     for _ in range(2):
         made, _, captions = batches(*more)
         given = [(i.tobytes(), c.tobytes()) for batch in made.iterate(0, 10) for i, c in zip(*batch[:2])]
-        assert [(condition, caption) for (_, condition), caption in zip(given, captions)] == [expected[image] for image, _ in given]
+        assert [(condition, caption) for (_, condition), caption in zip(given, captions)] == [
+            expected[image] for image, _ in given
+        ]
         orders.append([image for image, _ in given])
     passes = [orders[0][start : start + 6] for start in (0, 6, 12)]
     assert len(orders[0]) == 20 and all(len(set(each)) == 6 for each in passes) and len(set(map(tuple, passes))) > 1
@@ -255,7 +316,16 @@ def test_loader_threads_change_nothing(run, more):
 
 
 def test_a_stream_of_shards_trains_the_same_with_threads_and_with_cached_latents(run, sources):
-    more = [*sources["shards"], "--streaming", "--shuffle_buffer_size", 3, "--max_train_steps", 4, "--train_batch_size", 2]
+    more = [
+        *sources["shards"],
+        "--streaming",
+        "--shuffle_buffer_size",
+        3,
+        "--max_train_steps",
+        4,
+        "--train_batch_size",
+        2,
+    ]
     kinds = {"plain": [], "threads": ["--dataloader_num_workers", 3], "cached": ["--cache_latents"]}
     plain, threads, cached = (run(*more, *kind, name=name)[0] for name, kind in kinds.items())
     assert (threads / FINAL).read_bytes() == (plain / FINAL).read_bytes() and len(metrics(plain)) == 4
@@ -295,10 +365,10 @@ def test_the_empty_caption_is_encoded_once_and_only_if_used(run, tmp_path, monke
 
     def in_this_process(job):
         jobs.append([list(job[1]), list(job[2])])
-        encode._encode_captions(*job[:2])
-        encode._encode_images(job[0], job[2])
+        child._encode_captions(*job[:2])
+        child._encode_images(job[0], job[2])
 
-    monkeypatch.setattr(encode, "_in_child", in_this_process)
+    monkeypatch.setattr(encoder_stage, "_in_child", in_this_process)
     more = ["--cache_dir", tmp_path / "cache", "--cache_latents", "--max_train_steps", 1]
     run(*more, name="never")
     assert "" not in jobs[0][0] and len(jobs[0][1]) == 12
@@ -308,7 +378,7 @@ def test_the_empty_caption_is_encoded_once_and_only_if_used(run, tmp_path, monke
     assert len(jobs) == 2
 
 
-# ---- crops, flips, buckets ---------------------------------------------------------------------------------------------------------
+# ---- crops, flips, buckets -----------------------------------------------------------------------
 
 
 def origin(array):
@@ -339,7 +409,15 @@ def test_condition_and_target_are_cropped_by_one_box_and_flipped_together(batche
 
 
 def test_a_batch_of_a_bucket_has_its_shape_and_its_own_pictures(batches, oblong):
-    more = ["--train_data_dir", oblong, "--aspect_ratio_buckets", "32,48;48,32", "--train_batch_size", 2, "--random_flip"]
+    more = [
+        "--train_data_dir",
+        oblong,
+        "--aspect_ratio_buckets",
+        "32,48;48,32",
+        "--train_batch_size",
+        2,
+        "--random_flip",
+    ]
     made, _, _ = batches(*more)
     pictures = []
     for number in range(12):
@@ -360,24 +438,42 @@ def test_two_buckets_train_in_one_run_cached_or_not_and_in_the_graph(run, oblong
 
     In between the held-out loss is measured with the average in the weights' place, which must leave them as they were.
     """
-    more = ["--train_data_dir", oblong, "--aspect_ratio_buckets", "32,48;48,32", "--train_batch_size", 2, "--max_train_steps", 4]
+    more = [
+        "--train_data_dir",
+        oblong,
+        "--aspect_ratio_buckets",
+        "32,48;48,32",
+        "--train_batch_size",
+        2,
+        "--max_train_steps",
+        4,
+    ]
     more += ["--use_ema", "--validation_split", 0.2, "--validation_steps", 2, "--num_single_layers", 0]
-    kinds = {"cached": ["--cache_latents"], "inside": ["--center_crop"], "graph": ["--cache_latents", "--mindspore_mode", 0]}
+    kinds = {
+        "cached": ["--cache_latents"],
+        "inside": ["--center_crop"],
+        "graph": ["--cache_latents", "--mindspore_mode", 0],
+    }
     cached, inside, graph = (run(*more, *kind, name=name)[0] for name, kind in kinds.items())
     for key in ("loss", "grad_norm", "held_out__loss"):
         expected = [line[key] for line in metrics(cached) if key in line]
         assert len(set(expected)) == (3 if key == "held_out__loss" else 4)
         for out in (inside, graph):
-            np.testing.assert_allclose([line[key] for line in metrics(out) if key in line], expected, rtol=1e-4, err_msg=key)
+            np.testing.assert_allclose(
+                [line[key] for line in metrics(out) if key in line], expected, rtol=1e-4, err_msg=key
+            )
 
 
-# ---- updates -----------------------------------------------------------------------------------------------------------------------
+# ---- updates -------------------------------------------------------------------------------------
 
 
 def test_batch_and_accumulation_make_the_same_update(run):
     """Batch 2 and two steps of batch 1 see the same pairs under the same draws."""
     more = ["--cache_latents", "--random_flip", "--proportion_empty_prompts", 0.3]
-    outs = [run(*more, "--train_batch_size", b, "--gradient_accumulation_steps", a, name=f"b{b}")[0] for b, a in ((2, 1), (1, 2))]
+    outs = [
+        run(*more, "--train_batch_size", b, "--gradient_accumulation_steps", a, name=f"b{b}")[0]
+        for b, a in ((2, 1), (1, 2))
+    ]
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose(*([line[key] for line in metrics(out)] for out in outs), rtol=1e-4)
     weights = [load_file(out / FINAL) for out in outs]
@@ -398,7 +494,8 @@ def test_learning_rate_zero_leaves_the_weights_and_another_moves_them(run, small
 
 
 @pytest.mark.parametrize(
-    "optimizer, rate", [("adamweightdecay", 1e-3), ("prodigy", 1.0), ("adafactor", 1e-3), ("adamw --use_8bit_adam", 1e-3)]
+    "optimizer, rate",
+    [("adamweightdecay", 1e-3), ("prodigy", 1.0), ("adafactor", 1e-3), ("adamw --use_8bit_adam", 1e-3)],
 )
 def test_the_other_optimizers_train_it_too(run, small_flux, optimizer, rate):
     out, _ = run("--optimizer", *optimizer.split(), "--learning_rate", rate, "--cache_latents")
@@ -409,18 +506,30 @@ def test_the_other_optimizers_train_it_too(run, small_flux, optimizer, rate):
 
 def test_gradient_checkpointing_trains_the_same(run):
     """In PyNative; for the graph see test_step.py."""
-    outs = [run("--cache_latents", *more, name=name)[0] for name, more in (("plain", []), ("saving", ["--gradient_checkpointing"]))]
+    outs = [
+        run("--cache_latents", *more, name=name)[0]
+        for name, more in (("plain", []), ("saving", ["--gradient_checkpointing"]))
+    ]
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose(*([line[key] for line in metrics(out)] for out in outs), rtol=1e-5)
 
 
 def test_warmup_and_scaled_rates_are_counted_in_updates(run):
-    more = ["--lr_scheduler", "linear", "--lr_warmup_steps", 2, "--gradient_accumulation_steps", 2, "--scale_lr", "--cache_latents"]
+    more = [
+        "--lr_scheduler",
+        "linear",
+        "--lr_warmup_steps",
+        2,
+        "--gradient_accumulation_steps",
+        2,
+        "--scale_lr",
+        "--cache_latents",
+    ]
     out, _ = run(*more, "--learning_rate", 1e-3, "--max_train_steps", 4)
     np.testing.assert_allclose([line["lr"] for line in metrics(out)], np.array([0, 0.5, 1, 0.5]) * 2e-3)
 
 
-# ---- validation --------------------------------------------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -432,16 +541,29 @@ def test_warmup_and_scaled_rates_are_counted_in_updates(run):
     ],
     ids=["one image", "one prompt", "pairs"],
 )
-def test_validation_draws_prompts_and_conditions_together(run, control_script, shapes, monkeypatch, prompts, numbers, rows):
-    drawn, real = [], control_script.sampling.image_grid
-    monkeypatch.setattr(control_script.sampling, "image_grid", lambda *given: drawn.append(given) or real(*given))
+def test_validation_draws_prompts_and_conditions_together(
+    run, control_script, shapes, monkeypatch, prompts, numbers, rows
+):
+    drawn, real = [], control_script.grids.image_grid
+    monkeypatch.setattr(control_script.grids, "image_grid", lambda *given: drawn.append(given) or real(*given))
     images = [outline(shapes, number) for number in numbers]
-    more = ["--validation_prompt", *prompts, "--validation_image", *images, "--num_validation_images", 2, "--num_inference_steps", 1]
+    more = [
+        "--validation_prompt",
+        *prompts,
+        "--validation_image",
+        *images,
+        "--num_validation_images",
+        2,
+        "--num_inference_steps",
+        1,
+    ]
     out, _ = run("--cache_latents", *more, "--max_train_steps", 1)
     ((grid, labels),) = drawn
     assert labels == [prompt for prompt, _ in rows]
     for row, (_, number) in zip(grid, rows):
-        condition = np.asarray(Image.open(outline(shapes, number)).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS))
+        condition = np.asarray(
+            Image.open(outline(shapes, number)).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
+        )
         np.testing.assert_array_equal(np.asarray(row[0]), condition)
         assert len(row) == 3 and row[1].tobytes() != row[2].tobytes()  # each from its own noise
     assert Image.open(out / "samples" / "final.png").format == "PNG"

@@ -9,8 +9,10 @@ import pytest
 from mindspore import nn
 from safetensors.numpy import load_file
 
-from mindtune import flow, models, operators, optim, precision, rng
-from mindtune.weights import weight_files
+from mindtune import flow, rng
+from mindtune.models import controlnets, fast_ops, loading, precision
+from mindtune.models.weights import weight_files
+from mindtune.optim import optimizers
 
 SHIFT, SCALE = 0.1159, 0.3611
 SIGMAS = (np.arange(1000, 0, -1) / 1000).astype(np.float32)
@@ -20,7 +22,9 @@ ADDED = ("controlnet_x_embedder.", "controlnet_blocks.", "controlnet_single_bloc
 def make_step(script, flags, controlnet, transformer, *more, kind="no", optimizer=None):
     args = script.parse_args(flags("unused", "--max_sequence_length", 5, *more))
     # Without a first moment's memory and without clipping, AdamW's first moment is the gradient.
-    optimizer = optimizer or optim.AdamW([{"params": controlnet.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
+    optimizer = optimizer or optimizers.AdamW(
+        [{"params": controlnet.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0
+    )
     return script.TrainStepForFluxControlNet(
         controlnet, transformer, optimizer, ms.Tensor(SIGMAS), precision.resolve_precision(kind).compute, args,
         {"scaling_factor": SCALE, "shift_factor": SHIFT}, loss_scaler=precision.loss_scaler(kind),
@@ -30,7 +34,9 @@ def make_step(script, flags, controlnet, transformer, *more, kind="no", optimize
 def make_batch(size, height=4, width=6):
     """Moments with a log-variance that matters, not square, another index for every picture."""
     moments = [rng.normal(1, name, shape=(size, 32, height, width)) for name in ("images", "conditions")]
-    noises = [rng.normal(1, name, shape=(size, 16, height, width)) for name in ("posterior", "condition posterior", "noise")]
+    noises = [
+        rng.normal(1, name, shape=(size, 16, height, width)) for name in ("posterior", "condition posterior", "noise")
+    ]
     text, pooled = rng.normal(1, "text", shape=(size, 5, 32)), rng.normal(1, "pooled", shape=(size, 32))
     indices = np.array([100, 900, 500][:size], np.int32)
     return *moments, *noises, indices, text, pooled, flow.latent_image_ids(height, width)
@@ -47,11 +53,13 @@ def latents_and_sigmas(batch):
 
 
 def numpy_loss(scheme, prediction, noise, x, sigma):
-    weight = {"sigma_sqrt": sigma**-2, "cosmap": 2 / (np.pi * (1 - 2 * sigma + 2 * sigma**2))}.get(scheme, np.ones_like(sigma))
+    weight = {"sigma_sqrt": sigma**-2, "cosmap": 2 / (np.pi * (1 - 2 * sigma + 2 * sigma**2))}.get(
+        scheme, np.ones_like(sigma)
+    )
     return np.mean(weight * (prediction - (noise - x)) ** 2)
 
 
-# ---- stand-ins that NumPy can repeat -----------------------------------------------------------------------------------------------
+# ---- stand-ins that NumPy can repeat -------------------------------------------------------------
 
 
 class LinearControl(nn.Cell):
@@ -106,7 +114,9 @@ def test_loss_of_every_weighting_is_the_formulas(control_script, control_flags, 
 def test_gradient_is_the_losss_derivative(control_script, control_flags, mode):
     """One plain gradient-descent step moves the number by -lr dL/dgain, clipped to norm 1."""
     controlnet, batch = LinearControl(), make_batch(3)
-    step = make_step(control_script, control_flags, controlnet, LinearFlux(), optimizer=nn.SGD(controlnet.trainable_params(), 0.1))
+    step = make_step(
+        control_script, control_flags, controlnet, LinearFlux(), optimizer=nn.SGD(controlnet.trainable_params(), 0.1)
+    )
     step(*map(ms.Tensor, batch))
     slope = (stand_ins_loss(batch, "none", gain=0.3001) - stand_ins_loss(batch, "none", gain=0.2999)) / 2e-4
     assert float(step.grad_clipper.norm) == pytest.approx(abs(slope), rel=1e-4)
@@ -119,7 +129,9 @@ def test_two_micro_batches_equal_one_batch_of_two(control_script, control_flags,
     for accumulation in (1, 2):
         more = ["--gradient_accumulation_steps", accumulation, "--max_grad_norm", 0]
         step = make_step(control_script, control_flags, LinearControl(), LinearFlux(), *more, kind=kind)
-        step.compute_dtype = ms.float32  # of fp16 only the scaling of the loss: the stand-ins have no layers to compute in half
+        step.compute_dtype = (
+            ms.float32
+        )  # of fp16 only the scaling of the loss: the stand-ins have no layers to compute in half
         for k in range(accumulation):
             rows = [part[k : k + 1] if accumulation == 2 else part for part in batch[:-1]]
             step(*map(ms.Tensor, (*rows, batch[-1])))
@@ -136,17 +148,17 @@ def test_only_the_model_with_a_guidance_embedding_is_given_one(control_script, c
     assert float(step(*map(ms.Tensor, make_batch(2)))[1]) == pytest.approx(expected, rel=1e-5)
 
 
-# ---- the real models ---------------------------------------------------------------------------------------------------------------
+# ---- the real models -----------------------------------------------------------------------------
 
 
 def make_models(root, kind="no", double=1, single=1, perturbed=True, recompute=False):
     """ControlNet and frozen transformer as `main` makes them; `perturbed` gives the zero projections values, so that all train."""
     kind = precision.resolve_precision(kind)
-    transformer = models.load_model(root, "transformer", kind)
+    transformer = loading.load_model(root, "transformer", kind)
     precision.freeze_params(transformer)
-    controlnet = models.flux_controlnet(root, double, single)
+    controlnet = controlnets.flux_controlnet(root, double, single)
     precision.compute_in(controlnet, kind.compute).set_train(True)
-    for name, parameter in models.model_parameters(controlnet).items():
+    for name, parameter in loading.model_parameters(controlnet).items():
         parameter.requires_grad = True
         if perturbed and name.startswith(ADDED):
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
@@ -167,10 +179,23 @@ def first_update(control_script, small_flux):
             before = ms.get_context("mode")
             ms.set_context(mode=mode)
             controlnet, transformer = make_models(small_flux, kind, recompute=recompute)
-            flags = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "x", "--max_grad_norm", "0", "--output_dir"]
-            step = make_step(control_script, lambda out, *more: [*flags, out, *map(str, more)], controlnet, transformer, kind=kind)
+            flags = [
+                "--pretrained_model_name_or_path",
+                "x",
+                "--train_data_dir",
+                "x",
+                "--max_grad_norm",
+                "0",
+                "--output_dir",
+            ]
+            step = make_step(
+                control_script, lambda out, *more: [*flags, out, *map(str, more)], controlnet, transformer, kind=kind
+            )
             loss = float(step(*map(ms.Tensor, make_batch(2)))[1])
-            gradients = {name: moment.asnumpy() for name, moment in zip(models.model_parameters(controlnet), step.optimizer.exp_avg)}
+            gradients = {
+                name: moment.asnumpy()
+                for name, moment in zip(loading.model_parameters(controlnet), step.optimizer.exp_avg)
+            }
             done[mode, kind, recompute] = loss, gradients
             ms.set_context(mode=before)
         return done[mode, kind, recompute]
@@ -200,18 +225,20 @@ def unpacked(tokens, height, width):
     return latents
 
 
-def test_the_steps_loss_is_that_of_mindones_models_called_plainly(control_script, control_flags, small_flux, first_update):
+def test_the_steps_loss_is_that_of_mindones_models_called_plainly(
+    control_script, control_flags, small_flux, first_update
+):
     """mindone's classes without our operators but the exact sinusoids, under the same draws; the error in float64, in every weighting."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     controlnet, transformer = make_models(small_flux)
     plain_flux = mindone.diffusers.FluxTransformer2DModel.from_pretrained(str(small_flux / "transformer"))
     plain_control = mindone.diffusers.FluxControlNetModel(**dict(controlnet.config))
     for mine, theirs in ((controlnet, plain_control), (transformer, plain_flux)):
-        values = models.model_parameters(mine)
-        for name, parameter in models.model_parameters(theirs).items():
+        values = loading.model_parameters(mine)
+        for name, parameter in loading.model_parameters(theirs).items():
             parameter.set_data(ms.Tensor(values.pop(name).asnumpy()))
         assert not values
-        theirs.time_text_embed.time_proj = operators.Timesteps(theirs.time_text_embed.time_proj)
+        theirs.time_text_embed.time_proj = fast_ops.Timesteps(theirs.time_text_embed.time_proj)
 
     batch = make_batch(2)
     (x, condition, sigma), noise, (text, pooled, ids) = latents_and_sigmas(batch), batch[4], batch[6:]
@@ -266,19 +293,23 @@ def test_loss_in_fp16_is_near_float32s(control_script, control_flags, small_flux
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_gradients_in_half_precision_are_near_float32s(first_update, kind):
     """Over all weights: the angle between the two is below three degrees, the lengths are within a twentieth."""
-    exact, half = (np.concatenate([value.ravel() for value in first_update(1, each)[1].values()]) for each in ("no", kind))
+    exact, half = (
+        np.concatenate([value.ravel() for value in first_update(1, each)[1].values()]) for each in ("no", kind)
+    )
     assert first_update(1, kind)[0] == pytest.approx(first_update(1)[0], rel=1e-2)
     lengths = np.linalg.norm(exact), np.linalg.norm(half)
     assert lengths[1] == pytest.approx(lengths[0], rel=0.05)
     assert exact @ half / np.prod(lengths) > np.cos(np.radians(3))
 
 
-# ---- a new ControlNet --------------------------------------------------------------------------------------------------------------
+# ---- a new ControlNet ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["no", "fp16", "bf16"])
 @pytest.mark.parametrize("double, single", [(1, 1), (2, 0), (0, 2)])
-def test_the_first_prediction_is_the_base_models_bit_for_bit(control_script, control_flags, tiny_flux, kind, double, single):
+def test_the_first_prediction_is_the_base_models_bit_for_bit(
+    control_script, control_flags, tiny_flux, kind, double, single
+):
     """Zero projections add zeros; as soon as they are not zero, the condition shows."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     controlnet, transformer = make_models(tiny_flux, kind, double, single, perturbed=False)
@@ -298,7 +329,7 @@ def test_the_first_prediction_is_the_base_models_bit_for_bit(control_script, con
     )[0]  # fmt: skip
     np.testing.assert_array_equal(first, flow.unpack_latents(base, 4, 6).asnumpy())
 
-    for name, parameter in models.model_parameters(controlnet).items():
+    for name, parameter in loading.model_parameters(controlnet).items():
         if name.startswith(ADDED[1:]):
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
     followed = predict()
@@ -306,7 +337,7 @@ def test_the_first_prediction_is_the_base_models_bit_for_bit(control_script, con
     # The zero condition embedder still hides what is on the condition picture.
     batch = (batch[0], batch[1][::-1].copy(), *batch[2:])
     np.testing.assert_array_equal(predict(), followed)
-    embedder = models.model_parameters(controlnet)["controlnet_x_embedder.weight"]
+    embedder = loading.model_parameters(controlnet)["controlnet_x_embedder.weight"]
     embedder.set_data(ms.Tensor(0.1 * rng.normal(0, "x", shape=embedder.shape)))
     assert np.abs(predict().astype(np.float32) - followed.astype(np.float32)).max() > 1e-2
 
@@ -317,7 +348,7 @@ def test_a_new_controlnet_is_a_copy_of_the_transformers_first_blocks(tiny_flux, 
     controlnet, transformer = make_models(tiny_flux, kind, double=1, single=2, perturbed=False)
     assert {parameter.dtype for parameter in transformer.get_parameters()} == {precision.DTYPES[kind]}
     theirs, copied = load_file(weight_files(tiny_flux, "transformer")[0]), 0
-    for name, parameter in models.model_parameters(controlnet).items():
+    for name, parameter in loading.model_parameters(controlnet).items():
         assert parameter.dtype == ms.float32 and parameter.requires_grad, name
         expected = 0.0 if name.startswith(ADDED) else theirs[name]
         copied += not name.startswith(ADDED)
@@ -332,7 +363,9 @@ def test_an_update_changes_the_controlnet_and_nothing_else(control_script, contr
     ms.set_context(mode=ms.PYNATIVE_MODE)
     controlnet, transformer = make_models(tiny_flux, kind)
     step = make_step(control_script, control_flags, controlnet, transformer, kind=kind)
-    values = lambda model: {name: np.array(p.to(ms.float32).asnumpy()) for name, p in models.model_parameters(model).items()}  # noqa: E731
+    values = lambda model: {  # noqa: E731
+        name: np.array(p.to(ms.float32).asnumpy()) for name, p in loading.model_parameters(model).items()
+    }
     before, frozen = values(controlnet), values(transformer)
     step(*map(ms.Tensor, make_batch(2)))
     for name, value in values(controlnet).items():
@@ -373,10 +406,12 @@ FLUX_DEV = {
 }
 
 
-@pytest.mark.parametrize("double, single, parameters", [(4, 0, 1_442_333_696), (4, 4, 2_046_461_952), (4, 10, 2_952_654_336)])
+@pytest.mark.parametrize(
+    "double, single, parameters", [(4, 0, 1_442_333_696), (4, 4, 2_046_461_952), (4, 10, 2_952_654_336)]
+)
 def test_parameters_of_a_controlnet_for_flux_dev(tmp_path, double, single, parameters):
     """On parameters that are never allocated."""
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(FLUX_DEV))
-    controlnet = models.empty_flux_controlnet(tmp_path, double, single)
+    controlnet = controlnets.empty_flux_controlnet(tmp_path, double, single)
     assert sum(parameter.size for parameter in controlnet.get_parameters()) == parameters

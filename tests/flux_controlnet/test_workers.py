@@ -4,15 +4,32 @@ import json
 
 from msrun_job import assert_same_run
 
-from mindtune.checkpoint import checkpoints
+from mindtune.run.checkpoint import checkpoints
 
 from .conftest import TRAIN
 
 
 def test_two_workers_are_one_with_twice_the_accumulation(job, alone, control_flags, oblong, tmp_path):
     """With buckets, of which both may compute another in the same update; average, held-out loss and pictures by the first worker."""
-    more = ["--train_data_dir", oblong, "--aspect_ratio_buckets", "32,48;48,32", "--random_flip", "--cache_latents", "--use_ema"]
-    more += ["--validation_split", 0.2, "--validation_steps", 2, "--validation_prompt", "x", "--num_validation_images", 1]
+    more = [
+        "--train_data_dir",
+        oblong,
+        "--aspect_ratio_buckets",
+        "32,48;48,32",
+        "--random_flip",
+        "--cache_latents",
+        "--use_ema",
+    ]
+    more += [
+        "--validation_split",
+        0.2,
+        "--validation_steps",
+        2,
+        "--validation_prompt",
+        "x",
+        "--num_validation_images",
+        1,
+    ]
     more += ["--validation_image", oblong / "conditioning/0.png", "--checkpointing_steps", 2, "--adam_epsilon", 1e-4]
     two = job(TRAIN, 2, tmp_path / "two", control_flags(tmp_path / "two", *more))
     alone(TRAIN, control_flags(tmp_path / "one", *more, "--gradient_accumulation_steps", 2))

@@ -18,8 +18,9 @@ from conftest import command, metrics
 from PIL import Image
 from safetensors import SafetensorError
 
-from mindtune import checkpoint, cli
+from mindtune import cli
 from mindtune.cli import UserError
+from mindtune.run import checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -56,8 +57,8 @@ def refused(lora_script, flags, tmp_path, tiny_flux, photos, encoder_cache, monk
         pytest.fail("a model was loaded before the input was checked")
 
     def run(*more, drop=None):
-        monkeypatch.setattr("mindtune.models.load_model", never)
-        monkeypatch.setattr("mindtune.encode._in_child", never)
+        monkeypatch.setattr("mindtune.models.loading.load_model", never)
+        monkeypatch.setattr("mindtune.encode.encoder_stage._in_child", never)
         arguments = flags(tmp_path / "out", *more)
         before, mode = tree(tmp_path, tiny_flux, photos, encoder_cache), ms.get_context("mode")
         with pytest.raises(UserError) as caught:
@@ -75,7 +76,7 @@ def says(message, *parts):
     assert not missing and message.endswith("."), message
 
 
-# ---- flags -------------------------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
 CANNOT_BE = [
     (["--aspect_ratio_buckets", "32x48"], ["--aspect_ratio_buckets: '32x48' is not height,width", "Write them like"]),
@@ -83,7 +84,10 @@ CANNOT_BE = [
     (["--distributed"], ["--distributed", "msrun --worker_num=2", "--join=True"]),
     (["--zero_stage", 1], ["--zero_stage 1", "--distributed"]),
     (["--distributed", "--zero_stage", 2], ["--zero_stage 2", "ReduceScatter", "--zero_stage 1"]),
-    (["--distributed", "--zero_stage", 1, "--optimizer", "prodigy"], ["--zero_stage 1", "prodigy", "another optimizer"]),
+    (
+        ["--distributed", "--zero_stage", 1, "--optimizer", "prodigy"],
+        ["--zero_stage 1", "prodigy", "another optimizer"],
+    ),
 ]
 OUT_OF_RANGE = [
     (["--resolution", 100], ["--resolution 100", "divisible by 16", "nearest is 96"]),
@@ -110,16 +114,25 @@ OUT_OF_RANGE = [
 ]
 DO_NOT_GO_TOGETHER = [
     *(
-        (["--use_8bit_adam", "--optimizer", name], [f"--use_8bit_adam with --optimizer {name}", "AdamW's", "leave one of the two out"])
+        (
+            ["--use_8bit_adam", "--optimizer", name],
+            [f"--use_8bit_adam with --optimizer {name}", "AdamW's", "leave one of the two out"],
+        )
         for name in ("adamweightdecay", "prodigy", "adafactor")
     ),
     (["--class_prompt", "a cat"], ["--class_prompt without --class_data_dir", "name the directory"]),
     (["--with_prior_preservation"], ["--with_prior_preservation needs --class_data_dir and --class_prompt"]),
     (["--with_prior_preservation", "--class_data_dir", "x"], ["--with_prior_preservation needs", "--class_prompt"]),
     (["--dataset_name", "some/pictures"], ["--instance_data_dir", "--dataset_name", "one of the two"]),
-    (["--resume_from_checkpoint", "checkpoint-9"], ["--resume_from_checkpoint checkpoint-9", "no such checkpoint", "none"]),
+    (
+        ["--resume_from_checkpoint", "checkpoint-9"],
+        ["--resume_from_checkpoint checkpoint-9", "no such checkpoint", "none"],
+    ),
     (["--instance_data_dir", "no/where"], ["--instance_data_dir no/where", "no such directory", "Give the directory"]),
-    (["--pretrained_model_name_or_path", "./flux"], ["--pretrained_model_name_or_path ./flux", "no such directory", "hub id"]),
+    (
+        ["--pretrained_model_name_or_path", "./flux"],
+        ["--pretrained_model_name_or_path ./flux", "no such directory", "hub id"],
+    ),
 ]
 
 
@@ -168,7 +181,7 @@ def test_cuda_only_flags_are_accepted_with_one_line_each(lora_script, flags, tmp
     assert [line.split(":")[0] for line in lines] == names
 
 
-# ---- the pipeline ------------------------------------------------------------------------------------------------------------------
+# ---- the pipeline --------------------------------------------------------------------------------
 
 
 def edit_json(path, **changes):
@@ -216,10 +229,12 @@ def test_a_pipeline_that_is_not_whole_is_refused_naming_the_file(refused, tiny_f
     break_it(folder)
     another = case in ("another transformer", "another T5", "another scheduler")  # no download would mend it
     advice = "docs/models.md" if another else "Copy or download it again"
-    says(refused("--pretrained_model_name_or_path", folder), f"--pretrained_model_name_or_path {folder}", advice, *parts)
+    says(
+        refused("--pretrained_model_name_or_path", folder), f"--pretrained_model_name_or_path {folder}", advice, *parts
+    )
 
 
-# ---- pictures and captions ---------------------------------------------------------------------------------------------------------
+# ---- pictures and captions -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -238,8 +253,17 @@ def bad_photos(photos, tmp_path):
 def test_all_bad_pictures_are_listed_at_once(refused, bad_photos):
     message = refused("--instance_data_dir", bad_photos)
     says(message, f"--instance_data_dir {bad_photos}: 6 of 11 files cannot be used", "--skip_bad_images")
-    says(message, "page.jpg: not an image", "empty.png: not an image", "small.png: 31x200 is smaller than --resolution 32")
-    assert {line.split(":")[0].strip() for line in message.splitlines() if ": damaged (" in line} == {"torn.png", "torn.jpg", "torn.webp"}
+    says(
+        message,
+        "page.jpg: not an image",
+        "empty.png: not an image",
+        "small.png: 31x200 is smaller than --resolution 32",
+    )
+    assert {line.split(":")[0].strip() for line in message.splitlines() if ": damaged (" in line} == {
+        "torn.png",
+        "torn.jpg",
+        "torn.webp",
+    }
 
 
 def test_a_picture_is_measured_after_its_exif_rotation(refused, tmp_path):
@@ -252,12 +276,22 @@ def test_a_picture_is_measured_after_its_exif_rotation(refused, tmp_path):
 def test_an_empty_folder(refused, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/notes.txt").write_text("nothing here")
-    says(refused("--instance_data_dir", tmp_path / "in"), f"--instance_data_dir {tmp_path / 'in'}", "no image", "Put 5 to 20 images there")
+    says(
+        refused("--instance_data_dir", tmp_path / "in"),
+        f"--instance_data_dir {tmp_path / 'in'}",
+        "no image",
+        "Put 5 to 20 images there",
+    )
 
 
 def test_a_folder_of_folders_offers_them(refused, tmp_path):
     picture(tmp_path / "in/dog/1.png")
-    says(refused("--instance_data_dir", tmp_path / "in"), "no image", "subdirectories (dog with 1 images)", "give one of them")
+    says(
+        refused("--instance_data_dir", tmp_path / "in"),
+        "no image",
+        "subdirectories (dog with 1 images)",
+        "give one of them",
+    )
 
 
 def test_captions_that_are_not_utf8_are_all_listed(refused, tmp_path):
@@ -301,7 +335,9 @@ def test_bad_class_pictures_are_refused_as_early_as_the_others(refused, tmp_path
 
 def test_a_file_as_class_directory(refused, tmp_path):
     picture(tmp_path / "class.png")
-    message = refused("--with_prior_preservation", "--class_prompt", "a cat", "--class_data_dir", tmp_path / "class.png")
+    message = refused(
+        "--with_prior_preservation", "--class_prompt", "a cat", "--class_data_dir", tmp_path / "class.png"
+    )
     says(message, f"--class_data_dir {tmp_path / 'class.png'}: {tmp_path / 'class.png'} is not a directory")
 
 
@@ -310,11 +346,18 @@ def test_a_dataset_column_that_holds_no_text(refused, tmp_path, monkeypatch):
     picture(tmp_path / "set/a.png")
     (tmp_path / "set/metadata.jsonl").write_text('{"file_name": "a.png", "count": 7}')
     # The library's own copy of the table goes to --cache_dir and is not the run's.
-    more = ["--dataset_name", tmp_path / "set", "--cache_dir", tmp_path.parent / f"{tmp_path.name}-hub", "--caption_column", "count"]
+    more = [
+        "--dataset_name",
+        tmp_path / "set",
+        "--cache_dir",
+        tmp_path.parent / f"{tmp_path.name}-hub",
+        "--caption_column",
+        "count",
+    ]
     says(refused(*more, drop="--instance_data_dir"), "line 1: count is 7, not text")
 
 
-# ---- the output directory ----------------------------------------------------------------------------------------------------------
+# ---- the output directory ------------------------------------------------------------------------
 
 
 FINISHED = {}
@@ -331,11 +374,18 @@ def good_run(train, tmp_path, tmp_path_factory):
 
 def test_another_run_in_the_output_directory_is_refused(refused, good_run):
     says(
-        refused(), f"--output_dir {good_run}", "holds another run", "run.json", "--resume_from_checkpoint latest", "--overwrite_output_dir"
+        refused(),
+        f"--output_dir {good_run}",
+        "holds another run",
+        "run.json",
+        "--resume_from_checkpoint latest",
+        "--overwrite_output_dir",
     )
 
 
-@pytest.mark.parametrize("left", ["run.json", "metrics.jsonl", "loss_by_timestep.csv", LORA, "checkpoint-2/manifest.json"])
+@pytest.mark.parametrize(
+    "left", ["run.json", "metrics.jsonl", "loss_by_timestep.csv", LORA, "checkpoint-2/manifest.json"]
+)
 def test_one_file_of_another_run_is_enough(refused, tmp_path, left):
     path = tmp_path / "out" / left
     path.parent.mkdir(parents=True)
@@ -353,26 +403,45 @@ def test_bad_input_with_overwrite_leaves_the_old_run_as_it_is(refused, good_run,
 @pytest.mark.parametrize("where", ["in.png", "in.png/out"])
 def test_an_output_directory_that_is_a_file_or_inside_one(refused, tmp_path, where):
     picture(tmp_path / "in.png")
-    says(refused("--output_dir", tmp_path / where), f"--output_dir {tmp_path / where}", "not a directory", "Name another")
+    says(
+        refused("--output_dir", tmp_path / where), f"--output_dir {tmp_path / where}", "not a directory", "Name another"
+    )
 
 
 def test_damaged_checkpoints_are_refused_when_named_and_passed_over_by_latest(refused, good_run, capsys):
     cut_in_half(good_run / "checkpoint-2/training_state.safetensors")
-    says(refused("--resume_from_checkpoint", "checkpoint-2"), "--resume_from_checkpoint checkpoint-2", "training_state", "is damaged")
+    says(
+        refused("--resume_from_checkpoint", "checkpoint-2"),
+        "--resume_from_checkpoint checkpoint-2",
+        "training_state",
+        "is damaged",
+    )
     assert checkpoint.find_checkpoint(good_run, "latest") == good_run / "checkpoint-1"
     assert "checkpoint-2: training_state.safetensors is damaged; falling back" in capsys.readouterr().out
     (good_run / "checkpoint-1" / LORA).unlink()
-    says(refused("--resume_from_checkpoint", "latest"), "every checkpoint in", "is damaged", "Start anew in another directory")
+    says(
+        refused("--resume_from_checkpoint", "latest"),
+        "every checkpoint in",
+        "is damaged",
+        "Start anew in another directory",
+    )
 
 
 def test_a_directory_that_is_no_checkpoint(refused, photos):
-    says(refused("--resume_from_checkpoint", photos), f"--resume_from_checkpoint {photos}", "manifest.json cannot be read", "latest")
+    says(
+        refused("--resume_from_checkpoint", photos),
+        f"--resume_from_checkpoint {photos}",
+        "manifest.json cannot be read",
+        "latest",
+    )
 
 
-# ---- through the command -----------------------------------------------------------------------------------------------------------
+# ---- through the command -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad, sentence", [(["--resolution", 100], "--resolution 100"), (["--instance_data_dir", "."], "no image")])
+@pytest.mark.parametrize(
+    "bad, sentence", [(["--resolution", 100], "--resolution 100"), (["--instance_data_dir", "."], "no image")]
+)
 def test_the_command_prints_the_sentence_and_exits_with_2(train, tmp_path, bad, sentence):
     done = train(tmp_path / "out", *bad, check=2, cwd=tmp_path)
     assert re.search(rf"^error: .*{sentence}", done.stdout, re.MULTILINE), done.stdout
@@ -382,26 +451,43 @@ def test_the_command_prints_the_sentence_and_exits_with_2(train, tmp_path, bad, 
 def test_a_loss_that_is_not_finite_stops_and_names_the_update(train, good_run):
     """Update 3 makes the weights absurd and is saved; update 4 shows it. The last good checkpoint is that of update 2, then."""
     before = tree(good_run / "checkpoint-1", good_run / "checkpoint-2")
-    more = ["--resume_from_checkpoint", "latest", "--learning_rate", 1e30, "--max_train_steps", 9, "--checkpointing_steps", 1]
+    more = [
+        "--resume_from_checkpoint",
+        "latest",
+        "--learning_rate",
+        1e30,
+        "--max_train_steps",
+        9,
+        "--checkpointing_steps",
+        1,
+    ]
     done = train(good_run, *more, check=2)
     assert re.search(r"^error: update 4: the loss is (nan|inf)", done.stdout, re.MULTILINE), done.stdout
     assert f"the last good checkpoint is {good_run / 'checkpoint-2'}" in done.stdout
     assert "--learning_rate" in done.stdout and "Traceback" not in done.stdout
     assert tree(good_run / "checkpoint-1", good_run / "checkpoint-2") == before
     assert [checkpoint.damage(folder) for folder in checkpoint.checkpoints(good_run)] == [None, None, None]
-    assert [(line["step"], np.isfinite(line["loss"])) for line in metrics(good_run)] == [(1, True), (2, True), (3, True)]
+    assert [(line["step"], np.isfinite(line["loss"])) for line in metrics(good_run)] == [
+        (1, True),
+        (2, True),
+        (3, True),
+    ]
     assert json.loads((good_run / "run.json").read_text())["finished"] is False
 
 
 def test_a_disk_that_fills_up_leaves_the_checkpoints_before_whole(train, good_run):
     """The limit on a file's size stands for the full disk: the adapter (18 KB) still fits, the optimizer's state (55 KB) does not."""
-    before = tree(good_run / "checkpoint-1", good_run / "checkpoint-2") | {str(good_run / LORA): tree(good_run)[str(good_run / LORA)]}
+    before = tree(good_run / "checkpoint-1", good_run / "checkpoint-2") | {
+        str(good_run / LORA): tree(good_run)[str(good_run / LORA)]
+    }
 
     def almost_full():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
-    done = train(good_run, "--resume_from_checkpoint", "latest", "--max_train_steps", 3, check=2, preexec_fn=almost_full)
+    done = train(
+        good_run, "--resume_from_checkpoint", "latest", "--max_train_steps", 3, check=2, preexec_fn=almost_full
+    )
     assert "error: the disk is full" in done.stdout and "start again" in done.stdout and "Traceback" not in done.stdout
     assert {path: digest for path, digest in tree(good_run).items() if path in before} == before
     assert [folder.name for folder in checkpoint.checkpoints(good_run)] == ["checkpoint-1", "checkpoint-2"]
@@ -418,7 +504,11 @@ def own_signals():
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
 )
 def test_a_full_disk_is_a_sentence_whoever_notices_it(capsys, own_signals, error):
     def fail():

@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mindtune import lora
 from mindtune.cli import UserError
-from mindtune.weights import linear_layers
+from mindtune.models import lora
+from mindtune.models.weights import linear_layers
 
 ENDS = {"transformer": tuple(lora.TRANSFORMER_TARGETS), "text_encoder": tuple(lora.TEXT_ENCODER_TARGETS)}
 
@@ -43,8 +43,12 @@ def adapter(tiny_flux, tmp_path):
         for layer, (inputs, outputs) in linear_layers(tiny_flux, prefix).items():
             if layer.endswith(ends):
                 rank = 2 if layer.endswith("to_q") else 4
-                tensors[f"{prefix}.{layer}.lora_A.weight"] = 0.2 * rng.standard_normal((rank, inputs)).astype(np.float32)
-                tensors[f"{prefix}.{layer}.lora_B.weight"] = 0.2 * rng.standard_normal((outputs, rank)).astype(np.float32)
+                tensors[f"{prefix}.{layer}.lora_A.weight"] = 0.2 * rng.standard_normal((rank, inputs)).astype(
+                    np.float32
+                )
+                tensors[f"{prefix}.{layer}.lora_B.weight"] = 0.2 * rng.standard_normal((outputs, rank)).astype(
+                    np.float32
+                )
                 alphas[f"{prefix}.{layer}"] = 6.0
     (tmp_path / "run").mkdir()
     lora.write_lora(tmp_path / "run" / lora.LORA_FILE, tensors, alphas, "diffusers")
@@ -58,13 +62,15 @@ def header(path):
 
 def assert_same_parts(found, expected):
     found, expected = lora.read_parts(found, ""), lora.read_parts(expected, "")
-    assert {prefix: sorted(part) for prefix, part in found.items()} == {prefix: sorted(part) for prefix, part in expected.items()}
+    assert {prefix: sorted(part) for prefix, part in found.items()} == {
+        prefix: sorted(part) for prefix, part in expected.items()
+    }
     for prefix, part in expected.items():
         for name, value in part.items():
             np.testing.assert_array_equal(found[prefix][name], value, err_msg=name)
 
 
-# ---- what is written ---------------------------------------------------------------------------------------------------------------
+# ---- what is written -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["kohya", "comfyui"])
@@ -96,14 +102,19 @@ def test_kohyas_file_has_its_names_and_header(export, adapter, capsys):
 
 def test_one_rank_and_alpha_stand_in_kohyas_header(export, tmp_path):
     rng, name = np.random.default_rng(0), "transformer.single_transformer_blocks.0.proj_out"
-    tensors = {f"{name}.lora_A.weight": rng.standard_normal((4, 160)), f"{name}.lora_B.weight": rng.standard_normal((32, 4))}
+    tensors = {
+        f"{name}.lora_A.weight": rng.standard_normal((4, 160)),
+        f"{name}.lora_B.weight": rng.standard_normal((32, 4)),
+    }
     save_file({**{k: v.astype(np.float32) for k, v in tensors.items()}, f"{name}.alpha": np.array(2.0)}, tmp_path / "f")
     found = header(export(tmp_path / "f", "kohya"))
     assert (found["ss_network_dim"], float(found["ss_network_alpha"])) == ("4", 2.0)
 
 
 def test_comfyuis_file_has_its_names(export, adapter):
-    names = {name.rpartition(".lora_A")[0] for name in load_file(export(adapter, "comfyui")) if ".lora_A.weight" in name}
+    names = {
+        name.rpartition(".lora_A")[0] for name in load_file(export(adapter, "comfyui")) if ".lora_A.weight" in name
+    }
     assert "diffusion_model.double_blocks.1.img_attn.proj" in names
     assert "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj" in names and len(names) == 14
 
@@ -134,8 +145,26 @@ def test_pictures_from_kohyas_and_comfyuis_files_are_those_of_ours(export, adapt
     infer = load_script("flux_lora/infer_flux_lora.py")
     pictures = {}
     for layout in ("diffusers", "kohya", "comfyui", "base"):
-        words = ["--pretrained_model_name_or_path", tiny_flux, "--cache_dir", encoder_cache, "--prompt", "a cat", "--height", 32]
-        words += ["--width", 32, "--num_inference_steps", 2, "--max_sequence_length", 16, "--output", tmp_path / f"{layout}.png"]
+        words = [
+            "--pretrained_model_name_or_path",
+            tiny_flux,
+            "--cache_dir",
+            encoder_cache,
+            "--prompt",
+            "a cat",
+            "--height",
+            32,
+        ]
+        words += [
+            "--width",
+            32,
+            "--num_inference_steps",
+            2,
+            "--max_sequence_length",
+            16,
+            "--output",
+            tmp_path / f"{layout}.png",
+        ]
         words += [] if layout == "base" else ["--lora", export(adapter, layout, name=layout)]
         infer.main([str(word) for word in words])
         pictures[layout] = np.asarray(Image.open(tmp_path / f"{layout}.png")).astype(int)
@@ -144,12 +173,14 @@ def test_pictures_from_kohyas_and_comfyuis_files_are_those_of_ours(export, adapt
     assert np.abs(pictures["base"] - pictures["diffusers"]).mean() > 1
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 def test_a_file_that_is_there_is_replaced_only_on_request(export, adapter, tmp_path):
     (tmp_path / "out.safetensors").write_text("mine")
-    with pytest.raises(UserError, match=r"--output .*out.safetensors: is already there. Name another file or add --overwrite"):
+    with pytest.raises(
+        UserError, match=r"--output .*out.safetensors: is already there. Name another file or add --overwrite"
+    ):
         export(adapter, "kohya")
     assert (tmp_path / "out.safetensors").read_text() == "mine"
     assert load_file(export(adapter, "kohya", "--overwrite"))
@@ -172,7 +203,10 @@ def torn(path):
     "make, sentence",
     [
         (unknown_layer, r"--lora .*in.safetensors: FLUX.1 has no layer transformer.controlnet_x_embedder"),
-        (no_lora, r"--lora .*in.safetensors: holds no lora_A/lora_B or lora_down/lora_up weights, but whole weights .*img_in.weight"),
+        (
+            no_lora,
+            r"--lora .*in.safetensors: holds no lora_A/lora_B or lora_down/lora_up weights, but whole weights .*img_in.weight",
+        ),
         (torn, r"--lora .*in.safetensors: cannot be read as safetensors"),
         (
             lambda path: path.mkdir(),
@@ -190,7 +224,10 @@ def test_bad_adapters_get_a_sentence_and_leave_nothing(export, tmp_path, make, s
 
 @pytest.mark.parametrize(
     "name, sentence",
-    [("dog.pt", r"--output dog.pt: other tools look for .safetensors"), ("no/where.safetensors", r"there is no directory no. Make it")],
+    [
+        ("dog.pt", r"--output dog.pt: other tools look for .safetensors"),
+        ("no/where.safetensors", r"there is no directory no. Make it"),
+    ],
 )
 def test_bad_outputs_get_a_sentence(script, adapter, name, sentence):
     with pytest.raises(UserError, match=sentence):

@@ -88,7 +88,9 @@ def test_a_class_folder_of_litter_is_one_to_fill(lora_script, flags, tmp_path, c
 
 
 def saved(folder, cells):
-    datasets.Dataset.from_dict({"image": cells, "text": ["one", "two", ""]}).cast_column("image", datasets.Image()).save_to_disk(folder)
+    datasets.Dataset.from_dict({"image": cells, "text": ["one", "two", ""]}).cast_column(
+        "image", datasets.Image()
+    ).save_to_disk(folder)
 
 
 def plain(folder, cells):
@@ -113,7 +115,15 @@ def test_a_data_set_of_any_form_gives_the_same_samples(lora_script, flags, tmp_p
         smooth(number).save(file, "PNG")
         cells.append({"bytes": file.getvalue(), "path": f"{number}.png"})
     write(tmp_path / "set", cells)
-    line = flags(tmp_path / "out", "--dataset_name", tmp_path / "set", "--caption_column", "text", "--cache_dir", tmp_path / "cache")
+    line = flags(
+        tmp_path / "out",
+        "--dataset_name",
+        tmp_path / "set",
+        "--caption_column",
+        "text",
+        "--cache_dir",
+        tmp_path / "cache",
+    )
     place = line.index("--instance_data_dir")
     samples = lora_script.load_samples(lora_script.parse_args(line[:place] + line[place + 2 :]), [(32, 32)])
     assert [sample.read() for sample in samples] == [cell["bytes"] for cell in cells]

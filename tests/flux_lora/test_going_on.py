@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mindtune import checkpoint, lora
 from mindtune.cli import UserError
-from mindtune.weights import linear_layers
+from mindtune.models import lora
+from mindtune.models.weights import linear_layers
+from mindtune.run import checkpoint
 
 # Layers of the tiny transformer and its CLIP, with ranks that differ, none of them the default 4 alone.
 LAYERS = {
@@ -19,7 +20,10 @@ LAYERS = {
     "transformer.single_transformer_blocks.1.proj_out": 6,
     "transformer.proj_out": 3,
 }
-CLIP = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": 5, "text_encoder.text_model.encoder.layers.1.mlp.fc1": 5}
+CLIP = {
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": 5,
+    "text_encoder.text_model.encoder.layers.1.mlp.fc1": 5,
+}
 
 
 @pytest.fixture
@@ -28,7 +32,11 @@ def saved(tiny_flux, tmp_path):
 
     def make(layers=LAYERS, layout="diffusers", dtype=None):
         rng, tensors = np.random.default_rng(0), {}
-        widths = {f"{prefix}.{k}": v for prefix in ("transformer", "text_encoder") for k, v in linear_layers(tiny_flux, prefix).items()}
+        widths = {
+            f"{prefix}.{k}": v
+            for prefix in ("transformer", "text_encoder")
+            for k, v in linear_layers(tiny_flux, prefix).items()
+        }
         for layer, rank in layers.items():
             inputs, outputs = widths[layer]
             tensors[f"{layer}.lora_A.weight"] = 0.1 * rng.standard_normal((rank, inputs)).astype(np.float32)
@@ -58,7 +66,9 @@ def changes(path):
     for prefix, part in lora.read_parts(path, "").items():
         for name, a in part.items():
             if name.endswith(".lora_A.weight"):
-                found[f"{prefix}.{name[: -len('.lora_A.weight')]}"] = part[name.replace("_A.", "_B.")].astype(np.float64) @ a
+                found[f"{prefix}.{name[: -len('.lora_A.weight')]}"] = (
+                    part[name.replace("_A.", "_B.")].astype(np.float64) @ a
+                )
     return found
 
 
@@ -82,7 +92,10 @@ def test_at_rate_zero_it_ends_with_the_weight_changes_it_started_from(run, saved
 def test_the_first_loss_is_the_adapters_and_not_the_bases(run, saved):
     """And the same from all layouts."""
     losses = {}
-    for name, more in (("base", []), *((layout, ["--lora_model_name_or_path", saved(layout=layout)]) for layout in ("diffusers", "kohya"))):
+    for name, more in (
+        ("base", []),
+        *((layout, ["--lora_model_name_or_path", saved(layout=layout)]) for layout in ("diffusers", "kohya")),
+    ):
         out = run(*more, *STILL, name=name)
         losses[name] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(losses["kohya"], losses["diffusers"], rtol=1e-5)
@@ -92,8 +105,18 @@ def test_the_first_loss_is_the_adapters_and_not_the_bases(run, saved):
 @pytest.mark.parametrize("mixed_precision", ["no", "fp16", "bf16"])
 def test_every_layer_of_the_file_trains_at_its_own_rank(run, saved, mixed_precision):
     path = saved({**LAYERS, **CLIP}, dtype=ms.float16)
-    more = ["--train_text_encoder", "--text_encoder_lr", 1e-3, "--learning_rate", 1e-3, "--mixed_precision", mixed_precision]
-    out = run("--lora_model_name_or_path", path, "--lora_rank", 16, "--lora_layers", "to_v", *more, "--upcast_before_saving")
+    more = [
+        "--train_text_encoder",
+        "--text_encoder_lr",
+        1e-3,
+        "--learning_rate",
+        1e-3,
+        "--mixed_precision",
+        mixed_precision,
+    ]
+    out = run(
+        "--lora_model_name_or_path", path, "--lora_rank", 16, "--lora_layers", "to_v", *more, "--upcast_before_saving"
+    )
     before, after = load_file(path), load_file(out / lora.LORA_FILE)
     assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
     for name, value in before.items():
@@ -111,7 +134,9 @@ def test_clip_starts_anew_beside_a_file_of_the_transformer_alone(run, saved):
 
 def test_the_transformer_starts_anew_beside_a_file_of_clip_alone(run, saved):
     path = saved(CLIP)
-    out = run("--lora_model_name_or_path", path, "--train_text_encoder", "--lora_rank", 2, "--lora_layers", "to_v", *STILL)
+    out = run(
+        "--lora_model_name_or_path", path, "--train_text_encoder", "--lora_rank", 2, "--lora_layers", "to_v", *STILL
+    )
     found = lora.read_parts(out / lora.LORA_FILE, "")
     assert len(found["transformer"]) == 2 * 4 and len(found["text_encoder"]) == 2 * len(CLIP)
     for layer, value in changes(path).items():
@@ -134,7 +159,12 @@ def test_resuming_takes_the_checkpoints_numbers_and_names_another_file(run, save
     moved = path.rename(tmp_path / "moved.safetensors")
     run(*more, moved, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", name="stopped")
     assert "not its exact continuation" not in capsys.readouterr().out
-    for file in (lora.LORA_FILE, "metrics.jsonl", "checkpoint-4/training_state.safetensors", f"checkpoint-4/{lora.LORA_FILE}"):
+    for file in (
+        lora.LORA_FILE,
+        "metrics.jsonl",
+        "checkpoint-4/training_state.safetensors",
+        f"checkpoint-4/{lora.LORA_FILE}",
+    ):
         assert (out / file).read_bytes() == (whole / file).read_bytes(), file
     assert checkpoint.damage(out / "checkpoint-4") is None
     other = saved(dtype=ms.float16)
@@ -142,7 +172,7 @@ def test_resuming_takes_the_checkpoints_numbers_and_names_another_file(run, save
     assert "resuming with another lora_model than the checkpoint was made with" in capsys.readouterr().out
 
 
-# ---- files that do not fit ---------------------------------------------------------------------------------------------------------
+# ---- files that do not fit -----------------------------------------------------------------------
 
 
 def foreign(path, layer, inputs, outputs):
@@ -163,7 +193,10 @@ REFUSED = {
     "no such file": (lambda path: None, ["no such file. Give the .safetensors file, or the directory"]),
     "an empty directory": (mkdir, ["in.safetensors/pytorch_lora_weights.safetensors: no such file"]),
     "torn": (torn, ["cannot be read as safetensors"]),
-    "no LoRA": (lambda path: save_file({"x_embedder.weight": np.ones((4, 4), np.float32)}, path), ["holds no lora_A/lora_B"]),
+    "no LoRA": (
+        lambda path: save_file({"x_embedder.weight": np.ones((4, 4), np.float32)}, path),
+        ["holds no lora_A/lora_B"],
+    ),
     "a layer beyond the last": (
         lambda path: foreign(path, "transformer.transformer_blocks.18.attn.to_q", 32, 32),
         ["made for another model", "has no layer transformer_blocks.18.attn.to_q"],
@@ -191,8 +224,8 @@ REFUSED = {
 def test_a_file_that_does_not_fit_is_refused_before_anything_loads(lora_script, flags, tmp_path, monkeypatch, case):
     make, parts = REFUSED[case]
     make(tmp_path / "in.safetensors")
-    monkeypatch.setattr("mindtune.models.load_model", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("mindtune.encode._in_child", lambda *_: pytest.fail("something was encoded"))
+    monkeypatch.setattr("mindtune.models.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mindtune.encode.encoder_stage._in_child", lambda *_: pytest.fail("something was encoded"))
     with pytest.raises(UserError) as caught:
         lora_script.main(flags(tmp_path / "out", "--lora_model_name_or_path", tmp_path / "in.safetensors"))
     message = str(caught.value)

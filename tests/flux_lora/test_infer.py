@@ -5,8 +5,8 @@ import pytest
 from conftest import load_script
 from PIL import Image
 
-from mindtune import sampling
 from mindtune.cli import UserError
+from mindtune.data import grids
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,16 @@ def draw(script, tiny_flux, encoder_cache, tmp_path):
     """draw(*flags): runs the script in this process; later flags win."""
 
     def run(*more):
-        base = ["--pretrained_model_name_or_path", tiny_flux, "--cache_dir", encoder_cache, "--prompt", "a cat", "--height", 32]
+        base = [
+            "--pretrained_model_name_or_path",
+            tiny_flux,
+            "--cache_dir",
+            encoder_cache,
+            "--prompt",
+            "a cat",
+            "--height",
+            32,
+        ]
         base += ["--width", 48, "--num_inference_steps", 2, "--max_sequence_length", 16, "--output", tmp_path / "x.png"]
         script.main([str(word) for word in (*base, *more)])
         return tmp_path / "x.png"
@@ -31,9 +40,38 @@ def draw(script, tiny_flux, encoder_cache, tmp_path):
 def trained(lora_script, tiny_flux, photos, encoder_cache, tmp_path_factory):
     """A run with CLIP trained at a high rate, alpha twice the rank, and its final picture grid of one prompt."""
     out = tmp_path_factory.mktemp("trained")
-    flags = ["--pretrained_model_name_or_path", tiny_flux, "--instance_data_dir", photos, "--instance_prompt", "a cat", "--resolution", 32]
-    flags += ["--max_sequence_length", 16, "--cache_dir", encoder_cache, "--output_dir", out, "--seed", 0, "--mindspore_mode", 1]
-    flags += ["--cache_latents", "--train_text_encoder", "--learning_rate", 1e-2, "--text_encoder_lr", 1e-2, "--max_train_steps", 5]
+    flags = [
+        "--pretrained_model_name_or_path",
+        tiny_flux,
+        "--instance_data_dir",
+        photos,
+        "--instance_prompt",
+        "a cat",
+        "--resolution",
+        32,
+    ]
+    flags += [
+        "--max_sequence_length",
+        16,
+        "--cache_dir",
+        encoder_cache,
+        "--output_dir",
+        out,
+        "--seed",
+        0,
+        "--mindspore_mode",
+        1,
+    ]
+    flags += [
+        "--cache_latents",
+        "--train_text_encoder",
+        "--learning_rate",
+        1e-2,
+        "--text_encoder_lr",
+        1e-2,
+        "--max_train_steps",
+        5,
+    ]
     flags += ["--lora_alpha", 8, "--upcast_before_saving", "--report_to", "none", "--train_batch_size", 2]
     flags += ["--validation_prompt", "a cat", "--num_validation_images", 1, "--num_inference_steps", 2]
     lora_script.main([str(flag) for flag in flags])
@@ -55,7 +93,7 @@ def test_training_and_inference_draw_the_same_picture(draw, trained, tmp_path):
     """The final grid of training holds base above adapter; inference from the saved file gives both again."""
     draw("--lora", trained, "--compare", "--width", 32)
     base, adapter = (Image.open(tmp_path / f"x-{n}.png") for n in (1, 2))
-    grid = sampling.image_grid([[base], [adapter]], ["a cat (base)", "a cat (adapter)"])
+    grid = grids.image_grid([[base], [adapter]], ["a cat (base)", "a cat (adapter)"])
     assert np.abs(np.asarray(grid).astype(int) - pixels(trained / "samples" / "final.png")).max() <= 1
     assert np.abs(np.asarray(base).astype(int) - np.asarray(adapter)).mean() > 1
 
@@ -75,7 +113,9 @@ def test_several_prompts_make_single_pictures_and_a_grid(draw, tmp_path):
 @pytest.mark.parametrize("mixed_precision", ["fp16", "bf16"])
 def test_half_precision_draws_nearly_the_same(draw, trained, mixed_precision):
     full = pixels(draw("--lora", trained))
-    assert np.abs(pixels(draw("--lora", trained, "--mixed_precision", mixed_precision, "--overwrite")) - full).mean() < 1
+    assert (
+        np.abs(pixels(draw("--lora", trained, "--mixed_precision", mixed_precision, "--overwrite")) - full).mean() < 1
+    )
 
 
 @pytest.mark.parametrize(

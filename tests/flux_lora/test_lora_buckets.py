@@ -8,8 +8,9 @@ import pytest
 from conftest import metrics
 from PIL import Image
 
-from mindtune import flow, lora
-from mindtune.buckets import bucket_numbers
+from mindtune import flow
+from mindtune.data.buckets import bucket_ids
+from mindtune.models import lora
 
 BUCKETS = [(32, 48), (48, 32), (32, 32)]  # height, width: the photographs are three of the first and two of the second
 
@@ -21,7 +22,7 @@ def batches(lora_script, flags, tmp_path):
     def make(*more, classes=()):
         args = lora_script.parse_args(flags(tmp_path / "out", "--aspect_ratio_buckets", text(BUCKETS), *more))
         samples = lora_script.load_samples(args, BUCKETS)
-        numbers = bucket_numbers(samples, BUCKETS)
+        numbers = bucket_ids(samples, BUCKETS)
         encoded = {"prompt_embeds": np.zeros((16, 32), np.float32), "pooled_prompt_embeds": np.zeros(32, np.float32)}
         stage, none = SimpleNamespace(text=lambda _: encoded), ([], np.array([], int))
         class_pictures = (samples, numbers) if classes else none
@@ -50,7 +51,9 @@ def cropped(image, size):
     """The centre of a picture that just covers `size`, by Pillow and NumPy alone: [3, height, width] in -1..1."""
     height, width = size
     scale = max(height / image.height, width / image.width)
-    resized = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.LANCZOS)
+    resized = image.resize(
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.LANCZOS
+    )
     left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
     pixels = np.asarray(resized)[top : top + height, left : left + width]
     return pixels.astype(np.float64).transpose(2, 0, 1) / 127.5 - 1
@@ -74,8 +77,16 @@ def test_a_batch_is_of_one_bucket_and_holds_the_crops_of_its_pictures(batches, p
             seen[name] = bucket
     shapes = {name: Image.open(photos / name).size for name in seen}
     assert len(seen) == 5
-    assert all(BUCKETS[bucket][0] > BUCKETS[bucket][1] for name, bucket in seen.items() if shapes[name][1] > 1.2 * shapes[name][0])
-    assert all(BUCKETS[bucket][0] < BUCKETS[bucket][1] for name, bucket in seen.items() if shapes[name][0] > 1.2 * shapes[name][1])
+    assert all(
+        BUCKETS[bucket][0] > BUCKETS[bucket][1]
+        for name, bucket in seen.items()
+        if shapes[name][1] > 1.2 * shapes[name][0]
+    )
+    assert all(
+        BUCKETS[bucket][0] < BUCKETS[bucket][1]
+        for name, bucket in seen.items()
+        if shapes[name][0] > 1.2 * shapes[name][1]
+    )
 
 
 def test_every_picture_is_used_as_often_as_the_others(batches):
@@ -94,7 +105,9 @@ def test_every_picture_is_used_as_often_as_the_others(batches):
     assert counts["class"].sum() == 120 and abs(counts["class"] - 24).max() <= 2
 
 
-@pytest.mark.parametrize("more", [["--cache_latents"], ["--random_flip", "--train_batch_size", 2]], ids=["cached", "fresh crops"])
+@pytest.mark.parametrize(
+    "more", [["--cache_latents"], ["--random_flip", "--train_batch_size", 2]], ids=["cached", "fresh crops"]
+)
 def test_one_bucket_is_the_resolution_bit_for_bit(run, more):
     square = run(*more, name="square")
     bucket = run(*more, "--aspect_ratio_buckets", "32,32", "--resolution", 512, name="bucket")
@@ -116,7 +129,15 @@ def test_class_pictures_are_made_in_the_buckets_of_the_instances(run, photos, tm
     """Ten of them for three lying and two standing pictures."""
     sizes = [Image.open(path).size for path in sorted(photos.glob("*.png"))]
     standing = sum(height > width for width, height in sizes)
-    prior = ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a cat", "--num_class_images", 10]
+    prior = [
+        "--with_prior_preservation",
+        "--class_data_dir",
+        tmp_path / "class",
+        "--class_prompt",
+        "a cat",
+        "--num_class_images",
+        10,
+    ]
     prior += ["--aspect_ratio_buckets", text(BUCKETS[:2]), "--max_train_steps", 2]
     run(*prior)
     made = [Image.open(path).size for path in (tmp_path / "class").iterdir()]
@@ -126,8 +147,18 @@ def test_class_pictures_are_made_in_the_buckets_of_the_instances(run, photos, tm
 
 
 def test_validation_pictures_have_the_first_bucket_s_shape(run):
-    out = run("--aspect_ratio_buckets", "32,48;48,32", "--validation_prompt", "a cat", "--num_validation_images", 1, "--cache_latents")
+    out = run(
+        "--aspect_ratio_buckets",
+        "32,48;48,32",
+        "--validation_prompt",
+        "a cat",
+        "--num_validation_images",
+        1,
+        "--cache_latents",
+    )
     wide = Image.open(out / "samples" / "final.png").size
-    square = Image.open(run("--validation_prompt", "a cat", "--num_validation_images", 1, name="square") / "samples" / "final.png").size
+    square = Image.open(
+        run("--validation_prompt", "a cat", "--num_validation_images", 1, name="square") / "samples" / "final.png"
+    ).size
     assert wide[0] / wide[1] > square[0] / square[1]
     assert json.loads((out / "run.json").read_text())["flags"]["aspect_ratio_buckets"] == "32,48;48,32"

@@ -8,7 +8,7 @@ import pytest
 from conftest import metrics
 from PIL import Image
 
-from mindtune import data
+from mindtune.data import crops
 
 SIDE = 32
 
@@ -16,7 +16,9 @@ SIDE = 32
 def smooth(height, width):
     """uint8 [height, width, 3]: red rises to the right, green downwards, blue along the diagonal."""
     y, x = np.mgrid[0:height, 0:width]
-    return np.stack([20 + 200 * x // width, 20 + 200 * y // height, 20 + 100 * (x + y) // (width + height)], 2).astype(np.uint8)
+    return np.stack([20 + 200 * x // width, 20 + 200 * y // height, 20 + 100 * (x + y) // (width + height)], 2).astype(
+        np.uint8
+    )
 
 
 def cropped(rgb):
@@ -124,7 +126,9 @@ def batches(lora_script, flags, tmp_path):
         stage = SimpleNamespace(text=lambda _: text, moments=stage.moments if stage else None)
         samples = lora_script.load_samples(args, [(SIDE, SIDE)])
         none = [], np.array([], int)
-        return lora_script.Batches(args, 0, stage, [(SIDE, SIDE)], (samples, np.zeros(len(samples), int)), none, none, (16, 8), 1000)
+        return lora_script.Batches(
+            args, 0, stage, [(SIDE, SIDE)], (samples, np.zeros(len(samples), int)), none, none, (16, 8), 1000
+        )
 
     return make
 
@@ -138,7 +142,7 @@ def uses(made, count):
     return seen
 
 
-# ---- kinds -------------------------------------------------------------------------------------------------------------------------
+# ---- kinds ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -172,7 +176,16 @@ def test_one_folder_of_all_kinds_trains_without_the_bad_ones(train, tmp_path):
     (folder / "torn.jpg").write_bytes((folder / "turned.jpg").read_bytes()[:-200])
     Image.fromarray(smooth(31, 200)).save(folder / "small.png")
 
-    done = train(tmp_path / "out", "--instance_data_dir", folder, "--skip_bad_images", "--train_batch_size", 4, "--max_train_steps", 3)
+    done = train(
+        tmp_path / "out",
+        "--instance_data_dir",
+        folder,
+        "--skip_bad_images",
+        "--train_batch_size",
+        4,
+        "--max_train_steps",
+        3,
+    )
     assert f"--instance_data_dir {folder}: going on without 3 of 15 files" in done.stdout
     for line in ("page.jpg: not an image", "torn.jpg: damaged (", "small.png: 200x31 is smaller than --resolution 32"):
         assert line in done.stdout
@@ -182,7 +195,7 @@ def test_one_folder_of_all_kinds_trains_without_the_bad_ones(train, tmp_path):
     assert len(list(folder.iterdir())) == 15  # nothing was moved or deleted
 
 
-# ---- crops and flips ---------------------------------------------------------------------------------------------------------------
+# ---- crops and flips -----------------------------------------------------------------------------
 
 
 def test_crops_and_flips_are_drawn_afresh_for_every_use_and_repeatably(batches, photos):
@@ -219,13 +232,15 @@ def test_a_larger_picture_is_scaled_by_its_shorter_side_with_the_filter_asked_fo
     image = Image.fromarray(smooth(80, 64))
     for name, filter_ in (("lanczos", Image.Resampling.LANCZOS), ("nearest", Image.Resampling.NEAREST)):
         expected = cropped(np.asarray(image.resize((SIDE, 40), filter_)))
-        np.testing.assert_allclose(data.pixel_values(image, SIDE, name), expected, atol=1e-6)
+        np.testing.assert_allclose(crops.pixel_values(image, SIDE, name), expected, atol=1e-6)
 
 
-# ---- cached latents ----------------------------------------------------------------------------------------------------------------
+# ---- cached latents ------------------------------------------------------------------------------
 
 
-def test_cached_latents_are_one_entry_a_flip_of_the_central_crop(batches, lora_script, flags, tiny_flux, photos, tmp_path):
+def test_cached_latents_are_one_entry_a_flip_of_the_central_crop(
+    batches, lora_script, flags, tiny_flux, photos, tmp_path
+):
     """Two pictures, encoded in the child process; a use then only chooses between the picture's two entries."""
     (tmp_path / "in").mkdir()
     for name in ("0.png", "3.png"):
@@ -237,13 +252,17 @@ def test_cached_latents_are_one_entry_a_flip_of_the_central_crop(batches, lora_s
     assert stage.prepare([], wanted) == 4 and stage.prepare([], wanted) == 0
     assert len(list((tmp_path / "cache/mindtune").glob("*.safetensors"))) == 4
 
-    plain, mirrored = ({sample.name: stage.moments(sample, (SIDE, SIDE), flip) for sample in samples} for flip in (False, True))
+    plain, mirrored = (
+        {sample.name: stage.moments(sample, (SIDE, SIDE), flip) for sample in samples} for flip in (False, True)
+    )
     kind = lora_script.precision.resolve_precision("no")
-    vae = lora_script.models.load_model(tiny_flux, "vae", kind)
+    vae = lora_script.loading.load_model(tiny_flux, "vae", kind)
     for sample in samples:
         image = Image.open(tmp_path / "in" / sample.name).convert("RGB")
         scale = SIDE / min(image.size)
-        pixels = cropped(np.asarray(image.resize([max(SIDE, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)))
+        pixels = cropped(
+            np.asarray(image.resize([max(SIDE, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS))
+        )
         for moments, array in ((plain, pixels), (mirrored, pixels[:, :, ::-1])):
             expected = vae.encode(lora_script.ms.Tensor(array[None].astype(np.float32)))[0][0].asnumpy()
             np.testing.assert_allclose(moments[sample.name], expected, rtol=1e-4, atol=1e-4)

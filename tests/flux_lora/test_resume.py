@@ -11,8 +11,8 @@ import time
 import pytest
 from conftest import command
 
-from mindtune.checkpoint import checkpoints, damage
-from mindtune.lora import LORA_FILE
+from mindtune.models.lora import LORA_FILE
+from mindtune.run.checkpoint import checkpoints, damage
 
 SCRIPT = "flux_lora/train_dreambooth_lora_flux.py"
 
@@ -36,14 +36,39 @@ def kill_somewhere(arguments, out, chance, after):
 def end_state(out):
     """What must be the same to the byte: the adapter, the optimizer with everything around it, and the logged losses."""
     last = checkpoints(out)[-1]
-    files = [out / LORA_FILE, last / "training_state.safetensors", last / LORA_FILE, last / "trainer_state.json", out / "metrics.jsonl"]
+    files = [
+        out / LORA_FILE,
+        last / "training_state.safetensors",
+        last / LORA_FILE,
+        last / "trainer_state.json",
+        out / "metrics.jsonl",
+    ]
     return {path.name: path.read_bytes() for path in files}
 
 
 CASES = {
-    "cached latents and cosine": ["--cache_latents", "--random_flip", "--lr_scheduler", "cosine", "--lr_warmup_steps", 2],
-    "fresh crops, accumulation and adafactor": ["--random_flip", "--gradient_accumulation_steps", 2, "--optimizer", "adafactor"],
-    "clip trained in fp16, 8-bit": ["--cache_latents", "--train_text_encoder", "--mixed_precision=fp16", "--use_8bit_adam", "--rank=128"],
+    "cached latents and cosine": [
+        "--cache_latents",
+        "--random_flip",
+        "--lr_scheduler",
+        "cosine",
+        "--lr_warmup_steps",
+        2,
+    ],
+    "fresh crops, accumulation and adafactor": [
+        "--random_flip",
+        "--gradient_accumulation_steps",
+        2,
+        "--optimizer",
+        "adafactor",
+    ],
+    "clip trained in fp16, 8-bit": [
+        "--cache_latents",
+        "--train_text_encoder",
+        "--mixed_precision=fp16",
+        "--use_8bit_adam",
+        "--rank=128",
+    ],
     "prodigy in the graph": ["--cache_latents", "--optimizer", "prodigy", "--learning_rate", 1, "--mindspore_mode", 0],
     "buckets with prior preservation": [
         "--aspect_ratio_buckets=48,32;32,48",
@@ -51,7 +76,13 @@ CASES = {
         "--train_batch_size=2",
         "--validation_split=0.2",
     ],
-    "prior preservation and held-out loss": ["--with_prior_preservation", "--validation_split", 0.2, "--validation_epochs", 1],
+    "prior preservation and held-out loss": [
+        "--with_prior_preservation",
+        "--validation_split",
+        0.2,
+        "--validation_epochs",
+        1,
+    ],
 }
 
 
@@ -92,7 +123,9 @@ def test_resume_by_name_and_by_path_and_a_limit_on_checkpoints(train, tmp_path):
     assert [folder.name for folder in checkpoints(out)] == ["checkpoint-2", "checkpoint-3"]
     done = train(out, *more, "--max_train_steps", 4, "--resume_from_checkpoint", "checkpoint-2", check=0)
     assert "resuming from checkpoint-2" in done.stdout
-    done = train(tmp_path / "other", *more, "--max_train_steps", 4, "--resume_from_checkpoint", out / "checkpoint-3", check=0)
+    done = train(
+        tmp_path / "other", *more, "--max_train_steps", 4, "--resume_from_checkpoint", out / "checkpoint-3", check=0
+    )
     assert "resuming from checkpoint-3" in done.stdout
     assert (out / LORA_FILE).read_bytes() == (tmp_path / "other" / LORA_FILE).read_bytes()
     assert [damage(folder) for folder in checkpoints(out)] == [None, None]
@@ -105,7 +138,9 @@ def test_resume_with_another_rank_is_refused_and_another_batch_is_said(train, tm
     refused = train(out, *again, "--lora_rank", 8, check=2)
     assert "has shape" in refused.stdout and "Traceback" not in refused.stdout
     changed = train(out, *again, "--train_batch_size", 2, "--weighting_scheme", "cosmap", check=0)
-    assert "resuming with another samples_per_update, weighting_scheme than the checkpoint was made with" in changed.stdout
+    assert (
+        "resuming with another samples_per_update, weighting_scheme than the checkpoint was made with" in changed.stdout
+    )
     assert json.loads((out / "run.json").read_text())["finished"] is True
 
 

@@ -11,7 +11,10 @@ from fake_hub import TOKEN
 from PIL import Image
 from safetensors import safe_open
 
-from mindtune import checkpoint, data, encode, folders, lora, models
+from mindtune.data import crops, folders
+from mindtune.encode import encoder_stage
+from mindtune.models import loading, lora
+from mindtune.run import checkpoint
 
 
 @pytest.fixture
@@ -19,24 +22,40 @@ def run(lora_script, flags, tmp_path, monkeypatch):
     """run(*flags): a run in this process; gives its output directory and the names of the models that it loaded itself."""
 
     def go(*more, name="run"):
-        loaded, real = [], models.load_model
-        monkeypatch.setattr(models, "load_model", lambda root, part, *rest: loaded.append(part) or real(root, part, *rest))
+        loaded, real = [], loading.load_model
+        monkeypatch.setattr(
+            loading, "load_model", lambda root, part, *rest: loaded.append(part) or real(root, part, *rest)
+        )
         monkeypatch.setattr(lora_script, "StopRequest", lambda: type("Never", (), {"exit_code": None})())
         assert lora_script.main(flags(tmp_path / name, *more)) == 0
-        monkeypatch.setattr(models, "load_model", real)
+        monkeypatch.setattr(loading, "load_model", real)
         return tmp_path / name, loaded
 
     return go
 
 
 def test_a_run_leaves_adapter_checkpoints_curves_pictures_and_a_record(run):
-    looking = ["--validation_prompt", "a cat", "a dog", "--num_validation_images", 2, "--validation_split", 0.2, "--validation_epochs", 1]
-    out, _ = run("--cache_latents", *looking, "--report_to", "tensorboard", "--max_train_steps", 5, "--checkpointing_steps", 2)
+    looking = [
+        "--validation_prompt",
+        "a cat",
+        "a dog",
+        "--num_validation_images",
+        2,
+        "--validation_split",
+        0.2,
+        "--validation_epochs",
+        1,
+    ]
+    out, _ = run(
+        "--cache_latents", *looking, "--report_to", "tensorboard", "--max_train_steps", 5, "--checkpointing_steps", 2
+    )
     assert [folder.name for folder in checkpoint.checkpoints(out)] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     assert all(checkpoint.damage(folder) is None for folder in checkpoint.checkpoints(out))
     # Four pictures are trained on, so epoch 1 ends with update 4; two prompts, each without and with the adapter at the end.
     assert Image.open(out / "samples" / "step-000004.png").size[0] == 2 * 192
-    assert Image.open(out / "samples" / "final.png").size[1] == 2 * Image.open(out / "samples" / "step-000004.png").size[1]
+    assert (
+        Image.open(out / "samples" / "final.png").size[1] == 2 * Image.open(out / "samples" / "step-000004.png").size[1]
+    )
     rows = list(csv.DictReader((out / "loss_by_timestep.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == ["0"] * 8 + ["4"] * 8 + ["5"] * 8
     assert sorted(float(row["sigma"]) for row in rows[:8]) == [float(row["sigma"]) for row in reversed(rows[:8])]
@@ -85,13 +104,28 @@ def test_a_dataset_of_the_datasets_library_trains_as_its_folder_does(run, photos
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     from_folder, _ = run("--instance_data_dir", folder, "--cache_latents", name="folder")
     from_dataset, _ = run(
-        "--instance_data_dir", "", "--dataset_name", folder, "--caption_column", "text", "--cache_latents", name="dataset"
+        "--instance_data_dir",
+        "",
+        "--dataset_name",
+        folder,
+        "--caption_column",
+        "text",
+        "--cache_latents",
+        name="dataset",
     )
     assert (from_folder / lora.LORA_FILE).read_bytes() == (from_dataset / lora.LORA_FILE).read_bytes()
 
 
 def test_class_pictures_are_made_once_and_used_again(run, tmp_path):
-    prior = ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a cat", "--num_class_images", 3]
+    prior = [
+        "--with_prior_preservation",
+        "--class_data_dir",
+        tmp_path / "class",
+        "--class_prompt",
+        "a cat",
+        "--num_class_images",
+        3,
+    ]
     prior += ["--cache_latents", "--sample_batch_size", 2, "--max_train_steps", 1]
     run(*prior, name="first")
     made = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
@@ -107,7 +141,11 @@ def test_clip_and_transformer_train_together_at_batch_two(run, tmp_path, prior):
     out, _ = run(*more, "--num_class_images", 2)
     tensors = lora.read_lora(out / lora.LORA_FILE, "")[0]
     for part, layers in (("transformer", 14), ("text_encoder", 8)):
-        moved = [np.abs(value).max() > 0 for name, value in tensors.items() if name.startswith(f"{part}.") and ".lora_B." in name]
+        moved = [
+            np.abs(value).max() > 0
+            for name, value in tensors.items()
+            if name.startswith(f"{part}.") and ".lora_B." in name
+        ]
         assert moved == [True] * layers
     assert [line["lr_text_encoder"] for line in metrics(out)] == [1e-3] * 3
 
@@ -117,7 +155,7 @@ def test_text_and_latents_are_encoded_once(run, monkeypatch, tmp_path):
     run(*more, name="first")
     # Five pictures, each twice, and one caption by each of two encoders.
     assert len(list((tmp_path / "cache" / "mindtune").iterdir())) == 12
-    monkeypatch.setattr(encode, "_in_child", lambda job: pytest.fail("encoded again"))
+    monkeypatch.setattr(encoder_stage, "_in_child", lambda job: pytest.fail("encoded again"))
     run(*more, name="second")
 
 
@@ -140,28 +178,50 @@ def test_cached_latents_and_pixels_give_the_same_run_with_centre_crops(run):
 
 
 def test_loader_threads_change_nothing(run):
-    outs = [run("--random_flip", "--dataloader_num_workers", n, "--max_train_steps", 8, name=f"threads{n}")[0] for n in (0, 3)]
+    outs = [
+        run("--random_flip", "--dataloader_num_workers", n, "--max_train_steps", 8, name=f"threads{n}")[0]
+        for n in (0, 3)
+    ]
     assert (outs[0] / "metrics.jsonl").read_bytes() == (outs[1] / "metrics.jsonl").read_bytes()
 
 
 def test_batch_and_accumulation_make_the_same_update(run):
     """Batch 2 and two steps of batch 1 see the same samples under the same draws."""
     outs = [
-        run("--train_batch_size", b, "--gradient_accumulation_steps", a, "--cache_latents", name=f"b{b}")[0] for b, a in ((2, 1), (1, 2))
+        run("--train_batch_size", b, "--gradient_accumulation_steps", a, "--cache_latents", name=f"b{b}")[0]
+        for b, a in ((2, 1), (1, 2))
     ]
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose(*([line[key] for line in metrics(out)] for out in outs), rtol=1e-5)
 
 
 def test_warmup_and_scaled_rates_are_counted_in_updates(run):
-    more = ["--lr_scheduler", "linear", "--lr_warmup_steps", 2, "--gradient_accumulation_steps", 2, "--scale_lr", "--cache_latents"]
+    more = [
+        "--lr_scheduler",
+        "linear",
+        "--lr_warmup_steps",
+        2,
+        "--gradient_accumulation_steps",
+        2,
+        "--scale_lr",
+        "--cache_latents",
+    ]
     out, _ = run(*more, "--learning_rate", 1e-3, "--max_train_steps", 4)
     np.testing.assert_allclose([line["lr"] for line in metrics(out)], np.array([0, 0.5, 1, 0.5]) * 2e-3)
 
 
-@pytest.mark.parametrize("mixed_precision, upcast, stored", [("bf16", False, "BF16"), ("fp16", False, "F16"), ("fp16", True, "F32")])
+@pytest.mark.parametrize(
+    "mixed_precision, upcast, stored", [("bf16", False, "BF16"), ("fp16", False, "F16"), ("fp16", True, "F32")]
+)
 def test_the_final_adapter_is_in_the_type_of_computation_unless_upcast(run, mixed_precision, upcast, stored):
-    out, _ = run("--mixed_precision", mixed_precision, "--cache_latents", "--max_train_steps", 1, *(["--upcast_before_saving"] * upcast))
+    out, _ = run(
+        "--mixed_precision",
+        mixed_precision,
+        "--cache_latents",
+        "--max_train_steps",
+        1,
+        *(["--upcast_before_saving"] * upcast),
+    )
     with safe_open(out / lora.LORA_FILE, framework="numpy") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {stored}
 
@@ -177,8 +237,12 @@ def test_an_int8_base_trains_as_float32_does_within_a_hundredth(run, tmp_path):
 
 
 def test_the_adapter_goes_to_the_hub_and_the_token_nowhere_else(run, fake_hub, capfd):
-    out, _ = run("--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "club/cat", "--cache_latents", "--max_train_steps", 1)
-    assert fake_hub.repositories == ["club/cat"] and fake_hub.files[lora.LORA_FILE] == (out / lora.LORA_FILE).read_bytes()
+    out, _ = run(
+        "--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "club/cat", "--cache_latents", "--max_train_steps", 1
+    )
+    assert (
+        fake_hub.repositories == ["club/cat"] and fake_hub.files[lora.LORA_FILE] == (out / lora.LORA_FILE).read_bytes()
+    )
     assert set(fake_hub.files) == {"README.md", lora.LORA_FILE, "run.json", "report.html"}
     assert not [path for path in out.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert TOKEN not in "".join(capfd.readouterr())
@@ -204,7 +268,7 @@ def test_held_out_loss_falls_with_training_and_stays_without(run):
 
 def test_pixels_reach_the_step_as_the_preprocessing_made_them(lora_script, flags, photos):
     sample = folders.samples_in_folder(str(photos), "--instance_data_dir")[0]
-    pixels = data.pixel_values(sample.open(), 32, "lanczos")
+    pixels = crops.pixel_values(sample.open(), 32, "lanczos")
     image = Image.open(sample.source).convert("RGB")
     side = min(image.size)
     image = image.resize((round(image.width * 32 / side), round(image.height * 32 / side)), Image.Resampling.LANCZOS)
@@ -220,5 +284,12 @@ def test_a_run_deletes_nothing_it_did_not_make(run, tmp_path, overwrite):
     for path in (mine, shared):
         path.parent.mkdir(parents=True)
         path.write_bytes(b"mine")
-    run("--cache_latents", "--max_train_steps", 1, "--logging_dir", tmp_path / "shared", *(["--overwrite_output_dir"] * overwrite))
+    run(
+        "--cache_latents",
+        "--max_train_steps",
+        1,
+        "--logging_dir",
+        tmp_path / "shared",
+        *(["--overwrite_output_dir"] * overwrite),
+    )
     assert mine.read_bytes() == shared.read_bytes() == b"mine"

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from mindtune import configs, flow, lora, optim, precision, rng
-from mindtune.models import load_model
+from mindtune import flow, rng
+from mindtune.models import configs, lora, precision
+from mindtune.models.loading import load_model
+from mindtune.optim import optimizers
 
 SHIFT, SCALE = 0.1159, 0.3611
 SIGMAS = (np.arange(1000, 0, -1) / 1000).astype(np.float32)
@@ -20,14 +22,26 @@ class LinearFlux(nn.Cell):
         self.gain = ms.Parameter(ms.Tensor(0.5, ms.float32), name="gain")
         self.config = {"guidance_embeds": True}
 
-    def construct(self, hidden_states, timestep, guidance, pooled_projections, encoder_hidden_states, txt_ids, img_ids, return_dict):
+    def construct(
+        self,
+        hidden_states,
+        timestep,
+        guidance,
+        pooled_projections,
+        encoder_hidden_states,
+        txt_ids,
+        img_ids,
+        return_dict,
+    ):
         text = encoder_hidden_states.mean(axis=(1, 2)) + pooled_projections.mean(axis=1)
         return (self.gain * hidden_states + (timestep + 0.01 * guidance + text).reshape((-1, 1, 1)),)
 
 
 def make_step(script, flags, transformer, *more, optimizer=None, **parts):
     args = script.parse_args(flags("unused", *more))
-    optimizer = optimizer or optim.AdamW([{"params": transformer.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}])
+    optimizer = optimizer or optimizers.AdamW(
+        [{"params": transformer.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}]
+    )
     vae_config = {"scaling_factor": SCALE, "shift_factor": SHIFT}
     text_ids = ms.Tensor(np.zeros((5, 3), np.float32))
     return script.TrainStepForFluxDevDB(
@@ -70,9 +84,19 @@ def test_loss_of_every_weighting_is_the_formulas(lora_script, flags, mode, schem
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt"])
 def test_prior_preservation_weighs_every_half_with_its_own_sigmas(lora_script, flags, mode, tmp_path, scheme):
-    prior = ["--with_prior_preservation", "--class_data_dir", tmp_path, "--class_prompt", "a cat", "--prior_loss_weight", 0.3]
+    prior = [
+        "--with_prior_preservation",
+        "--class_data_dir",
+        tmp_path,
+        "--class_prompt",
+        "a cat",
+        "--prior_loss_weight",
+        0.3,
+    ]
     step, batch = make_step(lora_script, flags, LinearFlux(), "--weighting_scheme", scheme, *prior), make_batch(4)
-    assert float(step(*map(ms.Tensor, batch))[1]) == pytest.approx(numpy_loss(batch, scheme, prior_weight=0.3), rel=1e-5)
+    assert float(step(*map(ms.Tensor, batch))[1]) == pytest.approx(
+        numpy_loss(batch, scheme, prior_weight=0.3), rel=1e-5
+    )
 
 
 def test_gradient_is_the_losss_derivative(lora_script, flags, mode):
@@ -91,7 +115,9 @@ def test_two_micro_batches_equal_one_batch_of_two(lora_script, flags, mode, mixe
     for accumulation in (1, 2):
         transformer = LinearFlux()
         scaler = precision.loss_scaler(mixed_precision)
-        step = make_step(lora_script, flags, transformer, "--gradient_accumulation_steps", accumulation, loss_scaler=scaler)
+        step = make_step(
+            lora_script, flags, transformer, "--gradient_accumulation_steps", accumulation, loss_scaler=scaler
+        )
         batch = make_batch(2)
         for k in range(accumulation):
             step(*(ms.Tensor(part[k : k + 1] if accumulation == 2 else part) for part in batch))
@@ -99,7 +125,7 @@ def test_two_micro_batches_equal_one_batch_of_two(lora_script, flags, mode, mixe
     np.testing.assert_allclose(moments[2], moments[1], rtol=1e-5)
 
 
-# ---- the real transformer ----------------------------------------------------------------------------------------------------------
+# ---- the real transformer ------------------------------------------------------------------------
 
 
 def lora_step(script, flags, tiny_flux, *more, kind="no"):
@@ -133,7 +159,16 @@ def run_updates(script, flags, tiny_flux, mode, *more, recompute=False, updates=
 @pytest.fixture(scope="module")
 def graph_run(lora_script, tiny_flux, photos, tmp_path_factory):
     """The same two updates in graph mode, compiled once for the tests below."""
-    names = ["--pretrained_model_name_or_path", tiny_flux, "--instance_data_dir", photos, "--instance_prompt", "x", "--resolution", 32]
+    names = [
+        "--pretrained_model_name_or_path",
+        tiny_flux,
+        "--instance_data_dir",
+        photos,
+        "--instance_prompt",
+        "x",
+        "--resolution",
+        32,
+    ]
     return run_updates(lora_script, lambda out, *more: [str(n) for n in (*names, *more)], tiny_flux, 0)
 
 
@@ -194,7 +229,7 @@ def test_clip_trains_with_its_own_rate_and_decay(lora_script, flags, tiny_flux, 
     lora.add_lora(text_encoder, 4, 4.0, 0.0, lora.TEXT_ENCODER_TARGETS, kind.compute)
     lora.init_lora(text_encoder, 4, seed=0)
     transformer = LinearFlux()
-    optimizer = optim.AdamW(
+    optimizer = optimizers.AdamW(
         [
             {"params": transformer.trainable_params(), "lr": 1e-2, "weight_decay": 0.0},
             {"params": text_encoder.trainable_params(), "lr": 1e-3, "weight_decay": 0.0},

@@ -10,8 +10,8 @@ from conftest import metrics
 from msrun_job import assert_same_run
 from safetensors.numpy import load_file
 
-from mindtune.checkpoint import checkpoints, damage
-from mindtune.lora import LORA_FILE
+from mindtune.models.lora import LORA_FILE
+from mindtune.run.checkpoint import checkpoints, damage
 
 SCRIPT = "flux_lora/train_dreambooth_lora_flux.py"
 # The default of 1e-8 is below the rounding of this model's gradients, which it would make updates of.
@@ -29,13 +29,26 @@ def whole(flags, alone, tmp_path):
 
 def test_two_workers_then_three_then_one_are_one_run_of_one_worker(job, flags, alone, whole, tmp_path):
     """ZeRO 1 with two workers, resumed with three, then without it and with one. Five samples, six an update: none lost, none twice."""
-    out, more = tmp_path / "shared", [*MORE, "--max_train_steps", 4, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
+    out, more = (
+        tmp_path / "shared",
+        [*MORE, "--max_train_steps", 4, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"],
+    )
     cache = tmp_path / "cache"
-    two = job(SCRIPT, 2, out, flags(out, *more, "--max_train_steps", 2, "--cache_dir", cache, "--train_batch_size", 3, "--zero_stage", 1))
+    two = job(
+        SCRIPT,
+        2,
+        out,
+        flags(out, *more, "--max_train_steps", 2, "--cache_dir", cache, "--train_batch_size", 3, "--zero_stage", 1),
+    )
     assert two.wait() == 0, two.said()[-6000:]
     # A prompt for two encoders, five pictures with two flips each: 11 of them, of which each worker had its share.
     assert "encode stage: 11 made, 0 already" in two.said() and len(list((cache / "mindtune").iterdir())) == 12
-    three = job(SCRIPT, 3, out, flags(out, *more, "--max_train_steps", 3, "--cache_dir", cache, "--train_batch_size", 2, "--zero_stage", 1))
+    three = job(
+        SCRIPT,
+        3,
+        out,
+        flags(out, *more, "--max_train_steps", 3, "--cache_dir", cache, "--train_batch_size", 2, "--zero_stage", 1),
+    )
     assert three.wait() == 0, three.said()[-6000:]
     assert "resuming from checkpoint-2" in three.said() and "not its exact continuation" not in three.said()
     alone(SCRIPT, flags(out, *more, "--cache_dir", cache, "--train_batch_size", 3, "--gradient_accumulation_steps", 2))
@@ -44,13 +57,26 @@ def test_two_workers_then_three_then_one_are_one_run_of_one_worker(job, flags, a
     state = [value.nbytes for name, value in saved.items() if name.startswith("optimizer.")]
     for done, workers in ((two, 2), (three, 3)):
         bytes_each = int(done.said().split("optimizer state: ")[1].split(" bytes")[0].replace(",", ""))
-        assert bytes_each == pytest.approx(sum(state) / workers, abs=2 * max(state))  # a parameter's two moments stay together
+        assert bytes_each == pytest.approx(
+            sum(state) / workers, abs=2 * max(state)
+        )  # a parameter's two moments stay together
     assert json.loads((out / "run.json").read_text())["workers"] == 1
 
 
 def test_in_the_graph_too_with_accumulation(job, flags, whole, tmp_path):
     out = tmp_path / "graph"
-    more = ["--train_batch_size", 1, "--gradient_accumulation_steps", 3, "--mindspore_mode", 0, "--zero_stage", 1, "--max_train_steps", 4]
+    more = [
+        "--train_batch_size",
+        1,
+        "--gradient_accumulation_steps",
+        3,
+        "--mindspore_mode",
+        0,
+        "--zero_stage",
+        1,
+        "--max_train_steps",
+        4,
+    ]
     two = job(SCRIPT, 2, out, flags(out, *MORE, *more))
     assert two.wait() == 0, two.said()[-6000:]
     assert_same_run(out, whole, 4)
@@ -104,7 +130,10 @@ def test_a_worker_killed_while_it_encodes_leaves_its_part_to_the_next_start(job,
     more = [*MORE, "--cache_dir", cache, "--max_train_steps", 1, "--resume_from_checkpoint", "latest"]
     two = job(SCRIPT, 2, out, flags(out, *more))
     two.wait_for(
-        lambda: any(line.endswith(".safetensors") for line in (os.listdir(cache / "mindtune") if (cache / "mindtune").is_dir() else []))
+        lambda: any(
+            line.endswith(".safetensors")
+            for line in (os.listdir(cache / "mindtune") if (cache / "mindtune").is_dir() else [])
+        )
     )
     since = time.monotonic()
     os.kill(two.worker(1), signal.SIGKILL)

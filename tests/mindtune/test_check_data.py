@@ -12,7 +12,7 @@ from PIL import Image
 
 from mindtune.check_data import cropped_away, main
 from mindtune.cli import UserError
-from mindtune.encode import Stage
+from mindtune.encode.encoder_stage import Stage
 
 
 def picture(path, width, height, seed=0):
@@ -22,7 +22,12 @@ def picture(path, width, height, seed=0):
 
 
 def snapshot(*folders):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for folder in folders for path in folder.rglob("*") if path.is_file()}
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -62,12 +67,19 @@ def test_every_finding_is_in_the_table_and_in_the_json(check, folder, tiny_flux)
     assert report["duplicates"] == [["a.png", "c.png"]] and "a.png = c.png" in table
     long = {item["encoder"]: item for item in report["captions_too_long"]}
     assert {item["name"] for item in long.values()} == {"a.png"}
-    assert long["CLIP"]["limit"] == 77 and long["CLIP"]["tokens"] > 100 and long["T5"]["limit"] == 64 and long["T5"]["tokens"] > 64
+    assert (
+        long["CLIP"]["limit"] == 77
+        and long["CLIP"]["tokens"] > 100
+        and long["T5"]["limit"] == 64
+        and long["T5"]["tokens"] > 64
+    )
     assert all(name in table for name in ("small.png: 40x63", "torn.png: damaged", "a.png: "))
     assert snapshot(folder, tiny_flux) == before
 
 
-def test_a_folder_that_can_start_says_what_the_run_will_cost(check, photos, tiny_flux, encoder_cache, lora_script, flags, tmp_path):
+def test_a_folder_that_can_start_says_what_the_run_will_cost(
+    check, photos, tiny_flux, encoder_cache, lora_script, flags, tmp_path
+):
     """The bytes of the cache are those that the encode stage writes, headers apart."""
     cache = tmp_path / "cache"
     args = lora_script.parse_args(flags(tmp_path / "out", "--cache_dir", cache))
@@ -100,7 +112,9 @@ def test_pictures_without_any_caption_cannot_start(check, photos):
 def test_class_pictures_are_looked_at_too(check, photos, folder):
     more = ["--instance_prompt", "a cat", "--class_data_dir", folder, "--class_prompt", "a dog", "--resolution", 64]
     code, report, _ = check("--instance_data_dir", photos, *more)
-    assert code == 1 and report["found"] == 11 and report["usable"] == 8 and report["data"] == [str(photos), str(folder)]
+    assert (
+        code == 1 and report["found"] == 11 and report["usable"] == 8 and report["data"] == [str(photos), str(folder)]
+    )
 
 
 def test_pairs_of_other_sizes_and_what_buckets_leave_out(check, tmp_path):
@@ -130,7 +144,11 @@ def test_what_a_run_would_say_of_the_data_is_in_both(check, tmp_path):
     code, report, table = check("--instance_data_dir", data, *more)
     assert code == 0 and all(note in table for note in report["notes"])
     videos, subfolders, no_class = report["notes"]
-    assert "clip.mov (videos: save" in videos and "side/ with 1 images" in subfolders and "no image yet; a run makes them" in no_class
+    assert (
+        "clip.mov (videos: save" in videos
+        and "side/ with 1 images" in subfolders
+        and "no image yet; a run makes them" in no_class
+    )
 
 
 def test_white_drawings_on_transparent_ground(check, tmp_path):
@@ -144,7 +162,9 @@ def test_white_drawings_on_transparent_ground(check, tmp_path):
         rows.append({"file_name": f"{number}.png", "conditioning_image_file_name": f"{number}-drawn.png", "text": "x"})
     (tmp_path / "pairs/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, report, table = check("--train_data_dir", tmp_path / "pairs", "--resolution", 64)
-    assert code == 0 and "3 transparent conditions are laid on black" in report["notes"][0] and report["notes"][0] in table
+    assert (
+        code == 0 and "3 transparent conditions are laid on black" in report["notes"][0] and report["notes"][0] in table
+    )
 
 
 def test_names_that_are_not_utf8_are_printed_and_written(photos, tmp_path):
@@ -153,7 +173,15 @@ def test_names_that_are_not_utf8_are_printed_and_written(photos, tmp_path):
     folder.mkdir()
     for name in ("b.png", "bad\udce9.png", "\udce8.png"):
         (folder / name).write_bytes((photos / "0.png").read_bytes() if "bad" not in name else b"x")
-    line = [sys.executable, "-m", "mindtune.check_data", "--instance_data_dir", str(folder), "--instance_prompt", "a cat"]
+    line = [
+        sys.executable,
+        "-m",
+        "mindtune.check_data",
+        "--instance_data_dir",
+        str(folder),
+        "--instance_prompt",
+        "a cat",
+    ]
     line += ["--resolution", "64", "--json", str(tmp_path / "report.json")]
     done = subprocess.run(line, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 1 and b"Traceback" not in done.stderr
@@ -203,7 +231,16 @@ def test_what_cannot_be_read_is_named(flags, parts):
 
 
 def test_the_command_ends_with_the_code_that_a_shell_can_ask_for(photos, tmp_path):
-    line = [sys.executable, "-m", "mindtune.check_data", "--instance_data_dir", str(photos), "--instance_prompt", "a cat", "--resolution"]
+    line = [
+        sys.executable,
+        "-m",
+        "mindtune.check_data",
+        "--instance_data_dir",
+        str(photos),
+        "--instance_prompt",
+        "a cat",
+        "--resolution",
+    ]
     assert subprocess.run([*line, "64"], capture_output=True).returncode == 0
     assert subprocess.run([*line, "80"], capture_output=True).returncode == 1
     done = subprocess.run([*line[:-3], "--resolution", "64", "--dataset_name", "x"], capture_output=True, text=True)

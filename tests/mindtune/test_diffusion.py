@@ -27,7 +27,9 @@ def test_a_step_of_the_scaled_schedule_by_hand():
     np.testing.assert_allclose(ours, np.cumprod([1 - root**2 for root in roots]), rtol=1e-12)
 
 
-@pytest.mark.parametrize("change", [{"beta_schedule": "sigmoid"}, {"rescale_betas_zero_snr": True}, {"trained_betas": [0.1]}])
+@pytest.mark.parametrize(
+    "change", [{"beta_schedule": "sigmoid"}, {"rescale_betas_zero_snr": True}, {"trained_betas": [0.1]}]
+)
 def test_an_unknown_schedule_is_refused(change):
     with pytest.raises(UserError, match="not supported"):
         diffusion.alphas_cumprod({**SD15, **change})
@@ -36,7 +38,9 @@ def test_an_unknown_schedule_is_refused(change):
 def test_min_snr_weights():
     alphas = np.array([0.99, 0.9, 0.5, 0.1])  # signal to noise 99, 9, 1, 1/9
     np.testing.assert_allclose(diffusion.min_snr_weights(alphas, 5.0, "epsilon"), [5 / 99, 5 / 9, 1, 1])
-    np.testing.assert_allclose(diffusion.min_snr_weights(alphas, 5.0, "v_prediction"), [5 / 100, 5 / 10, 1 / 2, (1 / 9) / (1 / 9 + 1)])
+    np.testing.assert_allclose(
+        diffusion.min_snr_weights(alphas, 5.0, "v_prediction"), [5 / 100, 5 / 10, 1 / 2, (1 / 9) / (1 / 9 + 1)]
+    )
     np.testing.assert_array_equal(diffusion.min_snr_weights(alphas, None, "epsilon"), np.ones(4))
 
 

@@ -51,7 +51,7 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-# ---- packing -----------------------------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 
 
 def pack_by_loops(latents):
@@ -98,7 +98,7 @@ def test_image_ids_name_the_place_of_each_packed_token():
     np.testing.assert_array_equal(flow.latent_image_ids(h, w)[:, 1:], tokens[:, [0, 4]])
 
 
-# ---- sigmas ------------------------------------------------------------------------------------------------------------------------
+# ---- sigmas --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_dim", [3, 4])
@@ -131,7 +131,7 @@ def test_resolution_shift_is_linear_in_tokens_between_flux_anchors(tokens, mu):
     assert flow.resolution_shift(tokens, SCHEDULER) == pytest.approx(math.exp(mu), rel=1e-12)
 
 
-# ---- the density of timesteps ------------------------------------------------------------------------------------------------------
+# ---- the density of timesteps --------------------------------------------------------------------
 
 
 class Dice:
@@ -161,12 +161,21 @@ def test_other_schemes_draw_uniformly(scheme):
 def test_logit_normal_quantiles(mean, std):
     """The median is sigmoid(mean); one deviation off lies sigmoid(mean +- std)."""
     expected = 1 / (1 + np.exp(-(mean + std * np.array([-1.0, 0.0, 1.0]))))
-    np.testing.assert_allclose(np.quantile(draws("logit_normal", mean, std), [0.158655, 0.5, 0.841345]), expected, atol=0.012)
+    np.testing.assert_allclose(
+        np.quantile(draws("logit_normal", mean, std), [0.158655, 0.5, 0.841345]), expected, atol=0.012
+    )
 
 
 @pytest.mark.parametrize(
     "u, scale, expected",
-    [(1 / 3, 1.29, 0.559166667), (0.5, 1.29, 0.5), (0.0, 1.29, 1.0), (1.0, 1.29, 0.0), (1 / 3, 0.0, 2 / 3), (2 / 3, -1.0, 0.25)],
+    [
+        (1 / 3, 1.29, 0.559166667),
+        (0.5, 1.29, 0.5),
+        (0.0, 1.29, 1.0),
+        (1.0, 1.29, 0.0),
+        (1 / 3, 0.0, 2 / 3),
+        (2 / 3, -1.0, 0.25),
+    ],
 )
 def test_mode_scheme_by_hand(u, scale, expected):
     """u = 1/3: 1 - 1/3 - 1.29 (3/4 - 1 + 1/3)."""
@@ -184,12 +193,14 @@ def test_logit_normal_saturates_to_the_table_ends(normal, u, index):
     assert drawn == u and flow.density_to_index(drawn, 1000) == index
 
 
-@pytest.mark.parametrize("u, index", [(0.0, 0), (0.0009, 0), (0.001, 1), (0.5, 500), (0.9999, 999), (1.0, 999), (-0.1, 0), (1.2, 999)])
+@pytest.mark.parametrize(
+    "u, index", [(0.0, 0), (0.0009, 0), (0.001, 1), (0.5, 500), (0.9999, 999), (1.0, 999), (-0.1, 0), (1.2, 999)]
+)
 def test_index_is_the_floor_inside_the_table(u, index):
     assert flow.density_to_index(u, 1000) == index
 
 
-# ---- the posterior -----------------------------------------------------------------------------------------------------------------
+# ---- the posterior -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,11 +216,13 @@ def test_posterior_clamps_the_log_variance(mode):
     """To [-30, 20]: the deviation stays between exp(-15) and exp(10)."""
     moments = np.zeros((1, 4, 1, 1), np.float32)
     moments[0, 2:, 0, 0] = [100.0, -100.0]
-    found = Call(flow.sample_posterior)(ms.Tensor(moments), ms.Tensor(np.ones((1, 2, 1, 1), np.float32))).asnumpy().ravel()
+    found = (
+        Call(flow.sample_posterior)(ms.Tensor(moments), ms.Tensor(np.ones((1, 2, 1, 1), np.float32))).asnumpy().ravel()
+    )
     np.testing.assert_allclose(found, [math.exp(10), math.exp(-15)], rtol=1e-5)
 
 
-# ---- the loss ----------------------------------------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 
 def weights(scheme, sigmas):
@@ -224,7 +237,9 @@ def weights(scheme, sigmas):
 
 def squared_error(prediction, target, weight):
     """Mean over a sample, then over the batch, in float64."""
-    return np.mean([w * np.mean((p.astype(np.float64) - t) ** 2) for p, t, w in zip(prediction, target, np.ravel(weight))])
+    return np.mean(
+        [w * np.mean((p.astype(np.float64) - t) ** 2) for p, t, w in zip(prediction, target, np.ravel(weight))]
+    )
 
 
 def column(*sigmas):
@@ -241,16 +256,24 @@ def test_weight_of_every_scheme_for_a_batch(mode, scheme):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weighted_mse_in_float32_whatever_the_prediction(mode, dtype):
-    prediction, target, weight = ms.Tensor(random(3, 2, 4, 6)).to(dtype), random(3, 2, 4, 6, seed=1), column(4.0, 0.5, 1.0)
+    prediction, target, weight = (
+        ms.Tensor(random(3, 2, 4, 6)).to(dtype),
+        random(3, 2, 4, 6, seed=1),
+        column(4.0, 0.5, 1.0),
+    )
     loss = Call(flow.weighted_mse)(prediction, ms.Tensor(target), weight)
     assert loss.dtype == ms.float32 and loss.shape == ()
-    assert float(loss) == pytest.approx(squared_error(prediction.to(ms.float32).asnumpy(), target, weight.asnumpy()), rel=2e-6)
+    assert float(loss) == pytest.approx(
+        squared_error(prediction.to(ms.float32).asnumpy(), target, weight.asnumpy()), rel=2e-6
+    )
 
 
 def test_weighted_mse_does_not_overflow_in_fp16():
     """An error of 1000 squares to 1e6, above float16's largest number."""
     prediction = ms.Tensor(np.full((1, 1, 2, 2), 1000.0, np.float16))
-    assert float(flow.weighted_mse(prediction, ms.Tensor(np.zeros((1, 1, 2, 2), np.float16)), column(1.0))) == pytest.approx(1e6)
+    assert float(
+        flow.weighted_mse(prediction, ms.Tensor(np.zeros((1, 1, 2, 2), np.float16)), column(1.0))
+    ) == pytest.approx(1e6)
 
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
@@ -258,7 +281,9 @@ def test_prior_preservation_weighs_each_half_with_its_own_sigmas(mode, scheme):
     prediction, target, sigmas = random(4, 2, 4, 6), random(4, 2, 4, 6, seed=1), np.array([0.1, 0.7, 0.9, 0.3])
     weight = weights(scheme, sigmas)
     tensors = ms.Tensor(prediction), ms.Tensor(target), column(*weight)
-    expected = squared_error(prediction[:2], target[:2], weight[:2]) + 0.25 * squared_error(prediction[2:], target[2:], weight[2:])
+    expected = squared_error(prediction[:2], target[:2], weight[:2]) + 0.25 * squared_error(
+        prediction[2:], target[2:], weight[2:]
+    )
     assert float(Call(flow.prior_preservation_mse, 0.25)(*tensors)) == pytest.approx(expected, rel=5e-6)
 
 
@@ -267,16 +292,22 @@ def test_a_class_sigma_never_weighs_an_instance_error():
     prediction, target = random(2, 1, 4, 4), random(2, 1, 4, 4, seed=1)
     prediction[1] = target[1]
     losses = [
-        float(flow.prior_preservation_mse(ms.Tensor(prediction), ms.Tensor(target), column(*weights("sigma_sqrt", (0.5, s))), 1.0))
+        float(
+            flow.prior_preservation_mse(
+                ms.Tensor(prediction), ms.Tensor(target), column(*weights("sigma_sqrt", (0.5, s))), 1.0
+            )
+        )
         for s in (0.01, 0.99)
     ]
     assert losses[0] == losses[1] == pytest.approx(squared_error(prediction[:1], target[:1], [4.0]), rel=1e-6)
 
 
-# ---- flags inside a graph ----------------------------------------------------------------------------------------------------------
+# ---- flags inside a graph ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("double, scheme, expected", [(True, "cosmap", 6.5), (False, "cosmap", 3.5), (True, "none", 6.0)])
+@pytest.mark.parametrize(
+    "double, scheme, expected", [(True, "cosmap", 6.5), (False, "cosmap", 3.5), (True, "none", 6.0)]
+)
 def test_a_graph_reads_wrapped_flags(mode, double, scheme, expected):
     cell = ReadsFlags(flow.AttrJitWrapper(double=double, scheme=scheme, offset=0.5))
     assert float(cell(ms.Tensor(3.0, ms.float32))) == expected
@@ -285,8 +316,13 @@ def test_a_graph_reads_wrapped_flags(mode, double, scheme, expected):
 def test_the_scale_of_latents():
     """One shift and scale for all channels, or one for each: (z - mean) scaling_factor / std."""
     assert flow.latent_scale({"scaling_factor": 0.18215}) == (0.0, 0.18215)
-    assert flow.latent_scale({"scaling_factor": 0.3611, "shift_factor": 0.1159, "latents_mean": None}) == (0.1159, 0.3611)
-    shift, scale = flow.latent_scale({"scaling_factor": 0.5, "shift_factor": None, "latents_mean": [1.0, -2.0], "latents_std": [4.0, 5.0]})
+    assert flow.latent_scale({"scaling_factor": 0.3611, "shift_factor": 0.1159, "latents_mean": None}) == (
+        0.1159,
+        0.3611,
+    )
+    shift, scale = flow.latent_scale(
+        {"scaling_factor": 0.5, "shift_factor": None, "latents_mean": [1.0, -2.0], "latents_std": [4.0, 5.0]}
+    )
     latents = (np.array([[[[5.0]], [[3.0]]]]) - shift) * scale
     np.testing.assert_allclose(latents.ravel(), [(5 - 1) * 0.5 / 4, (3 + 2) * 0.5 / 5], rtol=1e-6)
     assert shift.dtype == scale.dtype == np.float32 and shift.shape == (1, 2, 1, 1)

@@ -13,7 +13,9 @@ def test_the_same_key_gives_the_same_numbers():
     np.testing.assert_array_equal(normal(3, "noise", 1, 2, shape=(4, 5)), normal(3, "noise", 1, 2, shape=(4, 5)))
 
 
-@pytest.mark.parametrize("other", [(4, "noise", 1, 23), (3, "crop", 1, 23), (3, "noise", 12, 3), (3, "noise", 1), (3, "noise", 1, 24)])
+@pytest.mark.parametrize(
+    "other", [(4, "noise", 1, 23), (3, "crop", 1, 23), (3, "noise", 12, 3), (3, "noise", 1), (3, "noise", 1, 24)]
+)
 def test_another_key_gives_other_numbers(other):
     """Including (12, 3) against (1, 23), which would be one key if the ids were written without a separator."""
     assert np.abs(normal(3, "noise", 1, 23, shape=(50,)) - normal(*other, shape=(50,))).min() > 0
@@ -44,7 +46,7 @@ def test_different_keys_are_uncorrelated():
     assert np.abs(np.corrcoef(rows) - np.eye(8)).max() < 0.05
 
 
-# ---- the order of samples ----------------------------------------------------------------------------------------------------------
+# ---- the order of samples ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count, repeats", [(1, 1), (5, 1), (5, 3), (1, 4)])

@@ -14,17 +14,23 @@ import numpy as np
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "examples/tiny", "examples/controlnet", "flux_lora", "flux_controlnet")]
+sys.path[:0] = [
+    str(ROOT / folder) for folder in ("tests", "examples/tiny", "examples/controlnet", "flux_lora", "flux_controlnet")
+]
 
-import make_tiny_pipeline  # noqa: E402
-import real_pipelines  # noqa: E402
-import train_controlnet  # noqa: E402
-import train_controlnet_flux  # noqa: E402
-import train_controlnet_sdxl  # noqa: E402
-import train_dreambooth_lora_flux  # noqa: E402
-from shapes import conditioning, draw_scene, picture  # noqa: E402
+import make_tiny_pipeline
+import real_pipelines
+import train_controlnet
+import train_controlnet_flux
+import train_controlnet_sdxl
+import train_dreambooth_lora_flux
+from shapes import conditioning, draw_scene, picture
 
-from mindtune import configs, data, diffusion, encode, flow, flux_blocks, lora, models, optim, precision, rng, sampling  # noqa: E402
+from mindtune import diffusion, flow, rng
+from mindtune.data import conditions, crops
+from mindtune.encode import encoder_stage, text_encoders
+from mindtune.models import configs, controlnets, execution, flux_blocks, loading, lora, precision, sampling
+from mindtune.optim import optimizers
 
 UPDATES, FULL = 50, precision.Precision(ms.float32, ms.float32)
 CAPTION = "a photo of a red circle on a white background"
@@ -46,7 +52,12 @@ class Case(NamedTuple):
         return f"{self.kind}: {self.name}"
 
 
-LORA = {"rank": 4, "alpha": 4.0, "targets": {"transformer": lora.TRANSFORMER_TARGETS}, "rates": {"transformer": [1e-3, 1e-4]}}
+LORA = {
+    "rank": 4,
+    "alpha": 4.0,
+    "targets": {"transformer": lora.TRANSFORMER_TARGETS},
+    "rates": {"transformer": [1e-3, 1e-4]},
+}
 CLIP = {
     "targets": {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS}, "alpha": 8.0,
     "rates": {"transformer": [1e-3, 1e-4], "text_encoder": [5e-4, 1e-3]},
@@ -78,7 +89,7 @@ CASES = [
 ]  # fmt: skip
 
 
-# ---- inputs --------------------------------------------------------------------------------------------------------------------------
+# ---- inputs --------------------------------------------------------------------------------------
 
 
 class Drawn:
@@ -104,14 +115,25 @@ def make_pipeline(case, folder):
 def all_settings(case, root):
     """What both sides read: the case's settings, what its pipeline says, and what all cases share."""
     config = configs.read_config(root, "vae")
-    common = {"kind": case.kind, "root": str(root), "updates": UPDATES, "block": BLOCK, "caption": CAPTION, "guidance_scale": 3.5}
+    common = {
+        "kind": case.kind,
+        "root": str(root),
+        "updates": UPDATES,
+        "block": BLOCK,
+        "caption": CAPTION,
+        "guidance_scale": 3.5,
+    }
     common.update(logit_mean=0.2, logit_std=1.3, mode_scale=1.1, length=16, eps=1e-5, texts=[CAPTION])
-    common["scaling_factor"] = config.get("scaling_factor", 0.18215)  # diffusers' default: Stable Diffusion 1.5's file does not say
+    common["scaling_factor"] = config.get(
+        "scaling_factor", 0.18215
+    )  # diffusers' default: Stable Diffusion 1.5's file does not say
     return {**common, **case.settings}
 
 
 def make_stage(settings, root, folder):
-    return encode.Stage(root, None, "no", folder, settings["length"], kind=settings["kind"].split("_")[0].replace("sd15", "sd"))
+    return encoder_stage.Stage(
+        root, None, "no", folder, settings["length"], kind=settings["kind"].split("_")[0].replace("sd15", "sd")
+    )
 
 
 def scene(number, place):
@@ -135,14 +157,21 @@ def make_batch(settings, root, number, stage, vae):
     if kind.startswith("flux"):
         config = configs.read_config(root, "transformer")
         batch.update(text=normal("text", settings["length"], config["joint_attention_dim"]), normal=normal("density"))
-        batch.update(pooled=normal("pooled", config["pooled_projection_dim"]), uniform=rng.generator(0, "parity u", number).random(size))
+        batch.update(
+            pooled=normal("pooled", config["pooled_projection_dim"]),
+            uniform=rng.generator(0, "parity u", number).random(size),
+        )
     if kind == "flux_controlnet":
         batch["condition"] = normal("condition", 2 * channels, height, width)
         batch["condition_posterior"] = normal("condition posterior", channels, height, width)
     if "text_encoder" in settings.get("targets", ()):
-        tokenizer = models.load_tokenizer(root / "tokenizer")
-        captions = [f"a {colour} {shape}" for colour, shape in (("red", "circle"), ("blue", "star on a white background"))]
-        batch["ids"] = np.stack([encode.token_ids(tokenizer, caption, 77) for caption in captions]).astype(np.int32)
+        tokenizer = loading.load_tokenizer(root / "tokenizer")
+        captions = [
+            f"a {colour} {shape}" for colour, shape in (("red", "circle"), ("blue", "star on a white background"))
+        ]
+        batch["ids"] = np.stack([text_encoders.token_ids(tokenizer, caption, 77) for caption in captions]).astype(
+            np.int32
+        )
     if kind.startswith("sd"):
         batch["condition"] = 1 / (1 + np.exp(-normal("condition", 3, 8 * height, 8 * width)))
         batch["timesteps"] = rng.generator(0, "parity timesteps", number).integers(0, 1000, size).astype(np.int32)
@@ -153,9 +182,12 @@ def make_batch(settings, root, number, stage, vae):
     if vae:
         scenes = [scene(number, place) for place in range(size)]
         texts = [stage.text(each.caption) for each in scenes]
-        batch.update(text=np.stack([t["prompt_embeds"] for t in texts]), pooled=np.stack([t["pooled_prompt_embeds"] for t in texts]))
+        batch.update(
+            text=np.stack([t["prompt_embeds"] for t in texts]),
+            pooled=np.stack([t["pooled_prompt_embeds"] for t in texts]),
+        )
         for what, draw in (("moments", picture), ("condition", conditioning)):
-            pixels = np.stack([data.pixel_values(draw(each, 64), 64, "lanczos", None, False) for each in scenes])
+            pixels = np.stack([crops.pixel_values(draw(each, 64), 64, "lanczos", None, False) for each in scenes])
             batch[what] = vae.encode(ms.Tensor(pixels))[0].asnumpy()
     return batch
 
@@ -175,7 +207,9 @@ def arguments(settings, batch):
     if kind.startswith("flux"):
         density = [settings[name] for name in ("scheme", "logit_mean", "logit_std", "mode_scale")]
         draws = [Drawn(*pair) for pair in zip(batch["uniform"], batch["normal"])]
-        given["indices"] = np.array([flow.density_to_index(flow.sample_density(d, *density), 1000) for d in draws], np.int32)
+        given["indices"] = np.array(
+            [flow.density_to_index(flow.sample_density(d, *density), 1000) for d in draws], np.int32
+        )
         given["image_ids"] = flow.latent_image_ids(*batch["noise"].shape[2:])
     order = {
         "flux_lora": ("moments", "posterior", "noise", "indices", "text", "ids" if "ids" in batch else "pooled", "image_ids"),
@@ -188,7 +222,7 @@ def arguments(settings, batch):
     return [ms.Tensor(given[name]) for name in order]
 
 
-# ---- our side ------------------------------------------------------------------------------------------------------------------------
+# ---- our side ------------------------------------------------------------------------------------
 
 
 class Ours:
@@ -200,7 +234,7 @@ class Ours:
     def __init__(self, settings, root):
         self.settings, self.root = settings, root
         base = "transformer" if settings["kind"].startswith("flux") else "unet"
-        self.base = models.load_model(root, base, FULL)
+        self.base = loading.load_model(root, base, FULL)
         precision.freeze_params(self.base)
         self.cells = {base: self.base}
         if settings["kind"] == "flux_lora":
@@ -211,11 +245,15 @@ class Ours:
     def _add_lora(self):
         settings = self.settings
         if "text_encoder" in settings["targets"]:
-            self.cells["text_encoder"] = models.load_model(self.root, "text_encoder", FULL)
+            self.cells["text_encoder"] = loading.load_model(self.root, "text_encoder", FULL)
             precision.freeze_params(self.cells["text_encoder"])
         for prefix, cell in self.cells.items():
             lora.add_lora(cell, settings["rank"], settings["alpha"], 0.0, settings["targets"][prefix], ms.float32)
-        self.trained = {f"{prefix}.{name}": p for prefix, cell in self.cells.items() for name, p in lora.lora_parameters(cell).items()}
+        self.trained = {
+            f"{prefix}.{name}": p
+            for prefix, cell in self.cells.items()
+            for name, p in lora.lora_parameters(cell).items()
+        }
         for name, parameter in self.trained.items():
             value = rng.normal(0, name, shape=parameter.shape)
             parameter.set_data(ms.Tensor(value / settings["rank"] if ".lora_A." in name else 0.1 * value))
@@ -225,8 +263,12 @@ class Ours:
         added = ("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks") if flux else (
             "controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out"
         )  # fmt: skip
-        controlnet = models.flux_controlnet(self.root, *self.settings["blocks"]) if flux else models.unet_controlnet(self.base, 0)
-        for name, parameter in models.model_parameters(controlnet).items():
+        controlnet = (
+            controlnets.flux_controlnet(self.root, *self.settings["blocks"])
+            if flux
+            else controlnets.unet_controlnet(self.base, 0)
+        )
+        for name, parameter in loading.model_parameters(controlnet).items():
             parameter.requires_grad = True
             if name.startswith(added):
                 parameter.set_data(ms.Tensor(0.05 * rng.normal(0, name, shape=parameter.shape)))
@@ -235,12 +277,12 @@ class Ours:
         for model in (controlnet, self.base):
             flux_blocks.bind(model)
         self.cells = {"controlnet": controlnet, **self.cells}
-        self.trained = {f"controlnet.{name}": p for name, p in models.model_parameters(controlnet).items()}
+        self.trained = {f"controlnet.{name}": p for name, p in loading.model_parameters(controlnet).items()}
 
     def save(self, folder):
         """What trains, at its start, where reference.py reads it."""
         if "controlnet" in self.cells:
-            models.save_model(self.cells["controlnet"], folder / "controlnet", ms.float32)
+            loading.save_model(self.cells["controlnet"], folder / "controlnet", ms.float32)
         else:
             save_file({name: p.asnumpy() for name, p in self.trained.items()}, folder / "start.safetensors")
 
@@ -251,15 +293,20 @@ class Ours:
         for prefix, (rate, decay) in settings["rates"].items():
             own = [p for name, p in self.trained.items() if name.startswith(f"{prefix}.")]
             groups.append({"params": own, "lr": rate if train else 0.0, "weight_decay": decay})
-        optimizer = optim.AdamW(groups, beta1=0.9 if train else 0.0, eps=settings["eps"])
+        optimizer = optimizers.AdamW(groups, beta1=0.9 if train else 0.0, eps=settings["eps"])
         flags = ["--pretrained_model_name_or_path=x", f"--max_grad_norm={1.0 if train else 0.0}"]
         if kind.startswith("flux"):
             flags += [f"--weighting_scheme={settings['scheme']}", f"--max_sequence_length={settings['length']}"]
-            sigmas, vae = models.load_scheduler(self.root).sigmas, configs.read_config(self.root, "vae")
+            sigmas, vae = loading.load_scheduler(self.root).sigmas, configs.read_config(self.root, "vae")
         if kind == "flux_lora":
             flags.append("--instance_data_dir=x")
             if weight := settings.get("prior_weight"):
-                flags += ["--with_prior_preservation", "--class_data_dir=x", "--class_prompt=x", f"--prior_loss_weight={weight}"]
+                flags += [
+                    "--with_prior_preservation",
+                    "--class_data_dir=x",
+                    "--class_prompt=x",
+                    f"--prior_loss_weight={weight}",
+                ]
             return train_dreambooth_lora_flux.TrainStepForFluxDevDB(
                 self.base, optimizer, {"sigmas": sigmas}, ms.float32, train_dreambooth_lora_flux.parse_args(flags), vae,
                 ms.Tensor(np.zeros((settings["length"], 3), np.float32)),
@@ -274,7 +321,10 @@ class Ours:
         script = train_controlnet_sdxl if kind == "sdxl" else train_controlnet
         make = script.TrainStepForControlNetSDXL if kind == "sdxl" else script.TrainStepForControlNet
         latent_config = {"scaling_factor": settings["scaling_factor"]}
-        predicted, alphas = settings["prediction_type"], diffusion.alphas_cumprod(configs.read_config(self.root, "scheduler"))
+        predicted, alphas = (
+            settings["prediction_type"],
+            diffusion.alphas_cumprod(configs.read_config(self.root, "scheduler")),
+        )
         weights = diffusion.min_snr_weights(alphas, settings["snr_gamma"], predicted)
         return make(
             self.cells["controlnet"], self.base, optimizer, ms.Tensor(alphas, ms.float32), ms.Tensor(weights, ms.float32), ms.float32,
@@ -293,7 +343,12 @@ class Ours:
         def note(name):
             def hook(cell, inputs, output):
                 # Copies: the transformer adds a ControlNet's residuals into this very memory.
-                caught.update({f"block {name}/{number}": value.asnumpy().copy() for number, value in enumerate(tensors_of(output))})
+                caught.update(
+                    {
+                        f"block {name}/{number}": value.asnumpy().copy()
+                        for number, value in enumerate(tensors_of(output))
+                    }
+                )
 
             return hook
 
@@ -310,17 +365,17 @@ class Ours:
         """uint8 [H, W, 3], eight steps from the noise [1, C, h, w] by the sampling loop that the scripts use."""
         text, vae, scheduler = stage.text(CAPTION), stage.load_vae(), configs.read_config(self.root, "scheduler")
         controlnet = self.cells.get("controlnet")
-        with sampling.eager():
+        with execution.pynative():
             if self.settings["kind"].startswith("sd"):
-                control = (controlnet, sampling.condition_pixels(condition), 1.0)
+                control = (controlnet, conditions.condition_pixels(condition), 1.0)
                 latents = sampling.sample_unet_latents(
                     self.base, scheduler, text, stage.unconditional(), noise, 8, 5.0, ms.float32, control
                 )  # fmt: skip
             else:
                 pooled, clip = text["pooled_prompt_embeds"], self.cells.get("text_encoder")
                 if clip:
-                    pooled = encode.clip_pooled(clip, models.load_tokenizer(self.root / "tokenizer"), CAPTION)
-                control = (controlnet, sampling.encode_picture(vae, condition, ms.float32), 1.0) if controlnet else None
+                    pooled = text_encoders.clip_pooled(clip, loading.load_tokenizer(self.root / "tokenizer"), CAPTION)
+                control = (controlnet, sampling.encode_image(vae, condition, ms.float32), 1.0) if controlnet else None
                 latents = sampling.sample_latents(
                     self.base, scheduler, text["prompt_embeds"][None], pooled[None], noise, 8, 3.5, ms.float32, control
                 )  # fmt: skip

@@ -21,7 +21,10 @@ from cases import CASES, ROOT, Ours, all_settings, arguments, make_batches, make
 from PIL import Image
 from shapes import conditioning, picture
 
-from mindtune import data, models, rng, tracking
+from mindtune import rng
+from mindtune.data import crops
+from mindtune.models import execution
+from mindtune.run import tracking
 
 HERE = Path(__file__).parent
 TITLES = {
@@ -50,7 +53,7 @@ def worst(ours, theirs):
     return relative(ours, theirs).max()
 
 
-# ---- one case ------------------------------------------------------------------------------------------------------------------------
+# ---- one case ------------------------------------------------------------------------------------
 
 
 def prepare(case, work, pipelines, stages):
@@ -63,7 +66,7 @@ def prepare(case, work, pipelines, stages):
     example = scene(0, 0)
     size = (64, 64) if settings.get("trained") else (64, 96)
     fit = {"size": size, "interpolation": "lanczos", "place": None, "flip": False}
-    pixels = data.pixel_values(picture(example, 96), *fit.values())[None]
+    pixels = crops.pixel_values(picture(example, 96), *fit.values())[None]
     conditioning(example, 96).convert("RGB").resize(size[::-1]).save(work / "condition.png")
     start = rng.normal(0, "start", shape=(1, batches[0]["noise"].shape[1], size[0] // 8, size[1] // 8))
     flat = {f"{number}/{name}": value for number, batch in enumerate(batches) for name, value in batch.items()}
@@ -94,7 +97,9 @@ def compare(work, settings, root, stage, batches):
     errors["loss"] = [abs(float(step(*given[0])[1]) / theirs["losses"][0] - 1)]
     gradients = ours.gradients(step)
     assert {f"gradient {name}" for name in gradients} == {name for name in theirs.files if name.startswith("gradient ")}
-    errors["gradient of each trainable"] = [worst(value, theirs[f"gradient {name}"]) for name, value in gradients.items()]
+    errors["gradient of each trainable"] = [
+        worst(value, theirs[f"gradient {name}"]) for name, value in gradients.items()
+    ]
     image = ours.picture(stage, inputs["start"], Image.open(work / "condition.png")).astype(float)
     errors["picture, mean difference of 255"] = [np.abs(image - theirs["picture"]).mean()]
 
@@ -104,13 +109,16 @@ def compare(work, settings, root, stage, batches):
         losses.append(float(step(*batch)[1]))
         if number == 19:
             moved = [(p.asnumpy(), theirs[f"weight {name}"], start[name]) for name, p in ours.trained.items()]
-            apart, way = (np.sqrt(sum(np.square(a - b).sum() for a, b in rows)) for rows in zip(*(((o, t), (t, s)) for o, t, s in moved)))
+            apart, way = (
+                np.sqrt(sum(np.square(a - b).sum() for a, b in rows))
+                for rows in zip(*(((o, t), (t, s)) for o, t, s in moved))
+            )
             errors["weights after 20 updates"] = [apart / way]
     errors["loss of 50 updates"] = np.abs(np.array(losses) / theirs["losses"] - 1)
     return {row: (float(np.max(values)), float(np.median(values))) for row, values in errors.items()}
 
 
-# ---- golden values -------------------------------------------------------------------------------------------------------------------
+# ---- golden values -------------------------------------------------------------------------------
 
 
 def rounded(values):
@@ -129,10 +137,14 @@ def golden(work):
         gradients[name[len("gradient ") :]] = {
             "norm": rounded(np.linalg.norm(value)), "at": largest.tolist(), "entries": rounded(value.ravel()[largest])
         }  # fmt: skip
-    return {"losses": rounded(theirs["losses"][:3]), "prediction": rounded(theirs["prediction"].ravel()[:8]), "gradients": gradients}
+    return {
+        "losses": rounded(theirs["losses"][:3]),
+        "prediction": rounded(theirs["prediction"].ravel()[:8]),
+        "gradients": gradients,
+    }
 
 
-# ---- the page ------------------------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def beyond(found):
@@ -150,7 +162,11 @@ def table(found):
     for row, (bound, median) in BOUNDS.items():
         limit = f"{bound:.0e}" + (f" ({median:.0e})" if median else "")
         cells = [errors[row] for errors in found.values()]
-        head += f"| {row} | {limit} | " + " | ".join(f"{a:.1e}" if a == b else f"{a:.1e} ({b:.1e})" for a, b in cells) + " |\n"
+        head += (
+            f"| {row} | {limit} | "
+            + " | ".join(f"{a:.1e}" if a == b else f"{a:.1e} ({b:.1e})" for a, b in cells)
+            + " |\n"
+        )
     return head
 
 
@@ -161,14 +177,25 @@ def plain_table(head, rows):
 def page(found, exchanged, optimized, reference):
     """docs/parity.md."""
     asked = "import json, torch, diffusers as d, transformers as t, peft; print(json.dumps([m.__version__ for m in (torch, d, t, peft)]))"
-    theirs = json.loads(subprocess.run([reference, "-c", asked], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    theirs = json.loads(
+        subprocess.run([reference, "-c", asked], capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    )
     ours, tables = tracking.package_versions(), ""
     for kind, title in TITLES.items():
-        tables += f"\n## {title}\n\n" + table({label: errors for label, errors in found.items() if label.startswith(f"{kind}: ")})
-    rows = [(what, f"{value:.1e}", f"{bound:g}", "" if other is None else f"{other:.1e}") for what, value, bound, other in exchanged]
+        tables += f"\n## {title}\n\n" + table(
+            {label: errors for label, errors in found.items() if label.startswith(f"{kind}: ")}
+        )
+    rows = [
+        (what, f"{value:.1e}", f"{bound:g}", "" if other is None else f"{other:.1e}")
+        for what, value, bound, other in exchanged
+    ]
     exchange = plain_table(("", "found", "bound", "if it were not loaded, or trained"), rows)
-    optimizer = plain_table(("", "found", "bound"), [(what, f"{value:.1e}", f"{bound:.0e}") for what, (value, bound) in optimized.items()])
-    return TEXT.format(theirs=theirs, ours=ours, machine=platform.machine(), tables=tables, exchange=exchange, optimizer=optimizer)
+    optimizer = plain_table(
+        ("", "found", "bound"), [(what, f"{value:.1e}", f"{bound:.0e}") for what, (value, bound) in optimized.items()]
+    )
+    return TEXT.format(
+        theirs=theirs, ours=ours, machine=platform.machine(), tables=tables, exchange=exchange, optimizer=optimizer
+    )
 
 
 TEXT = """# Parity with PyTorch
@@ -188,7 +215,7 @@ Each cell has the largest error and in brackets the median, over entries, blocks
 Three things to know:
 
 - mindone makes the frequencies of the timestep's sinusoids by `ops.exp`, whose CPU kernel errs by 5e-6. At a timestep of 1000 that
-  alone put FLUX's blocks 3e-4 apart and the gradients 1.3e-3; `mindtune/operators.py` makes them on the host. What is left in FLUX's
+  alone put FLUX's blocks 3e-4 apart and the gradients 1.3e-3; `mindtune/models/fast_ops.py` makes them on the host. What is left in FLUX's
   blocks is float32's rounding of angles up to 1000 on both sides (PyTorch's sinusoids are 2.8e-5 from the exact ones).
 - AdamW's epsilon is 1e-5 in these tables: at 1e-8 a gradient that is zero but for rounding moves its weight by a whole step in either
   direction, and one such weight of the adapter's put it 4.4e-3 apart. The optimizers' own table compares at 1e-8.
@@ -227,7 +254,7 @@ def main():
     parser.add_argument("--reference", required=True, help="The interpreter that has tests/parity/requirements.txt.")
     parser.add_argument("--only", nargs="+", default=[], help="Words that the names of the cases to run hold.")
     args = parser.parse_args()
-    models.set_up_device(graph_mode=False)
+    execution.set_up_device(graph_mode=False)
     chosen = [case for case in CASES if all(word in case.label for word in args.only)]
     found, kept = {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -243,7 +270,11 @@ def main():
             exchanged, lines = check_interchange(args.reference, folder / "interchange")
             optimized = optimizers.compare(folder, args.reference)
             kept["optimizers"] = optimizers.golden(folder)
-            wrong += lines + [f"{what}: {value:.1e}, bound {bound:.0e}" for what, (value, bound) in optimized.items() if not value <= bound]
+            wrong += lines + [
+                f"{what}: {value:.1e}, bound {bound:.0e}"
+                for what, (value, bound) in optimized.items()
+                if not value <= bound
+            ]
             (ROOT / "docs" / "parity.md").write_text(page(found, exchanged, optimized, args.reference))
             lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(values)}" for label, values in kept.items())
             (HERE / "golden.json").write_text(f"{{\n{lines}\n}}\n")

@@ -21,13 +21,19 @@ import train_controlnet_sdxl
 import train_dreambooth_lora_flux
 from shapes import conditioning, make_folder, make_subject
 
-from mindtune import configs, lora, rng
+from mindtune import rng
+from mindtune.models import configs, lora
 
 SCRIPTS = {
     "flux_lora": (train_dreambooth_lora_flux, infer_flux_lora), "flux_controlnet": (train_controlnet_flux, infer_flux_controlnet),
     "sd15": (train_controlnet, infer_controlnet), "sdxl": (train_controlnet_sdxl, infer_controlnet_sdxl),
 }  # fmt: skip
-NAMES = {"flux_lora": "LoRA with CLIP's part", "flux_controlnet": "FLUX ControlNet", "sd15": "SD 1.5 ControlNet", "sdxl": "SDXL ControlNet"}
+NAMES = {
+    "flux_lora": "LoRA with CLIP's part",
+    "flux_controlnet": "FLUX ControlNet",
+    "sd15": "SD 1.5 ControlNet",
+    "sdxl": "SDXL ControlNet",
+}
 LENGTH = 16
 # Every kind of linear layer that a FLUX LoRA may adapt.
 LAYERS = "to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,net.0.proj,net.2,norm1.linear,norm1_context.linear"
@@ -40,26 +46,51 @@ MORE = {
 
 def train(folder, kind, root, data, out, rate, updates, *more):
     """The training script as a user runs it, in this process."""
-    flags = {"pretrained_model_name_or_path": root, "output_dir": folder / out, "cache_dir": folder.parent / "cache", "resolution": 64}
-    flags.update(max_train_steps=updates, learning_rate=rate, train_batch_size=1, seed=0, mindspore_mode=1, report_to="none")
+    flags = {
+        "pretrained_model_name_or_path": root,
+        "output_dir": folder / out,
+        "cache_dir": folder.parent / "cache",
+        "resolution": 64,
+    }
+    flags.update(
+        max_train_steps=updates, learning_rate=rate, train_batch_size=1, seed=0, mindspore_mode=1, report_to="none"
+    )
     flags["instance_data_dir" if kind == "flux_lora" else "train_data_dir"] = data[kind == "flux_lora"]
     if kind.startswith("flux"):
         flags["max_sequence_length"] = LENGTH
     if kind == "flux_lora":
         flags.update(instance_prompt="x", text_encoder_lr=rate)
         more = ("--train_text_encoder", "--upcast_before_saving", *more)
-    assert SCRIPTS[kind][0].main([*(f"--{name}={value}" for name, value in flags.items()), "--cache_latents", *more]) == 0
+    assert (
+        SCRIPTS[kind][0].main([*(f"--{name}={value}" for name, value in flags.items()), "--cache_latents", *more]) == 0
+    )
 
 
 def draw(folder, kind, root, what):
     """The inference script's picture, uint8 [H, W, 3], of `what`: a LoRA or ControlNet; None: without a LoRA, a ControlNet's strength 0."""
     output = folder / f"{what.stem if what else 'base'}.png"
-    flags = ["--pretrained_model_name_or_path", root, "--prompt", CAPTION, "--num_inference_steps", 8, "--output", output]
+    flags = [
+        "--pretrained_model_name_or_path",
+        root,
+        "--prompt",
+        CAPTION,
+        "--num_inference_steps",
+        8,
+        "--output",
+        output,
+    ]
     flags += ["--max_sequence_length", LENGTH] if kind.startswith("flux") else ["--guidance_scale", 5.0]
     if kind == "flux_lora":
         flags += ["--height", 64, "--width", 96, *(["--lora", what] if what else [])]
     else:
-        flags += ["--resolution", 64, "--control_image", folder / "condition.png", "--controlnet", what or folder / "ours"]
+        flags += [
+            "--resolution",
+            64,
+            "--control_image",
+            folder / "condition.png",
+            "--controlnet",
+            what or folder / "ours",
+        ]
         flags += [] if what else ["--controlnet_conditioning_scale", 0.0]
     assert SCRIPTS[kind][1].main(list(map(str, flags))) == 0
     return np.asarray(Image.open(output)).astype(float)
@@ -73,7 +104,9 @@ def prepare(work):
     for kind in SCRIPTS:
         folder = work / kind
         folder.mkdir()
-        root = roots[kind] = make_pipeline(Case(kind, "", {"prediction_type": "epsilon"} if kind.startswith("sd") else {}), work)
+        root = roots[kind] = make_pipeline(
+            Case(kind, "", {"prediction_type": "epsilon"} if kind.startswith("sd") else {}), work
+        )
         settings = {"kind": kind, "root": str(root), "caption": CAPTION, "length": LENGTH}
         (folder / "settings.json").write_text(json.dumps(settings))
         channels = configs.read_config(root, "vae")["latent_channels"]
@@ -85,7 +118,12 @@ def prepare(work):
     (layouts / "pipeline").symlink_to(roots["flux_lora"])
     shutil.copy(adapter, layouts / "adapter.safetensors")
     for layout in ("kohya", "comfyui"):
-        assert export_flux_lora.main(["--lora", str(adapter), "--format", layout, "--output", str(layouts / f"{layout}.safetensors")]) == 0
+        assert (
+            export_flux_lora.main(
+                ["--lora", str(adapter), "--format", layout, "--output", str(layouts / f"{layout}.safetensors")]
+            )
+            == 0
+        )
     return roots, data
 
 
@@ -119,8 +157,12 @@ def compare(work, roots, data):
             train(folder, kind, root, data, out, rate, 1, f"{flag}={folder / 'theirs'}")
         before, resting, moved = (read(folder / out / file) for out in ("theirs", "resting", "moved"))
         assert before.keys() == resting.keys() == moved.keys()
-        gaps = [max(np.abs(after[k] - v).max() / np.abs(v).max() for k, v in before.items()) for after in (resting, moved)]
-        rows.append((f"{name} of diffusers gone on from at rate 0: change of a weight, relative", gaps[0], 1e-6, gaps[1]))
+        gaps = [
+            max(np.abs(after[k] - v).max() / np.abs(v).max() for k, v in before.items()) for after in (resting, moved)
+        ]
+        rows.append(
+            (f"{name} of diffusers gone on from at rate 0: change of a weight, relative", gaps[0], 1e-6, gaps[1])
+        )
         if kind == "flux_lora":
             for layout in ("kohya", "comfyui"):
                 exported = draw(folder, kind, root, work / "layouts" / f"{layout}.safetensors")

@@ -59,9 +59,14 @@ def check_lora(folder, settings):
     pipeline, path, loaded = diffusers.FluxPipeline.from_pretrained(root), folder / "ours" / LORA_FILE, set()
     pipeline.load_lora_weights(path)
     for prefix in ("transformer", "text_encoder"):
-        loaded |= {f"{prefix}.{key}" for key in peft.get_peft_model_state_dict(getattr(pipeline, prefix), adapter_name="default_0")}
+        loaded |= {
+            f"{prefix}.{key}"
+            for key in peft.get_peft_model_state_dict(getattr(pipeline, prefix), adapter_name="default_0")
+        }
     found = {"keys": len(loaded ^ set(load_file(path)))}
-    found["ours"] = reference.draw_flux(root, settings, noise, transformer=pipeline.transformer, text_encoder=pipeline.text_encoder)
+    found["ours"] = reference.draw_flux(
+        root, settings, noise, transformer=pipeline.transformer, text_encoder=pipeline.text_encoder
+    )
 
     transformer = reference.freeze(diffusers.FluxTransformer2DModel.from_pretrained(root / "transformer"))
     clip = reference.freeze(transformers.CLIPTextModel.from_pretrained(root / "text_encoder"))

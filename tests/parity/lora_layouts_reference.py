@@ -54,7 +54,9 @@ def loaded(root, weights):
     found = {}
     for prefix in ("transformer", "text_encoder"):
         layers = [(name, m) for name, m in getattr(pipeline, prefix).named_modules() if hasattr(m, "get_delta_weight")]
-        found.update({f"{prefix}.{name}": module.get_delta_weight(module.active_adapters[0]).double() for name, module in layers})
+        found.update(
+            {f"{prefix}.{name}": module.get_delta_weight(module.active_adapters[0]).double() for name, module in layers}
+        )
     return found
 
 
@@ -65,13 +67,20 @@ def main(work):
     transformer = diffusers.FluxTransformer2DModel.from_pretrained(root / "transformer")
     times = 3072 // transformer.inner_dim
 
-    results = {"adapter.safetensors, load_lora_weights": largest_difference(loaded(root, work / "adapter.safetensors"), expected)}
+    results = {
+        "adapter.safetensors, load_lora_weights": largest_difference(
+            loaded(root, work / "adapter.safetensors"), expected
+        )
+    }
 
     read = {name: value for name, value in kohya.items() if not name.removeprefix("lora_unet_").startswith(UNREAD)}
     read = {name.replace("lora_te1_", "lora_te_"): value for name, value in read.items()}
     wide = {name: value.repeat_interleave(times, 0) if "lora_up" in name else value for name, value in read.items()}
     state = diffusers.FluxPipeline.lora_state_dict(wide)
-    state = {name: value[::times] if name.endswith((".lora_B.weight", ".up.weight")) else value for name, value in state.items()}
+    state = {
+        name: value[::times] if name.endswith((".lora_B.weight", ".up.weight")) else value
+        for name, value in state.items()
+    }
     blocks = {name: value for name, value in expected.items() if "_blocks." in name}
     results["kohya.safetensors, lora_state_dict"] = largest_difference(changes(state), blocks)
     if len({value.shape[0] for name, value in adapter.items() if name.endswith(".lora_A.weight")}) == 1:
@@ -81,8 +90,12 @@ def main(work):
 
     native = changes(comfyui)
     wide = {name.removeprefix("diffusion_model."): value.repeat_interleave(times, 0) for name, value in native.items()}
-    converted = convert_flux_transformer_checkpoint_to_diffusers(ZerosElse({f"{name}.weight": value for name, value in wide.items()}))
-    found = {f"transformer.{name[: -len('.weight')]}": value[::times] for name, value in converted.items() if value.ndim == 2}
+    converted = convert_flux_transformer_checkpoint_to_diffusers(
+        ZerosElse({f"{name}.weight": value for name, value in wide.items()})
+    )
+    found = {
+        f"transformer.{name[: -len('.weight')]}": value[::times] for name, value in converted.items() if value.ndim == 2
+    }
     theirs = {name: value for name, value in expected.items() if name.startswith("transformer.")}
     results["comfyui.safetensors, single-file converter"] = largest_difference(found, theirs)
     (work / "layouts.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -10,7 +10,8 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
-from mindtune import optim, rng
+from mindtune import rng
+from mindtune.optim import optimizers, schedules
 
 UPDATES, KEPT = 100, 8
 # Shape -> rows, when its gradient is a matrix times its distance from the bottom. 5000 is no multiple of a block of 8-bit moments.
@@ -21,7 +22,11 @@ PRODIGY = {**ADAM, "optimizer": "prodigy", "lr": 1.0, "schedule": "constant", "b
 SETTINGS = {
     f"{label}, {schedule}": {**ADAM, "optimizer": name, "schedule": schedule, "bound": bound}
     # 8-bit: where float32 rounds moments to other sides of a middle their codes are a per cent apart. Measured 1e-3.
-    for name, label, bound in (("adamw", "AdamW", 1e-4), ("adamw8bit", "8-bit AdamW", 1e-2), ("adafactor", "Adafactor", 1e-3))
+    for name, label, bound in (
+        ("adamw", "AdamW", 1e-4),
+        ("adamw8bit", "8-bit AdamW", 1e-2),
+        ("adafactor", "Adafactor", 1e-3),
+    )
     for schedule in ("constant_with_warmup", "cosine")
 }
 SETTINGS["Prodigy"] = PRODIGY
@@ -46,9 +51,12 @@ def inputs():
 def run(setting, given):
     """Our weights after 100 updates, and prodigy's d."""
     params = [ms.Parameter(ms.Tensor(given[f"start {i}"]), name=f"p{i}") for i in range(len(SHAPES))]
-    groups = [{"params": part, "lr": setting["lr"], "weight_decay": w} for part, w in zip((params[:2], params[2:]), setting["decay"])]
+    groups = [
+        {"params": part, "lr": setting["lr"], "weight_decay": w}
+        for part, w in zip((params[:2], params[2:]), setting["decay"])
+    ]
     name = setting["optimizer"]
-    optimizer = optim.create_optimizer(
+    optimizer = optimizers.create_optimizer(
         name.replace("8bit", ""), groups, betas=setting["betas"], eps=setting["eps"], eight_bit=name == "adamw8bit",
         beta3=setting.get("beta3"), decouple=True, use_bias_correction=True, safeguard_warmup=True,
     )  # fmt: skip
@@ -57,15 +65,19 @@ def run(setting, given):
         for i, rows in enumerate(SHAPES.values()):
             away = (params[i].asnumpy() - given[f"bottom {i}"]).reshape(rows, -1)
             gradients.append(ms.Tensor((given[f"matrix {i}"] @ away).reshape(params[i].shape) + given[f"noise {i}"][k]))
-        rate = setting["lr"] * optim.schedule_factor(setting["schedule"], k, SCHEDULE["warmup"], UPDATES, lr=setting["lr"])
-        optim.set_learning_rates(optimizer, [rate, rate])
+        rate = setting["lr"] * schedules.schedule_factor(
+            setting["schedule"], k, SCHEDULE["warmup"], UPDATES, lr=setting["lr"]
+        )
+        optimizers.set_learning_rates(optimizer, [rate, rate])
         optimizer(tuple(gradients))
     return [p.asnumpy() for p in params], float(optimizer.d) if name == "prodigy" else 0.0
 
 
 def distance(ours, theirs, start):
     """Between the weights, relative to the way moved; Euclidean over all parameters."""
-    apart, way = (np.sqrt(sum(np.square(a.astype(float) - b).sum() for a, b in zip(theirs, other))) for other in (ours, start))
+    apart, way = (
+        np.sqrt(sum(np.square(a.astype(float) - b).sum() for a, b in zip(theirs, other))) for other in (ours, start)
+    )
     return float(apart / way)
 
 
@@ -73,7 +85,9 @@ def compare(work: Path, reference: str) -> dict:
     """Row label -> (error, bound). `reference` is the interpreter that has PyTorch; `work` keeps what it leaves."""
     given = inputs()
     np.savez(work / "optimizers.npz", **given)
-    (work / "optimizers.json").write_text(json.dumps({"settings": SETTINGS, "schedule": SCHEDULE, "schedules": optim.SCHEDULES}))
+    (work / "optimizers.json").write_text(
+        json.dumps({"settings": SETTINGS, "schedule": SCHEDULE, "schedules": schedules.SCHEDULES})
+    )
     subprocess.run([reference, str(Path(__file__).with_name("optimizers_reference.py")), str(work)], check=True)
     found, start = {}, [given[f"start {i}"] for i in range(len(SHAPES))]
     with np.load(work / "optimizers_theirs.npz") as left:
@@ -84,10 +98,16 @@ def compare(work: Path, reference: str) -> dict:
             if setting["optimizer"] == "prodigy":
                 found[f"{label}: d"] = abs(d / float(left[f"{label}/d"]) - 1), setting["bound"]
             if setting["optimizer"] == "adamw8bit":
-                found[f"{label}, and PyTorch's AdamW"] = distance(ours, theirs[label.replace("8-bit ", "")], start), ROUNDING
-        for name in optim.SCHEDULES:
+                found[f"{label}, and PyTorch's AdamW"] = (
+                    distance(ours, theirs[label.replace("8-bit ", "")], start),
+                    ROUNDING,
+                )
+        for name in schedules.SCHEDULES:
             s = SCHEDULE
-            ours = [optim.schedule_factor(name, k, s["warmup"], UPDATES, s["cycles"], s["power"], s["lr"]) for k in range(UPDATES + 1)]
+            ours = [
+                schedules.schedule_factor(name, k, s["warmup"], UPDATES, s["cycles"], s["power"], s["lr"])
+                for k in range(UPDATES + 1)
+            ]
             found[f"schedule {name}"] = float(np.abs(ours - left[f"schedule/{name}"]).max()), 1e-6
     return found
 
@@ -96,7 +116,8 @@ def golden(work: Path) -> dict:
     """Setting -> for every parameter the first entries of PyTorch's weights, from what `compare` left in `work`."""
     with np.load(work / "optimizers_theirs.npz") as left:
         return {
-            label: [[float(f"{value:.9g}") for value in left[f"{label}/{i}"].flat[:KEPT]] for i in range(len(SHAPES))] for label in SETTINGS
+            label: [[float(f"{value:.9g}") for value in left[f"{label}/{i}"].flat[:KEPT]] for i in range(len(SHAPES))]
+            for label in SETTINGS
         }
 
 

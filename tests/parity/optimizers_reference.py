@@ -45,9 +45,13 @@ def run(setting, given, schedule):
     """Weights after the last update, and the optimizer."""
     starts = [given[f"start {i}"] for i in range(sum(name.startswith("start") for name in given))]
     params = [torch.nn.Parameter(whole_blocks(start, setting).clone()) for start in starts]
-    groups = [{"params": part, "weight_decay": decay} for part, decay in zip((params[:2], params[2:]), setting["decay"])]
+    groups = [
+        {"params": part, "weight_decay": decay} for part, decay in zip((params[:2], params[2:]), setting["decay"])
+    ]
     optimizer = create(setting, groups)
-    scheduler = get_scheduler(setting["schedule"], optimizer, num_warmup_steps=schedule["warmup"], num_training_steps=schedule["updates"])
+    scheduler = get_scheduler(
+        setting["schedule"], optimizer, num_warmup_steps=schedule["warmup"], num_training_steps=schedule["updates"]
+    )
     weights = lambda: [p.detach().reshape(-1)[: start.numel()].reshape(start.shape) for p, start in zip(params, starts)]  # noqa: E731
     for k in range(schedule["updates"]):
         for i, weight in enumerate(weights()):

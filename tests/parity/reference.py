@@ -41,7 +41,7 @@ def freeze(model):
     return model.eval().requires_grad_(False)
 
 
-# ---- Stable Diffusion ----------------------------------------------------------------------------------------------------------------
+# ---- Stable Diffusion ----------------------------------------------------------------------------
 
 
 class UNetControlNet:
@@ -56,7 +56,9 @@ class UNetControlNet:
 
     def text(self, caption):
         found = []
-        for tail, cls in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection"))[: 2 if self.settings["kind"] == "sdxl" else 1]:
+        for tail, cls in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection"))[
+            : 2 if self.settings["kind"] == "sdxl" else 1
+        ]:
             tokenizer = transformers.CLIPTokenizer.from_pretrained(self.root / f"tokenizer{tail}")
             encoder = load(getattr(transformers, cls), self.root / f"text_encoder{tail}")
             out = encoder(token_ids(tokenizer, caption), output_hidden_states=True)
@@ -68,7 +70,11 @@ class UNetControlNet:
         """Prediction, target and weights of a batch."""
         latents = sample_posterior(batch["moments"], batch["posterior"]) * self.settings["scaling_factor"]
         timesteps, noise = batch["timesteps"].long(), batch["noise"]
-        more = {"added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}} if "pooled" in batch else {}
+        more = (
+            {"added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}}
+            if "pooled" in batch
+            else {}
+        )
         given = (self.scheduler.add_noise(latents, noise, timesteps), timesteps)
         text = {"encoder_hidden_states": batch["text"], "return_dict": False, **more}
         down, middle = self.models["controlnet"](*given, controlnet_cond=batch["condition"], **text)
@@ -78,7 +84,11 @@ class UNetControlNet:
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
         alphas, gamma = self.scheduler.alphas_cumprod[timesteps], self.settings["snr_gamma"]
         snr = alphas / (1 - alphas)
-        return prediction, target, torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+        return (
+            prediction,
+            target,
+            torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / (snr + 1 if velocity else snr),
+        )
 
     def picture(self, noise, condition):
         """By diffusers' own pipeline with UniPC, uint8 [H, W, 3]."""
@@ -86,7 +96,11 @@ class UNetControlNet:
 
 
 def draw_unet(root, settings, controlnet, noise, condition):
-    cls = diffusers.StableDiffusionXLControlNetPipeline if settings["kind"] == "sdxl" else diffusers.StableDiffusionControlNetPipeline
+    cls = (
+        diffusers.StableDiffusionXLControlNetPipeline
+        if settings["kind"] == "sdxl"
+        else diffusers.StableDiffusionControlNetPipeline
+    )
     without = {} if settings["kind"] == "sdxl" else {"safety_checker": None, "feature_extractor": None}
     pipeline = cls.from_pretrained(root, controlnet=controlnet, torch_dtype=torch.float32, **without)
     pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -98,7 +112,7 @@ def draw_unet(root, settings, controlnet, noise, condition):
     return np.asarray(image)
 
 
-# ---- FLUX ----------------------------------------------------------------------------------------------------------------------------
+# ---- FLUX ----------------------------------------------------------------------------------------
 
 
 def pack(latents):
@@ -232,7 +246,7 @@ def draw_flux_controlnet(root, settings, controlnet, noise, condition):
     return np.asarray(image)
 
 
-# ---- one case ------------------------------------------------------------------------------------------------------------------------
+# ---- one case ------------------------------------------------------------------------------------
 
 KINDS = {"sd15": UNetControlNet, "sdxl": UNetControlNet, "flux_lora": FluxLora, "flux_controlnet": FluxControlNet}
 
@@ -291,8 +305,12 @@ def main(work):
         texts = [step.text(caption) for caption in settings["texts"]]
         found = {f"text {number} {name}": value for number, text in enumerate(texts) for name, value in text.items()}
         found["VAE moments"] = vae.encode(torch.from_numpy(inputs["pixels"])).latent_dist.parameters
-        blocks, (found["prediction"], found["target"], _) = block_outputs(step.models, settings["block"], lambda: step.outputs(batches[0]))
-        found["picture"] = torch.from_numpy(step.picture(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy())
+        blocks, (found["prediction"], found["target"], _) = block_outputs(
+            step.models, settings["block"], lambda: step.outputs(batches[0])
+        )
+        found["picture"] = torch.from_numpy(
+            step.picture(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy()
+        )
     for parameter in step.trained.values():
         # Where no loss reaches (the last double block's text stream, without single blocks) torch would have no gradient, and AdamW
         # leave the parameter out. Ours is zero there, and the weight decays.
@@ -314,7 +332,9 @@ def main(work):
         losses.append(loss.item())
         if number == 19:
             found.update({f"weight {name}": p.detach().clone() for name, p in step.trained.items()})
-    np.savez(work / "theirs.npz", losses=np.array(losses), **{name: value.detach().numpy() for name, value in found.items()})
+    np.savez(
+        work / "theirs.npz", losses=np.array(losses), **{name: value.detach().numpy() for name, value in found.items()}
+    )
 
 
 if __name__ == "__main__":

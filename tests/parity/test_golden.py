@@ -33,7 +33,9 @@ def test_losses_prediction_and_gradients_are_pytorchs(case, pipelines):
     for name, expected in kept["gradients"].items():
         assert np.linalg.norm(gradients[name]) == pytest.approx(expected["norm"][0], rel=2e-3), name
         largest = np.abs(expected["entries"]).max()
-        np.testing.assert_allclose(gradients[name].ravel()[expected["at"]], expected["entries"], rtol=0, atol=2e-3 * largest, err_msg=name)
+        np.testing.assert_allclose(
+            gradients[name].ravel()[expected["at"]], expected["entries"], rtol=0, atol=2e-3 * largest, err_msg=name
+        )
 
     step = ours.step()
     assert [float(step(*batch)[1]) for batch in given] == pytest.approx(kept["losses"], rel=1e-3)

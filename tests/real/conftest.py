@@ -14,8 +14,8 @@ import pytest
 import real_pipelines
 from conftest import load_script, metrics
 
-from mindtune import encode
 from mindtune.cli import UserError
+from mindtune.encode import child, encoder_stage
 
 SCRIPTS = {
     "flux_lora": "flux_lora/train_dreambooth_lora_flux.py", "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
@@ -56,10 +56,10 @@ def encode_here(monkeypatch):
 
     def work(job):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(pickle.dumps((os.getppid(), *job)))))
-        encode.main()
+        child.main()
 
-    monkeypatch.setattr(encode, "_end_with", lambda parent: None)
-    monkeypatch.setattr(encode, "_in_child", work)
+    monkeypatch.setattr(child, "_end_with", lambda parent: None)
+    monkeypatch.setattr(encoder_stage, "_in_child", work)
 
 
 @pytest.fixture
@@ -67,8 +67,28 @@ def line(pairs, photos, encoder_cache):
     """line(script, root, out, *more): the command line of a run of one update; later flags win over earlier ones."""
 
     def make(script, root, out, *more):
-        words = ["--pretrained_model_name_or_path", root, "--output_dir", out, "--cache_dir", encoder_cache, "--seed", 0]
-        words += ["--train_batch_size", 1, "--max_train_steps", 1, "--learning_rate", 1e-3, "--mindspore_mode", 1, "--report_to", "none"]
+        words = [
+            "--pretrained_model_name_or_path",
+            root,
+            "--output_dir",
+            out,
+            "--cache_dir",
+            encoder_cache,
+            "--seed",
+            0,
+        ]
+        words += [
+            "--train_batch_size",
+            1,
+            "--max_train_steps",
+            1,
+            "--learning_rate",
+            1e-3,
+            "--mindspore_mode",
+            1,
+            "--report_to",
+            "none",
+        ]
         words += ["--resolution", 32 if script.startswith("flux") else 64, "--num_inference_steps", 2]
         if script.startswith("flux"):
             words += ["--max_sequence_length", 16]
@@ -129,8 +149,10 @@ def refused(line, tmp_path, monkeypatch):
 
     def go(script, root, words, *more, dry=True):
         module, out = load_script(SCRIPTS[script]), tmp_path / "out"
-        for owner, name in ((module.models, "load_model"), (encode, "_in_child")):
-            monkeypatch.setattr(owner, name, lambda *a, **k: pytest.fail("something was loaded before the input was checked"))
+        for owner, name in ((module.loading, "load_model"), (encoder_stage, "_in_child")):
+            monkeypatch.setattr(
+                owner, name, lambda *a, **k: pytest.fail("something was loaded before the input was checked")
+            )
         arguments = line(script, root, out, *more)
         said = message(script, words, arguments)
         if dry:

@@ -13,7 +13,10 @@ def test_it_goes_on(name, run, real, tmp_path):
     """One update: the names and shapes of its file are those of the one that is left."""
     (script,) = CONTROLNETS[name].scripts
     run(script, real(BASES[script]), tmp_path / "out", FLAG, real(name))
-    before, after = ({key: value.shape for key, value in load_file(folder / FINAL).items()} for folder in (real(name), tmp_path / "out"))
+    before, after = (
+        {key: value.shape for key, value in load_file(folder / FINAL).items()}
+        for folder in (real(name), tmp_path / "out")
+    )
     assert before == after
 
 
@@ -25,7 +28,14 @@ def test_its_fp16_files(run, real, tmp_path):
 def test_it_is_refused(name, refused, real):
     verdict = CONTROLNETS[name]
     root = real(BASES.get(name, BASES[verdict.script]))
-    refused(verdict.script, root, (FLAG, real(name).name, *verdict.words), FLAG, real(name), dry="task_embedding" not in verdict.words)
+    refused(
+        verdict.script,
+        root,
+        (FLAG, real(name).name, *verdict.words),
+        FLAG,
+        real(name),
+        dry="task_embedding" not in verdict.words,
+    )
 
 
 def test_one_of_another_base(refused, real):

@@ -5,8 +5,9 @@ import pytest
 import real_pipelines
 from safetensors.numpy import load_file
 
-from mindtune import encode, models
-from mindtune.precision import resolve_precision
+from mindtune.encode import encoder_stage, text_encoders
+from mindtune.models import loading
+from mindtune.models.precision import resolve_precision
 
 from .conftest import copy
 from .verdicts import FLUX, LORA, PIPELINES
@@ -25,7 +26,9 @@ def test_schnell_has_no_guidance_to_train(script, weights, run, real, tmp_path):
     assert not [name for name in load_file(tmp_path / "out" / f"{weights}.safetensors") if "guidance" in name]
 
 
-@pytest.mark.parametrize("names", [["shared"], ["encoder.embed_tokens"], ["shared", "encoder.embed_tokens"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "names", [["shared"], ["encoder.embed_tokens"], ["shared", "encoder.embed_tokens"]], ids=" ".join
+)
 def test_t5s_embedding_by_either_name(names, real, encode_here, tmp_path):
     """Published files have shared.weight alone; those of others the encoder's name for it, or both."""
     folder = tmp_path / "pipeline" / "text_encoder_2"
@@ -35,7 +38,7 @@ def test_t5s_embedding_by_either_name(names, real, encode_here, tmp_path):
     tensors = real_pipelines.as_published(config, real_pipelines.draw(real_pipelines.small(config), 0), "")
     value = tensors.pop("shared.weight")
     real_pipelines.write_safetensors(path, {**tensors, **{f"{name}.weight": value for name in names}})
-    loaded = models.load_model(folder.parent, folder.name, resolve_precision("no"))
+    loaded = loading.load_model(folder.parent, folder.name, resolve_precision("no"))
     np.testing.assert_array_equal(loaded.shared.embedding_table.asnumpy(), value.astype(np.float32))
 
 
@@ -43,11 +46,11 @@ def test_without_its_sentencepiece_model(run, real, tmp_path):
     """tokenizer_config.json has add_prefix_space, for which transformers makes the tokenizer from spiece.model; tokenizer.json has the
     same tokens, and does where that is missing."""
     root = copy(real("FLUX.1-dev"), tmp_path)
-    whole = models.load_tokenizer(root / "tokenizer_2")
+    whole = loading.load_tokenizer(root / "tokenizer_2")
     (root / "tokenizer_2" / "spiece.model").unlink()
     caption = "a photo of a red circle, on a white background"
-    found = models.load_tokenizer(root / "tokenizer_2")
-    assert encode.token_ids(found, caption, 64).tolist() == encode.token_ids(whole, caption, 64).tolist()
+    found = loading.load_tokenizer(root / "tokenizer_2")
+    assert text_encoders.token_ids(found, caption, 64).tolist() == text_encoders.token_ids(whole, caption, 64).tolist()
     assert run(LORA, root, tmp_path / "out") == run(LORA, real("FLUX.1-dev"), tmp_path / "whole")
 
 
@@ -55,6 +58,8 @@ def test_captions_of_512_tokens(run, real, encoder_cache, tmp_path):
     """A long caption fills T5's 512 tokens, and they reach the transformer."""
     root, caption = real("FLUX.1-schnell"), "a red circle on a white background, " * 100
     run(LORA, root, tmp_path / "out", "--instance_prompt", caption, "--max_sequence_length", 512)
-    stage = encode.Stage(root, None, "no", encoder_cache / "mindtune", 512)
+    stage = encoder_stage.Stage(root, None, "no", encoder_cache / "mindtune", 512)
     states = stage.text(caption)["prompt_embeds"]
-    assert states.shape == (512, 32) and np.abs(np.diff(states[-64:], axis=0)).max(axis=1).min() > 0  # no padding at its end
+    assert (
+        states.shape == (512, 32) and np.abs(np.diff(states[-64:], axis=0)).max(axis=1).min() > 0
+    )  # no padding at its end

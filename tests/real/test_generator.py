@@ -39,7 +39,10 @@ def test_it_is_small_and_its_widths_fit_together(name, real):
     assert configs["unet"]["cross_attention_dim"] == first + second
     if second:
         added = 6 * configs["unet"]["addition_time_embed_dim"]
-        assert configs["unet"]["projection_class_embeddings_input_dim"] == configs["text_encoder_2"]["projection_dim"] + added
+        assert (
+            configs["unet"]["projection_class_embeddings_input_dim"]
+            == configs["text_encoder_2"]["projection_dim"] + added
+        )
 
 
 def test_a_seed_gives_the_same_bytes(real, tmp_path):
@@ -56,7 +59,9 @@ def test_flux_is_in_shards_with_t5s_embedding_under_one_name(real):
         index = json.loads((root / part / f"{stem}.safetensors.index.json").read_text())
         files = [tensor_names(path) for path in sorted((root / part).glob("*.safetensors"))]
         assert len(files) == count and set(index["weight_map"]) == {name for names in files for name in names}
-        assert index["metadata"]["total_size"] == sum(2 * size(shape) for names in files for shape in names.values())  # bf16
+        assert index["metadata"]["total_size"] == sum(
+            2 * size(shape) for names in files for shape in names.values()
+        )  # bf16
     assert "shared.weight" in index["weight_map"] and "encoder.embed_tokens.weight" not in index["weight_map"]
 
 
@@ -69,10 +74,14 @@ def size(shape):
 
 def test_guidance_is_in_dev_and_not_in_schnell(real):
     def names(name):
-        return json.loads((real(name) / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
+        return json.loads((real(name) / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())[
+            "weight_map"
+        ]
 
     only = {name for name in names("FLUX.1-dev") if name not in names("FLUX.1-schnell")}
-    assert only == {f"time_text_embed.guidance_embedder.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}
+    assert only == {
+        f"time_text_embed.guidance_embedder.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")
+    }
 
 
 @pytest.mark.parametrize("name, old", [
@@ -91,7 +100,9 @@ def test_old_names_of_the_vaes_attention(name, old, real):
 def test_the_config_says_controlnet_and_the_file_has_a_unions_tensors(real):
     folder = real("controlnet-union-sdxl-1.0")
     assert json.loads((folder / "config.json").read_text())["_class_name"] == "ControlNetModel"
-    assert {"task_embedding", "spatial_ch_projs.weight"} <= tensor_names(folder / "diffusion_pytorch_model.safetensors").keys()
+    assert {"task_embedding", "spatial_ch_projs.weight"} <= tensor_names(
+        folder / "diffusion_pytorch_model.safetensors"
+    ).keys()
 
 
 def test_every_size_is_made_small():
@@ -99,5 +110,12 @@ def test_every_size_is_made_small():
     for name, files in PIPELINES.items():
         for path, config in files.items():
             for key, value in config.items() if path.endswith("/config.json") and "safety_checker" not in path else ():
-                if key in ("block_out_channels", "hidden_size", "intermediate_size", "cross_attention_dim", "d_model", "num_layers"):
+                if key in (
+                    "block_out_channels",
+                    "hidden_size",
+                    "intermediate_size",
+                    "cross_attention_dim",
+                    "d_model",
+                    "num_layers",
+                ):
                     assert frozen(value) in SMALL[key], (name, path, key, value)

@@ -47,12 +47,14 @@ OTHER_SCRIPTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, script, cls", OTHER_SCRIPTS, ids=[f"{name} in {script}" for name, script, _ in OTHER_SCRIPTS])
+@pytest.mark.parametrize(
+    "name, script, cls", OTHER_SCRIPTS, ids=[f"{name} in {script}" for name, script, _ in OTHER_SCRIPTS]
+)
 def test_a_pipeline_of_another_script(name, script, cls, refused, real):
     refused(script, real(name), (name, cls))
 
 
-# ---- quantised files -----------------------------------------------------------------------------------------------------------------
+# ---- quantised files -----------------------------------------------------------------------------
 
 
 def says_what_to_download(message):
@@ -64,7 +66,9 @@ def test_fp8_tensors(refused, real, tmp_path):
     root = copy(real("FLUX.1-dev", shards={"transformer": 1}), tmp_path)
     path = root / "transformer" / FINAL
     tensors = load_file(path)
-    halved = {name: value.astype(ml_dtypes.float8_e4m3fn) if value.ndim == 2 else value for name, value in tensors.items()}
+    halved = {
+        name: value.astype(ml_dtypes.float8_e4m3fn) if value.ndim == 2 else value for name, value in tensors.items()
+    }
     real_pipelines.write_safetensors(path, halved)
     assert says_what_to_download(refused(LORA, root, ("transformer", "F8_E4M3"), dry=False))
 
@@ -96,16 +100,20 @@ def test_one_file_instead_of_a_folder(script, file, refused, tmp_path):
     assert "no such directory" not in message and re.search(r"(?i)folder|directory", message)
 
 
-# ---- which files are there -----------------------------------------------------------------------------------------------------------
+# ---- which files are there -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, script", [("stable-diffusion-v1-5", SD), ("sdxl-turbo", SDXL), ("FLUX.1-schnell", LORA)])
+@pytest.mark.parametrize(
+    "name, script", [("stable-diffusion-v1-5", SD), ("sdxl-turbo", SDXL), ("FLUX.1-schnell", LORA)]
+)
 def test_only_fp16_files_without_the_flag(name, script, refused, real):
     refused(script, real(name, variants=("fp16",)), ("--variant fp16",), dry=False)
 
 
 def test_the_flag_where_no_part_has_such_files(refused, real):
-    refused(SD, real("stable-diffusion-v1-5"), ("stable-diffusion-v1-5", "--variant fp16"), "--variant", "fp16", dry=False)
+    refused(
+        SD, real("stable-diffusion-v1-5"), ("stable-diffusion-v1-5", "--variant fp16"), "--variant", "fp16", dry=False
+    )
 
 
 def test_a_controlnet_with_only_fp16_files(refused, real):
@@ -116,7 +124,9 @@ def test_a_controlnet_with_only_fp16_files(refused, real):
 def test_weights_of_flax_alone(refused, real, tmp_path):
     root = copy(real("stable-diffusion-v1-4"), tmp_path)
     for path in root.glob("*/*.safetensors"):
-        path.with_name("flax_model.msgpack" if path.name == "model.safetensors" else "diffusion_flax_model.msgpack").write_bytes(b"flax")
+        path.with_name(
+            "flax_model.msgpack" if path.name == "model.safetensors" else "diffusion_flax_model.msgpack"
+        ).write_bytes(b"flax")
         path.unlink()
     refused(SD, root, ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_flax_model.msgpack"), dry=False)
 
@@ -142,13 +152,15 @@ def test_one_shard_of_three(refused, real, tmp_path):
     refused(LORA, root, (f"transformer/{shard}",), dry=False)
 
 
-# ---- --dry_run needs configs only ----------------------------------------------------------------------------------------------------
+# ---- --dry_run needs configs only ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name, verdict in PIPELINES.items() if verdict.scripts])
 def test_a_dry_run_without_weights_says_what_it_takes(name, real, line, tmp_path, capsys):
     root = tmp_path / name
-    shutil.copytree(real(name), root, ignore=lambda folder, files: [f for f in files if f.endswith((".safetensors", ".index.json"))])
+    shutil.copytree(
+        real(name), root, ignore=lambda folder, files: [f for f in files if f.endswith((".safetensors", ".index.json"))]
+    )
     for script in PIPELINES[name].scripts:
         assert load_script(SCRIPTS[script]).main(line(script, root, tmp_path / "out", "--dry_run")) == 0
         assert "fits" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import pytest
 import real_pipelines
 from safetensors.numpy import load_file
 
-from mindtune import configs, models
+from mindtune.models import configs, loading
 
 from .conftest import copy
 from .verdicts import PIPELINES, SD
@@ -59,7 +59,11 @@ def test_what_else_lies_on_the_hub_is_left_alone(run, real, tmp_path):
 def test_tensors_that_the_model_does_not_have_are_named(run, real, tmp_path, capfd):
     """Nothing of a file is left out in silence; but for names known to carry nothing, such as the position ids of old CLIPs."""
     root = copy(real("stable-diffusion-v1-5"), tmp_path)
-    added = {"unet": "down_blocks.0.attentions.0.extra.weight", "text_encoder": "text_model.extra.weight", "vae": "encoder.extra.weight"}
+    added = {
+        "unet": "down_blocks.0.attentions.0.extra.weight",
+        "text_encoder": "text_model.extra.weight",
+        "vae": "encoder.extra.weight",
+    }
     for part, name in added.items():
         path = next((root / part).glob("*.safetensors"))
         real_pipelines.write_safetensors(path, {**load_file(path), name: np.zeros((4, 4), np.float32)})
@@ -109,6 +113,6 @@ LINSPACE, LEADING, TRAILING = (
 def test_images_are_drawn_at_the_timesteps_of_diffusers(name, timesteps, real):
     """Of diffusers 0.35's UniPCMultistepScheduler.from_config(pipeline.scheduler.config), eight steps: where a file does not say
     timestep_spacing, UniPC's default counts and not that of the scheduler which the file is of (PNDM's and DDIM's is "leading")."""
-    sampler = models.unipc(configs.read_config(real(name), "scheduler"))
+    sampler = loading.unipc(configs.read_config(real(name), "scheduler"))
     sampler.set_timesteps(8)
     assert sampler.timesteps.asnumpy().tolist() == timesteps

@@ -15,7 +15,16 @@ def draw(encode_here, encoder_cache, pairs, tmp_path):
 
     def go(script, root, *more):
         out = tmp_path / "drawn.png"
-        words = ["--pretrained_model_name_or_path", root, "--cache_dir", encoder_cache, "--prompt", "a red circle", "--output", out]
+        words = [
+            "--pretrained_model_name_or_path",
+            root,
+            "--cache_dir",
+            encoder_cache,
+            "--prompt",
+            "a red circle",
+            "--output",
+            out,
+        ]
         words += ["--num_inference_steps", 2, *more]
         load_script(script).main([str(word) for word in words])
         return np.asarray(Image.open(out))
@@ -26,7 +35,9 @@ def draw(encode_here, encoder_cache, pairs, tmp_path):
 def test_clip_trained_with_the_transformer(run, real, tmp_path):
     """FLUX.1's CLIP says eos_token_id 2: it pools at the largest id, which is the end's."""
     run(LORA, real("FLUX.1-dev"), tmp_path / "out", "--train_text_encoder", "--max_train_steps", 2)
-    moved = [name for name, value in load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors").items() if value.any()]
+    moved = [
+        name for name, value in load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors").items() if value.any()
+    ]
     assert {name.split(".")[0] for name in moved if "lora_B" in name} == {"transformer", "text_encoder"}
 
 
@@ -52,7 +63,14 @@ def test_a_lora_is_drawn_with(run, draw, real, tmp_path):
     ("flux_controlnet/infer_flux_controlnet.py", "FLUX.1-dev", "FLUX.1-dev-Controlnet-Canny", {}),
 ])  # fmt: skip
 def test_a_published_controlnet_is_drawn_with(script, name, controlnet, options, draw, real, pairs):
-    more = ["--controlnet", real(controlnet), "--control_image", pairs / "conditioning" / "000000.png", "--resolution", 64]
+    more = [
+        "--controlnet",
+        real(controlnet),
+        "--control_image",
+        pairs / "conditioning" / "000000.png",
+        "--resolution",
+        64,
+    ]
     more += ["--variant", "fp16"] if options else []
     more += ["--max_sequence_length", 16] if "flux" in script else []
     pixels = draw(script, real(name, **options), *more)

@@ -25,7 +25,13 @@ def refused(script: str, *words: str, why: str) -> Verdict:
 
 
 def inpainting() -> Verdict:
-    return refused(SD, "unet", "in_channels", "9", why="inpainting: the UNet takes 9 channels, latents with a mask and a masked image")
+    return refused(
+        SD,
+        "unet",
+        "in_channels",
+        "9",
+        why="inpainting: the UNet takes 9 channels, latents with a mask and a masked image",
+    )
 
 
 def tool(kind: str, why: str) -> Verdict:
@@ -37,14 +43,19 @@ PIPELINES = {
     "FLUX.1-schnell": trained(LORA, FLUX),
     "FLUX.1-Krea-dev": trained(LORA),
     "FLUX.1-Kontext-dev": tool("Kontext", "edits an image, which the scripts do not give it"),
-    "FLUX.1-Fill-dev": tool("Fill", "inpainting: the transformer takes 384 channels, latents with a mask and a masked image"),
+    "FLUX.1-Fill-dev": tool(
+        "Fill", "inpainting: the transformer takes 384 channels, latents with a mask and a masked image"
+    ),
     **{
         f"FLUX.1-{what}-dev": tool("Control", "the transformer takes 128 channels, latents with those of a condition")
         for what in ("Canny", "Depth")
     },
     **{name: trained(SD) for name in ("stable-diffusion-v1-4", "stable-diffusion-v1-5")},
     "stable-diffusion-inpainting": inpainting(),
-    **{name: trained(SD) for name in ("openjourney", "Counterfeit-V2.5", "Realistic_Vision_V5.1_noVAE", "realistic-vision-v51")},
+    **{
+        name: trained(SD)
+        for name in ("openjourney", "Counterfeit-V2.5", "Realistic_Vision_V5.1_noVAE", "realistic-vision-v51")
+    },
     "stable-diffusion-2": trained(SD, why="v prediction"),
     "stable-diffusion-2-1": trained(SD, why="v prediction"),
     "stable-diffusion-2-1-resaved": trained(SD, why="v prediction"),
@@ -52,7 +63,10 @@ PIPELINES = {
     "stable-diffusion-2-inpainting": inpainting(),
     **{name: trained(SDXL) for name in ("stable-diffusion-xl-base-1.0", "sdxl-turbo", "sdxl-finetune-0.27")},
     "playground-v2.5-1024px-aesthetic": refused(
-        SDXL, "scheduler", "EDMDPMSolverMultistepScheduler", why="its noise schedule is EDM's (EDMDPMSolverMultistepScheduler)"
+        SDXL,
+        "scheduler",
+        "EDMDPMSolverMultistepScheduler",
+        why="its noise schedule is EDM's (EDMDPMSolverMultistepScheduler)",
     ),
     "SSD-1B": trained(SDXL),
     **{name: trained(SDXL) for name in ("dreamshaper-xl-1-0", "RealVisXL_V4.0", "RealVisXL_V5.0")},
@@ -72,15 +86,24 @@ CONTROLNETS = {
     **{name: trained(SDXL) for name in ("controlnet-canny-sdxl-1.0", "controlnet-depth-sdxl-1.0")},
     "controlnet-union-sdxl-1.0": refused(SDXL, "union", "task_embedding", why=UNION + "; only its tensors show it"),
     "controlnet-union-sdxl-1.0 promax": refused(SDXL, "union", "num_control_type", "8", why=UNION),
-    "sd21-photo-background-9-channels": refused(SD, "in_channels", "9", why="takes 9 channels, latents with a mask and a masked image"),
-    "6-channel ControlNet": refused(SD, "conditioning_channels", "6", why="takes conditions of 6 channels; the scripts give RGB images"),
-    "1-channel ControlNet": refused(SD, "conditioning_channels", "1", why="takes conditions of 1 channel; the scripts give RGB images"),
+    "sd21-photo-background-9-channels": refused(
+        SD, "in_channels", "9", why="takes 9 channels, latents with a mask and a masked image"
+    ),
+    "6-channel ControlNet": refused(
+        SD, "conditioning_channels", "6", why="takes conditions of 6 channels; the scripts give RGB images"
+    ),
+    "1-channel ControlNet": refused(
+        SD, "conditioning_channels", "1", why="takes conditions of 1 channel; the scripts give RGB images"
+    ),
     "FlaxControlNet-hands": refused(SD, "FlaxControlNetModel", why="weights of Flax; convert them with diffusers"),
     **{name: trained(FLUX) for name in ("FLUX.1-dev-Controlnet-Canny", "Flux.1-dev-Controlnet-Upscaler")},
     "FLUX.1-dev-ControlNet-Union-Pro-2.0": trained(FLUX, why="one condition at a time: it has no mode"),
     "FLUX.1-dev-Controlnet-Union": refused(FLUX, "union", "num_mode", "10", why=UNION),
     "xlabs-style-rgb_v1": refused(
-        FLUX, "conditioning_embedding_channels", "16", why="takes its condition as pixels (conditioning_embedding_channels)"
+        FLUX,
+        "conditioning_embedding_channels",
+        "16",
+        why="takes its condition as pixels (conditioning_embedding_channels)",
     ),
 }
 # The pipeline that a ControlNet goes on with.

@@ -68,8 +68,28 @@ def sd_flags(shapes, encoder_cache):
     """sd_flags(sd, out, *more): the command line of a small PyNative run on the shapes; later flags win over earlier ones."""
 
     def make(sd, out, *more):
-        base = ["--pretrained_model_name_or_path", sd.root, "--train_data_dir", shapes, "--output_dir", out, "--cache_dir", encoder_cache]
-        base += ["--resolution", 64, "--seed", 0, "--train_batch_size", 1, "--max_train_steps", 3, "--learning_rate", 1e-3]
+        base = [
+            "--pretrained_model_name_or_path",
+            sd.root,
+            "--train_data_dir",
+            shapes,
+            "--output_dir",
+            out,
+            "--cache_dir",
+            encoder_cache,
+        ]
+        base += [
+            "--resolution",
+            64,
+            "--seed",
+            0,
+            "--train_batch_size",
+            1,
+            "--max_train_steps",
+            3,
+            "--learning_rate",
+            1e-3,
+        ]
         base += ["--num_inference_steps", 2, "--num_validation_images", 1, "--mindspore_mode", 1, "--report_to", "none"]
         return [str(part) for part in (*base, *more)]
 

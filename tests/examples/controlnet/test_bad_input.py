@@ -12,7 +12,9 @@ from mindtune.cli import UserError
 @pytest.fixture
 def refused(sd, sd_flags, tmp_path, monkeypatch):
     """refused(*flags): what the training script says; nothing may have been loaded or written."""
-    monkeypatch.setattr(sd.train.models, "load_model", lambda *a, **k: pytest.fail("a model was loaded before the input was checked"))
+    monkeypatch.setattr(
+        sd.train.models, "load_model", lambda *a, **k: pytest.fail("a model was loaded before the input was checked")
+    )
 
     def run(*more):
         with pytest.raises(UserError) as error:
@@ -64,17 +66,22 @@ def changed(sd, tmp_path, file, **changes):
 
 
 @pytest.mark.parametrize(
-    "change, said", [({"prediction_type": "sample"}, "prediction_type sample"), ({"beta_schedule": "exp"}, "beta_schedule exp")]
+    "change, said",
+    [({"prediction_type": "sample"}, "prediction_type sample"), ({"beta_schedule": "exp"}, "beta_schedule exp")],
 )
 def test_a_schedule_that_it_was_not_written_for(sd, refused, tmp_path, change, said):
     root = changed(sd, tmp_path, "scheduler/scheduler_config.json", **change)
-    assert f"scheduler/scheduler_config.json: {said} is not supported" in refused("--pretrained_model_name_or_path", root)
+    assert f"scheduler/scheduler_config.json: {said} is not supported" in refused(
+        "--pretrained_model_name_or_path", root
+    )
 
 
 def test_a_controlnet_or_vae_that_does_not_fit(sd, refused, pipelines, tmp_path):
     other = "sdxl" if sd.kind == "sd15" else "sd15"
     unet = shutil.copytree(pipelines[other] / "unet", tmp_path / "unet")
-    assert "the class is UNet2DConditionModel, expected ControlNetModel" in refused("--controlnet_model_name_or_path", unet)
+    assert "the class is UNet2DConditionModel, expected ControlNetModel" in refused(
+        "--controlnet_model_name_or_path", unet
+    )
     config = {**json.loads((unet / "config.json").read_text()), "_class_name": "ControlNetModel"}
     (unet / "config.json").write_text(json.dumps(config))
     assert "its down_block_types is" in refused("--controlnet_model_name_or_path", unet)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindtune import configs, models, precision, rng, sampling
+from mindtune import rng
 from mindtune.cli import UserError
-from mindtune.encode import Stage
+from mindtune.data import conditions
+from mindtune.encode.encoder_stage import Stage
+from mindtune.models import configs, controlnets, loading, precision, sampling
 
 from .conftest import FINAL
 
@@ -18,12 +20,12 @@ def perturbed(pipelines, tmp_path_factory):
     """perturbed[kind]: a ControlNet whose zero projections have values, on disk."""
     folders = {}
     for kind, root in pipelines.items():
-        unet = models.load_model(root, "unet", precision.resolve_precision("no"))
-        controlnet = models.unet_controlnet(unet, 0)
-        for name, parameter in models.model_parameters(controlnet).items():
+        unet = loading.load_model(root, "unet", precision.resolve_precision("no"))
+        controlnet = controlnets.unet_controlnet(unet, 0)
+        for name, parameter in loading.model_parameters(controlnet).items():
             parameter.set_data(parameter + ms.Tensor(0.05 * rng.normal(0, name, shape=parameter.shape)))
         folders[kind] = tmp_path_factory.mktemp("controlnet") / kind
-        models.save_model(controlnet, folders[kind], ms.float32)
+        loading.save_model(controlnet, folders[kind], ms.float32)
     return folders
 
 
@@ -32,8 +34,22 @@ def draw(sd, perturbed, shapes, encoder_cache, tmp_path):
     """draw(name, *flags): runs the inference script in this process; the picture's bytes."""
 
     def run(name, *more):
-        base = ["--pretrained_model_name_or_path", sd.root, "--controlnet", perturbed[sd.kind], "--cache_dir", encoder_cache]
-        base += ["--prompt", "a red circle", "--control_image", shapes / "conditioning" / "000000.png", "--resolution", 64]
+        base = [
+            "--pretrained_model_name_or_path",
+            sd.root,
+            "--controlnet",
+            perturbed[sd.kind],
+            "--cache_dir",
+            encoder_cache,
+        ]
+        base += [
+            "--prompt",
+            "a red circle",
+            "--control_image",
+            shapes / "conditioning" / "000000.png",
+            "--resolution",
+            64,
+        ]
         base += ["--num_inference_steps", 2, "--output", tmp_path / f"{name}.png"]
         assert sd.infer.main([str(part) for part in (*base, *more)]) == 0
         return (tmp_path / f"{name}.png").read_bytes()
@@ -71,9 +87,12 @@ def test_the_latents_are_those_of_mindones_pipeline(sd, perturbed, shapes, encod
     kind = "sd" if sd.kind == "sd15" else "sdxl"
     stage = Stage(sd.root, None, "no", encoder_cache / "mindtune", 77, kind=kind)
     stage.prepare(["a red circle", ""], [])
-    unet, controlnet = models.load_model(sd.root, "unet", full), models.load_model(perturbed[sd.kind].parent, sd.kind, full)
-    condition = sampling.condition_picture(str(shapes / "conditioning" / "000000.png"), "--control_image", 64)
-    pixels, noise = sampling.condition_pixels(condition), rng.normal(0, "noise", shape=(1, 4, 8, 8))
+    unet, controlnet = (
+        loading.load_model(sd.root, "unet", full),
+        loading.load_model(perturbed[sd.kind].parent, sd.kind, full),
+    )
+    condition = conditions.condition_image(str(shapes / "conditioning" / "000000.png"), "--control_image", 64)
+    pixels, noise = conditions.condition_pixels(condition), rng.normal(0, "noise", shape=(1, 4, 8, 8))
     scheduler = configs.read_config(sd.root, "scheduler")
     control = (controlnet, pixels, 0.8)
     ours = sampling.sample_unet_latents(
@@ -83,7 +102,9 @@ def test_the_latents_are_those_of_mindones_pipeline(sd, perturbed, shapes, encod
     tail = "XLControlNetPipeline" if kind == "sdxl" else "ControlNetPipeline"
     more = {} if kind == "sdxl" else {"safety_checker": None}
     plain = mindone.diffusers.ControlNetModel.from_pretrained(str(perturbed[sd.kind]))
-    pipeline = getattr(mindone.diffusers, f"StableDiffusion{tail}").from_pretrained(str(sd.root), controlnet=plain, **more)
+    pipeline = getattr(mindone.diffusers, f"StableDiffusion{tail}").from_pretrained(
+        str(sd.root), controlnet=plain, **more
+    )
     pipeline.scheduler = mindone.diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -96,10 +117,21 @@ def test_the_latents_are_those_of_mindones_pipeline(sd, perturbed, shapes, encod
 def test_a_trained_controlnet_draws_in_both_places(sd, run, draw, shapes, tmp_path):
     """The final validation picture of a run is what the inference script draws with the saved ControlNet."""
     condition = shapes / "conditioning" / "000000.png"
-    run(sd, tmp_path / "run", "--validation_prompt", "a red circle", "--validation_image", condition, "--learning_rate", 1e-2)
+    run(
+        sd,
+        tmp_path / "run",
+        "--validation_prompt",
+        "a red circle",
+        "--validation_image",
+        condition,
+        "--learning_rate",
+        1e-2,
+    )
     assert (tmp_path / "run" / FINAL).is_file()
     draw("drawn", "--controlnet", tmp_path / "run")
     grid, drawn = Image.open(tmp_path / "run" / "samples" / "final.png"), Image.open(tmp_path / "drawn.png")
     side = grid.width // 2
-    seen = np.asarray(grid.crop((side, grid.height - side, grid.width, grid.height)).resize((64, 64), Image.Resampling.NEAREST), int)
+    seen = np.asarray(
+        grid.crop((side, grid.height - side, grid.width, grid.height)).resize((64, 64), Image.Resampling.NEAREST), int
+    )
     assert np.abs(seen - np.asarray(drawn, int)).max() <= 1

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mindtune.checkpoint import checkpoints
+from mindtune.run.checkpoint import checkpoints
 
 from .conftest import FINAL, start
 
@@ -32,7 +32,12 @@ def kill_somewhere(sd, arguments, out, chance, after):
 def end_state(out):
     """What must be the same to the byte: the ControlNet, the optimizer with everything around it, and the logged losses."""
     last = checkpoints(out)[-1]
-    files = [out / FINAL, out / "config.json", out / "metrics.jsonl", *(path for path in last.rglob("*") if path.is_file())]
+    files = [
+        out / FINAL,
+        out / "config.json",
+        out / "metrics.jsonl",
+        *(path for path in last.rglob("*") if path.is_file()),
+    ]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
@@ -56,6 +61,8 @@ def test_another_gamma_or_tokenizer_is_said(sd15, sdxl, run, tmp_path, capsys):
     run(sd15, tmp_path, "--max_train_steps", 1)
     more = ["--snr_gamma", 5, "--tokenizer_name", sdxl.root / "tokenizer_2"]
     run(sd15, tmp_path, "--max_train_steps", 2, *more, "--resume_from_checkpoint", "latest")
-    assert "resuming with another tokenizer_name, snr_gamma than the checkpoint was made with" in capsys.readouterr().out
+    assert (
+        "resuming with another tokenizer_name, snr_gamma than the checkpoint was made with" in capsys.readouterr().out
+    )
     with pytest.raises(Exception, match="holds another run"):
         run(sd15, tmp_path)

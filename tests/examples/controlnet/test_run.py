@@ -15,15 +15,15 @@ from fake_hub import TOKEN
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mindtune import models
-from mindtune.checkpoint import checkpoints
+from mindtune.models import loading
+from mindtune.run.checkpoint import checkpoints
 
 from .conftest import FINAL
 
 VALIDATION = ["--validation_prompt", "a red circle", "--validation_image"]
 
 
-# ---- batches -----------------------------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 
 def marked(number, height, width):
@@ -40,7 +40,11 @@ def oblong(tmp_path_factory):
         pixels = marked(number, *((80, 112) if number % 2 == 0 else (112, 80)))
         for name, image in (("image", pixels), ("condition", 255 - pixels)):
             Image.fromarray(image).save(folder / f"{name}-{number}.png")
-        row = {"image": f"image-{number}.png", "conditioning_image": f"condition-{number}.png", "text": f"picture {number}"}
+        row = {
+            "image": f"image-{number}.png",
+            "conditioning_image": f"condition-{number}.png",
+            "text": f"picture {number}",
+        }
         rows.append(json.dumps(row))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     return folder
@@ -80,8 +84,12 @@ def test_condition_and_target_are_cropped_by_one_box_and_flipped_together(batche
 def test_the_size_sdxl_is_told(sdxl, sd_flags, oblong, tmp_path):
     text = {"prompt_embeds": np.zeros((77, 32), np.float32), "pooled_prompt_embeds": np.zeros(16, np.float32)}
     more = ["--train_data_dir", oblong, "--aspect_ratio_buckets", "64,96;96,64", "--crops_coords_top_left_h", 3]
-    args = sdxl.train.parse_args(sd_flags(sdxl, tmp_path / "out", *more, "--crops_coords_top_left_w", 5, "--train_batch_size", 2))
-    made = sdxl.train.Batches(args, 0, SimpleNamespace(text=lambda caption: text), sdxl.train.load_data(args, 0), (4, 8), 1000)
+    args = sdxl.train.parse_args(
+        sd_flags(sdxl, tmp_path / "out", *more, "--crops_coords_top_left_w", 5, "--train_batch_size", 2)
+    )
+    made = sdxl.train.Batches(
+        args, 0, SimpleNamespace(text=lambda caption: text), sdxl.train.load_data(args, 0), (4, 8), 1000
+    )
     sizes = set()
     for batch in made.iterate(0, 4):
         height, width = batch[0].shape[2:]
@@ -102,7 +110,7 @@ def test_timesteps_are_uniform_and_every_use_draws_anew(batches):
     assert kept == {f"picture {number}" for number in range(4)}  # none is dropped for good
 
 
-# ---- what a run leaves -------------------------------------------------------------------------------------------------------------
+# ---- what a run leaves ---------------------------------------------------------------------------
 
 
 def test_the_final_controlnet_is_at_the_root_and_checkpoints_hold_it_alone(sd, run, tmp_path):
@@ -110,16 +118,22 @@ def test_the_final_controlnet_is_at_the_root_and_checkpoints_hold_it_alone(sd, r
     run(sd, tmp_path, "--checkpointing_steps", 2, "--save_weight_dtype", "fp16")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     final, last = load_file(tmp_path / FINAL), load_file(tmp_path / "checkpoint-3" / "controlnet" / FINAL)
-    assert {value.dtype.name for value in final.values()} == {"float16"} and {value.dtype.name for value in last.values()} == {"float32"}
+    assert {value.dtype.name for value in final.values()} == {"float16"} and {
+        value.dtype.name for value in last.values()
+    } == {"float32"}
     for name, value in last.items():
         np.testing.assert_array_equal(value.astype(np.float16), final[name], err_msg=name)
-    assert {"controlnet_cond_embedding.conv_in.weight", "controlnet_mid_block.bias", "down_blocks.0.resnets.0.norm1.weight"} <= set(last)
+    assert {
+        "controlnet_cond_embedding.conv_in.weight",
+        "controlnet_mid_block.bias",
+        "down_blocks.0.resnets.0.norm1.weight",
+    } <= set(last)
     assert not any(name.startswith("up_blocks") for name in last)
     weights = [path for path in tmp_path.rglob("*.safetensors") if "cache" not in path.parts]
     assert {path.parent.name for path in weights} == {tmp_path.name, "controlnet", "checkpoint-2", "checkpoint-3"}
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "ControlNetModel"
     loaded = mindone.diffusers.ControlNetModel.from_pretrained(str(tmp_path / "checkpoint-3" / "controlnet"))
-    for name, parameter in models.model_parameters(loaded).items():
+    for name, parameter in loading.model_parameters(loaded).items():
         np.testing.assert_array_equal(parameter.asnumpy(), last[name], err_msg=name)
 
 
@@ -132,7 +146,15 @@ def test_an_existing_controlnet_goes_on(sd15, run, tmp_path):
 
 
 def test_validation_pictures_come_at_their_steps(sd, run, shapes, tmp_path):
-    run(sd, tmp_path, *VALIDATION, shapes / "conditioning" / "000000.png", shapes / "conditioning" / "000001.png", "--validation_steps", 2)
+    run(
+        sd,
+        tmp_path,
+        *VALIDATION,
+        shapes / "conditioning" / "000000.png",
+        shapes / "conditioning" / "000001.png",
+        "--validation_steps",
+        2,
+    )
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["final.png", "step-000002.png"]
     assert (tmp_path / "samples" / "final.png").read_bytes() != (tmp_path / "samples" / "step-000002.png").read_bytes()
 
@@ -165,7 +187,7 @@ def test_an_overflow_in_the_middle_of_a_run_is_skipped_and_reported(sd15, run, t
     assert [line["loss_scale"] for line in metrics(tmp_path)] == [65536, 32768, 32768]
 
 
-# ---- flags -------------------------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 def test_another_tokenizer(sd15, sdxl, run, tmp_path):
@@ -194,7 +216,17 @@ def test_min_snr_lowers_the_loss_of_clear_pictures_only(sd15, run, tmp_path):
 
 
 def test_streaming_first_samples_and_empty_prompts_together(sd, run, tmp_path):
-    run(sd, tmp_path / "stream", "--streaming", "--shuffle_buffer_size", 3, "--proportion_empty_prompts", 0.5, "--train_batch_size", 2)
+    run(
+        sd,
+        tmp_path / "stream",
+        "--streaming",
+        "--shuffle_buffer_size",
+        3,
+        "--proportion_empty_prompts",
+        0.5,
+        "--train_batch_size",
+        2,
+    )
     run(sd, tmp_path / "few", "--max_train_samples", 2, "--cache_latents", "--random_flip")
     assert json.loads((tmp_path / "few" / "run.json").read_text())["data"]["samples"] == 2
     assert all(np.isfinite(line["loss"]) for name in ("stream", "few") for line in metrics(tmp_path / name))
@@ -221,21 +253,33 @@ LAUNCH = """--pretrained_model_name_or_path=sd15 --output_dir=out --dataset_name
 
 def test_the_guides_launch_command(sd15, shapes, fake_hub, tmp_path):
     """As it is written there, but for small pictures and few steps of drawing: a local pipeline, a local data set, a hub of our own."""
-    for path, target in (("sd15", sd15.root), ("fusing/fill50k", shapes), ("a.png", picture := shapes / "conditioning/000000.png")):
+    for path, target in (
+        ("sd15", sd15.root),
+        ("fusing/fill50k", shapes),
+        ("a.png", picture := shapes / "conditioning/000000.png"),
+    ):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).symlink_to(target)
     (tmp_path / "b.png").symlink_to(picture)
     quick = "--resolution=64 --num_inference_steps=2 --num_validation_images=1 --mindspore_mode=1 --report_to=none"
     environment = {**os.environ, "HF_TOKEN": TOKEN}
     done = subprocess.run(
-        command(sd15.path, shlex.split(f"{LAUNCH} {quick}")), cwd=tmp_path, env=environment, capture_output=True, text=True
+        command(sd15.path, shlex.split(f"{LAUNCH} {quick}")),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 pairs, 0 held out; batch 1 x 4 accumulation x 1 workers; 2 updates" in done.stdout
-    assert fake_hub.repositories == ["somebody/out"] and fake_hub.files[FINAL] == (tmp_path / "out" / FINAL).read_bytes()
+    assert (
+        fake_hub.repositories == ["somebody/out"] and fake_hub.files[FINAL] == (tmp_path / "out" / FINAL).read_bytes()
+    )
     assert set(fake_hub.files) == {"README.md", "config.json", FINAL, "run.json", "report.html", "samples/final.png"}
     assert "- cyan circle with brown floral background" in fake_hub.files["README.md"].decode()
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert not [
+        path for path in (tmp_path / "out").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
+    ]
 
 
 def test_a_token_given_as_a_flag_is_written_nowhere(sd15, run, fake_hub, tmp_path):
@@ -245,7 +289,7 @@ def test_a_token_given_as_a_flag_is_written_nowhere(sd15, run, fake_hub, tmp_pat
     assert not [path for path in out.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
-# ---- learning ----------------------------------------------------------------------------------------------------------------------
+# ---- learning ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

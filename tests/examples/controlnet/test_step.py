@@ -5,27 +5,31 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from mindtune import diffusion, models, optim, precision, rng
+from mindtune import diffusion, rng
+from mindtune.models import controlnets, loading, precision
+from mindtune.optim import optimizers
 
 SCALE = 0.18215
-ALPHAS = diffusion.alphas_cumprod({"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+ALPHAS = diffusion.alphas_cumprod(
+    {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+)
 ADDED = ("controlnet_down_blocks.", "controlnet_mid_block.", "controlnet_cond_embedding.conv_out.")
 
 
 def make_models(sd, kind="no", perturbed=True, recompute=False):
     """ControlNet and frozen UNet as `main` makes them; `perturbed` gives the zero projections values, so that all train."""
     kind = precision.resolve_precision(kind)
-    unet = models.load_model(sd.root, "unet", kind)
+    unet = loading.load_model(sd.root, "unet", kind)
     precision.freeze_params(unet)
-    controlnet = models.unet_controlnet(unet, 0)
+    controlnet = controlnets.unet_controlnet(unet, 0)
     precision.compute_in(controlnet, kind.compute).set_train(True)
-    for name, parameter in models.model_parameters(controlnet).items():
+    for name, parameter in loading.model_parameters(controlnet).items():
         parameter.requires_grad = True
         if perturbed and name.startswith(ADDED):
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
     if recompute:
-        models.recompute_unet(unet)
-        models.recompute_unet(controlnet)
+        controlnets.recompute_unet(unet)
+        controlnets.recompute_unet(controlnet)
     return controlnet, unet
 
 
@@ -33,7 +37,9 @@ def make_step(sd, controlnet, unet, kind="no", predicted="epsilon", gamma=None, 
     flags = [f"--{name}={value}" for name, value in {"max_grad_norm": 0, **flags}.items()]
     args = sd.train.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", *flags])
     # Without a first moment's memory and without clipping, AdamW's first moment is the gradient.
-    optimizer = optim.AdamW([{"params": controlnet.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
+    optimizer = optimizers.AdamW(
+        [{"params": controlnet.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0
+    )
     weights = diffusion.min_snr_weights(ALPHAS, gamma, predicted)
     make = sd.train.TrainStepForControlNetSDXL if sd.kind == "sdxl" else sd.train.TrainStepForControlNet
     return make(
@@ -45,7 +51,10 @@ def make_step(sd, controlnet, unet, kind="no", predicted="epsilon", gamma=None, 
 
 def make_batch(sd, size, height=8, width=12):
     """Moments with a log-variance that matters, not square, another timestep for every picture."""
-    images, condition = rng.normal(1, "images", shape=(size, 8, height, width)), rng.normal(1, "c", shape=(size, 3, 8 * height, 8 * width))
+    images, condition = (
+        rng.normal(1, "images", shape=(size, 8, height, width)),
+        rng.normal(1, "c", shape=(size, 3, 8 * height, 8 * width)),
+    )
     posterior, noise = (rng.normal(1, name, shape=(size, 4, height, width)) for name in ("posterior", "noise"))
     timesteps = np.array([20, 900, 400][:size], np.int32)
     batch = images, 1 / (1 + np.exp(-condition)), posterior, noise, timesteps
@@ -72,7 +81,7 @@ def first_update(sd, first_updates):
             controlnet, unet = make_models(sd, kind, recompute=recompute)
             step = make_step(sd, controlnet, unet, kind)
             loss = float(step(*map(ms.Tensor, make_batch(sd, 2)))[1])
-            names = models.model_parameters(controlnet)
+            names = loading.model_parameters(controlnet)
             first_updates[key] = loss, {name: moment.asnumpy() for name, moment in zip(names, step.optimizer.exp_avg)}
             ms.set_context(mode=before)
         return first_updates[key]
@@ -95,15 +104,19 @@ def plain_prediction(sd):
     controlnet, _ = make_models(sd)
     plain_unet = mindone.diffusers.UNet2DConditionModel.from_pretrained(str(sd.root / "unet"))
     plain_control = mindone.diffusers.ControlNetModel.from_unet(plain_unet)
-    for name, parameter in models.model_parameters(plain_control).items():
-        parameter.set_data(ms.Tensor(models.model_parameters(controlnet)[name].asnumpy()))
+    for name, parameter in loading.model_parameters(plain_control).items():
+        parameter.set_data(ms.Tensor(loading.model_parameters(controlnet)[name].asnumpy()))
 
     batch = make_batch(sd, 2)
     mean, logvar = np.split(batch[0].astype(np.float64), 2, axis=1)
     x = (mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * batch[2]) * SCALE
     alphas = ALPHAS[batch[4]].reshape(-1, 1, 1, 1)
     noisy = ms.Tensor((np.sqrt(alphas) * x + np.sqrt(1 - alphas) * batch[3]).astype(np.float32))
-    more = {"added_cond_kwargs": {"text_embeds": ms.Tensor(batch[6]), "time_ids": ms.Tensor(batch[7])}} if sd.kind == "sdxl" else {}
+    more = (
+        {"added_cond_kwargs": {"text_embeds": ms.Tensor(batch[6]), "time_ids": ms.Tensor(batch[7])}}
+        if sd.kind == "sdxl"
+        else {}
+    )
     given = (noisy, ms.Tensor(batch[4]), ms.Tensor(batch[5]))
     down, mid = plain_control(*given, controlnet_cond=ms.Tensor(batch[1]), return_dict=False, **more)
     residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
@@ -145,7 +158,9 @@ def test_gradient_checkpointing_changes_no_gradient(first_update):
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_gradients_in_half_precision_are_near_float32s(first_update, kind):
     """Over all weights: the angle between the two is below three degrees, the lengths are within a twentieth."""
-    exact, half = (np.concatenate([value.ravel() for value in first_update(1, each)[1].values()]) for each in ("no", kind))
+    exact, half = (
+        np.concatenate([value.ravel() for value in first_update(1, each)[1].values()]) for each in ("no", kind)
+    )
     assert first_update(1, kind)[0] == pytest.approx(first_update(1)[0], rel=1e-2)
     lengths = np.linalg.norm(exact), np.linalg.norm(half)
     assert lengths[1] == pytest.approx(lengths[0], rel=0.05)
@@ -157,7 +172,9 @@ def test_two_micro_batches_equal_one_batch_of_two(sd, first_update):
     step = make_step(sd, controlnet, unet, gradient_accumulation_steps=2)
     for k in range(2):
         step(*(ms.Tensor(part[k : k + 1]) for part in make_batch(sd, 2)))
-    gradients = {name: moment.asnumpy() for name, moment in zip(models.model_parameters(controlnet), step.optimizer.exp_avg)}
+    gradients = {
+        name: moment.asnumpy() for name, moment in zip(loading.model_parameters(controlnet), step.optimizer.exp_avg)
+    }
     close(first_update(1)[1], gradients, rtol=1e-4)
 
 
@@ -180,7 +197,7 @@ def test_the_first_prediction_is_the_base_models_bit_for_bit(sd, kind, height, w
     base = unet(noisy, ms.Tensor(batch[4]), ms.Tensor(batch[5]).to(compute), return_dict=False, **more)[0]
     np.testing.assert_array_equal(first, base.to(ms.float32).asnumpy())
 
-    for name, parameter in models.model_parameters(controlnet).items():
+    for name, parameter in loading.model_parameters(controlnet).items():
         if name.startswith(ADDED):
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
     followed = predict()
@@ -191,21 +208,21 @@ def test_the_first_prediction_is_the_base_models_bit_for_bit(sd, kind, height, w
 
 def test_a_new_controlnet_is_a_copy_of_the_unets_first_half(sd):
     controlnet, unet = make_models(sd, "fp16", perturbed=False)
-    theirs = models.model_parameters(unet)
-    for name, parameter in models.model_parameters(controlnet).items():
+    theirs = loading.model_parameters(unet)
+    for name, parameter in loading.model_parameters(controlnet).items():
         assert parameter.dtype == ms.float32
         value = parameter.asnumpy()
         if name.startswith(ADDED):
             assert not value.any(), name
         elif name.startswith("controlnet_cond_embedding."):
-            fan_in = np.prod(models.model_parameters(controlnet)[name.rpartition(".")[0] + ".weight"].shape[1:])
+            fan_in = np.prod(loading.model_parameters(controlnet)[name.rpartition(".")[0] + ".weight"].shape[1:])
             assert 0.5 / np.sqrt(fan_in) < np.abs(value).max() <= 1 / np.sqrt(fan_in), name
         else:
             np.testing.assert_array_equal(value, theirs.pop(name).to(ms.float32).asnumpy(), err_msg=name)
     assert theirs and all(name.startswith(("up_blocks.", "conv_norm_out.", "conv_out.")) for name in theirs)
-    again, other = (models.model_parameters(models.unet_controlnet(unet, seed)) for seed in (0, 1))
+    again, other = (loading.model_parameters(controlnets.unet_controlnet(unet, seed)) for seed in (0, 1))
     name = "controlnet_cond_embedding.conv_in.weight"
-    np.testing.assert_array_equal(again[name].asnumpy(), models.model_parameters(controlnet)[name].asnumpy())
+    np.testing.assert_array_equal(again[name].asnumpy(), loading.model_parameters(controlnet)[name].asnumpy())
     assert not np.array_equal(other[name].asnumpy(), again[name].asnumpy())
 
 
@@ -214,7 +231,9 @@ def test_an_update_changes_the_controlnet_and_nothing_else(sd, kind):
     ms.set_context(mode=ms.PYNATIVE_MODE)
     controlnet, unet = make_models(sd, kind)
     step = make_step(sd, controlnet, unet, kind)
-    values = lambda model: {name: np.array(p.to(ms.float32).asnumpy()) for name, p in models.model_parameters(model).items()}  # noqa: E731
+    values = lambda model: {  # noqa: E731
+        name: np.array(p.to(ms.float32).asnumpy()) for name, p in loading.model_parameters(model).items()
+    }
     before, frozen = values(controlnet), values(unet)
     step(*map(ms.Tensor, make_batch(sd, 2)))
     for name, value in values(controlnet).items():

@@ -11,10 +11,21 @@ def assert_two_are_one(job, alone, sd, flags, tmp_path, two, one):
 
 
 def test_a_stream_is_shared_out(job, alone, sd15, sd_flags, tmp_path):
-    more = ["--streaming", "--shuffle_buffer_size", 3, "--random_flip", "--proportion_empty_prompts", 0.3, "--adam_epsilon", 1e-4]
+    more = [
+        "--streaming",
+        "--shuffle_buffer_size",
+        3,
+        "--random_flip",
+        "--proportion_empty_prompts",
+        0.3,
+        "--adam_epsilon",
+        1e-4,
+    ]
     assert_two_are_one(job, alone, sd15, sd_flags, tmp_path, more, [*more, "--train_batch_size", 2])
 
 
 def test_sdxl_with_shared_8_bit_moments(job, alone, sdxl, sd_flags, tmp_path):
     more = ["--use_8bit_adam", "--adam_epsilon", 1e-4]
-    assert_two_are_one(job, alone, sdxl, sd_flags, tmp_path, [*more, "--zero_stage", 1], [*more, "--gradient_accumulation_steps", 2])
+    assert_two_are_one(
+        job, alone, sdxl, sd_flags, tmp_path, [*more, "--zero_stage", 1], [*more, "--gradient_accumulation_steps", 2]
+    )

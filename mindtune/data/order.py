@@ -1,0 +1,45 @@
+"""Which samples train and which are held out, and making batches ahead of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable
+
+from mindtune.cli import UserError
+from mindtune.rng import generator
+
+
+def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """(training, held out): a seeded choice of `share` of the ids below `count`, at least one if the share is above 0.
+
+    Raises UserError if none would be left to train on.
+    """
+    if not share:
+        return list(range(count)), []
+    wanted = max(1, round(share * count))
+    if wanted >= count:
+        raise UserError(
+            f"--validation_split {share}: would keep out {wanted} of {count} pictures; use a smaller share."
+        )
+    out = set(generator(seed, "held out").permutation(count)[:wanted].tolist())
+    return [i for i in range(count) if i not in out], sorted(out)
+
+
+def prefetch(make: Callable[[int], Any], positions: range, workers: int) -> Iterator[Any]:
+    """make(p) for every position in order; with `workers` threads that many (and two more) are made ahead."""
+    if workers < 1:
+        yield from map(make, positions)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        pending, ahead = [], iter(positions)
+        try:
+            for position in ahead:
+                pending.append(pool.submit(make, position))
+                if len(pending) > workers + 1:
+                    yield pending.pop(0).result()
+            while pending:
+                yield pending.pop(0).result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,91 @@
+"""Encoder outputs on disk: one safetensors file a sample, named by everything that it depends on, with a checksum inside."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from mindtune.files import make_readable
+
+SAMPLED_ABOVE = 1 << 30
+
+
+def key_of(**parts: object) -> str:
+    """Hex digest of what an entry depends on: content hash, preprocessing, encoder fingerprint, dtype ..."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def encoder_fingerprint(folder: Path, weights: list[Path]) -> str:
+    """Hash of an encoder directory: every file whole, but weight files above 1 GiB by size, header and 64 spread samples.
+
+    Reading 9.5 GB of T5 at every start would cost more than it protects from: a retrained encoder differs everywhere. CLIP and the
+    VAE are hashed whole, for a textual inversion changes a single row.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({*folder.glob("*.json"), *weights}):
+        size = path.stat().st_size
+        digest.update(f"{path.name}/{size}/".encode())
+        with open(path, "rb") as file:
+            if size <= SAMPLED_ABOVE:
+                digest.update(file.read())
+                continue
+            for offset in np.linspace(0, size - (1 << 16), 64, dtype=np.int64):
+                file.seek(int(offset))
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+class Cache:
+    """A folder of entries. Reading an absent, torn or foreign file gives None, and the caller encodes again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def put(self, key: str, tensors: dict[str, np.ndarray]) -> None:
+        """Writes beside the final name and renames, so that a kill leaves no half entry under it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Not ascontiguousarray, which makes a scalar an array of one.
+        tensors = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+        partial = self.folder / f".{key}.{os.getpid()}.partial"
+        try:
+            save_file(tensors, partial, metadata={"key": key, "checksum": _checksum(tensors)})
+            make_readable(partial)
+            os.replace(partial, self.path(key))
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def valid(self, key: str) -> bool:
+        """True if the entry is there, is about this key, and its bytes are those that were written."""
+        try:
+            with safe_open(self.path(key), framework="numpy") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError):
+            return False
+        return metadata.get("key") == key and metadata.get("checksum") == _checksum(tensors)
+
+    def get(self, key: str) -> Optional[dict[str, np.ndarray]]:
+        """The entry's tensors, unchecked (`valid` was asked at the start of the run), or None."""
+        try:
+            return load_file(self.path(key))
+        except (OSError, SafetensorError):
+            return None
+
+
+def _checksum(tensors: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name}/{value.dtype}/{value.shape}/".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,48 @@
+"""Exponential moving average of the trained weights."""
+
+from __future__ import annotations
+
+import contextlib
+
+import mindspore as ms
+from mindspore import nn, ops
+
+
+class EMA(nn.Cell):
+    """Exponential moving average of parameters, float32, on the device; early on it forgets faster.
+
+    The decay at update t is min(decay, (1 + t) / (10 + t)), as in diffusers and timm.
+    """
+
+    def __init__(self, parameters: list[ms.Parameter], decay: float):
+        super().__init__(auto_prefix=False)
+        self.decay = decay
+        self.live = ms.ParameterTuple(parameters)
+        self.averages = ms.ParameterTuple(
+            [ms.Parameter(p.to(ms.float32).copy(), name=f"ema.{p.name}", requires_grad=False) for p in parameters]
+        )
+        self.hyper_map = ops.HyperMap()
+
+    def update(self, step: int, every: int = 1) -> None:
+        """After update number `step` (from 1); with `every` above 1 called so many updates apart."""
+        decay = min(self.decay, (1 + step) / (10 + step)) ** every
+        self(ms.Tensor(1.0 - decay, ms.float32))
+
+    def construct(self, share):
+        return self.hyper_map(ops.partial(_approach, share), self.averages, self.live)
+
+    @contextlib.contextmanager
+    def in_use(self):
+        """The averages stand in the parameters' place for a while."""
+        kept = [p.asnumpy().copy() for p in self.live]
+        for parameter, average in zip(self.live, self.averages):
+            parameter.set_data(ms.Tensor(average.asnumpy(), parameter.dtype))
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.live, kept):
+                parameter.set_data(ms.Tensor(value, parameter.dtype))
+
+
+def _approach(share, average, live):
+    return ops.assign(average, average + share * (live.to(ms.float32) - average))
