@@ -5,49 +5,80 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from functools import partial
+from typing import NamedTuple, Optional
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
+from mindspore.amp import DynamicLossScaler
 
 from mindtune.cli import UserError
+from mindtune.optim import zero1
 from mindtune.optim.adam8bit import AdamW8bit
 
 
-def check_state_flags(name: str, eight_bit: bool, offload: bool, graph_mode: bool) -> None:
-    """Raises UserError where --use_8bit_adam or --offload_optimizer does not go with --optimizer `name`, the mode, or the other."""
-    for flag, given in (("use_8bit_adam", eight_bit), ("offload_optimizer", offload)):
-        if given and name != "adamw":
-            what = "8-bit moments are" if flag == "use_8bit_adam" else "moments on the host are"
-            raise UserError(f"--{flag} with --optimizer {name}: {what} AdamW's; leave one of the two out.")
-    if eight_bit and offload:
-        raise UserError(
-            "--offload_optimizer with --use_8bit_adam: moments on the host are float32; leave one of the two out."
-        )
-    if offload and not graph_mode:
-        raise UserError(
-            "--offload_optimizer with --mindspore_mode 1: MindSpore keeps state on the host in graph mode only; use mode 0."
-        )
+class Settings(NamedTuple):
+    """The optimizer and its hyperparameters, by the names of the flags. adafactor has no betas and no epsilon of its own."""
+
+    optimizer: str = "adamw"
+    use_8bit_adam: bool = False
+    offload_optimizer: bool = False
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    prodigy_beta3: Optional[float] = None
+    prodigy_decouple: bool = True
+    prodigy_use_bias_correction: bool = True
+    prodigy_safeguard_warmup: bool = True
+    zero_stage: int = 0
 
 
-def create_optimizer(name: str, groups: list[dict], **settings: Any) -> nn.Optimizer:
-    """`groups`: dicts of params (list), lr, weight_decay. `settings`: betas, eps (adafactor has its own), for adamw eight_bit or offload,
-    and for prodigy beta3, decouple, use_bias_correction, safeguard_warmup."""
-    beta1, beta2 = settings["betas"]
-    if name == "adamw" and settings.get("eight_bit"):
-        return AdamW8bit(groups, beta1, beta2, settings["eps"])
+def check_settings(name: str, *, use_8bit_adam: bool, offload_optimizer: bool, graph_mode: bool) -> None:
+    """Raises UserError where --use_8bit_adam or --offload_optimizer does not fit --optimizer `name`, the mode, or the other."""
+    if use_8bit_adam and name != "adamw":
+        raise UserError(f"--use_8bit_adam with --optimizer {name}: 8-bit moments are for adamw; leave one of the two out.")
+    if offload_optimizer and name != "adamw":
+        raise UserError(f"--offload_optimizer with --optimizer {name}: it moves adamw's moments; leave one of the two out.")
+    if use_8bit_adam and offload_optimizer:
+        raise UserError("--offload_optimizer with --use_8bit_adam: moments on the host are float32; leave one of the two out.")
+    if offload_optimizer and not graph_mode:
+        raise UserError("--offload_optimizer with --mindspore_mode 1: only graph mode keeps state on the host; use mode 0.")
+
+
+def create_optimizer(settings: Settings, groups: list[dict]) -> nn.Cell:
+    """The optimizer of `groups`, dicts with params (a list), lr and weight_decay. With ZeRO 1, this rank's part of it.
+
+    Raises UserError for betas of 0 with adamweightdecay.
+    """
+    if settings.zero_stage:
+        return zero1.ShardedOptimizer(partial(_create, settings), groups)
+    return _create(settings, groups)
+
+
+def _create(settings: Settings, groups: list[dict]) -> nn.Optimizer:
+    name, beta1, beta2, eps = settings.optimizer, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon
+    if name == "adamw" and settings.use_8bit_adam:
+        return AdamW8bit(groups, beta1, beta2, eps)
     if name == "adamw":
-        return AdamW(groups, beta1, beta2, settings["eps"], settings.get("offload", False))
+        return AdamW(groups, beta1, beta2, eps, settings.offload_optimizer)
     if name == "adafactor":
         return Adafactor(groups)
     if name == "adamweightdecay":
         if not beta1 or not beta2:
-            raise UserError("--optimizer adamweightdecay: MindSpore's takes no beta of 0; use AdamW.")
-        return nn.AdamWeightDecay(groups, learning_rate=groups[0]["lr"], beta1=beta1, beta2=beta2, eps=settings["eps"])
+            raise UserError("--optimizer adamweightdecay: its betas must be above 0; raise them, or use adamw.")
+        return nn.AdamWeightDecay(groups, learning_rate=groups[0]["lr"], beta1=beta1, beta2=beta2, eps=eps)
     if name == "prodigy":
-        prodigy = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-        return Prodigy(groups, beta1, beta2, settings["eps"], **{key: settings[key] for key in prodigy})
+        return Prodigy(
+            groups,
+            beta1,
+            beta2,
+            eps,
+            beta3=settings.prodigy_beta3,
+            decouple=settings.prodigy_decouple,
+            use_bias_correction=settings.prodigy_use_bias_correction,
+            safeguard_warmup=settings.prodigy_safeguard_warmup,
+        )
     raise ValueError(f"unknown optimizer {name}")
 
 
@@ -64,6 +95,26 @@ def optimizer_state(optimizer: nn.Optimizer) -> dict[str, ms.Parameter]:
     own = {id(p) for p in optimizer.parameters} | {id(p) for p in optimizer.learning_rate}
     # A share of the state (`zero.SharedOptimizer`) has the names that the whole has.
     return {re.sub(r"^(optimizer\.)?own\.", r"\1", p.name): p for p in optimizer.get_parameters() if id(p) not in own}
+
+
+def training_state(optimizer: nn.Cell, scaler: nn.Cell, **more: dict[str, ms.Parameter]) -> dict[str, ms.Parameter]:
+    """What a checkpoint holds besides the models' weights: the optimizer, fp16's loss scale, and `more` by its prefixes."""
+    state = {f"optimizer.{name}": parameter for name, parameter in optimizer_state(optimizer).items()}
+    for prefix, parameters in more.items():
+        state.update({f"{prefix}.{name}": parameter for name, parameter in parameters.items()})
+    if isinstance(scaler, DynamicLossScaler):
+        state.update(loss_scale=scaler.scale_value, loss_scale_counter=scaler.counter)
+    return state
+
+
+def logged_values(optimizer: nn.Cell, scaler: nn.Cell) -> dict[str, float]:
+    """What is logged per update besides loss, rate and norm: prodigy's step size estimate d, and fp16's loss scale."""
+    values = {}
+    if isinstance(optimizer, Prodigy):
+        values["d"] = float(optimizer.d)
+    if isinstance(scaler, DynamicLossScaler):
+        values["loss_scale"] = float(scaler.scale_value)
+    return values
 
 
 def state_bytes(optimizer: nn.Optimizer) -> int:

@@ -1,0 +1,65 @@
+"""Validation: the loss on held-out samples, and a grid of sampled images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from mindspore import nn
+from PIL import Image
+
+from mindtune.data.grids import image_grid
+from mindtune.distributed import ranks
+from mindtune.models.execution import free_memory
+from mindtune.run.evaluation import HELD_OUT_INDICES, held_out_loss
+from mindtune.run.record import Run
+
+Rows = Sequence[Sequence[Image.Image]]
+
+
+class Validation:
+    """Measures and samples the trained models of a run, on the main process; the other ranks wait at their next exchange.
+
+    `make_batch(uses)` makes the arrays of a batch for `step.predict`. `places` are the places of all timesteps, from 0 (image) to
+    1 (noise). `sample(final)` returns rows of images and a label for each row; None samples none. `weights` is a context in
+    which the models have the weights to validate, such as the moving average.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        step: nn.Cell,
+        models: Sequence[nn.Cell],
+        *,
+        make_batch: Callable[[list], tuple],
+        places: Sequence[float],
+        sample: Optional[Callable[[bool], tuple[Rows, list[str]]]],
+        weights: Callable[[], Any] = contextlib.nullcontext,
+    ) -> None:
+        self.run = run
+        self.step = step
+        self.models = models
+        self.make_batch = make_batch
+        self.places = {index: float(places[index]) for index in HELD_OUT_INDICES}
+        self.sample = sample
+        self.weights = weights
+
+    def __call__(self, final: bool = False) -> Optional[Path]:
+        """Logs the held-out loss of this update and, after the first update, images. Returns the path of the image grid."""
+        run = self.run
+        if not ranks.is_main_process():
+            return None
+        with self.weights():
+            if run.needs_held_out():
+                losses = held_out_loss(self.step, self.models, self._held_out_batch, len(run.data.held_out))
+                run.log_held_out(self.places, losses)
+            if self.sample is None or not run.step:
+                return None
+            rows, labels = self.sample(final)
+            free_memory()  # of a VAE that was loaded for the images
+        return run.log_images(image_grid(rows, labels), final)
+
+    def _held_out_batch(self, sample_id: int, timestep: int) -> tuple:
+        return self.make_batch([self.run.data.held_out_use(sample_id, timestep)])
