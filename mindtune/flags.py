@@ -191,7 +191,9 @@ def pairs(parser: Parser) -> None:
         may_change=True,
         help="Instead of --dataset_name: a .jsonl file whose lines have image, conditioning_image (paths) and text.",
     )
-    add("conditioning_image_column", help="Column of the condition images. Default: the one that begins with condition.")
+    add(
+        "conditioning_image_column", help="Column of the condition images. Default: the one that begins with condition."
+    )
     add("caption_column", help="Column of the captions. Default: text, caption or prompt.")
     add("streaming", default=False, help="Read the data set while training. Needs --max_train_steps.")
     add("shuffle_buffer_size", type=int, default=1000, minimum=1, help="Number of samples that --streaming shuffles.")
@@ -328,7 +330,9 @@ def flux(parser: Parser, weighting_scheme: str) -> None:
 
 def _check_flux(args: Values) -> None:
     if args.max_sequence_length > 512:
-        raise UserError(f"--max_sequence_length {args.max_sequence_length}: FLUX.1's T5 takes at most 512 tokens; use 512 or less.")
+        raise UserError(
+            f"--max_sequence_length {args.max_sequence_length}: FLUX.1's T5 takes at most 512 tokens; use 512 or less."
+        )
     try:
         usable = args.timestep_shift == "auto" or 0 < float(args.timestep_shift) < math.inf
     except ValueError:
@@ -434,7 +438,13 @@ def optimizer(parser: Parser, learning_rate: float, adam_weight_decay: float) ->
     add("adam_beta2", type=float, default=0.999, minimum=0, below=1, help="Decay rate of the second moment.")
     add("adam_epsilon", type=float, default=1e-8, help="Added to the root of the second moment.")
     add("adam_weight_decay", type=float, default=adam_weight_decay, help="Decoupled weight decay.")
-    add("max_grad_norm", type=float, default=1.0, minimum=0, help="Clip the gradient norm to this value. 0: no clipping.")
+    add(
+        "max_grad_norm",
+        type=float,
+        default=1.0,
+        minimum=0,
+        help="Clip the gradient norm to this value. 0: no clipping.",
+    )
     parser.checks.append(_check_optimizer)
 
 

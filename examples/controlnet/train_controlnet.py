@@ -18,17 +18,17 @@ import mindspore as ms
 import numpy as np
 
 from mindtune import diffusion, files, flags, flow, rng
-from mindtune.cli import matched, run_script, tell
+from mindtune.cli import run as run_script
+from mindtune.cli import tell
 from mindtune.data import columns, conditions, crops, pair_data
 from mindtune.distributed import ranks
 from mindtune.encode.cache import encoder_fingerprint
-from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.encode.encoder_stage import Stage
 from mindtune.models import configs, controlnets, execution, loading, pipelines, precision, resolve, sampling
-from mindtune.models.train_step import TrainStep
+from mindtune.models.train_step import TrainStep, train_all_weights
 from mindtune.models.weights import weight_files
 from mindtune.optim import advice, averaging, optimizers, schedules
-from mindtune.run import memory, plan, record
-from mindtune.run.validation import Validation
+from mindtune.run import checkpoint, memory, plan, record, validation
 
 SYSTEM = "controlnet"  # what mindtune calls this script
 FOLDER = "controlnet"  # of the ControlNet in a checkpoint, as in diffusers
@@ -53,7 +53,13 @@ def parse_args(argv=None):
     flags.output(parser, output_dir="controlnet-model")
     flags.saved_dtype(parser)
     flags.controlnet_validation(parser, num_inference_steps=20)
-    flags.guidance(parser, guidance_scale=7.5)
+    parser.add(
+        "guidance_scale",
+        type=float,
+        default=7.5,
+        may_change=True,
+        help="Scale of classifier-free guidance in validation. 1: none.",
+    )
     flags.no_effect(parser, *flags.NO_EFFECT)
     return parser.parse_args(argv)
 
@@ -178,9 +184,7 @@ class TrainStepForControlNet(TrainStep):
         return prediction, target, flow.get_sigmas(self.weights, timesteps)
 
     def forward(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds):
-        prediction, target, weights = self.predict(
-            images, conditions, posterior_noise, noise, timesteps, prompt_embeds
-        )
+        prediction, target, weights = self.predict(images, conditions, posterior_noise, noise, timesteps, prompt_embeds)
         loss = flow.weighted_mse(prediction, target, weights)
         return self.scale_loss(loss), loss
 
@@ -224,7 +228,9 @@ class ValidationSampler:
                 precision.resolve_precision(args.mixed_precision).compute,
                 (self.controlnet, pixels, args.controlnet_conditioning_scale),
             )
-            yield sampling.decode_latents(vae, latents, precision.resolve_precision(self.stage.vae_precision).compute)[0]
+            yield sampling.decode_latents(vae, latents, precision.resolve_precision(self.stage.vae_precision).compute)[
+                0
+            ]
 
 
 # ---- main (machinery) ----------------------------------------------------------------------------
@@ -247,9 +253,9 @@ def main(argv=None):
     scheduler_config = configs.read_config(root, "scheduler")
     alphas = diffusion.alphas_cumprod(scheduler_config)
     prediction_type = diffusion.prediction_type(scheduler_config)
-    prompts = conditions.matched_conditions(args.validation_prompt, args.validation_image)
+    prompts = validation.match_conditions(args.validation_prompt, args.validation_image)
     data = pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), run.seed)
-    prompts = conditions.open_conditions(prompts, args.resolution, 8, data.background)
+    prompts = validation.load_conditions(prompts, args.resolution, 8, data.background)
     samples_per_update = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size()
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * data.epoch_length / samples_per_update)
     schedule = args.select(
@@ -262,19 +268,23 @@ def main(argv=None):
 
     # ---- encode ----
     dtypes = precision.resolve_precision(args.mixed_precision)
-    stage = EncoderStage(
+    stage = Stage(
         root,
         args.variant,
         args.mixed_precision,
         Path(args.cache_dir, "mindtune") if args.cache_dir else run.output_dir / "cache",
-        max_sequence_length=77,
+        77,
         interpolation=args.image_interpolation_mode,
-        system="sd",
+        kind="sd",
         tokenizer=tokenizer,
     )
     empty = [""] if args.proportion_empty_prompts or prompts else []
     captions = data.captions(args.validation_prompt + empty)
-    stage.encode(captions, data.images(args.random_flip, conditions=False) if args.cache_latents else ())
+    images = data.images(args.random_flip, conditions=False) if args.cache_latents else ()
+    if not args.streaming:
+        tell(stage.long_captions(captions))
+    encoded = stage.prepare(captions, images)
+    print(f"encoder stage: {encoded} encoded, the rest was in {stage.folder}")
 
     # ---- load, freeze, cast ----
     unet = loading.load_model(root, "unet", dtypes, args.variant)
@@ -288,7 +298,7 @@ def main(argv=None):
         controlnet = loading.load_model(existing.parent, existing.name, precision.resolve_precision("no"))
     else:
         controlnet = controlnets.unet_controlnet(unet, run.seed)
-    weights = controlnets.train_all(controlnet, dtypes.compute)
+    weights = train_all_weights(controlnet, dtypes.compute)
     if args.gradient_checkpointing:
         controlnets.recompute_unet(unet)
         controlnets.recompute_unet(controlnet)
@@ -318,7 +328,7 @@ def main(argv=None):
         max_grad_norm=args.max_grad_norm,
     )
     ema = averaging.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
-    batches = Batches(args, stage, sampling.latent_layout(vae_config), len(alphas))
+    batches = Batches(args, stage, configs.latent_layout(vae_config), len(alphas))
 
     # ---- resume ----
     identity = {
@@ -329,7 +339,7 @@ def main(argv=None):
         **args.fixed(),
     }
     if run.checkpoint:
-        record.load_state(run.checkpoint / FOLDER / WEIGHTS, weights)
+        checkpoint.load_state(run.checkpoint / FOLDER / WEIGHTS, weights)
     averages = dict(zip(weights, ema.averages)) if ema else {}
     run.resume(identity, optimizers.training_state(optimizer, scaler, ema=averages))
 
@@ -346,7 +356,7 @@ def main(argv=None):
     sampler = ValidationSampler(
         args, prompts, stage, scheduler_config, seed=run.seed, unet=unet, controlnet=controlnet, vae=vae
     )
-    validate = Validation(
+    validate = validation.Validation(
         run,
         step,
         [controlnet],
@@ -357,7 +367,10 @@ def main(argv=None):
     )
     if not run.checkpoint:
         validate()
-    micro_batches = run.batches(batches.make, args.dataloader_num_workers)
+    per_update = args.gradient_accumulation_steps * ranks.world_size()
+    micro_batches = data.iterate(
+        run.step * per_update, max_train_steps * per_update, batches.make, args.dataloader_num_workers
+    )
     while run.step < max_train_steps and not run.stopped():
         rate = schedule.rate(run.step)
         optimizers.set_learning_rates(optimizer, [rate])
@@ -380,9 +393,7 @@ def main(argv=None):
     if ranks.is_main_process():
         dtype = precision.DTYPES["fp32" if args.upcast_before_saving else args.save_weight_dtype]
         with validate.weights():
-            files.write_files_atomically(
-                run.output_dir, lambda folder: loading.save_model(controlnet, folder, dtype)
-            )
+            files.write_files_atomically(run.output_dir, lambda folder: loading.save_model(controlnet, folder, dtype))
         results = {"ControlNet": run.output_dir / WEIGHTS, "validation images": validate(final=True)}
     return run.finish(results)
 

@@ -74,9 +74,7 @@ class PairData:
         self.held_out_bucket_ids = bucket_ids((pair.image for pair in held_out), sizes)
         self.order = None if self.streaming else BucketOrder(seed, self.bucket_ids, batch_size)
 
-    def iterate(
-        self, first: int, last: int, make_batch: Callable[[list[PairUse]], Any], threads: int
-    ) -> Iterator[Any]:
+    def iterate(self, first: int, last: int, make_batch: Callable[[list[PairUse]], Any], threads: int) -> Iterator[Any]:
         """This rank's shard of the batches `first` to `last` - 1 of all ranks, prepared in advance by `threads`."""
         if self.streaming:
             batches = itertools.islice(self._stream(first, last), ranks.rank(), None, ranks.world_size())

@@ -48,3 +48,8 @@ def class_of(config: dict[str, Any]) -> str:
     architectures = config.get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else "(none named)"
     return str(config.get("_class_name") or named)
+
+
+def latent_layout(vae_config: dict) -> tuple[int, int]:
+    """(channels of the latents, pixels per latent along a side) of a VAE."""
+    return vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)

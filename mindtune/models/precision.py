@@ -88,7 +88,7 @@ def parameter_table(models: dict[str, nn.Cell], precision: Precision) -> str:
     """One line a module and stored type: name, stored, computed, parameters, of them trainable."""
     rows = [("module", "stored", "computed", "parameters", "trainable")]
     for name, model in models.items():
-        for trains in (False, True):
+        for trains in (False, True) if model is not None else ():
             group = [p for p in model.get_parameters() if p.requires_grad == trains]
             if group:
                 count = sum(p.size for p in group)

@@ -10,7 +10,12 @@ from mindtune.models import loading, pipelines
 
 
 def pipeline(
-    name: str, revision: Optional[str], variant: Optional[str], cache_dir: Optional[str], components: Iterable[str], weights: bool = True
+    name: str,
+    revision: Optional[str],
+    variant: Optional[str],
+    cache_dir: Optional[str],
+    components: Iterable[str],
+    weights: bool = True,
 ) -> Path:
     """The directory of --pretrained_model_name_or_path. Without `weights`, for a memory plan, weight files may be missing.
 
@@ -21,11 +26,15 @@ def pipeline(
     return root
 
 
-def controlnet(name: Optional[str], cache_dir: Optional[str], base_config: dict, weights: bool = True) -> Optional[Path]:
+def controlnet(
+    name: Optional[str], cache_dir: Optional[str], base_config: dict, weights: bool = True
+) -> Optional[Path]:
     """The directory of --controlnet_model_name_or_path, or None without one. It must fit the config of the base model."""
     if not name:
         return None
-    folder = pipelines.resolve_controlnet(name, "--controlnet_model_name_or_path", cache_dir, base_config, weights=weights)
+    folder = pipelines.resolve_controlnet(
+        name, "--controlnet_model_name_or_path", cache_dir, base_config, weights=weights
+    )
     if weights:
         loading.check_files(folder.parent, [folder.name])
     return folder
@@ -35,7 +44,9 @@ def vae(name: Optional[str], cache_dir: Optional[str], root: Path, weights: bool
     """The directory of --pretrained_vae_model_name_or_path, or None without one. It must fit the UNet of the pipeline."""
     if not name:
         return None
-    folder = pipelines.resolve_vae(name, "--pretrained_vae_model_name_or_path", cache_dir, root, "unet", weights=weights)
+    folder = pipelines.resolve_vae(
+        name, "--pretrained_vae_model_name_or_path", cache_dir, root, "unet", weights=weights
+    )
     if weights:
         loading.check_files(folder.parent, [folder.name])
     return folder

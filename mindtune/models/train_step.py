@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 from mindspore import nn
 
 from mindtune.models import library, precision
+from mindtune.models.loading import model_parameters
 
 
 class TrainStep(library.TrainStep):
@@ -38,3 +40,14 @@ class TrainStep(library.TrainStep):
             gradient_accumulation_kwargs={"sync_with_dataloader": False},
         )
         self.grad_clipper = precision.GradNormClipper(max_grad_norm)
+
+
+def train_all_weights(model: nn.Cell, compute: ms.Type) -> dict[str, ms.Parameter]:
+    """Makes every weight of a float32 model trainable, computing in `compute`. Returns them by their names in weight files.
+
+    The weights stay float32 in mixed precision: MindSpore's optimizers update in the dtype of the parameter.
+    """
+    precision.compute_in(model, compute).set_train(True)
+    for parameter in model.get_parameters():
+        parameter.requires_grad = True
+    return model_parameters(model)

@@ -32,7 +32,7 @@ class EMA(nn.Cell):
         return self.hyper_map(ops.partial(_approach, share), self.averages, self.live)
 
     @contextlib.contextmanager
-    def in_use(self):
+    def averaged(self):
         """The averages stand in the parameters' place for a while."""
         kept = [p.asnumpy().copy() for p in self.live]
         for parameter, average in zip(self.live, self.averages):

@@ -37,13 +37,21 @@ class Settings(NamedTuple):
 def check_settings(name: str, *, use_8bit_adam: bool, offload_optimizer: bool, graph_mode: bool) -> None:
     """Raises UserError where --use_8bit_adam or --offload_optimizer does not fit --optimizer `name`, the mode, or the other."""
     if use_8bit_adam and name != "adamw":
-        raise UserError(f"--use_8bit_adam with --optimizer {name}: 8-bit moments are for adamw; leave one of the two out.")
+        raise UserError(
+            f"--use_8bit_adam with --optimizer {name}: 8-bit moments are for adamw; leave one of the two out."
+        )
     if offload_optimizer and name != "adamw":
-        raise UserError(f"--offload_optimizer with --optimizer {name}: it moves adamw's moments; leave one of the two out.")
+        raise UserError(
+            f"--offload_optimizer with --optimizer {name}: it moves adamw's moments; leave one of the two out."
+        )
     if use_8bit_adam and offload_optimizer:
-        raise UserError("--offload_optimizer with --use_8bit_adam: moments on the host are float32; leave one of the two out.")
+        raise UserError(
+            "--offload_optimizer with --use_8bit_adam: moments on the host are float32; leave one of the two out."
+        )
     if offload_optimizer and not graph_mode:
-        raise UserError("--offload_optimizer with --mindspore_mode 1: only graph mode keeps state on the host; use mode 0.")
+        raise UserError(
+            "--offload_optimizer with --mindspore_mode 1: only graph mode keeps state on the host; use mode 0."
+        )
 
 
 def create_optimizer(settings: Settings, groups: list[dict]) -> nn.Cell:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mindtune.cli import StopRequest, UserError
 from mindtune.data.grids import save_image
 from mindtune.distributed import ranks
+from mindtune.models.execution import free_memory
 from mindtune.run import checkpoint, hub, memory, plan, report, tracking
 
 # What every run writes besides its result, checkpoints and samples.
@@ -69,7 +70,9 @@ class Run:
         self.state = json.loads((self.checkpoint / "trainer_state.json").read_text()) if self.checkpoint else {}
         self.hub_id = None
         if settings.push_to_hub:
-            self.hub_id = ranks.on_main_process(hub.check, settings.hub_model_id, settings.output_dir, settings.hub_token)
+            self.hub_id = ranks.on_main_process(
+                hub.check, settings.hub_model_id, settings.output_dir, settings.hub_token
+            )
         seed = settings.seed if settings.seed is not None else self.state.get("seed", secrets.randbelow(2**31))
         self.seed = ranks.all_gather(seed)[0]
         self.step = self.state.get("global_step", 0)
@@ -209,8 +212,11 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint of this update."""
         state = ranks.collect(self.training_state)
-        if self.tracker is None:
-            return
+        if self.tracker is not None:
+            self._save(state)
+        free_memory()  # PyNative leaves many small blocks
+
+    def _save(self, state: dict[str, np.ndarray]) -> None:
         if self.step >= self.max_train_steps:
             self.bar.close()
         self.tracker.flush()
@@ -251,7 +257,9 @@ class Run:
         if ranks.is_main_process():
             self._write_run_json(finished=False)
             report.write_report(self.output_dir)
-            print(f"saved {self.saved} after update {self.step}. Resume by the same command with --resume_from_checkpoint latest")
+            print(
+                f"saved {self.saved} after update {self.step}. Resume by the same command with --resume_from_checkpoint latest"
+            )
         ranks.finish()
         return 130
 

@@ -10,6 +10,8 @@ from typing import Any, Callable, Optional
 from mindspore import nn
 from PIL import Image
 
+from mindtune.cli import matched
+from mindtune.data.conditions import condition_image, require_condition
 from mindtune.data.grids import image_grid
 from mindtune.distributed import ranks
 from mindtune.models.execution import free_memory
@@ -63,3 +65,21 @@ class Validation:
 
     def _held_out_batch(self, sample_id: int, timestep: int) -> tuple:
         return self.make_batch([self.run.data.held_out_use(sample_id, timestep)])
+
+
+def match_conditions(prompts: list[str], paths: list[str]) -> list[tuple[str, str]]:
+    """(prompt, path of a condition image) pairs of --validation_prompt and --validation_image.
+
+    Raises UserError if their numbers do not fit, or if an image cannot be read.
+    """
+    for path in paths:
+        require_condition(path, "--validation_image")
+    return matched(prompts, paths, "--validation_prompt", "--validation_image")
+
+
+def load_conditions(
+    pairs: list[tuple[str, str]], resolution: int, multiple: int, background: str
+) -> list[tuple[str, Image.Image]]:
+    """(prompt, condition image) pairs, resized as `condition_image` does, transparent pixels as in the training data."""
+    flag = "--validation_image"
+    return [(prompt, condition_image(path, flag, resolution, multiple, background)) for prompt, path in pairs]
