@@ -22,7 +22,7 @@ import numpy as np
 from mindspore import ops
 from tqdm import tqdm
 
-from mindtune import files, flow, plan, rng
+from mindtune import files, flow, rng
 from mindtune.cli import StopRequest, UserError, check_flags, run, shown, tell
 from mindtune.data import buckets, checks, columns, crops, folders, grids, metadata, order, tables
 from mindtune.distributed import ranks
@@ -32,7 +32,7 @@ from mindtune.encode.text_encoders import clip_pooled, token_ids
 from mindtune.models import configs, execution, library, loading, lora, pipelines, precision, sampling
 from mindtune.models.weights import linear_layers, weight_files
 from mindtune.optim import advice, optimizers, schedules, zero1
-from mindtune.run import checkpoint, hub, report, tracking
+from mindtune.run import checkpoint, hub, memory, plan, report, tracking
 from mindtune.run.evaluation import HELD_OUT_INDICES, held_out_loss
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -283,6 +283,31 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     check_args(args)
     return args
+
+
+def memory_settings(args, root):
+    """What determines the memory of the run."""
+    return memory.Settings(
+        system="flux_lora",
+        root=root,
+        mixed_precision=args.mixed_precision,
+        mindspore_mode=args.mindspore_mode,
+        resolution=args.resolution,
+        aspect_ratio_buckets=args.aspect_ratio_buckets,
+        train_batch_size=args.train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_checkpointing=args.gradient_checkpointing,
+        cache_latents=args.cache_latents,
+        optimizer=args.optimizer,
+        use_8bit_adam=args.use_8bit_adam,
+        offload_optimizer=args.offload_optimizer,
+        base_precision=args.base_precision,
+        max_sequence_length=args.max_sequence_length,
+        lora_rank=args.lora_rank,
+        lora_layers=args.lora_layers,
+        train_text_encoder=args.train_text_encoder,
+        with_prior_preservation=args.with_prior_preservation,
+    )
 
 
 def check_args(args):
@@ -684,7 +709,7 @@ def main(argv=None):
             weights=False,
         )
         loading.check_files(root, loading.with_weights(root, pipelines.FLUX_COMPONENTS, args.variant), args.variant)
-        print(plan.describe("flux_lora", root, vars(args), args.device_memory_gb))
+        print(plan.describe(memory_settings(args, root), args.device_memory_gb))
         return 0
 
     # ---- check everything ------------------------------------------------------------------------
@@ -990,7 +1015,7 @@ def main(argv=None):
             output_dir / "run.json", **record, finished=finished, updates=global_step, skipped_updates=skipped,
             seconds_per_step=float(np.median(steady)) / accumulation if steady else None, seconds_total=time.time() - started,
             seconds_to_first_update=seconds[0] if seconds else None, peak_memory_mb=tracking.peak_memory_mb(),
-            memory=plan.measured("flux_lora", root, vars(args)),
+            memory=plan.measured(memory_settings(args, root)),
         )  # fmt: skip
 
     folder = save()

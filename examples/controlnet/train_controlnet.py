@@ -24,7 +24,7 @@ import mindspore as ms
 import numpy as np
 from tqdm import tqdm
 
-from mindtune import diffusion, files, flow, plan, rng
+from mindtune import diffusion, files, flow, rng
 from mindtune.cli import StopRequest, UserError, check_flags, matched, run, tell
 from mindtune.data import buckets, conditions, crops, grids, pair_checks, pair_data, pair_stream, pairs
 from mindtune.data.pair_data import PairCaptions, PairImages
@@ -34,7 +34,7 @@ from mindtune.encode.encoder_stage import Stage
 from mindtune.models import configs, controlnets, execution, library, loading, pipelines, precision, sampling
 from mindtune.models.weights import weight_files
 from mindtune.optim import advice, averaging, optimizers, schedules, zero1
-from mindtune.run import checkpoint, hub, report, tracking
+from mindtune.run import checkpoint, hub, memory, plan, report, tracking
 from mindtune.run.evaluation import HELD_OUT_INDICES, held_out_loss
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -243,6 +243,27 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     check_args(args)
     return args
+
+
+def memory_settings(args, root, existing):
+    """What determines the memory of the run."""
+    return memory.Settings(
+        system="controlnet",
+        root=root,
+        controlnet=existing,
+        mixed_precision=args.mixed_precision,
+        mindspore_mode=args.mindspore_mode,
+        resolution=args.resolution,
+        aspect_ratio_buckets=args.aspect_ratio_buckets,
+        train_batch_size=args.train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_checkpointing=args.gradient_checkpointing,
+        cache_latents=args.cache_latents,
+        optimizer=args.optimizer,
+        use_8bit_adam=args.use_8bit_adam,
+        offload_optimizer=args.offload_optimizer,
+        use_ema=args.use_ema,
+    )
 
 
 def check_args(args):
@@ -522,7 +543,7 @@ def main(argv=None):
             configs.read_config(root, "unet"),
             weights=False,
         )
-        print(plan.describe("controlnet", root, vars(args), args.device_memory_gb, existing))
+        print(plan.describe(memory_settings(args, root, existing), args.device_memory_gb))
         return 0
 
     # ---- check everything ------------------------------------------------------------------------
@@ -800,7 +821,7 @@ def main(argv=None):
             output_dir / "run.json", **record, finished=finished, updates=global_step, skipped_updates=skipped,
             seconds_per_step=float(np.median(steady)) / accumulation if steady else None, seconds_total=time.time() - started,
             seconds_to_first_update=seconds[0] if seconds else None, peak_memory_mb=tracking.peak_memory_mb(),
-            memory=plan.measured("controlnet", root, vars(args), existing),
+            memory=plan.measured(memory_settings(args, root, existing)),
         )  # fmt: skip
 
     saved = save()
