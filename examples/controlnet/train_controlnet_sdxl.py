@@ -30,7 +30,7 @@ from mindtune.data import buckets, conditions, crops, grids, pair_checks, pair_d
 from mindtune.data.pair_data import PairCaptions, PairImages
 from mindtune.distributed import ranks
 from mindtune.encode.cache import encoder_fingerprint
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.models import configs, controlnets, execution, library, loading, pipelines, precision, sampling
 from mindtune.models.weights import weight_files
 from mindtune.optim import advice, averaging, optimizers, schedules, zero1
@@ -650,7 +650,7 @@ def main(argv=None):
         print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
     folder = Path(args.cache_dir, "mindtune") if args.cache_dir else output_dir / "cache"
     vae_precision = "no" if pipelines.vae_overflows(vae_folder, args.mixed_precision) else args.mixed_precision
-    stage = Stage(
+    stage = EncoderStage(
         root,
         args.variant,
         args.mixed_precision,
@@ -672,7 +672,7 @@ def main(argv=None):
     if not args.streaming:
         tell(stage.long_captions(PairCaptions(pair_data, more)))
     encoded = stage.prepare(PairCaptions(pair_data, more), images)
-    print(f"encode stage: {encoded} made, the rest already in {stage.folder}")
+    print(f"encode stage: {encoded} made, the rest already in {stage.cache_dir}")
 
     # ---- load, freeze, cast ----------------------------------------------------------------------
     unet = loading.load_model(root, "unet", kind, args.variant)
@@ -744,7 +744,7 @@ def main(argv=None):
         print(f"resuming from {resume.name} after update {global_step}")
 
     def averaged():
-        return ema.in_use() if ema else contextlib.nullcontext()
+        return ema.averaged() if ema else contextlib.nullcontext()
 
     def save_files(folder, values):
         loading.save_model(controlnet, folder / FOLDER, ms.float32)
@@ -754,7 +754,7 @@ def main(argv=None):
         )
 
     def save():
-        values = ranks.collect(remembered)
+        values = ranks.gather_parameters(remembered)
         if tracker is None:
             return None
         tracker.flush()
