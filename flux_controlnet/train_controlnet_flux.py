@@ -30,7 +30,7 @@ from mindtune.data import buckets, conditions, crops, grids, pair_checks, pair_d
 from mindtune.data.pair_data import PairCaptions, PairImages
 from mindtune.distributed import ranks
 from mindtune.encode.cache import encoder_fingerprint
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.models import (
     configs,
     controlnets,
@@ -701,7 +701,7 @@ def main(argv=None):
         print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
     folder = Path(args.cache_dir, "mindtune") if args.cache_dir else output_dir / "cache"
     filter_name = args.image_interpolation_mode
-    stage = Stage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, filter_name, int8=int8)
+    stage = EncoderStage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, filter_name, int8=int8)
     more = args.validation_prompt + ([""] if args.proportion_empty_prompts else [])
     images = ()
     if args.cache_latents:
@@ -710,7 +710,7 @@ def main(argv=None):
     if not args.streaming:
         tell(stage.long_captions(PairCaptions(pair_data, more)))
     encoded = stage.prepare(PairCaptions(pair_data, more), images)
-    print(f"encode stage: {encoded} made, the rest already in {stage.folder}")
+    print(f"encode stage: {encoded} made, the rest already in {stage.cache_dir}")
 
     # ---- load, freeze, cast ----------------------------------------------------------------------
     transformer = loading.load_model(root, "transformer", kind, args.variant, int8)
@@ -794,7 +794,7 @@ def main(argv=None):
         print(f"resuming from {resume.name} after update {global_step}")
 
     def averaged():
-        return ema.in_use() if ema else contextlib.nullcontext()
+        return ema.averaged() if ema else contextlib.nullcontext()
 
     def save_files(folder, values):
         loading.save_model(controlnet, folder / FOLDER, ms.float32)
@@ -804,7 +804,7 @@ def main(argv=None):
         )
 
     def save():
-        values = ranks.collect(remembered)
+        values = ranks.gather_parameters(remembered)
         if tracker is None:
             return None
         tracker.flush()

@@ -27,7 +27,7 @@ from mindtune.cli import StopRequest, UserError, check_flags, run, shown, tell
 from mindtune.data import buckets, checks, columns, crops, folders, grids, metadata, order, tables
 from mindtune.distributed import ranks
 from mindtune.encode.cache import encoder_fingerprint
-from mindtune.encode.encoder_stage import ClassImages, Stage
+from mindtune.encode.encoder_stage import ClassImageRequest, EncoderStage
 from mindtune.encode.text_encoders import clip_pooled, token_ids
 from mindtune.models import configs, execution, library, loading, lora, pipelines, precision, sampling
 from mindtune.models.weights import linear_layers, weight_files
@@ -443,7 +443,7 @@ def make_class_images(args, root, seed, sizes, shares, have):
         if missing > 0:
             print(f"class images of {size[1]}x{size[0]}: {share - missing} of {share} in {folder}; making {missing}")
             first = max((int(path.name[:5]) + 1 for path in folder.glob("[0-9]" * 5 + "-*.png")), default=0)
-            order = ClassImages(folder, args.class_prompt, first, first + missing, args.sample_batch_size, seed, size)
+            order = ClassImageRequest(folder, args.class_prompt, first, first + missing, args.sample_batch_size, seed, size)
             order.steps, order.guidance_scale = args.num_inference_steps, args.guidance_scale
             stage.generate(order)
 
@@ -451,7 +451,7 @@ def make_class_images(args, root, seed, sizes, shares, have):
 def make_stage(args, root, kind):
     folder = Path(args.cache_dir, "mindtune") if args.cache_dir else Path(args.output_dir, "cache")
     int8 = args.base_precision == "int8"
-    return Stage(root, args.variant, kind, folder, args.max_sequence_length, args.image_interpolation_mode, int8=int8)
+    return EncoderStage(root, args.variant, kind, folder, args.max_sequence_length, args.image_interpolation_mode, int8=int8)
 
 
 class Batches:
@@ -775,7 +775,7 @@ def main(argv=None):
         images += [(samples[i], sizes[numbers[i]], False) for i in kept_out]
     tell(stage.long_captions(captions))
     encoded = stage.prepare(captions, images)
-    print(f"encode stage: {encoded} made, {len(set(captions)) + len(images) - encoded} already in {stage.folder}")
+    print(f"encode stage: {encoded} made, {len(set(captions)) + len(images) - encoded} already in {stage.cache_dir}")
 
     # ---- load, freeze, cast ----------------------------------------------------------------------
     ms.set_seed(
@@ -883,7 +883,7 @@ def main(argv=None):
         )
 
     def save():
-        values = ranks.collect(remembered)
+        values = ranks.gather_parameters(remembered)
         if tracker is None:
             return None
         tracker.flush()

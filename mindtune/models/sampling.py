@@ -73,7 +73,7 @@ def sample_unet_latents(
     compute: ms.Type,
     control: tuple[nn.Cell, np.ndarray, float],
 ) -> np.ndarray:
-    """Denoises float32 [1, C, h, w] with UniPC under a caption's `Stage.text`; gives the VAE's scaled latents, same shape.
+    """Denoises float32 [1, C, h, w] with UniPC under a caption's `EncoderStage.text`; gives the VAE's scaled latents, same shape.
 
     Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) steers away from `empty`, a like dict of the empty prompt; a scale of 1
     does without. `control` is a ControlNet, the pixels of its condition [1, 3, H, W] in [0, 1], and the strength of its residuals.

@@ -21,7 +21,7 @@ from mindtune.models.controlnets import controlnet_shapes
 from mindtune.models.loading import Shape, shapes
 from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models.precision import DTYPES
-from mindtune.optim.adam8bit import BLOCK, SMALLEST
+from mindtune.optim.adam8bit import BLOCK, MIN_SIZE
 from mindtune.run.activations import Block, flux_blocks, kept_bytes, largest_block_bytes, unet_controlnet_blocks
 
 MB = 1 << 20
@@ -43,8 +43,8 @@ CPU = {
 class Settings(NamedTuple):
     """What determines the memory of a run. The fields that are flags have the flag's name and meaning.
 
-    A field is ignored where the system does not have it: LoRA and its text encoder are flux_lora's, blocks are
-    flux_controlnet's, `base_precision` and `max_sequence_length` are those of both FLUX systems.
+    Some fields apply only to some systems: those of LoRA, the text encoder and prior preservation to flux_lora, the
+    numbers of blocks to flux_controlnet, `base_precision` and `max_sequence_length` to both.
     """
 
     system: str  # flux_lora, flux_controlnet, controlnet or controlnet_sdxl
@@ -101,8 +101,8 @@ class Part(NamedTuple):
 class Plan(NamedTuple):
     """The memory of a run in bytes.
 
-    `kept` and `recomputed` are the activations without and with gradient checkpointing, `activations` the run's.
-    `loading` is the host's peak while models are loaded, `runtime` what the CPU runtime adds.
+    `kept` and `recomputed` are the activations without and with gradient checkpointing, `activations` those of this
+    run. `loading` is the host's peak while models are loaded, `runtime` what the CPU runtime adds.
     """
 
     parts: list[Part]
@@ -176,7 +176,7 @@ def optimizer_bytes(trained: list[tuple[int, ...]], optimizer: str, eight_bit: b
     """Bytes of optimizer state for trained tensors of these shapes."""
     sizes = [math.prod(shape) for shape in trained]
     if eight_bit:  # two moments: codes in blocks, each with a float32 scale; small tensors keep float32
-        return sum(2 * (-(-size // BLOCK)) * (BLOCK + 4) if size >= SMALLEST else 8 * size for size in sizes)
+        return sum(2 * (-(-size // BLOCK)) * (BLOCK + 4) if size >= MIN_SIZE else 8 * size for size in sizes)
     if optimizer == "adafactor":  # a row and a column statistic per matrix
         factored = [math.prod(s[:-1]) + math.prod(s[:-2] + s[-1:]) if len(s) > 1 else math.prod(s) for s in trained]
         return 4 * sum(factored)

@@ -120,7 +120,7 @@ def _size(size: float) -> str:
 
 
 def measured(settings: Settings) -> dict[str, float]:
-    """For run.json: the planned and the measured peak so far in MB, of this process on the CPU, of the device on an NPU."""
+    """For run.json: planned and measured peak so far in MB, of this process on the CPU, of the device on an NPU."""
     on_cpu = ms.get_context("device_target") == "CPU"
     plan = make_plan(settings, on_cpu)
     if on_cpu:

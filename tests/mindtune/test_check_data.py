@@ -12,7 +12,7 @@ from PIL import Image
 
 from mindtune.check_data import cropped_away, main
 from mindtune.cli import UserError
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 
 
 def picture(path, width, height, seed=0):
@@ -84,7 +84,7 @@ def test_a_folder_that_can_start_says_what_the_run_will_cost(
     cache = tmp_path / "cache"
     args = lora_script.parse_args(flags(tmp_path / "out", "--cache_dir", cache))
     stage = lora_script.make_stage(args, tiny_flux, "no")
-    assert isinstance(stage, Stage)
+    assert isinstance(stage, EncoderStage)
     samples = lora_script.load_samples(args, [(32, 32)])
     stage.prepare({s.caption for s in samples}, [(s, (32, 32), flip) for s in samples for flip in (False, True)])
     more = [
