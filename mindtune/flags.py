@@ -563,6 +563,17 @@ def controlnet_validation(parser: Parser, num_inference_steps: int) -> None:
     add("validation_steps", type=int, default=100, minimum=1, help="Number of updates between validations.")
 
 
+def guidance(parser: Parser, guidance_scale: float) -> None:
+    """Classifier-free guidance, for models without embedded guidance."""
+    parser.add(
+        "guidance_scale",
+        type=float,
+        default=guidance_scale,
+        may_change=True,
+        help="Scale of classifier-free guidance in validation. 1: none.",
+    )
+
+
 def saved_dtype(parser: Parser) -> None:
     """The dtype of a final ControlNet."""
     parser.add(

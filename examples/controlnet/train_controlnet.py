@@ -1,17 +1,16 @@
-"""ControlNet for Stable Diffusion (1.5 and 2) on MindSpore: trains a copy of the UNet's first half to follow condition images.
+"""ControlNet for Stable Diffusion 1.5 and 2 on MindSpore: trains a copy of the UNet's first half.
 
-    python train_controlnet.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --output_dir out \\
-        --dataset_name fusing/fill50k --resolution 512 --learning_rate 1e-5 --validation_image a.png b.png \\
+    python train_controlnet.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --output_dir out --dataset_name fusing/fill50k --resolution 512 --learning_rate 1e-5 \\
+        --validation_image a.png b.png \\
         --validation_prompt "red circle with blue background" "cyan circle with brown floral background" \\
         --train_batch_size 1 --gradient_accumulation_steps 4 --mixed_precision fp16
 
-Writes to the output directory: the ControlNet (config.json and diffusion_pytorch_model.safetensors), checkpoints, samples/*.png,
-loss curves for TensorBoard, metrics.jsonl, run.json and report.html. Ctrl-C saves a checkpoint; the same command with
---resume_from_checkpoint latest continues the run, bit for bit on the CPU.
+Writes to the output directory: the ControlNet (config.json and diffusion_pytorch_model.safetensors), checkpoints,
+samples/*.png, loss curves for TensorBoard, metrics.jsonl, run.json and report.html. Ctrl-C saves a checkpoint; the same
+command with --resume_from_checkpoint latest continues the run, bit for bit on the CPU.
 """
 
-import contextlib
-import math
 from pathlib import Path
 
 import mindspore as ms
@@ -20,19 +19,16 @@ import numpy as np
 from mindtune import diffusion, files, flags, flow, rng
 from mindtune.cli import run as run_script
 from mindtune.cli import tell
-from mindtune.data import columns, conditions, crops, pair_data
+from mindtune.data import columns, conditions, order, pair_data
 from mindtune.distributed import ranks
-from mindtune.encode.cache import encoder_fingerprint
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.cache import component_fingerprint
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.models import configs, controlnets, execution, loading, pipelines, precision, resolve, sampling
 from mindtune.models.train_step import TrainStep, train_all_weights
-from mindtune.models.weights import weight_files
 from mindtune.optim import advice, averaging, optimizers, schedules
 from mindtune.run import checkpoint, memory, plan, record, validation
 
-SYSTEM = "controlnet"  # what mindtune calls this script
 FOLDER = "controlnet"  # of the ControlNet in a checkpoint, as in diffusers
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # ---- flags (yours to change) ---------------------------------------------------------------------
 
@@ -53,13 +49,7 @@ def parse_args(argv=None):
     flags.output(parser, output_dir="controlnet-model")
     flags.saved_dtype(parser)
     flags.controlnet_validation(parser, num_inference_steps=20)
-    parser.add(
-        "guidance_scale",
-        type=float,
-        default=7.5,
-        may_change=True,
-        help="Scale of classifier-free guidance in validation. 1: none.",
-    )
+    flags.guidance(parser, guidance_scale=7.5)
     flags.no_effect(parser, *flags.NO_EFFECT)
     return parser.parse_args(argv)
 
@@ -69,21 +59,20 @@ def parse_args(argv=None):
 
 def find_models(args):
     """(pipeline, existing ControlNet or None, tokenizer or None), checked. Raises UserError."""
-    weights = not args.dry_run
     root = resolve.pipeline(
         args.pretrained_model_name_or_path,
         args.revision,
         args.variant,
         args.cache_dir,
         pipelines.SD_COMPONENTS,
-        weights=weights,
+        weights=not args.dry_run,
     )
     unet = configs.read_config(root, "unet")
-    controlnet = resolve.controlnet(args.controlnet_model_name_or_path, args.cache_dir, unet, weights=weights)
-    tokenizer = None
-    if args.tokenizer_name and weights:
-        tokenizer = pipelines.resolve_tokenizer(args.tokenizer_name, "--tokenizer_name", args.cache_dir)
-    return root, controlnet, tokenizer
+    existing = resolve.controlnet(
+        args.controlnet_model_name_or_path, args.cache_dir, unet, weights=not args.dry_run
+    )
+    tokenizer = resolve.tokenizer(args.tokenizer_name, args.cache_dir)
+    return root, existing, tokenizer
 
 
 # ---- data (yours to change) ----------------------------------------------------------------------
@@ -92,83 +81,73 @@ def find_models(args):
 class Batches:
     """Makes batches from uses of pairs.
 
-    images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]), conditions [B, 3, H, W] in [0, 1], posterior noise
-    and noise [B, C, h, w], timesteps [B], prompt_embeds [B, L, D].
+    images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]), conditions [B, 3, H, W] in [0, 1], posterior
+    noise and noise [B, C, h, w], timesteps [B], prompt_embeds [B, L, D].
     """
 
-    def __init__(self, args, stage, latent, num_train_timesteps):
+    def __init__(self, args, stage, vae_config, num_train_timesteps):
         self.args = args
         self.stage = stage
-        self.channels, self.factor = latent
+        self.channels, self.factor = configs.latent_layout(vae_config)
         self.num_train_timesteps = num_train_timesteps
 
     def make(self, uses):
         """The arrays of a batch."""
-        rows = [self.row(*use) for use in uses]
-        return tuple(np.stack(column) for column in zip(*rows))
+        return order.stack([self.row(*use) for use in uses])
 
     def row(self, pair, size, draws):
-        """What the step takes of one pair, in training and in held-out evaluation."""
+        """The inputs of the step for one pair, in training and in held-out evaluation."""
         args = self.args
         flip = draws.flip(args.random_flip)
         crop = draws.crop(args.center_crop or args.cache_latents)
-        condition = crops.pixel_values(pair.condition.open(), size, args.image_interpolation_mode, crop, flip)
-        if args.cache_latents:
-            image = self.stage.moments(pair.image, size, flip)
-        else:
-            image = crops.pixel_values(pair.image.open(), size, args.image_interpolation_mode, crop, flip)
-        latent_shape = (self.channels, size[0] // self.factor, size[1] // self.factor)
-        posterior_noise = draws.normal("posterior", latent_shape)
-        noise = draws.normal("noise", latent_shape)
-        timestep = draws.timestep(lambda generator: generator.integers(self.num_train_timesteps))
+        image = self.stage.image(pair.image, size, crop=crop, flip=flip, cached=args.cache_latents)
+        condition = self.stage.image(pair.condition, size, crop=crop, flip=flip, cached=False)
         text = self.stage.text(draws.caption(pair.caption, args.proportion_empty_prompts))
-        return image, (condition + 1.0) / 2.0, posterior_noise, noise, np.int32(timestep), text["prompt_embeds"]
+        latent_shape = (self.channels, size[0] // self.factor, size[1] // self.factor)
+        return (
+            image,
+            (condition + 1.0) / 2.0,
+            draws.normal("posterior", latent_shape),
+            draws.normal("noise", latent_shape),
+            np.int32(draws.timestep(lambda generator: generator.integers(self.num_train_timesteps))),
+            text["prompt_embeds"],
+        )
 
 
 # ---- the training step (yours to change) ---------------------------------------------------------
 
 
 class TrainStepForControlNet(TrainStep):
-    """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update. A pure function of its inputs.
+    """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update.
 
-    `alphas` and `weights` are tables over the timesteps [N], float32. `vae` is given if the images come as pixels, and encodes
-    them in `vae_dtype`. Returns (scaled loss, loss), scalars.
+    A pure function of its inputs. `vae` is given if the images come as pixels. Returns (scaled loss, loss), scalars.
     """
 
-    def __init__(
-        self,
-        controlnet,
-        optimizer,
-        *,
-        unet,
-        vae,
-        alphas,
-        weights,
-        prediction_type,
-        latent_config,
-        compute_dtype,
-        vae_dtype,
-        **settings,
-    ):
-        super().__init__(controlnet, optimizer, **settings)
+    def __init__(self, controlnet, optimizer, scaler, args, *, unet, vae, vae_config, scheduler_config):
+        super().__init__(
+            controlnet,
+            optimizer,
+            loss_scaler=scaler,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            max_grad_norm=args.max_grad_norm,
+        )
         self.controlnet = self.model
         self.unet = unet
         self.vae = vae
-        self.alphas = alphas
-        self.weights = weights
-        self.prediction_type = prediction_type
-        self.latent_shift, self.latent_scale = flow.scale_constants(latent_config)
-        self.compute_dtype = compute_dtype
-        self.vae_dtype = vae_dtype
-
-    def latents(self, images, posterior_noise):
-        if self.vae is not None:
-            images = self.vae.encode(images.to(self.vae_dtype))[0]
-        return (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
+        self.compute_dtype = precision.resolve_precision(args.mixed_precision).compute
+        self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
+        alphas = diffusion.alphas_cumprod(scheduler_config)
+        self.prediction_type = diffusion.prediction_type(scheduler_config)
+        # Tables over the timesteps [N].
+        self.alphas = ms.Tensor(alphas, ms.float32)
+        self.weights = ms.Tensor(diffusion.min_snr_weights(alphas, args.snr_gamma, self.prediction_type), ms.float32)
 
     def predict(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds):
         """Prediction and target [B, C, h, w], and weights [B, 1, 1, 1]."""
-        latents, alphas = self.latents(images, posterior_noise), flow.get_sigmas(self.alphas, timesteps)
+        if self.vae is not None:
+            images = self.vae.encode(images.to(self.compute_dtype))[0]
+        latents = (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
+        alphas = flow.get_sigmas(self.alphas, timesteps)
         noisy = diffusion.add_noise(latents, noise, alphas).to(self.compute_dtype)
         text = prompt_embeds.to(self.compute_dtype)
         down, mid = self.controlnet(noisy, timesteps, text, conditions.to(self.compute_dtype), return_dict=False)
@@ -184,7 +163,9 @@ class TrainStepForControlNet(TrainStep):
         return prediction, target, flow.get_sigmas(self.weights, timesteps)
 
     def forward(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds):
-        prediction, target, weights = self.predict(images, conditions, posterior_noise, noise, timesteps, prompt_embeds)
+        prediction, target, weights = self.predict(
+            images, conditions, posterior_noise, noise, timesteps, prompt_embeds
+        )
         loss = flow.weighted_mse(prediction, target, weights)
         return self.scale_loss(loss), loss
 
@@ -193,44 +174,41 @@ class TrainStepForControlNet(TrainStep):
 
 
 class ValidationSampler:
-    """Samples images for pairs of a prompt and a condition image, always from the same noise."""
+    """Samples images for `prompts`, pairs of a prompt and a condition image, always from the same noise."""
 
-    def __init__(self, args, prompts, stage, scheduler, *, seed, unet, controlnet, vae):
+    def __init__(self, args, prompts, stage, seed, models, scheduler_config):
         self.args = args
         self.prompts = prompts
         self.stage = stage
-        self.scheduler = scheduler
         self.seed = seed
-        self.unet = unet
-        self.controlnet = controlnet
-        self.vae = vae
+        self.models = models
+        self.scheduler_config = scheduler_config
 
     def sample(self, final):
         """A row per pair: the condition image and --num_validation_images samples. The label is the prompt."""
-        vae = self.stage.load_vae() if self.vae is None else self.vae
-        with execution.eval_mode(self.controlnet):
+        vae = self.stage.load_vae() if self.models["vae"] is None else self.models["vae"]
+        with execution.eval_mode(self.models["controlnet"]):
             rows = [[condition, *self.images(vae, prompt, condition)] for prompt, condition in self.prompts]
         return rows, [prompt for prompt, _ in self.prompts]
 
     def images(self, vae, prompt, condition):
         args = self.args
+        compute_dtype = precision.resolve_precision(args.mixed_precision).compute
         pixels = conditions.condition_pixels(condition)
         shape = sampling.latent_shape(vae, pixels)
         for number in range(args.num_validation_images):
             latents = sampling.sample_unet_latents(
-                self.unet,
-                self.scheduler,
+                self.models["unet"],
+                self.scheduler_config,
                 self.stage.text(prompt),
-                self.stage.unconditional(),
+                self.stage.text(""),
                 rng.normal(self.seed, "validation", number, shape=shape),
                 args.num_inference_steps,
                 args.guidance_scale,
-                precision.resolve_precision(args.mixed_precision).compute,
-                (self.controlnet, pixels, args.controlnet_conditioning_scale),
+                compute_dtype,
+                (self.models["controlnet"], pixels, args.controlnet_conditioning_scale),
             )
-            yield sampling.decode_latents(vae, latents, precision.resolve_precision(self.stage.vae_precision).compute)[
-                0
-            ]
+            yield sampling.decode_latents(vae, latents, compute_dtype)[0]
 
 
 # ---- main (machinery) ----------------------------------------------------------------------------
@@ -242,136 +220,92 @@ def main(argv=None):
     # ---- check ----
     if args.dry_run:
         root, existing, _ = find_models(args)
-        settings = args.select(memory.Settings, system=SYSTEM, root=root, controlnet=existing)
+        settings = args.select(memory.Settings, system="controlnet", root=root, controlnet=existing)
         print(plan.describe(settings, args.device_memory_gb))
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)
-    run = record.Run(args.select(record.Settings), args.recorded(), results=("config.json", WEIGHTS))
+    run = record.Run(args.select(record.Settings), args.recorded(), results=("config.json", loading.WEIGHTS))
     files.require_writable("--cache_dir", args.cache_dir)
     root, existing, tokenizer = find_models(args)
     scheduler_config = configs.read_config(root, "scheduler")
-    alphas = diffusion.alphas_cumprod(scheduler_config)
-    prediction_type = diffusion.prediction_type(scheduler_config)
-    prompts = validation.match_conditions(args.validation_prompt, args.validation_image)
+    num_train_timesteps = len(diffusion.alphas_cumprod(scheduler_config))
+    pairs = validation.match_conditions(args.validation_prompt, args.validation_image)
     data = pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), run.seed)
-    prompts = validation.load_conditions(prompts, args.resolution, 8, data.background)
-    samples_per_update = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size()
-    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * data.epoch_length / samples_per_update)
-    schedule = args.select(
-        schedules.Schedule,
-        base=args.learning_rate * (samples_per_update if args.scale_lr else 1),
-        length=args.lr_schedule_steps or max_train_steps,
-    )
-    tell(advice.on_settings(args.optimizer, schedule, max_train_steps))
-    tell(advice.on_resume(schedule, run.state.get("lr_schedule_steps"), run.step))
+    run.set_data(data)
+    prompts = validation.load_conditions(pairs, args.resolution, 8, data.background)
+    schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
+    tell(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
 
     # ---- encode ----
-    dtypes = precision.resolve_precision(args.mixed_precision)
-    stage = Stage(
-        root,
-        args.variant,
-        args.mixed_precision,
-        Path(args.cache_dir, "mindtune") if args.cache_dir else run.output_dir / "cache",
-        77,
+    stage = EncoderStage(
+        system="sd",
+        root=root,
+        variant=args.variant,
+        precision=args.mixed_precision,
+        cache_dir=Path(args.cache_dir, "mindtune") if args.cache_dir else run.output_dir / "cache",
+        max_sequence_length=77,
         interpolation=args.image_interpolation_mode,
-        kind="sd",
         tokenizer=tokenizer,
     )
     empty = [""] if args.proportion_empty_prompts or prompts else []
     captions = data.captions(args.validation_prompt + empty)
     images = data.images(args.random_flip, conditions=False) if args.cache_latents else ()
-    if not args.streaming:
-        tell(stage.long_captions(captions))
-    encoded = stage.prepare(captions, images)
-    print(f"encoder stage: {encoded} encoded, the rest was in {stage.folder}")
+    stage.encode(captions, images, args.streaming)
 
     # ---- load, freeze, cast ----
+    dtypes = precision.resolve_precision(args.mixed_precision)
     unet = loading.load_model(root, "unet", dtypes, args.variant)
-    vae = None if args.cache_latents else stage.load_vae()
-    precision.freeze_params(unet)
-    if vae is not None:
-        precision.freeze_params(vae)
+    vae = None if args.cache_latents else loading.load_model(root, "vae", dtypes, args.variant)
+    precision.freeze_params(unet, vae)
 
     # ---- add what is trained ----
-    if existing:
-        controlnet = loading.load_model(existing.parent, existing.name, precision.resolve_precision("no"))
-    else:
-        controlnet = controlnets.unet_controlnet(unet, run.seed)
+    controlnet = controlnets.load(existing) if existing else controlnets.unet_controlnet(unet, run.seed)
     weights = train_all_weights(controlnet, dtypes.compute)
     if args.gradient_checkpointing:
-        controlnets.recompute_unet(unet)
-        controlnets.recompute_unet(controlnet)
-    print(precision.parameter_table({"unet": unet, "controlnet": controlnet, "vae": vae}, dtypes))
+        controlnets.recompute_unets(unet, controlnet)
+    models = {"unet": unet, "controlnet": controlnet, "vae": vae}
+    print(precision.parameter_table(models, dtypes))
 
     # ---- step and optimizer ----
-    optimizer = optimizers.create_optimizer(
-        args.select(optimizers.Settings),
-        [{"params": list(weights.values()), "lr": schedule.base, "weight_decay": args.adam_weight_decay}],
-    )
+    vae_config = configs.read_config(root, "vae")
+    groups = [{"params": list(weights.values()), "lr": schedule.base, "weight_decay": args.adam_weight_decay}]
+    optimizer = optimizers.create_optimizer(args.select(optimizers.Settings), groups)
     scaler = precision.loss_scaler(args.mixed_precision)
-    vae_config = configs.read_config(stage.vae.parent, stage.vae.name)
-    loss_weights = diffusion.min_snr_weights(alphas, args.snr_gamma, prediction_type)
     step = TrainStepForControlNet(
         controlnet,
         optimizer,
+        scaler,
+        args,
         unet=unet,
         vae=vae,
-        alphas=ms.Tensor(alphas, ms.float32),
-        weights=ms.Tensor(loss_weights, ms.float32),
-        prediction_type=prediction_type,
-        latent_config=vae_config,
-        compute_dtype=dtypes.compute,
-        vae_dtype=precision.resolve_precision(stage.vae_precision).compute,
-        loss_scaler=scaler,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        max_grad_norm=args.max_grad_norm,
+        vae_config=vae_config,
+        scheduler_config=scheduler_config,
     )
     ema = averaging.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
-    batches = Batches(args, stage, configs.latent_layout(vae_config), len(alphas))
+    batches = Batches(args, stage, vae_config, num_train_timesteps)
 
     # ---- resume ----
-    identity = {
-        "data": data.fingerprint(),
-        "base": encoder_fingerprint(root / "unet", weight_files(root, "unet", args.variant)),
-        "samples_per_update": samples_per_update,
-        **({"batch_size": args.train_batch_size} if len(data.sizes) > 1 else {}),  # a batch is of one bucket
-        **args.fixed(),
-    }
+    state = optimizers.training_state(optimizer, scaler, ema=dict(zip(weights, ema.averages)) if ema else {})
     if run.checkpoint:
-        checkpoint.load_state(run.checkpoint / FOLDER / WEIGHTS, weights)
-    averages = dict(zip(weights, ema.averages)) if ema else {}
-    run.resume(identity, optimizers.training_state(optimizer, scaler, ema=averages))
+        checkpoint.load_state(run.checkpoint / FOLDER / loading.WEIGHTS, weights)
+    run.resume(args.fixed(), component_fingerprint(root, "unet", args.variant), state)
 
     # ---- train ----
     run.start(
-        data=data,
+        args.select(memory.Settings, system="controlnet", root=root, controlnet=existing),
+        schedule.length,
         trainable={"controlnet": sum(parameter.size for parameter in weights.values())},
-        max_train_steps=max_train_steps,
-        schedule_length=schedule.length,
-        settings=args.select(memory.Settings, system=SYSTEM, root=root, controlnet=existing),
         write_weights=lambda folder: loading.save_model(controlnet, folder / FOLDER, ms.float32),
         axis="timestep",
     )
-    sampler = ValidationSampler(
-        args, prompts, stage, scheduler_config, seed=run.seed, unet=unet, controlnet=controlnet, vae=vae
-    )
-    validate = validation.Validation(
-        run,
-        step,
-        [controlnet],
-        make_batch=batches.make,
-        places=np.arange(len(alphas)) / len(alphas),
-        sample=sampler.sample if prompts else None,
-        weights=ema.averaged if ema else contextlib.nullcontext,
-    )
+    sampler = ValidationSampler(args, prompts, stage, run.seed, models, scheduler_config)
+    places = np.arange(num_train_timesteps) / num_train_timesteps
+    validate = validation.Validation(run, step, [controlnet], batches.make, places, sampler, ema)
     if not run.checkpoint:
         validate()
-    per_update = args.gradient_accumulation_steps * ranks.world_size()
-    micro_batches = data.iterate(
-        run.step * per_update, max_train_steps * per_update, batches.make, args.dataloader_num_workers
-    )
-    while run.step < max_train_steps and not run.stopped():
+    micro_batches = data.iterate(*run.batch_range(), batches.make, args.dataloader_num_workers)
+    while run.step < run.max_train_steps and not run.stopped():
         rate = schedule.rate(run.step)
         optimizers.set_learning_rates(optimizer, [rate])
         losses = []
@@ -387,15 +321,11 @@ def main(argv=None):
 
     # ---- finish ----
     run.save()
-    if run.step < max_train_steps:
+    if run.step < run.max_train_steps:
         return run.stop()
-    results = {}
-    if ranks.is_main_process():
-        dtype = precision.DTYPES["fp32" if args.upcast_before_saving else args.save_weight_dtype]
-        with validate.weights():
-            files.write_files_atomically(run.output_dir, lambda folder: loading.save_model(controlnet, folder, dtype))
-        results = {"ControlNet": run.output_dir / WEIGHTS, "validation images": validate(final=True)}
-    return run.finish(results)
+    dtype = precision.DTYPES["fp32" if args.upcast_before_saving else args.save_weight_dtype]
+    validate.write_result(lambda folder: loading.save_model(controlnet, folder, dtype))
+    return run.finish("ControlNet", run.output_dir / loading.WEIGHTS, validate(final=True))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from mindtune.files import make_readable
+from mindtune.models.weights import weight_files
 
 # Weight files above this size are hashed by samples: reading 9.5 GB of T5 at every start would cost more than it
 # protects from.
@@ -43,6 +44,11 @@ def encoder_fingerprint(folder: Path, weights: list[Path]) -> str:
                 file.seek(int(offset))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def component_fingerprint(root: Path, name: str, variant: Optional[str]) -> str:
+    """`encoder_fingerprint` of a component of a pipeline."""
+    return encoder_fingerprint(root / name, weight_files(root, name, variant))
 
 
 class Cache:

@@ -23,7 +23,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from mindtune.cli import UserError
+from mindtune.cli import UserError, tell
+from mindtune.data.crops import pixel_values
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
 from mindtune.encode.cache import Cache, encoder_fingerprint, key_of
@@ -157,6 +158,23 @@ class EncoderStage:
     def moments(self, sample: Sample, size: Size, flip: bool) -> np.ndarray:
         """The VAE's mean and log-variance [2C, H, W] for an image's centre crop to `size`, float32."""
         return _read_entry(self.cache, self.image_key(sample, size, flip))["moments"]
+
+    def image(
+        self, sample: Sample, size: Size, *, crop: Optional[tuple[float, float]], flip: bool, cached: bool
+    ) -> np.ndarray:
+        """What the training step takes of an image: `moments` if `cached`, otherwise pixels [3, H, W] in [-1, 1]."""
+        if cached:
+            return self.moments(sample, size, flip)
+        return pixel_values(sample.open(), size, self.interpolation, crop, flip)
+
+    def encode(
+        self, captions: Iterable[str], images: Iterable[tuple[Sample, Size, bool]], streaming: bool = False
+    ) -> None:
+        """`prepare`, with messages. The captions of a stream are not measured, because that would read it once more."""
+        if not streaming:
+            tell(self.long_captions(captions))
+        encoded = self.prepare(captions, images)
+        print(f"encoder stage: {encoded} encoded, the rest was in {self.cache_dir}")
 
     def long_captions(self, captions: Iterable[str]) -> list[str]:
         """A message if captions are longer than the text encoder reads: T5 for FLUX, CLIP otherwise.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import mindspore as ms
 import ml_dtypes
@@ -42,10 +42,11 @@ def loss_scaler(name: str):
     return DynamicLossScaler(2.0**16, 2, 2000) if name == "fp16" else StaticLossScaler(1.0)
 
 
-def freeze_params(cell: nn.Cell) -> None:
-    """Nothing in `cell` trains any more."""
-    for parameter in cell.get_parameters():
-        parameter.requires_grad = False
+def freeze_params(*cells: Optional[nn.Cell]) -> None:
+    """Makes every parameter of `cells` frozen. None is passed over."""
+    for cell in cells:
+        for parameter in cell.get_parameters() if cell is not None else ():
+            parameter.requires_grad = False
 
 
 def cast_cell(cell: nn.Cell, precision: Precision) -> nn.Cell:

@@ -50,3 +50,8 @@ def vae(name: Optional[str], cache_dir: Optional[str], root: Path, weights: bool
     if weights:
         loading.check_files(folder.parent, [folder.name])
     return folder
+
+
+def tokenizer(name: Optional[str], cache_dir: Optional[str]) -> Optional[Path]:
+    """The directory of --tokenizer_name, or None without one."""
+    return pipelines.resolve_tokenizer(name, "--tokenizer_name", cache_dir) if name else None

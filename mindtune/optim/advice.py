@@ -7,6 +7,12 @@ from typing import Optional
 from mindtune.optim.schedules import DECAYING, Schedule
 
 
+def on_schedule(optimizer: str, schedule: Schedule, max_train_steps: int, resumed: dict) -> list[str]:
+    """The messages about a run. `resumed` is the trainer_state.json of its checkpoint, or empty."""
+    messages = on_settings(optimizer, schedule, max_train_steps)
+    return messages + on_resume(schedule, resumed.get("lr_schedule_steps"), resumed.get("global_step", 0))
+
+
 def on_settings(optimizer: str, schedule: Schedule, max_train_steps: int) -> list[str]:
     """A message per setting that will not train well."""
     messages = []
@@ -35,7 +41,7 @@ def on_settings(optimizer: str, schedule: Schedule, max_train_steps: int) -> lis
 
 
 def on_resume(schedule: Schedule, length_before: Optional[int], update: int) -> list[str]:
-    """A message if resuming after `update` updates changes the rate because the schedule had another length (None: unknown)."""
+    """A message if the schedule had another length (None: unknown), which changes the rate after `update` updates."""
     if schedule.lr_scheduler not in DECAYING or length_before in (None, schedule.length):
         return []
     before = schedule._replace(length=length_before)

@@ -1,9 +1,9 @@
-"""Learning-rate schedules. The host sets the rate before every update, so a schedule is a function of the update's number."""
+"""Learning-rate schedules: functions of the update's number. The host sets the rate before every update."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial")  # schedules that depend on their length
@@ -46,3 +46,27 @@ class Schedule(NamedTuple):
             end = min(1e-7 / self.base, 1.0) if self.base else 0.0
             return end if done >= 1.0 else (1.0 - end) * (1.0 - done) ** self.lr_power + end
         raise ValueError(f"unknown schedule {name}")
+
+
+class Settings(NamedTuple):
+    """Learning rate and schedule, by the names of the flags."""
+
+    learning_rate: float
+    scale_lr: bool = False
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    lr_schedule_steps: Optional[int] = None
+    lr_num_cycles: float = 1
+    lr_power: float = 1.0
+
+
+def create(settings: Settings, samples_per_update: int, max_train_steps: int) -> Schedule:
+    """The schedule of a run of `max_train_steps` updates."""
+    return Schedule(
+        base=settings.learning_rate * (samples_per_update if settings.scale_lr else 1),
+        length=settings.lr_schedule_steps or max_train_steps,
+        lr_scheduler=settings.lr_scheduler,
+        lr_warmup_steps=settings.lr_warmup_steps,
+        lr_num_cycles=settings.lr_num_cycles,
+        lr_power=settings.lr_power,
+    )

@@ -39,6 +39,10 @@ class Settings(NamedTuple):
     logging_dir: str = "logs"
     report_to: str = "none"
     seed: Optional[int] = None
+    train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: int = 1
+    max_train_steps: Optional[int] = None
     push_to_hub: bool = False
     hub_model_id: Optional[str] = None
     hub_token: Optional[str] = None
@@ -76,17 +80,41 @@ class Run:
         seed = settings.seed if settings.seed is not None else self.state.get("seed", secrets.randbelow(2**31))
         self.seed = ranks.all_gather(seed)[0]
         self.step = self.state.get("global_step", 0)
+        self.seconds: list[float] = []
+        self.skipped = 0
+        self.tracker: Optional[tracking.Tracker] = None
+        self.curve: Optional[tracking.LossByTimestep] = None
+        self.bar: Optional[tqdm] = None
 
     # ---- before the loop ---------------------------------------------------------------------
 
-    def resume(self, identity: dict[str, Any], state: dict[str, ms.Parameter]) -> None:
-        """Loads `state` from the checkpoint, if there is one.
+    def set_data(self, data: Any) -> None:
+        """Fixes the length of the run. `data` is an ImageData or PairData."""
+        settings = self.settings
+        self.data = data
+        self.batches_per_update = settings.gradient_accumulation_steps * ranks.world_size()
+        self.samples_per_update = settings.train_batch_size * self.batches_per_update
+        epochs = settings.num_train_epochs
+        self.max_train_steps = settings.max_train_steps or math.ceil(
+            epochs * data.epoch_length / self.samples_per_update
+        )
 
-        `identity` is what must be the same for an exact continuation; what differs is printed. Raises UserError if the
-        checkpoint has another state.
+    def resume(self, fixed: dict[str, Any], base: str, state: dict[str, ms.Parameter]) -> None:
+        """Loads `state` from the checkpoint, if there is one. Raises UserError if the checkpoint has another state.
+
+        `fixed` are the flags that must not change and `base` is a hash of the base model: for an exact continuation both are
+        the same as before. What differs is printed.
         """
-        self.identity = {"seed": self.seed, **identity}
         self.training_state = state
+        self.identity = {
+            "seed": self.seed,
+            "data": self.data.fingerprint(),
+            "base": base,
+            "samples_per_update": self.samples_per_update,
+            **fixed,
+        }
+        if len(self.data.sizes) > 1:  # a batch is of one bucket, so its size decides what an update sees
+            self.identity["batch_size"] = self.settings.train_batch_size
         if not self.checkpoint:
             return
         other_ranks = itertools.chain(*ranks.all_gather(list(state)))
@@ -100,58 +128,46 @@ class Run:
 
     def start(
         self,
-        *,
-        data: Any,
-        trainable: dict[str, int],
-        max_train_steps: int,
-        schedule_length: int,
         settings: memory.Settings,
+        schedule_length: int,
+        trainable: dict[str, int],
         write_weights: Callable[[Path], Any],
-        axis: str,
+        axis: str = "sigma",
     ) -> None:
-        """Opens the logs and the progress bar.
+        """Opens the logs.
 
-        `data` is an ImageData or PairData, `trainable` the number of trained parameters per model. `write_weights(folder)`
-        writes the weights of a checkpoint. `axis` says what tells timesteps apart in held-out losses: sigma or timestep.
+        `trainable` is the number of trained parameters per model. `write_weights(folder)` writes the weights of a checkpoint.
+        `axis` is what held-out losses are plotted over: sigma or timestep.
         """
-        self.data = data
-        self.max_train_steps = max_train_steps
-        self.schedule_length = schedule_length
         self.memory_settings = settings
-        self.accumulation = settings.gradient_accumulation_steps
+        self.schedule_length = schedule_length
         self.write_weights = write_weights
         self.axis = axis
-        self.seconds: list[float] = []
-        self.skipped = 0
         self.record = {
             "flags": self.flags,
             "seed": self.seed,
             "versions": tracking.package_versions(),
             "device": ms.get_context("device_target"),
-            "data": {"fingerprint": self.identity["data"], **data.facts()},
+            "data": {"fingerprint": self.identity["data"], **self.data.facts()},
             "trainable": trainable,
             "workers": ranks.world_size(),
         }
         self._print_summary()
-        self.tracker = self.curve = None
         if ranks.is_main_process():
             self._open_files()
         self.stop_request = StopRequest()
-        self.bar = tqdm(
-            total=max_train_steps,
-            initial=self.step,
-            unit="update",
-            dynamic_ncols=True,
-            disable=not ranks.is_main_process(),
-        )
+
+    def batch_range(self) -> tuple[int, int]:
+        """The numbers of the first batch of all ranks still to train on, and of the one after the last."""
+        return self.step * self.batches_per_update, self.max_train_steps * self.batches_per_update
 
     def _print_summary(self) -> None:
-        batch, samples = self.memory_settings.train_batch_size, self.data.epoch_length
-        epochs = self.max_train_steps * batch * self.accumulation * ranks.world_size() / samples
+        settings = self.settings
+        epochs = self.max_train_steps * self.samples_per_update / self.data.epoch_length
         print(
-            f"{samples:,} samples per epoch, {len(self.data.held_out)} held out; batch size {batch} x "
-            f"{self.accumulation} accumulation steps x {ranks.world_size()} devices; "
-            f"{self.max_train_steps} updates, {epochs:.1f} epochs; seed {self.seed}"
+            f"{self.data.epoch_length:,} samples per epoch, {len(self.data.held_out)} held out; batch size "
+            f"{settings.train_batch_size} x {settings.gradient_accumulation_steps} accumulation steps x "
+            f"{ranks.world_size()} devices; {self.max_train_steps} updates, {epochs:.1f} epochs; seed {self.seed}"
         )
 
     def _open_files(self) -> None:
@@ -167,9 +183,15 @@ class Run:
 
     def stopped(self) -> bool:
         """Whether Ctrl-C or SIGTERM has asked any rank to stop."""
+        if self.bar is None:
+            self.bar = self._progress_bar()
         stopped = any(ranks.all_gather(self.stop_request.exit_code))
         self._began = time.perf_counter()
         return stopped
+
+    def _progress_bar(self) -> tqdm:
+        hidden = not ranks.is_main_process()
+        return tqdm(total=self.max_train_steps, initial=self.step, unit="update", dynamic_ncols=True, disable=hidden)
 
     def update(self, losses: list[float], *, lr: float, grad_norm: Any, **values: float) -> None:
         """Counts and logs an update from the losses of this rank's micro-batches.
@@ -211,13 +233,13 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint of this update."""
-        state = ranks.collect(self.training_state)
+        state = ranks.gather_parameters(self.training_state)
         if self.tracker is not None:
             self._save(state)
         free_memory()  # PyNative leaves many small blocks
 
     def _save(self, state: dict[str, np.ndarray]) -> None:
-        if self.step >= self.max_train_steps:
+        if self.step >= self.max_train_steps and self.bar is not None:
             self.bar.close()
         self.tracker.flush()
 
@@ -253,31 +275,31 @@ class Run:
 
     def stop(self) -> int:
         """Ends a run that was interrupted, after `save`. Returns the exit code 130, as a shell reports Ctrl-C."""
-        self.bar.close()
         if ranks.is_main_process():
+            self.bar.close()
             self._write_run_json(finished=False)
             report.write_report(self.output_dir)
-            print(
-                f"saved {self.saved} after update {self.step}. Resume by the same command with --resume_from_checkpoint latest"
-            )
+            command = "the same command with --resume_from_checkpoint latest"
+            print(f"saved {self.saved} after update {self.step}. Resume it by {command}")
         ranks.finish()
         return 130
 
-    def finish(self, results: dict[str, Optional[Path]]) -> int:
-        """Ends a complete run: plot, report, upload. `results` are printed by name. Returns the exit code 0."""
+    def finish(self, name: str, result: Path, images: Optional[Path]) -> int:
+        """Ends a complete run: plot, report, upload. `name` says what `result` is. Returns the exit code 0."""
         if ranks.is_main_process():
             plot = self.curve.plot()
             self.tracker.close()
             self._write_run_json(finished=True)
             written = {
-                **results,
+                name: result,
+                "validation images": images,
                 "held-out loss plot": plot,
                 "curves": self.logging_dir if self.services else self.output_dir / "metrics.jsonl",
                 "report": report.write_report(self.output_dir),
             }
-            for name, path in written.items():
+            for what, path in written.items():
                 if path:
-                    print(f"{name}: {path}")
+                    print(f"{what}: {path}")
             self._push()
         ranks.finish()
         return 0
@@ -298,7 +320,7 @@ class Run:
             finished=finished,
             updates=self.step,
             skipped_updates=self.skipped,
-            seconds_per_step=float(np.median(steady)) / self.accumulation if steady else None,
+            seconds_per_step=float(np.median(steady)) / self.settings.gradient_accumulation_steps if steady else None,
             seconds_total=time.time() - self.started,
             seconds_to_first_update=self.seconds[0] if self.seconds else None,
             peak_memory_mb=tracking.peak_memory_mb(),
