@@ -66,6 +66,12 @@ def resolution_shift(image_tokens: int, config: dict) -> float:
     return math.exp(config["base_shift"] + slope * (image_tokens - low))
 
 
+def training_sigmas(sigmas: np.ndarray, timestep_shift: str, image_tokens: int, config: dict) -> np.ndarray:
+    """The sigmas [N] to train on: shifted by --timestep_shift, a number, or auto for `resolution_shift`."""
+    auto = timestep_shift == "auto"
+    return shift_sigmas(sigmas, resolution_shift(image_tokens, config) if auto else float(timestep_shift))
+
+
 def latent_scale(vae: dict) -> tuple:
     """(shift, scale) from a VAE's config: the model's latents are (z - shift) * scale.
 

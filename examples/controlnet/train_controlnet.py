@@ -16,13 +16,15 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
-from mindtune import diffusion, files, flags, flow, rng
+from mindtune import diffusion, files, flow, rng
 from mindtune.cli import run as run_script
 from mindtune.cli import tell
 from mindtune.data import columns, conditions, order, pair_data
 from mindtune.distributed import ranks
 from mindtune.encode.cache import component_fingerprint
 from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.flags import data_flags, output_flags, training_flags
+from mindtune.flags.parser import NO_EFFECT, Parser
 from mindtune.models import configs, controlnets, execution, loading, pipelines, precision, resolve, sampling
 from mindtune.models.train_step import TrainStep, train_all_weights
 from mindtune.optim import advice, averaging, optimizers, schedules
@@ -34,23 +36,23 @@ FOLDER = "controlnet"  # of the ControlNet in a checkpoint, as in diffusers
 
 
 def parse_args(argv=None):
-    parser = flags.Parser(__doc__)
-    flags.model(parser, pipeline="Stable Diffusion")
-    flags.controlnet(parser, copied="the UNet's first half")
+    parser = Parser(__doc__)
+    training_flags.model(parser, pipeline="Stable Diffusion")
+    training_flags.controlnet(parser, copied="the UNet's first half")
     parser.add("tokenizer_name", help="Directory or hub id of another tokenizer. Default: the pipeline's.")
-    flags.pairs(parser)
-    flags.images(parser, sample="pair", multiple=8, smallest=64)
+    data_flags.pairs(parser)
+    data_flags.images(parser, sample="pair", multiple=8, smallest=64)
     parser.section("training step")
     parser.add("snr_gamma", type=float, above=0, help="gamma of Min-SNR weighting, such as 5.0. Default: no weighting.")
-    flags.step(parser, sample="pair")
-    flags.optimizer(parser, learning_rate=5e-6, adam_weight_decay=1e-2)
-    flags.schedule(parser)
-    flags.ema(parser)
-    flags.output(parser, output_dir="controlnet-model")
-    flags.saved_dtype(parser)
-    flags.controlnet_validation(parser, num_inference_steps=20)
-    flags.guidance(parser, guidance_scale=7.5)
-    flags.no_effect(parser, *flags.NO_EFFECT)
+    training_flags.step(parser, sample="pair")
+    training_flags.optimizer(parser, learning_rate=5e-6, adam_weight_decay=1e-2)
+    training_flags.schedule(parser)
+    training_flags.ema(parser)
+    output_flags.output(parser, output_dir="controlnet-model")
+    output_flags.saved_dtype(parser)
+    output_flags.controlnet_validation(parser, num_inference_steps=20)
+    output_flags.guidance(parser, guidance_scale=7.5)
+    output_flags.no_effect(parser, *NO_EFFECT)
     return parser.parse_args(argv)
 
 
@@ -68,9 +70,7 @@ def find_models(args):
         weights=not args.dry_run,
     )
     unet = configs.read_config(root, "unet")
-    existing = resolve.controlnet(
-        args.controlnet_model_name_or_path, args.cache_dir, unet, weights=not args.dry_run
-    )
+    existing = resolve.controlnet(args.controlnet_model_name_or_path, args.cache_dir, unet, weights=not args.dry_run)
     tokenizer = resolve.tokenizer(args.tokenizer_name, args.cache_dir)
     return root, existing, tokenizer
 
@@ -81,8 +81,8 @@ def find_models(args):
 class Batches:
     """Makes batches from uses of pairs.
 
-    images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]), conditions [B, 3, H, W] in [0, 1], posterior
-    noise and noise [B, C, h, w], timesteps [B], prompt_embeds [B, L, D].
+    images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]), conditions [B, 3, H, W] in [0, 1],
+    posterior noise and noise [B, C, h, w], timesteps [B], prompt_embeds [B, L, D].
     """
 
     def __init__(self, args, stage, vae_config, num_train_timesteps):
@@ -163,9 +163,7 @@ class TrainStepForControlNet(TrainStep):
         return prediction, target, flow.get_sigmas(self.weights, timesteps)
 
     def forward(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds):
-        prediction, target, weights = self.predict(
-            images, conditions, posterior_noise, noise, timesteps, prompt_embeds
-        )
+        prediction, target, weights = self.predict(images, conditions, posterior_noise, noise, timesteps, prompt_embeds)
         loss = flow.weighted_mse(prediction, target, weights)
         return self.scale_loss(loss), loss
 
@@ -260,10 +258,10 @@ def main(argv=None):
     precision.freeze_params(unet, vae)
 
     # ---- add what is trained ----
-    controlnet = controlnets.load(existing) if existing else controlnets.unet_controlnet(unet, run.seed)
+    controlnet = controlnets.load_controlnet(existing) if existing else controlnets.unet_controlnet(unet, run.seed)
     weights = train_all_weights(controlnet, dtypes.compute)
     if args.gradient_checkpointing:
-        controlnets.recompute_unets(unet, controlnet)
+        controlnets.recompute_unet(unet, controlnet)
     models = {"unet": unet, "controlnet": controlnet, "vae": vae}
     print(precision.parameter_table(models, dtypes))
 

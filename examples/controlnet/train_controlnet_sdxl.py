@@ -16,13 +16,15 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
-from mindtune import diffusion, files, flags, flow, rng
+from mindtune import diffusion, files, flow, rng
 from mindtune.cli import run as run_script
 from mindtune.cli import tell
 from mindtune.data import columns, conditions, order, pair_data
 from mindtune.distributed import ranks
 from mindtune.encode.cache import component_fingerprint
 from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.flags import data_flags, output_flags, training_flags
+from mindtune.flags.parser import NO_EFFECT, Parser
 from mindtune.models import configs, controlnets, execution, loading, pipelines, precision, resolve, sampling
 from mindtune.models.train_step import TrainStep, train_all_weights
 from mindtune.optim import advice, averaging, optimizers, schedules
@@ -34,16 +36,16 @@ FOLDER = "controlnet"  # of the ControlNet in a checkpoint, as in diffusers
 
 
 def parse_args(argv=None):
-    parser = flags.Parser(__doc__)
-    flags.model(parser, pipeline="Stable Diffusion XL")
-    flags.controlnet(parser, copied="the UNet's first half")
+    parser = Parser(__doc__)
+    training_flags.model(parser, pipeline="Stable Diffusion XL")
+    training_flags.controlnet(parser, copied="the UNet's first half")
     parser.add("tokenizer_name", help="Directory or hub id of another first tokenizer. Default: the pipeline's.")
     parser.add(
         "pretrained_vae_model_name_or_path",
         help="Directory or hub id of another VAE. Default: the pipeline's, computed in fp32.",
     )
-    flags.pairs(parser)
-    flags.images(parser, sample="pair", multiple=8, smallest=64)
+    data_flags.pairs(parser)
+    data_flags.images(parser, sample="pair", multiple=8, smallest=64)
     parser.section("training step")
     for side in ("h", "w"):
         parser.add(
@@ -54,15 +56,15 @@ def parse_args(argv=None):
             help=f"{'Top' if side == 'h' else 'Left'} edge of the crop, in pixels, that SDXL is conditioned on.",
         )
     parser.add("snr_gamma", type=float, above=0, help="gamma of Min-SNR weighting, such as 5.0. Default: no weighting.")
-    flags.step(parser, sample="pair")
-    flags.optimizer(parser, learning_rate=5e-6, adam_weight_decay=1e-2)
-    flags.schedule(parser)
-    flags.ema(parser)
-    flags.output(parser, output_dir="controlnet-model")
-    flags.saved_dtype(parser)
-    flags.controlnet_validation(parser, num_inference_steps=20)
-    flags.guidance(parser, guidance_scale=5.0)
-    flags.no_effect(parser, *flags.NO_EFFECT)
+    training_flags.step(parser, sample="pair")
+    training_flags.optimizer(parser, learning_rate=5e-6, adam_weight_decay=1e-2)
+    training_flags.schedule(parser)
+    training_flags.ema(parser)
+    output_flags.output(parser, output_dir="controlnet-model")
+    output_flags.saved_dtype(parser)
+    output_flags.controlnet_validation(parser, num_inference_steps=20)
+    output_flags.guidance(parser, guidance_scale=5.0)
+    output_flags.no_effect(parser, *NO_EFFECT)
     return parser.parse_args(argv)
 
 
@@ -82,9 +84,7 @@ def find_models(args):
     )
     vae = resolve.vae(args.pretrained_vae_model_name_or_path, args.cache_dir, root, weights=not args.dry_run)
     unet = configs.read_config(root, "unet")
-    existing = resolve.controlnet(
-        args.controlnet_model_name_or_path, args.cache_dir, unet, weights=not args.dry_run
-    )
+    existing = resolve.controlnet(args.controlnet_model_name_or_path, args.cache_dir, unet, weights=not args.dry_run)
     tokenizer = resolve.tokenizer(args.tokenizer_name, args.cache_dir)
     return root, vae, existing, tokenizer
 
@@ -95,8 +95,8 @@ def find_models(args):
 class Batches:
     """Makes batches from uses of pairs.
 
-    images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]), conditions [B, 3, H, W] in [0, 1], posterior
-    noise and noise [B, C, h, w], timesteps [B], prompt_embeds [B, L, D],
+    images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]), conditions [B, 3, H, W] in [0, 1],
+    posterior noise and noise [B, C, h, w], timesteps [B], prompt_embeds [B, L, D],
     pooled_prompt_embeds [B, P], time_ids [B, 6].
     """
 
@@ -107,7 +107,7 @@ class Batches:
         self.num_train_timesteps = num_train_timesteps
 
     def make(self, uses):
-        """The arrays of a batch."""
+        """The arrays of a batch, in the order that `predict` takes them."""
         return order.stack([self.row(*use) for use in uses])
 
     def row(self, pair, size, draws):
@@ -140,7 +140,8 @@ class Batches:
 class TrainStepForControlNetSDXL(TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update.
 
-    A pure function of its inputs. `vae` is given if the images come as pixels, and computes in `vae_dtype`. Returns (scaled loss, loss), scalars.
+    A pure function of its inputs. `vae` is given if the images come as pixels,
+    and computes in `vae_dtype`. Returns (scaled loss, loss), scalars.
     """
 
     def __init__(self, controlnet, optimizer, scaler, args, *, unet, vae, vae_dtype, vae_config, scheduler_config):
@@ -163,7 +164,9 @@ class TrainStepForControlNetSDXL(TrainStep):
         self.alphas = ms.Tensor(alphas, ms.float32)
         self.weights = ms.Tensor(diffusion.min_snr_weights(alphas, args.snr_gamma, self.prediction_type), ms.float32)
 
-    def predict(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids):
+    def predict(
+        self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids
+    ):
         """Prediction and target [B, C, h, w], and weights [B, 1, 1, 1]."""
         if self.vae is not None:
             images = self.vae.encode(images.to(self.vae_dtype))[0]
@@ -192,7 +195,9 @@ class TrainStepForControlNetSDXL(TrainStep):
         target = diffusion.target(latents, noise, alphas, self.prediction_type)
         return prediction, target, flow.get_sigmas(self.weights, timesteps)
 
-    def forward(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids):
+    def forward(
+        self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids
+    ):
         prediction, target, weights = self.predict(
             images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids
         )
@@ -223,6 +228,7 @@ class ValidationSampler:
         return rows, [prompt for prompt, _ in self.prompts]
 
     def images(self, vae, prompt, condition):
+        empty = self.stage.unconditional()  # zeros, unless model_index.json says otherwise
         args = self.args
         compute_dtype = precision.resolve_precision(args.mixed_precision).compute
         pixels = conditions.condition_pixels(condition)
@@ -232,7 +238,7 @@ class ValidationSampler:
                 self.models["unet"],
                 self.scheduler_config,
                 self.stage.text(prompt),
-                self.stage.unconditional(),
+                empty,
                 rng.normal(self.seed, "validation", number, shape=shape),
                 args.num_inference_steps,
                 args.guidance_scale,
@@ -293,10 +299,10 @@ def main(argv=None):
     precision.freeze_params(unet, vae)
 
     # ---- add what is trained ----
-    controlnet = controlnets.load(existing) if existing else controlnets.unet_controlnet(unet, run.seed)
+    controlnet = controlnets.load_controlnet(existing) if existing else controlnets.unet_controlnet(unet, run.seed)
     weights = train_all_weights(controlnet, dtypes.compute)
     if args.gradient_checkpointing:
-        controlnets.recompute_unets(unet, controlnet)
+        controlnets.recompute_unet(unet, controlnet)
     models = {"unet": unet, "controlnet": controlnet, "vae": vae}
     print(precision.parameter_table(models, dtypes))
 

@@ -13,7 +13,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from mindtune.models.configs import read_config
 from mindtune.models.library import mindone
-from mindtune.models.loading import accepted_arguments
+from mindtune.models.loading import accepted_arguments, load_model
 from mindtune.models.named_parameters import (
     ParameterShape,
     check_tensors,
@@ -21,6 +21,7 @@ from mindtune.models.named_parameters import (
     model_parameters,
     parameter_shapes,
 )
+from mindtune.models.precision import resolve_precision
 from mindtune.models.replaced_layers import use_fast_ops
 from mindtune.models.shared_blocks import use_shared_blocks
 from mindtune.models.weights import stored_tensors
@@ -93,11 +94,17 @@ def controlnet_shapes(root: Path, base: str, num_layers: int = 0, num_single_lay
         return parameter_shapes(mindone.diffusers.ControlNetModel(**config))
 
 
-def recompute_unet(model: nn.Cell) -> None:
-    """Recomputes the activations of a UNet's or ControlNet's residual and transformer blocks in the backward pass.
+def load_controlnet(folder: Path) -> nn.Cell:
+    """An existing ControlNet in float32, to be trained on."""
+    return load_model(folder.parent, folder.name, resolve_precision("no"))
+
+
+def recompute_unet(*models: nn.Cell) -> None:
+    """Recomputes the activations of UNets' or ControlNets' residual and transformer blocks in the backward pass.
 
     mindone's own gradient checkpointing leaves out the first residual block of every level and all attention.
     """
-    for _, cell in model.cells_and_names():
-        if type(cell).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
-            cell.recompute()
+    for model in models:
+        for _, cell in model.cells_and_names():
+            if type(cell).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
+                cell.recompute()

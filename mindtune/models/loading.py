@@ -42,6 +42,8 @@ KNOWN_EXTRAS = (
     "shared.weight",
 )
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # the file that `save_model` writes
+
 
 def import_model_class_from_model_name_or_path(root: Path, subfolder: str = "text_encoder") -> type:
     """mindone's class of a text encoder, from architectures[0] of its config. Raises ValueError for any other class."""
@@ -188,7 +190,7 @@ def save_model(model: nn.Cell, folder: Path, dtype: ms.Type) -> None:
         name: np.asarray(parameter.to(ms.float32).asnumpy().astype(NUMPY_DTYPES[dtype]), order="C")
         for name, parameter in model_parameters(model).items()
     }
-    path = folder / "diffusion_pytorch_model.safetensors"
+    path = folder / WEIGHTS
     save_file(tensors, path, metadata={"format": "pt"})
     make_readable(path)
 

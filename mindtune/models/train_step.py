@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import nn
 
 from mindtune.models import library, precision
-from mindtune.models.loading import model_parameters
+from mindtune.models.named_parameters import model_parameters
 
 
 class TrainStep(library.TrainStep):
@@ -47,7 +47,7 @@ def train_all_weights(model: nn.Cell, compute: ms.Type) -> dict[str, ms.Paramete
 
     The weights stay float32 in mixed precision: MindSpore's optimizers update in the dtype of the parameter.
     """
-    precision.compute_in(model, compute).set_train(True)
+    precision.set_compute_dtype(model, compute).set_train(True)
     for parameter in model.get_parameters():
         parameter.requires_grad = True
     return model_parameters(model)
