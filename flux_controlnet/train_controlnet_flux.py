@@ -85,7 +85,8 @@ class Batches:
     """Makes batches from uses of pairs.
 
     images and conditions [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]); posterior noise of both
-    and noise [B, C, h, w]; indices of timesteps [B]; prompt_embeds [B, L, D]; pooled_prompt_embeds [B, P]; image ids [T, 3].
+    and noise [B, C, h, w]; indices of timesteps [B]; prompt_embeds [B, L, D]; pooled_prompt_embeds [B, P]; and image
+    ids [T, 3].
     """
 
     def __init__(self, args, stage, vae_config, num_train_timesteps):

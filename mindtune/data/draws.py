@@ -10,7 +10,9 @@ from mindtune import rng
 
 
 class TrainingDraws:
-    """Draws of use number `use` of a sample: functions of (seed, purpose, sample, use) alone, so a resumed run repeats them.
+    """Draws of use number `use` of a sample.
+
+    They are functions of (seed, purpose, sample, use) alone, so a resumed run repeats them.
 
     `group` separates the draws of instance images, class images and pairs.
     """
@@ -43,7 +45,10 @@ class TrainingDraws:
 
 
 class HeldOutDraws:
-    """Draws for the loss of a held-out sample at a timestep: the same at every evaluation, without crop, flip or empty caption."""
+    """Draws for the loss of a held-out sample at a timestep, the same at every evaluation.
+
+    Held-out samples are center-cropped, not flipped, and keep their caption.
+    """
 
     def __init__(self, seed: int, sample_id: int, timestep: int) -> None:
         self.seed, self.sample_id, self._timestep = seed, sample_id, timestep

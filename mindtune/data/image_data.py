@@ -1,4 +1,4 @@
-"""The images of a LoRA run: instance images, class images, and batches by position. `pair_data` is its twin for ControlNet."""
+"""The images of a LoRA run and its batches by position. `pair_data` is its twin for ControlNet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pairs of a ControlNet run: loading and checking them, and batches by position. `image_data` is its twin for LoRA."""
+"""The pairs of a ControlNet run and its batches by position. `image_data` is its twin for LoRA."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class PairData:
         return PairImages(self, random_flip, conditions)
 
     def fingerprint(self) -> str:
-        """A hash of the contents of every pair. That of a stream covers nothing: reading it would take as long as the run."""
+        """A hash of the contents of every pair, or of nothing for a stream, which is not read twice."""
         pairs = () if self.streaming else self.train
         return text_digest(pair.image.digest + pair.condition.digest + pair.caption for pair in pairs)
 

@@ -84,7 +84,7 @@ def generate(
     quota: dict[int, int],
     bucket_ids: np.ndarray,
 ) -> None:
-    """Generates the missing images in a child process. An image's number determines its noise, so numbers are not reused."""
+    """Generates missing images in a child process. An image's number determines its noise and is never reused."""
     folder = Path(settings.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for bucket, wanted in quota.items():

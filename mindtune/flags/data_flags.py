@@ -26,7 +26,7 @@ def pairs(parser: Parser) -> None:
     add(
         "train_data_dir",
         may_change=True,
-        help="Instead of --dataset_name: a directory of images with metadata.jsonl or .csv, parquet, arrow or .tar files.",
+        help="Instead of --dataset_name: a directory of images with metadata, or of parquet, arrow or .tar files.",
     )
     add(
         "jsonl_for_train",
@@ -67,7 +67,10 @@ def _check_pairs(args: Values) -> None:
 
 
 def images(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
-    """How images are checked, cropped and encoded. `sample` is image or pair; sides are multiples of `multiple` pixels."""
+    """How images are checked, cropped and encoded. `sample` is image or pair.
+
+    --resolution must be a multiple of `multiple` and at least `smallest` pixels.
+    """
     add = parser.add
     add("max_train_samples", type=int, minimum=1, help=f"Use only the first N {sample}s. Default: all.")
     add(

@@ -84,8 +84,8 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Declares --name. `settings` are argparse's; a default of False makes a switch.
 
-        Values must be at least `minimum`, above `above` and below `below`. With `may_change`, a resumed run may have another
-        value and is still the exact continuation of the run that was stopped.
+        Values must be at least `minimum`, above `above` and below `below`. With `may_change`, a resumed run may have
+        another value and is still the exact continuation of the run that was stopped.
         """
         if settings.get("default") is False:
             settings = {**settings, "action": "store_true"}

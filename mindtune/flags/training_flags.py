@@ -68,7 +68,7 @@ def flux(parser: Parser, weighting_scheme: str) -> None:
     add(
         "timestep_shift",
         default="1",
-        help="Shift of the timesteps towards noise: a number, or auto for the shift of the resolution. 1: none, as FLUX.1-dev.",
+        help="Shift of the timesteps towards noise: a number, or auto for that of the resolution. 1: no shift.",
     )
     add(
         "guidance_scale",
@@ -174,7 +174,7 @@ def optimizer(parser: Parser, learning_rate: float, adam_weight_decay: float) ->
         type=str.lower,
         choices=["adamw", "adamweightdecay", "prodigy", "adafactor"],
         default="adamw",
-        help="adamweightdecay is MindSpore's AdamW without bias correction. adafactor ignores the --adam_ flags but decay.",
+        help="adamweightdecay: MindSpore's AdamW without bias correction. adafactor ignores the adam_ betas.",
     )
     add("use_8bit_adam", default=False, help="AdamW with 8-bit moments: 2 bytes per parameter instead of 8.")
     add(

@@ -17,9 +17,9 @@ def pipeline(
     components: Iterable[str],
     weights: bool = True,
 ) -> Path:
-    """The directory of --pretrained_model_name_or_path. Without `weights`, for a memory plan, weight files may be missing.
+    """The directory of --pretrained_model_name_or_path, checked.
 
-    Raises UserError for whatever would fail or be wrong later.
+    Without `weights`, for a memory plan, weight files may be missing. Raises UserError.
     """
     root = pipelines.resolve_pipeline(name, revision, variant, cache_dir, components, weights=weights)
     loading.check_files(root, components if weights else loading.with_weights(root, components, variant), variant)
@@ -29,7 +29,7 @@ def pipeline(
 def controlnet(
     name: Optional[str], cache_dir: Optional[str], base_config: dict, weights: bool = True
 ) -> Optional[Path]:
-    """The directory of --controlnet_model_name_or_path, or None without one. It must fit the config of the base model."""
+    """The directory of --controlnet_model_name_or_path, which must fit the base model, or None."""
     if not name:
         return None
     folder = pipelines.resolve_controlnet(
@@ -41,7 +41,7 @@ def controlnet(
 
 
 def vae(name: Optional[str], cache_dir: Optional[str], root: Path, weights: bool = True) -> Optional[Path]:
-    """The directory of --pretrained_vae_model_name_or_path, or None without one. It must fit the UNet of the pipeline."""
+    """The directory of --pretrained_vae_model_name_or_path, which must fit the UNet, or None."""
     if not name:
         return None
     folder = pipelines.resolve_vae(

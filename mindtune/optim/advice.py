@@ -19,8 +19,8 @@ def on_settings(optimizer: str, schedule: Schedule, max_train_steps: int) -> lis
     rate, warmup = schedule.base, schedule.lr_warmup_steps
     if optimizer == "prodigy" and rate <= 0.1:
         messages.append(
-            f"--learning_rate {rate:g} with --optimizer prodigy: prodigy estimates the step size and multiplies it by this; "
-            "with 0.1 or less it hardly trains. 1.0 is usual."
+            f"--learning_rate {rate:g} with --optimizer prodigy: prodigy multiplies its own step size by this; with "
+            "0.1 or less it hardly trains. 1.0 is usual."
         )
     if optimizer != "prodigy" and rate >= 0.1:
         messages.append(
@@ -34,8 +34,8 @@ def on_settings(optimizer: str, schedule: Schedule, max_train_steps: int) -> lis
         )
     if schedule.lr_scheduler in DECAYING and schedule.length < max_train_steps:
         messages.append(
-            f"--lr_schedule_steps {schedule.length}: the schedule ends {max_train_steps - schedule.length} updates before "
-            "the run; after that the rate stays at or near 0."
+            f"--lr_schedule_steps {schedule.length}: the schedule ends {max_train_steps - schedule.length} updates "
+            "before the run; after that the rate stays at or near 0."
         )
     return messages
 

@@ -1,5 +1,4 @@
-"""Optimizers and learning-rate schedules. The learning rate is set from the host before every update, so that a schedule is a
-plain function of the update's number and nothing about it needs saving."""
+"""Optimizers: AdamW, MindSpore's AdamWeightDecay, 8-bit AdamW, Prodigy and Adafactor."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from mindtune.optim.adam8bit import AdamW8bit
 
 
 class Settings(NamedTuple):
-    """The optimizer and its hyperparameters, by the names of the flags. adafactor has no betas and no epsilon of its own."""
+    """The optimizer and its hyperparameters, by the names of the flags. adafactor ignores betas and epsilon."""
 
     optimizer: str = "adamw"
     use_8bit_adam: bool = False
@@ -35,7 +34,7 @@ class Settings(NamedTuple):
 
 
 def check_settings(name: str, *, use_8bit_adam: bool, offload_optimizer: bool, graph_mode: bool) -> None:
-    """Raises UserError where --use_8bit_adam or --offload_optimizer does not fit --optimizer `name`, the mode, or the other."""
+    """Raises UserError if --use_8bit_adam or --offload_optimizer does not fit the optimizer, the mode or the other."""
     if use_8bit_adam and name != "adamw":
         raise UserError(
             f"--use_8bit_adam with --optimizer {name}: 8-bit moments are for adamw; leave one of the two out."
@@ -91,22 +90,22 @@ def _create(settings: Settings, groups: list[dict]) -> nn.Optimizer:
 
 
 def set_learning_rates(optimizer: nn.Optimizer, rates: list[float]) -> None:
-    """One rate a parameter group, in the groups' order."""
+    """Sets one learning rate per parameter group, in the order of the groups."""
     distinct: dict[int, ms.Parameter] = {id(p): p for p in optimizer.learning_rate}
     for parameter, rate in zip(distinct.values(), rates):
-        # Not set_data: AdamWeightDecay, compiled in PyNative too, would go on reading the rate of its first update.
+        # Not set_data: AdamWeightDecay, compiled in PyNative too, would keep the rate of its first update.
         ops.assign(parameter, ms.Tensor(rate, ms.float32))
 
 
 def optimizer_state(optimizer: nn.Optimizer) -> dict[str, ms.Parameter]:
-    """Everything the optimizer remembers between updates except the weights and the learning rate, by a stable name."""
+    """The state that the optimizer keeps between updates, by name, without weights and learning rate."""
     own = {id(p) for p in optimizer.parameters} | {id(p) for p in optimizer.learning_rate}
-    # A share of the state (`zero.SharedOptimizer`) has the names that the whole has.
+    # A shard of the state (`zero1.ShardedOptimizer`) has the same names as the whole.
     return {re.sub(r"^(optimizer\.)?own\.", r"\1", p.name): p for p in optimizer.get_parameters() if id(p) not in own}
 
 
 def training_state(optimizer: nn.Cell, scaler: nn.Cell, **more: dict[str, ms.Parameter]) -> dict[str, ms.Parameter]:
-    """What a checkpoint holds besides the models' weights: the optimizer, fp16's loss scale, and `more` by its prefixes."""
+    """The state of a checkpoint: optimizer, fp16's loss scale, and `more`, whose names get the keyword as prefix."""
     state = {f"optimizer.{name}": parameter for name, parameter in optimizer_state(optimizer).items()}
     for prefix, parameters in more.items():
         state.update({f"{prefix}.{name}": parameter for name, parameter in parameters.items()})
@@ -126,19 +125,21 @@ def logged_values(optimizer: nn.Cell, scaler: nn.Cell) -> dict[str, float]:
 
 
 def state_bytes(optimizer: nn.Optimizer) -> int:
-    """Memory of what `optimizer_state` gives."""
+    """Bytes of the optimizer state on this device."""
     return sum(p.nbytes for p in optimizer_state(optimizer).values())
 
 
 class AdamW(nn.Optimizer):
     """Adam with decoupled weight decay and bias correction, torch.optim.AdamW's formula.
 
-    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2. The fused operator
-    of MindSpore computes p -= lr' (m / (sqrt(v) + eps') + wd' p) without correction; with c1 = 1 - beta1^t, c2 = 1 - beta2^t,
-    lr' = lr sqrt(c2) / c1, eps' = eps sqrt(c2) and wd' = wd lr / lr' make it the corrected formula.
+    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2. The fused
+    operator of MindSpore computes p -= lr' (m / (sqrt(v) + eps') + wd' p) without correction; with c1 = 1 -
+    beta1^t, c2 = 1 - beta2^t, lr' = lr sqrt(c2) / c1, eps' = eps sqrt(c2) and wd' = wd lr / lr' make it the
+    corrected formula.
 
-    With `offload` the moments are in the host's memory and updated there, by the operator that MindSpore's Adam has for this
-    (use_offload, graph mode); the device gets the change. What that saves and costs on Ascend was not measured by us.
+    With `offload` the moments are in the host's memory and updated there, by the operator that MindSpore's Adam has
+    for this (use_offload, graph mode); the device gets the change. What that saves and costs on Ascend was not
+    measured by us.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class AdamW(nn.Optimizer):
         correction1 = -ops.expm1(step * self.log_beta1)
         root2 = ops.sqrt(-ops.expm1(step * self.log_beta2))
         rate = root2 / correction1
-        # A map over each group, not a loop over parameters: of 380 it compiles in a second, not in ten.
+        # HyperMap over a group compiles in a tenth of the time of a loop: 380 parameters in one second instead of ten.
         for start, end in self.bounds:
             lr, decay = self.learning_rate[start] * rate, self.decay[start] / rate
             update = ops.partial(self.change, self.beta1, self.beta2, lr, self.eps * root2, decay)
@@ -193,9 +194,9 @@ def _adamw_on_host(beta1, beta2, lr, eps, decay, parameter, exp_avg, exp_avg_sq,
 class Prodigy(nn.Optimizer):
     """Adam whose step size is estimated while training; use a learning rate around 1.
 
-    Source: Mishchenko & Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner" (arXiv 2306.06101), algorithm 4, with
-    d0 = 1e-6. `decouple` decays weights as AdamW does; `safeguard_warmup` keeps the learning rate out of d's denominator so that a
-    warm-up does not overestimate it; `beta3` None means sqrt(beta2).
+    Source: Mishchenko & Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner" (arXiv 2306.06101),
+    algorithm 4, with d0 = 1e-6. `decouple` decays weights as AdamW does; `safeguard_warmup` keeps the learning rate
+    out of d's denominator so that a warm-up does not overestimate it; `beta3` None means sqrt(beta2).
     """
 
     def __init__(
@@ -257,12 +258,13 @@ class Prodigy(nn.Optimizer):
 
 
 class Adafactor(nn.Optimizer):
-    """Second moments of a matrix as the means of its rows and columns, no first moments; its steps are of the length of the rate.
+    """Second moments of a matrix as the means of its rows and columns, and no first moments.
 
-    Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost" (arXiv 1804.04235), algorithms 4 and 5,
-    with the rate as given: neither relative to the update's number nor to the size of the weights. beta2 is 1 - t^-0.8 (section 7.2),
-    an update above 1 in root mean square is scaled down to 1 (section 6), squares are kept above 1e-30. Weight decay is decoupled:
-    lr wd p. More than two axes are matrices of the last two; fewer keep whole second moments.
+    Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost" (arXiv 1804.04235),
+    algorithms 4 and 5, with the rate as given: neither relative to the update's number nor to the size of the
+    weights. beta2 is 1 - t^-0.8 (section 7.2), an update above 1 in root mean square is scaled down to 1 (section
+    6), squares are kept above 1e-30. Weight decay is decoupled: lr wd p. More than two axes are matrices of the
+    last two; fewer keep whole second moments.
     """
 
     def __init__(self, groups: list[dict]):

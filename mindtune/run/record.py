@@ -1,6 +1,7 @@
 """The record of a run: its output directory, checkpoints, logs, progress bar and interruption.
 
-A script calls a `Run`; a `Run` never calls the training step, the optimizer or the batches. Only the main process writes.
+A script calls a `Run`; a `Run` never calls the training step, the optimizer or the batches. Only the main process
+writes.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class Settings(NamedTuple):
 class Run:
     """One run, new or resumed.
 
-    `flags` are recorded in run.json; `results` are the names of the files that a finished run leaves in the output directory.
-    Creating a `Run` checks the output directory, the logging services and the hub, and writes nothing. Raises UserError.
+    `flags` are recorded in run.json; `results` are the names of the files that a finished run leaves in the output
+    directory. Creating a `Run` checks the output directory, the logging services and the hub, and writes nothing.
+    Raises UserError.
     """
 
     def __init__(self, settings: Settings, flags: dict[str, Any], results: tuple[str, ...]) -> None:
@@ -102,8 +104,8 @@ class Run:
     def resume(self, fixed: dict[str, Any], base: str, state: dict[str, ms.Parameter]) -> None:
         """Loads `state` from the checkpoint, if there is one. Raises UserError if the checkpoint has another state.
 
-        `fixed` are the flags that must not change and `base` is a hash of the base model: for an exact continuation both are
-        the same as before. What differs is printed.
+        `fixed` are the flags that must not change and `base` is a hash of the base model: for an exact continuation
+        both are the same as before. What differs is printed.
         """
         self.training_state = state
         self.identity = {
@@ -136,8 +138,8 @@ class Run:
     ) -> None:
         """Opens the logs.
 
-        `trainable` is the number of trained parameters per model. `write_weights(folder)` writes the weights of a checkpoint.
-        `axis` is what held-out losses are plotted over: sigma or timestep.
+        `trainable` is the number of trained parameters per model. `write_weights(folder)` writes the weights of a
+        checkpoint. `axis` is what held-out losses are plotted over: sigma or timestep.
         """
         self.memory_settings = settings
         self.schedule_length = schedule_length
@@ -221,14 +223,14 @@ class Run:
         self.bar.close()
         # The checkpoint of the update before has the weights that gave this loss: it may be bad too.
         good = [p for p in checkpoint.checkpoints(self.output_dir) if checkpoint.step_of(p) < self.step - 1]
+        last = good[-1] if good else "(none yet)"
         raise UserError(
-            f"update {self.step}: the loss is {logged['loss']}, the gradient norm {logged['grad_norm']}. This update was not "
-            f"saved; the last good checkpoint is {good[-1] if good else '(none yet)'}. Try a lower --learning_rate, or bf16 "
-            "instead of fp16."
+            f"update {self.step}: the loss is {logged['loss']}, the gradient norm {logged['grad_norm']}. This update "
+            f"was not saved; the last good checkpoint is {last}. Try a lower --learning_rate, or bf16 instead of fp16."
         )
 
     def due(self, every: float) -> bool:
-        """Whether a multiple of `every` updates has just been reached. Never at the end, which has its own validation."""
+        """Whether a multiple of `every` updates has just been reached. The end of the run has its own steps."""
         return self.step < self.max_train_steps and self.step // every > (self.step - 1) // every
 
     def save(self) -> None:

@@ -26,9 +26,9 @@ Rows = Sequence[Sequence[Image.Image]]
 class Validation:
     """Validates the trained models of a run on the main process. The other ranks wait at their next exchange.
 
-    `make_batch(uses)` makes the inputs of `step.predict`. `places` gives each timestep's place, from 0 (image) to 1 (noise).
-    `sampler.sample(final)` returns rows of images and a label per row, for `sampler.prompts`. With `ema` the averaged
-    weights are validated.
+    `make_batch(uses)` makes the inputs of `step.predict`. `places` gives each timestep's place, from 0 (image) to 1
+    (noise). `sampler.sample(final)` returns rows of images and a label per row, for `sampler.prompts`. With `ema`
+    the averaged weights are validated.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Validation:
         self.weights = ema.averaged if ema else contextlib.nullcontext
 
     def __call__(self, final: bool = False) -> Optional[Path]:
-        """Logs the held-out loss of this update and, after the first update, images. Returns the path of the image grid."""
+        """Logs the held-out loss and, after the first update, images. Returns the path of the image grid."""
         run = self.run
         if not ranks.is_main_process():
             return None
@@ -65,7 +65,7 @@ class Validation:
         return run.log_images(image_grid(rows, labels), final)
 
     def write_result(self, write: Callable[[Path], Any]) -> None:
-        """`write(folder)` writes the validated weights; its files replace those in the output directory. Main process only."""
+        """Puts the files that `write(folder)` makes of the validated weights into the output directory."""
         if ranks.is_main_process():
             with self.weights():
                 write_files_atomically(self.run.output_dir, write)
@@ -88,6 +88,6 @@ def match_conditions(prompts: list[str], paths: list[str]) -> list[tuple[str, st
 def load_conditions(
     pairs: list[tuple[str, str]], resolution: int, multiple: int, background: str
 ) -> list[tuple[str, Image.Image]]:
-    """(prompt, condition image) pairs, resized as `condition_image` does, transparent pixels as in the training data."""
+    """(prompt, condition image) pairs, resized by `condition_image`, on the background of the training data."""
     flag = "--validation_image"
     return [(prompt, condition_image(path, flag, resolution, multiple, background)) for prompt, path in pairs]
