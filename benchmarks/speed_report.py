@@ -1,5 +1,6 @@
 """The tables and the plot of docs/performance.md from benchmarks/results/speed.json. speed.py calls it."""
 
+import textwrap
 from functools import partial
 
 BEGIN, END = "<!-- made by benchmarks/speed.py: begin -->", "<!-- made by benchmarks/speed.py: end -->"
@@ -394,10 +395,11 @@ def tables(results):
         ("The limit", limit_table), ("Caches", script_table), ("Time outside the step", host_table), ("Encode stage", encode_table),
         ("Loading", loading_table), ("Growth", growth_table),
     ]  # fmt: skip
-    text = [
-        f"Machine: {computer['processor']}, {computer['cores']} cores, {computer['memory_gb']} GB, {computer['architecture']}. "
-        f"Versions: {packages}. {disturbances(results)}"
-    ]
+    machine = (
+        f"{computer['processor']}, {computer['cores']} cores, {computer['memory_gb']} GB, {computer['architecture']}"
+    )
+    machine = f"Machine: {machine}. Versions: {packages}. {disturbances(results)}"
+    text = ["\n".join(textwrap.fill(line, 100) for line in machine.split("\n"))]
     for title, make in parts:
         text.append((f"### {title}\n\n" if title else "") + make(results))
     return "\n".join(text)

@@ -25,7 +25,7 @@ def rooms() -> list[str]:
 
 
 def purpose(module: Path) -> str:
-    """The first sentence of a module's docstring, ready for a table cell. Raises ValueError if there is no docstring."""
+    """The first sentence of a module's docstring, for a table cell. Raises ValueError if there is no docstring."""
     text = ast.get_docstring(ast.parse(module.read_text()))
     if not text:
         raise ValueError(f"{module.relative_to(ROOT)}: has no docstring; docs/design.md takes its first sentence")
