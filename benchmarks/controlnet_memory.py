@@ -2,10 +2,10 @@
 
     python benchmarks/controlnet_memory.py [data] [recompute]            about ten minutes on two cores
 
-data: train_controlnet_flux.py on 500 and on 50,000 pairs, memory-mapped and streamed; the peak of the training process's own memory
-(RssAnon: mapped files, which the system takes back at will, apart), read from /proc every 20 ms. Linux only.
-recompute: training thin, deep blocks (4 + 8, and 4 + 4 in the ControlNet) on many tokens (1,088, batch 2), with and without
---gradient_checkpointing, in graph mode and PyNative; the same peak.
+data: train_controlnet_flux.py on 500 and on 50,000 pairs, memory-mapped and streamed; the peak of the training
+process's own memory (RssAnon: mapped files, which the system takes back at will, apart), read from /proc every 20 ms.
+Linux only. recompute: training thin, deep blocks (4 + 8, and 4 + 4 in the ControlNet) on many tokens (1,088, batch 2),
+with and without --gradient_checkpointing, in graph mode and PyNative; the same peak.
 """
 
 import argparse

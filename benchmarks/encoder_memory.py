@@ -1,9 +1,10 @@
-"""Does the training process really do without the encoders? Peak and final resident memory of three ways to the same adapter.
+"""Does the training process really do without the encoders? Peak and final resident memory of three ways to the same
+adapter.
 
     python benchmarks/encoder_memory.py [--mode 0|1]            about four minutes on two cores
 
-A tiny transformer beside encoders of a real weight (the VAE of FLUX.1-dev, a CLIP of 0.1 GB and a T5 of 0.4 GB, random) is trained
-by train_dreambooth_lora_flux.py with cached text and latents, each way in a fresh process:
+A tiny transformer beside encoders of a real weight (the VAE of FLUX.1-dev, a CLIP of 0.1 GB and a T5 of 0.4 GB, random)
+is trained by train_dreambooth_lora_flux.py with cached text and latents, each way in a fresh process:
 
     ours     the encoders run in the script's child process, as always
     deleted  the training process loads them, encodes, casts them to half, deletes them, then trains ("fake delete")

@@ -1,12 +1,14 @@
-"""FLUX.1-dev's transformer at its true size, trained on a CPU: 19 + 38 blocks, width 3072, 11.9 billion random weights, loaded as int8.
+"""FLUX.1-dev's transformer at its true size, trained on a CPU: 19 + 38 blocks, width 3072, 11.9 billion random weights,
+loaded as int8.
 
     python benchmarks/full_size.py [--work FOLDER] [--try]      24 GB of disk, 24 GB of memory, about half an hour on two cores
 
-Writes the transformer in the hub's sharded layout, bfloat16, shard by shard, beside FLUX.1-dev's VAE and encoders that are thin but for
-their outputs' widths (768 and 4096; what they cost is the encode stage's affair). Then flux_lora/train_dreambooth_lora_flux.py trains a
-LoRA of rank 16 at 256 pixels (256 image and 512 text tokens) with --base_precision int8 and --gradient_checkpointing in graph mode, in a
-process of its own. Its own memory (RssAnon: mapped files, which the system takes back at will, apart) is read every 50 ms.
---try does the same with 2 + 4 narrow blocks. The pipeline is deleted at the end. Linux only.
+Writes the transformer in the hub's sharded layout, bfloat16, shard by shard, beside FLUX.1-dev's VAE and encoders that
+are thin but for their outputs' widths (768 and 4096; what they cost is the encode stage's affair). Then
+flux_lora/train_dreambooth_lora_flux.py trains a LoRA of rank 16 at 256 pixels (256 image and 512 text tokens) with
+--base_precision int8 and --gradient_checkpointing in graph mode, in a process of its own. Its own memory (RssAnon:
+mapped files, which the system takes back at will, apart) is read every 50 ms. --try does the same with 2 + 4 narrow
+blocks. The pipeline is deleted at the end. Linux only.
 """
 
 import argparse

@@ -1,14 +1,16 @@
-"""What loading a model needs of memory beside its weights, and how long it takes: `models.load_model` and mindone's `from_pretrained`.
+"""What loading a model needs of memory beside its weights, and how long it takes: `models.load_model` and mindone's
+`from_pretrained`.
 
     python benchmarks/loading.py            about two minutes on two cores; 2.5 GB in the temporary folder, 4 GB of memory
 
-A random FLUX transformer of 266 million parameters (1.06 GB in float32) is written as float32, in one file and in four, and as bfloat16,
-and loaded as either type, each time in a process of its own.
+A random FLUX transformer of 266 million parameters (1.06 GB in float32) is written as float32, in one file and in four,
+and as bfloat16, and loaded as either type, each time in a process of its own.
 
-How memory is counted: the process reads RssAnon in /proc/self/status before it loads; from then on its parent reads it every 2 ms. The
-growth of the highest reading, by the weights' size as they lie in memory, is `peak`. RssAnon is memory that only the process has: pages of
-a mapped file, which the system takes back at will, do not count. `with files` is the growth of VmHWM over the VmRSS before, the same with
-those pages. Files are in the system's cache: seconds are those of copying and casting, not of a disk. Linux only.
+How memory is counted: the process reads RssAnon in /proc/self/status before it loads; from then on its parent reads it
+every 2 ms. The growth of the highest reading, by the weights' size as they lie in memory, is `peak`. RssAnon is memory
+that only the process has: pages of a mapped file, which the system takes back at will, do not count. `with files` is
+the growth of VmHWM over the VmRSS before, the same with those pages. Files are in the system's cache: seconds are those
+of copying and casting, not of a disk. Linux only.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""Is memory given back? The training process's own memory around the encode stage and around every validation, and over a long run.
+"""Is memory given back? The training process's own memory around the encode stage and around every validation, and over
+a long run.
 
     python benchmarks/memory_back.py [rounds] [leak]            about half an hour on two cores
 
-rounds: each script trains with cached text and latents and looks three times, on a tiny pipeline whose VAE is as large as FLUX.1-dev's
-(335 MB in float32; it is loaded to draw). RssAnon of the process, from /proc: memory that only it has, without mapped files.
-leak: 500 updates, validation and a checkpoint every 50, on the tiny pipeline; RssAnon after each checkpoint. Linux only.
-Writes benchmarks/results/memory_back.json.
+rounds: each script trains with cached text and latents and looks three times, on a tiny pipeline whose VAE is as large
+as FLUX.1-dev's (335 MB in float32; it is loaded to draw). RssAnon of the process, from /proc: memory that only it has,
+without mapped files. leak: 500 updates, validation and a checkpoint every 50, on the tiny pipeline; RssAnon after each
+checkpoint. Linux only. Writes benchmarks/results/memory_back.json.
 """
 
 import argparse
@@ -62,8 +63,19 @@ def flags(kind, work, updates, every):
     words += ["--validation_prompt", "a red circle"]
     if kind == "lora":
         # Four pictures of eight uses: an epoch is three pictures and so three halves of an update.
-        return [*words, "--instance_data_dir", work / "pairs" / "images", "--instance_prompt", "a circle", "--repeats", 2 * every // 3,
-                "--validation_epochs", 1, "--max_sequence_length", 16]  # fmt: skip
+        return [
+            *words,
+            "--instance_data_dir",
+            work / "pairs" / "images",
+            "--instance_prompt",
+            "a circle",
+            "--repeats",
+            2 * every // 3,
+            "--validation_epochs",
+            1,
+            "--max_sequence_length",
+            16,
+        ]
     words += ["--train_data_dir", work / "pairs", "--validation_image", work / "pairs" / "conditioning" / "000000.png"]
     words += ["--validation_steps", every]
     if kind == "controlnet":

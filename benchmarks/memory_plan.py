@@ -1,9 +1,10 @@
-"""How near is the memory plan to what a run takes? Every setting is a run of a script, three updates, on random weights.
+"""How near is the memory plan to what a run takes? Every setting is a run of a script, three updates, on random
+weights.
 
     python benchmarks/memory_plan.py [--only TEXT]            about twenty minutes on two cores; 7 GB of memory
 
-Reads the prediction and the measured peak (VmHWM of the training process) from run.json. `mid` and `wide` are the sizes of
-benchmarks/workload.py: wide has FLUX.1-dev's true blocks. Prints errors, their median and the worst, and writes
+Reads the prediction and the measured peak (VmHWM of the training process) from run.json. `mid` and `wide` are the sizes
+of benchmarks/workload.py: wide has FLUX.1-dev's true blocks. Prints errors, their median and the worst, and writes
 benchmarks/results/memory_plan.json.
 """
 
@@ -25,9 +26,11 @@ from make_tiny_pipeline import make_flux, make_sd15, make_sdxl
 from shapes import make_folder
 
 SCRIPTS = {
-    "lora": "flux_lora/train_dreambooth_lora_flux.py", "controlnet": "flux_controlnet/train_controlnet_flux.py",
-    "sd": "examples/controlnet/train_controlnet.py", "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
-}  # fmt: skip
+    "lora": "flux_lora/train_dreambooth_lora_flux.py",
+    "controlnet": "flux_controlnet/train_controlnet_flux.py",
+    "sd": "examples/controlnet/train_controlnet.py",
+    "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
+}
 UNET = {"block_out_channels": [64, 128, 128], "norm_num_groups": 32}
 # Script, pipeline, and the flags of a setting; --mindspore_mode 0 is a graph.
 SETTINGS = [

@@ -1,7 +1,9 @@
-"""Floating-point operations of a training step, counted from the shapes: its matrix products and convolutions and nothing else.
+"""Floating-point operations of a training step, counted from the shapes: its matrix products and convolutions and
+nothing else.
 
-A product of [m, k] and [k, n] counts 2 m k n. In the backward pass each factor that needs a gradient costs as much again: an activation
-does if something before it trains, a weight if it trains itself. What no loss reaches is not counted; nothing is computed twice.
+A product of [m, k] and [k, n] counts 2 m k n. In the backward pass each factor that needs a gradient costs as much
+again: an activation does if something before it trains, a weight if it trains itself. What no loss reaches is not
+counted; nothing is computed twice.
 """
 
 

@@ -1,12 +1,14 @@
-"""How fast training is here, by mindone's modules as they are, and in PyTorch with diffusers: the numbers of docs/performance.md.
+"""How fast training is here, by mindone's modules as they are, and in PyTorch with diffusers: the numbers of
+docs/performance.md.
 
     python benchmarks/speed.py [SECTION ...] [--torch .venv-parity/bin/python]            (make bench)
 
-Sections: steps, first, limit, cached, encode, host, growth, loading; all of them take about 45 minutes on two cores that do nothing else,
-10 GB in the temporary folder and 20 GB of memory. Every measurement is a process of its own, and what is compared runs in turn, A B A B.
-Numbers go to benchmarks/results/speed.json, where the other sections keep theirs, tables and plot to docs/. A process that fails is
-recorded with the line that names its error. Beside other work the numbers are worth nothing: what others took of the processors is
-recorded, and the page says so. `--try` runs everything once, shortly, at the smallest size, and keeps nothing. Linux only.
+Sections: steps, first, limit, cached, encode, host, growth, loading; all of them take about 45 minutes on two cores
+that do nothing else, 10 GB in the temporary folder and 20 GB of memory. Every measurement is a process of its own, and
+what is compared runs in turn, A B A B. Numbers go to benchmarks/results/speed.json, where the other sections keep
+theirs, tables and plot to docs/. A process that fails is recorded with the line that names its error. Beside other work
+the numbers are worth nothing: what others took of the processors is recorded, and the page says so. `--try` runs
+everything once, shortly, at the smallest size, and keeps nothing. Linux only.
 """
 
 import argparse
@@ -44,7 +46,8 @@ WAYS = {
     "PyTorch": ("step_torch.py", {}),
     "PyTorch, compiled": ("step_torch.py", {"compile": True}),
 }
-# Kind, size, updates a process, and rounds of each way. mindone's modules at `deep` compile for minutes: the section `first` has them.
+# Kind, size, updates a process, and rounds of each way. mindone's modules at `deep` compile for minutes: the section
+# `first` has them.
 STEPS = [
     ("flux_lora", "mid", 8, {"ours": 3, "ours, PyNative": 1, "mindone": 3, "PyTorch": 3, "PyTorch, compiled": 1}),
     ("flux_lora", "wide", 3, {"ours": 2, "ours, PyNative": 1, "mindone": 2, "PyTorch": 2}),
@@ -149,9 +152,19 @@ class Bench:
     def train(self, form, root=SHAPES, count=32, side=64, length=12, updates=60, batch=4, flags=()):
         """The training script once, as `form` of train_script.py says."""
         return self.run(
-            "train_script.py", do="train", form=form, root=root, pictures=self.pictures(count, side), out=self.new("out"), side=side,
-            length=length, batch=batch, updates=6 if self.short else updates, warmup=3, flags=list(flags),
-        )  # fmt: skip
+            "train_script.py",
+            do="train",
+            form=form,
+            root=root,
+            pictures=self.pictures(count, side),
+            out=self.new("out"),
+            side=side,
+            length=length,
+            batch=batch,
+            updates=6 if self.short else updates,
+            warmup=3,
+            flags=list(flags),
+        )
 
     def encode(self, job):
         """The encode stage once, into an empty cache."""
@@ -207,8 +220,8 @@ def once(bench, way, job, updates):
 
 
 def first(bench):
-    """From the start of a process to the end of its first and second update, deep: ours twice, the second time with what the first
-    one may have left on disk; and the others."""
+    """From the start of a process to the end of its first and second update, deep: ours twice, the second time with
+    what the first one may have left on disk; and the others."""
     bench.cache = bench.new("cache")
     job = bench.step_job("flux_lora", "mid" if bench.short else "deep")
     return {

@@ -1,9 +1,10 @@
-"""One process of the speed benchmark on MindSpore (speed.py starts it): does the job that a JSON file describes, prints a line of JSON.
+"""One process of the speed benchmark on MindSpore (speed.py starts it): does the job that a JSON file describes, prints
+a line of JSON.
 
     python benchmarks/step_mindspore.py JOB.json
 
-The steps are the scripts' own, put together as the parity check puts them together (tests/parity/cases.py). The side `plain` has
-mindone's modules as mindone loads them, without our operators and blocks.
+The steps are the scripts' own, put together as the parity check puts them together (tests/parity/cases.py). The side
+`plain` has mindone's modules as mindone loads them, without our operators and blocks.
 """
 
 import json
@@ -118,9 +119,15 @@ def updates(job):
         ends.append(time.time() - job["started"])
         after = after or memory()
     return {
-        "update": float(np.median(seconds[job["warmup"] :])), "all": seconds, "first": ends[0], "second": ends[1], "losses": losses,
-        "loaded_mb": before["now"], "graph_mb": after["peak"] - before["peak"], "peak_mb": memory()["peak"],
-    }  # fmt: skip
+        "update": float(np.median(seconds[job["warmup"] :])),
+        "all": seconds,
+        "first": ends[0],
+        "second": ends[1],
+        "losses": losses,
+        "loaded_mb": before["now"],
+        "graph_mb": after["peak"] - before["peak"],
+        "peak_mb": memory()["peak"],
+    }
 
 
 class Product(nn.Cell):

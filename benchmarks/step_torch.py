@@ -1,9 +1,10 @@
-"""One process of the speed benchmark on PyTorch and diffusers (speed.py starts it): does the job of a JSON file, prints a line of JSON.
+"""One process of the speed benchmark on PyTorch and diffusers (speed.py starts it): does the job of a JSON file, prints
+a line of JSON.
 
     python benchmarks/step_torch.py JOB.json
 
-Models, loss and step are those of the parity check's PyTorch side (tests/parity/reference.py): diffusers' models and peft's LoRA, text
-and latents computed beforehand, float32, as many threads as PyTorch chooses, its fused attention.
+Models, loss and step are those of the parity check's PyTorch side (tests/parity/reference.py): diffusers' models and
+peft's LoRA, text and latents computed beforehand, float32, as many threads as PyTorch chooses, its fused attention.
 """
 
 import json
@@ -56,9 +57,13 @@ def updates(job):
         ends.append(time.time() - job["started"])
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return {
-        "update": float(np.median(seconds[job["warmup"] :])), "all": seconds, "first": ends[0], "second": ends[1], "losses": losses,
+        "update": float(np.median(seconds[job["warmup"] :])),
+        "all": seconds,
+        "first": ends[0],
+        "second": ends[1],
+        "losses": losses,
         "peak_mb": int(peak.split()[1]) / 1024,
-    }  # fmt: skip
+    }
 
 
 def count(job):

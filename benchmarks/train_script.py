@@ -1,4 +1,5 @@
-"""One process of the speed benchmark that runs flux_lora/train_dreambooth_lora_flux.py or its encode stage (speed.py starts it).
+"""One process of the speed benchmark that runs flux_lora/train_dreambooth_lora_flux.py or its encode stage (speed.py
+starts it).
 
     python benchmarks/train_script.py JOB.json
 
@@ -80,9 +81,15 @@ class WithText(nn.Cell):
     ):
         states = self.t5(encoder_hidden_states.astype(ms.int32))[0]
         return self.transformer(
-            hidden_states=hidden_states, timestep=timestep, guidance=guidance, pooled_projections=pooled_projections,
-            encoder_hidden_states=states, txt_ids=txt_ids, img_ids=img_ids, return_dict=return_dict,
-        )  # fmt: skip
+            hidden_states=hidden_states,
+            timestep=timestep,
+            guidance=guidance,
+            pooled_projections=pooled_projections,
+            encoder_hidden_states=states,
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+            return_dict=return_dict,
+        )
 
 
 class PlainStep(WatchedStep):
@@ -127,20 +134,35 @@ def train(job):
     script.TrainStepForFluxDevDB = {"seeds": PlainStep, "seeds text": StepWithText}.get(job["form"], WatchedStep)
     watch_data()
     clocks = time.time() - time.perf_counter()
-    flags = {"pretrained_model_name_or_path": job["root"], "instance_data_dir": job["pictures"], "output_dir": job["out"],
-             "resolution": job["side"], "max_sequence_length": job["length"], "lora_rank": 16, "seed": 0, "report_to": "none",
-             "train_batch_size": job["batch"], "max_train_steps": job["updates"]}  # fmt: skip
+    flags = {
+        "pretrained_model_name_or_path": job["root"],
+        "instance_data_dir": job["pictures"],
+        "output_dir": job["out"],
+        "resolution": job["side"],
+        "max_sequence_length": job["length"],
+        "lora_rank": 16,
+        "seed": 0,
+        "report_to": "none",
+        "train_batch_size": job["batch"],
+        "max_train_steps": job["updates"],
+    }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     script.main(words + job["flags"] + (["--cache_latents"] if job["form"] == "cached" else []))
     skipped = job["warmup"]
     ends = [end for _, end in CALLS]
     calls, periods = [end - began for began, end in CALLS][skipped:], np.diff(ends)[skipped - 1 :]
     return {
-        "update": float(np.median(periods)), "in_step": float(np.median(calls)), "outside": 1.0 - sum(calls) / sum(periods),
-        "pictures_a_second": job["batch"] / float(np.median(periods)), "first": ends[0] + clocks - job["started"],
-        "first_wait": WAITS[0], "waited": sum(WAITS[1:]) / (ends[-1] - ends[0]), "late": sum(wait > 1e-3 for wait in WAITS[1:]),
-        "batches": len(WAITS), "peak_mb": memory()["peak"],
-    }  # fmt: skip
+        "update": float(np.median(periods)),
+        "in_step": float(np.median(calls)),
+        "outside": 1.0 - sum(calls) / sum(periods),
+        "pictures_a_second": job["batch"] / float(np.median(periods)),
+        "first": ends[0] + clocks - job["started"],
+        "first_wait": WAITS[0],
+        "waited": sum(WAITS[1:]) / (ends[-1] - ends[0]),
+        "late": sum(wait > 1e-3 for wait in WAITS[1:]),
+        "batches": len(WAITS),
+        "peak_mb": memory()["peak"],
+    }
 
 
 def encode_pictures(job):

@@ -2,11 +2,12 @@
 
     python benchmarks/workers.py [--updates 60]
 
-Trains a LoRA and a ControlNet of examples/tiny/flux-shapes with 1, 2 and 3 workers under msrun, the same batch on each, and prints
-of each: seconds an update, pictures a second, memory of the first worker, bytes of optimizer state, and bytes between all workers an
-update. These are counted on the loopback device of a network namespace of the job's own (`unshare`; without the right to make one they
-are left out) and include what the workers say to one another besides gradients. msrun itself keeps a core busy: where workers and msrun
-have no core each, the times show how cores are shared, not what a worker costs. Writes benchmarks/results/workers.json.
+Trains a LoRA and a ControlNet of examples/tiny/flux-shapes with 1, 2 and 3 workers under msrun, the same batch on each,
+and prints of each: seconds an update, pictures a second, memory of the first worker, bytes of optimizer state, and
+bytes between all workers an update. These are counted on the loopback device of a network namespace of the job's own
+(`unshare`; without the right to make one they are left out) and include what the workers say to one another besides
+gradients. msrun itself keeps a core busy: where workers and msrun have no core each, the times show how cores are
+shared, not what a worker costs. Writes benchmarks/results/workers.json.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python examples/demo_flux_controlnet.py [--output_dir out/demo-controlnet] [--max_train_steps 1000]      (make demo-controlnet)
 
-The base is examples/tiny/flux-shapes, which draws a shape of a caption at some place in some size. The demonstration trains a
-ControlNet on outlines, draws pairs of colour and shape that neither has seen, and measures how far the drawn shape covers the outlined
-one (intersection over union), with the ControlNet and without.
+The base is examples/tiny/flux-shapes, which draws a shape of a caption at some place in some size. The demonstration
+trains a ControlNet on outlines, draws pairs of colour and shape that neither has seen, and measures how far the drawn
+shape covers the outlined one (intersection over union), with the ControlNet and without.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""DreamBooth LoRA in small: teaches a checkered circle, which the base model has never seen, from six pictures, on a CPU.
+"""DreamBooth LoRA in small: teaches a checkered circle, which the base model has never seen, from six pictures, on a
+CPU.
 
     python examples/demo_flux_lora.py [--output_dir out/demo]        (make demo)
 
-The base is examples/tiny/flux-shapes, a small FLUX that was trained to draw plain shapes. The demonstration trains an adapter, draws
-with and without it from the same noise, and counts how often the subject appears.
+The base is examples/tiny/flux-shapes, a small FLUX that was trained to draw plain shapes. The demonstration trains an
+adapter, draws with and without it from the same noise, and counts how often the subject appears.
 """
 
 import argparse

@@ -3,9 +3,10 @@
     python examples/tiny/evaluate_shapes.py --folder FOLDER       (a folder that shapes.py wrote: checks the evaluator itself)
     python examples/tiny/evaluate_shapes.py --pipeline DIR        (a trained pipeline: draws captions of pairs it never saw)
 
-Three verdicts a picture: background right, colour right, shape right. It knows nothing of how the picture was made: the background is
-the most frequent palette colour along the border, the shape is what is not background, its colour the most frequent palette colour
-there, and its kind the one whose drawing, at that place and size, overlaps it best (intersection over union).
+Three verdicts a picture: background right, colour right, shape right. It knows nothing of how the picture was made: the
+background is the most frequent palette colour along the border, the shape is what is not background, its colour the
+most frequent palette colour there, and its kind the one whose drawing, at that place and size, overlaps it best
+(intersection over union).
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ def overlap(image: Image.Image, target: Image.Image) -> float:
 
 
 def is_subject(image: Image.Image, colours: tuple[str, str]) -> bool:
-    """Does the picture show a shape checkered in these two colours? Each covers a quarter of it at least, and squares of the right
-    width, laid over it where they fit best, agree with four fifths of its pixels (half would be chance)."""
+    """Does the picture show a shape checkered in these two colours? Each covers a quarter of it at least, and squares
+    of the right width, laid over it where they fit best, agree with four fifths of its pixels (half would be
+    chance)."""
     pixels = np.asarray(image.convert("RGB"), np.float32)
     size = len(pixels)
     first, second = (np.square(pixels - COLOURS[name]).sum(-1) for name in colours)

@@ -52,8 +52,8 @@ def make_clip_tokenizer(folder: Path, captions: list[str], **specials: str):
     from transformers import CLIPTokenizer
     from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-    # Naming the word endings up front fixes their ids, which decide between pairs of the same count. Left to the trainer
-    # they come in the order of a hash table, and the merges differ from run to run.
+    # Naming the word endings up front fixes their ids, which decide between pairs of the same count. Left to the
+    # trainer they come in the order of a hash table, and the merges differ from run to run.
     endings = [c + "</w>" for c in string.ascii_lowercase + ","]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,12 +1,13 @@
-"""Trains a small FLUX on the world of shapes.py: transformer, CLIP and T5 together, from noise. MindSpore, two CPU cores, hours.
+"""Trains a small FLUX on the world of shapes.py: transformer, CLIP and T5 together, from noise. MindSpore, two CPU
+cores, hours.
 
     python examples/tiny/pretrain_tiny_vae.py WORK/vae            first (PyTorch, an extra: see there)
     python examples/tiny/pretrain_tiny_flux.py WORK --steps 8000
 
-Writes WORK/flux-shapes, a complete pipeline directory. Stopped at any moment and started again, it goes on from WORK/state, written
-every 250 steps. The building blocks are the training scripts': mindone's FluxTransformer2DModel and TrainStep, mindtune's mathematics,
-optimizer and checkpoints. CLIP and T5 train along because FLUX gives text tokens no positions: a frozen random T5 can hardly tell "red
-on blue" from "blue on red".
+Writes WORK/flux-shapes, a complete pipeline directory. Stopped at any moment and started again, it goes on from
+WORK/state, written every 250 steps. The building blocks are the training scripts': mindone's FluxTransformer2DModel and
+TrainStep, mindtune's mathematics, optimizer and checkpoints. CLIP and T5 train along because FLUX gives text tokens no
+positions: a frozen random T5 can hardly tell "red on blue" from "blue on red".
 """
 
 from __future__ import annotations
@@ -40,9 +41,14 @@ SIDE, TOKENS = 64, 12
 SAVE_EVERY, AVERAGE_EVERY = 250, 10  # steps
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMER = {
-    "num_layers": 2, "num_single_layers": 5, "num_attention_heads": 6, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12],
-    "joint_attention_dim": 96, "pooled_projection_dim": 96,
-}  # fmt: skip
+    "num_layers": 2,
+    "num_single_layers": 5,
+    "num_attention_heads": 6,
+    "attention_head_dim": 32,
+    "axes_dims_rope": [8, 12, 12],
+    "joint_attention_dim": 96,
+    "pooled_projection_dim": 96,
+}
 CLIP = {
     "hidden_size": 96,
     "intermediate_size": 192,

@@ -1,11 +1,12 @@
-"""Trains the small world's VAE: FLUX's architecture (16 latent channels, 4 levels, no quant convolutions), narrow. PyTorch, an extra.
+"""Trains the small world's VAE: FLUX's architecture (16 latent channels, 4 levels, no quant convolutions), narrow.
+PyTorch, an extra.
 
     pip install torch==2.13.0 diffusers==0.35.2
     python examples/tiny/pretrain_tiny_vae.py OUT --steps 4000        about 20 minutes on two cores
 
-Writes OUT/config.json and OUT/diffusion_pytorch_model.safetensors, which mindone's AutoencoderKL reads. This is the one place where
-MindTune uses PyTorch: MindSpore's convolution gradients on the CPU take ten times as long. Stopped and started again, it goes on from
-OUT/state.pt, written every 200 steps.
+Writes OUT/config.json and OUT/diffusion_pytorch_model.safetensors, which mindone's AutoencoderKL reads. This is the one
+place where MindTune uses PyTorch: MindSpore's convolution gradients on the CPU take ten times as long. Stopped and
+started again, it goes on from OUT/state.pt, written every 200 steps.
 """
 
 import argparse
@@ -40,9 +41,11 @@ CONFIG = {
 
 
 def batch(seed, step, size, side):
-    """float32 [size, 3, side, side] in [-1, 1], a function of seed and step alone: a resumed run sees what it would have seen.
+    """float32 [size, 3, side, side] in [-1, 1], a function of seed and step alone: a resumed run sees what it would
+    have seen.
 
-    Scenes of the world anywhere in the frame, every second one checkered: the VAE can draw more than the transformer will have seen.
+    Scenes of the world anywhere in the frame, every second one checkered: the VAE can draw more than the transformer
+    will have seen.
     """
     rng = np.random.default_rng([seed, step])
     scenes = [draw_scene(rng, "train", anywhere=True) for _ in range(size)]

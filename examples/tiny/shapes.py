@@ -2,10 +2,10 @@
 
     python examples/tiny/shapes.py OUT --count 1000 --size 64 --seed 0 [--split train|held_out|all]
 
-Writes OUT/images, OUT/conditioning (white outline on black) and OUT/metadata.jsonl, a folder that the `datasets` library reads with
-the columns image, conditioning_image and text ("a red circle on a blue background"). In the spirit of fill50k. A quarter of the
-colour and shape pairs is never in the split `train`: `held_out` has only those, to see whether a model learned colours and shapes or
-learned pairs by heart.
+Writes OUT/images, OUT/conditioning (white outline on black) and OUT/metadata.jsonl, a folder that the `datasets`
+library reads with the columns image, conditioning_image and text ("a red circle on a blue background"). In the spirit
+of fill50k. A quarter of the colour and shape pairs is never in the split `train`: `held_out` has only those, to see
+whether a model learned colours and shapes or learned pairs by heart.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def test_an_int8_base_teaches_as_well(teach, draw, in_float32):
 
 
 def test_prior_preservation_keeps_the_class(teach, draw, tmp_path):
-    """With the base's own pictures of every second class prompt trained along, under their captions, the other class prompts keep nine
-    tenths of what the base gets right, and the subject is learned all the same."""
+    """With the base's own pictures of every second class prompt trained along, under their captions, the other class
+    prompts keep nine tenths of what the base gets right, and the subject is learned all the same."""
     others, asked = CLASS_PROMPTS[::2], CLASS_PROMPTS[1::2]
     for number, (picture, caption) in enumerate(
         zip(evaluator.draw(ROOT / "examples/tiny/flux-shapes", others, seed=5), others)

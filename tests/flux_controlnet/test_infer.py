@@ -38,7 +38,7 @@ def trained(control_script, small_flux, shapes, warm_cache, tmp_path_factory):
     flags += shlex.split(
         "--resolution 32 --max_sequence_length 16 --seed 0 --mindspore_mode 1 --report_to none --use_ema"
     )
-    flags += shlex.split("--cache_latents --learning_rate 1e-2 --train_batch_size 2 --max_train_steps 3")
+    flags += shlex.split("--use_ema --cache_latents --learning_rate 1e-2 --train_batch_size 2 --max_train_steps 3")
     flags += shlex.split("--num_validation_images 2 --num_inference_steps 2 --controlnet_conditioning_scale 0.7")
     flags += ["--validation_prompt", "a red circle", "--validation_image", outline(shapes, 0), outline(shapes, 1)]
     control_script.main([str(flag) for flag in flags])

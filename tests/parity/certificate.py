@@ -1,9 +1,10 @@
-"""Our training steps against PyTorch's on the same weights, batches and draws; writes docs/parity.md and golden.json.   (make parity)
+"""Our training steps against PyTorch's on the same weights, batches and draws; writes docs/parity.md and golden.json.
+(make parity)
 
     python tests/parity/certificate.py --reference PYTHON        PYTHON: the interpreter that has tests/parity/requirements.txt
 
---only WORDS runs the cases whose names hold all of them, and writes nothing. PyTorch's numbers that `make test` is held against without
-PyTorch go into golden.json (test_golden.py).
+--only WORDS runs the cases whose names hold all of them, and writes nothing. PyTorch's numbers that `make test` is held
+against without PyTorch go into golden.json (test_golden.py).
 """
 
 import argparse
@@ -28,15 +29,24 @@ from mindtune.run import tracking
 
 HERE = Path(__file__).parent
 TITLES = {
-    "flux_lora": "flux_lora/train_dreambooth_lora_flux.py", "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
-    "sd15": "examples/controlnet/train_controlnet.py", "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
-}  # fmt: skip
+    "flux_lora": "flux_lora/train_dreambooth_lora_flux.py",
+    "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
+    "sd15": "examples/controlnet/train_controlnet.py",
+    "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
+}
 # What is compared -> the bounds on the largest relative error and on the median.
 BOUNDS = {
-    "text states": (1e-4, None), "VAE latents": (1e-4, None), "output of each block": (1e-4, None), "prediction": (1e-4, None),
-    "target": (1e-4, None), "loss": (1e-5, None), "gradient of each trainable": (2e-3, 2e-4), "weights after 20 updates": (1e-3, None),
-    "loss of 50 updates": (1e-3, None), "picture, mean difference of 255": (1.0, None),
-}  # fmt: skip
+    "text states": (1e-4, None),
+    "VAE latents": (1e-4, None),
+    "output of each block": (1e-4, None),
+    "prediction": (1e-4, None),
+    "target": (1e-4, None),
+    "loss": (1e-5, None),
+    "gradient of each trainable": (2e-3, 2e-4),
+    "weights after 20 updates": (1e-3, None),
+    "loss of 50 updates": (1e-3, None),
+    "picture, mean difference of 255": (1.0, None),
+}
 
 
 def run_reference(python, script, *folders):
@@ -135,8 +145,10 @@ def golden(work):
         value = theirs[name]
         largest = np.argsort(np.abs(value).ravel())[-4:]
         gradients[name[len("gradient ") :]] = {
-            "norm": rounded(np.linalg.norm(value)), "at": largest.tolist(), "entries": rounded(value.ravel()[largest])
-        }  # fmt: skip
+            "norm": rounded(np.linalg.norm(value)),
+            "at": largest.tolist(),
+            "entries": rounded(value.ravel()[largest]),
+        }
     return {
         "losses": rounded(theirs["losses"][:3]),
         "prediction": rounded(theirs["prediction"].ravel()[:8]),

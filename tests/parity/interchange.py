@@ -25,9 +25,11 @@ from mindtune import rng
 from mindtune.models import configs, lora
 
 SCRIPTS = {
-    "flux_lora": (train_dreambooth_lora_flux, infer_flux_lora), "flux_controlnet": (train_controlnet_flux, infer_flux_controlnet),
-    "sd15": (train_controlnet, infer_controlnet), "sdxl": (train_controlnet_sdxl, infer_controlnet_sdxl),
-}  # fmt: skip
+    "flux_lora": (train_dreambooth_lora_flux, infer_flux_lora),
+    "flux_controlnet": (train_controlnet_flux, infer_flux_controlnet),
+    "sd15": (train_controlnet, infer_controlnet),
+    "sdxl": (train_controlnet_sdxl, infer_controlnet_sdxl),
+}
 NAMES = {
     "flux_lora": "LoRA with CLIP's part",
     "flux_controlnet": "FLUX ControlNet",
