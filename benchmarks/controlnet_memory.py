@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
 from make_tiny_pipeline import make_flux, make_sd15, make_sdxl
-from shapes import conditioning, draw_scene, picture
+from shapes import render_outline, sample_scene, render
 
 SCRIPT = ROOT / "flux_controlnet" / "train_controlnet_flux.py"
 LORA = ROOT / "flux_lora" / "train_dreambooth_lora_flux.py"
@@ -69,8 +69,8 @@ def write_parquet(path, count, side=32):
     rng, rows = np.random.default_rng(0), {"image": [], "conditioning_image": [], "text": []}
     path.parent.mkdir()
     for _ in range(count):
-        scene = draw_scene(rng, "all", anywhere=True)
-        for column, image in (("image", picture(scene, side)), ("conditioning_image", conditioning(scene, side))):
+        scene = sample_scene(rng, "all", anywhere=True)
+        for column, image in (("image", render(scene, side)), ("conditioning_image", render_outline(scene, side))):
             file = io.BytesIO()
             image.save(file, format="PNG", compress_level=1)
             rows[column].append({"bytes": file.getvalue(), "path": None})
@@ -128,7 +128,7 @@ def recompute(work):
     write_parquet(work / "pairs" / "train.parquet", 8, 512)
     (work / "pictures").mkdir()
     for number in range(8):
-        picture(draw_scene(np.random.default_rng(number), "all", anywhere=True), 512).save(
+        render(sample_scene(np.random.default_rng(number), "all", anywhere=True), 512).save(
             work / "pictures" / f"{number}.png"
         )
     common = [

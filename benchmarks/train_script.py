@@ -22,7 +22,7 @@ import mindspore as ms
 import numpy as np
 import train_dreambooth_lora_flux as script
 from mindspore import nn
-from shapes import draw_scene, picture
+from shapes import sample_scene, render
 from step_mindspore import load_plainly, memory, require_plain, use_mindone_plainly
 
 from mindtune.data import folders, order
@@ -185,8 +185,8 @@ def draw(job):
     folder, rng = Path(job["pictures"]), np.random.default_rng(0)
     folder.mkdir(parents=True)
     for number in range(job["count"]):
-        scene = draw_scene(rng, "train", anywhere=True)
-        picture(scene, job["side"]).save(folder / f"{number:06d}.png")
+        scene = sample_scene(rng, "train", anywhere=True)
+        render(scene, job["side"]).save(folder / f"{number:06d}.png")
         (folder / f"{number:06d}.txt").write_text(scene.caption + "\n")
     return {}
 

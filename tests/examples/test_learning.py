@@ -83,8 +83,8 @@ def in_float32(teach, draw):
 def test_the_base_draws_pairs_it_never_saw():
     """Of 100 prompts on held-out pairs; the pipeline's README gives the shares of 200."""
     rng = np.random.default_rng(1)
-    captions = [shapes.draw_scene(rng, "held_out").caption for _ in range(100)]
-    shares = evaluator.score(evaluator.draw(ROOT / "examples/tiny/flux-shapes", captions, seed=1), captions)
+    captions = [shapes.sample_scene(rng, "held_out").caption for _ in range(100)]
+    shares = evaluator.score(evaluator.generate(ROOT / "examples/tiny/flux-shapes", captions, seed=1), captions)
     assert shares["both_colours"] >= 0.85 and shares["shape"] >= 0.7
 
 
@@ -115,7 +115,7 @@ def test_prior_preservation_keeps_the_class(teach, draw, tmp_path):
     prompts keep nine tenths of what the base gets right, and the subject is learned all the same."""
     others, asked = CLASS_PROMPTS[::2], CLASS_PROMPTS[1::2]
     for number, (picture, caption) in enumerate(
-        zip(evaluator.draw(ROOT / "examples/tiny/flux-shapes", others, seed=5), others)
+        zip(evaluator.generate(ROOT / "examples/tiny/flux-shapes", others, seed=5), others)
     ):
         picture.save(tmp_path / f"{number:02d}.png")
         (tmp_path / f"{number:02d}.txt").write_text(caption)

@@ -24,7 +24,7 @@ import train_controlnet
 import train_controlnet_flux
 import train_controlnet_sdxl
 import train_dreambooth_lora_flux
-from shapes import conditioning, draw_scene, picture
+from shapes import render_outline, sample_scene, render
 
 from mindtune import diffusion, flow, rng
 from mindtune.data import conditions, crops
@@ -147,7 +147,7 @@ def make_stage(settings, root, folder):
 
 
 def scene(number, place):
-    return draw_scene(rng.generator(0, "parity scene", number, place), "all")
+    return sample_scene(rng.generator(0, "parity scene", number, place), "all")
 
 
 def make_batch(settings, root, number, stage, vae):
@@ -197,8 +197,8 @@ def make_batch(settings, root, number, stage, vae):
             text=np.stack([t["prompt_embeds"] for t in texts]),
             pooled=np.stack([t["pooled_prompt_embeds"] for t in texts]),
         )
-        for what, draw in (("moments", picture), ("condition", conditioning)):
-            pixels = np.stack([crops.pixel_values(draw(each, 64), 64, "lanczos", None, False) for each in scenes])
+        for what, render_scene in (("moments", render), ("condition", render_outline)):
+            pixels = np.stack([crops.pixel_values(render_scene(each, 64), 64, "lanczos", None, False) for each in scenes])
             batch[what] = vae.encode(ms.Tensor(pixels))[0].asnumpy()
     return batch
 
@@ -412,7 +412,7 @@ class Ours:
             handle.remove()
         return caught, result
 
-    def picture(self, stage, noise, condition):
+    def image(self, stage, noise, condition):
         """uint8 [H, W, 3], eight steps from the noise [1, C, h, w] by the sampling loop that the scripts use."""
         text, vae, scheduler = stage.text(CAPTION), stage.load_vae(), configs.read_config(self.root, "scheduler")
         controlnet = self.cells.get("controlnet")

@@ -20,7 +20,7 @@ import numpy as np
 import optimizers
 from cases import CASES, ROOT, Ours, all_settings, arguments, make_batches, make_pipeline, make_stage, scene
 from PIL import Image
-from shapes import conditioning, picture
+from shapes import render_outline, render
 
 from mindtune import rng
 from mindtune.data import crops
@@ -76,8 +76,8 @@ def prepare(case, work, pipelines, stages):
     example = scene(0, 0)
     size = (64, 64) if settings.get("trained") else (64, 96)
     fit = {"size": size, "interpolation": "lanczos", "place": None, "flip": False}
-    pixels = crops.pixel_values(picture(example, 96), *fit.values())[None]
-    conditioning(example, 96).convert("RGB").resize(size[::-1]).save(work / "condition.png")
+    pixels = crops.pixel_values(render(example, 96), *fit.values())[None]
+    render_outline(example, 96).convert("RGB").resize(size[::-1]).save(work / "condition.png")
     start = rng.normal(0, "start", shape=(1, batches[0]["noise"].shape[1], size[0] // 8, size[1] // 8))
     flat = {f"{number}/{name}": value for number, batch in enumerate(batches) for name, value in batch.items()}
     np.savez(work / "inputs.npz", pixels=pixels, start=start, **flat)
@@ -110,7 +110,7 @@ def compare(work, settings, root, stage, batches):
     errors["gradient of each trainable"] = [
         worst(value, theirs[f"gradient {name}"]) for name, value in gradients.items()
     ]
-    image = ours.picture(stage, inputs["start"], Image.open(work / "condition.png")).astype(float)
+    image = ours.image(stage, inputs["start"], Image.open(work / "condition.png")).astype(float)
     errors["picture, mean difference of 255"] = [np.abs(image - theirs["picture"]).mean()]
 
     start = {name: p.asnumpy().copy() for name, p in ours.trained.items()}

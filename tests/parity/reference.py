@@ -92,7 +92,7 @@ class UNetControlNet:
             torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / (snr + 1 if velocity else snr),
         )
 
-    def picture(self, noise, condition):
+    def image(self, noise, condition):
         """By diffusers' own pipeline with UniPC, uint8 [H, W, 3]."""
         return draw_unet(self.root, self.settings, self.models["controlnet"], noise, condition)
 
@@ -208,7 +208,7 @@ class FluxLora(Flux):
         prediction = self.models["transformer"](**self.common(batch, sigma, latents, pooled))[0]
         return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
 
-    def picture(self, noise, condition):
+    def image(self, noise, condition):
         return draw_flux(self.root, self.settings, noise, **self.models)
 
 
@@ -246,7 +246,7 @@ class FluxControlNet(Flux):
         prediction = self.models["transformer"](**given, **residuals)[0]
         return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
 
-    def picture(self, noise, condition):
+    def image(self, noise, condition):
         return draw_flux_controlnet(self.root, self.settings, self.models["controlnet"], noise, condition)
 
 
@@ -334,7 +334,7 @@ def main(work):
             step.models, settings["block"], lambda: step.outputs(batches[0])
         )
         found["picture"] = torch.from_numpy(
-            step.picture(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy()
+            step.image(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy()
         )
     for parameter in step.trained.values():
         # Where no loss reaches (the last double block's text stream, without single blocks) torch would have no
