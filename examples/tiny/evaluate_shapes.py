@@ -57,7 +57,7 @@ def recognize(image: Image.Image) -> Recognized:
 
 
 def best_shape(cover: np.ndarray) -> tuple[str, float]:
-    """(kind, intersection over union) of the kind that overlaps a mask best, at sizes around that of its bounding box."""
+    """(kind, intersection over union) of the kind that overlaps a mask best at about its size."""
     size = cover.shape[0]
     ys, xs = np.nonzero(cover)
     best = ("", 0.0)
@@ -137,7 +137,7 @@ def score(images: list[Image.Image], captions: list[str]) -> dict[str, float]:
 def generate(
     root: Path, captions: list[str], steps: int = 12, seed: int = 0, size: int = 64, tokens: int = 12
 ) -> list[Image.Image]:
-    """One image per caption by the pipeline in `root`, each from its own noise; `tokens` is the length of T5's input."""
+    """One image per caption by the pipeline in `root`, each from its own noise. `tokens`: length of T5's input."""
     import mindspore as ms
 
     from mindtune import rng
