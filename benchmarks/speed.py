@@ -250,7 +250,7 @@ def limit(bench):
 def cached(bench):
     """The training script on the shapes pipeline, its caches against encoders inside the step."""
     forms = ("cached",) if bench.short else ("cached", "vae", "seeds", "seeds text")
-    return bench.in_turn({form: (partial(bench.train, form), 2) for form in forms}, "pictures_a_second")
+    return bench.in_turn({form: (partial(bench.train, form), 2) for form in forms}, "images_per_second")
 
 
 def host(bench):
@@ -283,7 +283,7 @@ def encode(bench):
             "ours": (partial(bench.encode, job), 2),
             "PyTorch": (partial(bench.run, "step_torch.py", **job), 2),
         }
-        found[name] = bench.in_turn(ways, "pictures_a_second")
+        found[name] = bench.in_turn(ways, "images_per_second")
     return found
 
 

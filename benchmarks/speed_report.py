@@ -71,7 +71,7 @@ def graph_memory(results):
 
 
 def over_seeds(results):
-    cached, seeds = (found(results, "cached", form, "pictures_a_second") for form in ("cached", "seeds"))
+    cached, seeds = (found(results, "cached", form, "images_per_second") for form in ("cached", "seeds"))
     return ratio(cached, seeds)
 
 
@@ -310,7 +310,7 @@ def script_table(results):
     for form, part in (found(results, "cached") or {}).items():
         run = next((run for run in part["runs"] if "update" in run), {})
         cells = [
-            number(part.get("pictures_a_second"), 1),
+            number(part.get("images_per_second"), 1),
             number(run.get("update"), 3),
             number(run.get("first"), 1, " s"),
         ]
@@ -341,7 +341,7 @@ def host_table(results):
 def encode_table(results):
     rows = []
     for name, ways in (found(results, "encode") or {}).items():
-        rates = [ways[way].get("pictures_a_second") for way in ("ours", "PyTorch")]
+        rates = [ways[way].get("images_per_second") for way in ("ours", "PyTorch")]
         rows.append([name, *(number(rate) for rate in rates), number(ratio(*rates))])
     return table(["pictures a second", "the encode stage", "PyTorch's encoder", "ours / PyTorch's"], rows)
 

@@ -86,7 +86,7 @@ def encode(job):
             pixels = np.asarray(Image.open(path), np.float32).transpose(2, 0, 1) / 127.5 - 1.0
             vae.encode(torch.from_numpy(pixels[None])).latent_dist.parameters.numpy()
             ends.append(time.perf_counter())
-    return {"pictures_a_second": (len(ends) - 2) / (ends[-1] - ends[1])}
+    return {"images_per_second": (len(ends) - 2) / (ends[-1] - ends[1])}
 
 
 def main(path):

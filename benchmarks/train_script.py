@@ -22,7 +22,7 @@ import mindspore as ms
 import numpy as np
 import train_dreambooth_lora_flux as script
 from mindspore import nn
-from shapes import sample_scene, render
+from shapes import render, sample_scene
 from step_mindspore import load_plainly, memory, require_plain, use_mindone_plainly
 
 from mindtune.data import folders, order
@@ -155,7 +155,7 @@ def train(job):
         "update": float(np.median(periods)),
         "in_step": float(np.median(calls)),
         "outside": 1.0 - sum(calls) / sum(periods),
-        "pictures_a_second": job["batch"] / float(np.median(periods)),
+        "images_per_second": job["batch"] / float(np.median(periods)),
         "first": ends[0] + clocks - job["started"],
         "first_wait": WAITS[0],
         "waited": sum(WAITS[1:]) / (ends[-1] - ends[0]),
@@ -177,7 +177,7 @@ def encode_pictures(job):
 
     stage.cache.put = watched_put
     child._encode_images(stage, [(sample, job["side"], False) for sample in samples])
-    return {"pictures_a_second": (len(ends) - 2) / (ends[-1] - ends[1])}
+    return {"images_per_second": (len(ends) - 2) / (ends[-1] - ends[1])}
 
 
 def draw(job):
