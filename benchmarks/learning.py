@@ -60,17 +60,13 @@ def train_lora(work, name, *flags):
     return work / name
 
 
-def generate(output, adapter, prompts, count, *flags, compare=False):
-    """`count` images per prompt with an adapter, or from the same noise without one (None); `output` is their grid.
-
-    With `compare` there are twice as many: for each prompt those of the base model, then those with the adapter.
-    """
-    words = demo_flux_lora.INFER.replace("--lora {out}/lora", "").replace("--compare", "--compare" * compare)
+def generate(output, adapter, prompts, count, *flags):
+    """`count` images per prompt with an adapter, or from the same noise without one (None); `output` is their grid."""
+    words = demo_flux_lora.INFER.replace("--lora {out}/lora", "").replace("--compare", "")
     words = words.format(out="unused", prompts=shlex.join(prompts))
     adapter_flags = ["--lora", adapter] if adapter else []
     run(words, *adapter_flags, "--num_images_per_prompt", count, "--output", output, *flags)
-    total = count * len(prompts) * (2 if compare else 1)
-    return [Image.open(output.with_name(f"{output.stem}-{n + 1}.png")) for n in range(total)]
+    return [Image.open(output.with_name(f"{output.stem}-{n + 1}.png")) for n in range(count * len(prompts))]
 
 
 def subject_rate(images):

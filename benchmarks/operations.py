@@ -219,7 +219,7 @@ class UNet:
         return self.convolve(x, side, inputs, 4)
 
     def controlnet(self):
-        """Residuals for every skip connection and the middle block. A condition image has 8 times the side of latents."""
+        """Residuals for every skip connection and the middle block. Condition images have 8 times the latents' side."""
         channels = (16, 32, 96, 256)
         side = 8 * self.side
         condition = self.convolve(Value(), side, 3, channels[0])

@@ -1,4 +1,4 @@
-"""What the speed benchmark measures: the sizes, and the numbers that every side gets. NumPy only: both environments import it."""
+"""Model sizes and inputs of the speed benchmark. NumPy only, because both environments import it."""
 
 import numpy as np
 
@@ -65,7 +65,7 @@ RANK = 16
 
 
 def settings(kind, size):
-    """What tests/parity's two sides of a training step read. `kind`: flux_lora, flux_controlnet or sd15; `size`: an entry of SIZES."""
+    """Settings of a training step for tests/parity. `kind`: flux_lora, flux_controlnet or sd15; `size`: of SIZES."""
     common = {
         "kind": kind,
         "eps": 1e-8,
@@ -90,14 +90,15 @@ def settings(kind, size):
 
 
 def batch(kind, size, count=1):
-    """name -> array of one update's batch of `count`, by the names that tests/parity gives them."""
+    """Name -> array of a batch of `count` for one update, with the names of tests/parity."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return rng.standard_normal((count, *shape), dtype=np.float32)
 
     flux = kind != "sd15"
-    channels, (height, width) = (16, (2 * n for n in size["tokens"])) if flux else (4, size["latent"])
+    channels = 16 if flux else 4
+    height, width = (2 * n for n in size["tokens"]) if flux else size["latent"]
     made = {"moments": normal(2 * channels, height, width)}
     made.update(posterior=normal(channels, height, width), noise=normal(channels, height, width))
     if flux:

@@ -135,14 +135,23 @@ def score(images: list[Image.Image], captions: list[str]) -> dict[str, float]:
 
 
 def generate(
-    root: Path, captions: list[str], steps: int = 12, seed: int = 0, size: int = 64, tokens: int = 12
+    root: Path,
+    captions: list[str],
+    steps: int = 12,
+    seed: int = 0,
+    size: int = 64,
+    tokens: int = 12,
+    adapter: Optional[Path] = None,
 ) -> list[Image.Image]:
-    """One image per caption by the pipeline in `root`, each from its own noise. `tokens`: length of T5's input."""
+    """One image per caption by the pipeline in `root`, with a LoRA of its transformer if `adapter` names a file.
+
+    Every image has its own noise. `tokens` is the length of T5's input.
+    """
     import mindspore as ms
 
     from mindtune import rng
     from mindtune.encode.text_encoders import token_ids
-    from mindtune.models import configs, execution, loading, precision, sampling
+    from mindtune.models import configs, execution, loading, lora, precision, sampling
 
     execution.set_up_device(graph_mode=False)
     full = precision.resolve_precision("no")
@@ -151,6 +160,8 @@ def generate(
     scheduler = configs.read_config(root, "scheduler")
     images = []
     transformer, clip, t5, vae = cells
+    if adapter:
+        lora.load_lora(adapter, {"transformer": transformer}, ms.float32)
     with execution.pynative():
         for start in range(0, len(captions), 50):
             batch = captions[start : start + 50]
