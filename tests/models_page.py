@@ -1,4 +1,5 @@
-"""Write docs/models.md: which published pipelines, VAEs and ControlNets the scripts train, as the tests of tests/real show it.
+"""Write docs/models.md: which published pipelines, VAEs and ControlNets the scripts train, as the tests of tests/real
+show it.
 
     python tests/models_page.py
 
@@ -17,9 +18,11 @@ sys.path[:0] = [str(HERE), str(HERE / "mindtune")]
 from real.verdicts import CONTROLNETS, FILES, OWNERS, PIPELINES, VAES, Verdict
 
 SCRIPTS = {
-    "flux_lora": "[LoRA](flux_lora.md)", "flux_controlnet": "[ControlNet](flux_controlnet.md)", "sd": "[ControlNet](controlnet.md)",
+    "flux_lora": "[LoRA](flux_lora.md)",
+    "flux_controlnet": "[ControlNet](flux_controlnet.md)",
+    "sd": "[ControlNet](controlnet.md)",
     "sdxl": "[ControlNet, XL](controlnet.md)",
-}  # fmt: skip
+}
 TEXT = """# Supported models
 
 `python tests/models_page.py` writes this page. It makes a small copy of each model with random weights.
@@ -85,11 +88,15 @@ def adapter_rows() -> list[tuple[str, str, str]]:
 def page() -> str:
     """The page by the tables that the tests hold the scripts to."""
     tables = {
-        part: table((title, "what happens", "remark"), [verdict_row(name, verdict) for name, verdict in verdicts.items()])
-        for part, title, verdicts in (
-            ("pipelines", "pipeline", PIPELINES), ("vaes", "VAE", VAES), ("controlnets", "ControlNet", CONTROLNETS)
+        part: table(
+            (title, "what happens", "remark"), [verdict_row(name, verdict) for name, verdict in verdicts.items()]
         )
-    }  # fmt: skip
+        for part, title, verdicts in (
+            ("pipelines", "pipeline", PIPELINES),
+            ("vaes", "VAE", VAES),
+            ("controlnets", "ControlNet", CONTROLNETS),
+        )
+    }
     adapters = adapter_rows()
     files = table(("files", "what happens"), [(what, how) for what, (how, _) in FILES.items()])
     rows = (

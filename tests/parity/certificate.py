@@ -1,9 +1,10 @@
-"""Our training steps against PyTorch's on the same weights, batches and draws; writes docs/parity.md and golden.json.   (make parity)
+"""Our training steps against PyTorch's on the same weights, batches and draws; writes docs/parity.md and golden.json.
+(make parity)
 
     python tests/parity/certificate.py --reference PYTHON        PYTHON: the interpreter that has tests/parity/requirements.txt
 
---only WORDS runs the cases whose names hold all of them, and writes nothing. PyTorch's numbers that `make test` is held against without
-PyTorch go into golden.json (test_golden.py).
+--only WORDS runs the cases whose names hold all of them, and writes nothing. PyTorch's numbers that `make test` is held
+against without PyTorch go into golden.json (test_golden.py).
 """
 
 import argparse
@@ -19,7 +20,7 @@ import numpy as np
 import optimizers
 from cases import CASES, ROOT, Ours, all_settings, arguments, make_batches, make_pipeline, make_stage, scene
 from PIL import Image
-from shapes import conditioning, picture
+from shapes import render_outline, render
 
 from mindtune import rng
 from mindtune.data import crops
@@ -28,15 +29,24 @@ from mindtune.run import tracking
 
 HERE = Path(__file__).parent
 TITLES = {
-    "flux_lora": "flux_lora/train_dreambooth_lora_flux.py", "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
-    "sd15": "examples/controlnet/train_controlnet.py", "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
-}  # fmt: skip
+    "flux_lora": "flux_lora/train_dreambooth_lora_flux.py",
+    "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
+    "sd15": "examples/controlnet/train_controlnet.py",
+    "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
+}
 # What is compared -> the bounds on the largest relative error and on the median.
 BOUNDS = {
-    "text states": (1e-4, None), "VAE latents": (1e-4, None), "output of each block": (1e-4, None), "prediction": (1e-4, None),
-    "target": (1e-4, None), "loss": (1e-5, None), "gradient of each trainable": (2e-3, 2e-4), "weights after 20 updates": (1e-3, None),
-    "loss of 50 updates": (1e-3, None), "picture, mean difference of 255": (1.0, None),
-}  # fmt: skip
+    "text states": (1e-4, None),
+    "VAE latents": (1e-4, None),
+    "output of each block": (1e-4, None),
+    "prediction": (1e-4, None),
+    "target": (1e-4, None),
+    "loss": (1e-5, None),
+    "gradient of each trainable": (2e-3, 2e-4),
+    "weights after 20 updates": (1e-3, None),
+    "loss of 50 updates": (1e-3, None),
+    "picture, mean difference of 255": (1.0, None),
+}
 
 
 def run_reference(python, script, *folders):
@@ -66,8 +76,8 @@ def prepare(case, work, pipelines, stages):
     example = scene(0, 0)
     size = (64, 64) if settings.get("trained") else (64, 96)
     fit = {"size": size, "interpolation": "lanczos", "place": None, "flip": False}
-    pixels = crops.pixel_values(picture(example, 96), *fit.values())[None]
-    conditioning(example, 96).convert("RGB").resize(size[::-1]).save(work / "condition.png")
+    pixels = crops.pixel_values(render(example, 96), *fit.values())[None]
+    render_outline(example, 96).convert("RGB").resize(size[::-1]).save(work / "condition.png")
     start = rng.normal(0, "start", shape=(1, batches[0]["noise"].shape[1], size[0] // 8, size[1] // 8))
     flat = {f"{number}/{name}": value for number, batch in enumerate(batches) for name, value in batch.items()}
     np.savez(work / "inputs.npz", pixels=pixels, start=start, **flat)
@@ -100,7 +110,7 @@ def compare(work, settings, root, stage, batches):
     errors["gradient of each trainable"] = [
         worst(value, theirs[f"gradient {name}"]) for name, value in gradients.items()
     ]
-    image = ours.picture(stage, inputs["start"], Image.open(work / "condition.png")).astype(float)
+    image = ours.image(stage, inputs["start"], Image.open(work / "condition.png")).astype(float)
     errors["picture, mean difference of 255"] = [np.abs(image - theirs["picture"]).mean()]
 
     start = {name: p.asnumpy().copy() for name, p in ours.trained.items()}
@@ -135,8 +145,10 @@ def golden(work):
         value = theirs[name]
         largest = np.argsort(np.abs(value).ravel())[-4:]
         gradients[name[len("gradient ") :]] = {
-            "norm": rounded(np.linalg.norm(value)), "at": largest.tolist(), "entries": rounded(value.ravel()[largest])
-        }  # fmt: skip
+            "norm": rounded(np.linalg.norm(value)),
+            "at": largest.tolist(),
+            "entries": rounded(value.ravel()[largest]),
+        }
     return {
         "losses": rounded(theirs["losses"][:3]),
         "prediction": rounded(theirs["prediction"].ravel()[:8]),
