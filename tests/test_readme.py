@@ -85,7 +85,7 @@ def printed(place):
 
 def test_the_commands_do_what_the_readme_says(printed, place):
     assert len(printed) == 10
-    plans = [text for text in printed.values() if re.search(r"^each of 8\b.* GB$", text, re.MULTILINE)]
+    plans = [text for text in printed.values() if re.search(r"^each of 8\b.* [MG]B$", text, re.MULTILINE)]
     assert len(plans) == 2 and all("Ascend device" in text for text in plans)
     assert sum("a run can start with this data" in text for text in printed.values()) == 2
     assert [name for name in LEFT if not (place / name).exists()] == []
