@@ -1,9 +1,10 @@
-"""A FLUX.1 LoRA for other tools: the same adapter by the names and in the shapes that kohya's sd-scripts, ComfyUI or diffusers read.
+"""A FLUX.1 LoRA for other tools: the same adapter by the names and in the shapes that kohya's sd-scripts, ComfyUI or
+diffusers read.
 
     python export_flux_lora.py --lora out/pytorch_lora_weights.safetensors --format kohya --output dog_kohya.safetensors
 
-Reads the layouts of other tools too (docs/flux_lora.md) and leaves one file; the adapter does the same in all of them, to the rounding
-of --dtype.
+Reads the layouts of other tools too (docs/flux_lora.md) and leaves one file; the adapter does the same in all of them,
+to the rounding of --dtype.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Write docs/models.md: which published pipelines, VAEs and ControlNets the scripts train, as the tests of tests/real show it.
+"""Write docs/models.md: which published pipelines, VAEs and ControlNets the scripts train, as the tests of tests/real
+show it.
 
     python tests/models_page.py
 
@@ -12,33 +13,40 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "models.md"
-sys.path[:0] = [str(HERE), str(HERE / "mindtune")]
+sys.path[:0] = [str(HERE), str(HERE / "mindtune" / "models")]
 
 from real.verdicts import CONTROLNETS, FILES, OWNERS, PIPELINES, VAES, Verdict
 
 SCRIPTS = {
-    "flux_lora": "[LoRA](flux_lora.md)", "flux_controlnet": "[ControlNet](flux_controlnet.md)", "sd": "[ControlNet](controlnet.md)",
+    "flux_lora": "[LoRA](flux_lora.md)",
+    "flux_controlnet": "[ControlNet](flux_controlnet.md)",
+    "sd": "[ControlNet](controlnet.md)",
     "sdxl": "[ControlNet, XL](controlnet.md)",
-}  # fmt: skip
-TEXT = """# Which published models are trained
+}
+TEXT = """# Supported models
 
-Written by `python tests/models_page.py`. It makes a small copy of each model with random weights: file names, config keys and tensor
-names are the published ones. A supported model is trained for an update, drawn with, and resumed. An unsupported one has to be refused
-before anything is encoded or written, with a message that names the model, the key and its value. No published weights are loaded.
-Where a published file was not at hand, `tests/real_configs.py` says what stands in for it. Names without an owner were found in more
-than one place.
+`python tests/models_page.py` writes this page. It makes a small copy of each model with random weights.
+File names, config keys and tensor names are the published ones; no published weights are loaded.
+
+- **trained**: the test trains the model for one update, generates an image, and resumes the run.
+- **refused**: the script refuses the model before anything is encoded or written. The message names the
+  model, the key and its value.
+
+Where a published file was not available, `tests/real_configs.py` says what is used instead. Names
+without an owner exist in several repositories.
 
 ## Pipelines
 
 {pipelines}
 ## VAEs
 
-For SDXL give them by `--pretrained_vae_model_name_or_path`; for Stable Diffusion 1 and 2 put them into the pipeline's `vae` folder.
+For SDXL use `--pretrained_vae_model_name_or_path`. For Stable Diffusion 1 and 2 put the files into the
+pipeline's `vae` directory.
 
 {vaes}
-## ControlNets to go on from
+## ControlNets to train further
 
-By `--controlnet_model_name_or_path`.
+With `--controlnet_model_name_or_path`.
 
 {controlnets}
 ## Files
@@ -80,11 +88,15 @@ def adapter_rows() -> list[tuple[str, str, str]]:
 def page() -> str:
     """The page by the tables that the tests hold the scripts to."""
     tables = {
-        part: table((title, "what happens", "remark"), [verdict_row(name, verdict) for name, verdict in verdicts.items()])
-        for part, title, verdicts in (
-            ("pipelines", "pipeline", PIPELINES), ("vaes", "VAE", VAES), ("controlnets", "ControlNet", CONTROLNETS)
+        part: table(
+            (title, "what happens", "remark"), [verdict_row(name, verdict) for name, verdict in verdicts.items()]
         )
-    }  # fmt: skip
+        for part, title, verdicts in (
+            ("pipelines", "pipeline", PIPELINES),
+            ("vaes", "VAE", VAES),
+            ("controlnets", "ControlNet", CONTROLNETS),
+        )
+    }
     adapters = adapter_rows()
     files = table(("files", "what happens"), [(what, how) for what, (how, _) in FILES.items()])
     rows = (

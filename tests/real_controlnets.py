@@ -1,6 +1,7 @@
 """What the config.json of published VAEs and ControlNets says: every key that is there, at its published value.
 
-See tests/real_configs.py, which says the same of pipelines. _name_or_path is without the home directory that two files name.
+See tests/real_configs.py, which says the same of pipelines. _name_or_path is without the home directory that two files
+name.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ VAES = {
 CONTROL_0_14 = {
     **UNET_SHARED, **UNET_0_10, "class_embed_type": None, "conditioning_embedding_out_channels": [16, 32, 96, 256],
     "controlnet_conditioning_channel_order": "rgb", "projection_class_embeddings_input_dim": None,
-    "resnet_time_scale_shift": "default",
-    "upcast_attention": False, "use_linear_projection": False,
+    "resnet_time_scale_shift": "default", "upcast_attention": False, "use_linear_projection": False,
 }  # fmt: skip
 CONTROL_0_20 = {
     **CONTROL_0_14, "addition_embed_type": None, "addition_embed_type_num_heads": 64, "addition_time_embed_dim": None,
@@ -74,12 +74,11 @@ CONTROLNETS = {
     "6-channel ControlNet": {**header("ControlNetModel", "0.20.0.dev0"), **CONTROL_0_20, "conditioning_channels": 6},
     "1-channel ControlNet": {**header("ControlNetModel", "0.20.0.dev0"), **CONTROL_0_20, "conditioning_channels": 1},
     "FlaxControlNet-hands": {
-        **header("FlaxControlNetModel", "0.16.0.dev0"), "attention_head_dim": 8, "block_out_channels": [320, 640, 1280,
-        1280],
-        "conditioning_embedding_out_channels": [16, 32, 96, 256], "controlnet_conditioning_channel_order": "rgb",
-        "cross_attention_dim": 768, "down_block_types": SD1_LEVELS["down_block_types"], "dropout": 0.0,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "only_cross_attention": False, "sample_size": 32,
+        **header("FlaxControlNetModel", "0.16.0.dev0"), "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280], "conditioning_embedding_out_channels": [16, 32, 96, 256],
+        "controlnet_conditioning_channel_order": "rgb", "cross_attention_dim": 768,
+        "down_block_types": SD1_LEVELS["down_block_types"], "dropout": 0.0, "flip_sin_to_cos": True, "freq_shift": 0,
+        "in_channels": 4, "layers_per_block": 2, "only_cross_attention": False, "sample_size": 32,
         "use_linear_projection": False,
     },
 }  # fmt: skip

@@ -2,9 +2,9 @@
 
     python tests/real_pipelines.py stable-diffusion-v1-5 /tmp/sd15
 
-Class names, null entries, absent keys, schedulers, tokenizer files, names and types of the weight files and the old names of their
-tensors are those of the hub (tests/real_configs.py); weights are random. Of what no script reads (safety checker, single files,
-pickles) the names are there, not the content.
+Class names, null entries, absent keys, schedulers, tokenizer files, names and types of the weight files and the old
+names of their tensors are those of the hub (tests/real_configs.py); weights are random. Of what no script reads (safety
+checker, single files, pickles) the names are there, not the content.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ SMALL = {
     "intermediate_size": {3072: 128, 4096: 160, 5120: 64},
     "projection_dim": {768: 32, 512: 24, 1280: 16},
     "num_hidden_layers": {12: 2, 23: 2, 32: 2},
-    # The head's 128 numbers stay: where a transformer's config does not say how its positions share them, they are 16, 56 and 56.
+    # The head's 128 numbers stay: where a transformer's config does not say how its positions share them, they are 16,
+    # 56 and 56.
     "num_attention_heads": {12: 2, 16: 2, 20: 2, 24: 1},
     "num_layers": {19: 1, 24: 2, 2: 1, 5: 1, 6: 1},
     "num_single_layers": {38: 1, 10: 1},
@@ -250,8 +251,9 @@ def make(
 ) -> Path:
     """The pipeline `name` in the new folder `out`, about 2 MB.
 
-    `variants`: which weight files there are, "" and "fp16"; `shards`: part -> number of files, of FLUX the published ones; `extras`: the
-    pickles, second copies and single files that lie beside the weights on the hub; `model_max_length` False: tokenizers that do not say.
+    `variants`: which weight files there are, "" and "fp16"; `shards`: part -> number of files, of FLUX the published
+    ones; `extras`: the pickles, second copies and single files that lie beside the weights on the hub;
+    `model_max_length` False: tokenizers that do not say.
     """
     out, files = Path(out), PIPELINES[name]
     shards = shards or (PUBLISHED_SHARDS if name in FLUX_PIPELINES else {})

@@ -2,9 +2,9 @@
 
     python tests/contract/contract.py --reference PYTHON        PYTHON: the interpreter that has requirements.txt
 
-Both interpreters make the same tiny models, adapters, ControlNets and training steps; PYTHON's are written to files and compared with.
-Prints what was checked and ends with 1 if anything differs. mindone 0.5.0's operators without a CPU kernel have stand-ins
-(`cpu_kernels.py`), so nothing here says what an NPU computes.
+Both interpreters make the same tiny models, adapters, ControlNets and training steps; PYTHON's are written to files and
+compared with. Prints what was checked and ends with 1 if anything differs. mindone 0.5.0's operators without a CPU
+kernel have stand-ins (`cpu_kernels.py`), so nothing here says what an NPU computes.
 """
 
 import argparse
@@ -66,8 +66,8 @@ CALLS = {
     "TrainStep.scale_loss": (1, ""),
     "training_utils.GradAccumulator.__init__": (2, "sync_with_dataloader"),
 }  # fmt: skip
-# Largest relative difference allowed of (loss, gradients' norm, worst gradient). In fp16 the gradients of the SD ControlNets' condition
-# embedding differ by up to 6%.
+# Largest relative difference allowed of (loss, gradients' norm, worst gradient). In fp16 the gradients of the SD
+# ControlNets' condition embedding differ by up to 6%.
 BOUNDS = {"fp16": (2e-3, 2e-3, 0.1), "": (1e-5, 1e-5, 1e-4)}
 
 rows: list[tuple[str, int, str, list[str]]] = []  # what, how many, a remark, what is wrong

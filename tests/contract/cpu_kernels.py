@@ -1,7 +1,8 @@
 """Stand-ins for the operators of mindone 0.5.0 that MindSpore has no CPU kernel for; for tests only, PyNative only.
 
-`install()` replaces what the operators' classes do when called, so that every layer and function which uses one is reached. The
-stand-ins are made of operators that have kernels and gradients. They show that a step's wiring is right, not what an NPU computes.
+`install()` replaces what the operators' classes do when called, so that every layer and function which uses one is
+reached. The stand-ins are made of operators that have kernels and gradients. They show that a step's wiring is right,
+not what an NPU computes.
 """
 
 from functools import cache

@@ -135,9 +135,19 @@ def sd_controlnet(work, kind="no", base="sd15", recompute=False):
     alphas = diffusion.alphas_cumprod(configs.read_config(work / base, "scheduler"))
     make = script.TrainStepForControlNetSDXL if sdxl else script.TrainStepForControlNet
     step = make(
-        controlnet.set_train(True), unet, adam(list(trained.values())), ms.Tensor(alphas, ms.float32), ms.Tensor(np.ones(1000, np.float32)),
-        kind.compute, args, "epsilon", {"scaling_factor": 0.18215}, None, ms.float32, precision.loss_scaler("no"),
-    )  # fmt: skip
+        controlnet.set_train(True),
+        unet,
+        adam(list(trained.values())),
+        ms.Tensor(alphas, ms.float32),
+        ms.Tensor(np.ones(1000, np.float32)),
+        kind.compute,
+        args,
+        "epsilon",
+        {"scaling_factor": 0.18215},
+        None,
+        ms.float32,
+        precision.loss_scaler("no"),
+    )
     width, more = unet.config["cross_attention_dim"], []
     batch = (
         normal("moments", 2, 8, 8, 8),

@@ -28,7 +28,7 @@ def test_the_world_is_finite_and_whole_shapes_lie_inside_the_picture():
     rng = np.random.default_rng(0)
     for anywhere in (False, True):
         for _ in range(50):
-            cover = shapes.mask(shapes.draw_scene(rng, "all", anywhere), 64)
+            cover = shapes.mask(shapes.sample_scene(rng, "all", anywhere), 64)
             assert cover.max() == 1 and max(cover[0].max(), cover[-1].max(), cover[:, 0].max(), cover[:, -1].max()) == 0
 
 
@@ -43,7 +43,7 @@ def test_areas_are_those_of_geometry(shape, area):
 
 def test_a_picture_has_its_two_colours_and_nothing_else_away_from_edges():
     scene = shapes.Scene("square", "orange", "purple")
-    pixels, cover = np.asarray(shapes.picture(scene, 64)), shapes.mask(scene, 64)
+    pixels, cover = np.asarray(shapes.render(scene, 64)), shapes.mask(scene, 64)
     assert (pixels[cover == 1] == shapes.COLOURS["orange"]).all() and (
         pixels[cover == 0] == shapes.COLOURS["purple"]
     ).all()
@@ -53,7 +53,7 @@ def test_the_outline_lies_on_the_shapes_edge():
     """A lit pixel has both the shape and the background within three pixels."""
     for kind in shapes.SHAPES:
         scene = shapes.Scene(kind, "red", "blue", (0.55, 0.45), 0.3)
-        lit, cover = np.asarray(shapes.conditioning(scene, 64))[..., 0] > 128, shapes.mask(scene, 64)
+        lit, cover = np.asarray(shapes.render_outline(scene, 64))[..., 0] > 128, shapes.mask(scene, 64)
         grown = [np.roll(cover, (dy, dx), (0, 1)) for dy in range(-3, 4) for dx in range(-3, 4)]
         assert (np.max(grown, axis=0)[lit] > 0).all() and (np.min(grown, axis=0)[lit] < 1).all()
 
@@ -72,17 +72,17 @@ def test_a_folder_is_a_dataset_and_the_same_seed_gives_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_the_evaluator_reads_real_pictures(split):
     rng = np.random.default_rng(3)
-    scenes = [shapes.draw_scene(rng, split) for _ in range(100)]
-    result = evaluator.score([shapes.picture(scene, 64) for scene in scenes], [scene.caption for scene in scenes])
+    scenes = [shapes.sample_scene(rng, split) for _ in range(100)]
+    result = evaluator.score([shapes.render(scene, 64) for scene in scenes], [scene.caption for scene in scenes])
     assert result["all"] > 0.97
 
 
 def test_the_evaluator_forgives_noise_but_not_a_wrong_picture():
     rng = np.random.default_rng(4)
-    scenes = [shapes.draw_scene(rng, "all") for _ in range(60)]
+    scenes = [shapes.sample_scene(rng, "all") for _ in range(60)]
     noisy = []
     for scene in scenes:
-        pixels = np.asarray(shapes.picture(scene, 64), float) + rng.normal(0, 12, (64, 64, 3))
+        pixels = np.asarray(shapes.render(scene, 64), float) + rng.normal(0, 12, (64, 64, 3))
         noisy.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
     assert evaluator.score(noisy, [scene.caption for scene in scenes])["all"] > 0.9
     others = [scenes[(i + 1) % 60].caption for i in range(60)]
@@ -95,22 +95,22 @@ def test_the_evaluator_knows_the_subject_from_plain_and_from_otherwise_checkered
     assert len(pictures) == 6 and all(evaluator.is_subject(Image.open(path), shapes.SUBJECT) for path in pictures)
     assert (tmp_path / "sks-blue.txt").read_text() == "a sks circle on a blue background\n"
     rng = np.random.default_rng(5)
-    plain = [shapes.draw_scene(rng, "all") for _ in range(40)]
+    plain = [shapes.sample_scene(rng, "all") for _ in range(40)]
     others = [scene._replace(colour="purple", second="orange", background="green") for scene in plain]
-    halves = [np.asarray(shapes.picture(scene._replace(colour="red", background="blue"), 64)).copy() for scene in plain]
+    halves = [np.asarray(shapes.render(scene._replace(colour="red", background="blue"), 64)).copy() for scene in plain]
     for pixels in halves:  # the right colours, but the left half red and the right half white
         white = (pixels == shapes.COLOURS["red"]).all(-1) & (np.arange(64) > np.nonzero(pixels[..., 0] > 128)[1].mean())
         pixels[white] = shapes.COLOURS["white"]
-    images = [shapes.picture(scene, 64) for scene in (*plain, *others)] + [Image.fromarray(pixels) for pixels in halves]
+    images = [shapes.render(scene, 64) for scene in (*plain, *others)] + [Image.fromarray(pixels) for pixels in halves]
     assert not any(evaluator.is_subject(image, shapes.SUBJECT) for image in images)
 
 
 def test_a_blob_and_an_empty_picture_have_no_shape():
     plain = Image.new("RGB", (64, 64), shapes.COLOURS["red"])
-    assert evaluator.look(plain)[:3] == (None, None, "red")
+    assert evaluator.recognize(plain)[:3] == (None, None, "red")
     pixels = np.asarray(plain).copy()
     pixels[np.random.default_rng(0).random((64, 64)) < 0.3] = shapes.COLOURS["blue"]
-    assert evaluator.look(Image.fromarray(pixels)).shape is None
+    assert evaluator.recognize(Image.fromarray(pixels)).shape is None
 
 
 def test_the_commands_print_what_the_docstrings_say(tmp_path, capsys):

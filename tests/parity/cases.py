@@ -1,7 +1,7 @@
 """Our side of the parity check: the cases, the numbers that both sides get, and the scripts' training steps on them.
 
-`prepare` writes a case's folder for reference.py; `compare` measures our step against what that leaves; `check_golden` does so against
-the few numbers of it that golden.json keeps, with neither folder nor PyTorch.
+`prepare` writes a case's folder for reference.py; `compare` measures our step against what that leaves; `check_golden`
+does so against the few numbers of it that golden.json keeps, with neither folder nor PyTorch.
 """
 
 import re
@@ -24,7 +24,7 @@ import train_controlnet
 import train_controlnet_flux
 import train_controlnet_sdxl
 import train_dreambooth_lora_flux
-from shapes import conditioning, draw_scene, picture
+from shapes import render_outline, sample_scene, render
 
 from mindtune import diffusion, flow, rng
 from mindtune.data import conditions, crops
@@ -34,7 +34,8 @@ from mindtune.optim import optimizers
 
 UPDATES, FULL = 50, precision.Precision(ms.float32, ms.float32)
 CAPTION = "a photo of a red circle on a white background"
-# Of published pipelines: as many tokens as their text encoders take, beside a short caption and none, which show how they are padded.
+# Of published pipelines: as many tokens as their text encoders take, beside a short caption and none, which show how
+# they are padded.
 LENGTHS = {"length": 512, "texts": [CAPTION, "", " ".join([CAPTION] * 60)]}
 # Modules whose outputs are compared one by one, by the names that both sides have; "" is the whole model.
 BLOCK = r"^$|(^|\.)((single_)?transformer_blocks|down_blocks|up_blocks|encoder\.layers)\.\d+$|(^|\.)mid_block$"
@@ -59,9 +60,10 @@ LORA = {
     "rates": {"transformer": [1e-3, 1e-4]},
 }
 CLIP = {
-    "targets": {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS}, "alpha": 8.0,
+    "targets": {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS},
+    "alpha": 8.0,
     "rates": {"transformer": [1e-3, 1e-4], "text_encoder": [5e-4, 1e-3]},
-}  # fmt: skip
+}
 CONTROL = {"rates": {"controlnet": [1e-3, 1e-2]}}
 CASES = [
     *(Case("flux_lora", scheme, {**LORA, "scheme": scheme}) for scheme in flow.WEIGHTING_SCHEMES),
@@ -71,22 +73,30 @@ CASES = [
     Case("flux_controlnet", "2 + 2 blocks", {**CONTROL, "scheme": "logit_normal", "blocks": [2, 2]}),
     Case("flux_controlnet", "2 + 0 blocks", {**CONTROL, "scheme": "none", "blocks": [2, 0]}),
     Case("flux_controlnet", "existing, 1 + 1", {**CONTROL, "scheme": "sigma_sqrt", "blocks": [1, 1], "existing": True}),
-    Case("flux_controlnet", "trained shapes pipeline, 2 + 2", {**CONTROL, "scheme": "mode", "blocks": [2, 2], "trained": True}),
+    Case(
+        "flux_controlnet",
+        "trained shapes pipeline, 2 + 2",
+        {**CONTROL, "scheme": "mode", "blocks": [2, 2], "trained": True},
+    ),
     Case("sd15", "epsilon", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": None}),
     Case("sd15", "v_prediction", {**CONTROL, "prediction_type": "v_prediction", "snr_gamma": None}),
     Case("sd15", "epsilon, Min-SNR", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": 5.0}),
     Case("sd15", "v_prediction, Min-SNR", {**CONTROL, "prediction_type": "v_prediction", "snr_gamma": 5.0}),
     Case("sdxl", "epsilon", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": None}),
     # The files, keys and tensor names of published pipelines, at small sizes (tests/real_pipelines.py).
-    *(Case("flux_lora", name, {**LORA, **LENGTHS, "scheme": "none", "real": name}) for name in ("FLUX.1-dev", "FLUX.1-schnell")),
+    *(
+        Case("flux_lora", name, {**LORA, **LENGTHS, "scheme": "none", "real": name})
+        for name in ("FLUX.1-dev", "FLUX.1-schnell")
+    ),
     *(
         Case(kind, name, {**CONTROL, **LENGTHS, "prediction_type": predicted, "snr_gamma": None, "real": name})
         for kind, name, predicted in (
-            ("sd15", "stable-diffusion-v1-5", "epsilon"), ("sd15", "stable-diffusion-2-1", "v_prediction"),
+            ("sd15", "stable-diffusion-v1-5", "epsilon"),
+            ("sd15", "stable-diffusion-2-1", "v_prediction"),
             ("sdxl", "stable-diffusion-xl-base-1.0", "epsilon"),
         )
     ),
-]  # fmt: skip
+]
 
 
 # ---- inputs --------------------------------------------------------------------------------------
@@ -137,13 +147,14 @@ def make_stage(settings, root, folder):
 
 
 def scene(number, place):
-    return draw_scene(rng.generator(0, "parity scene", number, place), "all")
+    return sample_scene(rng.generator(0, "parity scene", number, place), "all")
 
 
 def make_batch(settings, root, number, stage, vae):
     """What both sides get for one update: batch 2 (4 with class pictures), not square, a log-variance that matters.
 
-    On the trained pipeline latents and text are those of shapes: `vae` and `stage` make them, and are needed for no other.
+    On the trained pipeline latents and text are those of shapes: `vae` and `stage` make them, and are needed for no
+    other.
     """
     kind, size = settings["kind"], 4 if settings.get("prior_weight") else 2
     channels = configs.read_config(root, "vae")["latent_channels"]
@@ -186,8 +197,8 @@ def make_batch(settings, root, number, stage, vae):
             text=np.stack([t["prompt_embeds"] for t in texts]),
             pooled=np.stack([t["pooled_prompt_embeds"] for t in texts]),
         )
-        for what, draw in (("moments", picture), ("condition", conditioning)):
-            pixels = np.stack([crops.pixel_values(draw(each, 64), 64, "lanczos", None, False) for each in scenes])
+        for what, render_scene in (("moments", render), ("condition", render_outline)):
+            pixels = np.stack([crops.pixel_values(render_scene(each, 64), 64, "lanczos", None, False) for each in scenes])
             batch[what] = vae.encode(ms.Tensor(pixels))[0].asnumpy()
     return batch
 
@@ -212,13 +223,29 @@ def arguments(settings, batch):
         )
         given["image_ids"] = flow.latent_image_ids(*batch["noise"].shape[2:])
     order = {
-        "flux_lora": ("moments", "posterior", "noise", "indices", "text", "ids" if "ids" in batch else "pooled", "image_ids"),
+        "flux_lora": (
+            "moments",
+            "posterior",
+            "noise",
+            "indices",
+            "text",
+            "ids" if "ids" in batch else "pooled",
+            "image_ids",
+        ),
         "flux_controlnet": (
-            "moments", "condition", "posterior", "condition_posterior", "noise", "indices", "text", "pooled", "image_ids",
+            "moments",
+            "condition",
+            "posterior",
+            "condition_posterior",
+            "noise",
+            "indices",
+            "text",
+            "pooled",
+            "image_ids",
         ),
         "sd15": ("moments", "condition", "posterior", "noise", "timesteps", "text"),
         "sdxl": ("moments", "condition", "posterior", "noise", "timesteps", "text", "pooled", "time_ids"),
-    }[kind]  # fmt: skip
+    }[kind]
     return [ms.Tensor(given[name]) for name in order]
 
 
@@ -260,9 +287,11 @@ class Ours:
 
     def _add_controlnet(self, base):
         flux = base == "transformer"
-        added = ("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks") if flux else (
-            "controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out"
-        )  # fmt: skip
+        added = (
+            ("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks")
+            if flux
+            else ("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")
+        )
         controlnet = (
             controlnets.flux_controlnet(self.root, *self.settings["blocks"])
             if flux
@@ -308,16 +337,28 @@ class Ours:
                     f"--prior_loss_weight={weight}",
                 ]
             return train_dreambooth_lora_flux.TrainStepForFluxDevDB(
-                self.base, optimizer, {"sigmas": sigmas}, ms.float32, train_dreambooth_lora_flux.parse_args(flags), vae,
+                self.base,
+                optimizer,
+                {"sigmas": sigmas},
+                ms.float32,
+                train_dreambooth_lora_flux.parse_args(flags),
+                vae,
                 ms.Tensor(np.zeros((settings["length"], 3), np.float32)),
-                text_encoder=self.cells.get("text_encoder"), loss_scaler=precision.loss_scaler("no"),
-            )  # fmt: skip
+                text_encoder=self.cells.get("text_encoder"),
+                loss_scaler=precision.loss_scaler("no"),
+            )
         flags.append("--train_data_dir=x")
         if kind == "flux_controlnet":
             return train_controlnet_flux.TrainStepForFluxControlNet(
-                self.cells["controlnet"], self.base, optimizer, sigmas, ms.float32, train_controlnet_flux.parse_args(flags), vae,
+                self.cells["controlnet"],
+                self.base,
+                optimizer,
+                sigmas,
+                ms.float32,
+                train_controlnet_flux.parse_args(flags),
+                vae,
                 loss_scaler=precision.loss_scaler("no"),
-            )  # fmt: skip
+            )
         script = train_controlnet_sdxl if kind == "sdxl" else train_controlnet
         make = script.TrainStepForControlNetSDXL if kind == "sdxl" else script.TrainStepForControlNet
         latent_config = {"scaling_factor": settings["scaling_factor"]}
@@ -327,9 +368,19 @@ class Ours:
         )
         weights = diffusion.min_snr_weights(alphas, settings["snr_gamma"], predicted)
         return make(
-            self.cells["controlnet"], self.base, optimizer, ms.Tensor(alphas, ms.float32), ms.Tensor(weights, ms.float32), ms.float32,
-            script.parse_args(flags), predicted, latent_config, None, ms.float32, precision.loss_scaler("no"),
-        )  # fmt: skip
+            self.cells["controlnet"],
+            self.base,
+            optimizer,
+            ms.Tensor(alphas, ms.float32),
+            ms.Tensor(weights, ms.float32),
+            ms.float32,
+            script.parse_args(flags),
+            predicted,
+            latent_config,
+            None,
+            ms.float32,
+            precision.loss_scaler("no"),
+        )
 
     def gradients(self, step):
         """name -> gradient, after a call of a step that does not train."""
@@ -361,7 +412,7 @@ class Ours:
             handle.remove()
         return caught, result
 
-    def picture(self, stage, noise, condition):
+    def image(self, stage, noise, condition):
         """uint8 [H, W, 3], eight steps from the noise [1, C, h, w] by the sampling loop that the scripts use."""
         text, vae, scheduler = stage.text(CAPTION), stage.load_vae(), configs.read_config(self.root, "scheduler")
         controlnet = self.cells.get("controlnet")
@@ -370,7 +421,7 @@ class Ours:
                 control = (controlnet, conditions.condition_pixels(condition), 1.0)
                 latents = sampling.sample_unet_latents(
                     self.base, scheduler, text, stage.unconditional(), noise, 8, 5.0, ms.float32, control
-                )  # fmt: skip
+                )
             else:
                 pooled, clip = text["pooled_prompt_embeds"], self.cells.get("text_encoder")
                 if clip:
@@ -378,7 +429,7 @@ class Ours:
                 control = (controlnet, sampling.encode_image(vae, condition, ms.float32), 1.0) if controlnet else None
                 latents = sampling.sample_latents(
                     self.base, scheduler, text["prompt_embeds"][None], pooled[None], noise, 8, 3.5, ms.float32, control
-                )  # fmt: skip
+                )
             return np.asarray(sampling.decode_latents(vae, latents, ms.float32)[0])
 
 

@@ -19,15 +19,17 @@ import train_controlnet
 import train_controlnet_flux
 import train_controlnet_sdxl
 import train_dreambooth_lora_flux
-from shapes import conditioning, make_folder, make_subject
+from shapes import render_outline, make_folder, make_subject
 
 from mindtune import rng
 from mindtune.models import configs, lora
 
 SCRIPTS = {
-    "flux_lora": (train_dreambooth_lora_flux, infer_flux_lora), "flux_controlnet": (train_controlnet_flux, infer_flux_controlnet),
-    "sd15": (train_controlnet, infer_controlnet), "sdxl": (train_controlnet_sdxl, infer_controlnet_sdxl),
-}  # fmt: skip
+    "flux_lora": (train_dreambooth_lora_flux, infer_flux_lora),
+    "flux_controlnet": (train_controlnet_flux, infer_flux_controlnet),
+    "sd15": (train_controlnet, infer_controlnet),
+    "sdxl": (train_controlnet_sdxl, infer_controlnet_sdxl),
+}
 NAMES = {
     "flux_lora": "LoRA with CLIP's part",
     "flux_controlnet": "FLUX ControlNet",
@@ -111,7 +113,7 @@ def prepare(work):
         (folder / "settings.json").write_text(json.dumps(settings))
         channels = configs.read_config(root, "vae")["latent_channels"]
         np.save(folder / "noise.npy", rng.normal(0, "validation", 0, shape=(1, channels, 8, 12)))
-        conditioning(scene(0, 0), 96).convert("RGB").resize((96, 64)).save(folder / "condition.png")
+        render_outline(scene(0, 0), 96).convert("RGB").resize((96, 64)).save(folder / "condition.png")
         train(folder, kind, root, data, "ours", 0.05, 3, *MORE.get(kind, ()))
     layouts, adapter = work / "layouts", work / "flux_lora" / "ours" / lora.LORA_FILE
     layouts.mkdir()

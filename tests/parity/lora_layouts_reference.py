@@ -1,10 +1,12 @@
-"""What diffusers makes of our exported LoRA files, against the weight changes of the adapter that they were exported from.
+"""What diffusers makes of our exported LoRA files, against the weight changes of the adapter that they were exported
+from.
 
     python lora_layouts_reference.py WORK       WORK holds adapter.safetensors (diffusers' layout), kohya.safetensors, comfyui.safetensors
                                                 and pipeline/, the tiny FLUX that they are for; leaves layouts.json there
 
-Every number is the largest difference of a weight's change, relative to its largest entry. diffusers' converters are written for a
-width of 3072: they are given every row of B, or of a weight, so many times that it has that, and of their answer one of these is taken.
+Every number is the largest difference of a weight's change, relative to its largest entry. diffusers' converters are
+written for a width of 3072: they are given every row of B, or of a weight, so many times that it has that, and of their
+answer one of these is taken.
 """
 
 import json
@@ -16,8 +18,8 @@ import torch
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file
 
-# Of kohya's layout diffusers 0.35.2 refuses these layers if they have an alpha, as sd-scripts' own have, and drops lora_te1_, which it
-# takes for CLIP only under the name lora_te_.
+# Of kohya's layout diffusers 0.35.2 refuses these layers if they have an alpha, as sd-scripts' own have, and drops
+# lora_te1_, which it takes for CLIP only under the name lora_te_.
 UNREAD = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer")
 
 

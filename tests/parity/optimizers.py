@@ -1,6 +1,8 @@
-"""Our side of the optimizers' check: 100 updates of every optimizer on a noisy quadratic, and every schedule, against PyTorch's.
+"""Our side of the optimizers' check: 100 updates of every optimizer on a noisy quadratic, and every schedule, against
+PyTorch's.
 
-`compare` runs both sides, `golden` keeps a few numbers of what PyTorch left, `check_golden` compares ours with those, without PyTorch.
+`compare` runs both sides, `golden` keeps a few numbers of what PyTorch left, `check_golden` compares ours with those,
+without PyTorch.
 """
 
 import json
@@ -14,7 +16,8 @@ from mindtune import rng
 from mindtune.optim import optimizers, schedules
 
 UPDATES, KEPT = 100, 8
-# Shape -> rows, when its gradient is a matrix times its distance from the bottom. 5000 is no multiple of a block of 8-bit moments.
+# Shape -> rows, when its gradient is a matrix times its distance from the bottom. 5000 is no multiple of a block of
+# 8-bit moments.
 SHAPES = {(96, 64): 96, (64,): 64, (8, 4, 3, 3): 8, (1,): 1, (5000,): 50}
 # The first two decay by the first number, the others by the second.
 ADAM = {"lr": 3e-2, "betas": [0.9, 0.999], "eps": 1e-8, "decay": [0.1, 0.02]}
@@ -57,9 +60,16 @@ def run(setting, given):
     ]
     name = setting["optimizer"]
     optimizer = optimizers.create_optimizer(
-        name.replace("8bit", ""), groups, betas=setting["betas"], eps=setting["eps"], eight_bit=name == "adamw8bit",
-        beta3=setting.get("beta3"), decouple=True, use_bias_correction=True, safeguard_warmup=True,
-    )  # fmt: skip
+        name.replace("8bit", ""),
+        groups,
+        betas=setting["betas"],
+        eps=setting["eps"],
+        eight_bit=name == "adamw8bit",
+        beta3=setting.get("beta3"),
+        decouple=True,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+    )
     for k in range(UPDATES):
         gradients = []
         for i, rows in enumerate(SHAPES.values()):

@@ -1,4 +1,5 @@
-"""The PyTorch side of the optimizers' check: 100 updates of each setting on the noisy quadratic that our side wrote, and the schedules.
+"""The PyTorch side of the optimizers' check: 100 updates of each setting on the noisy quadratic that our side wrote,
+and the schedules.
 
     python optimizers_reference.py WORK        WORK holds optimizers.npz and optimizers.json; leaves optimizers_theirs.npz there
 
@@ -67,9 +68,13 @@ def factors(name, schedule):
     """What the rate of updates 0 to the last one and the one after it is multiplied with."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=schedule["lr"])
     scheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=schedule["warmup"], num_training_steps=schedule["updates"],
-        num_cycles=schedule["cycles"], power=schedule["power"],
-    )  # fmt: skip
+        name,
+        optimizer,
+        num_warmup_steps=schedule["warmup"],
+        num_training_steps=schedule["updates"],
+        num_cycles=schedule["cycles"],
+        power=schedule["power"],
+    )
     found = []
     for _ in range(schedule["updates"] + 1):
         found.append(scheduler.get_last_lr()[0] / schedule["lr"])

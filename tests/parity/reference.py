@@ -1,8 +1,10 @@
-"""The PyTorch side of the parity check: the scripts' training steps written from the formulas, on diffusers' models and peft's LoRA.
+"""The PyTorch side of the parity check: the scripts' training steps written from the formulas, on diffusers' models and
+peft's LoRA.
 
     python reference.py WORK [WORK ...]        each WORK holds settings.json, inputs.npz and what trains; leaves theirs.npz there
 
-diffusers gives the models, the noise schedules and the sampling pipelines; step, loss and loop are ours. float32 on the CPU.
+diffusers gives the models, the noise schedules and the sampling pipelines; step, loss and loop are ours. float32 on the
+CPU.
 """
 
 import json
@@ -90,7 +92,7 @@ class UNetControlNet:
             torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / (snr + 1 if velocity else snr),
         )
 
-    def picture(self, noise, condition):
+    def image(self, noise, condition):
         """By diffusers' own pipeline with UniPC, uint8 [H, W, 3]."""
         return draw_unet(self.root, self.settings, self.models["controlnet"], noise, condition)
 
@@ -106,9 +108,14 @@ def draw_unet(root, settings, controlnet, noise, condition):
     pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
-        settings["caption"], image=condition, num_inference_steps=8, guidance_scale=5.0, latents=noise, height=condition.height,
+        settings["caption"],
+        image=condition,
+        num_inference_steps=8,
+        guidance_scale=5.0,
+        latents=noise,
+        height=condition.height,
         width=condition.width,
-    ).images[0]  # fmt: skip
+    ).images[0]
     return np.asarray(image)
 
 
@@ -168,10 +175,15 @@ class Flux:
         ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
         guidance = torch.full((len(latents),), self.settings["guidance_scale"])
         return {
-            "hidden_states": pack(sigma * batch["noise"] + (1 - sigma) * latents), "timestep": sigma.flatten(),
-            "guidance": guidance if self.models["transformer"].config.guidance_embeds else None, "pooled_projections": pooled,
-            "encoder_hidden_states": batch["text"], "txt_ids": torch.zeros(batch["text"].shape[1], 3), "img_ids": ids, "return_dict": False,
-        }  # fmt: skip
+            "hidden_states": pack(sigma * batch["noise"] + (1 - sigma) * latents),
+            "timestep": sigma.flatten(),
+            "guidance": guidance if self.models["transformer"].config.guidance_embeds else None,
+            "pooled_projections": pooled,
+            "encoder_hidden_states": batch["text"],
+            "txt_ids": torch.zeros(batch["text"].shape[1], 3),
+            "img_ids": ids,
+            "return_dict": False,
+        }
 
 
 class FluxLora(Flux):
@@ -196,7 +208,7 @@ class FluxLora(Flux):
         prediction = self.models["transformer"](**self.common(batch, sigma, latents, pooled))[0]
         return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
 
-    def picture(self, noise, condition):
+    def image(self, noise, condition):
         return draw_flux(self.root, self.settings, noise, **self.models)
 
 
@@ -206,9 +218,14 @@ def draw_flux(root, settings, noise, **models):
     pipeline.set_progress_bar_config(disable=True)
     height, width = 8 * noise.shape[2], 8 * noise.shape[3]
     image = pipeline(
-        settings["caption"], latents=pack(noise), height=height, width=width, num_inference_steps=8, guidance_scale=3.5,
+        settings["caption"],
+        latents=pack(noise),
+        height=height,
+        width=width,
+        num_inference_steps=8,
+        guidance_scale=3.5,
         max_sequence_length=settings["length"],
-    ).images[0]  # fmt: skip
+    ).images[0]
     return np.asarray(image)
 
 
@@ -229,20 +246,28 @@ class FluxControlNet(Flux):
         prediction = self.models["transformer"](**given, **residuals)[0]
         return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
 
-    def picture(self, noise, condition):
+    def image(self, noise, condition):
         return draw_flux_controlnet(self.root, self.settings, self.models["controlnet"], noise, condition)
 
 
 def draw_flux_controlnet(root, settings, controlnet, noise, condition):
     pipeline = diffusers.FluxControlNetPipeline.from_pretrained(root, controlnet=controlnet, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    # The pipeline draws the condition's latent at random; here it is the posterior's mean, as in our validation and inference.
+    # The pipeline draws the condition's latent at random; here it is the posterior's mean, as in our validation and
+    # inference.
     encode = pipeline.vae.encode
     pipeline.vae.encode = lambda pixels: SimpleNamespace(latents=encode(pixels).latent_dist.mode())
     image = pipeline(
-        settings["caption"], control_image=condition, latents=pack(noise), height=condition.height, width=condition.width,
-        num_inference_steps=8, guidance_scale=3.5, controlnet_conditioning_scale=1.0, max_sequence_length=settings["length"],
-    ).images[0]  # fmt: skip
+        settings["caption"],
+        control_image=condition,
+        latents=pack(noise),
+        height=condition.height,
+        width=condition.width,
+        num_inference_steps=8,
+        guidance_scale=3.5,
+        controlnet_conditioning_scale=1.0,
+        max_sequence_length=settings["length"],
+    ).images[0]
     return np.asarray(image)
 
 
@@ -309,11 +334,11 @@ def main(work):
             step.models, settings["block"], lambda: step.outputs(batches[0])
         )
         found["picture"] = torch.from_numpy(
-            step.picture(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy()
+            step.image(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy()
         )
     for parameter in step.trained.values():
-        # Where no loss reaches (the last double block's text stream, without single blocks) torch would have no gradient, and AdamW
-        # leave the parameter out. Ours is zero there, and the weight decays.
+        # Where no loss reaches (the last double block's text stream, without single blocks) torch would have no
+        # gradient, and AdamW leave the parameter out. Ours is zero there, and the weight decays.
         parameter.grad = torch.zeros_like(parameter)
     loss_of(step, batches[0]).backward()
     found.update(blocks, **{f"gradient {name}": p.grad.clone() for name, p in step.trained.items()})
