@@ -21,8 +21,9 @@ from mindtune.cli import UserError, run
 from mindtune.data.buckets import crop_sizes
 from mindtune.models.configs import read_config
 from mindtune.models.controlnets import controlnet_shapes
-from mindtune.models.loading import Shape, shapes
+from mindtune.models.loading import component_shapes
 from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
+from mindtune.models.named_parameters import ParameterShape
 from mindtune.models.precision import DTYPES
 from mindtune.optim.adam8bit import BLOCK, SMALLEST
 from mindtune.run.tracking import peak_memory_mb
@@ -81,16 +82,16 @@ class Plan(NamedTuple):
 
 
 @cache
-def _shapes(root: Path, name: str) -> list[Shape]:
-    return shapes(root, name)
+def _shapes(root: Path, name: str) -> list[ParameterShape]:
+    return component_shapes(root, name)
 
 
 @cache
-def _controlnet_shapes(root: Path, base: str, *blocks: int) -> list[Shape]:
+def _controlnet_shapes(root: Path, base: str, *blocks: int) -> list[ParameterShape]:
     return controlnet_shapes(root, base, *blocks)
 
 
-def _frozen(name: str, found: Iterable[Shape], precision: str, int8: bool = False) -> Part:
+def _frozen(name: str, found: Iterable[ParameterShape], precision: str, int8: bool = False) -> Part:
     """int8 weights have a float32 scale for each output."""
     width, size, count = BYTES[precision], 0, 0
     for shape in found:
@@ -101,7 +102,7 @@ def _frozen(name: str, found: Iterable[Shape], precision: str, int8: bool = Fals
     return Part(name, count, f"int8, {stored}" if int8 else stored, size)
 
 
-def _adapter(found: Iterable[Shape], targets: list[str], rank: int) -> list[tuple[int, ...]]:
+def _adapter(found: Iterable[ParameterShape], targets: list[str], rank: int) -> list[tuple[int, ...]]:
     """Shapes of A and B beside every linear layer that a target's name ends."""
     layers = [shape for shape in found if shape.linear]
     chosen = [s.shape for s in layers if any(f".{s.name}".endswith(f".{target}.weight") for target in targets)]
