@@ -28,7 +28,7 @@ from step_mindspore import load_plainly, memory, require_plain, use_mindone_plai
 
 from mindtune.data import folders, order
 from mindtune.encode import child, encoder_stage, text_encoders
-from mindtune.models import execution, loading, precision
+from mindtune.models import execution, precision, tokenization
 
 CALLS = []  # (start, end) of every call of the step, with reading its result
 WAITS = []  # seconds waited for each batch
@@ -120,7 +120,7 @@ class StepWithText(PlainStep):
 def give_token_ids():
     """Batches hold token ids, computed for each use, instead of the outputs of T5 and CLIP."""
     root = ROOT / "examples/tiny/flux-shapes"
-    clip, t5 = (loading.load_tokenizer(root / name) for name in ("tokenizer", "tokenizer_2"))
+    clip, t5 = (tokenization.load_tokenizer(root / name) for name in ("tokenizer", "tokenizer_2"))
 
     def text(batches, caption):
         ids = (t5, batches.args.max_sequence_length), (clip, clip.model_max_length)

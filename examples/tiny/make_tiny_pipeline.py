@@ -160,7 +160,7 @@ def save_weights(cell, file: Path, rng: np.random.Generator, gains: dict[str, fl
     """Writes random weights for the parameters of the cell; only their names and shapes are used."""
     from safetensors.numpy import save
 
-    from mindtune.models.loading import hf_name
+    from mindtune.models.named_parameters import hf_name
 
     shapes = {hf_name(name): parameter.shape for name, parameter in cell.parameters_and_names()}
     # Sorted, so that the draws do not depend on the order in which the library creates its layers.

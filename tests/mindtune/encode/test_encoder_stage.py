@@ -11,7 +11,7 @@ import pytest
 from mindtune.cli import UserError
 from mindtune.data.image_sample import Sample
 from mindtune.encode import child, encoder_stage, text_encoders
-from mindtune.models import loading, precision
+from mindtune.models import loading, precision, tokenization
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_pictures_name_depends_on_its_bytes_and_its_preprocessing(stage, photo
 def test_captions_that_an_encoder_cuts_off_are_counted(stage, tiny_flux):
     """Against the tokenizer's own count; a caption is counted once however often it is used."""
     long = " ".join(["circle"] * 40)
-    tokens = len(loading.load_tokenizer(tiny_flux / "tokenizer_2")(long + " cat").input_ids)
+    tokens = len(tokenization.load_tokenizer(tiny_flux / "tokenizer_2")(long + " cat").input_ids)
     (said,) = stage().long_captions(["a cat", long, long, long + " cat"])
     assert said.startswith(f"2 captions are longer than T5 reads: 16 tokens, the longest has {tokens}.")
     assert "Raise --max_sequence_length" in said
@@ -92,11 +92,11 @@ def test_the_childs_embeddings_are_those_of_the_encoders_called_here(stage, tiny
     assert made.prepare(["a cat", "a dog", "a cat"], []) == 2
     full = precision.resolve_precision("no")
     for caption in ("a cat", "a dog"):
-        ids = text_encoders.token_ids(loading.load_tokenizer(tiny_flux / "tokenizer_2"), caption, 16)
+        ids = text_encoders.token_ids(tokenization.load_tokenizer(tiny_flux / "tokenizer_2"), caption, 16)
         states = loading.load_model(tiny_flux, "text_encoder_2", full)(ms.Tensor(ids[None]))[0][0].asnumpy()
         np.testing.assert_array_equal(made.text(caption)["prompt_embeds"], states)
         clip = loading.load_model(tiny_flux, "text_encoder", full)
-        pooled = text_encoders.clip_pooled(clip, loading.load_tokenizer(tiny_flux / "tokenizer"), caption)
+        pooled = text_encoders.clip_pooled(clip, tokenization.load_tokenizer(tiny_flux / "tokenizer"), caption)
         np.testing.assert_array_equal(made.text(caption)["pooled_prompt_embeds"], pooled)
     assert made.prepare(["a cat", "a dog"], []) == 0
 
