@@ -1,5 +1,6 @@
 """Writes the tables and the plot of docs/performance.md from benchmarks/results/speed.json, for speed.py."""
 
+import textwrap
 from functools import partial
 
 BEGIN = "<!-- made by benchmarks/speed.py: begin -->"
@@ -406,7 +407,8 @@ def tables(results):
     ]
     hardware = [computer["processor"], f"{computer['cores']} cores", f"{computer['memory_gb']} GB"]
     hardware.append(computer["architecture"])
-    text = [f"Machine: {', '.join(hardware)}. Versions: {packages}. {disturbances(results)}"]
+    machine = f"Machine: {', '.join(hardware)}. Versions: {packages}. {disturbances(results)}"
+    text = ["\n".join(textwrap.fill(line, 100) for line in machine.split("\n"))]
     for title, make in parts:
         text.append((f"### {title}\n\n" if title else "") + make(results))
     return "\n".join(text)

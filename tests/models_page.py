@@ -23,25 +23,30 @@ SCRIPTS = {
     "sd": "[ControlNet](controlnet.md)",
     "sdxl": "[ControlNet, XL](controlnet.md)",
 }
-TEXT = """# Which published models are trained
+TEXT = """# Supported models
 
-Written by `python tests/models_page.py`. It makes a small copy of each model with random weights: file names, config keys and tensor
-names are the published ones. A supported model is trained for an update, drawn with, and resumed. An unsupported one has to be refused
-before anything is encoded or written, with a message that names the model, the key and its value. No published weights are loaded.
-Where a published file was not at hand, `tests/real_configs.py` says what stands in for it. Names without an owner were found in more
-than one place.
+`python tests/models_page.py` writes this page. It makes a small copy of each model with random weights.
+File names, config keys and tensor names are the published ones; no published weights are loaded.
+
+- **trained**: the test trains the model for one update, generates an image, and resumes the run.
+- **refused**: the script refuses the model before anything is encoded or written. The message names the
+  model, the key and its value.
+
+Where a published file was not available, `tests/real_configs.py` says what is used instead. Names
+without an owner exist in several repositories.
 
 ## Pipelines
 
 {pipelines}
 ## VAEs
 
-For SDXL give them by `--pretrained_vae_model_name_or_path`; for Stable Diffusion 1 and 2 put them into the pipeline's `vae` folder.
+For SDXL use `--pretrained_vae_model_name_or_path`. For Stable Diffusion 1 and 2 put the files into the
+pipeline's `vae` directory.
 
 {vaes}
-## ControlNets to go on from
+## ControlNets to train further
 
-By `--controlnet_model_name_or_path`.
+With `--controlnet_model_name_or_path`.
 
 {controlnets}
 ## Files

@@ -213,41 +213,53 @@ def page(found, exchanged, optimized, reference):
 
 TEXT = """# Parity with PyTorch
 
-Written by `make parity`: the same weights, batches and draws on both sides, float32; tiny random pipelines, and the trained one of
-[examples/tiny/flux-shapes](../examples/tiny/flux-shapes/README.md). Columns with a model's name: its published files, keys and tensor
-names at small sizes (`tests/real_pipelines.py`), and text states of a short caption, of none and of one that fills 77 (CLIP) and 512 (T5)
-tokens.
+`make parity` writes this page. Both sides get the same weights, batches and draws, in float32. The
+models are tiny random pipelines and the trained one in
+[examples/tiny/flux-shapes](../examples/tiny/flux-shapes/README.md). A column with a model's name uses
+the file names, config keys and tensor names of that published model at small sizes
+(`tests/real_pipelines.py`). Its text states are those of a short caption, of an empty one, and of one
+that fills all 77 (CLIP) and 512 (T5) tokens.
 
-- There: PyTorch {theirs[0]}, diffusers {theirs[1]}, transformers {theirs[2]}, peft {theirs[3]} as libraries; step and loop are our own
-  (`tests/parity/reference.py`).
+- There: PyTorch {theirs[0]}, diffusers {theirs[1]}, transformers {theirs[2]}, peft {theirs[3]} as libraries. Step and
+  loop are our own (`tests/parity/reference.py`).
 - Here: the scripts' training steps in PyNative on mindspore {ours[mindspore]}, mindone {ours[mindone]}. CPU, {machine}.
 
-Errors are relative to the largest entry of the tensor; of the weights the distance relative to the way they moved; of losses to the loss.
-Each cell has the largest error and in brackets the median, over entries, blocks, parameters or updates.
+Errors of a tensor are relative to its largest entry, errors of a loss to the loss. For weights, the
+error is the distance between the two results divided by the distance that training moved them. Each
+cell has the largest error and in brackets the median, over entries, blocks, parameters or updates.
 
-Three things to know:
+Three differences explain the remaining errors:
 
-- mindone makes the frequencies of the timestep's sinusoids by `ops.exp`, whose CPU kernel errs by 5e-6. At a timestep of 1000 that
-  alone put FLUX's blocks 3e-4 apart and the gradients 1.3e-3; `mindtune/models/fast_ops.py` makes them on the host. What is left in FLUX's
-  blocks is float32's rounding of angles up to 1000 on both sides (PyTorch's sinusoids are 2.8e-5 from the exact ones).
-- AdamW's epsilon is 1e-5 in these tables: at 1e-8 a gradient that is zero but for rounding moves its weight by a whole step in either
-  direction, and one such weight of the adapter's put it 4.4e-3 apart. The optimizers' own table compares at 1e-8.
-- Parameters that no loss reaches (the last double block's text stream in a ControlNet without single blocks) have no gradient in
-  PyTorch, and AdamW leaves them out. Here their gradient is zero and their weights decay; the reference does so too.
+- mindone computes the frequencies of the timestep's sinusoids with `ops.exp`, whose CPU kernel has an
+  error of 5e-6. At a timestep of 1000 this alone caused errors of 3e-4 in FLUX's blocks and 1.3e-3 in
+  the gradients. `mindtune/models/fast_ops.py` computes the frequencies on the host instead. The
+  remaining error in FLUX's blocks is float32's rounding of angles up to 1000 on both sides (PyTorch's
+  sinusoids are 2.8e-5 from the exact ones).
+- AdamW's epsilon is 1e-5 in these tables. At 1e-8, a gradient that is only rounding error moves its
+  weight by a whole step in either direction; one such weight caused an error of 4.4e-3 in the adapter.
+  The table of optimizers below uses 1e-8.
+- Some parameters do not affect the loss: the last double block's text stream in a ControlNet without
+  single blocks. In PyTorch they have no gradient, and AdamW skips them. Here their gradient is zero, and
+  their weights decay. The reference does the same.
 {tables}
 ## Files that go both ways
 
-Trained by the scripts for three updates or made by diffusers and peft (rank 6, alpha 9), drawn by our inference scripts and by diffusers'
-pipelines from the same noise; ours is at rank 4, alpha 8, with every kind of layer.
+Files come from our scripts (three updates; LoRA of rank 4, alpha 8, with every kind of layer) or from
+diffusers and peft (LoRA of rank 6, alpha 9). Our inference scripts and diffusers' pipelines generate
+images with them from the same noise. The last column is for comparison: the difference when the file is
+not loaded or, in the rows about training, when the learning rate is not 0.
 
 {exchange}
-diffusers' converters are written for FLUX.1's width and are given ours repeated to it; of kohya's layout diffusers {theirs[1]} reads no
-CLIP part under the name that sd-scripts writes, so it gets that renamed (`tests/parity/lora_layouts_reference.py`).
+diffusers' converters require FLUX.1's width, so our tensors are repeated to that width. In kohya's
+layout, diffusers {theirs[1]} does not read the CLIP part under the name that sd-scripts writes; the test
+renames it (`tests/parity/lora_layouts_reference.py`).
 
 ## Optimizers and schedules
 
-100 updates of a noisy quadratic with decay and schedules, the same noise on both sides: distance of the weights relative to the way
-moved; for a schedule the largest difference of its factor (`tests/parity/optimizers.py`).
+Each optimizer minimizes a noisy quadratic for 100 updates, with weight decay and schedules, and with the
+same noise on both sides. The error is the distance between the two results divided by the distance
+that the weights moved. For a schedule it is the largest difference of the factor
+(`tests/parity/optimizers.py`).
 
 {optimizer}"""
 
