@@ -1,4 +1,4 @@
-"""mindone 0.5.0 builds its models of `mint.nn` layers, which are no subclasses of `nn`'s; these run on 0.3.0 too."""
+"""Layers of `mint.nn`, of which mindone 0.5.0 builds its models, are treated like those of `nn`; runs on 0.3.0, too."""
 
 import mindspore as ms
 import numpy as np
@@ -10,7 +10,7 @@ from mindtune.models import lora, precision
 
 
 class Model(nn.Cell):
-    """A linear layer and a convolution of each kind, and a norm."""
+    """A linear layer and a convolution of each kind, and a norm of mint."""
 
     def __init__(self):
         super().__init__()
@@ -29,12 +29,10 @@ def test_targets_are_found_among_both_kinds():
 def test_a_file_for_another_width_is_refused_of_both_kinds(monkeypatch, tmp_path, name):
     halves = {"A": np.zeros((2, 5), np.float32), "B": np.zeros((3, 2), np.float32)}
     part = {f"{name}.lora_{half}.weight": value for half, value in halves.items()}
-    monkeypatch.setattr(
-        lora, "read_parts", lambda *_: {"transformer": part}
-    )  # the layers of a toy are none of FLUX.1's
-    with pytest.raises(
-        UserError, match=r"A and B of to_. are \(2, 5\) and \(3, 2\), the layer of this transformer takes 4 and gives 3"
-    ):
+    # Without the check that the layers belong to FLUX.1.
+    monkeypatch.setattr(lora, "read_parts", lambda *_: {"transformer": part})
+    message = r"A and B of to_. are \(2, 5\) and \(3, 2\), the layer of this transformer takes 4 and gives 3"
+    with pytest.raises(UserError, match=message):
         lora.load_lora(tmp_path / "lora.safetensors", {"transformer": Model()}, ms.float32)
 
 

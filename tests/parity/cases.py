@@ -1,6 +1,7 @@
 """Our side of the parity check: the cases, the inputs of both sides, and the training steps of the scripts.
 
-certificate.py compares them with the results of reference.py, test_golden.py with a few of these results in golden.json, without PyTorch.
+certificate.py compares them with the results of reference.py, test_golden.py with a few of these results in
+golden.json, without PyTorch.
 """
 
 import re
@@ -23,7 +24,7 @@ import train_controlnet
 import train_controlnet_flux
 import train_controlnet_sdxl
 import train_dreambooth_lora_flux
-from shapes import render_outline, sample_scene, render
+from shapes import render, render_outline, sample_scene
 
 from mindtune import diffusion, flow, rng
 from mindtune.data import conditions, crops
@@ -196,7 +197,9 @@ def make_batch(settings, root, number, stage, vae):
             pooled=np.stack([t["pooled_prompt_embeds"] for t in texts]),
         )
         for what, render_scene in (("moments", render), ("condition", render_outline)):
-            pixels = np.stack([crops.pixel_values(render_scene(each, 64), 64, "lanczos", None, False) for each in scenes])
+            pixels = np.stack(
+                [crops.pixel_values(render_scene(each, 64), 64, "lanczos", None, False) for each in scenes]
+            )
             batch[what] = vae.encode(ms.Tensor(pixels))[0].asnumpy()
     return batch
 
@@ -298,7 +301,7 @@ class Ours:
             save_file({name: p.asnumpy() for name, p in self.trained.items()}, folder / "start.safetensors")
 
     def step(self, train=True):
-        """The training step of the script. Without `train` no weight changes and AdamW's first moment is the gradient."""
+        """The script's training step. Without `train` no weight changes and AdamW's first moment is the gradient."""
         settings = self.settings
         kind = settings["kind"]
         groups = []

@@ -1,8 +1,11 @@
-"""Compares our training steps with PyTorch's on the same weights, batches and draws; writes docs/parity.md and golden.json.
+"""Compares our training steps with PyTorch's on the same weights, batches and draws; writes docs/parity.md and
+golden.json.
 
     python tests/parity/certificate.py --reference PYTHON
 
-`make parity` runs this. PYTHON is the interpreter with tests/parity/requirements.txt. --only WORDS runs the cases whose names contain all of them, and writes nothing. golden.json keeps the results of PyTorch that `make test` compares with (test_golden.py).
+`make parity` runs this. PYTHON is the interpreter with tests/parity/requirements.txt. --only WORDS runs the cases whose
+names contain all of them, and writes nothing. golden.json keeps the results of PyTorch that `make test` compares with
+(test_golden.py).
 """
 
 import argparse
@@ -18,7 +21,7 @@ import numpy as np
 import optimizers
 from cases import CASES, ROOT, Ours, all_settings, arguments, make_batches, make_pipeline, make_stage, scene
 from PIL import Image
-from shapes import render_outline, render
+from shapes import render, render_outline
 
 from mindtune import rng
 from mindtune.data import crops
@@ -277,7 +280,12 @@ def check_interchange(reference, work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--reference", required=True, help="Python interpreter with tests/parity/requirements.txt.")
-    parser.add_argument("--only", nargs="+", default=[], help="Run only cases whose names contain all these words, and write nothing. Default: all cases.")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        help="Run only cases whose names contain all these words, and write nothing. Default: all cases.",
+    )
     args = parser.parse_args()
     execution.set_up_device(graph_mode=False)
     chosen = [case for case in CASES if all(word in case.label for word in args.only)]

@@ -1,10 +1,9 @@
-"""The PyTorch side of the parity check: the scripts' training steps written from the formulas, on diffusers' models and
-peft's LoRA.
+"""The PyTorch side of the parity check: the training steps from their formulas, on diffusers' models and peft's LoRA.
 
-    python reference.py WORK [WORK ...]        each WORK holds settings.json, inputs.npz and what trains; leaves theirs.npz there
+    python reference.py WORK [WORK ...]
 
-diffusers gives the models, the noise schedules and the sampling pipelines; step, loss and loop are ours. float32 on the
-CPU.
+Reads settings.json, inputs.npz and the initial trained weights of each WORK, and writes theirs.npz there. Models, noise
+schedules and sampling pipelines are those of diffusers; step, loss and loop are our own. float32 on the CPU.
 """
 
 import json
@@ -35,7 +34,7 @@ def token_ids(tokenizer, caption, length=77):
 
 
 def load(cls, folder):
-    """In float32, whatever the files hold."""
+    """The model in float32, whatever the dtype of the files."""
     return cls.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 
@@ -58,9 +57,10 @@ class UNetControlNet:
 
     def text(self, caption):
         found = []
-        for tail, cls in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection"))[
-            : 2 if self.settings["kind"] == "sdxl" else 1
-        ]:
+        encoders = [("", "CLIPTextModel")]
+        if self.settings["kind"] == "sdxl":
+            encoders.append(("_2", "CLIPTextModelWithProjection"))
+        for tail, cls in encoders:
             tokenizer = transformers.CLIPTokenizer.from_pretrained(self.root / f"tokenizer{tail}")
             encoder = load(getattr(transformers, cls), self.root / f"text_encoder{tail}")
             out = encoder(token_ids(tokenizer, caption), output_hidden_states=True)
@@ -71,12 +71,11 @@ class UNetControlNet:
     def outputs(self, batch):
         """Prediction, target and weights of a batch."""
         latents = sample_posterior(batch["moments"], batch["posterior"]) * self.settings["scaling_factor"]
-        timesteps, noise = batch["timesteps"].long(), batch["noise"]
-        more = (
-            {"added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}}
-            if "pooled" in batch
-            else {}
-        )
+        timesteps = batch["timesteps"].long()
+        noise = batch["noise"]
+        more = {}
+        if "pooled" in batch:
+            more["added_cond_kwargs"] = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
         given = (self.scheduler.add_noise(latents, noise, timesteps), timesteps)
         text = {"encoder_hidden_states": batch["text"], "return_dict": False, **more}
         down, middle = self.models["controlnet"](*given, controlnet_cond=batch["condition"], **text)
@@ -86,18 +85,18 @@ class UNetControlNet:
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
         alphas, gamma = self.scheduler.alphas_cumprod[timesteps], self.settings["snr_gamma"]
         snr = alphas / (1 - alphas)
-        return (
-            prediction,
-            target,
-            torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / (snr + 1 if velocity else snr),
-        )
+        weights = torch.ones_like(snr)
+        if gamma is not None:
+            weights = snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+        return prediction, target, weights
 
     def image(self, noise, condition):
-        """By diffusers' own pipeline with UniPC, uint8 [H, W, 3]."""
-        return draw_unet(self.root, self.settings, self.models["controlnet"], noise, condition)
+        """The image of diffusers' pipeline, uint8 [H, W, 3]."""
+        return generate_unet(self.root, self.settings, self.models["controlnet"], noise, condition)
 
 
-def draw_unet(root, settings, controlnet, noise, condition):
+def generate_unet(root, settings, controlnet, noise, condition):
+    """The image of diffusers' pipeline with UniPC, uint8 [H, W, 3]."""
     cls = (
         diffusers.StableDiffusionXLControlNetPipeline
         if settings["kind"] == "sdxl"
@@ -152,7 +151,7 @@ class Flux:
         return (sample_posterior(moments, noise) - self.vae_config["shift_factor"]) * self.vae_config["scaling_factor"]
 
     def sigma(self, batch):
-        """[B, 1, 1, 1], by the scheme's density (arXiv 2403.03206, section 3.1) from the draws of the batch."""
+        """[B, 1, 1, 1], by the density of the scheme (arXiv 2403.03206, section 3.1) from the draws of the batch."""
         settings, u = self.settings, batch["uniform"].double()
         if settings["scheme"] == "logit_normal":
             u = torch.sigmoid(settings["logit_mean"] + settings["logit_std"] * batch["normal"].double())
@@ -169,7 +168,7 @@ class Flux:
         return torch.ones_like(sigma)
 
     def common(self, batch, sigma, latents, pooled):
-        """What transformer and ControlNet are given alike."""
+        """The arguments that transformer and ControlNet share."""
         _, _, height, width = latents.shape
         rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
         ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
@@ -187,7 +186,7 @@ class Flux:
 
 
 class FluxLora(Flux):
-    """peft's LoRA on the transformer, and on CLIP where the settings say so."""
+    """peft's LoRA on the transformer, and on CLIP if the settings have targets for it."""
 
     def __init__(self, root, work, settings):
         super().__init__(root, settings)
@@ -209,11 +208,11 @@ class FluxLora(Flux):
         return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
 
     def image(self, noise, condition):
-        return draw_flux(self.root, self.settings, noise, **self.models)
+        return generate_flux(self.root, self.settings, noise, **self.models)
 
 
-def draw_flux(root, settings, noise, **models):
-    """By diffusers' own pipeline, uint8 [H, W, 3]; noise [1, C, h, w]."""
+def generate_flux(root, settings, noise, **models):
+    """The image of diffusers' pipeline from noise [1, C, h, w], uint8 [H, W, 3]."""
     pipeline = diffusers.FluxPipeline.from_pretrained(root, torch_dtype=torch.float32, **models)
     pipeline.set_progress_bar_config(disable=True)
     height, width = 8 * noise.shape[2], 8 * noise.shape[3]
@@ -247,14 +246,14 @@ class FluxControlNet(Flux):
         return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
 
     def image(self, noise, condition):
-        return draw_flux_controlnet(self.root, self.settings, self.models["controlnet"], noise, condition)
+        return generate_flux_controlnet(self.root, self.settings, self.models["controlnet"], noise, condition)
 
 
-def draw_flux_controlnet(root, settings, controlnet, noise, condition):
+def generate_flux_controlnet(root, settings, controlnet, noise, condition):
     pipeline = diffusers.FluxControlNetPipeline.from_pretrained(root, controlnet=controlnet, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    # The pipeline draws the condition's latent at random; here it is the posterior's mean, as in our validation and
-    # inference.
+    # The pipeline samples the latents of the condition. Here they are the mean of the posterior, as in our validation
+    # and inference.
     encode = pipeline.vae.encode
     pipeline.vae.encode = lambda pixels: SimpleNamespace(latents=encode(pixels).latent_dist.mode())
     image = pipeline(
@@ -286,12 +285,15 @@ def tensors_of(output):
 
 
 def block_outputs(models, block, call):
-    """What every module whose name matches the pattern `block` puts out while `call()` runs, and what `call()` gives."""
-    caught, handles = {}, []
+    """(the outputs of all modules whose names match the pattern `block` while `call()` runs, its result)."""
+    caught = {}
+    handles = []
 
     def note(name):
         def hook(module, inputs, output):
-            if isinstance(module, FluxSingleTransformerBlock):  # gives text and image apart here, joined on our side
+            if isinstance(
+                module, FluxSingleTransformerBlock
+            ):  # its text and image are separate here, joined on our side
                 output = torch.cat(output, dim=1)
             caught.update({f"block {name}/{number}": value for number, value in enumerate(tensors_of(output))})
 
@@ -333,12 +335,12 @@ def main(work):
         blocks, (found["prediction"], found["target"], _) = block_outputs(
             step.models, settings["block"], lambda: step.outputs(batches[0])
         )
-        found["picture"] = torch.from_numpy(
+        found["image"] = torch.from_numpy(
             step.image(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy()
         )
     for parameter in step.trained.values():
-        # Where no loss reaches (the last double block's text stream, without single blocks) torch would have no
-        # gradient, and AdamW leave the parameter out. Ours is zero there, and the weight decays.
+        # Without single blocks, the last double block's text stream does not affect the loss: torch has no gradient for
+        # it and AdamW would skip it. Our gradient is zero there, and the weights decay.
         parameter.grad = torch.zeros_like(parameter)
     loss_of(step, batches[0]).backward()
     found.update(blocks, **{f"gradient {name}": p.grad.clone() for name, p in step.trained.items()})

@@ -1,4 +1,4 @@
-"""Our training steps against the few of PyTorch's numbers that `make parity` left in golden.json: no PyTorch is needed here."""
+"""Compares our training steps with PyTorch's results that `make parity` keeps in golden.json, without PyTorch."""
 
 import json
 from pathlib import Path
