@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "models.md"
-sys.path[:0] = [str(HERE), str(HERE / "mindtune")]
+sys.path[:0] = [str(HERE), str(HERE / "mindtune" / "models")]
 
 from real.verdicts import CONTROLNETS, FILES, OWNERS, PIPELINES, VAES, Verdict
 
@@ -88,24 +88,20 @@ def adapter_rows() -> list[tuple[str, str, str]]:
 
 def page() -> str:
     """The text of the page, from the tables that the tests check."""
-    tables = {
-        part: table(
-            (title, "what happens", "remark"), [verdict_row(name, verdict) for name, verdict in verdicts.items()]
-        )
-        for part, title, verdicts in (
-            ("pipelines", "pipeline", PIPELINES),
-            ("vaes", "VAE", VAES),
-            ("controlnets", "ControlNet", CONTROLNETS),
-        )
-    }
-    adapters = adapter_rows()
+    tables = {}
+    for part, title, verdicts in (
+        ("pipelines", "pipeline", PIPELINES),
+        ("vaes", "VAE", VAES),
+        ("controlnets", "ControlNet", CONTROLNETS),
+    ):
+        rows = [verdict_row(name, verdict) for name, verdict in verdicts.items()]
+        tables[part] = table((title, "what happens", "remark"), rows)
     files = table(("files", "what happens"), [(what, how) for what, (how, _) in FILES.items()])
-    rows = (
-        ADAPTERS.format(rows=table(("tool or kind", "an entry of its file", "read, or the message"), adapters))
-        if adapters
-        else ""
-    )
-    return TEXT.format(files=files, adapters=rows, **tables)
+    adapters = adapter_rows()
+    loras = ""
+    if adapters:
+        loras = ADAPTERS.format(rows=table(("tool or kind", "an entry of its file", "read, or the message"), adapters))
+    return TEXT.format(files=files, adapters=loras, **tables)
 
 
 def main() -> int:
