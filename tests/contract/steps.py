@@ -177,7 +177,7 @@ def encoders(work):
             found.update({f"{kind} CLIP pooled": pooled.asnumpy(), f"{kind} CLIP states": states.asnumpy()})
     vae = loading.load_model(work / "flux", "vae", full)
     found["VAE moments"] = vae.encode(normal("pixels", 1, 3, 32, 32))[0].asnumpy()
-    found["VAE picture"] = vae.decode(normal("latents", 1, 16, 4, 4), return_dict=False)[0].asnumpy()
+    found["VAE image"] = vae.decode(normal("latents", 1, 16, 4, 4), return_dict=False)[0].asnumpy()
     return found
 
 
