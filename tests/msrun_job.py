@@ -90,7 +90,8 @@ class Job:
 
 def relative(value, right):
     """Euclidean distance of two arrays relative to the norm of the second."""
-    value, right = value.astype(np.float64), right.astype(np.float64)
+    value = value.astype(np.float64)
+    right = right.astype(np.float64)
     return np.linalg.norm(value - right) / max(np.linalg.norm(right), 1e-300)
 
 
@@ -101,7 +102,8 @@ def assert_same_run(found, expected, updates):
     files = sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
     assert files == sorted(path.relative_to(one) for path in one.rglob("*.safetensors")) and len(files) == 2
     for name in files:
-        values, right = load_file(one / name), load_file(other / name)
+        values = load_file(one / name)
+        right = load_file(other / name)
         assert {key: value.dtype for key, value in values.items()} == {key: value.dtype for key, value in right.items()}
         far = {key: relative(values[key], right[key]) for key in right if not relative(values[key], right[key]) < 1e-5}
         assert far == {}

@@ -118,7 +118,8 @@ def write_tokenizer(folder: Path, config: dict, special: dict, model_max_length:
         (folder / name).write_bytes(content)
     config = {key: value for key, value in config.items() if model_max_length or key != "model_max_length"}
     if "added_tokens_decoder" in config:
-        tokens, numbers = config["added_tokens_decoder"].values(), token_numbers(kind)
+        tokens = config["added_tokens_decoder"].values()
+        numbers = token_numbers(kind)
         config["added_tokens_decoder"] = {str(numbers[token["content"]]): token for token in tokens}
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", special)

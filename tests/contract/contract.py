@@ -257,7 +257,8 @@ def check_models(work, facts):
     full = precision.resolve_precision("no")
     half = precision.resolve_precision("fp16")
     for kind, part in PARTS:
-        root, label = work / kind, f"{kind}/{part}"
+        root = work / kind
+        label = f"{kind}/{part}"
         path = weight_files(root, part)[0]
         file = load_file(path)
         model = loading.load_model(root, part, full)

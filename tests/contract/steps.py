@@ -173,7 +173,8 @@ def encoders(work):
         if name == "text_encoder_2" and kind == "flux":
             found["T5 states"] = encoder(ids)[0].asnumpy()
         else:
-            pooled, states = encoder(ids)[1 if kind == "flux" else 0], encoder(ids, output_hidden_states=True)[2][-2]
+            pooled = encoder(ids)[1 if kind == "flux" else 0]
+            states = encoder(ids, output_hidden_states=True)[2][-2]
             found.update({f"{kind} CLIP pooled": pooled.asnumpy(), f"{kind} CLIP states": states.asnumpy()})
     vae = loading.load_model(work / "flux", "vae", full)
     found["VAE moments"] = vae.encode(normal("pixels", 1, 3, 32, 32))[0].asnumpy()

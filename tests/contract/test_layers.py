@@ -14,8 +14,10 @@ class Model(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.to_q, self.to_k = nn.Dense(4, 3), mint.nn.Linear(4, 3)
-        self.conv, self.conv_ext = nn.Conv2d(2, 3, 3), mint.nn.Conv2d(2, 3, 3)
+        self.to_q = nn.Dense(4, 3)
+        self.to_k = mint.nn.Linear(4, 3)
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.conv_ext = mint.nn.Conv2d(2, 3, 3)
         self.norm = mint.nn.GroupNorm(2, 4)
 
 

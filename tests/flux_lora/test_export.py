@@ -61,7 +61,8 @@ def header(path):
 
 
 def assert_same_parts(found, expected):
-    found, expected = lora.read_parts(found, ""), lora.read_parts(expected, "")
+    found = lora.read_parts(found, "")
+    expected = lora.read_parts(expected, "")
     assert found.keys() == expected.keys()
     for prefix, part in expected.items():
         assert sorted(found[prefix]) == sorted(part)
@@ -101,7 +102,8 @@ def test_kohyas_file_has_its_names_and_header(export, adapter, capsys):
 
 
 def test_a_common_rank_and_alpha_are_in_kohyas_header(export, tmp_path):
-    rng, name = np.random.default_rng(0), "transformer.single_transformer_blocks.0.proj_out"
+    rng = np.random.default_rng(0)
+    name = "transformer.single_transformer_blocks.0.proj_out"
     tensors = {
         f"{name}.lora_A.weight": rng.standard_normal((4, 160)),
         f"{name}.lora_B.weight": rng.standard_normal((32, 4)),

@@ -400,7 +400,15 @@ class Ours:
             if self.settings["kind"].startswith("sd"):
                 control = (controlnet, conditions.condition_pixels(condition), 1.0)
                 latents = sampling.sample_unet_latents(
-                    self.base, scheduler, text, stage.unconditional(), noise, 8, 5.0, ms.float32, control
+                    self.base,
+                    scheduler,
+                    text=text,
+                    empty=stage.unconditional(),
+                    noise=noise,
+                    steps=8,
+                    guidance_scale=5.0,
+                    compute=ms.float32,
+                    control=control,
                 )
             else:
                 pooled = text["pooled_prompt_embeds"]
@@ -408,7 +416,15 @@ class Ours:
                     pooled = text_encoders.clip_pooled(clip, loading.load_tokenizer(self.root / "tokenizer"), CAPTION)
                 control = (controlnet, sampling.encode_image(vae, condition, ms.float32), 1.0) if controlnet else None
                 latents = sampling.sample_latents(
-                    self.base, scheduler, text["prompt_embeds"][None], pooled[None], noise, 8, 3.5, ms.float32, control
+                    self.base,
+                    scheduler,
+                    prompt_embeds=text["prompt_embeds"][None],
+                    pooled_prompt_embeds=pooled[None],
+                    noise=noise,
+                    steps=8,
+                    guidance_scale=3.5,
+                    compute=ms.float32,
+                    control=control,
                 )
             return np.asarray(sampling.decode_latents(vae, latents, ms.float32)[0])
 

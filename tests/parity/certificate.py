@@ -57,7 +57,8 @@ def run_reference(python, script, *folders):
 
 def relative(ours, theirs):
     """The difference of every entry, relative to the largest entry of `theirs`."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    ours = np.asarray(ours, np.float64)
+    theirs = np.asarray(theirs, np.float64)
     return (np.abs(ours - theirs) / max(np.abs(theirs).max(), 1e-12)).ravel()
 
 

@@ -57,7 +57,8 @@ def check_controlnet(folder, settings):
 
 def check_lora(folder, settings):
     """`check_controlnet` for LoRA files."""
-    root, noise = Path(settings["root"]), torch.from_numpy(np.load(folder / "noise.npy"))
+    root = Path(settings["root"])
+    noise = torch.from_numpy(np.load(folder / "noise.npy"))
     pipeline = diffusers.FluxPipeline.from_pretrained(root)
     path = folder / "ours" / LORA_FILE
     loaded = set()

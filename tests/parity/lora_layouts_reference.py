@@ -65,7 +65,8 @@ def loaded(root, weights):
 def main(work):
     work = Path(work)
     adapter, kohya, comfyui = (load_file(work / f"{name}.safetensors") for name in ("adapter", "kohya", "comfyui"))
-    expected, root = changes(adapter), work / "pipeline"
+    expected = changes(adapter)
+    root = work / "pipeline"
     transformer = diffusers.FluxTransformer2DModel.from_pretrained(root / "transformer")
     times = 3072 // transformer.inner_dim
 

@@ -50,7 +50,8 @@ def inputs():
     for i, (shape, rows) in enumerate(SHAPES.items()):
         normal = partial(normal_values, i)
         root = normal("matrix", rows, rows) / np.float32(np.sqrt(rows))
-        found[f"start {i}"], found[f"bottom {i}"] = 0.01 * normal("start", *shape), normal("bottom", *shape)
+        found[f"start {i}"] = 0.01 * normal("start", *shape)
+        found[f"bottom {i}"] = normal("bottom", *shape)
         found[f"matrix {i}"] = root @ root.T + 0.1 * np.eye(rows, dtype=np.float32)
         found[f"noise {i}"] = 0.3 * normal("noise", UPDATES, *shape)
     return found
@@ -104,7 +105,8 @@ def compare(work: Path, reference: str) -> dict:
         json.dumps({"settings": SETTINGS, "schedule": SCHEDULE, "schedules": schedules.SCHEDULES})
     )
     subprocess.run([reference, str(Path(__file__).with_name("optimizers_reference.py")), str(work)], check=True)
-    found, start = {}, [given[f"start {i}"] for i in range(len(SHAPES))]
+    found = {}
+    start = [given[f"start {i}"] for i in range(len(SHAPES))]
     with np.load(work / "optimizers_theirs.npz") as left:
         theirs = {label: [left[f"{label}/{i}"] for i in range(len(SHAPES))] for label in SETTINGS}
         for label, setting in SETTINGS.items():

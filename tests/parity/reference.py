@@ -49,7 +49,8 @@ class UNetControlNet:
     """Denoising diffusion with a ControlNet on a frozen UNet."""
 
     def __init__(self, root, work, settings):
-        self.root, self.settings = root, settings
+        self.root = root
+        self.settings = settings
         unet = freeze(load(diffusers.UNet2DConditionModel, root / "unet"))
         self.models = {"controlnet": diffusers.ControlNetModel.from_pretrained(work / "controlnet"), "unet": unet}
         self.scheduler = diffusers.DDPMScheduler.from_pretrained(root / "scheduler")
@@ -83,7 +84,8 @@ class UNetControlNet:
         prediction = self.models["unet"](*given, **text, **residuals)[0]
         velocity = self.settings["prediction_type"] == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-        alphas, gamma = self.scheduler.alphas_cumprod[timesteps], self.settings["snr_gamma"]
+        alphas = self.scheduler.alphas_cumprod[timesteps]
+        gamma = self.settings["snr_gamma"]
         snr = alphas / (1 - alphas)
         weights = torch.ones_like(snr)
         if gamma is not None:
@@ -134,7 +136,8 @@ class Flux:
     """What both FLUX scripts do: rectified flow on packed latents."""
 
     def __init__(self, root, settings):
-        self.root, self.settings = root, settings
+        self.root = root
+        self.settings = settings
         self.models = {"transformer": freeze(load(diffusers.FluxTransformer2DModel, root / "transformer"))}
         self.vae_config = json.loads((root / "vae" / "config.json").read_text())
         self.sigmas = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler").sigmas
@@ -152,7 +155,8 @@ class Flux:
 
     def sigma(self, batch):
         """[B, 1, 1, 1], by the density of the scheme (arXiv 2403.03206, section 3.1) from the draws of the batch."""
-        settings, u = self.settings, batch["uniform"].double()
+        settings = self.settings
+        u = batch["uniform"].double()
         if settings["scheme"] == "logit_normal":
             u = torch.sigmoid(settings["logit_mean"] + settings["logit_std"] * batch["normal"].double())
         if settings["scheme"] == "mode":
@@ -192,9 +196,12 @@ class FluxLora(Flux):
         super().__init__(root, settings)
         if "text_encoder" in settings["targets"]:
             self.models["text_encoder"] = freeze(load(transformers.CLIPTextModel, root / "text_encoder"))
-        self.trained, start = {}, load_file(work / "start.safetensors")
+        self.trained = {}
+        start = load_file(work / "start.safetensors")
         for prefix, model in self.models.items():
-            rank, alpha, targets = settings["rank"], settings["alpha"], settings["targets"][prefix]
+            rank = settings["rank"]
+            alpha = settings["alpha"]
+            targets = settings["targets"][prefix]
             model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
             own = {name: p for name, p in model.named_parameters() if ".lora_" in name}
             self.trained.update({f"{prefix}.{name.replace('.default.', '.')}": p for name, p in own.items()})
@@ -202,7 +209,8 @@ class FluxLora(Flux):
             parameter.data.copy_(start[name])
 
     def outputs(self, batch):
-        sigma, latents = self.sigma(batch), self.latents(batch["moments"], batch["posterior"])
+        sigma = self.sigma(batch)
+        latents = self.latents(batch["moments"], batch["posterior"])
         pooled = self.models["text_encoder"](batch["ids"].long()).pooler_output if "ids" in batch else batch["pooled"]
         prediction = self.models["transformer"](**self.common(batch, sigma, latents, pooled))[0]
         return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
@@ -215,7 +223,8 @@ def generate_flux(root, settings, noise, **models):
     """The image of diffusers' pipeline from noise [1, C, h, w], uint8 [H, W, 3]."""
     pipeline = diffusers.FluxPipeline.from_pretrained(root, torch_dtype=torch.float32, **models)
     pipeline.set_progress_bar_config(disable=True)
-    height, width = 8 * noise.shape[2], 8 * noise.shape[3]
+    height = 8 * noise.shape[2]
+    width = 8 * noise.shape[3]
     image = pipeline(
         settings["caption"],
         latents=pack(noise),
@@ -237,7 +246,8 @@ class FluxControlNet(Flux):
         self.trained = {f"controlnet.{name}": p for name, p in self.models["controlnet"].named_parameters()}
 
     def outputs(self, batch):
-        sigma, latents = self.sigma(batch), self.latents(batch["moments"], batch["posterior"])
+        sigma = self.sigma(batch)
+        latents = self.latents(batch["moments"], batch["posterior"])
         condition = pack(self.latents(batch["condition"], batch["condition_posterior"]))
         given = self.common(batch, sigma, latents, batch["pooled"])
         blocks, single = self.models["controlnet"](controlnet_cond=condition, **given)
@@ -319,7 +329,8 @@ def loss_of(step, batch):
 
 
 def main(work):
-    settings, inputs = json.loads((work / "settings.json").read_text()), np.load(work / "inputs.npz")
+    settings = json.loads((work / "settings.json").read_text())
+    inputs = np.load(work / "inputs.npz")
     root = Path(settings["root"])
     batches = [{} for _ in range(settings["updates"])]
     for name in inputs.files:
@@ -349,7 +360,8 @@ def main(work):
     for prefix, (rate, decay) in settings["rates"].items():
         own = [p for name, p in step.trained.items() if name.startswith(f"{prefix}.")]
         groups.append({"params": own, "lr": rate, "weight_decay": decay})
-    optimizer, losses = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=settings["eps"]), []
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=settings["eps"])
+    losses = []
     for number, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=False)
         loss = loss_of(step, batch)
