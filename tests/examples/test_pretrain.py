@@ -10,7 +10,7 @@ pretrain = load_script("examples/tiny/pretrain_tiny_flux.py")
 
 @pytest.fixture
 def small(monkeypatch):
-    """24 scenes, a transformer of two narrow blocks, a checkpoint after every second step."""
+    """24 scenes, two narrow blocks and one layer per text encoder, a checkpoint after every second step."""
     few = pretrain.scenes("train")[::84]
     monkeypatch.setattr(pretrain, "scenes", lambda split: few)
     narrow = {
@@ -21,6 +21,8 @@ def small(monkeypatch):
         "axes_dims_rope": [4, 2, 2],
     }
     monkeypatch.setattr(pretrain, "TRANSFORMER", {**pretrain.TRANSFORMER, **narrow})
+    monkeypatch.setattr(pretrain, "CLIP", {**pretrain.CLIP, "num_hidden_layers": 1})
+    monkeypatch.setattr(pretrain, "T5", {**pretrain.T5, "num_layers": 1})
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
     monkeypatch.setattr(pretrain, "AVERAGE_EVERY", 1)
 
@@ -34,7 +36,7 @@ def weights(work):
 def test_an_interrupted_run_equals_an_uninterrupted_one(small, tmp_path, monkeypatch):
     for name in ("whole", "stopped"):
         shutil.copytree(ROOT / "examples/tiny/flux-shapes/vae", tmp_path / name / "vae")
-    steps = ["--steps", "5", "--batch_size", "8"]
+    steps = ["--steps", "5", "--batch_size", "2"]
     pretrain.main([str(tmp_path / "whole"), *steps])
     real = pretrain.optimizers.set_learning_rates
     calls = []
