@@ -103,7 +103,8 @@ def lora(work):
 
 def prior_preservation(work, rate):
     """Class images of every second class prompt, made by the base model, keep the other class prompts as they were."""
-    trained, asked = CLASS_PROMPTS[::2], CLASS_PROMPTS[1::2]
+    trained = CLASS_PROMPTS[::2]
+    asked = CLASS_PROMPTS[1::2]
     folder = work / "class"
     folder.mkdir()
     images = evaluate_shapes.generate(ROOT / "examples/tiny/flux-shapes", trained, seed=5)

@@ -96,12 +96,14 @@ def load(root, precision_name, way):
 
     execution.set_up_device(graph_mode=False)
     precision = resolve_precision(precision_name)
-    before, start = status(), time.perf_counter()
+    before = status()
+    start = time.perf_counter()
     print(json.dumps(before), flush=True)
     if way == "ours":
         model = loading.load_model(root, "transformer", precision)
     else:
-        folder, cls = os.fspath(root / "transformer"), library.mindone.diffusers.FluxTransformer2DModel
+        folder = os.fspath(root / "transformer")
+        cls = library.mindone.diffusers.FluxTransformer2DModel
         model = cls.from_pretrained(folder, mindspore_dtype=precision.storage, use_safetensors=True)
     seconds = time.perf_counter() - start
     weights = sum(parameter.size * parameter.itemsize for parameter in model.get_parameters()) / 2**20

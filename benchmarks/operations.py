@@ -10,7 +10,9 @@ class Value:
     """A node of the graph: its inputs, whether it needs a gradient, and the operations of both passes."""
 
     def __init__(self, parents=(), needs=False, forward=0, backward=0):
-        self.parents, self.forward, self.backward = parents, forward, backward
+        self.parents = parents
+        self.forward = forward
+        self.backward = backward
         self.needs = needs or any(parent.needs for parent in parents)
 
 
@@ -20,7 +22,8 @@ def layer(x, rows, inputs, outputs, trains=False, rank=0):
     A convolution is one on as many rows as output positions, with `inputs` the channels times the kernel size.
     """
     cost = 2 * rows * inputs * outputs
-    low, high = 2 * rows * inputs * rank, 2 * rows * rank * outputs
+    low = 2 * rows * inputs * rank
+    high = 2 * rows * rank * outputs
     backward = cost * (x.needs + trains) + low * (x.needs + 1) + high * 2
     return Value([x], trains or rank > 0, cost + low + high, backward)
 
@@ -175,7 +178,9 @@ class UNet:
         return join(inner, x if inputs == outputs else self.convolve(x, side, inputs, outputs, 1))
 
     def attend(self, x, side, width):
-        rows, keys, text = side * side, self.text, Value()
+        rows = side * side
+        keys = self.text
+        text = Value()
         states = hidden = self.convolve(x, side, width, width, 1)
         for source, count, inputs in ((states, rows, width), (text, keys, self.text_width)):
             source = hidden if source is states else source

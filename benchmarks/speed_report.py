@@ -274,7 +274,8 @@ def start_of_steps_table(results):
 
 
 def limit_table(results):
-    part, all_steps = found(results, "limit"), found(results, "steps") or {}
+    part = found(results, "limit")
+    all_steps = found(results, "steps") or {}
     if not part or "best" not in part["rate"]:
         return "Not measured.\n"
     runs = [run for run in part["rate"]["runs"] if "rates" in run]
@@ -285,7 +286,8 @@ def limit_table(results):
         cases[f"{KINDS[kind]}, `{name}`"] = step["operations"], step["ways"]["ours"]
     rows = []
     for name, (counted, ours) in cases.items():
-        limit, seconds = sum(counted.values()) / best, ours.get("update")
+        limit = sum(counted.values()) / best
+        seconds = ours.get("update")
         cells = [f"{counted[way] / 1e9:,.1f}" for way in ("forward", "backward")]
         rows.append([name, *cells, number(limit, 3), number(seconds, 3), number(ratio(limit, seconds))])
     text = f"Best rate of a matrix product: {best / 1e9:.0f} GFLOP/s ({shape}).\n\n"

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "examples/tiny/flux-shapes"
 CONTROLNET = "flux_controlnet/train_controlnet_flux.py --train_data_dir {pairs} --num_double_layers 1"
 JOBS = {
-    "LoRA, rank 4": "flux_lora/train_dreambooth_lora_flux.py --instance_data_dir {pictures} --instance_prompt x",
+    "LoRA, rank 4": "flux_lora/train_dreambooth_lora_flux.py --instance_data_dir {images} --instance_prompt x",
     "ControlNet 1 + 1": f"{CONTROLNET} --num_single_layers 1",
     "ControlNet 1 + 1, ZeRO 1": f"{CONTROLNET} --num_single_layers 1 --zero_stage 1",
 }
@@ -78,7 +78,7 @@ def measure(words, workers, updates, out, own_network):
     return {
         "workers": workers,
         "seconds_per_update": round(run["seconds_per_step"], 3),
-        "pictures_per_second": round(workers * run["flags"]["train_batch_size"] / run["seconds_per_step"], 1),
+        "images_per_second": round(workers * run["flags"]["train_batch_size"] / run["seconds_per_step"], 1),
         "first_worker_mb": run["peak_memory_mb"]["training_process"],
         "state_bytes": int(said.split("optimizer state: ")[1].split(" bytes")[0].replace(",", "")),
         "trained_bytes": 4 * sum(run["trainable"].values()),
@@ -105,7 +105,7 @@ def main():
             results[name] = []
             for workers in (1, 2, 3):
                 out = folder / f"{len(results)}-{workers}"
-                line = str(ROOT / words.format(pictures=folder / "pairs/images", pairs=folder / "pairs")).split()
+                line = str(ROOT / words.format(images=folder / "pairs/images", pairs=folder / "pairs")).split()
                 found = measure([*line, *shared.split(), "--output_dir", str(out)], workers, updates, out, own_network)
                 results[name].append(found)
                 print(name, found, flush=True)

@@ -1,5 +1,4 @@
-"""Write docs/models.md: which published pipelines, VAEs and ControlNets the scripts train, as the tests of tests/real
-show it.
+"""Writes docs/models.md: which published pipelines, VAEs and ControlNets the scripts train, by the tests in tests/real.
 
     python tests/models_page.py
 
@@ -59,23 +58,25 @@ ADAPTERS = """
 
 
 def owned(name: str) -> str:
-    """The name on the hub, where there is one."""
+    """The name with its owner on the hub, if there is one."""
     found = [owner for owner, names in OWNERS.items() if name in names]
     return f"{found[0]}/{name}" if found else name
 
 
 def verdict_row(name: str, verdict: Verdict) -> tuple[str, str, str]:
+    """Name, what the scripts do with the model, remark."""
     if not verdict.scripts:
         return owned(name), "refused", verdict.why
     return owned(name), "trained: " + ", ".join(SCRIPTS[script] for script in verdict.scripts), verdict.why
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
     return "".join("| " + " | ".join(row) + " |\n" for row in (head, ("---",) * len(head), *rows))
 
 
 def adapter_rows() -> list[tuple[str, str, str]]:
-    """Tool, an entry of its file, and "read" or why not: of the tests of LoRA layouts, where they give them."""
+    """Tool, an entry of its file, and "read" or the error message, from the tests of LoRA layouts."""
     import test_lora_layouts
 
     rows = getattr(test_lora_layouts, "adapter_rows", list)()
@@ -86,25 +87,21 @@ def adapter_rows() -> list[tuple[str, str, str]]:
 
 
 def page() -> str:
-    """The page by the tables that the tests hold the scripts to."""
-    tables = {
-        part: table(
-            (title, "what happens", "remark"), [verdict_row(name, verdict) for name, verdict in verdicts.items()]
-        )
-        for part, title, verdicts in (
-            ("pipelines", "pipeline", PIPELINES),
-            ("vaes", "VAE", VAES),
-            ("controlnets", "ControlNet", CONTROLNETS),
-        )
-    }
-    adapters = adapter_rows()
+    """The text of the page, from the tables that the tests check."""
+    tables = {}
+    for part, title, verdicts in (
+        ("pipelines", "pipeline", PIPELINES),
+        ("vaes", "VAE", VAES),
+        ("controlnets", "ControlNet", CONTROLNETS),
+    ):
+        rows = [verdict_row(name, verdict) for name, verdict in verdicts.items()]
+        tables[part] = table((title, "what happens", "remark"), rows)
     files = table(("files", "what happens"), [(what, how) for what, (how, _) in FILES.items()])
-    rows = (
-        ADAPTERS.format(rows=table(("tool or kind", "an entry of its file", "read, or the message"), adapters))
-        if adapters
-        else ""
-    )
-    return TEXT.format(files=files, adapters=rows, **tables)
+    adapters = adapter_rows()
+    loras = ""
+    if adapters:
+        loras = ADAPTERS.format(rows=table(("tool or kind", "an entry of its file", "read, or the message"), adapters))
+    return TEXT.format(files=files, adapters=loras, **tables)
 
 
 def main() -> int:

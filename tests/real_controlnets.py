@@ -1,7 +1,6 @@
-"""What the config.json of published VAEs and ControlNets says: every key that is there, at its published value.
+"""The config.json of published VAEs and ControlNets: every key, with its published value.
 
-See tests/real_configs.py, which says the same of pipelines. _name_or_path is without the home directory that two files
-name.
+See tests/real_configs.py for pipelines. _name_or_path is without the home directory that two files have.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ CONTROL_SD21 = {
 CONTROL_SDXL = {**CONTROL_0_20, **SDXL_SIZES, "upcast_attention": None}
 NULLS = [key for key, value in CONTROL_SDXL.items() if value is None]
 CONTROLNETS = {
-    # Those of depth, hed, mlsd and scribble say the same, and of v1.1 those of all other conditions.
+    # Those for depth, hed, mlsd and scribble are equal, as are those of v1.1 for all other conditions.
     "sd-controlnet-canny": {**header("ControlNetModel", "0.14.0.dev0"), **CONTROL_0_14},
     "control_v11p_sd15_canny": {
         **header("ControlNetModel", "0.16.0.dev0", "control_v11p_sd15_canny"), **CONTROL_0_14,
@@ -70,7 +69,7 @@ CONTROLNETS = {
         **header("ControlNetModel", "0.20.0.dev0", "yahoo-inc/photo-background-generation"), **CONTROL_SD21,
         "in_channels": 9,
     },
-    # Two that are not of one repository: conditions of six channels (an image and its mask's like) and of one.
+    # Not of one repository: conditions of six channels (such as an image and its mask) and of one.
     "6-channel ControlNet": {**header("ControlNetModel", "0.20.0.dev0"), **CONTROL_0_20, "conditioning_channels": 6},
     "1-channel ControlNet": {**header("ControlNetModel", "0.20.0.dev0"), **CONTROL_0_20, "conditioning_channels": 1},
     "FlaxControlNet-hands": {
@@ -90,7 +89,7 @@ def flux_control(version: str, layers: int, single: int = 0, path: str | None = 
 
 
 FLUX_CONTROLNETS = {
-    # Stated by a file that was saved from it.
+    # From a file that was saved from it.
     "FLUX.1-dev-Controlnet-Canny": flux_control(
         "0.36.0.dev0", 5, 0, "InstantX/FLUX.1-dev-Controlnet-Canny", conditioning_embedding_channels=None
     ),

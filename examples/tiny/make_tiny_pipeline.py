@@ -70,7 +70,8 @@ def make_clip_tokenizer(folder: Path, captions: list[str], **specials: str):
     symbols += [a + b for a, b in merges] + ["<|startoftext|>", "<|endoftext|>"]
 
     folder.mkdir(parents=True)
-    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    vocab_file = folder / "vocab.json"
+    merges_file = folder / "merges.txt"
     write_json(vocab_file, {s: i for i, s in enumerate(symbols)})
     merges_file.write_text("\n".join(["#version: 0.2"] + [f"{a} {b}" for a, b in merges]) + "\n", encoding="utf-8")
     settings = {"model_max_length": 77, "do_lower_case": True, "clean_up_tokenization_spaces": True}

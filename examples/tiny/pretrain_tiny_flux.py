@@ -115,7 +115,8 @@ class PretrainStep(library.TrainStep):
     def __init__(self, transformer, clip, t5, optimizer, latent_config, sigmas):
         super().__init__(transformer, optimizer, gradient_accumulation_steps=1)
         self.grad_clipper = precision.GradNormClipper(1.0)
-        self.clip, self.t5 = clip.set_grad(), t5.set_grad()
+        self.clip = clip.set_grad()
+        self.t5 = t5.set_grad()
         self.shift, self.scale = flow.scale_constants(latent_config)
         self.sigmas = ms.Tensor(sigmas)
         self.text_ids = ms.Tensor(np.zeros((TOKENS, 3), np.float32))

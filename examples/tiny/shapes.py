@@ -125,7 +125,8 @@ def _rotate(points, quarters):
 
 
 def _placed(points, scene: Scene, side: int, scale: float = 1.0):
-    (cx, cy), r = scene.centre, scene.radius * scale
+    (cx, cy) = scene.centre
+    r = scene.radius * scale
     return [((cx + r * x) * side, (cy + r * y) * side) for x, y in points]
 
 

@@ -56,7 +56,7 @@ def test_an_image_has_the_requested_size_and_the_same_bytes_again(infer):
 
 
 def test_training_and_inference_generate_the_same_image(infer, trained, tmp_path):
-    """The final grid of training has the base above the adapter; inference from the saved file gives both again."""
+    """The final grid of training has the base above the adapter; inference from the saved file generates both again."""
     infer("--lora", trained, "--compare", "--width", 32)
     base, adapter = (Image.open(tmp_path / f"x-{n}.png") for n in (1, 2))
     grid = grids.image_grid([[base], [adapter]], ["a cat (base)", "a cat (adapter)"])
