@@ -16,7 +16,7 @@ from mindspore import nn
 from mindspore.nn.utils import no_init_parameters
 from safetensors.numpy import save_file
 
-from mindtune.cli import UserError, listing
+from mindtune.cli import UserError, indented_list
 from mindtune.files import make_readable
 from mindtune.models.configs import from_files, read_config
 from mindtune.models.fast_ops import use_operators
@@ -177,7 +177,9 @@ def check_fit(
             if instead
             else "Copy or download them again."
         )
-        raise UserError(f"{folder}: the weight files lack {len(missing)} tensors:\n{listing(missing[:5])}\n{advice}")
+        raise UserError(
+            f"{folder}: the weight files lack {len(missing)} tensors:\n{indented_list(missing[:5])}\n{advice}"
+        )
     pairs = [(key, parameter.shape, stored[key]) for key, parameter in parameters.items()]
     problems = [
         f"{tensor.path.name}: {key} is {list(tensor.shape)} of {tensor.kind}, the model's is {list(shape)}"
@@ -187,7 +189,7 @@ def check_fit(
     if problems:
         raise UserError(
             f"{folder}: {len(problems)} tensors of the weight files do not fit the model that config.json describes:\n"
-            f"{listing(problems[:5])}\nGive the config.json that belongs to the weights, and weights of {', '.join(FILE_TYPES)}."
+            f"{indented_list(problems[:5])}\nGive the config.json that belongs to the weights, and weights of {', '.join(FILE_TYPES)}."
         )
 
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Optional
 
-from mindtune.cli import UserError, listing
+from mindtune.cli import UserError, indented_list
 from mindtune.models.configs import class_of, config_file, from_files, read_config
 from mindtune.models.library import config_defaults
 from mindtune.models.supported import class_problem, model_problems, vae_problems
@@ -125,13 +125,13 @@ def resolve_part(name: str, flag: str, cache_dir: Optional[str], cls: str, weigh
     unsupported, broken = _part_problems(path.parent, path.name, (cls,), None, weights, there)
     if unsupported:
         raise UserError(
-            f"{flag} {name}: cannot be used:\n{listing(unsupported)}\ndocs/models.md says which published models can."
+            f"{flag} {name}: cannot be used:\n{indented_list(unsupported)}\ndocs/models.md says which published models can."
         )
     broken = [
         re.sub(r": add --variant .*", ": rename them without it, which is how they are read", line) for line in broken
     ]
     if broken:
-        raise UserError(f"{flag} {name}: not a whole {cls}:\n{listing(broken)}\nCopy or download it again.")
+        raise UserError(f"{flag} {name}: not a whole {cls}:\n{indented_list(broken)}\nCopy or download it again.")
     return path
 
 
@@ -145,7 +145,7 @@ def resolve_vae(name: str, flag: str, cache_dir: Optional[str], root: Path, base
                         "Give a VAE made for this model.")  # fmt: skip
     if problems := vae_problems(path.parent, path.name):
         raise UserError(
-            f"{flag} {name}: cannot be used:\n{listing(problems)}\nGive the config.json that was published with it."
+            f"{flag} {name}: cannot be used:\n{indented_list(problems)}\nGive the config.json that was published with it."
         )
     scales = [(config["scaling_factor"], config["latents_mean"], config["latents_std"]) for config in (own, vae)]
     if scales[0] != scales[1]:
@@ -168,7 +168,7 @@ def resolve_tokenizer(name: str, flag: str, cache_dir: Optional[str]) -> Path:
         path = _download(flag, name, None, cache_dir, ["*.json", "merges.txt"])
     path = path.resolve()
     if problems := _tokenizer_problems(path.parent, path.name, ("CLIPTokenizer",)):
-        raise UserError(f"{flag} {name}: not a CLIP tokenizer:\n{listing(problems)}\nGive the directory of one.")
+        raise UserError(f"{flag} {name}: not a CLIP tokenizer:\n{indented_list(problems)}\nGive the directory of one.")
     return path
 
 
@@ -272,13 +272,13 @@ def check_pipeline(
             unsupported = model_problems(root, components)
     if unsupported:
         raise UserError(
-            f"{flag} {root}: cannot be trained by this script:\n{listing(unsupported)}\ndocs/models.md says which published models can."
+            f"{flag} {root}: cannot be trained by this script:\n{indented_list(unsupported)}\ndocs/models.md says which published models can."
         )
     if variant and weights and not broken:
         _tell_variant(flag, root, [name for name in components if _is_model(name)], variant)
     if broken:
         raise UserError(
-            f"{flag} {root}: not a whole pipeline:\n{listing(broken)}\n"
+            f"{flag} {root}: not a whole pipeline:\n{indented_list(broken)}\n"
             "Copy or download it again, in the Hugging Face layout (model_index.json, transformer/, vae/, ...)."
         )
 
