@@ -30,10 +30,10 @@ def preflight(samples: list[Sample], min_size: MinSize, flag: str, skip_bad: boo
     report_bad(problems, f"{len(samples)} files", flag, skip_bad)
     for note in image_notes([(sample.name, inspection) for sample, inspection in inspected], flag):
         print(note)
-    inspect_for_training = [sample for sample, inspection in inspected if not inspection.problem]
-    if not inspect_for_training:
+    usable = [sample for sample, inspection in inspected if not inspection.problem]
+    if not usable:
         raise UserError(f"{flag}: no usable image is left. Give other images.")
-    return inspect_for_training
+    return usable
 
 
 def report_bad(problems: list[str], total: str, flag: str, skip_bad: bool) -> None:

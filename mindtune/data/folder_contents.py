@@ -53,16 +53,16 @@ def list_contents(root: Path, flag: str) -> FolderContents:
         raise UserError(
             f"{where}: no permission to read this directory. Change its permissions (chmod), or copy it."
         ) from None
-    list_contents = FolderContents()
+    contents = FolderContents()
     readable = readable_suffixes()
     for path in paths:
         if os.path.isdir(path):
-            files = _files_of_subfolder(path, list_contents.unreadable)
+            files = _files_of_subfolder(path, contents.unreadable)
             if files:
-                list_contents.subfolders[path.name] = files
+                contents.subfolders[path.name] = files
         else:
-            _add_file(list_contents, path, readable)
-    return list_contents
+            _add_file(contents, path, readable)
+    return contents
 
 
 def _files_of_subfolder(path: Path, unreadable: list[str]) -> list[str]:
@@ -78,17 +78,17 @@ def _add_file(contents: FolderContents, path: Path, readable: set[str]) -> None:
     if is_system_file(path.name) or (hidden and suffix not in readable):
         return
     if not os.path.exists(path):
-        list_contents.broken_links.append(path)
+        contents.broken_links.append(path)
     elif hidden or not os.path.isfile(path) or suffix in HINTS_BY_SUFFIX:
-        list_contents.others.append(path)
+        contents.others.append(path)
     elif suffix in CAPTION_SUFFIXES:
-        list_contents.captions.append(path)
+        contents.captions.append(path)
     elif suffix in TABLE_SUFFIXES:
-        list_contents.tables.append(path)
+        contents.tables.append(path)
     elif suffix in readable or is_image(path):
-        list_contents.images.append(path)
+        contents.images.append(path)
     else:
-        list_contents.others.append(path)
+        contents.others.append(path)
 
 
 def is_system_file(name: str) -> bool:

@@ -147,7 +147,7 @@ def test_what_a_run_would_say_of_the_data_is_in_both(check, tmp_path):
     assert (
         "clip.mov (videos: save" in videos
         and "side/ with 1 images" in subfolders
-        and "no image yet; a run makes them" in no_class
+        and "no image yet; a run generates them" in no_class
     )
 
 
@@ -163,7 +163,7 @@ def test_white_drawings_on_transparent_ground(check, tmp_path):
     (tmp_path / "pairs/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, report, table = check("--train_data_dir", tmp_path / "pairs", "--resolution", 64)
     assert (
-        code == 0 and "3 transparent conditions are laid on black" in report["notes"][0] and report["notes"][0] in table
+        code == 0 and "3 transparent condition images are put on black" in report["notes"][0] and report["notes"][0] in table
     )
 
 

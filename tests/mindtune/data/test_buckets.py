@@ -25,7 +25,7 @@ def test_buckets_are_parsed():
         ("512,520", "512,520: both sides must be multiples of 16"),
         ("0,16", "0,16: both sides"),
         ("-16,16", "-16,16: both sides"),
-        ("512,512;16,32;512, 512", "512,512 is there twice"),
+        ("512,512;16,32;512, 512", "512,512 is given twice"),
     ],
 )
 def test_buckets_that_cannot_be(text, message):

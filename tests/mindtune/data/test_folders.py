@@ -237,7 +237,7 @@ def test_links_are_followed_and_broken_ones_named(photos, tmp_path):
     names, said = found(photos)
     assert names == {**BARE, "link.png": None}
     assert (
-        "2 links lead nowhere and are not used: gone.png, round.png" in said[0]
+        "2 broken links are not used: gone.png, round.png" in said[0]
         and "folder/ with 1 images" in said[1]
         and len(said) == 2
     )
@@ -253,11 +253,11 @@ def test_folders_that_may_not_be_read_are_named(photos, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert "1 subfolders may not be read" in found(photos)[1][0]
+    assert "1 subfolders cannot be read" in found(photos)[1][0]
     monkeypatch.setattr(
         Path, "iterdir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(path)))
     )
-    with pytest.raises(UserError, match="may not be read. Change its permissions"):
+    with pytest.raises(UserError, match="no permission to read this directory. Change its permissions"):
         found(photos)
 
 
@@ -326,7 +326,7 @@ def test_several_captions_of_an_image(photos):
         (photos / name).write_text(f"by {name}")
     names, said = found(photos)
     assert names == {"a.png": "by a.txt", "b.jpg": "by b.jpg.txt"}
-    assert len(said) == 1 and "2 images have several captions (a.png, b.jpg); .txt is used before .caption" in said[0]
+    assert len(said) == 1 and "2 images have several captions (a.png, b.jpg); .txt is preferred to .caption" in said[0]
     for name in ("a.png.txt", "a.caption", "a.txt", "b.caption", "b.jpg.txt"):
         (photos / name).write_text("the same")
     assert found(photos) == ({"a.png": "the same", "b.jpg": "the same"}, [])
@@ -401,7 +401,7 @@ def test_metadata_may_name_images_in_subfolders(photos):
 def test_metadata_names_nothing_outside(photos, name):
     noise(20, 16).save(photos.parent / "out.png")
     write_rows(photos, (str(photos.parent / "out.png") if name == "OUT" else name, "x"))
-    with pytest.raises(UserError, match="leads out of the directory"):
+    with pytest.raises(UserError, match="is outside the directory"):
         found(photos)
 
 
@@ -437,7 +437,7 @@ def test_metadata_overrules_caption_files_and_says_so(photos):
     names, said = found(photos)
     assert names == {"a.png": "from metadata", "b.jpg": "the same"}
     assert said == [
-        f"--instance_data_dir {photos}: metadata.jsonl is used, not the captions of 1 files that say otherwise: a.txt"
+        f"--instance_data_dir {photos}: metadata.jsonl is used instead of 1 caption files that differ from it: a.txt"
     ]
 
 
@@ -470,8 +470,8 @@ def test_captions_in_csv_may_hold_commas_quotes_and_lines(photos):
         ("file_name,text\na.png,a cat, gray\nb.jpg,x\n", r"line 2: has 3 fields, the first line 2 .*double quotes"),
         ("file_name,text\na.png,x\nb.jpg\n", r"line 3: has 1 fields, the first line 2"),
         ('file_name,text\na.png,x\nb.jpg,"no end\n', r"line 3: not CSV"),
-        ("a.png,x\nb.jpg,y\n", r"its first line has to name the columns, such as file_name,text; it is 'a.png,x'"),
-        ("", r"its first line has to name"),
+        ("a.png,x\nb.jpg,y\n", r"its first line must name the columns, like file_name,text; it is 'a.png,x'"),
+        ("", r"its first line must name"),
         ("file_name,words\na.png,x\n", r"line 2: lacks text; has file_name, words"),
     ],
 )
@@ -483,7 +483,7 @@ def test_csv_that_is_not_clear_is_refused_by_its_lines(photos, text, message):
 
 def test_a_list_in_json_is_refused_in_a_sentence(photos):
     (photos / "metadata.jsonl").write_text('[\n  {"file_name": "a.png",\n   "text": "x"}\n]')
-    with pytest.raises(UserError, match=r"metadata.jsonl: is one JSON list; write its objects one a line .jq"):
+    with pytest.raises(UserError, match=r"metadata.jsonl: is one JSON list; write one object per line .jq"):
         found(photos)
 
 
@@ -554,7 +554,7 @@ def test_absolute_paths_inside_the_folder(photos, tmp_path, through_a_link):
     write_rows(photos, *((str(folder / name), name) for name in ("a.png", "b.jpg", "sub/c.png")))
     assert found(photos) == ({"a.png": "a.png", "b.jpg": "b.jpg", "sub/c.png": "sub/c.png"}, [])
     write_rows(photos, (str(photos / "absent.png"), "x"))
-    with pytest.raises(UserError, match=r"absent.png .line 1.\nMend"):
+    with pytest.raises(UserError, match=r"absent.png .line 1.\nFix"):
         found(photos)
 
 
@@ -568,7 +568,7 @@ def test_captions_beside_images_that_metadata_name_in_subfolders(photos):
     assert names == {"a.png": "1", "b.jpg": "2", "sub/a.png": "beside sub/a", "sub/c.png": "from metadata"}
     assert [line.split(": ", 1)[1].split(". ")[0] for line in said] == [
         "subfolders are not used: sub/ with 1 images and 1 other files",
-        "metadata.jsonl is used, not the captions of 1 files that say otherwise: sub/c.txt",
+        "metadata.jsonl is used instead of 1 caption files that differ from it: sub/c.txt",
     ]
 
 
@@ -622,7 +622,7 @@ def test_keys_of_metadata_in_capitals_or_not(photos):
 
 def test_a_long_list_of_missing_files_is_cut(photos):
     write_rows(photos, *((f"wrong/{number:04d}.png", "x") for number in range(3000)))
-    with pytest.raises(UserError, match=r"0049.png .line 50.\n  and 2950 more\nMend") as error:
+    with pytest.raises(UserError, match=r"0049.png .line 50.\n  and 2950 more\nFix") as error:
         found(photos)
     assert len(str(error.value)) < 3000
 
@@ -630,7 +630,7 @@ def test_a_long_list_of_missing_files_is_cut(photos):
 def test_json_over_several_lines_is_refused_in_a_sentence(photos):
     (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x"}, indent=1) * 300)
     with pytest.raises(
-        UserError, match="metadata.jsonl: has objects over several lines; write them one a line .jq"
+        UserError, match="metadata.jsonl: has objects over several lines; write one object per line .jq"
     ) as error:
         found(photos)
     assert len(str(error.value)) < 500

@@ -14,7 +14,7 @@ from mindtune.cli import UserError
 from mindtune.data.checks import inspect, preflight
 from mindtune.data.crops import INTERPOLATIONS, crop_box, pixel_values, resize_shorter_side
 from mindtune.data.folders import samples_in_folder
-from mindtune.data.image_sample import Sample, encoded
+from mindtune.data.image_sample import Sample, read_cell
 from mindtune.data.images import UnusableImage
 from mindtune.data.order import prefetch
 
@@ -61,8 +61,8 @@ def test_every_kind_of_cell_is_read(folder):
         {"bytes": content, "path": "absent.png"},
         path.as_uri(),
     ):
-        assert encoded(cell) == content
-    assert encoded({"bytes": b"", "path": str(path)}) == b""
+        assert read_cell(cell) == content
+    assert read_cell({"bytes": b"", "path": str(path)}) == b""
 
 
 def png(seed=0):
@@ -89,9 +89,9 @@ def test_images_in_base64_are_read(kind, written):
     noise(20, 16).save(file, kind)
     cell = written(base64.b64encode(file.getvalue()).decode())
     assert (
-        encoded(cell)
+        read_cell(cell)
         == file.getvalue()
-        == encoded({"bytes": None, "path": cell} if isinstance(cell, str) else {"bytes": cell})
+        == read_cell({"bytes": None, "path": cell} if isinstance(cell, str) else {"bytes": cell})
     )
 
 
@@ -99,7 +99,7 @@ def test_images_in_base64_are_read(kind, written):
 def test_base64_in_a_column_of_bytes_is_read(kind):
     file = io.BytesIO()
     noise(20, 16).save(file, kind)
-    assert encoded(base64.b64encode(file.getvalue())) == file.getvalue() == encoded(file.getvalue())
+    assert read_cell(base64.b64encode(file.getvalue())) == file.getvalue() == read_cell(file.getvalue())
 
 
 def test_16_bit_images_with_8_bit_values_are_named(tmp_path, capsys):
@@ -108,7 +108,7 @@ def test_16_bit_images_with_8_bit_values_are_named(tmp_path, capsys):
         Image.fromarray(np.linspace(0, most, 400).astype(np.uint16).reshape(20, 20)).save(tmp_path / f"{name}.png")
     samples = [Sample(name, tmp_path / f"{name}.png") for name in ("dark", "scaled", "black")]
     assert preflight(samples, 16, "--flag", skip_bad=False) == samples
-    said = "--flag: 1 are 16-bit with values up to 255 of 65535, so black; save them as 8-bit PNG: dark\n"
+    said = "--flag: 1 images are 16-bit without a value above 255 of 65535, so nearly black; save them as 8-bit PNG: dark\n"
     assert capsys.readouterr().out == said
 
 
@@ -118,9 +118,9 @@ def test_a_file_with_a_name_as_in_base64_is_a_file(tmp_path):
     for path in names:
         path.parent.mkdir()
         path.write_bytes(png())
-        assert encoded(str(path)) == encoded(str(path.relative_to(tmp_path)), str(tmp_path)) == png()
+        assert read_cell(str(path)) == read_cell(str(path.relative_to(tmp_path)), str(tmp_path)) == png()
     with pytest.raises(FileNotFoundError):
-        encoded("ab01" * 16)
+        read_cell("ab01" * 16)
 
 
 def test_paths_are_read_from_the_data_set_first(tmp_path, monkeypatch):
@@ -131,26 +131,26 @@ def test_paths_are_read_from_the_data_set_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     root = str(tmp_path / "set")
     assert (
-        encoded("images/a.png", root)
-        == encoded("images\\a.png", root)
-        == encoded({"bytes": None, "path": "./images/a.png"}, root)
+        read_cell("images/a.png", root)
+        == read_cell("images\\a.png", root)
+        == read_cell({"bytes": None, "path": "./images/a.png"}, root)
         == png(1)
     )
-    assert encoded("b.png", root) == png(2)
+    assert read_cell("b.png", root) == png(2)
     with pytest.raises(FileNotFoundError):
-        encoded("images/a.png")
+        read_cell("images/a.png")
 
 
 def test_text_that_is_no_image_is_cut_in_messages():
     for cell in ("not base64! " * 5000, "x" * 4000, "data:image/svg+xml," + "<svg/>" * 5000):
-        message = inspect(Sample("a", ([{"image": cell}], 0, "image"))).size
+        message = inspect(Sample("a", ([{"image": cell}], 0, "image"))).problem
         assert isinstance(message, str) and len(message) < 500 and "damaged" not in message
 
 
 @pytest.mark.parametrize("cell", [None, "", {"bytes": None, "path": None}])
 def test_a_cell_without_picture(cell):
-    with pytest.raises(FileNotFoundError, match="the dataset has none here"):
-        encoded(cell)
+    with pytest.raises(FileNotFoundError, match="the cell of the data set is empty"):
+        read_cell(cell)
 
 
 # ---- preflight -----------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_preflight_lists_all_problems_at_once(mixed, threads):
 def test_preflight_goes_on_without_bad_pictures_if_asked(mixed, capsys):
     assert [sample.name for sample in check(mixed, skip_bad=True)] == ["good.png", "good2.jpg"]
     printed = capsys.readouterr().out
-    assert "going on without 4 of 6" in printed and all(problem in printed for problem in PROBLEMS)
+    assert "continuing without 4 of 6" in printed and all(problem in printed for problem in PROBLEMS)
 
 
 def test_preflight_needs_one_usable_picture(mixed):
@@ -230,7 +230,7 @@ def test_preflight_names_every_bad_file(tmp_path):
 
 def test_preflight_names_what_is_missing(tmp_path):
     samples = [Sample("a", tmp_path / "a.png"), Sample("b", ([{"image": None}], 0, "image"))]
-    with pytest.raises(UserError, match=r"(?s)a: missing \(.*/a.png\).*b: missing \(the dataset has none here\)"):
+    with pytest.raises(UserError, match=r"(?s)a: missing \(.*/a.png\).*b: missing \(the cell of the data set is empty\)"):
         preflight(samples, 32, "--dataset_name", False)
 
 
@@ -238,7 +238,7 @@ def test_preflight_says_what_it_uses_of_animations(tmp_path, capsys):
     noise(40, 40).save(tmp_path / "a.gif", save_all=True, append_images=[noise(40, 40, 1)])
     noise(40, 40).save(tmp_path / "still.gif")
     assert len(check(tmp_path)) == 2
-    assert "only the first frame (or page) is used of 1 with several: a.gif\n" in capsys.readouterr().out
+    assert "1 images have several frames or pages, of which the first is used: a.gif\n" in capsys.readouterr().out
 
 
 def test_the_digest_tells_what_an_image_is_laid_on():
@@ -419,4 +419,4 @@ def test_prefetch_can_be_left_in_the_middle():
 def test_text_too_long_for_a_file_name_is_no_missing_file():
     """Such as base64 that is cut off; the system's own error says "File name too long"."""
     with pytest.raises(UnusableImage, match="a text of 301 characters that is no path, URL or base64"):
-        encoded("A" * 300 + "%")
+        read_cell("A" * 300 + "%")

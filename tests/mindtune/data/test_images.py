@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from mindtune.data import image_problems
 from mindtune.data.checks import inspect
-from mindtune.data.image_problems import opened
+from mindtune.data.image_problems import open_image
 from mindtune.data.image_sample import Sample
-from mindtune.data.images import Ink, decode, ground, ink, to_rgb
+from mindtune.data.images import Visibility, choose_background, decode, measure_visibility, to_rgb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
 
@@ -217,7 +217,7 @@ def test_a_png_whose_text_has_a_wrong_checksum_is_whole():
     content[content.index(b"tEXt") + 20] ^= 1
     same(decode(bytes(content)), noise(20, 16))
     content[content.index(b"IDAT") + 100] ^= 1
-    assert inspect(Sample("a", bytes(content))).size.startswith("damaged (")
+    assert inspect(Sample("a", bytes(content))).problem.startswith("damaged (")
 
 
 def test_a_png_whose_exif_has_a_wrong_checksum_is_whole_and_upright():
@@ -247,12 +247,12 @@ def test_a_jpeg_without_its_end_mark_is_whole(progressive):
     for part in (content[:-2], content[:-1]):
         same(decode(part), decode(content))
     for lost in (6, 12, 30, len(content) // 2):
-        assert inspect(Sample("a", content[:-lost])).size.startswith("damaged (")
+        assert inspect(Sample("a", content[:-lost])).problem.startswith("damaged (")
 
 
 def test_a_name_with_another_formats_ending_is_no_matter(tmp_path):
     smooth().save(tmp_path / "a.png", format="JPEG")
-    same(opened(tmp_path / "a.png"), smooth(), 12)
+    same(open_image(tmp_path / "a.png"), smooth(), 12)
 
 
 # ---- photos of phones ----------------------------------------------------------------------------
@@ -288,11 +288,11 @@ def test_the_first_frame_of_an_animation(kind):
 
 
 def test_without_pillow_heif_the_message_says_how(monkeypatch):
-    monkeypatch.setattr(image_problems, "HEIF", False)
+    monkeypatch.setattr(image_problems, "HEIF_AVAILABLE", False)
     for kind in ("HEIF", "HEIC", "MIF1"):
         monkeypatch.delitem(Image.OPEN, kind, raising=False)
     monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind in Image.OPEN])
-    message = inspect(Sample("a", HEIC)).size
+    message = inspect(Sample("a", HEIC)).problem
     assert "HEIC photo" in message and "pip install pillow-heif" in message and "heif-convert" in message
 
 
@@ -314,28 +314,28 @@ OTHERS = {
     "Thumbs.db": b"\xd0\xcf\x11\xe0" + bytes(50),
     "AppleDouble": b"\0\x05\x16\x07" + bytes(50),
     "the file is empty": b"",
-    "zeros only": bytes(5000),
+    "contains only zeros": bytes(5000),
 }
 
 
 @pytest.mark.parametrize("text", OTHERS)
 def test_what_is_no_image_is_named_with_what_to_do(text):
-    message = inspect(Sample("a", OTHERS[text])).size
+    message = inspect(Sample("a", OTHERS[text])).problem
     assert text in message and "damaged" not in message
 
 
 def test_a_drawing_that_needs_another_program_is_not_called_damaged():
-    assert "cannot be decoded here" in inspect(Sample("a", encode(smooth(), "EPS"))).size
+    assert "cannot be decoded here" in inspect(Sample("a", encode(smooth(), "EPS"))).problem
 
 
 def test_the_preview_in_a_raw_photo_is_not_taken_for_it(tmp_path):
     smooth(16, 16).save(tmp_path / "a.dng", format="TIFF", tiffinfo={50706: b"\1\4\0\0"})
-    assert "raw photo (DNG)" in inspect(Sample("a", tmp_path / "a.dng")).size
+    assert "raw photo (DNG)" in inspect(Sample("a", tmp_path / "a.dng")).problem
 
 
 def test_colours_and_scales_that_cannot_be_converted_are_named():
-    assert "L*a*b*" in inspect(Sample("a", encode(smooth().convert("LAB"), "TIFF"))).size
-    assert inspect(Sample("a", encode(Image.fromarray(np.float32([[0.5, 1]])), "TIFF"))).size.startswith(
+    assert "L*a*b*" in inspect(Sample("a", encode(smooth().convert("LAB"), "TIFF"))).problem
+    assert inspect(Sample("a", encode(Image.fromarray(np.float32([[0.5, 1]])), "TIFF"))).problem.startswith(
         "pixel mode F is not"
     )
 
@@ -345,14 +345,14 @@ def test_a_scan_of_too_many_pixels_is_named_with_what_to_do():
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 10_000, 1, 0, 0, 0, 0))
-    message = inspect(Sample("a", b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))).size
+    message = inspect(Sample("a", b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))).problem
     assert message.startswith("too many pixels") and "-resize" in message
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "HEIF", "AVIF"])
 def test_half_a_file_is_refused(kind):
     content = encode(noise(64, 48), kind)
-    assert isinstance(inspect(Sample("a", content[: len(content) // 2])).size, str)
+    assert inspect(Sample("a", content[: len(content) // 2])).problem
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
@@ -360,13 +360,13 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
-    assert inspect(Sample("a", tmp_path / "a.png")).size == "cannot be read (EACCES: Permission denied)"
-    assert inspect(Sample("a", "x")).size == "cannot be read (EACCES: Permission denied)"
+    assert inspect(Sample("a", tmp_path / "a.png")).problem == "cannot be read (EACCES: Permission denied)"
+    assert inspect(Sample("a", "x")).problem == "cannot be read (EACCES: Permission denied)"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="errors have other numbers")
 def test_a_directory_is_no_image(tmp_path):
-    assert "EISDIR" in inspect(Sample("a", tmp_path)).size
+    assert "EISDIR" in inspect(Sample("a", tmp_path)).problem
 
 
 # ---- transparency --------------------------------------------------------------------------------
@@ -390,16 +390,16 @@ def test_ink_is_what_is_seen_of_a_drawing():
     image.paste((200, 100, 50, 255), (0, 0, 10, 10))
     image.paste((255, 255, 255, 51), (10, 0, 20, 10))
     image.paste((0, 0, 0, 255), (0, 10, 10, 15))
-    found = Ink(drawn=0.25 + 0.05 + 0.125, white=0.25 + 0.125, black=0.25 + 0.05)
-    assert ink(image) == pytest.approx(found)
-    assert found.lost("white") == pytest.approx(0.05 / 0.425) and found.lost("black") == pytest.approx(0.125 / 0.425)
-    assert ink(image.resize((2000, 2000), Image.Resampling.NEAREST)) == pytest.approx(found, abs=0.01)
-    assert Ink().lost("white") == 0
+    found = Visibility(drawn=0.25 + 0.05 + 0.125, on_white=0.25 + 0.125, on_black=0.25 + 0.05)
+    assert measure_visibility(image) == pytest.approx(found)
+    assert found.hidden_share("white") == pytest.approx(0.05 / 0.425) and found.hidden_share("black") == pytest.approx(0.125 / 0.425)
+    assert measure_visibility(image.resize((2000, 2000), Image.Resampling.NEAREST)) == pytest.approx(found, abs=0.01)
+    assert Visibility().hidden_share("white") == 0
 
 
 @pytest.mark.parametrize("image", [smooth(), smooth().convert("RGBA"), smooth().convert("L")])
 def test_an_image_without_a_transparent_pixel_has_no_ink_of_its_own(image):
-    assert ink(image) is None
+    assert measure_visibility(image) is None
 
 
 @pytest.mark.parametrize(
@@ -434,8 +434,8 @@ def test_an_image_without_a_transparent_pixel_has_no_ink_of_its_own(image):
     ],
 )
 def test_a_drawing_is_laid_on_black_only_if_white_would_hide_it(image, expected):
-    assert ground(ink(image)) == expected
-    if ink(image).black or ink(image).white:
+    assert choose_background(measure_visibility(image)) == expected
+    if measure_visibility(image).black or measure_visibility(image).white:
         assert len(to_rgb(image, expected).getcolors()) > 1
 
 
@@ -444,5 +444,5 @@ def test_a_condition_of_one_colour_is_known_on_either_ground():
         inspect(Sample("a", encode(image, "PNG")), condition=True)
         for image in (line((0, 0, 0, 0), (255,) * 4), line((0, 0, 0, 0), (0, 0, 0, 255)), Image.new("RGB", (8, 8), RED))
     )
-    assert white.flat_on == ("white",) and black.flat_on == ("black",) and opaque.flat_on == ("white", "black")
-    assert inspect(Sample("a", encode(smooth(), "PNG")), condition=True).flat_on == ()
+    assert white.single_colour_on == ("white",) and black.single_colour_on == ("black",) and opaque.single_colour_on == ("white", "black")
+    assert inspect(Sample("a", encode(smooth(), "PNG")), condition=True).single_colour_on == ()

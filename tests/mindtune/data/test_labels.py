@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mindtune.data import labels
-from mindtune.data.labels import BASELINE, LINE, draw, wrap
+from mindtune.data.labels import BASELINE, LINE_HEIGHT, draw_lines, wrap
 
 CHINESE = "一只戴着红色围巾的猫坐在窗台上，看着外面的雪。高质量，细节丰富，电影感光影（真的）。"
 JAPANESE = "赤いマフラーを巻いた猫が窓辺に座って、雪を眺めている。ネコ「かわいい」と言った。"
@@ -30,10 +30,10 @@ TEXTS = {
 @pytest.fixture(autouse=True)
 def fresh_fonts():
     """What was found in one test's fonts is not kept for the next."""
-    for cached in (labels._font, labels._own_fonts, labels._system_fonts):
+    for cached in (labels._find_font, labels._package_fonts, labels._system_fonts):
         cached.cache_clear()
     yield
-    for cached in (labels._font, labels._own_fonts, labels._system_fonts):
+    for cached in (labels._find_font, labels._package_fonts, labels._system_fonts):
         cached.cache_clear()
 
 
@@ -44,8 +44,8 @@ def shown(text, width=10_000):
 def ink(text, width=400):
     """Pixels of the label on a wider image: True where it is dark."""
     lines = wrap(text, width)
-    image = Image.new("L", (width + 50, LINE * max(1, len(lines))), "white")
-    draw(ImageDraw.Draw(image), (0, 0), lines)
+    image = Image.new("L", (width + 50, LINE_HEIGHT * max(1, len(lines))), "white")
+    draw_lines(ImageDraw.Draw(image), (0, 0), lines)
     return np.asarray(image) < 128
 
 
@@ -150,7 +150,7 @@ def test_words_are_kept_whole_where_they_fit():
 
 def test_text_without_spaces_fills_its_lines():
     lines = wrap(CHINESE, 200)
-    assert all(sum(piece.width for piece in line) > 200 - 4 * labels.SIZE for line in lines[:-1])
+    assert all(sum(piece.width for piece in line) > 200 - 4 * labels.FONT_SIZE for line in lines[:-1])
 
 
 @pytest.mark.parametrize("width", range(60, 200, 7))
@@ -171,4 +171,4 @@ def test_a_code_is_not_divided():
 def test_letters_stand_in_their_line():
     """Nothing of a line of Chinese or of letters with descenders is below it."""
     rows = np.flatnonzero(ink("猫gjpqÅ赢").any(axis=1))
-    assert rows.min() >= 0 and rows.max() < LINE and BASELINE < LINE
+    assert rows.min() >= 0 and rows.max() < LINE_HEIGHT and BASELINE < LINE_HEIGHT

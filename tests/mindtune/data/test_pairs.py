@@ -369,7 +369,7 @@ def test_nothing_there(tmp_path, open_pairs):
 
 def test_no_train_among_several_splits(tmp_path):
     datasets.DatasetDict({"test": table(2), "dev": table(2)}).save_to_disk(tmp_path / "d")
-    assert "has no split train but test, dev" in refusal(train_data_dir=str(tmp_path / "d"))
+    assert "has the splits test, dev, not train" in refusal(train_data_dir=str(tmp_path / "d"))
 
 
 def test_a_data_set_without_rows(tmp_path):
@@ -404,7 +404,7 @@ def test_shards_that_are_cut_off_are_listed(tmp_path, open_pairs):
         whole = (tmp_path / f"{number}.tar").read_bytes()
         (tmp_path / f"{number}.tar").write_bytes(whole[: len(whole) // 2])
     found = refusal(open_pairs, train_data_dir=str(tmp_path))
-    assert "2 of 3 shards are cut off" in found and "0.tar" in found and "2.tar" in found and "1.tar" not in found
+    assert "2 of 3 shards are truncated" in found and "0.tar" in found and "2.tar" in found and "1.tar" not in found
 
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
@@ -506,9 +506,9 @@ def test_what_is_left_out_of_a_folder_is_said_once(tmp_path, open_pairs):
     with open(folder / "metadata.jsonl", "a") as file:
         file.write(line + "\n")
     assert said(open_pairs, **arguments) == [
-        "1 lines of metadata.jsonl say the same as another; each counts",
-        "2 files are not used beside metadata.jsonl: clip.mp4, metadata.csv",
-        "1 images are not used, for metadata.jsonl does not name them: images/more.png",
+        "1 lines of metadata.jsonl repeat an earlier line; each is a sample of its own",
+        "2 files next to metadata.jsonl are not used: clip.mp4, metadata.csv",
+        "1 images are not used, because metadata.jsonl does not name them: images/more.png",
     ]
 
 
@@ -525,7 +525,7 @@ def test_folders_of_images_without_metadata_are_answered_with_how_to_write_it(tm
     found = refusal(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache"))
     assert (
         "--conditioning_image_column: " in found
-        and 'named in metadata.jsonl: {"file_name": ..., "conditioning_image_file_name"' in found
+        and 'write metadata.jsonl with lines like {"file_name": ..., "conditioning_image_file_name"' in found
     )
 
 
@@ -548,7 +548,7 @@ def test_files_that_the_library_does_not_read_are_named(tmp_path, open_pairs):
     as_shards(tmp_path / "d")
     table(2).to_parquet(tmp_path / "d/train.parquet")
     found = said(open_pairs, train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache"))
-    assert found == ["1 files are not used beside those read (.tar): train.parquet"]
+    assert found == ["1 files are not used; those used end in .tar: train.parquet"]
 
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
@@ -620,18 +620,18 @@ WHITE, BLACK, RED = (255, 255, 255, 255), (0, 0, 0, 255), (255, 0, 0, 255)
 @pytest.mark.parametrize(
     "colours, background, lines",
     [
-        ([WHITE] * 4, "black", ["4 transparent conditions are laid on black"]),
+        ([WHITE] * 4, "black", ["4 transparent condition images are put on black"]),
         ([BLACK] * 4, "white", []),
         ([RED] * 4, "white", []),
         (
             [RED, WHITE, RED, RED],
             "black",
-            ["4 transparent conditions are laid on black; on white 25% of their drawing would not be seen"],
+            ["4 transparent condition images are put on black; on white 25% of their drawing would not be seen"],
         ),
         (
             [BLACK, WHITE, WHITE, WHITE],
             "white",
-            ["4 transparent conditions are laid on white, where 75% of", "3 of 4 conditions are blank, of one colour"],
+            ["4 transparent condition images are put on white, where 75% of", "3 of 4 conditions are blank, of one colour"],
         ),
     ],
     ids=["white", "black", "red", "red and white", "black and white"],
@@ -661,7 +661,7 @@ def test_a_stream_looks_behind_its_beginning_for_transparent_conditions(tmp_path
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "d/train.parquet")
     stream = PairStream(Source(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")))
     assert stream.background == "black"
-    assert ", 30 pairs of its first 256 rows: 16 transparent conditions are laid on black" in capsys.readouterr().out
+    assert ", 30 pairs of its first 256 rows: 16 transparent condition images are put on black" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cell", ["s3://b/a.png", "a\0b", "foo://x", "file://x\0y", "data:image/png;base64,%"])
@@ -673,7 +673,7 @@ def test_a_cell_that_cannot_be_read_is_named_when_the_stream_reaches_it(tmp_path
     (tmp_path / "a.png").write_bytes(IMAGES[0])
     pairs = iter(PairStream(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")), buffer_size=1))
     next(pairs)
-    with pytest.raises(UserError, match=f"place 1 of the stream: its {what}: .*Mend the data set"):
+    with pytest.raises(UserError, match=f"position 1 of the stream: its {what}: .*Fix the data set"):
         next(pairs)
 
 
@@ -696,7 +696,7 @@ def test_opaque_conditions_of_one_colour_are_named(tmp_path, capsys):
     assert preflight_pairs(pairs, 16, "--train_data_dir", False) is pairs
     assert (
         capsys.readouterr().out
-        == f"--train_data_dir: 1 of 3 conditions are blank, of one colour throughout: {tmp_path}/d[1]\n"
+        == f"--train_data_dir: 1 of 3 condition images are blank, all pixels have the same colour: {tmp_path}/d[1]\n"
     )
 
 
@@ -714,8 +714,8 @@ def mixed(tmp_path):
 
 
 PROBLEMS = {
-    1: "its condition: missing (the dataset has none here)",
-    2: "missing (the dataset has none here)",
+    1: "its condition: missing (the cell of the data set is empty)",
+    2: "missing (the cell of the data set is empty)",
     3: "64x64, its condition 32x32",
     4: "damaged (",
     5: "40x31 is smaller than --resolution 32",
@@ -725,7 +725,7 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_preflight_lists_all_problems_at_once(mixed, threads):
-    found = refusal(preflight_pairs, pairs=mixed, wanted=32, flag="--train_data_dir", skip_bad=False, threads=threads)
+    found = refusal(preflight_pairs, pairs=mixed, min_size=32, flag="--train_data_dir", skip_bad=False, threads=threads)
     assert "--train_data_dir: 6 of 8 pairs cannot be used" in found and "--skip_bad_images" in found
     lines = [line.strip() for line in found.splitlines() if line.startswith("  ")]
     assert len(lines) == 6
@@ -737,7 +737,7 @@ def test_preflight_goes_on_without_bad_pairs_if_asked(mixed, capsys):
     good = preflight_pairs(mixed, 32, "--train_data_dir", True)
     assert [pair.caption for pair in good] == ["a", "h"]
     printed = capsys.readouterr().out
-    assert "going on without 6 of 8 pairs" in printed and all(problem in printed for problem in PROBLEMS.values())
+    assert "continuing without 6 of 8 pairs" in printed and all(problem in printed for problem in PROBLEMS.values())
     with pytest.raises(UserError, match="no usable pair is left"):
         preflight_pairs(mixed, 1000, "--train_data_dir", True)
 
@@ -751,7 +751,7 @@ def test_preflight_measures_a_picture_by_its_own_bucket(mixed):
     """The 32 x 90 picture must cover 80 x 32 (height x width), not the bucket for flat pictures; then 96 x 32, which it does not."""
     pairs = mixed.select([0, 7])
     assert preflight_pairs(pairs, [(32, 32), (80, 32)], "--train_data_dir", False) is pairs
-    found = refusal(preflight_pairs, pairs=pairs, wanted=[(32, 32), (96, 32)], flag="--train_data_dir", skip_bad=False)
+    found = refusal(preflight_pairs, pairs=pairs, min_size=[(32, 32), (96, 32)], flag="--train_data_dir", skip_bad=False)
     assert "1 of 2 pairs" in found and "[7]: 32x90 is smaller than its bucket 96,32 (height,width)" in found
 
 
@@ -819,7 +819,7 @@ def test_a_stream_pickles(sources, form):
 def test_streamed_pictures_are_their_encoded_bytes(sources):
     pair = next(iter(PairStream(Source(**sources[as_folder]), seed=0)))
     assert isinstance(pair.image.source, bytes) and isinstance(pair.condition.source, bytes)
-    assert pair.image.name == f"{sources[as_folder]['train_data_dir']}, place 0 of the stream"
+    assert pair.image.name == f"{sources[as_folder]['train_data_dir']}, position 0 of the stream"
 
 
 @pytest.mark.parametrize("column, what", [("image", "image"), ("conditioning_image", "condition")])
@@ -829,7 +829,7 @@ def test_an_unpaired_picture_is_named_when_the_stream_reaches_it(tmp_path, colum
     stream = PairStream(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")), buffer_size=1, count=7)
     pairs = iter(stream)
     assert [next(pairs).caption for _ in range(3)] == CAPTIONS[:3]
-    with pytest.raises(UserError, match=f"place 3 of the stream: its {what}: missing.*Mend the data set"):
+    with pytest.raises(UserError, match=f"position 3 of the stream: its {what}: missing.*Fix the data set"):
         next(pairs)
     assert [pair.caption for pair in stream.from_position(4)] == CAPTIONS[4:]
 
@@ -839,7 +839,7 @@ def test_a_stream_that_breaks_off_says_where(tmp_path):
     samples["0006"]["txt"] = b"caf\xe9"
     write_tar(tmp_path / "0.tar", samples)
     stream = iter(PairStream(Source(train_data_dir=str(tmp_path)), buffer_size=1))
-    with pytest.raises(UserError, match="cannot read on in pass 0: UnicodeDecodeError"):
+    with pytest.raises(UserError, match="cannot continue reading in pass 0: UnicodeDecodeError"):
         list(islice(stream, COUNT))
 
 
@@ -875,7 +875,7 @@ def test_absolute_paths_in_a_folders_own_metadata(tmp_path, open_pairs):
     pairs = open_pairs(Source(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")))
     assert [pair.image.read() for pair in islice(pairs, 2)] == [IMAGES[0]] * 2
     write_lines(tmp_path / "d/metadata.jsonl", [{**lines[0], "image": str(tmp_path / "out.png")}])
-    assert "out.png leads out of the directory" in refusal(open_pairs, train_data_dir=str(tmp_path / "d"))
+    assert "out.png is outside the directory" in refusal(open_pairs, train_data_dir=str(tmp_path / "d"))
 
 
 @pytest.mark.parametrize("form", ["{}", "data:image/png;base64,{}"])
@@ -895,7 +895,7 @@ def test_broken_base64_is_not_called_a_missing_file(tmp_path):
         for cell in (text[:201], text[:300] + "%" + text[300:], "data:image/png;base64,%" + text)
     ]
     found = refusal(jsonl_for_train=str(write_lines(tmp_path / "a.jsonl", rows)))
-    assert found.count("is base64 that is damaged or cut off") == 3 and "missing" not in found and len(found) < 1200
+    assert found.count("is base64 that is damaged or truncated") == 3 and "missing" not in found and len(found) < 1200
 
 
 def test_urls_of_files_and_in_capitals(tmp_path):
@@ -912,7 +912,7 @@ def test_other_files_than_jsonl_are_told_where_they_go(tmp_path):
     for name in ("train.parquet", "a.png"):
         found = refusal(jsonl_for_train=str(tmp_path / name))
         assert (
-            f"{name}: not a text file. Give a .jsonl file with a line for every pair; a directory of" in found
+            f"{name}: not a text file. Give a .jsonl file with a line for every pair; give a directory of" in found
             and len(found) < 400
         )
     assert "is a directory. Give it as --train_data_dir" in refusal(jsonl_for_train=str(tmp_path))
@@ -934,6 +934,6 @@ def test_files_that_metadata_use_are_not_called_unused(tmp_path):
     (tmp_path / "d/more").symlink_to(tmp_path / "far")
     write_lines(tmp_path / "d/metadata.jsonl", [{"image": "a.JPG_large", "conditioning_image": "a.mp4", "text": ""}])
     assert said(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache")) == [
-        "1 files are not used beside metadata.jsonl: notes.bin",
-        "2 images are not used, for metadata.jsonl does not name them: .z.png, more/m.png",
+        "1 files next to metadata.jsonl are not used: notes.bin",
+        "2 images are not used, because metadata.jsonl does not name them: .z.png, more/m.png",
     ]

@@ -79,7 +79,7 @@ def test_a_wrong_column_is_answered_with_the_right_ones(imagefolder, tmp_path, c
 def test_a_dataset_that_cannot_be_read(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        UserError, match=r"(?s)--dataset_name .*cannot read it.* folder of images .* is given as --instance_data_dir"
+        UserError, match=r"(?s)--dataset_name .*cannot read it.* folder of images .* as --instance_data_dir"
     ):
         read_dataset(tmp_path / "empty", tmp_path)
 
@@ -205,7 +205,7 @@ def test_other_splits_and_files_are_named(tmp_path):
     (folder / "README.md").write_text("x")
     (folder / "extra.csv").write_text("a,b\n1,2\n")
     assert said(folder) == [
-        f"--dataset_name {folder}: 1 files are not used beside those read (.parquet): extra.csv",
+        f"--dataset_name {folder}: 1 files are not used; those used end in .parquet: extra.csv",
         captions,
     ]
     (folder / "extra.csv").unlink()
@@ -219,7 +219,7 @@ def test_captions_that_are_not_asked_for_are_named(tmp_path, form):
     folder.mkdir()
     form(folder)
     name = "txt" if form is as_shard else "text"
-    line = f"--dataset_name {folder}: the column {name} is not used; --caption_column {name} takes captions from it"
+    line = f"--dataset_name {folder}: the column {name} is not used; add --caption_column {name} to read captions from it"
     assert line in said(folder)
     line = f"--dataset_name {folder}: 2 of 3 images have a caption of their own; without: {folder}[1]"
     found = said(folder, caption_column=name)
@@ -299,7 +299,7 @@ def test_photos_that_the_library_does_not_read_have_a_way(tmp_path):
         (folder / name).write_bytes(png())
     (line,) = said(folder)
     assert (
-        "1 files are not used beside those read (.png): c.heic. Images of every kind are read if metadata.jsonl names them"
+        "1 files are not used; those used end in .png: c.heic. Images of all formats are read if metadata.jsonl names them"
         in line
     )
 
@@ -309,7 +309,7 @@ def test_names_that_are_not_utf8_are_named(tmp_path):
     folder.mkdir()
     for name in ("a.png", "caf\udce9.png"):
         (folder / name).write_bytes(png())
-    with pytest.raises(UserError, match=r"needs names in UTF-8; 1 are not: .*caf.xe9.png. Rename them"):
+    with pytest.raises(UserError, match=r"needs file names in UTF-8; 1 are not: .*caf.xe9.png. Rename them"):
         said(folder)
 
 
@@ -343,9 +343,9 @@ def test_images_that_metadata_do_not_name_are_counted(tmp_path):
     ]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     repeated, others, unnamed = said(folder, caption_column="text")
-    assert "1 lines of metadata.jsonl say the same as another; each counts" in repeated
-    assert "1 files are not used beside metadata.jsonl: clip.mp4" in others
-    assert "2 images are not used, for metadata.jsonl does not name them: b.png, sub/c.png" in unnamed
+    assert "1 lines of metadata.jsonl repeat an earlier line; each is a sample of its own" in repeated
+    assert "1 files next to metadata.jsonl are not used: clip.mp4" in others
+    assert "2 images are not used, because metadata.jsonl does not name them: b.png, sub/c.png" in unnamed
 
 
 def test_a_folder_of_images_with_caption_files_is_pointed_elsewhere(tmp_path):
@@ -355,7 +355,7 @@ def test_a_folder_of_images_with_caption_files_is_pointed_elsewhere(tmp_path):
     for name in "abc":
         (tmp_path / f"set/{name}.txt").write_text("a caption")
     with pytest.raises(
-        UserError, match="--image_column: .*A folder of images with caption files is given as --instance_data_dir"
+        UserError, match="--image_column: .*Give a folder of images with caption files as --instance_data_dir"
     ):
         said(tmp_path / "set")
 

@@ -295,14 +295,14 @@ def test_a_condition_is_laid_on_what_shows_it_or_on_what_the_training_data_are(
     image = condition_image(path, "--control_image", 32, 8, background)
     assert image.size == (40, 32) and image.getpixel((0, 0)) == (ground,) * 3 and image.getpixel((20, 16)) == colour[:3]
     printed = capsys.readouterr().out
-    assert (f"--control_image {path}: laid on black" in printed) == (background is None and ground == 0)
+    assert (f"--control_image {path}: put on black" in printed) == (background is None and ground == 0)
     assert ("blank" in printed) == (background == "white")
 
 
 def test_conditions_of_phones_and_what_cannot_be_read(tmp_path, capsys):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.heic", format="HEIF")
     assert condition_image(str(tmp_path / "a.heic"), "--control_image", 32).size == (32, 32)
-    assert f"{tmp_path}/a.heic: blank, of one colour throughout" in capsys.readouterr().out
+    assert f"{tmp_path}/a.heic: blank, all pixels have the same colour" in capsys.readouterr().out
     (tmp_path / "b.png").write_bytes(b"%PDF-1.7")
     with pytest.raises(
         UserError, match=r"--control_image .*b.png: cannot be read as an image .*a PDF: export its pages"
