@@ -1,42 +1,21 @@
-"""Image files of every kind: decoded to the right pixels, never called damaged when they are whole, and named when they are none."""
+"""Image files of every kind, decoded to the right pixels, and transparent drawings on a background."""
 
-import io
 import struct
-import sys
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from mindtune.data import image_problems
 from mindtune.data.checks import inspect
-from mindtune.data.image_problems import open_image
 from mindtune.data.image_sample import Sample
 from mindtune.data.images import Visibility, choose_background, decode, measure_visibility, to_rgb
+
+from .image_files import encode, noise, same, smooth
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
 
 
-def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def smooth(width=64, height=48):
-    """A gradient, which lossy formats keep to a few levels; all four corners differ."""
-    y, x = np.mgrid[0:height, 0:width]
-    return Image.fromarray(np.stack([x * 3, y * 4, 255 - x - y], 2).astype(np.uint8))
-
-
-def encode(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def same(image, expected, tolerance=0):
-    assert image.size == expected.size
-    np.testing.assert_allclose(np.asarray(image.convert("RGB"), int), np.asarray(expected, int), atol=tolerance)
+# ---- every mode to RGB ----------------------------------------------------------------------------
 
 
 def reopened(image, path, **options):
@@ -48,9 +27,6 @@ def reopened(image, path, **options):
 def close_to(image, place, colour, tolerance=4):
     assert image.mode == "RGB"
     np.testing.assert_allclose(image.getpixel(place), colour, atol=tolerance)
-
-
-# ---- every kind of image to RGB ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,7 +122,7 @@ def test_pixels_of_an_unknown_scale_are_refused(values):
         to_rgb(Image.fromarray(values))
 
 
-# ---- whole images with odd metadata --------------------------------------------------------------
+# ---- intact images with unusual metadata ----------------------------------------------------------
 
 
 def with_exif(jpeg, orientation, kind, count, value):
@@ -191,6 +167,8 @@ def texts(*chunks):
 
 
 LARGE = "x" * 3_000_000
+
+
 ODD_PNG = {
     "a compressed text of 3 MB": {"pnginfo": texts(("add_text", "workflow", LARGE, True))},
     "the same in Unicode": {"pnginfo": texts(("add_itxt", "workflow", LARGE, "", "", True))},
@@ -250,12 +228,7 @@ def test_a_jpeg_without_its_end_mark_is_whole(progressive):
         assert inspect(Sample("a", content[:-lost])).problem.startswith("damaged (")
 
 
-def test_a_name_with_another_formats_ending_is_no_matter(tmp_path):
-    smooth().save(tmp_path / "a.png", format="JPEG")
-    same(open_image(tmp_path / "a.png"), smooth(), 12)
-
-
-# ---- photos of phones ----------------------------------------------------------------------------
+# ---- photos of phones and animations --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
@@ -287,89 +260,7 @@ def test_the_first_frame_of_an_animation(kind):
     assert inspect(Sample("a", content)).animated and not inspect(Sample("a", encode(first, kind, **options))).animated
 
 
-def test_without_pillow_heif_the_message_says_how(monkeypatch):
-    monkeypatch.setattr(image_problems, "HEIF_AVAILABLE", False)
-    for kind in ("HEIF", "HEIC", "MIF1"):
-        monkeypatch.delitem(Image.OPEN, kind, raising=False)
-    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind in Image.OPEN])
-    message = inspect(Sample("a", HEIC)).problem
-    assert "HEIC photo" in message and "pip install pillow-heif" in message and "heif-convert" in message
-
-
-# ---- what is no image ----------------------------------------------------------------------------
-
-
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)
-OTHERS = {
-    "HEIC photo": HEIC,
-    "AVIF image": b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(500),
-    "a video: save its frames": b"\0\0\0\x18ftypisom" + bytes(100),
-    "a raw photo": b"\0\0\0\x18ftypcrx " + bytes(100),
-    "a PDF: export": b"%PDF-1.7\n",
-    "an SVG drawing: export": b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'></svg>",
-    "a web page: the download": b"\n<!DOCTYPE html><html><body>404",
-    "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
-    "a ZIP archive: unpack": b"PK\x03\x04" + bytes(50),
-    "JPEG XL: convert": b"\xff\x0a" + bytes(50),
-    "Thumbs.db": b"\xd0\xcf\x11\xe0" + bytes(50),
-    "AppleDouble": b"\0\x05\x16\x07" + bytes(50),
-    "the file is empty": b"",
-    "contains only zeros": bytes(5000),
-}
-
-
-@pytest.mark.parametrize("text", OTHERS)
-def test_what_is_no_image_is_named_with_what_to_do(text):
-    message = inspect(Sample("a", OTHERS[text])).problem
-    assert text in message and "damaged" not in message
-
-
-def test_a_drawing_that_needs_another_program_is_not_called_damaged():
-    assert "cannot be decoded here" in inspect(Sample("a", encode(smooth(), "EPS"))).problem
-
-
-def test_the_preview_in_a_raw_photo_is_not_taken_for_it(tmp_path):
-    smooth(16, 16).save(tmp_path / "a.dng", format="TIFF", tiffinfo={50706: b"\1\4\0\0"})
-    assert "raw photo (DNG)" in inspect(Sample("a", tmp_path / "a.dng")).problem
-
-
-def test_colours_and_scales_that_cannot_be_converted_are_named():
-    assert "L*a*b*" in inspect(Sample("a", encode(smooth().convert("LAB"), "TIFF"))).problem
-    assert inspect(Sample("a", encode(Image.fromarray(np.float32([[0.5, 1]])), "TIFF"))).problem.startswith(
-        "pixel mode F is not"
-    )
-
-
-def test_a_scan_of_too_many_pixels_is_named_with_what_to_do():
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 10_000, 1, 0, 0, 0, 0))
-    message = inspect(Sample("a", b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))).problem
-    assert message.startswith("too many pixels") and "-resize" in message
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "HEIF", "AVIF"])
-def test_half_a_file_is_refused(kind):
-    content = encode(noise(64, 48), kind)
-    assert inspect(Sample("a", content[: len(content) // 2])).problem
-
-
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
-    assert inspect(Sample("a", tmp_path / "a.png")).problem == "cannot be read (EACCES: Permission denied)"
-    assert inspect(Sample("a", "x")).problem == "cannot be read (EACCES: Permission denied)"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="errors have other numbers")
-def test_a_directory_is_no_image(tmp_path):
-    assert "EISDIR" in inspect(Sample("a", tmp_path)).problem
-
-
-# ---- transparency --------------------------------------------------------------------------------
+# ---- transparency ---------------------------------------------------------------------------------
 
 
 def line(ground_colour, colour, mode="RGBA"):
@@ -392,7 +283,9 @@ def test_ink_is_what_is_seen_of_a_drawing():
     image.paste((0, 0, 0, 255), (0, 10, 10, 15))
     found = Visibility(drawn=0.25 + 0.05 + 0.125, on_white=0.25 + 0.125, on_black=0.25 + 0.05)
     assert measure_visibility(image) == pytest.approx(found)
-    assert found.hidden_share("white") == pytest.approx(0.05 / 0.425) and found.hidden_share("black") == pytest.approx(0.125 / 0.425)
+    assert found.hidden_share("white") == pytest.approx(0.05 / 0.425) and found.hidden_share("black") == pytest.approx(
+        0.125 / 0.425
+    )
     assert measure_visibility(image.resize((2000, 2000), Image.Resampling.NEAREST)) == pytest.approx(found, abs=0.01)
     assert Visibility().hidden_share("white") == 0
 
@@ -435,7 +328,7 @@ def test_an_image_without_a_transparent_pixel_has_no_ink_of_its_own(image):
 )
 def test_a_drawing_is_laid_on_black_only_if_white_would_hide_it(image, expected):
     assert choose_background(measure_visibility(image)) == expected
-    if measure_visibility(image).black or measure_visibility(image).white:
+    if measure_visibility(image).on_black or measure_visibility(image).on_white:
         assert len(to_rgb(image, expected).getcolors()) > 1
 
 
@@ -444,5 +337,9 @@ def test_a_condition_of_one_colour_is_known_on_either_ground():
         inspect(Sample("a", encode(image, "PNG")), condition=True)
         for image in (line((0, 0, 0, 0), (255,) * 4), line((0, 0, 0, 0), (0, 0, 0, 255)), Image.new("RGB", (8, 8), RED))
     )
-    assert white.single_colour_on == ("white",) and black.single_colour_on == ("black",) and opaque.single_colour_on == ("white", "black")
+    assert (
+        white.single_colour_on == ("white",)
+        and black.single_colour_on == ("black",)
+        and opaque.single_colour_on == ("white", "black")
+    )
     assert inspect(Sample("a", encode(smooth(), "PNG")), condition=True).single_colour_on == ()

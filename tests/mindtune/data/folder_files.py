@@ -1,0 +1,25 @@
+"""Folders of images for the tests, and what reading one gives and says."""
+
+import json
+
+from mindtune.data.folders import samples_in_folder
+
+
+def captions(folder, **options):
+    return {sample.name: sample.caption for sample in samples_in_folder(str(folder), "--instance_data_dir", **options)}
+
+
+def found(folder, **options):
+    """({name: caption}, the lines that are said)."""
+    said = []
+    samples = samples_in_folder(str(folder), "--instance_data_dir", say=said.append, **options)
+    return {sample.name: sample.caption for sample in samples}, said
+
+
+BARE = {"a.png": None, "b.jpg": None}
+
+
+def write_rows(folder, *rows):
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps(dict(zip(("file_name", "text"), row))) + "\n" for row in rows)
+    )
