@@ -11,7 +11,7 @@ from mindtune import cli
 
 @pytest.fixture
 def own_signals():
-    """Gives the test runner its signal handlers back."""
+    """Restores the signal handlers of the test runner."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -25,7 +25,7 @@ def own_signals():
         SafetensorError("I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_is_a_sentence_whoever_notices_it(capsys, own_signals, error):
+def test_a_full_disk_is_reported_for_every_kind_of_error(capsys, own_signals, error):
     def fail():
         raise error
 
@@ -34,7 +34,7 @@ def test_a_full_disk_is_a_sentence_whoever_notices_it(capsys, own_signals, error
     assert caught.value.code == 2 and "error: the disk is full" in capsys.readouterr().err
 
 
-def test_a_programming_error_is_not_taken_for_a_full_disk(own_signals):
+def test_other_errors_are_not_reported_as_a_full_disk(own_signals):
     def fail():
         raise SafetensorError("header too large")
 
@@ -42,8 +42,8 @@ def test_a_programming_error_is_not_taken_for_a_full_disk(own_signals):
         cli.run(fail)
 
 
-def test_sigterm_saves_like_ctrl_c_and_the_second_signal_stops_at_once(own_signals):
-    """MindSpore passes SIGINT on as SIGTERM while it computes, so that either may be the first and either the second."""
+def test_the_first_signal_sets_the_exit_code_and_the_second_stops_at_once(own_signals):
+    """MindSpore passes SIGINT on as SIGTERM while it computes, so either may come first or second."""
     stop = cli.StopRequest()
     assert stop.exit_code is None
     signal.raise_signal(signal.SIGTERM)

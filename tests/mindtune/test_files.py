@@ -26,7 +26,7 @@ def test_write_atomically_keeps_the_old_file_if_writing_fails(tmp_path):
 
 
 def test_file_digest_reads_past_a_block(tmp_path):
-    """A million times "a": NIST's published SHA-256; and the 2^20 + 1st byte counts."""
+    """A million times "a" has the SHA-256 that NIST publishes; the byte after the first 2^20 counts too."""
     path = tmp_path / "a"
     path.write_bytes(b"a" * 1_000_000)
     assert file_digest(path) == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
@@ -37,12 +37,12 @@ def test_file_digest_reads_past_a_block(tmp_path):
     assert len(digests) == 2
 
 
-def test_text_digest_knows_where_a_text_ends():
+def test_text_digest_depends_on_where_a_text_ends():
     assert len({text_digest(texts) for texts in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"], [])}) == 5
 
 
 @pytest.mark.parametrize("folder", [".", "new", "new/deeper/still"])
-def test_a_directory_that_can_be_written_to(tmp_path, folder):
+def test_a_writable_directory_is_accepted(tmp_path, folder):
     require_writable("--cache_dir", str(tmp_path / folder))
     require_writable("--cache_dir", None)
     assert list(tmp_path.iterdir()) == []
@@ -51,13 +51,13 @@ def test_a_directory_that_can_be_written_to(tmp_path, folder):
 @pytest.mark.parametrize(
     "folder, reason", [("file", "is not a directory"), ("file/below", "is not a directory"), ("x" * 300, "cannot be")]
 )
-def test_a_directory_that_cannot_be_written_to(tmp_path, folder, reason):
+def test_a_directory_that_is_not_writable_is_refused(tmp_path, folder, reason):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"^--cache_dir .*{reason}.* Name another directory"):
         require_writable("--cache_dir", str(tmp_path / folder))
 
 
-def test_a_file_system_that_takes_no_files():
-    """Nobody may write to /proc, not even root."""
+def test_a_file_system_without_files_is_refused():
+    """Not even root may write to /proc."""
     with pytest.raises(UserError, match=r"^--output_dir /proc/out: /proc cannot be written to \("):
         require_writable("--output_dir", "/proc/out")

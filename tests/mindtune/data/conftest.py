@@ -27,8 +27,8 @@ def sources(tmp_path_factory):
 
 @pytest.fixture
 def mixed_folder(tmp_path):
-    """Three images, files that are none, a hidden file and an empty subfolder."""
-    folder = tmp_path / "pictures"
+    """Three images, files that are no images, a hidden file and an empty subfolder."""
+    folder = tmp_path / "images"
     (folder / "inner").mkdir(parents=True)
     for number, name in enumerate(["c.png", "a.jpg", "B.PNG"]):
         noise(20, 16, number).save(folder / name)

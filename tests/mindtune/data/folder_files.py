@@ -1,4 +1,4 @@
-"""Folders of images for the tests, and what reading one gives and says."""
+"""Reads folders of images for the tests."""
 
 import json
 
@@ -10,7 +10,7 @@ def captions(folder, **options):
 
 
 def found(folder, **options):
-    """({name: caption}, the lines that are said)."""
+    """({name: caption} of the samples, the lines passed to `say`)."""
     said = []
     samples = samples_in_folder(str(folder), "--instance_data_dir", say=said.append, **options)
     return {sample.name: sample.caption for sample in samples}, said

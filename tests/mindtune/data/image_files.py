@@ -1,4 +1,4 @@
-"""Random images that the tests of this folder write to files."""
+"""Images for the tests of this folder, and their comparison."""
 
 import io
 
@@ -17,7 +17,7 @@ def png(width=16, height=16, seed=0):
 
 
 def smooth(width=64, height=48):
-    """A gradient, which lossy formats keep to a few levels; all four corners differ."""
+    """A gradient, which lossy formats change little. All four corners differ."""
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(np.stack([x * 3, y * 4, 255 - x - y], 2).astype(np.uint8))
 

@@ -1,4 +1,4 @@
-"""A data set of pairs in every form that can be read, and what reading one says."""
+"""A data set of pairs in every supported form, and helpers that read it."""
 
 import base64
 import io
@@ -38,7 +38,7 @@ def contents(pairs):
 
 
 def table(count=COUNT, **columns):
-    """A data set of encoded pictures; an argument replaces a column, None takes it away."""
+    """A data set of encoded images. An argument replaces a column; None removes it."""
     columns = {"image": IMAGES, "conditioning_image": CONDITIONS, "text": CAPTIONS, **columns}
     found = datasets.Dataset.from_dict({name: cells[:count] for name, cells in columns.items() if cells})
     for name in found.column_names:
@@ -53,7 +53,7 @@ def as_parquet(folder):
 
 
 def as_parquet_of_plain_structs(folder):
-    """As other programs write it: no note for the datasets library that the structs are pictures."""
+    """As other programs write it: without the datasets library's note that the structs are images."""
     plain = (
         table()
         .cast_column("image", datasets.Image(decode=False))
@@ -86,10 +86,10 @@ def as_only_split(folder):
 
 
 def write_files(folder):
-    for kind, pictures in (("images", IMAGES), ("conditions", CONDITIONS)):
+    for kind, cells in (("images", IMAGES), ("conditions", CONDITIONS)):
         (folder / kind).mkdir(parents=True)
-        for number, picture in enumerate(pictures):
-            (folder / kind / f"{number}.png").write_bytes(picture)
+        for number, cell in enumerate(cells):
+            (folder / kind / f"{number}.png").write_bytes(cell)
 
 
 def write_lines(path, rows):
@@ -108,12 +108,12 @@ def as_folder(folder, sub=""):
 
 
 def as_folder_with_train(folder):
-    """This one the library's imagefolder reads."""
+    """The form that the imagefolder of the datasets library reads."""
     return as_folder(folder, "train")
 
 
 def as_jsonl(folder):
-    """Relative and absolute paths, and pairs.jsonl away from the pictures' folder."""
+    """Relative and absolute paths, with pairs.jsonl outside the images' folder."""
     write_files(folder / "data")
     rows = [
         {
@@ -207,7 +207,7 @@ FORMS = [value for name, value in list(globals().items()) if name.startswith("as
 
 
 def refusal(call=load_pairs, **arguments):
-    """What `call` says to a source of these arguments, or if it takes none to the arguments."""
+    """The message of the UserError that `call` raises for a `Source` with these arguments, or for the arguments."""
     with pytest.raises(UserError) as error:
         call(Source(**arguments)) if call in (load_pairs, PairStream) else call(**arguments)
     return str(error.value)
@@ -223,7 +223,7 @@ WHITE, BLACK, RED = (255, 255, 255, 255), (0, 0, 0, 255), (255, 0, 0, 255)
 
 
 def drawing(colour, seed=0):
-    """A line on a transparent ground."""
+    """A line on a transparent background."""
     image = Image.new("RGBA", (16, 16))
     image.paste(colour, (2, seed % 12, 14, seed % 12 + 3))
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A data set of three images with captions in every form that can be read, and the reading of it."""
+"""A data set of three images with captions in every supported form, and helpers that read it."""
 
 import base64
 import io

@@ -14,11 +14,11 @@ from .image_files import noise
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Two good pictures and four that cannot be used."""
+    """Two good images and four files that cannot be used."""
     noise(40, 32).save(tmp_path / "good.png")
     noise(32, 90).save(tmp_path / "good2.jpg")
     noise(40, 31).save(tmp_path / "small.png")
-    (tmp_path / "text.png").write_text("this is no picture")
+    (tmp_path / "text.png").write_text("this is not an image")
     (tmp_path / "empty.png").write_bytes(b"")
     noise(200, 200).save(tmp_path / "whole.jpg")
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
@@ -48,13 +48,13 @@ def test_preflight_lists_all_problems_at_once(mixed, threads):
     assert "good" not in str(error.value)
 
 
-def test_preflight_goes_on_without_bad_pictures_if_asked(mixed, capsys):
+def test_preflight_can_skip_bad_images(mixed, capsys):
     assert [sample.name for sample in check(mixed, skip_bad=True)] == ["good.png", "good2.jpg"]
     printed = capsys.readouterr().out
     assert "continuing without 4 of 6" in printed and all(problem in printed for problem in PROBLEMS)
 
 
-def test_preflight_needs_one_usable_picture(mixed):
+def test_preflight_needs_one_usable_image(mixed):
     for name in ("good.png", "good2.jpg"):
         (mixed / name).unlink()
     with pytest.raises(UserError, match="no usable image is left"):
@@ -67,7 +67,7 @@ def test_preflight_changes_nothing_on_disk(mixed):
     assert {path.name: path.read_bytes() for path in mixed.iterdir()} == before
 
 
-def test_preflight_measures_the_upright_picture(tmp_path):
+def test_preflight_measures_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(40, 31).save(tmp_path / "a.jpg", exif=exif)
@@ -95,18 +95,18 @@ def test_preflight_names_what_is_missing(tmp_path):
 # ---- notes ----------------------------------------------------------------------------------------
 
 
-def test_preflight_says_what_it_uses_of_animations(tmp_path, capsys):
+def test_preflight_reports_animations(tmp_path, capsys):
     noise(40, 40).save(tmp_path / "a.gif", save_all=True, append_images=[noise(40, 40, 1)])
     noise(40, 40).save(tmp_path / "still.gif")
     assert len(check(tmp_path)) == 2
     assert "1 images have several frames or pages, of which the first is used: a.gif\n" in capsys.readouterr().out
 
 
-def test_16_bit_images_with_8_bit_values_are_named(tmp_path, capsys):
-    """What programs write that forget to scale: black to the eye and to the model."""
+def test_preflight_reports_16_bit_images_with_8_bit_values(tmp_path, capsys):
+    """Programs that do not scale their values write such images. They look black."""
     for name, most in (("dark", 255), ("scaled", 65535), ("black", 0)):
         Image.fromarray(np.linspace(0, most, 400).astype(np.uint16).reshape(20, 20)).save(tmp_path / f"{name}.png")
     samples = [Sample(name, tmp_path / f"{name}.png") for name in ("dark", "scaled", "black")]
     assert preflight(samples, 16, "--flag", skip_bad=False) == samples
-    said = "--flag: 1 images are 16-bit without a value above 255 of 65535, so nearly black; save them as 8-bit PNG: dark\n"
-    assert capsys.readouterr().out == said
+    note = "1 images are 16-bit without a value above 255 of 65535, so nearly black; save them as 8-bit PNG: dark"
+    assert capsys.readouterr().out == f"--flag: {note}\n"

@@ -21,7 +21,7 @@ def test_columns_may_be_named_and_empty_captions_are_empty(tmp_path):
     assert contents(pairs) == list(zip(IMAGES, CONDITIONS, ["a", "", "", *"defg"]))
 
 
-def test_the_first_other_image_column_is_the_target(tmp_path):
+def test_the_first_image_column_that_is_not_the_condition_is_the_target(tmp_path):
     renamed = table(image=None, conditioning_image=None, text=None, condition=CONDITIONS, photo=IMAGES, prompt=CAPTIONS)
     renamed.to_parquet(tmp_path / "train.parquet")
     assert contents(load_pairs(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")))) == WANTED
@@ -62,13 +62,13 @@ def test_one_column_is_not_both_image_and_condition(tmp_path):
         ({"image": list(range(COUNT))}, {}, "--image_column image: holds int64, not images"),
     ],
 )
-def test_columns_that_do_not_fit(tmp_path, open_pairs, columns, flags, message):
+def test_unsuitable_columns_are_refused(tmp_path, open_pairs, columns, flags, message):
     table(**columns).to_parquet(tmp_path / "train.parquet")
     arguments = {"train_data_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache"), **flags}
     assert re.search(message, refusal(open_pairs, **arguments))
 
 
-def test_folders_of_images_without_metadata_are_answered_with_how_to_write_it(tmp_path):
+def test_folders_of_pairs_without_metadata_are_refused_with_an_example(tmp_path):
     write_files(tmp_path / "d")
     found = refusal(train_data_dir=str(tmp_path / "d"), cache_dir=str(tmp_path / "cache"))
     assert (

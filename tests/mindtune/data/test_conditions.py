@@ -8,7 +8,7 @@ from mindtune.data.conditions import condition_image
 
 
 def drawing(path, colour):
-    """A bar on a transparent ground, wider than high."""
+    """A bar on a transparent background, in an image that is wider than high."""
     image = Image.new("RGBA", (80, 64))
     image.paste(colour, (8, 16, 72, 48))
     image.save(path)
@@ -19,7 +19,7 @@ def drawing(path, colour):
     "colour, background, ground",
     [((255,) * 4, None, 0), ((0, 0, 0, 255), None, 255), ((255,) * 4, "white", 255), ((255,) * 4, "black", 0)],
 )
-def test_a_condition_is_laid_on_what_shows_it_or_on_what_the_training_data_are(
+def test_a_condition_is_put_on_the_given_background_or_on_the_one_that_shows_it(
     tmp_path, capsys, colour, background, ground
 ):
     path = drawing(tmp_path / "a.png", colour)
@@ -30,7 +30,7 @@ def test_a_condition_is_laid_on_what_shows_it_or_on_what_the_training_data_are(
     assert ("blank" in printed) == (background == "white")
 
 
-def test_conditions_of_phones_and_what_cannot_be_read(tmp_path, capsys):
+def test_heic_conditions_and_unreadable_conditions(tmp_path, capsys):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.heic", format="HEIF")
     assert condition_image(str(tmp_path / "a.heic"), "--control_image", 32).size == (32, 32)
     assert f"{tmp_path}/a.heic: blank, all pixels have the same colour" in capsys.readouterr().out

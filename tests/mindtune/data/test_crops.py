@@ -14,7 +14,7 @@ from .pair_files import write_lines
 WHITE = (255, 255, 255)
 
 
-def test_the_shorter_side_becomes_the_resolution_and_the_shape_is_kept():
+def test_the_shorter_side_becomes_the_resolution_and_the_aspect_ratio_is_kept():
     for width in (*range(16, 40), 333, 1000):
         for height in (16, 17, 31, 64, 999):
             found = resize_shorter_side(Image.new("L", (width, height)), 24, "nearest").size
@@ -22,13 +22,13 @@ def test_the_shorter_side_becomes_the_resolution_and_the_shape_is_kept():
             assert max(found) == pytest.approx(24 * max(width, height) / min(width, height), abs=0.5), (width, height)
 
 
-def test_a_picture_of_the_right_size_is_left_alone():
+def test_an_image_of_the_right_size_is_not_resized():
     image = noise(24, 30)
     assert resize_shorter_side(image, 24, "lanczos") is image
 
 
 @pytest.mark.parametrize("name", INTERPOLATIONS)
-def test_every_interpolation_keeps_a_flat_picture_flat(name):
+def test_every_interpolation_keeps_a_single_colour(name):
     shown = np.asarray(resize_shorter_side(Image.new("RGB", (50, 37), (10, 200, 30)), 16, name))
     assert shown.shape == (16, 22, 3) and (shown == (10, 200, 30)).all()
 
@@ -37,8 +37,8 @@ def test_every_interpolation_keeps_a_flat_picture_flat(name):
     "size, left, top",
     [((8, 8), 0, 0), ((12, 8), 2, 0), ((8, 14), 0, 3), ((11, 8), 2, 0), ((8, 9), 0, 0), ((13, 8), 2, 0)],
 )
-def test_the_central_crop_as_torchvision_rounds_it(size, left, top):
-    """Odd rooms of 3, 1 and 5 pixels: halves go to the even number."""
+def test_the_central_crop_rounds_like_torchvision(size, left, top):
+    """For margins of 3, 1 and 5 pixels, halves are rounded to the even number."""
     assert crop_box(size, 8, None) == (left, top, left + 8, top + 8)
 
 
@@ -50,7 +50,7 @@ def test_a_random_crop_stays_inside_and_reaches_both_ends(room):
     assert crop_box((8, 8 + room), 8, (almost_one, almost_one)) == (0, room, 8, room + 8)
 
 
-def test_every_place_of_a_random_crop_is_equally_likely():
+def test_every_position_of_a_random_crop_is_equally_likely():
     lefts = [crop_box((11, 8), 8, (u, 0.0))[0] for u in (np.arange(400) + 0.5) / 400]
     assert np.bincount(lefts).tolist() == [100, 100, 100, 100]
 
@@ -59,7 +59,7 @@ def test_every_place_of_a_random_crop_is_equally_likely():
 @pytest.mark.parametrize("u", [None, (0.0, 0.0), (0.6, 0.4), (0.999, 0.999)])
 @pytest.mark.parametrize("flip", [False, True])
 def test_pixels_are_the_crop_from_minus_one_to_one(width, height, u, flip):
-    """By loops over the picture's own pixels: no resizing is due at this size."""
+    """Compared pixel by pixel with the image, which needs no resizing at this size."""
     image = noise(width, height)
     found = pixel_values(image, 8, "lanczos", u, flip)
     left, top, _, _ = crop_box(image.size, 8, u)
@@ -75,16 +75,16 @@ def test_black_is_minus_one_and_white_is_one():
     assert pixel_values(image, 8, "lanczos")[:, :, [0, 7]].reshape(-1, 2).tolist() == [[1.0, -1.0]] * 24
 
 
-def test_pixels_of_a_larger_picture_are_resized_before_the_crop():
-    """Four times the size in flat 4x4 tiles, with the box filter: exactly the tiles come back."""
+def test_a_larger_image_is_resized_before_the_crop():
+    """An image enlarged in 4x4 tiles; the box filter restores it exactly."""
     small = noise(11, 8)
     large = small.resize((44, 32), Image.Resampling.NEAREST)
     np.testing.assert_array_equal(pixel_values(large, 8, "box"), pixel_values(small, 8, "box"))
 
 
 @pytest.mark.parametrize("height, width", [(24, 24), (16, 40), (40, 16), (17, 31), (31, 30)])
-def test_a_picture_just_covers_height_and_width(height, width):
-    """One side fits to the pixel, the other has at least enough, and the shape is kept."""
+def test_an_image_just_covers_height_and_width(height, width):
+    """One side fits exactly, the other is at least as long, and the aspect ratio is kept."""
     for size in ((16, 16), (17, 40), (333, 100), (31, 32), (24, 999), (width, height), (width * 3, height * 3)):
         found = resize_shorter_side(Image.new("L", size), (height, width), "nearest").size
         scale = max(width / size[0], height / size[1])
@@ -103,7 +103,7 @@ def test_one_number_is_a_square():
 @pytest.mark.parametrize("u", [None, (0.0, 0.0), (0.6, 0.4), (0.999, 0.999)])
 @pytest.mark.parametrize("size", [(12, 8), (17, 8), (12, 13)])
 def test_the_crop_has_height_and_width(size, u):
-    """8 high and 12 wide; central, or at the given share of the room, whose last place is reached."""
+    """8 high and 12 wide; central, or at the given share of the margin, including its last position."""
     left, top, right, bottom = crop_box(size, (8, 12), u)
     assert (right - left, bottom - top) == (12, 8)
     room = (size[0] - 12, size[1] - 8)
@@ -113,7 +113,7 @@ def test_the_crop_has_height_and_width(size, u):
 
 
 def test_pixels_of_a_crop_that_is_not_square():
-    """No resizing is due at this size: the picture's own pixels, by loops."""
+    """Compared pixel by pixel with the image, which needs no resizing at this size."""
     image = noise(15, 8)
     found = pixel_values(image, (8, 12), "lanczos", (0.99, 0.5), flip=True)
     assert found.dtype == np.float32 and found.shape == (3, 8, 12)
@@ -124,12 +124,12 @@ def test_pixels_of_a_crop_that_is_not_square():
 @pytest.mark.parametrize("resolution", [24, (16, 32), (33, 17)])
 @pytest.mark.parametrize("u, flip", [(None, False), ((0.3, 0.9), False), ((0.99, 0.0), True)])
 def test_target_and_condition_are_cropped_and_flipped_together(tmp_path, resolution, u, flip):
-    """The condition is the target as another file and another format: the same pixels must come out, and flip must be seen."""
-    picture = noise(51, 47)
-    picture.save(tmp_path / "a.png")
-    picture.save(tmp_path / "b.bmp")
+    """The condition is the same image in another format: its pixels must be the same, and `flip` must mirror them."""
+    source = noise(51, 47)
+    source.save(tmp_path / "a.png")
+    source.save(tmp_path / "b.bmp")
     path = write_lines(tmp_path / "p.jsonl", [{"image": "a.png", "conditioning_image": "b.bmp", "text": ""}])
     pair = load_pairs(Source(jsonl_for_train=str(path), cache_dir=str(tmp_path / "cache")))[0]
     image, condition = (pixel_values(sample.open(), resolution, "lanczos", u, flip) for sample in pair[:2])
     np.testing.assert_array_equal(image, condition)
-    np.testing.assert_array_equal(image[:, :, ::-1], pixel_values(picture, resolution, "lanczos", u, not flip))
+    np.testing.assert_array_equal(image[:, :, ::-1], pixel_values(source, resolution, "lanczos", u, not flip))

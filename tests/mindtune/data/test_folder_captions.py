@@ -14,13 +14,13 @@ from .image_files import noise
 # ---- caption files --------------------------------------------------------------------------------
 
 
-def test_captions_of_text_files_also_with_a_byte_order_mark(mixed_folder):
+def test_captions_of_text_files(mixed_folder):
     (mixed_folder / "a.txt").write_bytes(b"\xef\xbb\xbf" + "un café\r\n".encode())
     (mixed_folder / "c.txt").write_text("  a cat\n")
     assert captions(mixed_folder) == {"B.PNG": None, "a.jpg": "un café", "c.png": "a cat"}
 
 
-def test_captions_that_are_not_utf8_are_all_named(mixed_folder):
+def test_all_caption_files_that_are_not_utf8_are_listed(mixed_folder):
     for name in ("a.txt", "c.txt"):
         (mixed_folder / name).write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(UserError) as error:
@@ -35,21 +35,21 @@ def test_captions_that_are_not_utf8_are_all_named(mixed_folder):
 @pytest.mark.parametrize(
     "name", ["a.txt", "a.TXT", "a.caption", "a.Caption", "a.png.txt", "a.png.caption", "A.txt", "a .txt"]
 )
-def test_every_usual_name_of_a_caption_file(image_folder, name):
+def test_names_of_caption_files(image_folder, name):
     (image_folder / name).write_text("a caption")
     names, said = found(image_folder)
     assert names == {"a.png": "a caption", "b.jpg": None}
     assert said == [f"--instance_data_dir {image_folder}: 1 of 2 images have a caption of their own; without: b.jpg"]
 
 
-def test_composed_and_decomposed_names_are_one(image_folder):
+def test_composed_and_decomposed_names_match(image_folder):
     """macOS writes é as e and an accent, Linux and Windows as one character."""
     noise(20, 16).save(image_folder / unicodedata.normalize("NFD", "café.png"))
     (image_folder / unicodedata.normalize("NFC", "café.txt")).write_text("coffee")
     assert found(image_folder)[0][unicodedata.normalize("NFD", "café.png")] == "coffee"
 
 
-def test_names_that_differ_in_capitals_keep_their_own_captions(image_folder):
+def test_names_that_differ_in_case_keep_their_own_captions(image_folder):
     noise(20, 16).save(image_folder / "A.jpg")
     for name in ("a", "A"):
         (image_folder / f"{name}.txt").write_text(f"caption of {name}")
@@ -57,7 +57,7 @@ def test_names_that_differ_in_capitals_keep_their_own_captions(image_folder):
     assert names == {"A.jpg": "caption of A", "a.png": "caption of a", "b.jpg": None} and len(said) == 1
 
 
-def test_several_captions_of_an_image(image_folder):
+def test_images_with_several_captions(image_folder):
     for name in ("a.png.txt", "a.caption", "a.txt", "b.caption", "b.jpg.txt"):
         (image_folder / name).write_text(f"by {name}")
     names, said = found(image_folder)
@@ -68,7 +68,7 @@ def test_several_captions_of_an_image(image_folder):
     assert found(image_folder) == ({"a.png": "the same", "b.jpg": "the same"}, [])
 
 
-def test_captions_without_an_image_are_named(image_folder):
+def test_captions_without_an_image_are_reported(image_folder):
     for name in ("a", "b", "c", "README"):
         (image_folder / f"{name}.txt").write_text("x")
     assert "2 caption files without an image are not used: README.txt, c.txt" in found(image_folder)[1][0]
@@ -81,7 +81,7 @@ def test_a_byte_order_mark_tells_the_encoding(image_folder, encoding):
     assert found(image_folder)[0] == {"a.png": "一只猫 café", "b.jpg": "一只猫 café"}
 
 
-def test_other_encodings_are_named_with_what_to_do(image_folder):
+def test_other_encodings_are_refused_with_a_remedy(image_folder):
     (image_folder / "a.txt").write_text("a cat, 小狗", encoding="gbk")
     with pytest.raises(
         UserError,
@@ -95,14 +95,14 @@ def test_other_encodings_are_named_with_what_to_do(image_folder):
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl", "metadata.csv"])
-def test_captions_that_may_not_be_read(image_folder, name):
+def test_captions_without_read_permission_are_refused(image_folder, name):
     (image_folder / name).write_text("x")
     (image_folder / name).chmod(0)
     with pytest.raises(UserError, match=rf"{name}.*cannot be read .Permission denied"):
         found(image_folder)
 
 
-def test_a_caption_file_goes_to_the_image_of_exactly_its_name(image_folder):
+def test_a_caption_file_belongs_to_the_image_of_exactly_its_name(image_folder):
     noise(20, 16).save(image_folder / "A.png")
     (image_folder / "A.txt").write_text("of the capital one")
     names, said = found(image_folder)
@@ -112,7 +112,7 @@ def test_a_caption_file_goes_to_the_image_of_exactly_its_name(image_folder):
     ]
 
 
-def test_a_caption_file_of_several_images_is_said(image_folder):
+def test_a_caption_file_of_several_images_is_reported(image_folder):
     noise(20, 16).save(image_folder / "a.jpeg")
     for name in ("a.txt", "b.txt"):
         (image_folder / name).write_text("a caption")
@@ -126,7 +126,7 @@ def test_a_caption_file_of_several_images_is_said(image_folder):
 # ---- metadata -------------------------------------------------------------------------------------
 
 
-def test_captions_of_metadata_win_over_text_files(mixed_folder):
+def test_metadata_are_preferred_to_text_files(mixed_folder):
     rows = [{"file_name": "a.jpg", "text": "from metadata"}, {"file_name": "B.PNG", "text": ""}]
     (mixed_folder / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
     (mixed_folder / "a.txt").write_text("from text")
@@ -134,25 +134,25 @@ def test_captions_of_metadata_win_over_text_files(mixed_folder):
     assert captions(mixed_folder) == {"B.PNG": None, "a.jpg": "from metadata", "c.png": "from text"}
 
 
-def test_metadata_of_absent_files_is_listed(mixed_folder):
+def test_missing_files_in_metadata_are_listed(mixed_folder):
     rows = [{"file_name": "inner/a.jpg", "text": "x"}, {"file_name": "absent.png", "text": "x"}]
     (mixed_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match=r"(?s)metadata.jsonl: names files.*inner/a.jpg .line 1.*absent.png .line 2"):
         captions(mixed_folder)
 
 
-def test_the_caption_column_is_named(mixed_folder):
+def test_the_caption_column_can_be_named(mixed_folder):
     (mixed_folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "prompt": "p", "text": "t"}')
     assert captions(mixed_folder, caption_column="prompt")["a.jpg"] == "p"
 
 
 @pytest.mark.parametrize("name", ["./a.png", "sub/../a.png", ".\\a.png", "A.PNG", " a.png ", "a.png"])
-def test_names_in_metadata_as_people_write_them(image_folder, name):
+def test_spellings_of_names_in_metadata(image_folder, name):
     write_rows(image_folder, (name, "a caption"), ("b.jpg", "another"))
     assert found(image_folder) == ({"a.png": "a caption", "b.jpg": "another"}, [])
 
 
-def test_a_name_that_could_be_two_files_is_not_guessed(image_folder):
+def test_an_ambiguous_name_is_refused(image_folder):
     noise(20, 16).save(image_folder / "A.png")
     write_rows(image_folder, ("a.PNG", "x"))
     with pytest.raises(UserError, match="names files that are not in this directory"):
@@ -160,7 +160,7 @@ def test_a_name_that_could_be_two_files_is_not_guessed(image_folder):
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_metadata_in_either_form_of_unicode(image_folder, form):
+def test_metadata_in_both_forms_of_unicode(image_folder, form):
     for number, other in enumerate(("NFC", "NFD")):
         noise(20, 16, number).save(image_folder / unicodedata.normalize(other, f"é{number}.png"))
     write_rows(image_folder, *[(unicodedata.normalize(form, f"é{number}.png"), f"{number}") for number in range(2)])
@@ -178,22 +178,22 @@ def test_metadata_may_name_images_in_subfolders(image_folder):
 
 
 @pytest.mark.parametrize("name", ["../out.png", "sub/../../out.png", "..\\out.png", "OUT"])
-def test_metadata_names_nothing_outside(image_folder, name):
+def test_metadata_may_not_name_files_outside(image_folder, name):
     noise(20, 16).save(image_folder.parent / "out.png")
     write_rows(image_folder, (str(image_folder.parent / "out.png") if name == "OUT" else name, "x"))
     with pytest.raises(UserError, match="is outside the directory"):
         found(image_folder)
 
 
-def test_what_metadata_name_is_used_or_refused_by_the_check(image_folder):
-    """Not passed over as the same file would be that nothing names."""
+def test_all_files_that_metadata_name_are_samples(image_folder):
+    """Files that are ignored without metadata are samples if metadata name them."""
     noise(20, 16).save(image_folder / ".hidden.png")
     (image_folder / "clip.mp4").write_bytes(b"x")
     write_rows(image_folder, ("a.png", "1"), ("b.jpg", "2"), (".hidden.png", "3"), ("clip.mp4", "4"))
     assert found(image_folder) == ({"a.png": "1", "b.jpg": "2", ".hidden.png": "3", "clip.mp4": "4"}, [])
 
 
-def test_an_image_named_twice(image_folder):
+def test_an_image_named_twice_must_have_one_caption(image_folder):
     write_rows(image_folder, ("a.png", "same"), ("./a.png", "same"), ("b.jpg", "b"))
     assert found(image_folder) == ({"a.png": "same", "b.jpg": "b"}, [])
     write_rows(image_folder, ("a.png", "one"), ("b.jpg", "b"), ("A.png", "two"))
@@ -201,18 +201,17 @@ def test_an_image_named_twice(image_folder):
         found(image_folder)
 
 
-def test_metadata_overrules_caption_files_and_says_so(image_folder):
+def test_overruled_caption_files_are_reported(image_folder):
     write_rows(image_folder, ("a.png", "from metadata"), ("b.jpg", "the same"))
     (image_folder / "a.txt").write_text("from text")
     (image_folder / "b.caption").write_text("the same")
     names, said = found(image_folder)
     assert names == {"a.png": "from metadata", "b.jpg": "the same"}
-    assert said == [
-        f"--instance_data_dir {image_folder}: metadata.jsonl is used instead of 1 caption files that differ from it: a.txt"
-    ]
+    note = "metadata.jsonl is used instead of 1 caption files that differ from it: a.txt"
+    assert said == [f"--instance_data_dir {image_folder}: {note}"]
 
 
-def test_a_long_cell_is_cut_in_messages(image_folder):
+def test_long_cells_are_shortened_in_messages(image_folder):
     write_rows(image_folder, ("x" * 100_000, "a"), ("a.png", ["y" * 100_000]))
     with pytest.raises(UserError) as error:
         found(image_folder)
@@ -232,7 +231,7 @@ def test_absolute_paths_inside_the_folder(image_folder, tmp_path, through_a_link
         found(image_folder)
 
 
-def test_captions_beside_images_that_metadata_name_in_subfolders(image_folder):
+def test_caption_files_in_subfolders_that_metadata_name(image_folder):
     (image_folder / "sub").mkdir()
     for name in ("a", "c", "left"):
         noise(20, 16).save(image_folder / f"sub/{name}.png")
@@ -246,7 +245,7 @@ def test_captions_beside_images_that_metadata_name_in_subfolders(image_folder):
     ]
 
 
-def test_a_long_list_of_missing_files_is_cut(image_folder):
+def test_a_long_list_of_missing_files_is_shortened(image_folder):
     write_rows(image_folder, *((f"wrong/{number:04d}.png", "x") for number in range(3000)))
     with pytest.raises(UserError, match=r"0049.png .line 50.\n  and 2950 more\nFix") as error:
         found(image_folder)

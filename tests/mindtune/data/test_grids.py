@@ -17,7 +17,7 @@ def pixels(image, left, top, width, height):
 
 
 def test_a_grid_places_rows_and_columns():
-    """Two rows, the second shorter: what is left of it stays white."""
+    """Two rows, of which the second is shorter: its rest stays white."""
     rows = [[random_image(seed=0), random_image(seed=1), random_image(seed=2)], [random_image(seed=3)]]
     sheet = image_grid(rows)
     assert sheet.size == (600, 300)
@@ -53,13 +53,13 @@ def test_every_row_is_under_its_label_and_as_high_as_its_own(labels, lines):
 @pytest.mark.parametrize(
     "one, other", [("猫", "狗"), ("ネコ", "イヌ"), ("고양이", "강아지"), ("кот", "пёс"), ("🐱", "🐶")]
 )
-def test_labels_in_other_scripts_can_be_told_apart(one, other):
-    """Characters that a font does not have would all be the same box."""
+def test_labels_in_other_scripts_differ(one, other):
+    """A font draws the same box for all characters that it does not have."""
     sheets = [np.asarray(image_grid([[random_image()]], [label])) for label in (one, other)]
     assert sheets[0].shape == sheets[1].shape and not np.array_equal(*sheets)
 
 
-def test_small_pictures_are_enlarged_pixel_by_pixel():
+def test_small_images_are_enlarged_pixel_by_pixel():
     image = random_image(16, 24)
     sheet = image_grid([[image, image]])
     scale = sheet.width // 32
@@ -70,7 +70,7 @@ def test_small_pictures_are_enlarged_pixel_by_pixel():
     )
 
 
-def test_save_image_makes_the_folder_and_a_png(tmp_path):
+def test_save_image_creates_the_folder_and_a_png(tmp_path):
     image = random_image(8, 8)
     path = save_image(image, tmp_path / "new" / "folder" / "a.png")
     np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(image))

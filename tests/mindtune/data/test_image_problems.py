@@ -18,7 +18,7 @@ from .image_files import encode, noise, same, smooth
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)
 
 
-def test_without_pillow_heif_the_message_says_how(monkeypatch):
+def test_without_pillow_heif_the_message_names_the_package(monkeypatch):
     monkeypatch.setattr(image_problems, "HEIF_AVAILABLE", False)
     for kind in ("HEIF", "HEIC", "MIF1"):
         monkeypatch.delitem(Image.OPEN, kind, raising=False)
@@ -46,28 +46,28 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("text", OTHERS)
-def test_what_is_no_image_is_named_with_what_to_do(text):
+def test_other_files_are_identified_with_a_remedy(text):
     message = inspect(Sample("a", OTHERS[text])).problem
     assert text in message and "damaged" not in message
 
 
-def test_a_drawing_that_needs_another_program_is_not_called_damaged():
+def test_a_file_that_needs_another_program_is_not_called_damaged():
     assert "cannot be decoded here" in inspect(Sample("a", encode(smooth(), "EPS"))).problem
 
 
-def test_the_preview_in_a_raw_photo_is_not_taken_for_it(tmp_path):
+def test_the_preview_in_a_raw_photo_is_not_used(tmp_path):
     smooth(16, 16).save(tmp_path / "a.dng", format="TIFF", tiffinfo={50706: b"\1\4\0\0"})
     assert "raw photo (DNG)" in inspect(Sample("a", tmp_path / "a.dng")).problem
 
 
-def test_colours_and_scales_that_cannot_be_converted_are_named():
+def test_colours_and_ranges_that_cannot_be_converted_are_refused():
     assert "L*a*b*" in inspect(Sample("a", encode(smooth().convert("LAB"), "TIFF"))).problem
     assert inspect(Sample("a", encode(Image.fromarray(np.float32([[0.5, 1]])), "TIFF"))).problem.startswith(
         "pixel mode F is not"
     )
 
 
-def test_a_scan_of_too_many_pixels_is_named_with_what_to_do():
+def test_a_scan_of_too_many_pixels_is_refused_with_a_remedy():
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -82,7 +82,7 @@ def test_half_a_file_is_refused(kind):
     assert inspect(Sample("a", content[: len(content) // 2])).problem
 
 
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+def test_a_file_without_read_permission_is_refused(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -92,10 +92,10 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="errors have other numbers")
-def test_a_directory_is_no_image(tmp_path):
+def test_a_directory_is_refused(tmp_path):
     assert "EISDIR" in inspect(Sample("a", tmp_path)).problem
 
 
-def test_a_name_with_another_formats_ending_is_no_matter(tmp_path):
+def test_the_suffix_of_another_format_does_not_matter(tmp_path):
     smooth().save(tmp_path / "a.png", format="JPEG")
     same(open_image(tmp_path / "a.png"), smooth(), 12)

@@ -30,14 +30,14 @@ def test_a_sample_reads_its_file(folder):
 
 
 @pytest.mark.parametrize("source", ["bytes", "path", "row"])
-def test_a_sample_may_be_bytes_or_a_path_or_a_row(folder, source):
+def test_a_sample_may_be_bytes_a_path_or_a_row(folder, source):
     content = (folder / "c.png").read_bytes()
-    rows = [{"picture": None}, {"picture": str(folder / "c.png")}]
-    sample = Sample("c", {"bytes": content, "path": folder / "c.png", "row": (rows, 1, "picture")}[source])
+    rows = [{"column": None}, {"column": str(folder / "c.png")}]
+    sample = Sample("c", {"bytes": content, "path": folder / "c.png", "row": (rows, 1, "column")}[source])
     assert sample.read() == content and sample.open().size == (20, 16) and "c.png" not in repr(sample)
 
 
-def test_the_digest_tells_what_an_image_is_laid_on():
+def test_the_digest_depends_on_the_background():
     assert (
         Sample("a", png()).digest == hashlib.sha256(png()).hexdigest() != Sample("a", png(), background="black").digest
     )
@@ -46,8 +46,8 @@ def test_the_digest_tells_what_an_image_is_laid_on():
 # ---- cells ----------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_cell_is_read(folder):
-    """Bytes win over a path beside them, which the library keeps for its name only. A URL is what streaming from the hub gives."""
+def test_all_kinds_of_cells_are_read(folder):
+    """Bytes are used before a path, of which the library keeps only the name. Streaming from the hub gives URLs."""
     path = folder / "c.png"
     content = path.read_bytes()
     for cell in (
@@ -62,12 +62,12 @@ def test_every_kind_of_cell_is_read(folder):
 
 
 @pytest.mark.parametrize("cell", [None, "", {"bytes": None, "path": None}])
-def test_a_cell_without_picture(cell):
+def test_a_cell_without_an_image(cell):
     with pytest.raises(FileNotFoundError, match="the cell of the data set is empty"):
         read_cell(cell)
 
 
-def test_paths_are_read_from_the_data_set_first(tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_data_set_first(tmp_path, monkeypatch):
     (tmp_path / "set/images").mkdir(parents=True)
     (tmp_path / "set/images/a.png").write_bytes(png(seed=1))
     (tmp_path / "here").mkdir()
@@ -85,8 +85,8 @@ def test_paths_are_read_from_the_data_set_first(tmp_path, monkeypatch):
         read_cell("images/a.png")
 
 
-def test_a_file_with_a_name_as_in_base64_is_a_file(tmp_path):
-    """A hash without ending, in a folder of hashes, is how many data sets name images."""
+def test_a_file_whose_name_looks_like_base64_is_read(tmp_path):
+    """Many data sets name their images by hashes without a suffix, in folders named by hashes."""
     names = [tmp_path / ("ab01" * 16) / ("cd23" * 16), tmp_path / "iVBORw0KGgo" / ("ef45" * 16)]
     for path in names:
         path.parent.mkdir()
@@ -96,14 +96,14 @@ def test_a_file_with_a_name_as_in_base64_is_a_file(tmp_path):
         read_cell("ab01" * 16)
 
 
-def test_text_that_is_no_image_is_cut_in_messages():
+def test_long_text_is_shortened_in_messages():
     for cell in ("not base64! " * 5000, "x" * 4000, "data:image/svg+xml," + "<svg/>" * 5000):
         message = inspect(Sample("a", ([{"image": cell}], 0, "image"))).problem
         assert isinstance(message, str) and len(message) < 500 and "damaged" not in message
 
 
-def test_text_too_long_for_a_file_name_is_no_missing_file():
-    """Such as base64 that is cut off; the system's own error says "File name too long"."""
+def test_text_too_long_for_a_file_name_is_not_called_a_missing_file():
+    """For example truncated base64. The error of the system would be "File name too long"."""
     with pytest.raises(UnusableImage, match="a text of 301 characters that is no path, URL or base64"):
         read_cell("A" * 300 + "%")
 

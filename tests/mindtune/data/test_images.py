@@ -19,7 +19,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
 
 
 def reopened(image, path, **options):
-    """What a decoder makes of the saved file."""
+    """The image saved to a file and opened again."""
     image.save(path, **options)
     return Image.open(path)
 
@@ -39,7 +39,7 @@ def close_to(image, place, colour, tolerance=4):
         (2, (32, 16), (28, 8)),
     ],
 )
-def test_a_jpeg_is_turned_upright_by_its_exif(tmp_path, orientation, size, red):
+def test_a_jpeg_is_rotated_by_its_exif(tmp_path, orientation, size, red):
     """The camera wrote red on the left; orientation 6 says: turn clockwise, so red comes to the top."""
     image = Image.new("RGB", (32, 16), BLUE)
     image.paste(RED, (0, 0, 16, 16))
@@ -58,7 +58,7 @@ def test_a_cmyk_jpeg(tmp_path):
     close_to(to_rgb(image), (8, 8), (204, 102, 0))
 
 
-def test_a_palette_png_with_a_transparent_colour_lies_on_white(tmp_path):
+def test_a_palette_png_with_a_transparent_colour_is_put_on_white(tmp_path):
     image = Image.new("P", (4, 1))
     image.putpalette([*RED, *GREEN, *BLUE])
     image.putdata([0, 1, 2, 1])
@@ -74,7 +74,7 @@ def test_a_palette_without_transparency(tmp_path):
     assert list(to_rgb(reopened(image, tmp_path / "a.png")).getdata()) == [GREEN, RED]
 
 
-def test_rgba_is_laid_on_white(tmp_path):
+def test_rgba_is_put_on_white(tmp_path):
     """a c + (1 - a) 255; what a transparent pixel hides does not show."""
     image = Image.new("RGBA", (3, 1))
     image.putdata([(100, 0, 200, 255), (100, 0, 200, 0), (100, 0, 200, 51)])
@@ -83,7 +83,7 @@ def test_rgba_is_laid_on_white(tmp_path):
         close_to(shown, (x, 0), colour, tolerance=1)
 
 
-def test_gray_with_alpha_is_laid_on_white(tmp_path):
+def test_gray_with_alpha_is_put_on_white(tmp_path):
     image = Image.new("LA", (3, 1))
     image.putdata([(50, 255), (50, 0), (50, 102)])
     found = reopened(image, tmp_path / "a.png")
@@ -117,7 +117,7 @@ def test_black_and_white(tmp_path):
 
 
 @pytest.mark.parametrize("values", [np.float32([[0.5, 1.0]]), np.int32([[0, 65536]]), np.int32([[-1, 5]])])
-def test_pixels_of_an_unknown_scale_are_refused(values):
+def test_pixels_of_an_unknown_range_are_refused(values):
     with pytest.raises(ValueError, match="not an 8- or 16-bit image"):
         to_rgb(Image.fromarray(values))
 
@@ -147,13 +147,13 @@ def with_exif(jpeg, orientation, kind, count, value):
     ],
     ids=["-1/0", "0/0", "cut off", "longer than the file", "of no kind"],
 )
-def test_a_jpeg_with_odd_exif_is_whole_and_upright(kind, count, value):
+def test_a_jpeg_with_unusual_exif_is_read_upright(kind, count, value):
     plain = encode(smooth(), "JPEG", quality=95)
     turned = decode(plain).transpose(Image.Transpose.ROTATE_270)
     same(decode(with_exif(plain, 6, kind, count, value)), turned)
 
 
-def test_an_exif_block_that_is_none_changes_nothing():
+def test_an_invalid_exif_block_is_ignored():
     plain = encode(smooth(), "JPEG")
     for block in (b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0" + bytes(range(200))):
         same(decode(plain[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + plain[2:]), decode(plain))
@@ -179,18 +179,18 @@ ODD_PNG = {
 
 
 @pytest.mark.parametrize("options", ODD_PNG.values(), ids=ODD_PNG)
-def test_a_png_with_large_metadata_is_whole(options):
+def test_a_png_with_large_metadata_is_read(options):
     same(decode(encode(noise(20, 16), "PNG", **options)), noise(20, 16))
 
 
-def test_a_png_is_upright_though_its_texts_are_left_out():
+def test_a_png_with_large_texts_is_upright():
     xmp = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     info = texts(("add_text", "workflow", LARGE, True), ("add_itxt", "XML:com.adobe.xmp", xmp))
     same(decode(encode(noise(20, 16), "PNG", pnginfo=info)), noise(20, 16).transpose(Image.Transpose.ROTATE_270))
 
 
-def test_a_png_whose_text_has_a_wrong_checksum_is_whole():
-    """Viewers warn of it at most. A wrong checksum of pixels is another matter."""
+def test_a_png_whose_text_has_a_wrong_checksum_is_read():
+    """Image viewers show such a file. A wrong checksum of the pixels is an error."""
     content = bytearray(encode(noise(20, 16), "PNG", pnginfo=texts(("add_text", "a", "b" * 50))))
     content[content.index(b"tEXt") + 20] ^= 1
     same(decode(bytes(content)), noise(20, 16))
@@ -198,7 +198,7 @@ def test_a_png_whose_text_has_a_wrong_checksum_is_whole():
     assert inspect(Sample("a", bytes(content))).problem.startswith("damaged (")
 
 
-def test_a_png_whose_exif_has_a_wrong_checksum_is_whole_and_upright():
+def test_a_png_whose_exif_has_a_wrong_checksum_is_read_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
     content = bytearray(encode(noise(20, 16), "PNG", exif=exif.tobytes()))
@@ -209,8 +209,8 @@ def test_a_png_whose_exif_has_a_wrong_checksum_is_whole_and_upright():
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_a_jpeg_is_upright_though_its_exif_points_out_of_itself(order):
-    """Exif 2.32: a directory of Make, whose text would be far behind the end, and of orientation 6."""
+def test_a_jpeg_whose_exif_points_beyond_its_end_is_upright(order):
+    """Exif 2.32: a directory of Make, whose text lies far beyond the end, and of orientation 6."""
     head = {"<": b"II*\0", ">": b"MM\0*"}[order]
     make = struct.pack(order + "HHII", 0x010F, 2, 20, 0x7FFFFFFF)
     exif = head + struct.pack(order + "IH", 8, 2) + make + struct.pack(order + "HHIHH", 0x0112, 3, 1, 6, 0) + bytes(4)
@@ -219,7 +219,7 @@ def test_a_jpeg_is_upright_though_its_exif_points_out_of_itself(order):
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_without_its_end_mark_is_whole(progressive):
+def test_a_jpeg_without_its_end_marker_is_read(progressive):
     content = encode(smooth(), "JPEG", quality=95, progressive=progressive)
     assert content[-2:] == b"\xff\xd9"
     for part in (content[:-2], content[:-1]):
@@ -238,14 +238,14 @@ def test_heic_and_avif_are_read(kind):
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF", "JPEG", "PNG", "WEBP", "TIFF"])
-def test_every_format_is_turned_upright_once(kind):
+def test_every_format_is_rotated_once(kind):
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encode(smooth(), kind, exif=exif.tobytes(), **({} if kind in ("PNG", "TIFF") else {"quality": 95}))
     same(decode(content), smooth().transpose(Image.Transpose.ROTATE_270), 12)
 
 
-def test_the_preview_in_a_phones_jpeg_is_no_second_frame():
+def test_the_preview_in_a_phone_photo_is_not_a_frame():
     content = encode(smooth(), "MPO", save_all=True, append_images=[noise(64, 48)], quality=95)
     same(decode(content), smooth(), 12)
     assert not inspect(Sample("a", content)).animated
@@ -270,13 +270,13 @@ def line(ground_colour, colour, mode="RGBA"):
 
 
 def beside(image, colour):
-    """With a thin line more."""
+    """The image with another thin line."""
     ImageDraw.Draw(image).line((5, 70, 75, 50), fill=colour)
     return image
 
 
-def test_ink_is_what_is_seen_of_a_drawing():
-    """A quarter of the pixels is orange, seen on both; a quarter is white at alpha 1/5; an eighth is black."""
+def test_visibility_of_a_drawing():
+    """A quarter of the pixels is orange, visible on both; a quarter is white at alpha 1/5; an eighth is black."""
     image = Image.new("RGBA", (20, 20))
     image.paste((200, 100, 50, 255), (0, 0, 10, 10))
     image.paste((255, 255, 255, 51), (10, 0, 20, 10))
@@ -291,7 +291,7 @@ def test_ink_is_what_is_seen_of_a_drawing():
 
 
 @pytest.mark.parametrize("image", [smooth(), smooth().convert("RGBA"), smooth().convert("L")])
-def test_an_image_without_a_transparent_pixel_has_no_ink_of_its_own(image):
+def test_an_opaque_image_has_no_visibility(image):
     assert measure_visibility(image) is None
 
 
@@ -326,13 +326,13 @@ def test_an_image_without_a_transparent_pixel_has_no_ink_of_its_own(image):
         "orange",
     ],
 )
-def test_a_drawing_is_laid_on_black_only_if_white_would_hide_it(image, expected):
+def test_black_is_chosen_only_if_white_would_hide_the_drawing(image, expected):
     assert choose_background(measure_visibility(image)) == expected
     if measure_visibility(image).on_black or measure_visibility(image).on_white:
         assert len(to_rgb(image, expected).getcolors()) > 1
 
 
-def test_a_condition_of_one_colour_is_known_on_either_ground():
+def test_condition_images_of_a_single_colour_are_found_on_both_backgrounds():
     white, black, opaque = (
         inspect(Sample("a", encode(image, "PNG")), condition=True)
         for image in (line((0, 0, 0, 0), (255,) * 4), line((0, 0, 0, 0), (0, 0, 0, 255)), Image.new("RGB", (8, 8), RED))

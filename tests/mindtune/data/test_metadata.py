@@ -21,7 +21,7 @@ CSV = {
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("text", CSV.values(), ids=CSV)
-def test_metadata_csv_in_the_usual_dialects(image_folder, text, encoding):
+def test_dialects_of_csv(image_folder, text, encoding):
     (image_folder / "metadata.csv").write_text(text, encoding=encoding, newline="")
     assert found(image_folder) == ({"a.png": "one", "b.jpg": "two"}, [])
 
@@ -42,19 +42,19 @@ def test_captions_in_csv_may_hold_commas_quotes_and_lines(image_folder):
         ("file_name,words\na.png,x\n", r"line 2: lacks text; has file_name, words"),
     ],
 )
-def test_csv_that_is_not_clear_is_refused_by_its_lines(image_folder, text, message):
+def test_ambiguous_csv_is_refused_by_its_lines(image_folder, text, message):
     (image_folder / "metadata.csv").write_text(text)
     with pytest.raises(UserError, match=f"(?s)metadata.csv: .*{message}"):
         found(image_folder)
 
 
-def test_a_list_in_json_is_refused_in_a_sentence(image_folder):
+def test_a_list_in_json_is_refused(image_folder):
     (image_folder / "metadata.jsonl").write_text('[\n  {"file_name": "a.png",\n   "text": "x"}\n]')
     with pytest.raises(UserError, match=r"metadata.jsonl: is one JSON list; write one object per line .jq"):
         found(image_folder)
 
 
-def test_jsonl_wins_over_csv_and_says_so(image_folder):
+def test_jsonl_is_preferred_to_csv_with_a_note(image_folder):
     write_rows(image_folder, ("a.png", "jsonl"), ("b.jpg", "jsonl"))
     (image_folder / "metadata.csv").write_text("file_name,text\na.png,csv\n")
     names, said = found(image_folder)
@@ -64,7 +64,7 @@ def test_jsonl_wins_over_csv_and_says_so(image_folder):
     ]
 
 
-def test_metadata_in_utf16_and_with_the_captions_key_named(image_folder):
+def test_metadata_in_utf16_with_a_named_caption_key(image_folder):
     (image_folder / "Metadata.JSONL").write_text('{"image": "a.png", "words": "猫"}\n', encoding="utf-16")
     assert found(image_folder, caption_column="words")[0] == {"a.png": "猫", "b.jpg": None}
 
@@ -81,17 +81,17 @@ def test_an_empty_metadata_jsonl_does_not_hide_the_csv(image_folder, blank):
 
 
 @pytest.mark.parametrize("name, text", [("metadata.csv", "file_name,text\n"), ("metadata.jsonl", "\n")])
-def test_metadata_without_rows_are_said(image_folder, name, text):
+def test_metadata_without_rows_are_reported(image_folder, name, text):
     (image_folder / name).write_text(text)
     assert found(image_folder) == (BARE, [f"--instance_data_dir {image_folder}: {name} has no rows"])
 
 
-def test_keys_of_metadata_in_capitals_or_not(image_folder):
+def test_keys_in_upper_or_lower_case(image_folder):
     (image_folder / "metadata.csv").write_text("File_Name,Text\na.png,one\nb.jpg,two\n")
     assert found(image_folder) == ({"a.png": "one", "b.jpg": "two"}, [])
 
 
-def test_json_over_several_lines_is_refused_in_a_sentence(image_folder):
+def test_json_over_several_lines_is_refused(image_folder):
     (image_folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x"}, indent=1) * 300)
     with pytest.raises(
         UserError, match="metadata.jsonl: has objects over several lines; write one object per line .jq"
@@ -114,13 +114,13 @@ def test_only_a_newline_ends_a_json_line(mixed_folder, separator):
     "line",
     ["{broken", "[1]", '"a.jpg"', '{"text": "x"}', '{"file_name": "c.png"}', '{"file_name": "c.png", "text": 3}'],
 )
-def test_a_bad_json_line_is_named_by_its_number(mixed_folder, line):
+def test_a_bad_json_line_is_reported_by_its_number(mixed_folder, line):
     (mixed_folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "t"}\n' + line)
     with pytest.raises(UserError, match=r"(?s)metadata.jsonl: 1 lines.*line 2: .*--caption_column"):
         captions(mixed_folder)
 
 
-def test_metadata_that_is_not_utf8(mixed_folder):
+def test_metadata_that_are_not_utf8_are_refused(mixed_folder):
     (mixed_folder / "metadata.jsonl").write_bytes(b'{"text": "caf\xe9"}')
     with pytest.raises(UserError, match=r"metadata.jsonl: not UTF-8 after line 0. Save the file as UTF-8 .*GBK"):
         captions(mixed_folder)

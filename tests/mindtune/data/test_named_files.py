@@ -31,7 +31,7 @@ from .pair_files import (
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
 @pytest.mark.parametrize("flag", ["jsonl_for_train", "train_data_dir"])
-def test_all_bad_lines_are_named_by_their_numbers(tmp_path, open_pairs, flag):
+def test_all_bad_lines_are_listed_by_their_numbers(tmp_path, open_pairs, flag):
     good = '{"image": "a.png", "conditioning_image": "a.png", "text": "t"}'
     bad = [
         "{broken",
@@ -77,7 +77,7 @@ def test_a_jsonl_file_without_lines_or_in_another_encoding(tmp_path):
     assert "b.jsonl is not UTF-8" in refusal(jsonl_for_train=str(tmp_path / "b.jsonl"))
 
 
-def test_jsonl_keys_may_be_named_and_a_byte_order_mark_is_no_matter(tmp_path):
+def test_jsonl_keys_may_be_named_and_a_byte_order_mark_is_skipped(tmp_path):
     write_files(tmp_path)
     row = {"photo": "images/0.png", "edges_file_name": "conditions/0.png", "words": "one\u2028two", "image": 5}
     (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8-sig", newline="")
@@ -87,7 +87,7 @@ def test_jsonl_keys_may_be_named_and_a_byte_order_mark_is_no_matter(tmp_path):
 
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
-def test_a_line_of_csv_that_is_not_clear_is_named(tmp_path, open_pairs):
+def test_ambiguous_lines_of_csv_are_listed(tmp_path, open_pairs):
     write_files(tmp_path)
     lines = [
         "file_name,conditioning_image_file_name,text",
@@ -111,14 +111,14 @@ def test_tab_separated_values(tmp_path):
 
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
-def test_long_cells_are_cut_in_messages(tmp_path, open_pairs):
+def test_long_cells_are_shortened_in_messages(tmp_path, open_pairs):
     rows = [{"image": "x." * 50_000, "conditioning_image": "y." * 50_000, "text": ""}]
     assert len(refusal(open_pairs, jsonl_for_train=str(write_lines(tmp_path / "a.jsonl", rows)))) < 2000
     rows = [{"image": ["x" * 100_000], "conditioning_image": "y", "text": ""}]
     assert len(refusal(open_pairs, jsonl_for_train=str(write_lines(tmp_path / "a.jsonl", rows)))) < 2000
 
 
-def test_other_files_than_jsonl_are_told_where_they_go(tmp_path):
+def test_other_files_than_jsonl_are_refused_with_a_remedy(tmp_path):
     as_parquet(tmp_path)
     (tmp_path / "a.png").write_bytes(IMAGES[0])
     for name in ("train.parquet", "a.png"):
@@ -139,8 +139,8 @@ def one_pair(folder, image, condition="b.png", name="a.jsonl", **options):
     return load_pairs(Source(jsonl_for_train=str(path), cache_dir=str(folder / "cache"), **options))[0]
 
 
-def test_relative_paths_of_a_jsonl_file_are_taken_from_the_working_directory_too(tmp_path, monkeypatch):
-    """Its own directory comes first; metadata that came with a folder may not name files elsewhere."""
+def test_relative_paths_are_tried_from_the_working_directory_too(tmp_path, monkeypatch):
+    """The directory of the file comes first. The metadata of a folder may not name files outside it."""
     for place in ("lists", "pr"):
         (tmp_path / place).mkdir()
     (tmp_path / "pr/a.png").write_bytes(IMAGES[0])
@@ -168,7 +168,7 @@ def test_absolute_paths_in_a_folders_own_metadata(tmp_path, open_pairs):
     assert "out.png is outside the directory" in refusal(open_pairs, train_data_dir=str(tmp_path / "d"))
 
 
-def test_urls_of_files_and_in_capitals(tmp_path):
+def test_file_urls_and_urls_in_upper_case(tmp_path):
     (tmp_path / "a b#1.png").write_bytes(IMAGES[0])
     (tmp_path / "b.png").write_bytes(IMAGES[1])
     pair = one_pair(tmp_path, f"file://{tmp_path}/a%20b#1.png", f"FILE:{tmp_path}/b.png")
@@ -177,7 +177,7 @@ def test_urls_of_files_and_in_capitals(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["{}", "data:image/png;base64,{}"])
-def test_an_image_of_one_colour_is_short_in_base64(tmp_path, form):
+def test_base64_of_a_single_colour_image_is_short_but_read(tmp_path, form):
     file = io.BytesIO()
     Image.new("L", (80, 80)).save(file, "png")
     text = base64.b64encode(file.getvalue()).decode()
@@ -186,7 +186,7 @@ def test_an_image_of_one_colour_is_short_in_base64(tmp_path, form):
     assert pair.image.read() == pair.condition.read() == file.getvalue()
 
 
-def test_broken_base64_is_not_called_a_missing_file(tmp_path):
+def test_damaged_base64_is_not_called_a_missing_file(tmp_path):
     text = base64.b64encode(png(64, 64)).decode()
     rows = [
         {"image": cell, "conditioning_image": text, "text": ""}
@@ -199,7 +199,7 @@ def test_broken_base64_is_not_called_a_missing_file(tmp_path):
 # ---- the cache ------------------------------------------------------------------------------------
 
 
-def test_an_edited_jsonl_file_is_read_anew(tmp_path):
+def test_an_edited_jsonl_file_is_read_again(tmp_path):
     write_files(tmp_path)
     row = {"image": "images/0.png", "conditioning_image": "conditions/0.png"}
     for text in ("before", "after!"):
@@ -207,8 +207,8 @@ def test_an_edited_jsonl_file_is_read_anew(tmp_path):
         assert load_pairs(Source(jsonl_for_train=str(path), cache_dir=str(tmp_path / "cache")))[0].caption == text
 
 
-def test_a_moved_file_is_found_again_under_its_new_name(tmp_path):
-    """The copy of the rows in the cache holds paths: it is made anew when they change."""
+def test_a_renamed_file_is_found(tmp_path):
+    """The rows in the cache hold paths, so they are written again when the paths change."""
     as_folder(tmp_path / "d")
     arguments = {"train_data_dir": str(tmp_path / "d"), "cache_dir": str(tmp_path / "cache")}
     assert contents(load_pairs(Source(**arguments))) == WANTED
@@ -220,7 +220,7 @@ def test_a_moved_file_is_found_again_under_its_new_name(tmp_path):
 
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
-def test_what_is_left_out_of_a_folder_is_said_once(tmp_path, open_pairs):
+def test_unused_files_of_a_folder_are_reported_once(tmp_path, open_pairs):
     folder = tmp_path / "pairs"
     as_folder(folder)
     arguments = {"train_data_dir": str(folder), "cache_dir": str(tmp_path / "cache")}
@@ -240,8 +240,8 @@ def test_what_is_left_out_of_a_folder_is_said_once(tmp_path, open_pairs):
     ]
 
 
-def test_files_that_metadata_use_are_not_called_unused(tmp_path):
-    """Whatever their names end in; hidden images and those of linked folders that they do not name are said."""
+def test_files_that_metadata_name_are_not_reported_as_unused(tmp_path):
+    """Whatever their suffix. Hidden images, and those in linked folders, are reported if nothing names them."""
     for name in ("d", "far"):
         (tmp_path / name).mkdir()
     for name in ("d/a.JPG_large", "d/a.mp4", "d/.z.png", "far/m.png", "d/notes.bin"):

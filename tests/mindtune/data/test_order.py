@@ -10,7 +10,7 @@ from mindtune.data.order import prefetch
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_prefetch_keeps_the_order(workers):
-    """Though the first ones take longest."""
+    """Although the first ones take longest."""
 
     def slow(position):
         time.sleep(0.02 if position < 8 and position % 3 == 0 else 0)
@@ -20,12 +20,12 @@ def test_prefetch_keeps_the_order(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_prefetch_of_nothing(workers):
+def test_prefetch_without_positions(workers):
     assert list(prefetch(lambda p: p, range(0), workers)) == []
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_prefetch_raises_what_making_raised_in_its_place(workers):
+def test_prefetch_raises_errors_at_their_position(workers):
     def make(position):
         if position == 4:
             raise OSError("file 4 has gone")
@@ -38,7 +38,7 @@ def test_prefetch_raises_what_making_raised_in_its_place(workers):
     assert seen == [0, 1, 2, 3]
 
 
-def test_prefetch_works_in_threads_and_not_far_ahead():
+def test_prefetch_uses_threads_and_stays_a_few_items_ahead():
     made, threads = [], set()
 
     def make(position):
@@ -53,8 +53,8 @@ def test_prefetch_works_in_threads_and_not_far_ahead():
     ahead.close()
 
 
-def test_prefetch_can_be_left_in_the_middle():
-    """As a run does that is stopped: no thread goes on reading."""
+def test_prefetch_can_be_closed_early():
+    """As in a run that is stopped: no thread continues reading."""
     made = []
     ahead = prefetch(lambda p: made.append(p), range(1000), 3)
     next(ahead)

@@ -21,7 +21,7 @@ def mixed(tmp_path):
     """Two good pairs and one of every kind of bad one."""
     good, torn = png(40, 32), png(200, 200)[:9000]
     images = [good, good, None, png(64, 64), torn, png(40, 31), good, png(32, 90)]
-    conditions = [good, None, good, png(32, 32), good, png(40, 31), b"no picture", png(32, 90)]
+    conditions = [good, None, good, png(32, 32), good, png(40, 31), b"no image", png(32, 90)]
     table(8, image=images, conditioning_image=conditions, text=list("abcdefgh")).save_to_disk(tmp_path / "mixed")
     return load_pairs(Source(train_data_dir=str(tmp_path / "mixed")))
 
@@ -46,7 +46,7 @@ def test_preflight_lists_all_problems_at_once(mixed, threads):
         assert line.startswith(f"{mixed.name}[{row}]: {problem}")
 
 
-def test_preflight_goes_on_without_bad_pairs_if_asked(mixed, capsys):
+def test_preflight_can_skip_bad_pairs(mixed, capsys):
     good = preflight_pairs(mixed, 32, "--train_data_dir", True)
     assert [pair.caption for pair in good] == ["a", "h"]
     printed = capsys.readouterr().out
@@ -55,13 +55,13 @@ def test_preflight_goes_on_without_bad_pairs_if_asked(mixed, capsys):
         preflight_pairs(mixed, 1000, "--train_data_dir", True)
 
 
-def test_preflight_of_good_pairs_gives_them_all(mixed):
+def test_preflight_keeps_good_pairs(mixed):
     pairs = mixed.select([0, 7])
     assert preflight_pairs(pairs, 32, "--train_data_dir", False) is pairs
 
 
-def test_preflight_measures_a_picture_by_its_own_bucket(mixed):
-    """The 32 x 90 picture must cover 80 x 32 (height x width), not the bucket for flat pictures; then 96 x 32, which it does not."""
+def test_preflight_compares_an_image_with_its_own_bucket(mixed):
+    """The image of 32 x 90 must cover its bucket of 80 x 32 (height x width). It does not cover one of 96 x 32."""
     pairs = mixed.select([0, 7])
     assert preflight_pairs(pairs, [(32, 32), (80, 32)], "--train_data_dir", False) is pairs
     found = refusal(
@@ -96,8 +96,8 @@ def test_preflight_measures_a_picture_by_its_own_bucket(mixed):
     ],
     ids=["white", "black", "red", "red and white", "black and white"],
 )
-def test_all_transparent_conditions_are_laid_on_one_colour(tmp_path, capsys, streaming, colours, background, lines):
-    """On black only where white would hide the drawings, all alike; the targets stay on white."""
+def test_all_transparent_conditions_are_put_on_one_background(tmp_path, capsys, streaming, colours, background, lines):
+    """On black only if white would hide the drawings, the same for all. The target images stay on white."""
     (tmp_path / "d").mkdir()
     source = drawn(tmp_path / "d", colours)
     if streaming:
@@ -112,15 +112,15 @@ def test_all_transparent_conditions_are_laid_on_one_colour(tmp_path, capsys, str
         assert pair.condition.open().getpixel((0, 0)) == corner and pair.image.background == "white"
 
 
-def test_what_conditions_are_laid_on_tells_data_sets_apart(tmp_path):
-    """Latents in the cache and the run's identity are of the pixels that are trained on."""
+def test_the_digest_of_conditions_depends_on_the_background(tmp_path):
+    """Cached latents and the identity of a run depend on the background."""
     (tmp_path / "d").mkdir()
     pairs = load_pairs(drawn(tmp_path / "d", [WHITE] * 2))
     black = preflight_pairs(pairs, 16, "--train_data_dir", False)
     assert pairs[0].condition.digest != black[0].condition.digest and pairs[0].image.digest == black[0].image.digest
 
 
-def test_opaque_conditions_of_one_colour_are_named(tmp_path, capsys):
+def test_opaque_conditions_of_a_single_colour_are_reported(tmp_path, capsys):
     flat = io.BytesIO()
     Image.new("RGB", (16, 16)).save(flat, "png")
     (tmp_path / "d").mkdir()

@@ -32,14 +32,14 @@ from .pair_files import (
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_every_form_streams_the_same_pairs(sources, form):
-    """One pass, in whatever order."""
+    """In one pass, in any order."""
     stream = PairStream(Source(**sources[form]), seed=3, buffer_size=4, count=COUNT)
     assert sorted(contents(stream)) == sorted(WANTED)
 
 
 @pytest.mark.parametrize("form", [as_shards, as_folder, as_parquet, as_saved], ids=lambda form: form.__name__)
-def test_a_stream_goes_on_from_every_position(sources, form):
-    """Three passes and a bit: the tail from n is what the whole iteration gives from n on, also in the middle of the last pass."""
+def test_a_stream_can_start_at_every_position(sources, form):
+    """For more than three passes, also from the middle of the last one."""
     stream = PairStream(Source(**sources[form]), seed=5, buffer_size=3, count=24)
     whole = list(stream)
     assert len(whole) == 24 and list(stream) == whole
@@ -48,7 +48,7 @@ def test_a_stream_goes_on_from_every_position(sources, form):
     assert contents(stream.from_position(22)) == contents(whole[22:])
 
 
-def test_a_stream_is_shuffled_anew_every_pass_and_by_its_seed(sources):
+def test_every_pass_and_every_seed_has_an_order_of_its_own(sources):
     def passes(**options):
         captions = [
             pair.caption
@@ -62,12 +62,12 @@ def test_a_stream_is_shuffled_anew_every_pass_and_by_its_seed(sources):
     assert passes(seed=1, buffer_size=1) == [CAPTIONS] * 4
 
 
-def test_a_stream_without_count_has_no_end(sources):
+def test_a_stream_without_count_is_endless(sources):
     stream = PairStream(Source(**sources[as_parquet]), seed=0)
     assert len(list(islice(stream, 100))) == 100
 
 
-def test_iterating_twice_at_once_changes_neither(sources):
+def test_two_iterations_at_once_do_not_affect_each_other(sources):
     stream = PairStream(Source(**sources[as_parquet]), seed=0, buffer_size=4, count=20)
     assert list(zip(stream, stream)) == [(pair, pair) for pair in stream]
 
@@ -78,14 +78,14 @@ def test_a_stream_pickles(sources, form):
     assert contents(pickle.loads(pickle.dumps(stream))) == contents(stream)
 
 
-def test_streamed_pictures_are_their_encoded_bytes(sources):
+def test_streamed_samples_hold_encoded_bytes(sources):
     pair = next(iter(PairStream(Source(**sources[as_folder]), seed=0)))
     assert isinstance(pair.image.source, bytes) and isinstance(pair.condition.source, bytes)
     assert pair.image.name == f"{sources[as_folder]['train_data_dir']}, position 0 of the stream"
 
 
-def test_a_stream_looks_behind_its_beginning_for_transparent_conditions(tmp_path, capsys):
-    """Twenty opaque conditions come first, one without an image and one that is none among them."""
+def test_a_stream_examines_later_rows_for_transparent_conditions(tmp_path, capsys):
+    """The first twenty rows are opaque, one of them empty and one not an image."""
     (tmp_path / "d").mkdir()
     conditions = [CONDITIONS[0], None, b"none", *[CONDITIONS[1]] * 17, *(drawing(WHITE, n) for n in range(20))]
     images = [IMAGES[n % COUNT] for n in range(40)]
@@ -103,7 +103,7 @@ def test_a_stream_looks_behind_its_beginning_for_transparent_conditions(tmp_path
 
 @pytest.mark.parametrize("cell", ["s3://b/a.png", "a\0b", "foo://x", "file://x\0y", "data:image/png;base64,%"])
 @pytest.mark.parametrize("column, what", [("image", "image"), ("conditioning_image", "condition")])
-def test_a_cell_that_cannot_be_read_is_named_when_the_stream_reaches_it(tmp_path, cell, column, what):
+def test_an_unreadable_cell_raises_when_the_stream_reaches_it(tmp_path, cell, column, what):
     rows = {"image": ["a.png"] * 2, "conditioning_image": ["a.png"] * 2, "text": ["x"] * 2}
     rows[column] = ["a.png", cell]
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
@@ -115,8 +115,8 @@ def test_a_cell_that_cannot_be_read_is_named_when_the_stream_reaches_it(tmp_path
 
 
 @pytest.mark.parametrize("column, what", [("image", "image"), ("conditioning_image", "condition")])
-def test_an_unpaired_picture_is_named_when_the_stream_reaches_it(tmp_path, column, what):
-    """Passed over without a word when the stream starts behind it, as a resumed run does."""
+def test_a_missing_image_raises_when_the_stream_reaches_it(tmp_path, column, what):
+    """A stream that starts after the pair, as in a resumed run, does not report it."""
     table(**{column: [*IMAGES[:3], None, *IMAGES[4:]]}).to_parquet(tmp_path / "train.parquet")
     stream = PairStream(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")), buffer_size=1, count=7)
     pairs = iter(stream)
@@ -126,7 +126,7 @@ def test_an_unpaired_picture_is_named_when_the_stream_reaches_it(tmp_path, colum
     assert [pair.caption for pair in stream.from_position(4)] == CAPTIONS[4:]
 
 
-def test_a_stream_that_breaks_off_says_where(tmp_path):
+def test_a_stream_that_fails_reports_the_pass(tmp_path):
     samples = shard(range(COUNT))
     samples["0006"]["txt"] = b"caf\xe9"
     write_tar(tmp_path / "0.tar", samples)

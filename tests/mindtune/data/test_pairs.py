@@ -40,7 +40,7 @@ def test_every_form_gives_the_same_pairs(sources, form):
     assert len(pairs) == COUNT and contents(pairs) == WANTED
 
 
-def test_the_shapes_world_loads(tmp_path):
+def test_the_shapes_example_loads(tmp_path):
     shapes.make_folder(tmp_path / "world", 5, 16, 0, "train")
     rows = [json.loads(line) for line in (tmp_path / "world" / "metadata.jsonl").read_text().splitlines()]
     for flag in ("train_data_dir", "dataset_name"):
@@ -51,7 +51,7 @@ def test_the_shapes_world_loads(tmp_path):
             assert pair.condition.name == str(tmp_path / "world" / row["conditioning_image_file_name"])
 
 
-def test_pictures_are_named_by_their_file_or_their_row(sources):
+def test_images_are_named_by_their_file_or_their_row(sources):
     arguments = sources[as_jsonl]
     assert load_pairs(Source(**arguments))[6].image.name == str(
         Path(arguments["jsonl_for_train"]).parent / "data/images/6.png"
@@ -70,7 +70,7 @@ def test_pairs_are_a_sequence(sources):
     assert contents(chosen) == [WANTED[5], WANTED[1]] and chosen[0].image.name.endswith("[5]")
 
 
-def test_pairs_pickle_without_their_pictures(tmp_path):
+def test_pairs_pickle_without_their_images(tmp_path):
     large = [np.random.default_rng(n).bytes(100_000) for n in range(COUNT)]
     table(image=large).to_parquet(tmp_path / "train.parquet")
     pairs = load_pairs(Source(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))).select([2, 0])
@@ -80,7 +80,7 @@ def test_pairs_pickle_without_their_pictures(tmp_path):
 
 
 def test_an_image_may_have_several_conditions_and_captions(tmp_path):
-    """Lines of pairs are what is used, each as it is; nothing is to be said."""
+    """Each line is a pair, and nothing is reported."""
     write_files(tmp_path)
     rows = [
         {"file_name": "images/0.png", "conditioning_image_file_name": f"conditions/{n}.png", "text": f"{text}"}
@@ -96,7 +96,7 @@ def test_an_image_may_have_several_conditions_and_captions(tmp_path):
 
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
-def test_nothing_there(tmp_path, open_pairs):
+def test_missing_and_empty_sources_are_refused(tmp_path, open_pairs):
     (tmp_path / "empty").mkdir()
     found = refusal(open_pairs, train_data_dir=str(tmp_path / "absent"))
     assert "--train_data_dir" in found and "no such directory. Give the directory that holds the pairs" in found
@@ -106,7 +106,7 @@ def test_nothing_there(tmp_path, open_pairs):
     assert "--jsonl_for_train" in found and "no such file. Give a .jsonl file" in found
 
 
-def test_a_data_set_without_rows(tmp_path):
+def test_a_data_set_without_rows_is_refused(tmp_path):
     kinds = datasets.Features(dict.fromkeys(["image", "conditioning_image", "text"], datasets.Value("string")))
     datasets.Dataset.from_dict({name: [] for name in kinds}, features=kinds).save_to_disk(tmp_path / "saved")
     (tmp_path / "parquet").mkdir()

@@ -24,7 +24,7 @@ def imagefolder(tmp_path_factory):
     return folder
 
 
-def test_a_dataset_gives_the_files_bytes_and_captions(imagefolder, tmp_path):
+def test_samples_hold_the_bytes_and_captions_of_the_files(imagefolder, tmp_path):
     samples = read_dataset(imagefolder, tmp_path, caption_column="text")
     assert [sample.caption for sample in samples] == ["caption 0", "caption 1", "caption 2"]
     for number, sample in enumerate(samples):
@@ -44,12 +44,12 @@ def test_a_dataset_without_caption_column_has_no_captions(imagefolder, tmp_path)
         ({"image_column": "text"}, "(?s)3 files named in metadata.jsonl are missing.*caption 0 .line 1"),
     ],
 )
-def test_a_wrong_column_is_answered_with_the_right_ones(imagefolder, tmp_path, columns, message):
+def test_a_wrong_column_is_refused_with_the_existing_ones(imagefolder, tmp_path, columns, message):
     with pytest.raises(UserError, match=message):
         read_dataset(imagefolder, tmp_path, **columns)
 
 
-def test_a_dataset_that_cannot_be_read(tmp_path):
+def test_an_unreadable_data_set_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         UserError, match=r"(?s)--dataset_name .*cannot read it.* folder of images .* as --instance_data_dir"
@@ -57,7 +57,7 @@ def test_a_dataset_that_cannot_be_read(tmp_path):
         read_dataset(tmp_path / "empty", tmp_path)
 
 
-def test_images_without_metadata_are_in_the_librarys_order(tmp_path):
+def test_images_without_metadata_are_in_name_order(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(png(seed=number))
     assert [sample.read() for sample in read_dataset(tmp_path, tmp_path / "cache")] == [
@@ -80,8 +80,8 @@ def test_every_form_gives_the_same_images_and_captions(tmp_path, form):
     assert samples[1].name == f"{tmp_path / 'set'}[1]"
 
 
-def test_the_first_image_column_is_used_as_before(tmp_path):
-    """Columns of text named like images do not come before one of images."""
+def test_the_first_column_of_images_is_used(tmp_path):
+    """A column of images is preferred to a column of text with the name of an image column."""
     rows = {"image": ["words", "words"], "photo": CELLS[:2], "png": CELLS[1:]}
     table = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image()).cast_column("png", datasets.Image())
     table.select_columns(["image", "photo"]).to_parquet(tmp_path / "train.parquet")
@@ -91,7 +91,7 @@ def test_the_first_image_column_is_used_as_before(tmp_path):
 # ---- what is not used, and what cannot be read ----------------------------------------------------
 
 
-def test_other_splits_and_files_are_named(tmp_path):
+def test_unused_splits_and_files_are_reported(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     as_parquet(folder)
@@ -108,7 +108,7 @@ def test_other_splits_and_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_captions_that_are_not_asked_for_are_named(tmp_path, form):
+def test_unused_captions_are_reported(tmp_path, form):
     folder = tmp_path / "set"
     folder.mkdir()
     form(folder)
@@ -129,7 +129,7 @@ def test_one_column_is_not_both_image_and_caption(tmp_path):
         notes_on_images(tmp_path / "set", image_column="image", caption_column="image")
 
 
-def test_metadata_beside_other_data_files_do_not_take_their_place(tmp_path):
+def test_metadata_next_to_data_files_are_not_used(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     as_saved(folder)
@@ -138,7 +138,7 @@ def test_metadata_beside_other_data_files_do_not_take_their_place(tmp_path):
     assert len(samples_in_dataset(Source(str(folder)), print)) == 3
 
 
-def test_images_that_metadata_do_not_name_are_counted(tmp_path):
+def test_images_that_metadata_do_not_name_are_reported(tmp_path):
     folder = tmp_path / "set"
     (folder / "sub").mkdir(parents=True)
     for name in ("a.png", "b.png", "sub/c.png", "sub/d.png"):
@@ -157,8 +157,8 @@ def test_images_that_metadata_do_not_name_are_counted(tmp_path):
     assert "2 images are not used, because metadata.jsonl does not name them: b.png, sub/c.png" in unnamed
 
 
-def test_a_folder_of_images_with_caption_files_is_pointed_elsewhere(tmp_path):
-    """The library takes it for a data set of text."""
+def test_a_folder_of_images_with_caption_files_is_refused_with_a_remedy(tmp_path):
+    """The library reads it as a data set of text."""
     (tmp_path / "set").mkdir()
     (tmp_path / "set/a.png").write_bytes(png())
     for name in "abc":
