@@ -101,7 +101,7 @@ def matched(prompts: list[str], images: list[str], prompt_flag: str, image_flag:
     """
     if bool(prompts) != bool(images) or (len(prompts) != len(images) and 1 not in (len(prompts), len(images))):
         raise UserError(
-            f"{prompt_flag} has {len(prompts)} and {image_flag} has {len(images)}: give the same number of both, "
+            f"{prompt_flag} has {len(prompts)} and {image_flag} {len(images)}: give the same number of both, "
             "one image for all prompts, or one prompt for all images."
         )
     count = max(len(prompts), len(images))

@@ -66,6 +66,6 @@ def output_files(name: str, count: int, overwrite: bool) -> tuple[Path, list[Pat
     singles = [output.with_name(f"{output.stem}-{n + 1}.png") for n in range(count)] if count > 1 else []
     for path in (output, *singles):
         if path.exists() and not overwrite:
-            raise UserError(f"--output {path}: already exists. Name another file or add --overwrite.")
+            raise UserError(f"--output {path}: is already there. Name another file or add --overwrite.")
     require_writable("--output", output.parent)
     return output, singles

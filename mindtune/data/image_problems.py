@@ -122,7 +122,7 @@ def describe_problem(error: Exception, content: Optional[bytes] = None) -> str:
         return f"cannot be read ({errno.errorcode.get(error.errno, error.errno)}: {os.strerror(error.errno)})"
     if isinstance(error, Image.DecompressionBombError):
         remedy = "scale it down, for example by magick a.png -resize 4096x4096 b.png"
-        return f"too many pixels for a photo ({error}): {remedy}"
+        return f"too many pixels for a photograph ({error}): {remedy}"
     if content is None:
         return f"cannot be read ({type(error).__name__}: {printable(error)})"
     identified = identify(content)

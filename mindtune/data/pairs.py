@@ -125,7 +125,7 @@ def check_source_flags(values: dict) -> None:
         )
     if values["proportion_empty_prompts"] > 1.0:
         value = values["proportion_empty_prompts"]
-        raise UserError(f"--proportion_empty_prompts {value}: must be between 0 and 1.")
+        raise UserError(f"--proportion_empty_prompts {value}: must be in [0, 1].")
     if values["streaming"]:
         _check_streaming_flags(values)
 
@@ -135,9 +135,7 @@ def _check_streaming_flags(values: dict) -> None:
         raise UserError("--streaming needs --max_train_steps: the length of a stream is unknown.")
     for name in ("max_train_samples", "validation_split", "aspect_ratio_buckets", "skip_bad_images"):
         if values[name]:
-            raise UserError(
-                f"--{name}: cannot be combined with --streaming, because it needs all pairs in advance. Leave one out."
-            )
+            raise UserError(f"--{name} with --streaming: needs all pairs in advance; leave one of the two out.")
 
 
 def load_pairs(source: Source, say: Callable[[str], None] = print) -> Pairs:

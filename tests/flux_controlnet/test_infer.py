@@ -163,7 +163,7 @@ def test_half_precision_draws_nearly_the_same(draw, mixed_precision):
         (["--controlnet", "nowhere"], "--controlnet nowhere: no such directory"),
         (["--control_image", "nowhere.png"], "--control_image nowhere.png: cannot be read as an image"),
         (["--prompt", "a", "b", "c", "--control_image", "x.png", "y.png"], "--prompt has 3 and --control_image 2"),
-        (["--output", "x.jpg"], "--output x.jpg: pictures are written as PNG"),
+        (["--output", "x.jpg"], "--output x.jpg: images are written as PNG"),
         (["--num_images_per_prompt", 0], "--num_images_per_prompt 0: must be at least 1"),
         (["--num_inference_steps", 0], "--num_inference_steps 0: must be at least 1"),
         (["--max_sequence_length", 0], "--max_sequence_length 0: must be at least 1"),

@@ -124,7 +124,7 @@ def test_half_precision_draws_nearly_the_same(draw, trained, mixed_precision):
         (["--height", 40], "--height 40: must be divisible by 16"),
         (["--lora", "nowhere"], "--lora nowhere: no such file"),
         (["--compare"], "--compare needs --lora"),
-        (["--output", "x.jpg"], "--output x.jpg: pictures are written as PNG"),
+        (["--output", "x.jpg"], "--output x.jpg: images are written as PNG"),
         (["--num_images_per_prompt", 0], "--num_images_per_prompt 0: must be at least 1"),
     ],
 )
