@@ -92,7 +92,7 @@ def test_preflight_names_what_is_missing(tmp_path):
         preflight(samples, 32, "--dataset_name", False)
 
 
-# ---- notes ----------------------------------------------------------------------------------------
+# ---- notes ---------------------------------------------------------------------------------------
 
 
 def test_preflight_reports_animations(tmp_path, capsys):

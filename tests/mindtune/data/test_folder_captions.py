@@ -11,7 +11,7 @@ from mindtune.cli import UserError
 from .folder_files import captions, found, write_rows
 from .image_files import noise
 
-# ---- caption files --------------------------------------------------------------------------------
+# ---- caption files -------------------------------------------------------------------------------
 
 
 def test_captions_of_text_files(mixed_folder):
@@ -123,7 +123,7 @@ def test_a_caption_file_of_several_images_is_reported(image_folder):
     ]
 
 
-# ---- metadata -------------------------------------------------------------------------------------
+# ---- metadata ------------------------------------------------------------------------------------
 
 
 def test_metadata_are_preferred_to_text_files(mixed_folder):

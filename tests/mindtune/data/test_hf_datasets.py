@@ -27,7 +27,7 @@ from .pair_files import (
 )
 from .table_files import CELLS, WORDS, notes_on_images, read_dataset
 
-# ---- splits and shards ----------------------------------------------------------------------------
+# ---- splits and shards ---------------------------------------------------------------------------
 
 
 def test_several_splits_without_train_are_refused(tmp_path):
@@ -89,7 +89,7 @@ def test_git_lfs_pointers_are_refused(tmp_path):
         file.unlink()
 
 
-# ---- parquet --------------------------------------------------------------------------------------
+# ---- parquet -------------------------------------------------------------------------------------
 
 
 def test_an_edited_parquet_file_is_read_again(tmp_path):
@@ -143,7 +143,20 @@ def test_columns_of_types_that_the_library_lacks_are_ignored(tmp_path):
     ]
 
 
-# ---- files that are not used ----------------------------------------------------------------------
+def test_only_types_that_the_library_lacks_are_ignored(tmp_path, monkeypatch):
+    """Other errors of the library are reported instead of dropping the column."""
+
+    def fail(arrow_type):
+        raise NotImplementedError("a bug of the library")
+
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({"image": [CELLS[0]["bytes"]]}), tmp_path / "set/train.parquet")
+    monkeypatch.setattr(datasets.features.features, "generate_from_arrow_type", fail)
+    with pytest.raises(UserError, match="the datasets library cannot read it: a bug of the library"):
+        notes_on_images(tmp_path / "set")
+
+
+# ---- files that are not used ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])

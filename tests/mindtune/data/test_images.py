@@ -15,7 +15,7 @@ from .image_files import encode, noise, same, smooth
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
 
 
-# ---- every mode to RGB ----------------------------------------------------------------------------
+# ---- every mode to RGB ---------------------------------------------------------------------------
 
 
 def reopened(image, path, **options):
@@ -122,11 +122,11 @@ def test_pixels_of_an_unknown_range_are_refused(values):
         to_rgb(Image.fromarray(values))
 
 
-# ---- intact images with unusual metadata ----------------------------------------------------------
+# ---- intact images with unusual metadata ---------------------------------------------------------
 
 
 def with_exif(jpeg, orientation, kind, count, value):
-    """A JPEG with an EXIF block that no library would write: a tag of exposure bias of this kind, count and value."""
+    """A JPEG with an unusual EXIF block: the tag of the exposure bias has this type, count and value."""
     ifd = struct.pack("<H", 2) + struct.pack("<HHI", 0x0112, 3, 1) + struct.pack("<HH", orientation, 0)
     ifd += struct.pack("<HHII", 0x8769, 4, 1, 8 + 2 + 24 + 4) + bytes(4)
     bias = (
@@ -145,7 +145,7 @@ def with_exif(jpeg, orientation, kind, count, value):
         (2, 5000, b"short"),
         (99, 1, bytes(8)),
     ],
-    ids=["-1/0", "0/0", "cut off", "longer than the file", "of no kind"],
+    ids=["-1/0", "0/0", "truncated", "longer than the file", "of an unknown type"],
 )
 def test_a_jpeg_with_unusual_exif_is_read_upright(kind, count, value):
     plain = encode(smooth(), "JPEG", quality=95)
@@ -202,9 +202,9 @@ def test_a_png_whose_exif_has_a_wrong_checksum_is_read_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
     content = bytearray(encode(noise(20, 16), "PNG", exif=exif.tobytes()))
-    content[content.index(b"eXIf") - 4 + 8 + len(exif.tobytes()) - 6] ^= (
-        1  # PNG's has no "Exif\0\0", so this is of the checksum
-    )
+    # EXIF in a PNG lacks the six bytes "Exif\0\0" of `tobytes`; the checksum follows it.
+    checksum = content.index(b"eXIf") + 4 + len(exif.tobytes()) - 6
+    content[checksum] ^= 1
     same(decode(bytes(content)), noise(20, 16).transpose(Image.Transpose.ROTATE_270))
 
 
@@ -228,7 +228,7 @@ def test_a_jpeg_without_its_end_marker_is_read(progressive):
         assert inspect(Sample("a", content[:-lost])).problem.startswith("damaged (")
 
 
-# ---- photos of phones and animations --------------------------------------------------------------
+# ---- photos of phones and animations -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
@@ -260,11 +260,11 @@ def test_the_first_frame_of_an_animation(kind):
     assert inspect(Sample("a", content)).animated and not inspect(Sample("a", encode(first, kind, **options))).animated
 
 
-# ---- transparency ---------------------------------------------------------------------------------
+# ---- transparency --------------------------------------------------------------------------------
 
 
-def line(ground_colour, colour, mode="RGBA"):
-    image = Image.new(mode, (80, 80), ground_colour)
+def line(background, colour, mode="RGBA"):
+    image = Image.new(mode, (80, 80), background)
     ImageDraw.Draw(image).line((5, 10, 75, 40), fill=colour, width=4)
     return image
 
@@ -283,9 +283,8 @@ def test_visibility_of_a_drawing():
     image.paste((0, 0, 0, 255), (0, 10, 10, 15))
     found = Visibility(drawn=0.25 + 0.05 + 0.125, on_white=0.25 + 0.125, on_black=0.25 + 0.05)
     assert measure_visibility(image) == pytest.approx(found)
-    assert found.hidden_share("white") == pytest.approx(0.05 / 0.425) and found.hidden_share("black") == pytest.approx(
-        0.125 / 0.425
-    )
+    assert found.hidden_share("white") == pytest.approx(0.05 / 0.425)
+    assert found.hidden_share("black") == pytest.approx(0.125 / 0.425)
     assert measure_visibility(image.resize((2000, 2000), Image.Resampling.NEAREST)) == pytest.approx(found, abs=0.01)
     assert Visibility().hidden_share("white") == 0
 
@@ -337,9 +336,6 @@ def test_condition_images_of_a_single_colour_are_found_on_both_backgrounds():
         inspect(Sample("a", encode(image, "PNG")), condition=True)
         for image in (line((0, 0, 0, 0), (255,) * 4), line((0, 0, 0, 0), (0, 0, 0, 255)), Image.new("RGB", (8, 8), RED))
     )
-    assert (
-        white.single_colour_on == ("white",)
-        and black.single_colour_on == ("black",)
-        and opaque.single_colour_on == ("white", "black")
-    )
+    assert white.single_colour_on == ("white",) and black.single_colour_on == ("black",)
+    assert opaque.single_colour_on == ("white", "black")
     assert inspect(Sample("a", encode(smooth(), "PNG")), condition=True).single_colour_on == ()

@@ -26,7 +26,7 @@ from .pair_files import (
     write_lines,
 )
 
-# ---- lines ----------------------------------------------------------------------------------------
+# ---- lines ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
@@ -130,7 +130,7 @@ def test_other_files_than_jsonl_are_refused_with_a_remedy(tmp_path):
     assert "is a directory. Give it as --train_data_dir" in refusal(jsonl_for_train=str(tmp_path))
 
 
-# ---- paths, URLs and base64 -----------------------------------------------------------------------
+# ---- paths, URLs and base64 ----------------------------------------------------------------------
 
 
 def one_pair(folder, image, condition="b.png", name="a.jsonl", **options):
@@ -196,7 +196,7 @@ def test_damaged_base64_is_not_called_a_missing_file(tmp_path):
     assert found.count("is base64 that is damaged or truncated") == 3 and "missing" not in found and len(found) < 1200
 
 
-# ---- the cache ------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 
 def test_an_edited_jsonl_file_is_read_again(tmp_path):
@@ -216,7 +216,7 @@ def test_a_renamed_file_is_found(tmp_path):
     assert contents(load_pairs(Source(**arguments))) == WANTED
 
 
-# ---- files that are not used ----------------------------------------------------------------------
+# ---- files that are not used ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])

@@ -70,7 +70,7 @@ def test_preflight_compares_an_image_with_its_own_bucket(mixed):
     assert "1 of 2 pairs" in found and "[7]: 32x90 is smaller than its bucket 96,32 (height,width)" in found
 
 
-# ---- transparent and blank condition images -------------------------------------------------------
+# ---- transparent and blank condition images ------------------------------------------------------
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -98,7 +98,7 @@ def test_a_stream_examines_later_rows_for_transparent_conditions(tmp_path, capsy
     )
 
 
-# ---- what cannot be read --------------------------------------------------------------------------
+# ---- what cannot be read -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cell", ["s3://b/a.png", "a\0b", "foo://x", "file://x\0y", "data:image/png;base64,%"])

@@ -92,7 +92,7 @@ def test_an_image_may_have_several_conditions_and_captions(tmp_path):
     assert notes_on_pairs(train_data_dir=str(tmp_path), cache_dir=str(tmp_path.parent / "cache")) == []
 
 
-# ---- what cannot be read --------------------------------------------------------------------------
+# ---- what cannot be read -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])

@@ -65,7 +65,7 @@ def test_images_without_metadata_are_in_name_order(tmp_path):
     ]
 
 
-# ---- one data set in every form -------------------------------------------------------------------
+# ---- one data set in every form ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
@@ -88,7 +88,7 @@ def test_the_first_column_of_images_is_used(tmp_path):
     assert [sample.read() for sample in read_dataset(tmp_path, tmp_path / "cache")] == [png(seed=0), png(seed=1)]
 
 
-# ---- what is not used, and what cannot be read ----------------------------------------------------
+# ---- what is not used, and what cannot be read ---------------------------------------------------
 
 
 def test_unused_splits_and_files_are_reported(tmp_path):
