@@ -93,7 +93,7 @@ def run(kind, mode, work, updates, every):
 
         setattr(owner, name, call)
 
-    watched(encoder_stage.Stage, "prepare", "the encode stage")
+    watched(encoder_stage.EncoderStage, "prepare", "the encode stage")
     watched(script.Painter, "rows" if kind == "lora" else "draw", "drawing")
     watched(script.checkpoint, "save_checkpoint", "saving")
     watched(script.execution, "free_memory", "giving back")

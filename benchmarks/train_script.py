@@ -146,7 +146,7 @@ def train(job):
 def encode_pictures(job):
     """Pictures a second of the encode stage, decoding and writing its entries included, after the first two."""
     execution.set_up_device(graph_mode=False)
-    stage = encoder_stage.Stage(Path(job["root"]), None, "no", Path(job["out"]), 12)
+    stage = encoder_stage.EncoderStage(Path(job["root"]), None, "no", Path(job["out"]), 12)
     samples, put, ends = folders.samples_in_folder(job["pictures"], "pictures")[: job["count"]], stage.cache.put, []
 
     def watched_put(key, entry):
@@ -154,7 +154,7 @@ def encode_pictures(job):
         ends.append(time.perf_counter())
 
     stage.cache.put = watched_put
-    child._encode_images(stage, [(sample, job["side"], False) for sample in samples])
+    child.encode_images(stage, [(sample, job["side"], False) for sample in samples])
     return {"pictures_a_second": (len(ends) - 2) / (ends[-1] - ends[1])}
 
 

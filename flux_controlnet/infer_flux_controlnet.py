@@ -14,7 +14,7 @@ from pathlib import Path
 from mindtune import files, rng
 from mindtune.cli import UserError, matched, run
 from mindtune.data import conditions, grids
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.models import configs, execution, loading, pipelines, precision, sampling
 
 
@@ -89,7 +89,7 @@ def main(argv=None):
     kind, int8 = precision.resolve_precision(args.mixed_precision), args.base_precision == "int8"
     with tempfile.TemporaryDirectory() as nowhere:
         cache = Path(args.cache_dir or nowhere, "mindtune")
-        stage = Stage(root, args.variant, args.mixed_precision, cache, args.max_sequence_length, int8=int8)
+        stage = EncoderStage(root, args.variant, args.mixed_precision, cache, args.max_sequence_length, int8=int8)
         stage.prepare(args.prompt, [])
         texts = {prompt: stage.text(prompt) for prompt in args.prompt}
 

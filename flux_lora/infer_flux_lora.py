@@ -14,7 +14,7 @@ from pathlib import Path
 from mindtune import files, rng
 from mindtune.cli import UserError, run
 from mindtune.data import grids
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.encode.text_encoders import clip_pooled
 from mindtune.models import configs, execution, loading, lora, pipelines, precision, sampling
 from mindtune.models.weights import linear_layers
@@ -88,7 +88,7 @@ def main(argv=None):
     kind, int8 = precision.resolve_precision(args.mixed_precision), args.base_precision == "int8"
     with tempfile.TemporaryDirectory() as nowhere:
         folder = Path(args.cache_dir, "mindtune") if args.cache_dir else Path(nowhere)
-        stage = Stage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, int8=int8)
+        stage = EncoderStage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, int8=int8)
         stage.prepare(args.prompt, [])
         texts = [stage.text(prompt) for prompt in args.prompt]
 

@@ -1,6 +1,7 @@
-"""The mathematics of training denoising diffusion models as Stable Diffusion uses it: noise schedule, targets, weights of timesteps.
+"""The mathematics of training a diffusion model such as Stable Diffusion: noise schedule, targets, loss weights.
 
-Tables are made on the host, one entry a timestep; the step reads them by index (`flow.get_sigmas`), in graph mode and PyNative alike.
+Tables have one entry per timestep and are computed on the host. The training step reads them by index
+(`flow.get_sigmas`), in graph mode and in PyNative.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 def alphas_cumprod(scheduler: dict) -> np.ndarray:
-    """float64 [N], the share of signal power left at every training timestep, from a scheduler's config.
+    """The cumulative product of 1 - beta at every training timestep, float64 [N], from a scheduler's config.
 
-    Sources: Ho et al. (arXiv 2006.11239) for linear betas, Rombach et al. (arXiv 2112.10752) for scaled_linear, Nichol and Dhariwal
-    (arXiv 2102.09672, equation 17) for squaredcos_cap_v2. Raises UserError for another schedule, and for betas that are rescaled.
+    Sources: Ho et al. (arXiv 2006.11239) for linear betas, Rombach et al. (arXiv 2112.10752) for scaled_linear, Nichol
+    and Dhariwal (arXiv 2102.09672, equation 17) for squaredcos_cap_v2. Raises UserError for another schedule, and for
+    rescaled or listed betas.
     """
     count, schedule = scheduler["num_train_timesteps"], scheduler.get("beta_schedule", "linear")
     if scheduler.get("rescale_betas_zero_snr") or scheduler.get("trained_betas") is not None:
         raise UserError(
-            "scheduler/scheduler_config.json: rescaled or listed betas are not supported; give a pipeline with a beta_schedule."
+            "scheduler/scheduler_config.json: rescaled or listed betas are not supported; give a pipeline with a "
+            "beta_schedule."
         )
     first, last = scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)
     if schedule == "linear":
@@ -37,28 +40,31 @@ def alphas_cumprod(scheduler: dict) -> np.ndarray:
         betas = np.minimum(1.0 - power[1:] / power[:-1], 0.999)
     else:
         raise UserError(
-            f"scheduler/scheduler_config.json: beta_schedule {schedule} is not supported; linear, scaled_linear and squaredcos_cap_v2 are."
+            f"scheduler/scheduler_config.json: beta_schedule {schedule} is not supported; expected linear, "
+            "scaled_linear or squaredcos_cap_v2."
         )
     if not (np.all(betas > 0) and np.all(betas < 1)):
         raise UserError(
-            f"scheduler/scheduler_config.json: beta_start {first} and beta_end {last} give betas outside of 0 to 1."
+            f"scheduler/scheduler_config.json: beta_start {first} and beta_end {last} give betas outside (0, 1)."
         )
     return np.cumprod(1.0 - betas)
 
 
 def prediction_type(scheduler: dict) -> str:
-    """What a scheduler's config says that the model predicts. Raises UserError for anything but epsilon and v_prediction."""
+    """The prediction type in a scheduler's config. Raises UserError for anything but epsilon and v_prediction."""
     found = scheduler.get("prediction_type", "epsilon")
     if found not in PREDICTION_TYPES:
         raise UserError(
-            f"scheduler/scheduler_config.json: prediction_type {found} is not supported; epsilon and v_prediction are."
+            f"scheduler/scheduler_config.json: prediction_type {found} is not supported; expected epsilon or "
+            "v_prediction."
         )
     return found
 
 
 def min_snr_weights(alphas: np.ndarray, gamma: Optional[float], prediction_type: str) -> np.ndarray:
-    """Weight of every timestep's error [N]: min(SNR, gamma) / SNR, for v_prediction / (SNR + 1), with SNR = a / (1 - a); None: all 1.
+    """The loss weight of every timestep, [N]; all 1 if `gamma` is None.
 
+    min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v_prediction, where SNR = a / (1 - a).
     Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv 2303.09556), section 3.4.
     """
     if gamma is None:
@@ -68,12 +74,12 @@ def min_snr_weights(alphas: np.ndarray, gamma: Optional[float], prediction_type:
 
 
 def add_noise(latents: ms.Tensor, noise: ms.Tensor, alphas: ms.Tensor) -> ms.Tensor:
-    """sqrt(a) x + sqrt(1 - a) noise, float32 [B, C, H, W]; `alphas` [B, 1, 1, 1]. arXiv 2006.11239, equation 4."""
+    """sqrt(a) x + sqrt(1 - a) noise, float32 [B, C, H, W], with `alphas` [B, 1, 1, 1]. arXiv 2006.11239, equation 4."""
     return alphas.sqrt() * latents + (1.0 - alphas).sqrt() * noise
 
 
 def target(latents: ms.Tensor, noise: ms.Tensor, alphas: ms.Tensor, prediction_type: str) -> ms.Tensor:
-    """What the model is to predict: the noise (epsilon), or sqrt(a) noise - sqrt(1 - a) x (v_prediction).
+    """The target of the prediction: the noise (epsilon), or sqrt(a) noise - sqrt(1 - a) x (v_prediction).
 
     Source of the velocity: Salimans and Ho, "Progressive Distillation" (arXiv 2202.00512), appendix D.
     """

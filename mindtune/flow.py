@@ -1,7 +1,7 @@
-"""The mathematics of rectified-flow training as FLUX.1 uses it, and small helpers for graph mode.
+"""The mathematics of training a rectified flow model such as FLUX.1, and small helpers for graph mode.
 
-Shapes: B batch, C latent channels, H and W latent height and width. Host-side functions take and give NumPy, the others MindSpore
-tensors, in graph mode and PyNative alike.
+Shapes: B batch, C latent channels, H and W latent height and width. Functions for the host work with NumPy arrays, the
+others with MindSpore tensors, in graph mode and in PyNative.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 
 @ms.jit_class
 class AttrJitWrapper:
-    """Attributes that a graph may read. Give it only what `forward` reads: that is the list of flags that change the math."""
+    """Attributes that a graph can read.
+
+    Pass only those that `forward` reads: they are the flags that change the loss.
+    """
 
     def __init__(self, **attributes):
         for name, value in attributes.items():
@@ -30,7 +33,7 @@ class AttrJitWrapper:
 def sample_density(
     rng: np.random.Generator, scheme: str, logit_mean: float, logit_std: float, mode_scale: float
 ) -> float:
-    """One u in [0, 1]: where on the path from image (0) to noise (1, index 0) to train.
+    """Draws u in [0, 1]: where in the table of sigmas to train, from its first entry (noise) to its last (image).
 
     Source: Esser et al., "Scaling Rectified Flow Transformers" (arXiv 2403.03206), section 3.1.
     """
@@ -44,26 +47,36 @@ def sample_density(
 
 
 def density_to_index(u: float, num_train_timesteps: int) -> int:
-    """floor(N u), kept inside the table: the closed ends of `mode` and a saturated sigmoid reach u = 1."""
+    """floor(N u), clamped to the table: `mode` and a saturated sigmoid can give u = 1."""
     return min(max(int(u * num_train_timesteps), 0), num_train_timesteps - 1)
 
 
 def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
-    """sigma to s sigma / (1 + (s - 1) sigma): more of the path near the noise, for large pictures. arXiv 2403.03206, equation 23."""
+    """s sigma / (1 + (s - 1) sigma): moves timesteps towards the noise, for large images.
+
+    arXiv 2403.03206, equation 23.
+    """
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
 
 
 def resolution_shift(image_tokens: int, config: dict) -> float:
-    """exp(mu), mu linear in the number of image tokens between the scheduler's two anchors, as FLUX samples with."""
+    """FLUX's shift of the sigmas, exp(mu), from a scheduler's config; mu is linear in the number of image tokens."""
     low, high = config["base_image_seq_len"], config["max_image_seq_len"]
     slope = (config["max_shift"] - config["base_shift"]) / (high - low)
     return math.exp(config["base_shift"] + slope * (image_tokens - low))
 
 
-def latent_scale(vae: dict) -> tuple:
-    """(shift, scale) of a VAE's config: a model's latents are (z - shift) scale. Floats, or float32 arrays [1, C, 1, 1].
+def training_sigmas(sigmas: np.ndarray, timestep_shift: str, image_tokens: int, config: dict) -> np.ndarray:
+    """The sigmas [N] to train on: shifted by --timestep_shift, a number, or auto for `resolution_shift`."""
+    auto = timestep_shift == "auto"
+    return shift_sigmas(sigmas, resolution_shift(image_tokens, config) if auto else float(timestep_shift))
 
-    With latents_mean and latents_std, a mean and a spread of every channel, they are mean and scaling_factor / std.
+
+def latent_scale(vae: dict) -> tuple:
+    """(shift, scale) from a VAE's config: the model's latents are (z - shift) * scale.
+
+    Floats, or float32 arrays [1, C, 1, 1] if the config has latents_mean and latents_std per channel: then they are
+    the mean and scaling_factor / std.
     """
     if vae.get("latents_mean") is None:
         return vae.get("shift_factor") or 0.0, vae["scaling_factor"]
@@ -75,12 +88,15 @@ def latent_scale(vae: dict) -> tuple:
 
 
 def get_sigmas(table: ms.Tensor, indices: ms.Tensor, n_dim: int = 4) -> ms.Tensor:
-    """Entries [B] of a table [N] as [B, 1, ...] with n_dim axes. By index: a graph cannot search for a timestep."""
+    """Looks up `indices` [B] in a table [N].
+
+    Returns [B, 1, ...] with `n_dim` axes. A graph cannot search for a timestep.
+    """
     return table[indices].reshape((-1,) + (1,) * (n_dim - 1))
 
 
 def sample_posterior(moments: ms.Tensor, noise: ms.Tensor) -> ms.Tensor:
-    """Mean and log-variance [B, 2C, H, W] with standard normal noise [B, C, H, W] to a latent [B, C, H, W], in float32.
+    """Samples latents, float32 [B, C, H, W], from the mean and log-variance [B, 2C, H, W] and standard normal noise.
 
     The log-variance is clamped to [-30, 20] as in the latent-diffusion VAE (arXiv 2112.10752).
     """
@@ -89,12 +105,12 @@ def sample_posterior(moments: ms.Tensor, noise: ms.Tensor) -> ms.Tensor:
 
 
 def scale_constants(vae: dict) -> tuple:
-    """`latent_scale` as constants of a graph."""
+    """`latent_scale` as values that a graph can read as constants."""
     return tuple(ms.Tensor(value) if isinstance(value, np.ndarray) else value for value in latent_scale(vae))
 
 
 def pack_latents(latents: ms.Tensor) -> ms.Tensor:
-    """[B, C, H, W] to tokens [B, H/2 * W/2, 4C]: every 2x2 patch becomes one token, channels outermost."""
+    """Turns latents [B, C, H, W] into tokens [B, H/2 * W/2, 4C]: one token per 2x2 patch, channels outermost."""
     b, c, h, w = latents.shape
     return (
         latents.reshape((b, c, h // 2, 2, w // 2, 2))
@@ -104,20 +120,20 @@ def pack_latents(latents: ms.Tensor) -> ms.Tensor:
 
 
 def unpack_latents(tokens: ms.Tensor, height: int, width: int) -> ms.Tensor:
-    """The inverse of `pack_latents`: [B, H/2 * W/2, 4C] to [B, C, height, width], latent sizes."""
+    """The inverse of `pack_latents`: tokens [B, H/2 * W/2, 4C] to latents [B, C, height, width]."""
     b, _, c = tokens.shape
     grid = tokens.reshape((b, height // 2, width // 2, c // 4, 2, 2))
     return grid.transpose((0, 3, 1, 4, 2, 5)).reshape((b, c // 4, height, width))
 
 
 def latent_image_ids(height: int, width: int) -> np.ndarray:
-    """float32 [H/2 * W/2, 3], (0, row, column) of every token, for a latent of `height` x `width`."""
+    """(0, row, column) of every token of latents of `height` x `width`, float32 [H/2 * W/2, 3]."""
     rows, columns = np.meshgrid(np.arange(height // 2), np.arange(width // 2), indexing="ij")
     return np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3).astype(np.float32)
 
 
 def loss_weighting(scheme: str, sigmas: ms.Tensor) -> ms.Tensor:
-    """Weight of every sample's error, the shape of `sigmas`. Source: arXiv 2403.03206, section 3.1 (`cosmap`)."""
+    """The loss weight of every sample, in the shape of `sigmas`. Source: arXiv 2403.03206, section 3.1 (`cosmap`)."""
     if scheme == "sigma_sqrt":
         return 1.0 / ops.square(sigmas)
     if scheme == "cosmap":
@@ -126,7 +142,10 @@ def loss_weighting(scheme: str, sigmas: ms.Tensor) -> ms.Tensor:
 
 
 def weighted_mse(prediction: ms.Tensor, target: ms.Tensor, weighting: ms.Tensor) -> ms.Tensor:
-    """Scalar float32: w (prediction - target)^2, averaged over each sample and then over the batch; `weighting` is [B, 1, 1, 1]."""
+    """w (prediction - target)^2, averaged over each sample and then over the batch, a float32 scalar.
+
+    `weighting` is [B, 1, 1, 1].
+    """
     error = ops.square(prediction.to(ms.float32) - target.to(ms.float32)) * weighting.to(ms.float32)
     return error.reshape((error.shape[0], -1)).mean(axis=1).mean()
 
@@ -134,8 +153,9 @@ def weighted_mse(prediction: ms.Tensor, target: ms.Tensor, weighting: ms.Tensor)
 def prior_preservation_mse(
     prediction: ms.Tensor, target: ms.Tensor, weighting: ms.Tensor, prior_weight: float
 ) -> ms.Tensor:
-    """Loss of a batch [instances; class images]: instance error + prior_weight * class error, each with its own sigmas' weights.
+    """The loss of a batch whose first half are instance images and whose second half are class images.
 
+    It is the weighted MSE of the first half plus `prior_weight` times that of the second half.
     Source: Ruiz et al., "DreamBooth" (arXiv 2208.12242), section 3.3.
     """
     prediction, prior_prediction = ops.chunk(prediction, 2, axis=0)

@@ -1,7 +1,8 @@
-"""Random numbers as a function of what they are for.
+"""Random numbers that depend only on their purpose.
 
-Every draw of a training step is keyed by (seed, purpose, sample id, use count) and made on the host, so a step depends on nothing
-but its inputs: a resumed run repeats its draws, and the number of devices or loader threads changes nothing.
+Every draw of a training step is made on the host with the key (seed, purpose, sample id, use count). A step therefore
+depends only on its inputs: a resumed run repeats the same draws, and the number of devices or loader threads has no
+effect.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import numpy as np
 
 
 def generator(seed: int, purpose: str, *ids: int) -> np.random.Generator:
-    """A fresh counter-based generator for one purpose. The same key gives the same stream on every machine.
+    """A new counter-based generator for one purpose. The same key gives the same numbers on every machine.
 
-    Source: Philox 4x64 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), keyed by a BLAKE2b digest.
+    Source: Philox 4x64, Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), keyed by a BLAKE2b
+    digest.
     """
     text = "/".join([str(seed), purpose, *(str(int(i)) for i in ids)])
     key = hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -23,15 +25,17 @@ def generator(seed: int, purpose: str, *ids: int) -> np.random.Generator:
 
 
 def normal(seed: int, purpose: str, *ids: int, shape: tuple) -> np.ndarray:
-    """Standard normal float32 numbers of `shape` for one key."""
+    """Standard normal numbers for one key, float32 of `shape`."""
     return generator(seed, purpose, *ids).standard_normal(shape, dtype=np.float32)
 
 
 class SampleStream:
-    """An endless stream of (sample id, use count): passes over `count` samples, `repeats` uses each, shuffled anew every pass.
+    """An endless stream of (sample id, use count).
 
-    Passes follow one another without a gap, so batches may reach across them: nothing is dropped, nothing counted twice, and the
-    samples of update k are the same whatever the batch size and accumulation that make up an update.
+    Each pass uses every one of `count` samples `repeats` times, shuffled.
+
+    A batch may continue into the next pass, so no sample is dropped or used twice. The samples of update k depend only
+    on the number of samples per update, not on how batch size and accumulation divide it.
     """
 
     def __init__(self, seed: int, purpose: str, count: int, repeats: int = 1) -> None:
@@ -40,16 +44,16 @@ class SampleStream:
         self.seed, self.purpose, self.count, self.repeats = seed, purpose, count, repeats
 
     def at(self, position: int) -> tuple[int, int]:
-        """Sample id in [0, count) and how often that sample was used before `position`. Safe to call from several threads."""
-        number, offset = divmod(position, self.count * self.repeats)
-        samples, uses = _order(self.seed, self.purpose, number, self.count, self.repeats)
-        return int(samples[offset]), number * self.repeats + int(uses[offset])
+        """The sample id in [0, count), and how often that sample was used before `position`. Thread-safe."""
+        pass_number, offset = divmod(position, self.count * self.repeats)
+        samples, uses = _order(self.seed, self.purpose, pass_number, self.count, self.repeats)
+        return int(samples[offset]), pass_number * self.repeats + int(uses[offset])
 
 
 @lru_cache(maxsize=8)
-def _order(seed: int, purpose: str, number: int, count: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
-    """The samples of one pass, and for each how often it came before in that pass."""
-    samples = generator(seed, f"order/{purpose}", number).permutation(count * repeats) % count
+def _order(seed: int, purpose: str, pass_number: int, count: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """The samples of one pass, and how often each was used earlier in that pass."""
+    samples = generator(seed, f"order/{purpose}", pass_number).permutation(count * repeats) % count
     uses = np.empty_like(samples)
     uses[np.argsort(samples, kind="stable")] = np.tile(np.arange(repeats), count)
     return samples, uses

@@ -14,7 +14,7 @@ from pathlib import Path
 from mindtune import files, rng
 from mindtune.cli import UserError, matched, run
 from mindtune.data import conditions, grids
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.models import configs, execution, loading, pipelines, precision, sampling
 
 
@@ -77,8 +77,8 @@ def main(argv=None):
     # ---- encode the prompts, in a process that gives its memory back -----------------------------
     kind = precision.resolve_precision(args.mixed_precision)
     with tempfile.TemporaryDirectory() as nowhere:
-        stage = Stage(
-            root, args.variant, args.mixed_precision, Path(args.cache_dir or nowhere, "mindtune"), 77, kind="sd"
+        stage = EncoderStage(
+            root, args.variant, args.mixed_precision, Path(args.cache_dir or nowhere, "mindtune"), 77, system="sd"
         )
         stage.prepare([*args.prompt, ""], [])
         texts, empty = {prompt: stage.text(prompt) for prompt in args.prompt}, stage.unconditional()

@@ -14,7 +14,7 @@ from pathlib import Path
 from mindtune import files, rng
 from mindtune.cli import UserError, matched, run
 from mindtune.data import conditions, grids
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.models import configs, execution, loading, pipelines, precision, sampling
 
 
@@ -92,13 +92,13 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as nowhere:
         vae_precision = "no" if pipelines.vae_overflows(vae_folder, args.mixed_precision) else args.mixed_precision
         cache = Path(args.cache_dir or nowhere, "mindtune")
-        stage = Stage(
+        stage = EncoderStage(
             root,
             args.variant,
             args.mixed_precision,
             cache,
             77,
-            kind="sdxl",
+            system="sdxl",
             vae=vae_folder,
             vae_precision=vae_precision,
         )

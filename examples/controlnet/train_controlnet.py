@@ -1,415 +1,153 @@
-"""ControlNet for Stable Diffusion (1.5 and 2) on MindSpore: teaches a copy of the UNet's first half to follow a condition picture.
+"""ControlNet for Stable Diffusion 1.5 and 2 on MindSpore: trains a copy of the UNet's first half.
 
-    python train_controlnet.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --output_dir out \\
-        --dataset_name fusing/fill50k --resolution 512 --learning_rate 1e-5 --validation_image a.png b.png \\
+    python train_controlnet.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --output_dir out --dataset_name fusing/fill50k --resolution 512 --learning_rate 1e-5 \\
+        --validation_image a.png b.png \\
         --validation_prompt "red circle with blue background" "cyan circle with brown floral background" \\
         --train_batch_size 1 --gradient_accumulation_steps 4 --mixed_precision fp16
 
-Leaves the ControlNet at the root of the output directory (config.json and diffusion_pytorch_model.safetensors), checkpoints,
-samples/*.png, loss curves for TensorBoard, metrics.jsonl and run.json. Ctrl-C saves a checkpoint; the same command with
---resume_from_checkpoint latest goes on, bit for bit on the CPU.
+Writes to the output directory: the ControlNet (config.json and diffusion_pytorch_model.safetensors), checkpoints,
+samples/*.png, loss curves for TensorBoard, metrics.jsonl, run.json and report.html. Ctrl-C saves a checkpoint; the same
+command with --resume_from_checkpoint latest continues the run, bit for bit on the CPU.
 """
 
-import argparse
-import contextlib
-import itertools
-import json
-import math
-import secrets
-import time
-from functools import partial
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from tqdm import tqdm
 
-from mindtune import diffusion, files, flow, plan, rng
-from mindtune.cli import StopRequest, UserError, check_flags, matched, run, tell
-from mindtune.data import buckets, conditions, crops, grids, pair_checks, pair_data, pair_stream, pairs
-from mindtune.data.pair_data import PairCaptions, PairImages
+from mindtune import diffusion, files, flow, rng
+from mindtune.cli import run as run_script
+from mindtune.cli import tell
+from mindtune.data import columns, conditions, order, pair_data
 from mindtune.distributed import ranks
-from mindtune.encode.cache import encoder_fingerprint
-from mindtune.encode.encoder_stage import Stage
-from mindtune.models import configs, controlnets, execution, library, loading, pipelines, precision, sampling
-from mindtune.models.weights import weight_files
-from mindtune.optim import advice, averaging, optimizers, schedules, zero1
-from mindtune.run import checkpoint, hub, report, tracking
-from mindtune.run.evaluation import HELD_OUT_INDICES, held_out_loss
+from mindtune.encode.cache import component_fingerprint
+from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.flags import data_flags, output_flags, training_flags
+from mindtune.flags.parser import NO_EFFECT, Parser
+from mindtune.models import configs, controlnets, execution, loading, pipelines, precision, resolve, sampling
+from mindtune.models.train_step import TrainStep, train_all_weights
+from mindtune.optim import advice, averaging, optimizers, schedules
+from mindtune.run import checkpoint, memory, plan, record, validation
 
-# ---- flags ---------------------------------------------------------------------------------------
+FOLDER = "controlnet"  # of the ControlNet in a checkpoint, as in diffusers
 
-# CUDA and PyTorch switches that a diffusers command may carry, and what this backend does anyway.
-ACCEPTED = {
-    "allow_tf32": "a CUDA setting; this backend's matrix products run in the type --mixed_precision names",
-    "enable_xformers_memory_efficient_attention": "a CUDA kernel; on Ascend mindone uses its own flash attention without a flag",
-    "enable_npu_flash_attention": "mindone uses flash attention on Ascend without a flag",
-    "set_grads_to_none": "MindSpore's gradients are values, not kept between updates: there is nothing to set",
-}
+# ---- flags (yours to change) ---------------------------------------------------------------------
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-
-    # Model
-    add("--pretrained_model_name_or_path", required=True, help="Directory of a Stable Diffusion pipeline, or a hub id.")
-    add("--controlnet_model_name_or_path", help="A ControlNet to go on from. Default: a copy of the UNet's first half.")
-    add("--tokenizer_name", help="Directory of another tokenizer, or a hub id. Default: the pipeline's.")
-    add("--revision", help="Branch, tag or commit on the hub. Default: main.")
-    add("--variant", help="Variant of the weight files, such as fp16. Default: none.")
-    add(
-        "--cache_dir",
-        help="Where hub downloads and encoder outputs are kept. Default: the hub's cache, and <output_dir>/cache.",
-    )
-    add(
-        "--mindspore_mode",
-        type=int,
-        choices=[0, 1],
-        default=0,
-        help="0 compiles the step to a graph, 1 runs it in PyNative.",
-    )
-    # Data
-    add("--dataset_name", help="A data set for the datasets library: a hub id or a local directory (also .tar shards).")
-    add("--dataset_config_name", help="Configuration of that data set. Default: its only one.")
-    add(
-        "--train_data_dir",
-        help="Instead: a directory with images and metadata.jsonl or .csv, parquet or arrow files, or .tar shards.",
-    )
-    add(
-        "--jsonl_for_train",
-        help="Instead: a .jsonl file of lines with the paths of image and conditioning_image, and text.",
-    )
-    add("--image_column", help="Column of target pictures. Default: image, or the first image column.")
-    add(
-        "--conditioning_image_column", help="Column of condition pictures. Default: the one that begins with condition."
-    )
-    add("--caption_column", help="Column of captions. Default: text, caption or prompt.")
-    add("--streaming", action="store_true", help="Read the data in passing, never all of it; needs --max_train_steps.")
-    add("--shuffle_buffer_size", type=int, default=1000, help="Samples that --streaming shuffles among.")
-    add("--max_train_samples", type=int, help="Use the first so many pairs. Default: all.")
-    add(
-        "--proportion_empty_prompts", type=float, default=0.0, help="Share of uses with an empty caption, drawn afresh."
-    )
-    add("--skip_bad_images", action="store_true", help="Go on without unusable pairs, listing them.")
-    add(
-        "--validation_split",
-        type=float,
-        default=0.0,
-        help="Share of the pairs kept out of training to measure their loss; 0: none.",
-    )
-    add("--resolution", type=int, default=512, help="Side of the square that is trained on, in pixels; divisible by 8.")
-    add(
-        "--aspect_ratio_buckets",
-        help='Instead: heights and widths to choose from for every pair, "672,1568;1024,1024".',
-    )
-    add("--center_crop", action="store_true", help="Crop centrally. Default: a fresh random crop for every use.")
-    add(
-        "--random_flip",
-        action="store_true",
-        help="Mirror half of the uses, drawn afresh, picture and condition together.",
-    )
-    add(
-        "--image_interpolation_mode",
-        choices=sorted(crops.INTERPOLATIONS),
-        default="lanczos",
-        help="Filter for resizing.",
-    )
-    add("--cache_latents", action="store_true", help="Encode pictures once, centre-cropped, one entry a flip.")
-    add("--dataloader_num_workers", type=int, default=1, help="Threads that make batches ahead of the step; 0: none.")
-    # Step
-    add(
-        "--snr_gamma", type=float, help="Weight timesteps by Min-SNR with this gamma; 5.0 is usual. Default: all alike."
-    )
-    add(
-        "--mixed_precision",
-        choices=["no", "fp16", "bf16"],
-        default="no",
-        help="Type of frozen weights and of computation.",
-    )
-    add(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="Recompute all blocks in the backward pass to save memory.",
-    )
-    add("--train_batch_size", type=int, default=4, help="Pairs a step and worker.")
-    add("--gradient_accumulation_steps", type=int, default=1, help="Steps an update.")
-    add("--num_train_epochs", type=int, default=1, help="Passes over the pairs.")
-    add("--max_train_steps", type=int, help="Updates in all; overrides the epochs.")
-    add("--seed", type=int, help="Seed of everything random. Default: drawn, and written to run.json.")
-    add(
-        "--zero_stage",
-        type=int,
-        choices=[0, 1, 2, 3],
-        default=0,
-        help="1: share the optimizer's state out over the workers.",
-    )
-    add(
-        "--distributed",
-        action="store_true",
-        help="Train on several devices at once, as one of the workers that msrun starts.",
-    )
-    # Optimizer
-    add(
-        "--optimizer",
-        type=str.lower,
-        choices=["adamw", "adamweightdecay", "prodigy", "adafactor"],
-        default="adamw",
-        help="AdamW has bias correction, AdamWeightDecay is MindSpore's without; adafactor reads no --adam_ flag but the decay.",
-    )
-    add(
-        "--use_8bit_adam",
-        action="store_true",
-        help="AdamW with moments in 8 bits: 2 bytes of state a parameter instead of 8.",
-    )
-    add(
-        "--offload_optimizer",
-        action="store_true",
-        help="AdamW's moments in the host's memory, updated there; graph mode only.",
-    )
-    add("--learning_rate", type=float, default=5e-6, help="Base rate; for prodigy about 1.")
-    add("--scale_lr", action="store_true", help="Multiply --learning_rate by batch size, accumulation and workers.")
-    add("--lr_scheduler", choices=schedules.SCHEDULES, default="constant", help="Course of the rate.")
-    add("--lr_warmup_steps", type=int, default=500, help="Updates of warm-up (all schedules but constant).")
-    add(
-        "--lr_schedule_steps",
-        type=int,
-        help="Updates over which the schedule runs, warm-up included. Default: those of the run.",
-    )
-    add("--lr_num_cycles", type=float, default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
-    add("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
-    add("--adam_beta2", type=float, default=0.999, help="Decay of the second moment.")
-    add("--adam_epsilon", type=float, default=1e-8, help="Added to the root of the second moment.")
-    add("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
-    add("--max_grad_norm", type=float, default=1.0, help="Clip the gradients' norm; 0: no clipping.")
-    add(
-        "--use_ema",
-        action="store_true",
-        help="Keep a moving average of the ControlNet; it is what is drawn with and saved at the end.",
-    )
-    add("--ema_decay", type=float, default=0.9999, help="Highest decay of that average.")
-    # Output
-    add("--output_dir", default="controlnet-model", help="Directory for everything that the run leaves.")
-    add("--overwrite_output_dir", action="store_true", help="Remove another run's files there first.")
-    add("--checkpointing_steps", type=int, default=500, help="Updates between checkpoints.")
-    add("--checkpoints_total_limit", type=int, help="Keep the newest so many. Default: all.")
-    add("--resume_from_checkpoint", help="latest, a checkpoint's name in the output directory, or its path.")
-    add(
-        "--save_weight_dtype",
-        choices=["fp32", "fp16", "bf16"],
-        default="fp32",
-        help="Type of the final ControlNet's weights.",
-    )
-    add("--upcast_before_saving", action="store_true", help="The same as --save_weight_dtype fp32.")
-    add("--logging_dir", default="logs", help="TensorBoard's directory, inside the output directory.")
-    add(
-        "--report_to",
-        choices=["tensorboard", "wandb", "swanlab", "all", "none"],
-        default="tensorboard",
-        help="Where curves go, besides metrics.jsonl; all: those that are installed and logged in.",
-    )
-    add("--validation_prompt", nargs="+", default=[], help="Prompts to draw while training and at the end.")
-    add(
-        "--validation_image",
-        nargs="+",
-        default=[],
-        help="Their condition pictures: one for all, one each, or several for one prompt.",
-    )
-    add("--num_validation_images", type=int, default=4, help="Pictures a pair of prompt and condition.")
-    add("--num_inference_steps", type=int, default=20, help="Steps of sampling.")
-    add(
-        "--guidance_scale",
-        type=float,
-        default=7.5,
-        help="Strength of the prompt when drawing (classifier-free guidance); 1: none.",
-    )
-    add("--controlnet_conditioning_scale", type=float, default=1.0, help="Strength of the ControlNet when drawing.")
-    add("--validation_steps", type=int, default=100, help="Updates between validations.")
-    add("--push_to_hub", action="store_true", help="Upload the ControlNet with a model card when the run is done.")
-    add("--hub_token", help="Token with write access; written nowhere. Default: HF_TOKEN, or that of the last login.")
-    add("--hub_model_id", help="Repository to upload to. Default: the output directory's name, in your account.")
-    add("--dry_run", action="store_true", help="Print the memory plan and end; reads configs only, writes nothing.")
-    add(
-        "--device_memory_gb",
-        type=float,
-        default=64,
-        help="Memory of the device that the plan shall fit, such as 64 or 32 on Ascend.",
-    )
-    # Reference flags of other versions or backends
-    for name, why in ACCEPTED.items():
-        add(f"--{name}", action="store_true", help=f"Accepted: {why}.")
-
-    args = parser.parse_args(argv)
-    check_args(args)
-    return args
+    parser = Parser(__doc__)
+    training_flags.model(parser, pipeline="Stable Diffusion")
+    training_flags.controlnet(parser, copied="the UNet's first half")
+    parser.add("tokenizer_name", help="Directory or hub id of another tokenizer. Default: the pipeline's.")
+    data_flags.pairs(parser)
+    data_flags.images(parser, sample="pair", multiple=8, smallest=64)
+    parser.section("training step")
+    parser.add("snr_gamma", type=float, above=0, help="gamma of Min-SNR weighting, such as 5.0. Default: no weighting.")
+    training_flags.step(parser, sample="pair")
+    training_flags.optimizer(parser, learning_rate=5e-6, adam_weight_decay=1e-2)
+    training_flags.schedule(parser)
+    training_flags.ema(parser)
+    output_flags.output(parser, output_dir="controlnet-model")
+    output_flags.saved_dtype(parser)
+    output_flags.controlnet_validation(parser, num_inference_steps=20)
+    output_flags.guidance(parser, guidance_scale=7.5)
+    output_flags.no_effect(parser, *NO_EFFECT)
+    return parser.parse_args(argv)
 
 
-def check_args(args):
-    """Refuses what cannot work, before anything is read or written. Raises UserError."""
-    at_least = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
-    at_least.update(
-        num_train_epochs=1, checkpointing_steps=1, validation_steps=1, num_validation_images=1, num_inference_steps=1
+# ---- checks (machinery) --------------------------------------------------------------------------
+
+
+def find_models(args):
+    """(pipeline, existing ControlNet or None, tokenizer or None), checked. Raises UserError."""
+    root = resolve.pipeline(
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        args.cache_dir,
+        pipelines.SD_COMPONENTS,
+        weights=not args.dry_run,
     )
-    at_least.update(
-        max_train_steps=1,
-        lr_schedule_steps=1,
-        checkpoints_total_limit=1,
-        max_train_samples=1,
-        device_memory_gb=1,
-        shuffle_buffer_size=1,
-    )
-    at_least.update(
-        learning_rate=0, max_grad_norm=0, lr_warmup_steps=0, dataloader_num_workers=0, ema_decay=0, validation_split=0
-    )
-    at_least.update(proportion_empty_prompts=0, adam_beta1=0, adam_beta2=0)
-    check_flags(vars(args), ACCEPTED, at_least, ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"))
-    optimizers.check_state_flags(args.optimizer, args.use_8bit_adam, args.offload_optimizer, args.mindspore_mode == 0)
-    zero1.check_flags(args.zero_stage, args.distributed, args.optimizer)
-
-    pairs.check_source_flags(vars(args))
-    if args.resolution % 8 or args.resolution < 64:
-        near = max(64, round(args.resolution / 8) * 8)
-        raise UserError(
-            f"--resolution {args.resolution}: must be divisible by 8, the VAE's factor, and 64 at least. The nearest is {near}."
-        )
-    if args.snr_gamma is not None and not args.snr_gamma > 0:
-        raise UserError(f"--snr_gamma {args.snr_gamma}: must be above 0; 5.0 is usual.")
+    unet = configs.read_config(root, "unet")
+    existing = resolve.controlnet(args.controlnet_model_name_or_path, args.cache_dir, unet, weights=not args.dry_run)
+    tokenizer = resolve.tokenizer(args.tokenizer_name, args.cache_dir)
+    return root, existing, tokenizer
 
 
-# ---- data ----------------------------------------------------------------------------------------
-
-
-def load_data(args, seed):
-    """The `pairs.PairData` of the run, checked to the last pixel row; with --streaming it is checked while it is encoded."""
-    source = pairs.Source(
-        args.dataset_name, args.dataset_config_name, args.train_data_dir, args.jsonl_for_train, args.cache_dir, args.image_column,
-        args.conditioning_image_column, args.caption_column,
-    )  # fmt: skip
-    sizes = buckets.crop_sizes(args.aspect_ratio_buckets, args.resolution)
-    if args.streaming:
-        count = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size()
-        stream = pair_stream.PairStream(source, seed, args.shuffle_buffer_size, count)
-        return pair_data.PairData(stream, [], sizes, seed, args.train_batch_size)
-    return pair_data.load_data(
-        source, sizes, seed, args.train_batch_size, args.max_train_samples, args.validation_split, args.skip_bad_images,
-        args.dataloader_num_workers,
-    )  # fmt: skip
+# ---- data (yours to change) ----------------------------------------------------------------------
 
 
 class Batches:
-    """Numpy batches by position: a pure function of seed, sample ids and use counts.
+    """Makes batches from uses of pairs.
 
-    images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]), conditions [B, 3, H, W] in [0, 1], posterior noise and
-    noise [B, C, h, w], timestep [B], prompt_embeds [B, L, D].
+    images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]), conditions [B, 3, H, W] in [0, 1],
+    posterior noise and noise [B, C, h, w], timesteps [B], prompt_embeds [B, L, D].
     """
 
-    def __init__(self, args, seed, stage, pair_data, latent, num_train_timesteps):
-        self.args, self.seed, self.stage, self.data = args, seed, stage, pair_data
-        self.latent, self.num_train_timesteps = latent, num_train_timesteps
+    def __init__(self, args, stage, vae_config, num_train_timesteps):
+        self.args = args
+        self.stage = stage
+        self.channels, self.factor = configs.latent_layout(vae_config)
+        self.num_train_timesteps = num_train_timesteps
 
-    def iterate(self, first, last):
-        """This worker's share of the batches from number `first` to before `last` of all workers together."""
-        return self.data.iterate(first, last, self._batch, self.args.dataloader_num_workers)
+    def make(self, uses):
+        """The arrays of a batch."""
+        return order.stack([self.row(*use) for use in uses])
 
-    def _batch(self, uses, size):
-        rows = [self._row(pair, sample_id, use, size) for pair, sample_id, use in uses]
-        return tuple(np.stack(column) for column in zip(*rows))
-
-    def _row(self, pair, sample_id, use, size):
-        args, seed = self.args, self.seed
-        draws = rng.generator(seed, "pair crop and flip", sample_id, use).random(3)
-        flip = bool(args.random_flip and draws[2] < 0.5)
-        place = None if args.center_crop or args.cache_latents else (draws[0], draws[1])
-        images = self._images(pair, size, place, flip)
-        timestep = rng.generator(seed, "pair timestep", sample_id, use).integers(self.num_train_timesteps)
-        shape = self._latent_shape(size)
-        noises = [rng.normal(seed, what, sample_id, use, shape=shape) for what in ("pair posterior", "pair noise")]
-        empty = rng.generator(seed, "empty prompt", sample_id, use).random() < args.proportion_empty_prompts
-        return *images, *noises, np.int32(timestep), *self._text("" if empty else pair.caption, size)
-
-    def held_out(self, sample_id, timestep):
-        """A batch of one held-out pair, always with the same draws for the same timestep."""
-        pair, size = self.data.held_out[sample_id], self.data.buckets[self.data.held_out_numbers[sample_id]]
-        shape = self._latent_shape(size)
-        posterior = rng.normal(self.seed, "held-out posterior", sample_id, shape=shape)
-        noise = rng.normal(self.seed, "held-out noise", sample_id, timestep, shape=shape)
-        row = (
-            *self._images(pair, size, None, False),
-            posterior,
-            noise,
-            np.int32(timestep),
-            *self._text(pair.caption, size),
+    def row(self, pair, size, draws):
+        """The inputs of the step for one pair, in training and in held-out evaluation."""
+        args = self.args
+        flip = draws.flip(args.random_flip)
+        crop = draws.crop(args.center_crop or args.cache_latents)
+        image = self.stage.image(pair.image, size, crop=crop, flip=flip, cached=args.cache_latents)
+        condition = self.stage.image(pair.condition, size, crop=crop, flip=flip, cached=False)
+        text = self.stage.text(draws.caption(pair.caption, args.proportion_empty_prompts))
+        latent_shape = (self.channels, size[0] // self.factor, size[1] // self.factor)
+        return (
+            image,
+            (condition + 1.0) / 2.0,
+            draws.normal("posterior", latent_shape),
+            draws.normal("noise", latent_shape),
+            np.int32(draws.timestep(lambda generator: generator.integers(self.num_train_timesteps))),
+            text["prompt_embeds"],
         )
-        return tuple(np.stack([column]) for column in row)
-
-    def _latent_shape(self, size):
-        channels, factor = self.latent
-        return channels, size[0] // factor, size[1] // factor
-
-    def _images(self, pair, size, place, flip):
-        """Target and condition, cropped by one box and mirrored together."""
-        if self.args.streaming and not self.args.cache_latents:  # else the encode stage has looked at every pair
-            pair_checks.require_usable(pair, self.args.resolution)
-
-        def pixels(sample):
-            return crops.pixel_values(sample.open(), size, self.args.image_interpolation_mode, place, flip)
-
-        image = self.stage.moments(pair.image, size, flip) if self.args.cache_latents else pixels(pair.image)
-        return image, (pixels(pair.condition) + 1.0) / 2.0
-
-    def _text(self, caption, size):
-        return (self.stage.text(caption)["prompt_embeds"],)
 
 
-# ---- the step ------------------------------------------------------------------------------------
+# ---- the training step (yours to change) ---------------------------------------------------------
 
 
-class TrainStepForControlNet(library.TrainStep):
-    """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update. A pure function of its inputs.
+class TrainStepForControlNet(TrainStep):
+    """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update.
 
-    `alphas` and `weights` are tables over the timesteps [N], float32; `vae` is given if the images come as pixels, in `vae_dtype`.
-    Calling it gives (scaled loss, loss), scalars.
+    A pure function of its inputs. `vae` is given if the images come as pixels. Returns (scaled loss, loss), scalars.
     """
 
-    def __init__(
-        self,
-        controlnet,
-        unet,
-        optimizer,
-        alphas,
-        weights,
-        compute_dtype,
-        args,
-        prediction_type,
-        latent_config,
-        vae,
-        vae_dtype,
-        loss_scaler,
-    ):
+    def __init__(self, controlnet, optimizer, scaler, args, *, unet, vae, vae_config, scheduler_config):
         super().__init__(
             controlnet,
             optimizer,
-            loss_scaler=loss_scaler,
+            loss_scaler=scaler,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
-            # Batches run on across epochs, so there is no end of the loader at which to cut an update short.
-            gradient_accumulation_kwargs={"sync_with_dataloader": False},
+            max_grad_norm=args.max_grad_norm,
         )
-        self.grad_clipper = precision.GradNormClipper(args.max_grad_norm)
-        self.controlnet, self.unet, self.vae = self.model, unet, vae
-        self.alphas, self.weights = alphas, weights
-        self.compute_dtype, self.vae_dtype = compute_dtype, vae_dtype
-        self.latent_shift, self.latent_scale = flow.scale_constants(latent_config)
-        self.prediction_type = prediction_type
-
-    def latents(self, images, posterior_noise):
-        if self.vae is not None:
-            images = self.vae.encode(images.to(self.vae_dtype))[0]
-        return (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
+        self.controlnet = self.model
+        self.unet = unet
+        self.vae = vae
+        self.compute_dtype = precision.resolve_precision(args.mixed_precision).compute
+        self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
+        alphas = diffusion.alphas_cumprod(scheduler_config)
+        self.prediction_type = diffusion.prediction_type(scheduler_config)
+        # Tables over the timesteps [N].
+        self.alphas = ms.Tensor(alphas, ms.float32)
+        self.weights = ms.Tensor(diffusion.min_snr_weights(alphas, args.snr_gamma, self.prediction_type), ms.float32)
 
     def predict(self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds):
         """Prediction and target [B, C, h, w], and weights [B, 1, 1, 1]."""
-        latents, alphas = self.latents(images, posterior_noise), flow.get_sigmas(self.alphas, timesteps)
+        if self.vae is not None:
+            images = self.vae.encode(images.to(self.compute_dtype))[0]
+        latents = (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
+        alphas = flow.get_sigmas(self.alphas, timesteps)
         noisy = diffusion.add_noise(latents, noise, alphas).to(self.compute_dtype)
         text = prompt_embeds.to(self.compute_dtype)
         down, mid = self.controlnet(noisy, timesteps, text, conditions.to(self.compute_dtype), return_dict=False)
@@ -430,413 +168,163 @@ class TrainStepForControlNet(library.TrainStep):
         return self.scale_loss(loss), loss
 
 
-# ---- looking -------------------------------------------------------------------------------------
+# ---- validation (yours to change) ----------------------------------------------------------------
 
 
-class Painter:
-    """Draws the validation rows with the ControlNet at hand; loads only the prompts' cached embeddings, and the VAE for a while."""
+class ValidationSampler:
+    """Samples images for `prompts`, pairs of a prompt and a condition image, always from the same noise."""
 
-    def __init__(self, args, scheduler, stage, kind, seed, rows, vae, unet, controlnet):
-        self.args, self.scheduler, self.stage, self.kind, self.seed, self.rows = (
-            args,
-            scheduler,
-            stage,
-            kind,
-            seed,
-            rows,
-        )
-        self.vae, self.borrows, self.unet, self.controlnet = vae, vae is None, unet, controlnet
-        self.empty = stage.unconditional() if rows else None
+    def __init__(self, args, prompts, stage, seed, models, scheduler_config):
+        self.args = args
+        self.prompts = prompts
+        self.stage = stage
+        self.seed = seed
+        self.models = models
+        self.scheduler_config = scheduler_config
 
-    def draw(self):
-        """A row of the condition and --num_validation_images pictures for every pair, always from the same noise."""
-        if self.borrows:
-            self.vae = self.stage.load_vae()
-        with execution.eval_mode(self.controlnet):
-            drawn = [[condition, *self._images(prompt, condition)] for prompt, condition in self.rows]
-        if self.borrows:
-            self.vae = None
-            execution.free_memory()
-        return drawn
+    def sample(self, final):
+        """A row per pair: the condition image and --num_validation_images samples. The label is the prompt."""
+        vae = self.stage.load_vae() if self.models["vae"] is None else self.models["vae"]
+        with execution.eval_mode(self.models["controlnet"]):
+            rows = [[condition, *self.images(vae, prompt, condition)] for prompt, condition in self.prompts]
+        return rows, [prompt for prompt, _ in self.prompts]
 
-    def _images(self, prompt, condition):
-        args, pixels = self.args, conditions.condition_pixels(condition)
-        shape = sampling.latent_shape(self.vae, pixels)
+    def images(self, vae, prompt, condition):
+        args = self.args
+        compute_dtype = precision.resolve_precision(args.mixed_precision).compute
+        pixels = conditions.condition_pixels(condition)
+        shape = sampling.latent_shape(vae, pixels)
         for number in range(args.num_validation_images):
-            drawn = sampling.sample_unet_latents(
-                self.unet, self.scheduler, self.stage.text(prompt), self.empty,
-                rng.normal(self.seed, "validation", number, shape=shape), args.num_inference_steps, args.guidance_scale, self.kind.compute,
-                (self.controlnet, pixels, args.controlnet_conditioning_scale),
-            )  # fmt: skip
-            yield sampling.decode_latents(
-                self.vae, drawn, precision.resolve_precision(self.stage.vae_precision).compute
-            )[0]
+            latents = sampling.sample_unet_latents(
+                self.models["unet"],
+                self.scheduler_config,
+                self.stage.text(prompt),
+                self.stage.text(""),
+                rng.normal(self.seed, "validation", number, shape=shape),
+                args.num_inference_steps,
+                args.guidance_scale,
+                compute_dtype,
+                (self.models["controlnet"], pixels, args.controlnet_conditioning_scale),
+            )
+            yield sampling.decode_latents(vae, latents, compute_dtype)[0]
 
 
-# ---- the job -------------------------------------------------------------------------------------
-
-
-# Flags that may change from one start of a run to the next without changing what is trained.
-SAME_RUN = {
-    "pretrained_model_name_or_path", "controlnet_model_name_or_path", "revision", "cache_dir", "dataset_name",
-    "train_data_dir", "jsonl_for_train", "skip_bad_images", "dataloader_num_workers", "output_dir", "overwrite_output_dir",
-    "checkpointing_steps", "checkpoints_total_limit", "seed", "resume_from_checkpoint", "save_weight_dtype", "upcast_before_saving",
-    "logging_dir", "report_to", "validation_prompt", "validation_image", "num_validation_images", "num_inference_steps", "guidance_scale",
-    "controlnet_conditioning_scale", "validation_steps", "num_train_epochs", "max_train_steps", "push_to_hub", "hub_token",
-    "hub_model_id", "dry_run", "device_memory_gb", *ACCEPTED,
-    "lr_schedule_steps",  # what it changes is told
-    # What counts of these is how many samples make up an update.
-    "train_batch_size", "gradient_accumulation_steps", "distributed", "zero_stage",
-}  # fmt: skip
-CONTROLNET_FLAG = "--controlnet_model_name_or_path"
-FOLDER = "controlnet"  # in a checkpoint, as the reference lays it out
-FINAL = "diffusion_pytorch_model.safetensors"
-OUR_FILES = (
-    "run.json",
-    report.REPORT_FILE,
-    "metrics.jsonl",
-    "loss_by_timestep.csv",
-    "loss_by_timestep.png",
-    "config.json",
-    FINAL,
-)
+# ---- main (machinery) ----------------------------------------------------------------------------
 
 
 def main(argv=None):
     args = parse_args(argv)
-    started = time.time()
-    if args.dry_run:
-        root = pipelines.resolve_pipeline(
-            args.pretrained_model_name_or_path,
-            args.revision,
-            args.variant,
-            args.cache_dir,
-            pipelines.SD_COMPONENTS,
-            weights=False,
-        )
-        loading.check_files(root, loading.with_weights(root, pipelines.SD_COMPONENTS, args.variant), args.variant)
-        existing = args.controlnet_model_name_or_path and pipelines.resolve_controlnet(
-            args.controlnet_model_name_or_path,
-            CONTROLNET_FLAG,
-            args.cache_dir,
-            configs.read_config(root, "unet"),
-            weights=False,
-        )
-        print(plan.describe("controlnet", root, vars(args), args.device_memory_gb, existing))
-        return 0
 
-    # ---- check everything ------------------------------------------------------------------------
-    services = tracking.services(args.report_to)
+    # ---- check ----
+    if args.dry_run:
+        root, existing, _ = find_models(args)
+        settings = args.select(memory.Settings, system="controlnet", root=root, controlnet=existing)
+        print(plan.describe(settings, args.device_memory_gb))
+        return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)
-    output_dir, resume = checkpoint.open_output_dir(
-        args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir, OUR_FILES, FINAL
-    )
-    ranks.require_same(str(resume), "--output_dir: the checkpoint to go on from")
-    state = json.loads((resume / "trainer_state.json").read_text()) if resume else {}
+    run = record.Run(args.select(record.Settings), args.recorded(), results=("config.json", loading.WEIGHTS))
     files.require_writable("--cache_dir", args.cache_dir)
-    token, args.hub_token = args.hub_token, None  # nothing that is written may hold it
-    repo_id = ranks.on_main_process(hub.check, args.hub_model_id, args.output_dir, token) if args.push_to_hub else None
-    root = pipelines.resolve_pipeline(
-        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SD_COMPONENTS
-    )
-    loading.check_files(root, pipelines.SD_COMPONENTS, args.variant)
-    unet_config, scheduler_config = configs.read_config(root, "unet"), configs.read_config(root, "scheduler")
-    alphas, prediction_type = diffusion.alphas_cumprod(scheduler_config), diffusion.prediction_type(scheduler_config)
-    tokenizer = (
-        pipelines.resolve_tokenizer(args.tokenizer_name, "--tokenizer_name", args.cache_dir)
-        if args.tokenizer_name
-        else None
-    )
-    existing = None
-    if args.controlnet_model_name_or_path:
-        existing = pipelines.resolve_controlnet(
-            args.controlnet_model_name_or_path, CONTROLNET_FLAG, args.cache_dir, unet_config
-        )
-        loading.check_files(existing.parent, [existing.name])
-    to_draw = matched(args.validation_prompt, args.validation_image, "--validation_prompt", "--validation_image")
-    for path in args.validation_image:
-        conditions.require_condition(path, "--validation_image")  # before the data are looked at, which takes longer
-    seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**31))
-    seed = ranks.all_gather(seed)[0]
-    pair_data = load_data(args, seed)
-    rows = [
-        (prompt, conditions.condition_image(path, "--validation_image", args.resolution, 8, pair_data.background))
-        for prompt, path in to_draw
-    ]
-    per_update = args.train_batch_size * args.gradient_accumulation_steps * ranks.world_size()
-    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * pair_data.epoch_length / per_update)
-    schedule_steps = args.lr_schedule_steps or max_train_steps
-    rate = args.learning_rate * (per_update if args.scale_lr else 1)
-    tell(
-        advice.on_settings(
-            args.optimizer, rate, args.lr_scheduler, args.lr_warmup_steps, schedule_steps, max_train_steps
-        )
-    )
-    if resume:
-        tell(advice.on_resumed_schedule(
-            args.lr_scheduler, state.get("lr_schedule_steps"), schedule_steps, state["global_step"], rate, args.lr_warmup_steps,
-            args.lr_num_cycles, args.lr_power,
-        ))  # fmt: skip
-    logging_dir = output_dir / args.logging_dir
-    output_dir.mkdir(parents=True, exist_ok=True)
+    root, existing, tokenizer = find_models(args)
+    scheduler_config = configs.read_config(root, "scheduler")
+    num_train_timesteps = len(diffusion.alphas_cumprod(scheduler_config))
+    pairs = validation.match_conditions(args.validation_prompt, args.validation_image)
+    data = pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), run.seed)
+    run.set_data(data)
+    prompts = validation.load_conditions(pairs, args.resolution, 8, data.background)
+    schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
+    tell(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
 
-    # ---- encode once, in a process that gives its memory back ------------------------------------
-    kind = precision.resolve_precision(args.mixed_precision)
-    if kind.storage != kind.compute:
-        print("bf16 on the CPU: weights are stored in bf16 and computed in fp32, for want of bf16 matrix products")
-    folder = Path(args.cache_dir, "mindtune") if args.cache_dir else output_dir / "cache"
-    stage = Stage(
-        root, args.variant, args.mixed_precision, folder, 77, args.image_interpolation_mode, "sd", tokenizer=tokenizer
+    # ---- encode ----
+    stage = EncoderStage(
+        system="sd",
+        root=root,
+        variant=args.variant,
+        precision=args.mixed_precision,
+        cache_dir=Path(args.cache_dir, "mindtune") if args.cache_dir else run.output_dir / "cache",
+        max_sequence_length=77,
+        interpolation=args.image_interpolation_mode,
+        tokenizer=tokenizer,
     )
-    more = args.validation_prompt + ([""] if args.proportion_empty_prompts or rows else [])
-    images = ()
-    if args.cache_latents:
-        print(
-            "--cache_latents: every picture keeps its centre crop" + (", one entry a flip" if args.random_flip else "")
-        )
-        images = PairImages(pair_data, args.random_flip, conditions=False)
-    if not args.streaming:
-        tell(stage.long_captions(PairCaptions(pair_data, more)))
-    encoded = stage.prepare(PairCaptions(pair_data, more), images)
-    print(f"encode stage: {encoded} made, the rest already in {stage.folder}")
+    empty = [""] if args.proportion_empty_prompts or prompts else []
+    captions = data.captions(args.validation_prompt + empty)
+    images = data.images(args.random_flip, conditions=False) if args.cache_latents else ()
+    stage.encode(captions, images, args.streaming)
 
-    # ---- load, freeze, cast ----------------------------------------------------------------------
-    unet = loading.load_model(root, "unet", kind, args.variant)
-    vae = None if args.cache_latents else stage.load_vae()
-    for model in (unet, *([vae] if vae else [])):
-        precision.freeze_params(model)
+    # ---- load, freeze, cast ----
+    dtypes = precision.resolve_precision(args.mixed_precision)
+    unet = loading.load_model(root, "unet", dtypes, args.variant)
+    vae = None if args.cache_latents else loading.load_model(root, "vae", dtypes, args.variant)
+    precision.freeze_params(unet, vae)
 
-    # ---- add what trains -------------------------------------------------------------------------
-    if existing:
-        controlnet = loading.load_model(existing.parent, existing.name, precision.resolve_precision("no"))
-    else:
-        controlnet = controlnets.unet_controlnet(unet, seed)
-    # MindSpore's optimizers update in the parameter's own precision: float32 parameters, computing in half.
-    precision.compute_in(controlnet, kind.compute).set_train(True)
-    for parameter in controlnet.get_parameters():
-        parameter.requires_grad = True
+    # ---- add what is trained ----
+    controlnet = controlnets.load_controlnet(existing) if existing else controlnets.unet_controlnet(unet, run.seed)
+    weights = train_all_weights(controlnet, dtypes.compute)
     if args.gradient_checkpointing:
-        for model in (unet, controlnet):
-            controlnets.recompute_unet(model)
-    print(precision.parameter_table({"unet": unet, "controlnet": controlnet, **({"vae": vae} if vae else {})}, kind))
+        controlnets.recompute_unet(unet, controlnet)
+    models = {"unet": unet, "controlnet": controlnet, "vae": vae}
+    print(precision.parameter_table(models, dtypes))
 
-    # ---- the step --------------------------------------------------------------------------------
-    vae_config = configs.read_config(stage.vae.parent, stage.vae.name)
-    latent = vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
-    batches = Batches(args, seed, stage, pair_data, latent, len(alphas))
-    snr_weights = diffusion.min_snr_weights(alphas, args.snr_gamma, prediction_type)
-
-    weights = loading.model_parameters(controlnet)
-    groups = [{"params": list(weights.values()), "lr": rate, "weight_decay": args.adam_weight_decay}]
-    make = partial(
-        optimizers.create_optimizer, args.optimizer, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, beta3=None,
-        decouple=True, use_bias_correction=True, safeguard_warmup=True, eight_bit=args.use_8bit_adam, offload=args.offload_optimizer,
-    )  # fmt: skip
-    optimizer = zero1.ShardedOptimizer(make, groups) if args.zero_stage else make(groups)
+    # ---- step and optimizer ----
+    vae_config = configs.read_config(root, "vae")
+    groups = [{"params": list(weights.values()), "lr": schedule.base, "weight_decay": args.adam_weight_decay}]
+    optimizer = optimizers.create_optimizer(args.select(optimizers.Settings), groups)
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForControlNet(
-        controlnet, unet, optimizer, ms.Tensor(alphas, ms.float32), ms.Tensor(snr_weights, ms.float32), kind.compute, args,
-        prediction_type, vae_config, vae, precision.resolve_precision(stage.vae_precision).compute, scaler,
-    )  # fmt: skip
+        controlnet,
+        optimizer,
+        scaler,
+        args,
+        unet=unet,
+        vae=vae,
+        vae_config=vae_config,
+        scheduler_config=scheduler_config,
+    )
     ema = averaging.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
-    painter = Painter(args, scheduler_config, stage, kind, seed, rows, vae, unet, controlnet)
+    batches = Batches(args, stage, vae_config, num_train_timesteps)
 
-    # ---- resume ----------------------------------------------------------------------------------
-    remembered = {f"optimizer.{k}": p for k, p in optimizers.optimizer_state(optimizer).items()}
-    if ema:
-        remembered.update({f"ema.{name}": p for name, p in zip(weights, ema.averages)})
-    if args.mixed_precision == "fp16":
-        remembered.update({"loss_scale": scaler.scale_value, "loss_scale_counter": scaler.counter})
-    fingerprint = files.text_digest(pair_data.digests())
-    base = encoder_fingerprint(root / "unet", weight_files(root, "unet", args.variant))
-    identity = {"seed": seed, "data": fingerprint, "base": base, "samples_per_update": per_update}
-    if len(pair_data.buckets) > 1:  # a batch is of one bucket
-        identity["batch_size"] = args.train_batch_size
-    identity.update({k: v for k, v in vars(args).items() if k not in SAME_RUN})
-    global_step = 0
-    if resume:
-        checkpoint.load_state(resume / FOLDER / FINAL, weights)
-        checkpoint.load_state(
-            resume / "training_state.safetensors", remembered, itertools.chain(*ranks.all_gather(list(remembered)))
-        )
-        global_step = state["global_step"]
-        changed = [name for name, value in identity.items() if state.get(name) != value]
-        if changed:
-            print(
-                f"resuming with another {', '.join(changed)} than the checkpoint was made with: not its exact continuation"
-            )
-        for path in ranks.on_main_process(checkpoint.set_aside_later, output_dir, resume) or ():
-            print(f"a later checkpoint is kept as {path.name}")
-        print(f"resuming from {resume.name} after update {global_step}")
+    # ---- resume ----
+    state = optimizers.training_state(optimizer, scaler, ema=dict(zip(weights, ema.averages)) if ema else {})
+    if run.checkpoint:
+        checkpoint.load_state(run.checkpoint / FOLDER / loading.WEIGHTS, weights)
+    run.resume(args.fixed(), component_fingerprint(root, "unet", args.variant), state)
 
-    def averaged():
-        return ema.in_use() if ema else contextlib.nullcontext()
-
-    def save_files(folder, values):
-        loading.save_model(controlnet, folder / FOLDER, ms.float32)
-        checkpoint.save_state(folder / "training_state.safetensors", values)
-        (folder / "trainer_state.json").write_text(
-            json.dumps({"global_step": global_step, "lr_schedule_steps": schedule_steps, **identity})
-        )
-
-    def save():
-        values = ranks.collect(remembered)
-        if tracker is None:
-            return None
-        tracker.flush()
-        write = partial(save_files, values=values)
-        return checkpoint.save_checkpoint(output_dir, global_step, write, args.checkpoints_total_limit)
-
-    def look(final=False):
-        """Held-out loss and validation pictures of this moment; the first worker's job, for which the others wait."""
-        if tracker is None:
-            return None
-        with averaged():
-            if pair_data.held_out and not curve.has(global_step):
-                losses = held_out_loss(step, [controlnet], batches.held_out, len(pair_data.held_out))
-                curve.add(global_step, [i / len(alphas) for i in HELD_OUT_INDICES], losses)
-                by_time = {f"held_out__loss_at_{i}": value for i, value in zip(HELD_OUT_INDICES, losses)}
-                tracker.log(global_step, held_out__loss=float(np.mean(losses)), **by_time)
-            if not rows or not global_step:
-                return None
-            grid = grids.image_grid(painter.draw(), [prompt for prompt, _ in rows])
-        tracker.image(global_step, "validation", grid)
-        return grids.save_image(grid, output_dir / "samples" / f"{'final' if final else f'step-{global_step:06d}'}.png")
-
-    # ---- the loop --------------------------------------------------------------------------------
-    print(f"optimizer state: {optimizers.state_bytes(optimizer):,} bytes on each of {ranks.world_size()} workers")
-    print(
-        f"{pair_data.epoch_length} {'uses of a stream' if args.streaming else 'pairs'}, {len(pair_data.held_out)} held out; "
-        f"batch {args.train_batch_size} x {args.gradient_accumulation_steps} accumulation x {ranks.world_size()} workers; "
-        f"{max_train_steps} updates, "
-        f"{max_train_steps * per_update / pair_data.epoch_length:.1f} epochs; seed {seed}"
+    # ---- train ----
+    run.start(
+        args.select(memory.Settings, system="controlnet", root=root, controlnet=existing),
+        schedule.length,
+        trainable={"controlnet": sum(parameter.size for parameter in weights.values())},
+        write_weights=lambda folder: loading.save_model(controlnet, folder / FOLDER, ms.float32),
+        axis="timestep",
     )
-    kept_out = [pair.image.name for pair in pair_data.held_out]
-    record = {
-        "flags": vars(args), "seed": seed, "versions": tracking.package_versions(), "device": ms.get_context("device_target"),
-        "data": {
-            "fingerprint": fingerprint, "samples": pair_data.epoch_length, "held_out": kept_out,
-            "condition_background": pair_data.background,
-        },
-        "trainable": {"controlnet": sum(p.size for p in weights.values())}, "workers": ranks.world_size(),
-    }  # fmt: skip
-    tracker = curve = None
-    if ranks.is_main_process():
-        if args.overwrite_output_dir and not checkpoint.belongs_to(resume, output_dir):
-            checkpoint.remove_old_run(output_dir, logging_dir, OUR_FILES)
-        tracking.write_run_json(output_dir / "run.json", **record, finished=False)
-        tracker = tracking.Tracker(output_dir, logging_dir, services, global_step, vars(args))
-        curve = tracking.LossByTimestep(output_dir, global_step, "timestep")
-    stop, seconds, skipped = StopRequest(), [], 0
-    accumulation = args.gradient_accumulation_steps
-    micro = accumulation * ranks.world_size()  # batches of all workers an update
-    ahead = batches.iterate(global_step * micro, max_train_steps * micro)
-    if not resume:
-        look()
-    bar = tqdm(
-        total=max_train_steps,
-        initial=global_step,
-        unit="update",
-        dynamic_ncols=True,
-        disable=not ranks.is_main_process(),
-    )
-    while global_step < max_train_steps and not any(ranks.all_gather(stop.exit_code)):
-        began = time.perf_counter()
-        lr_factor = schedules.schedule_factor(
-            args.lr_scheduler,
-            global_step,
-            args.lr_warmup_steps,
-            schedule_steps,
-            args.lr_num_cycles,
-            args.lr_power,
-            rate,
-        )
-        optimizers.set_learning_rates(optimizer, [rate * lr_factor])
-        losses = [float(step(*inputs)[1]) for inputs in ranks.micro_batches(step, ahead, accumulation)]
-        loss, norm = float(np.mean(ranks.all_gather(losses))), float(step.grad_clipper.norm)
-        global_step += 1
+    sampler = ValidationSampler(args, prompts, stage, run.seed, models, scheduler_config)
+    places = np.arange(num_train_timesteps) / num_train_timesteps
+    validate = validation.Validation(run, step, [controlnet], batches.make, places, sampler, ema)
+    if not run.checkpoint:
+        validate()
+    micro_batches = data.iterate(*run.batch_range(), batches.make, args.dataloader_num_workers)
+    while run.step < run.max_train_steps and not run.stopped():
+        rate = schedule.rate(run.step)
+        optimizers.set_learning_rates(optimizer, [rate])
+        losses = []
+        for inputs in ranks.micro_batches(step, micro_batches, args.gradient_accumulation_steps):
+            losses.append(float(step(*inputs)[1]))  # the last of these calls updates the weights
         if ema:
-            ema.update(global_step)
-        values = {"loss": loss, "lr": rate * lr_factor, "grad_norm": norm}
-        if args.optimizer == "prodigy":
-            values["d"] = float(optimizer.d)
-        if args.mixed_precision == "fp16":
-            values["loss_scale"] = float(scaler.scale_value)
-        if not math.isfinite(loss + norm):
-            # In fp16 an overflow only skips the update and halves the scale; once the scale is at its floor it is no overflow.
-            skipped += 1
-            if args.mixed_precision != "fp16" or values["loss_scale"] <= 1.0:
-                bar.close()
-                # A checkpoint of the update before holds the weights that gave this loss: not known to be good.
-                good = [
-                    path for path in checkpoint.checkpoints(output_dir) if checkpoint.step_of(path) < global_step - 1
-                ]
-                raise UserError(
-                    f"update {global_step}: the loss is {loss}, the gradients' norm {norm}. Nothing was saved of it; the last good "
-                    f"checkpoint is {good[-1] if good else '(none yet)'}. Try a lower --learning_rate, or bf16 instead of fp16."
-                )
-            tqdm.write(f"update {global_step}: overflow in fp16, skipped; loss scale {values['loss_scale']:g}")
-            values = {name: value for name, value in values.items() if math.isfinite(value)}
-        if tracker:
-            tracker.log(global_step, **values)
-        seconds.append(time.perf_counter() - began)
-        bar.set_postfix(
-            loss=f"{loss:.4f}", lr=f"{rate * lr_factor:.2e}", s=f"{np.median(seconds[-20:]):.2f}", refresh=False
-        )
-        bar.update()
-        if global_step < max_train_steps:
-            if global_step % args.validation_steps == 0:
-                look()
-            if global_step % args.checkpointing_steps == 0:
-                save()  # after looking: a run resumed from here shall not miss what was to be seen at this update
-                execution.free_memory()  # PyNative's many small blocks
-    bar.close()
+            ema.update(run.step + 1)
+        run.update(losses, lr=rate, grad_norm=step.grad_clipper.norm, **optimizers.logged_values(optimizer, scaler))
+        if run.due(args.validation_steps):
+            validate()
+        if run.due(args.checkpointing_steps):
+            run.save()  # after the validation, which a run that is resumed here would miss
 
-    # ---- stopped, or done ------------------------------------------------------------------------
-    def finish_run_json(finished):
-        steady = seconds[2:] or seconds
-        tracking.write_run_json(
-            output_dir / "run.json", **record, finished=finished, updates=global_step, skipped_updates=skipped,
-            seconds_per_step=float(np.median(steady)) / accumulation if steady else None, seconds_total=time.time() - started,
-            seconds_to_first_update=seconds[0] if seconds else None, peak_memory_mb=tracking.peak_memory_mb(),
-            memory=plan.measured("controlnet", root, vars(args), existing),
-        )  # fmt: skip
-
-    saved = save()
-    if global_step < max_train_steps:
-        ranks.on_main_process(finish_run_json, False)
-        ranks.on_main_process(report.write_report, output_dir)
-        print(
-            f"saved {saved} after update {global_step}. Go on with the same command and --resume_from_checkpoint latest"
-        )
-        ranks.finish()
-        return 130  # as a shell reports Ctrl-C
-    if ranks.is_main_process():
-        dtype = precision.DTYPES["fp32" if args.upcast_before_saving else args.save_weight_dtype]
-        with averaged():
-            files.write_files_atomically(output_dir, lambda beside: loading.save_model(controlnet, beside, dtype))
-        grid, plot = look(final=True), curve.plot()
-        tracker.close()
-        finish_run_json(True)
-        page = report.write_report(output_dir)
-        curves = logging_dir if services else output_dir / "metrics.jsonl"
-        left = {
-            "ControlNet": output_dir / FINAL,
-            "picture grid": grid,
-            "held-out loss plot": plot,
-            "curves": curves,
-            "report": page,
-        }
-        for what, path in left.items():
-            if path:
-                print(f"{what}: {path}")
-        if repo_id:
-            address = hub.push(repo_id, output_dir, args.pretrained_model_name_or_path, args.validation_prompt, token)
-            print(f"on the hub: {address}")
-    ranks.finish()
-    return 0
+    # ---- finish ----
+    run.save()
+    if run.step < run.max_train_steps:
+        return run.stop()
+    dtype = precision.DTYPES["fp32" if args.upcast_before_saving else args.save_weight_dtype]
+    validate.write_result(lambda folder: loading.save_model(controlnet, folder, dtype))
+    return run.finish("ControlNet", run.output_dir / loading.WEIGHTS, validate(final=True))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
+import numpy as np
+
 from mindtune.cli import UserError
 from mindtune.rng import generator
 
@@ -43,3 +45,8 @@ def prefetch(make: Callable[[int], Any], positions: range, workers: int) -> Iter
         finally:
             for future in pending:
                 future.cancel()
+
+
+def stack(rows: list[tuple]) -> tuple[np.ndarray, ...]:
+    """The inputs of a batch, each [B, ...], from the inputs of its rows."""
+    return tuple(np.stack(column) for column in zip(*rows))

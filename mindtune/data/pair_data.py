@@ -1,124 +1,207 @@
-"""The pairs that a run trains on, and those held out."""
+"""The pairs of a ControlNet run and its batches by position. `image_data` is its twin for LoRA."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
-from mindtune.data.buckets import BucketOrder, bucket_ids, min_size
+from mindtune.data.buckets import BucketOrder, bucket_ids, crop_sizes, min_size
 from mindtune.data.columns import Source
+from mindtune.data.draws import HeldOutDraws, TrainingDraws
+from mindtune.data.image_sample import Sample
 from mindtune.data.order import prefetch, split
 from mindtune.data.pair_checks import preflight_pairs, require_usable
 from mindtune.data.pair_stream import PairStream
 from mindtune.data.pairs import Pair, Pairs, load_pairs
 from mindtune.distributed import ranks
+from mindtune.files import text_digest
+
+
+class Settings(NamedTuple):
+    """How a run reads its pairs, by the names of the flags."""
+
+    train_batch_size: int
+    resolution: int
+    aspect_ratio_buckets: Optional[str] = None
+    max_train_samples: Optional[int] = None
+    validation_split: float = 0.0
+    skip_bad_images: bool = False
+    dataloader_num_workers: int = 1
+    cache_latents: bool = False
+    streaming: bool = False
+    shuffle_buffer_size: int = 1000
+    max_train_steps: Optional[int] = None
+    gradient_accumulation_steps: int = 1
+
+
+class PairUse(NamedTuple):
+    """One use of a pair: what a script makes a row of a batch from. `size` is (height, width) of the crop."""
+
+    sample: Pair
+    size: tuple[int, int]
+    draws: Union[TrainingDraws, HeldOutDraws]
 
 
 class PairData:
-    """The pairs to train on and those kept out, the bucket of each, and which uses of which pairs make up batch number k."""
+    """Training pairs, held-out pairs, and the uses of pairs that make up batch number k.
+
+    `check_pairs` checks every pair of a stream when it is used; otherwise the encoder stage has done it.
+    """
 
     def __init__(
         self,
         train: Union[Pairs, PairStream],
         held_out: list[Pair],
-        buckets: list[tuple[int, int]],
+        *,
+        sizes: list[tuple[int, int]],
         seed: int,
         batch_size: int,
-    ):
-        self.train, self.held_out, self.buckets, self.batch_size = train, held_out, buckets, batch_size
-        self.streaming, self.background = isinstance(train, PairStream), train.background
-        # An epoch of a stream is not known: the whole run counts as one.
+        check_pairs: bool = False,
+    ) -> None:
+        self.train = train
+        self.held_out = held_out
+        self.sizes = sizes
+        self.seed = seed
+        self.batch_size = batch_size
+        self.streaming = isinstance(train, PairStream)
+        self.check_pairs = check_pairs and self.streaming
+        self.background = train.background
+        # The epoch of a stream is unknown: the whole run counts as one.
         self.epoch_length = train.count if self.streaming else len(train)
-        self.numbers = None if self.streaming else bucket_ids((pair.image for pair in train), buckets)
-        self.held_out_numbers = bucket_ids((pair.image for pair in held_out), buckets)
-        self.order = None if self.streaming else BucketOrder(seed, self.numbers, batch_size)
+        self.bucket_ids = None if self.streaming else bucket_ids((pair.image for pair in train), sizes)
+        self.held_out_bucket_ids = bucket_ids((pair.image for pair in held_out), sizes)
+        self.order = None if self.streaming else BucketOrder(seed, self.bucket_ids, batch_size)
 
-    def iterate(
-        self, first: int, last: int, make: Callable[[list, tuple[int, int]], Any], threads: int
-    ) -> Iterator[Any]:
-        """make(uses, size) of this worker's share of the batches from number `first` to before `last`, made ahead by `threads`.
-
-        A use is (pair, sample id, how often it was used before); of a stream its place stands for the id. `size` is (height, width).
-        """
+    def iterate(self, first: int, last: int, make_batch: Callable[[list[PairUse]], Any], threads: int) -> Iterator[Any]:
+        """This rank's shard of the batches `first` to `last` - 1 of all ranks, prepared in advance by `threads`."""
         if self.streaming:
-            stream = enumerate(self.train.from_position(first * self.batch_size), first * self.batch_size)
-            batches = (
-                [(pair, place, 0) for place, pair in islice(stream, self.batch_size)] for _ in range(first, last)
-            )
-            share = islice(batches, ranks.rank(), None, ranks.world_size())
-            return prefetch(lambda uses: make(uses, self.buckets[0]), share, threads)
+            batches = itertools.islice(self._stream(first, last), ranks.rank(), None, ranks.world_size())
+            return prefetch(lambda uses: make_batch(self._checked(uses)), batches, threads)
+        return prefetch(lambda number: make_batch(self.uses(number)), ranks.shard(range(first, last)), threads)
 
-        def at(number: int) -> Any:
-            bucket, uses = self.order.at(number)
-            return make([(self.train[sample_id], sample_id, use) for sample_id, use in uses], self.buckets[bucket])
+    def uses(self, number: int) -> list[PairUse]:
+        """The uses of batch `number`."""
+        bucket, uses = self.order.at(number)
+        size = self.sizes[bucket]
+        return [PairUse(self.train[i], size, TrainingDraws(self.seed, "pair", i, use)) for i, use in uses]
 
-        return prefetch(at, ranks.shard(range(first, last)), threads)
+    def held_out_use(self, sample_id: int, timestep: int) -> PairUse:
+        """A held-out pair at a timestep."""
+        size = self.sizes[self.held_out_bucket_ids[sample_id]]
+        return PairUse(self.held_out[sample_id], size, HeldOutDraws(self.seed, sample_id, timestep))
 
-    def digests(self) -> Iterator[str]:
-        """What tells one data set from another: the contents of every pair. Of a stream nothing: that would cost as much as the run."""
-        return (
-            iter(())
-            if self.streaming
-            else (pair.image.digest + pair.condition.digest + pair.caption for pair in self.train)
+    def captions(self, more: list[str]) -> PairCaptions:
+        """Every caption of the run, and `more`."""
+        return PairCaptions(self, more)
+
+    def images(self, random_flip: bool, conditions: bool) -> PairImages:
+        """Every image of the run, and with `conditions` every condition image, as the encoder stage takes them."""
+        return PairImages(self, random_flip, conditions)
+
+    def fingerprint(self) -> str:
+        """A hash of the contents of every pair, or of nothing for a stream, which is not read twice."""
+        pairs = () if self.streaming else self.train
+        return text_digest(pair.image.digest + pair.condition.digest + pair.caption for pair in pairs)
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says about the data."""
+        return {
+            "samples": self.epoch_length,
+            "held_out": [pair.image.name for pair in self.held_out],
+            "condition_background": self.background,
+        }
+
+    def _stream(self, first: int, last: int) -> Iterator[list[PairUse]]:
+        """The position in the stream stands for the sample's id."""
+        start = first * self.batch_size
+        pairs = enumerate(self.train.from_position(start), start)
+        for _ in range(first, last):
+            yield [
+                PairUse(pair, self.sizes[0], TrainingDraws(self.seed, "pair", position, 0))
+                for position, pair in itertools.islice(pairs, self.batch_size)
+            ]
+
+    def _checked(self, uses: list[PairUse]) -> list[PairUse]:
+        for use in uses if self.check_pairs else ():
+            require_usable(use.sample, min_size(self.sizes))
+        return uses
+
+
+def load(source: Source, settings: Settings, seed: int) -> PairData:
+    """The pairs of a source, checked and split by `seed`; those of a stream are checked when they are read.
+
+    Raises UserError that lists every problem.
+    """
+    sizes = crop_sizes(settings.aspect_ratio_buckets, settings.resolution)
+    if settings.streaming:
+        samples_per_update = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size()
+        stream = PairStream(source, seed, settings.shuffle_buffer_size, settings.max_train_steps * samples_per_update)
+        return PairData(
+            stream,
+            [],
+            sizes=sizes,
+            seed=seed,
+            batch_size=settings.train_batch_size,
+            check_pairs=not settings.cache_latents,
         )
-
-
-def load_data(
-    source: Source,
-    buckets: list[tuple[int, int]],
-    seed: int,
-    batch_size: int,
-    max_samples: Optional[int],
-    held_out_share: float,
-    skip_bad: bool,
-    threads: int,
-) -> PairData:
-    """The pairs of a source, all of them checked, split by `seed`. Raises UserError listing every problem at once."""
-    found = load_pairs(source)
-    if max_samples:
-        found = found.select(range(min(max_samples, len(found))))
-    found = preflight_pairs(found, min_size(buckets), f"{source.flag} {source.name}", skip_bad, threads)
-    kept, kept_out = split(len(found), held_out_share, seed)
-    return PairData(found.select(kept), list(found.select(kept_out)), buckets, seed, batch_size)
+    pairs = load_pairs(source)
+    if settings.max_train_samples:
+        pairs = pairs.select(range(min(settings.max_train_samples, len(pairs))))
+    pairs = preflight_pairs(
+        pairs,
+        min_size(sizes),
+        f"{source.flag} {source.name}",
+        settings.skip_bad_images,
+        settings.dataloader_num_workers,
+    )
+    train, held_out = split(len(pairs), settings.validation_split, seed)
+    return PairData(
+        pairs.select(train),
+        list(pairs.select(held_out)),
+        sizes=sizes,
+        seed=seed,
+        batch_size=settings.train_batch_size,
+    )
 
 
 @dataclass
 class PairCaptions:
-    """Every caption that a ControlNet run uses, made anew at each iteration: of its pairs, the held-out ones, and `more`."""
+    """Every caption of a run, read anew in each iteration, so that memory does not grow with the data set."""
 
     data: PairData
     more: list[str]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         yield from self.more
-        for group in (self.data.held_out, self.data.train):
-            for pair in group:
+        for pairs in (self.data.held_out, self.data.train):
+            for pair in pairs:
                 yield pair.caption
 
 
 @dataclass
 class PairImages:
-    """Every picture (with `conditions`: and condition) of a ControlNet run with its size and flip, made anew at each iteration."""
+    """Every (image, size, flip) of a run, read anew in each iteration; with `conditions` the condition images too."""
 
     data: PairData
     random_flip: bool
-    conditions: bool = True
+    conditions: bool
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Sample, tuple[int, int], bool]]:
         data = self.data
-        kept_out = data.held_out, data.held_out_numbers, [False]
-        train = (
-            data.train,
-            itertools.repeat(0) if data.streaming else data.numbers,
-            [False, True] if self.random_flip else [False],
-        )
-        for group, numbers, flips in (kept_out, train):
-            for pair, number in zip(group, numbers):
-                if group is data.train and data.streaming:
-                    require_usable(pair, data.buckets)
-                for flip in flips:
-                    for sample in (pair.image, pair.condition) if self.conditions else (pair.image,):
-                        yield sample, data.buckets[number], flip
+        for pair, bucket in zip(data.held_out, data.held_out_bucket_ids):
+            yield from self._images(pair, data.sizes[bucket], [False])
+        train_ids = itertools.repeat(0) if data.streaming else data.bucket_ids
+        for pair, bucket in zip(data.train, train_ids):
+            if data.streaming:
+                require_usable(pair, data.sizes)
+            yield from self._images(pair, data.sizes[bucket], [False, True] if self.random_flip else [False])
+
+    def _images(
+        self, pair: Pair, size: tuple[int, int], flips: list[bool]
+    ) -> Iterator[tuple[Sample, tuple[int, int], bool]]:
+        samples = (pair.image, pair.condition) if self.conditions else (pair.image,)
+        for flip in flips:
+            for sample in samples:
+                yield sample, size, flip

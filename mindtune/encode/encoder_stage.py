@@ -1,7 +1,7 @@
-"""The encode stage: text encoders, VAE and class images in a child process of their own.
+"""The encoder stage: text encoders, VAE and class images run in a child process before training.
 
-When the child ends, the encoders' memory is gone on every backend; deleting a Cell that a graph has used does not do that. What they
-computed is on disk (`mindtune.encode.cache`), one entry a caption or picture.
+When the child process ends, the encoders' memory is free on every backend; deleting a Cell that a graph has used does
+not free it. The results are on disk (`mindtune.encode.cache`), one entry per caption or image.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from mindtune.cli import UserError
+from mindtune.cli import UserError, print_lines
+from mindtune.data.crops import pixel_values
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
 from mindtune.encode.cache import Cache, encoder_fingerprint, key_of
@@ -33,41 +34,46 @@ from mindtune.models.precision import resolve_precision
 from mindtune.models.weights import read_json, weight_files
 
 Size = Union[int, tuple[int, int]]  # side of a square, or (height, width), in pixels
-MINDONE = version("mindone")  # asked once: it takes 0.5 ms, and every key has it
+MINDONE = version("mindone")  # read once: a call takes 0.5 ms, and every cache key contains it
+CAPTIONS_TO_MEASURE = 20_000
+SHARED_FILES_SECONDS = 60  # how long a file system that several machines share may take to show another rank's files
 
 
 @dataclass
-class ClassImages:
-    """An order for class pictures from `prompt` into `folder`: numbers `first` to before `count`, or those of `numbers`."""
+class ClassImageRequest:
+    """Class images to generate from `prompt` into `folder`: those with index `start` up to, not including, `stop`.
+
+    An image's index determines its noise. `indices`, if given, are the ones to generate instead.
+    """
 
     folder: Path
     prompt: str
-    first: int
-    count: int
-    batch: int
+    start: int
+    stop: int
+    batch_size: int
     seed: int
     size: tuple[int, int]  # height and width in pixels
     steps: int = 28
     guidance_scale: float = 3.5
-    numbers: Optional[range] = None
+    indices: Optional[range] = None
 
 
 @dataclass
-class Stage:
-    """One pipeline's encoders with the settings that shape their output, and the cache they fill.
+class EncoderStage:
+    """The encoders of a pipeline, the settings that determine their outputs, and the cache of these outputs.
 
-    `kind` names the pipeline's text encoders in ENCODERS. `vae` and `tokenizer` are folders to use in place of the pipeline's VAE and
-    first tokenizer, `vae_precision` the VAE's type if it is not `precision`. With `int8` FLUX's T5 and the transformer that draws class
-    pictures have int8 weights.
+    `system` is flux, sd or sdxl, a key of ENCODERS. `vae` and `tokenizer` are folders that replace the pipeline's VAE
+    and first tokenizer; `vae_precision` is the VAE's if it differs from `precision`. With `int8`, FLUX's T5 and the
+    transformer that generates class images have int8 weights.
     """
 
     root: Path
     variant: Optional[str]
     precision: str
-    folder: Path
+    cache_dir: Path
     max_sequence_length: int
     interpolation: str = "lanczos"
-    kind: str = "flux"
+    system: str = "flux"
     vae: Optional[Path] = None
     tokenizer: Optional[Path] = None
     vae_precision: Optional[str] = None
@@ -75,171 +81,223 @@ class Stage:
     fingerprints: dict = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cache = Cache(self.folder)
+        self.cache = Cache(self.cache_dir)
         self.vae_variant = self.variant if self.vae is None else None
-        self.vae, self.vae_precision = self.vae or self.root / "vae", self.vae_precision or self.precision
+        self.vae = self.vae or self.root / "vae"
+        self.vae_precision = self.vae_precision or self.precision
         files = weight_files(self.vae.parent, self.vae.name, self.vae_variant)
         self.fingerprints = {"vae": encoder_fingerprint(self.vae, files)}
-        for encoder in ENCODERS[self.kind]:
+        for encoder in ENCODERS[self.system]:
+            files = weight_files(self.root, encoder, self.variant)
             tokenizer = self.tokenizer_folder(encoder)
-            self.fingerprints[encoder] = encoder_fingerprint(
-                self.root / encoder, weight_files(self.root, encoder, self.variant)
-            )
+            self.fingerprints[encoder] = encoder_fingerprint(self.root / encoder, files)
             self.fingerprints[encoder] += encoder_fingerprint(tokenizer, list(tokenizer.glob("*.[tm]*")))
 
     def tokenizer_folder(self, encoder: str) -> Path:
-        """The tokenizer whose ids an encoder takes."""
+        """The folder of a text encoder's tokenizer."""
         if encoder == "text_encoder":
             return self.tokenizer or self.root / "tokenizer"
         return self.root / "tokenizer_2"
 
     def load_vae(self) -> nn.Cell:
-        """The VAE in its type."""
+        """The VAE in `vae_precision`."""
         return load_model(self.vae.parent, self.vae.name, resolve_precision(self.vae_precision), self.vae_variant)
 
+    def is_int8(self, encoder: str) -> bool:
+        """Whether a text encoder has int8 weights: only T5, because CLIP is small."""
+        return self.int8 and ENCODERS[self.system][encoder] is t5_entry
+
+    # ---- cache entries ---------------------------------------------------------------------------
+
     def _made_by(self, precision: str) -> list[str]:
-        """What else an encoder's output hangs on: the types, the device, and whose code ran."""
+        """The part of every key for dtypes, device and mindone's version, which also affect an encoder's output."""
         return [*map(str, resolve_precision(precision)), ms.get_context("device_target"), MINDONE]
 
-    def in_int8(self, encoder: str) -> bool:
-        """Whether a text encoder has int8 weights: T5 alone, CLIP is small."""
-        return self.int8 and ENCODERS[self.kind][encoder] is t5_entry
-
     def text_key(self, encoder: str, caption: str) -> str:
-        length = self.max_sequence_length if encoder == "text_encoder_2" else None
-        made_by = self._made_by(self.precision) + ["int8"] * self.in_int8(encoder)
-        if ENCODERS[self.kind][encoder] is t5_entry:  # entries of 0.1.0 were made with wrong buckets on the CPU
+        """The cache key of a caption's output of one text encoder."""
+        made_by = self._made_by(self.precision) + ["int8"] * self.is_int8(encoder)
+        if (
+            ENCODERS[self.system][encoder] is t5_entry
+        ):  # version 0.1.0 computed T5's position buckets wrongly on the CPU
             made_by.append("exact buckets")
         return key_of(
-            kind=f"{self.kind} {encoder}",
+            kind=f"{self.system} {encoder}",
             caption=caption,
-            length=length,
+            length=self.max_sequence_length if encoder == "text_encoder_2" else None,
             encoder=self.fingerprints[encoder],
             made_by=made_by,
         )
 
     def image_key(self, sample: Sample, size: Size, flip: bool) -> str:
-        shape = [size, self.interpolation, "centre crop", flip]
-        made_by = self._made_by(self.vae_precision)
+        """The cache key of the VAE's output for the centre crop of an image to `size`."""
         return key_of(
-            kind="vae moments", image=sample.digest, shape=shape, encoder=self.fingerprints["vae"], made_by=made_by
+            kind="vae moments",
+            image=sample.digest,
+            shape=[size, self.interpolation, "centre crop", flip],
+            encoder=self.fingerprints["vae"],
+            made_by=self._made_by(self.vae_precision),
         )
 
     def text(self, caption: str) -> dict[str, np.ndarray]:
-        """prompt_embeds [L, D], those of several encoders side by side, and where there are any pooled_prompt_embeds [P]; float32."""
-        entries = [_entry(self.cache, self.text_key(encoder, caption)) for encoder in ENCODERS[self.kind]]
+        """The embeddings of a caption, float32: prompt_embeds [L, D], and for some systems pooled_prompt_embeds [P].
+
+        The hidden states of several encoders are concatenated along D.
+        """
+        entries = [_read_entry(self.cache, self.text_key(encoder, caption)) for encoder in ENCODERS[self.system]]
         text = {name: value for entry in entries for name, value in entry.items()}
-        text["prompt_embeds"] = np.concatenate(
-            [entry["prompt_embeds"] for entry in entries if "prompt_embeds" in entry], axis=-1
-        )
+        states = [entry["prompt_embeds"] for entry in entries if "prompt_embeds" in entry]
+        text["prompt_embeds"] = np.concatenate(states, axis=-1)
         return text
 
     def unconditional(self) -> dict[str, np.ndarray]:
-        """What classifier-free guidance steers away from: `text("")`, or for SDXL zeros unless its model_index.json says otherwise."""
+        """Embeddings of the empty prompt: `text("")`, but zeros for SDXL unless model_index.json says otherwise."""
         index = read_json(self.root, self.root / "model_index.json")
-        zeros = self.kind == "sdxl" and index.get("force_zeros_for_empty_prompt", True)
+        zeros = self.system == "sdxl" and index.get("force_zeros_for_empty_prompt", True)
         return {name: value * 0.0 if zeros else value for name, value in self.text("").items()}
 
     def moments(self, sample: Sample, size: Size, flip: bool) -> np.ndarray:
-        """The VAE's mean and log-variance [2C, H, W] of a picture's centre crop to `size`, float32."""
-        return _entry(self.cache, self.image_key(sample, size, flip))["moments"]
+        """The VAE's mean and log-variance [2C, H, W] for an image's centre crop to `size`, float32."""
+        return _read_entry(self.cache, self.image_key(sample, size, flip))["moments"]
+
+    def image(
+        self, sample: Sample, size: Size, *, crop: Optional[tuple[float, float]], flip: bool, cached: bool
+    ) -> np.ndarray:
+        """What the training step takes of an image: `moments` if `cached`, otherwise pixels [3, H, W] in [-1, 1]."""
+        if cached:
+            return self.moments(sample, size, flip)
+        return pixel_values(sample.open(), size, self.interpolation, crop, flip)
+
+    def encode(
+        self, captions: Iterable[str], images: Iterable[tuple[Sample, Size, bool]], streaming: bool = False
+    ) -> None:
+        """`prepare`, with messages. The captions of a stream are not measured, because that would read it once more."""
+        if images:
+            print("--cache_latents: every image is center-cropped, and with --random_flip cached twice")
+        if not streaming:
+            print_lines(self.long_captions(captions))
+        encoded = self.prepare(captions, images)
+        print(f"encoder stage: {encoded} encoded, the rest was in {self.cache_dir}")
 
     def long_captions(self, captions: Iterable[str]) -> list[str]:
-        """A sentence if the encoder that reads most of a caption does not read all of the first 20,000 (of FLUX that is T5)."""
-        flux = self.kind == "flux"
+        """A message if captions are longer than the text encoder reads: T5 for FLUX, CLIP otherwise.
+
+        Only the first CAPTIONS_TO_MEASURE captions count.
+        """
+        flux = self.system == "flux"
         limit = self.max_sequence_length if flux else CLIP_LENGTH
         tokenizer = load_tokenizer(self.tokenizer_folder("text_encoder_2" if flux else "text_encoder"))
-        # Tokens are made of bytes, and begin and end are two more: only what has more bytes need be counted.
-        long = (
-            caption
-            for caption in dict.fromkeys(itertools.islice(captions, 20_000))
-            if len(caption.encode()) + 2 > limit
-        )
-        lengths = (len(tokenizer(caption, verbose=False).input_ids) for caption in long)
+        unique = dict.fromkeys(itertools.islice(captions, CAPTIONS_TO_MEASURE))
+        # A token has at least one byte, and two tokens mark begin and end: shorter captions need not be tokenized.
+        candidates = (caption for caption in unique if len(caption.encode()) + 2 > limit)
+        lengths = (len(tokenizer(caption, verbose=False).input_ids) for caption in candidates)
         flag = "--max_sequence_length" if flux and limit < 512 else None
-        return on_long_captions(lengths, limit, "T5" if flux else "CLIP", flag)
+        return long_captions_message(lengths, limit, "T5" if flux else "CLIP", flag)
+
+    # ---- encoding --------------------------------------------------------------------------------
 
     def prepare(self, captions: Iterable[str], images: Iterable[tuple[Sample, Size, bool]]) -> int:
-        """Encodes in a child process what the cache lacks; returns how many captions and pictures that was, of all workers together.
+        """Encodes in a child process what the cache lacks.
 
-        Both are gone through twice, here and in the child, which gets them pickled: a list, or an object that makes its items anew
-        each time and holds none, so that memory does not grow with a data set. Several workers look first and then encode a share
-        each; every one returns when all are done. Raises UserError if the child failed.
+        Returns how many captions and images that was, over all ranks. `captions` and `images` are iterated twice, here
+        and in the child, which receives them pickled. Pass lists, or objects that create their items in each iteration
+        and so keep memory constant for large data sets. Each rank encodes its shard and returns when all ranks are
+        done. Raises UserError if the child process fails.
         """
-        missing_texts = {
-            c
-            for c in captions
-            if not all(self.cache.valid(self.text_key(encoder, c)) for encoder in ENCODERS[self.kind])
+        encoders = ENCODERS[self.system]
+        missing_captions = {
+            caption
+            for caption in captions
+            if not all(self.cache.valid(self.text_key(encoder, caption)) for encoder in encoders)
         }
-        missing_images = {key for job in images if not self.cache.valid(key := self.image_key(*job))}
-        ranks.all_gather()  # nobody writes before all have looked: they share out the same list
-        texts, keys = ranks.shard(sorted(missing_texts)), ranks.shard(sorted(missing_images))
-        if texts or keys:
-            share = None if ranks.world_size() == 1 else set(keys)
-            _in_child((self, captions if share is None and texts else texts, images if keys else (), None, share))
+        missing_keys = {key for image in images if not self.cache.valid(key := self.image_key(*image))}
+        ranks.all_gather()  # nobody writes before all ranks have checked the cache: all shard the same list
+        caption_shard = ranks.shard(sorted(missing_captions))
+        key_shard = ranks.shard(sorted(missing_keys))
+        if caption_shard or key_shard:
+            job = EncodeJob(self, caption_shard, images if key_shard else (), image_keys=set(key_shard))
+            if ranks.world_size() == 1:
+                job = job._replace(captions=captions if caption_shard else caption_shard, image_keys=None)
+            _in_child(job)
         ranks.all_gather()
-        self._require(missing_texts, missing_images)
-        _entry.cache_clear()
-        return len(missing_texts) + len(missing_images)
+        self._wait_for_entries(missing_captions, missing_keys)
+        _read_entry.cache_clear()
+        return len(missing_captions) + len(missing_keys)
 
-    def _require(self, texts: Iterable[str], keys: Iterable[str]) -> None:
-        """What the other workers have made is here too; a file system of several machines may take a moment to show it."""
-        wanted = [*keys, *(self.text_key(encoder, caption) for caption in texts for encoder in ENCODERS[self.kind])]
-        deadline = time.monotonic() + 60
-        for path in map(self.cache.path, wanted if ranks.world_size() > 1 else ()):
+    def _wait_for_entries(self, captions: Iterable[str], image_keys: Iterable[str]) -> None:
+        """Waits until this rank sees the entries that other ranks wrote: a shared file system may show them late."""
+        if ranks.world_size() == 1:
+            return
+        text_keys = (self.text_key(encoder, caption) for caption in captions for encoder in ENCODERS[self.system])
+        deadline = time.monotonic() + SHARED_FILES_SECONDS
+        for path in map(self.cache.path, [*image_keys, *text_keys]):
             while not path.is_file():
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{path}: another worker made it and it is not here. Give a --cache_dir that all machines share."
+                        f"{path}: another rank wrote it, but it is not visible here. Give a --cache_dir that all "
+                        "machines share."
                     )
                 time.sleep(1)
 
-    def generate(self, order: ClassImages) -> None:
-        """Makes this worker's share of class pictures in a child process; returns when all workers are done."""
-        ranks.all_gather()  # all have counted the pictures that are there
+    def generate(self, request: ClassImageRequest) -> None:
+        """Generates this rank's shard of class images in a child process; returns when all ranks are done."""
+        ranks.all_gather()  # nobody writes before all ranks have counted the existing images
         if ranks.world_size() > 1:
-            self.prepare([order.prompt], [])  # by one of them; a lone worker's child does both
-        numbers = ranks.shard(range(order.first, order.count))
-        if numbers:
-            _in_child((self, [], [], replace(order, numbers=numbers), None))
+            self.prepare([request.prompt], [])  # encoded once; with one rank its child encodes the prompt itself
+        indices = ranks.shard(range(request.start, request.stop))
+        if indices:
+            _in_child(EncodeJob(self, [], [], class_images=replace(request, indices=indices)))
         ranks.all_gather()
 
 
-@lru_cache(maxsize=64)  # of FLUX.1-dev's captions 8 MB each
-def _entry(cache: Cache, key: str) -> dict[str, np.ndarray]:
+class EncodeJob(NamedTuple):
+    """What the child process has to do.
+
+    `image_keys` limits the images to those with one of these cache keys; None: all.
+    """
+
+    stage: EncoderStage
+    captions: Iterable[str]
+    images: Iterable[tuple[Sample, Size, bool]]
+    class_images: Optional[ClassImageRequest] = None
+    image_keys: Optional[set[str]] = None
+
+
+@lru_cache(maxsize=64)  # a caption takes 8 MB with FLUX.1-dev
+def _read_entry(cache: Cache, key: str) -> dict[str, np.ndarray]:
     entry = cache.get(key)
     if entry is None:
         raise UserError(
-            f"{cache.path(key)}: the cache entry has gone while training. Start again; it will be encoded anew."
+            f"{cache.path(key)}: this cache entry was deleted during training. Start again; it will be encoded again."
         )
     return entry
 
 
-def _in_child(job: tuple) -> None:
-    # The child is no worker, and MindSpore would take it for one. Its device is the worker's, by DEVICE_ID.
+def _in_child(job: EncodeJob) -> None:
+    # Without MS_ROLE: MindSpore would take the child for a worker of the job. DEVICE_ID gives it this process's device.
     environment = {name: value for name, value in os.environ.items() if name != "MS_ROLE"}
-    done = subprocess.run(
-        [sys.executable, "-m", "mindtune.encode.child"], input=pickle.dumps((os.getpid(), *job)), env=environment
-    )
-    if done.returncode == 2:
-        raise UserError("the encode stage stopped (its message is above)")
-    if done.returncode != 0:
-        how = (
-            f"was killed by signal {-done.returncode}"
-            if done.returncode < 0
-            else f"failed with exit code {done.returncode}"
-        )
+    command = [sys.executable, "-m", "mindtune.encode.child"]
+    code = subprocess.run(command, input=pickle.dumps((os.getpid(), *job)), env=environment).returncode
+    if code == 2:
+        raise UserError("the encoder stage stopped (its message is above)")
+    if code != 0:
+        reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
         raise UserError(
-            f"the encode stage {how}. Its message is above; with none, it most often ran out of memory: T5 alone takes 10 GB in half."
+            f"the encoder stage {reason}. Its message is above; if there is none, it probably ran out of memory: T5 "
+            "alone needs 10 GB in half precision."
         )
 
 
-def on_long_captions(lengths: Iterable[int], limit: int, reader: str, flag: Optional[str] = None) -> list[str]:
-    """A sentence if captions of `lengths` tokens are cut off by a `reader` of at most `limit`, which `flag` raises."""
-    if not (cut := [length for length in lengths if length > limit]):
+def long_captions_message(lengths: Iterable[int], limit: int, encoder: str, flag: Optional[str] = None) -> list[str]:
+    """One message if any of `lengths`, in tokens, is above `limit`, else [].
+
+    `flag` is the flag that raises the limit.
+    """
+    too_long = [length for length in lengths if length > limit]
+    if not too_long:
         return []
-    what = f"{len(cut)} captions are" if len(cut) > 1 else "1 caption is"
-    way = f"Raise {flag}, or shorten them." if flag else "Put what matters first, or shorten them."
+    count = f"{len(too_long)} captions are" if len(too_long) > 1 else "1 caption is"
+    advice = f"Raise {flag}, or shorten them." if flag else "Put what matters first, or shorten them."
     return [
-        f"{what} longer than {reader} reads: {limit} tokens, the longest has {max(cut)}. The rest of them is cut off. {way}"
+        f"{count} longer than {encoder} reads: {limit} tokens, the longest has {max(too_long)}. The rest is cut off. "
+        f"{advice}"
     ]

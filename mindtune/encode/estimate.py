@@ -30,10 +30,10 @@ def read_encoders(name: Optional[str], cache_dir: Optional[str]) -> Encoders:
     if name is None:
         return FLUX_DEV
     # These import mindone, which the check of images does not need.
-    from mindtune.models import configs, loading, pipelines
+    from mindtune.models import configs, pipelines, tokenization
 
     root = pipelines.resolve_pipeline(name, None, None, cache_dir, {"vae": (), "text_encoder": ()}, weights=False)
-    vae = configs.read_config(root, "vae")
+    channels, factor = configs.latent_layout(configs.read_config(root, "vae"))
     clip = configs.read_config(root, "text_encoder")
     tokenizer_folders = {"CLIP": "tokenizer"}
     if (root / "transformer").is_dir():
@@ -51,11 +51,11 @@ def read_encoders(name: Optional[str], cache_dir: Optional[str]) -> Encoders:
         widths = [clip["hidden_size"]]
     return Encoders(
         kind=kind,
-        channels=vae["latent_channels"],
-        factor=2 ** (len(vae["block_out_channels"]) - 1),
+        channels=channels,
+        factor=factor,
         widths=widths,
         tokenizers={
-            encoder: loading.load_tokenizer(root / folder)
+            encoder: tokenization.load_tokenizer(root / folder)
             for encoder, folder in tokenizer_folders.items()
             if (root / folder).is_dir()
         },

@@ -1,33 +1,38 @@
-"""What each text encoder makes of a caption."""
+"""What the cache stores of each text encoder's output for one caption."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 import numpy as np
+from mindspore import nn
 
 
-def _clip_entry(encoder, tokenizer, caption: str, length: int) -> dict[str, np.ndarray]:
+def _pooled_entry(encoder: nn.Cell, tokenizer: Any, caption: str, length: int) -> dict[str, np.ndarray]:
+    """CLIP's pooled output [P]: FLUX's first encoder."""
     return {"pooled_prompt_embeds": clip_pooled(encoder, tokenizer, caption)}
 
 
-def t5_entry(encoder, tokenizer, caption: str, length: int) -> dict[str, np.ndarray]:
+def t5_entry(encoder: nn.Cell, tokenizer: Any, caption: str, length: int) -> dict[str, np.ndarray]:
+    """T5's last hidden states [length, D], float32: FLUX's second encoder."""
     states = encoder(ms.Tensor(token_ids(tokenizer, caption, length)[None]))[0][0]
     return {"prompt_embeds": states.to(ms.float32).asnumpy()}
 
 
-def _last_entry(encoder, tokenizer, caption: str, length: int) -> dict[str, np.ndarray]:
+def _last_entry(encoder: nn.Cell, tokenizer: Any, caption: str, length: int) -> dict[str, np.ndarray]:
     """CLIP's last hidden states [77, D], normalised: what Stable Diffusion 1 and 2 were trained with."""
     return {"prompt_embeds": _clip(encoder, tokenizer, caption)[0][0].to(ms.float32).asnumpy()}
 
 
-def _penultimate_entry(encoder, tokenizer, caption: str, length: int) -> dict[str, np.ndarray]:
-    """CLIP's hidden states before the last layer [77, D], not normalised (Podell et al., arXiv 2307.01952, section 2.1)."""
+def _penultimate_entry(encoder: nn.Cell, tokenizer: Any, caption: str, length: int) -> dict[str, np.ndarray]:
+    """CLIP's states before its last layer [77, D], not normalised (Podell et al., arXiv 2307.01952, section 2.1)."""
     states = _clip(encoder, tokenizer, caption, output_hidden_states=True)[2]
     return {"prompt_embeds": states[-2][0].to(ms.float32).asnumpy()}
 
 
-def _projected_entry(encoder, tokenizer, caption: str, length: int) -> dict[str, np.ndarray]:
-    """Penultimate hidden states [77, D], and the pooled output [P] after its projection."""
+def _projected_entry(encoder: nn.Cell, tokenizer: Any, caption: str, length: int) -> dict[str, np.ndarray]:
+    """CLIP's penultimate hidden states [77, D], and the pooled output [P] after its projection."""
     pooled, _, states = _clip(encoder, tokenizer, caption, output_hidden_states=True)[:3]
     return {
         "prompt_embeds": states[-2][0].to(ms.float32).asnumpy(),
@@ -35,26 +40,26 @@ def _projected_entry(encoder, tokenizer, caption: str, length: int) -> dict[str,
     }
 
 
-# Kind of pipeline -> its text encoders and what is kept of each.
+# System -> its text encoders, each with the function that makes a cache entry of a caption.
 ENCODERS = {
-    "flux": {"text_encoder": _clip_entry, "text_encoder_2": t5_entry},
+    "flux": {"text_encoder": _pooled_entry, "text_encoder_2": t5_entry},
     "sd": {"text_encoder": _last_entry},
     "sdxl": {"text_encoder": _penultimate_entry, "text_encoder_2": _projected_entry},
 }
 
 
-def clip_pooled(encoder, tokenizer, caption: str) -> np.ndarray:
-    """CLIP's pooled output [P] of one caption, float32."""
+def clip_pooled(encoder: nn.Cell, tokenizer: Any, caption: str) -> np.ndarray:
+    """CLIP's pooled output [P] for one caption, float32."""
     return _clip(encoder, tokenizer, caption)[1][0].to(ms.float32).asnumpy()
 
 
-def _clip(encoder, tokenizer, caption: str, **options):
-    """What a CLIP text encoder gives for one caption, padded to the length it was trained with."""
+def _clip(encoder: nn.Cell, tokenizer: Any, caption: str, **options: Any) -> tuple:
+    """The outputs of a CLIP text encoder for one caption, padded to the length that it was trained with."""
     ids = token_ids(tokenizer, caption, tokenizer.model_max_length)
     return encoder(ms.Tensor(ids[None], ms.int32), **options)
 
 
-def token_ids(tokenizer, caption: str, length: int) -> np.ndarray:
-    """int64 [length]: padded, truncated."""
+def token_ids(tokenizer: Any, caption: str, length: int) -> np.ndarray:
+    """Token ids int64 [length], padded or truncated."""
     ids = tokenizer(caption, padding="max_length", max_length=length, truncation=True).input_ids
     return np.asarray(ids, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The configs of a pipeline's components, read with the defaults of their classes."""
+"""Reads the configs of a pipeline's components, with the defaults of their classes."""
 
 from __future__ import annotations
 
@@ -13,38 +13,47 @@ from mindtune.models.weights import read_json
 
 
 @contextlib.contextmanager
-def from_files(folder: Path) -> Iterator[None]:
-    """Says of whatever goes wrong inside that the files of `folder` are to blame: libraries raise anything for odd values. UserError."""
+def convert_errors(folder: Path) -> Iterator[None]:
+    """Turns any exception in the block into a UserError that names `folder`.
+
+    Libraries raise exceptions of every type for unexpected values in files.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{folder}: cannot be made from its files ({type(error).__name__}: {error}). Copy or download them again."
+            f"{folder}: its files cannot be loaded ({type(error).__name__}: {error}). Copy or download them again."
         ) from error
 
 
 def config_file(name: str) -> str:
+    """The path of a component's config relative to the pipeline's directory."""
     return f"{name}/scheduler_config.json" if name == "scheduler" else f"{name}/config.json"
 
 
 def read_config(root: Path, name: str) -> dict[str, Any]:
-    """A component's config.json (scheduler_config.json), with its class's defaults for the keys that it lacks.
+    """A component's config.json (or scheduler_config.json), with the defaults of its class for missing keys.
 
-    Those keys are listed as `_use_default_values`, as diffusers does: another class made of the config has its own defaults for them.
-    Raises ValueError naming the file if it is torn, OSError if it is missing.
+    `_use_default_values` lists those keys, as in diffusers: another class built from the config has other defaults for
+    them. Raises ValueError with the file's name if it is damaged, and OSError if it is missing.
     """
-    found = read_json(root, root / config_file(name))
-    if isinstance(found.get("text_config"), dict) and "architectures" in found:  # of a whole CLIP
-        found = {**found, **found["text_config"], "architectures": found["architectures"]}
-    defaults = {key: value for key, value in config_defaults(class_of(found)).items() if key not in found}
+    config = read_json(root, root / config_file(name))
+    if isinstance(config.get("text_config"), dict) and "architectures" in config:  # the config of a whole CLIP model
+        config = {**config, **config["text_config"], "architectures": config["architectures"]}
+    defaults = {key: value for key, value in config_defaults(class_of(config)).items() if key not in config}
     defaults = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
-    return {**found, **defaults, "_use_default_values": [*defaults]}
+    return {**config, **defaults, "_use_default_values": [*defaults]}
 
 
 def class_of(config: dict[str, Any]) -> str:
-    """The class that a config names."""
+    """The name of the class in a config: `_class_name` for diffusers, `architectures[0]` for transformers."""
     architectures = config.get("architectures")
-    named = architectures[0] if isinstance(architectures, list) and architectures else "(none named)"
-    return str(config.get("_class_name") or named)
+    name = architectures[0] if isinstance(architectures, list) and architectures else "(none named)"
+    return str(config.get("_class_name") or name)
+
+
+def latent_layout(vae_config: dict[str, Any]) -> tuple[int, int]:
+    """The number of channels of a VAE's latents, and the pixels per latent along a side."""
+    return vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)

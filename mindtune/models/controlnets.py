@@ -1,4 +1,4 @@
-"""New ControlNets, made of copies of the base model's blocks."""
+"""Creates ControlNets from copies of the base model's blocks."""
 
 from __future__ import annotations
 
@@ -12,61 +12,60 @@ from mindspore import nn
 from mindspore.nn.utils import no_init_parameters
 
 from mindtune.models.configs import read_config
-from mindtune.models.fast_ops import use_operators
-from mindtune.models.flux_blocks import bind
 from mindtune.models.library import mindone
-from mindtune.models.loading import (
-    Shape,
-    check_fit,
+from mindtune.models.loading import accepted_arguments, load_model
+from mindtune.models.named_parameters import (
+    ParameterShape,
+    check_tensors,
     fill_parameter,
-    known_arguments,
     model_parameters,
     parameter_shapes,
 )
+from mindtune.models.precision import resolve_precision
+from mindtune.models.replaced_layers import use_fast_ops
+from mindtune.models.shared_blocks import use_shared_blocks
 from mindtune.models.weights import stored_tensors
 from mindtune.rng import generator
 
 
 def flux_controlnet(root: Path, num_layers: int, num_single_layers: int, variant: Optional[str] = None) -> nn.Cell:
-    """A ControlNet that starts as a copy of the transformer's embedders and first blocks, float32, its added projections zero.
+    """A float32 ControlNet that starts as a copy of the transformer's embedders and first blocks.
 
-    The copies are read from the transformer's files: what is in memory may be int8. Zero outputs make the first prediction the base
-    model's own. Source: Zhang et al., "Adding Conditional Control" (arXiv 2302.05543).
+    Its added projections start at zero, so the first prediction equals the base model's. The copies are read from the
+    transformer's files, because the weights in memory may be int8. Source: Zhang et al., "Adding Conditional Control"
+    (arXiv 2302.05543).
     """
-    controlnet, stored = (
-        empty_flux_controlnet(root, num_layers, num_single_layers),
-        stored_tensors(root, "transformer", variant),
-    )
+    controlnet = empty_flux_controlnet(root, num_layers, num_single_layers)
+    stored = stored_tensors(root, "transformer", variant)
     added = ("controlnet_x_embedder.", "controlnet_blocks.", "controlnet_single_blocks.")
     parameters = model_parameters(controlnet)
     copied = {name: parameter for name, parameter in parameters.items() if not name.startswith(added)}
-    check_fit(root / "transformer", copied, stored)
+    check_tensors(root / "transformer", copied, stored)
     for name, parameter in parameters.items():
         if name in copied:
             fill_parameter(parameter, stored[name])
         else:
             parameter.set_data(ms.Tensor(np.zeros(parameter.shape, np.float32)))
             parameter.init_mode = None
-    return bind(use_operators(controlnet))
+    return use_shared_blocks(use_fast_ops(controlnet))
 
 
 def empty_flux_controlnet(root: Path, num_layers: int, num_single_layers: int) -> nn.Cell:
-    """A new ControlNet of a transformer's width in evaluation mode, with float32 parameters that have no memory yet."""
-    config = known_arguments(mindone.diffusers.FluxControlNetModel, read_config(root, "transformer"))
+    """A ControlNet for a transformer, in evaluation mode; its float32 parameters have no memory yet."""
+    config = accepted_arguments(mindone.diffusers.FluxControlNetModel, read_config(root, "transformer"))
     config.update(num_layers=num_layers, num_single_layers=num_single_layers)
     with no_init_parameters():
         return mindone.diffusers.FluxControlNetModel(**config).set_train(False)
 
 
 def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
-    """A ControlNet that starts as a copy of a UNet's first half, float32, its added projections zero.
+    """A float32 ControlNet that starts as a copy of a UNet's first half, with its added projections at zero.
 
-    Its layers that read the condition picture start as PyTorch's convolutions do, uniform in +-1 / sqrt(inputs), from `seed`.
-    Source: Zhang et al., "Adding Conditional Control" (arXiv 2302.05543), section 3.2.
+    The layers that read the condition image start like PyTorch's convolutions: uniform in +-1 / sqrt(inputs), from
+    `seed`. Source: Zhang et al., "Adding Conditional Control" (arXiv 2302.05543), section 3.2.
     """
-    controlnet = mindone.diffusers.ControlNetModel(
-        **known_arguments(mindone.diffusers.ControlNetModel, dict(unet.config))
-    )
+    config = accepted_arguments(mindone.diffusers.ControlNetModel, dict(unet.config))
+    controlnet = mindone.diffusers.ControlNetModel(**config)
     copied = model_parameters(unet)
     zero = ("controlnet_cond_embedding.conv_out.", "controlnet_down_blocks.", "controlnet_mid_block.")
     parameters = model_parameters(controlnet)
@@ -79,26 +78,33 @@ def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
         else:
             value = copied[name].to(ms.float32).asnumpy()
         parameter.set_data(ms.Tensor(value))
-    return use_operators(controlnet.set_train(False))
+    return use_fast_ops(controlnet.set_train(False))
 
 
-def controlnet_shapes(root: Path, base: str, num_layers: int = 0, num_single_layers: int = 0) -> list[Shape]:
-    """The same of a new ControlNet for the pipeline's `base`, transformer or unet; blocks are those of a FLUX ControlNet."""
+def controlnet_shapes(root: Path, base: str, num_layers: int = 0, num_single_layers: int = 0) -> list[ParameterShape]:
+    """The parameter shapes of a new ControlNet, from configs alone.
+
+    `base` is the pipeline's component that it controls, transformer or unet. The numbers of layers are those of a FLUX
+    ControlNet.
+    """
     if base == "transformer":
         return parameter_shapes(empty_flux_controlnet(root, num_layers, num_single_layers))
+    config = accepted_arguments(mindone.diffusers.ControlNetModel, read_config(root, base))
     with no_init_parameters():
-        return parameter_shapes(
-            mindone.diffusers.ControlNetModel(
-                **known_arguments(mindone.diffusers.ControlNetModel, read_config(root, base))
-            )
-        )
+        return parameter_shapes(mindone.diffusers.ControlNetModel(**config))
 
 
-def recompute_unet(model: nn.Cell) -> None:
-    """Activations of a UNet's or ControlNet's residual and transformer blocks are computed again in the backward pass, not kept.
+def load_controlnet(folder: Path) -> nn.Cell:
+    """An existing ControlNet in float32, to be trained on."""
+    return load_model(folder.parent, folder.name, resolve_precision("no"))
 
-    mindone's own switch leaves out the first residual block of every level and all attention.
+
+def recompute_unet(*models: nn.Cell) -> None:
+    """Recomputes the activations of UNets' or ControlNets' residual and transformer blocks in the backward pass.
+
+    mindone's own gradient checkpointing leaves out the first residual block of every level and all attention.
     """
-    for _, cell in model.cells_and_names():
-        if type(cell).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
-            cell.recompute()
+    for model in models:
+        for _, cell in model.cells_and_names():
+            if type(cell).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
+                cell.recompute()

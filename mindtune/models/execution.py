@@ -1,4 +1,4 @@
-"""How models run: graph mode or PyNative, evaluation mode, and memory that is given back."""
+"""How models run: graph mode or PyNative, evaluation mode, and freeing memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from mindtune.models.library import pynative_no_grad
 
 @contextlib.contextmanager
 def pynative():
-    """PyNative for a while: pictures and held-out losses need no compiled graph of their own, and their memory is given back."""
+    """Switches to PyNative without gradients.
+
+    Validation images and held-out losses need no compiled graph, whose memory stays.
+    """
     mode = ms.get_context("mode")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
@@ -26,26 +29,29 @@ def pynative():
 
 @contextlib.contextmanager
 def eval_mode(*trained: nn.Cell):
-    """The trained models without dropout, in PyNative, recording nothing for a backward pass."""
-    marks = [model.requires_grad for model in trained]
+    """Runs the trained models in PyNative without dropout and without recording a backward pass."""
+    requires_grad = [model.requires_grad for model in trained]
     with pynative():
         for model in trained:
-            # mindone's TrainStep marks its model: every call would begin a graph for a backward pass, which stays for good.
+            # mindone's TrainStep calls set_grad on its model: every call would record a graph that is never freed.
             model.set_train(False).set_grad(False)
         yield
-        for model, mark in zip(trained, marks):
-            model.set_train(True).set_grad(mark)
+        for model, value in zip(trained, requires_grad):
+            model.set_train(True).set_grad(value)
 
 
 def free_memory() -> None:
-    """What nothing refers to any more goes back to the system: Python collects it, and glibc, where there is one, keeps none of it."""
+    """Returns unused memory to the system: collects garbage, and makes glibc release the heap it keeps."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_up_device(graph_mode: bool) -> None:
-    """Graph mode or PyNative. On the CPU PyNative launches blocking: handing every operator to a thread costs 7x the time."""
+    """Sets graph mode or PyNative.
+
+    On the CPU, operators launch synchronously: a thread for each takes 7 times as long.
+    """
     ms.set_context(mode=ms.GRAPH_MODE if graph_mode else ms.PYNATIVE_MODE)
     if ms.get_context("device_target") == "CPU":
         ms.runtime.launch_blocking()

@@ -1,13 +1,15 @@
-"""The tensors of a FLUX LoRA in the layouts of other tools: read from any that `lora_names` knows, written in three of them.
+"""Converts the tensors of a FLUX LoRA between layouts: from any layout in `lora_names`, to the three below.
 
     diffusers   transformer.<layer>.lora_A.weight, .lora_B.weight               text_encoder.<layer of CLIP>...
-    kohya       lora_unet_<native layer>.lora_down.weight, .lora_up.weight      lora_te1_<layer of CLIP>...       with _ for every dot
-    comfyui     diffusion_model.<native layer>.lora_A.weight, .lora_B.weight    text_encoders.clip_l.transformer.<layer of CLIP>...
+    kohya       lora_unet_<native layer>.lora_down.weight, .lora_up.weight      lora_te1_<layer of CLIP>...   (_ for .)
+    comfyui     diffusion_model.<native layer>.lora_A.weight, .lora_B.weight    text_encoders.clip_l.transformer.<layer>
 
-A (or down) is [rank, inputs], B (or up) [outputs, rank]; beside them may be `.alpha`, a number; the layer's weight changes by
-alpha / rank * B A, and by B A without alpha. Native are the layers of Black Forest Labs' own model: there q, k and v are one weight, in
-single blocks with the MLP's first layer below them, and `final_layer.adaLN_modulation.1` gives shift and scale, which `norm_out.linear`
-gives as scale and shift. Layouts as read by sd-scripts `networks/lora_flux.py`, ComfyUI `comfy/lora.py` and `flux_to_diffusers` in
+A (or down) is [rank, inputs] and B (or up) is [outputs, rank]. A file may also have a number `.alpha` per layer. The
+layer's weight changes by alpha / rank * B A, or by B A without alpha. "Native" layers are those of Black Forest Labs'
+own model. In it q, k and v are one weight; in single blocks the first layer of the MLP follows in the same weight. Its
+`final_layer.adaLN_modulation.1` outputs shift and scale, diffusers' `norm_out.linear` scale and shift.
+
+Sources of the layouts: sd-scripts `networks/lora_flux.py`, ComfyUI `comfy/lora.py` and `flux_to_diffusers` in
 `comfy/utils.py`, and diffusers' `loaders/single_file_utils.py`. Pure NumPy; raises ValueError.
 """
 
@@ -19,21 +21,24 @@ from typing import NamedTuple, Optional
 import ml_dtypes
 import numpy as np
 
-from mindtune.models import lora_names
-from mindtune.models.lora_names import NATIVE, SWAPPED
+from mindtune.models import flux_layer_names, lora_names
+from mindtune.models.flux_layer_names import NATIVE_LAYERS, SWAPPED_LAYER
 
-LAYOUTS = ("diffusers", "kohya", "comfyui")  # that are written
-_A_ENDS = (".lora_A.weight", ".lora_down.weight")
-_OTHER_FILE = "Give a LoRA of FLUX.1"
+LAYOUTS = ("diffusers", "kohya", "comfyui")  # that can be written
+_A_ENDINGS = (".lora_A.weight", ".lora_down.weight")
+_ADVICE = "Give a LoRA of FLUX.1"
 _FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 _KOHYA_PREFIXES = {"diffusion_model.": "lora_unet_", "text_encoders.clip_l.transformer.": "lora_te1_"}
 
-# Layer in ComfyUI's layout -> the layers in diffusers' that it holds.
-_PARTS = {
-    f"diffusion_model.{native}": [f"transformer.{layer}" for layer in layers] for native, layers in NATIVE.items()
+# Layer in ComfyUI's layout -> the layers in diffusers' layout that it contains.
+_CONTAINED = {
+    f"diffusion_model.{native}": [f"transformer.{layer}" for layer in layers]
+    for native, layers in NATIVE_LAYERS.items()
 }
-_PARTS.update({f"text_encoders.clip_l.transformer.{layer}": [f"text_encoder.{layer}"] for layer in lora_names.CLIP})
-_NATIVE = {part: native for native, parts in _PARTS.items() for part in parts}
+_CONTAINED.update(
+    {f"text_encoders.clip_l.transformer.{layer}": [f"text_encoder.{layer}"] for layer in flux_layer_names.CLIP_LAYERS}
+)
+_CONTAINER = {layer: native for native, layers in _CONTAINED.items() for layer in layers}
 
 
 class _Lora(NamedTuple):
@@ -43,131 +48,136 @@ class _Lora(NamedTuple):
 
 
 def _kohya_name(native: str) -> str:
+    """Kohya's name of a layer in ComfyUI's layout."""
     prefix = next(prefix for prefix in _KOHYA_PREFIXES if native.startswith(prefix))
     return _KOHYA_PREFIXES[prefix] + native[len(prefix) :].replace(".", "_")
 
 
 def ranks(tensors: dict[str, np.ndarray]) -> dict[str, int]:
-    """The rank of every layer that the tensors adapt, in a layout that is written."""
-    return {name[: -len(end)]: a.shape[0] for name, a in tensors.items() for end in _A_ENDS if name.endswith(end)}
+    """The rank of every adapted layer, for tensors in one of `LAYOUTS`."""
+    return {name[: -len(end)]: a.shape[0] for name, a in tensors.items() for end in _A_ENDINGS if name.endswith(end)}
 
 
 def to_diffusers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors in diffusers' layout, from any of `lora_names.LAYOUTS_READ`. `.alpha` is left out where it is the rank.
+    """Converts tensors from any of `lora_names.LAYOUTS_READ` to diffusers' layout. Omits `.alpha` where it is the rank.
 
-    Of a native weight that holds several layers, a layer gets its block, if B consists of equal blocks on the diagonal, without the
-    columns that only fill it up: those that are zero in A and B. Any other B gives a layer all columns in which its own rows are not
-    all zero, with their rows of A. A layer that is left with no column was not adapted. (An adapter that was never trained has a B of
-    zeros, so it counts as blocks; where its rank does not divide, each layer gets all of A.) Weights of 8 bits become float16, which
-    holds every value that they can have.
+    A native weight that contains several layers is split. If B consists of equal blocks on the diagonal, each layer
+    gets its block without padding columns, which are zero in A and in B. Otherwise each layer gets the columns in which
+    its rows of B are not all zero, and the matching rows of A. A layer without columns is not adapted. (An untrained
+    adapter has a B of zeros, so it counts as blocks; if its rank is not divisible, each layer gets all of A.) 8-bit
+    weights become float16, which represents all of their values.
 
-    Raises ValueError for another kind of file, a layer that FLUX does not have, and for shapes and values that cannot be.
+    Raises ValueError for another type of file, for a layer that FLUX does not have, and for invalid shapes and values.
     """
-    loras, origin = {}, {}
-    for module, entry in lora_names.modules(tensors).items():
-        model, names, swapped = lora_names.where(module)
-        lora = _lora(module, {role: tensors[name] for role, name in entry.items()})
-        parts = _split(module, lora, len(names)) if len(names) > 1 else [_swap(lora) if swapped else lora]
-        for layer in (f"{model}.{name}" for name in names):
-            if layer in origin:
-                raise ValueError(f"{origin[layer]} and {module} both adapt {layer}. Keep one of them")
-            origin[layer] = module
-        loras.update({f"{model}.{name}": part for name, part in zip(names, parts) if part is not None})
-    return _tensors(loras, "lora_A", "lora_B", every_alpha=False)
+    loras, adapted_by = {}, {}
+    for module, entries in lora_names.modules(tensors).items():
+        model, layers, swapped = flux_layer_names.resolve(module)
+        lora = _make_lora(module, {role: tensors[name] for role, name in entries.items()})
+        split = _split(module, lora, len(layers)) if len(layers) > 1 else [_swap_halves(lora) if swapped else lora]
+        for name in (f"{model}.{layer}" for layer in layers):
+            if name in adapted_by:
+                raise ValueError(f"{adapted_by[name]} and {module} both adapt {name}. Keep one of them")
+            adapted_by[name] = module
+        loras.update({f"{model}.{layer}": part for layer, part in zip(layers, split) if part is not None})
+    return _to_tensors(loras, "lora_A", "lora_B", every_alpha=False)
 
 
 def from_diffusers(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
-    """Tensors in diffusers' layout as `layout` has them: the inverse of `to_diffusers`, with `.alpha` for every layer.
+    """Converts tensors from diffusers' layout to `layout`, with `.alpha` for every layer. Inverts `to_diffusers`.
 
-    A native weight that holds several layers gets A = [A_q; A_k; ...] and a block-diagonal B, or, if all its layers share one A, that
-    A and B = [B_q; B_k; ...]. The blocks are equal, filled up with zeros to the largest rank among them, also for layers that are not
-    adapted: sd-scripts and diffusers cut them so. Alpha grows with the rank, so that alpha / rank stays; where that differs among the
-    layers it goes into B.
+    A native weight that contains several layers gets A = [A_q; A_k; ...] and a block-diagonal B, or, if all of its
+    layers share one A, that A and B = [B_q; B_k; ...]. All blocks are padded with zeros to the largest rank, and layers
+    that are not adapted get a block too, because sd-scripts and diffusers split them into equal blocks. Alpha grows
+    with the rank, so alpha / rank stays the same; if that differs between the layers, it is multiplied into B.
 
-    Raises ValueError for a layer that the layout has no name for, and for shapes that cannot be.
+    Raises ValueError for a layer that the layout has no name for, and for invalid shapes.
     """
     if layout == "diffusers":
         return tensors
     groups: dict[str, dict[str, _Lora]] = {}
-    for module, entry in lora_names.modules(tensors).items():
-        lora = _lora(module, {role: tensors[name] for role, name in entry.items()})
+    for module, entries in lora_names.modules(tensors).items():
+        lora = _make_lora(module, {role: tensors[name] for role, name in entries.items()})
         template, number = _template(module)
-        if template not in _NATIVE:
-            raise ValueError(f"{layout}'s layout has no name for the layer {module}. {_OTHER_FILE}")
-        groups.setdefault(_NATIVE[template].replace("#", number), {})[template] = lora
+        if template not in _CONTAINER:
+            raise ValueError(f"{layout}'s layout has no name for the layer {module}. {_ADVICE}")
+        groups.setdefault(_CONTAINER[template].replace("#", number), {})[template] = lora
     loras = {}
     for native, found in groups.items():
         template = _template(native)[0]
-        parts = [found.get(part) for part in _PARTS[template]]
+        parts = [found.get(layer) for layer in _CONTAINED[template]]
         lora = _fuse(native, parts) if len(parts) > 1 else parts[0]
-        loras[native] = _swap(lora) if template == f"diffusion_model.{SWAPPED}" else lora
+        loras[native] = _swap_halves(lora) if template == f"diffusion_model.{SWAPPED_LAYER}" else lora
     if layout == "kohya":
-        return _tensors(
-            {_kohya_name(native): lora for native, lora in loras.items()}, "lora_down", "lora_up", every_alpha=True
-        )
-    return _tensors(loras, "lora_A", "lora_B", every_alpha=True)
+        loras = {_kohya_name(native): lora for native, lora in loras.items()}
+        return _to_tensors(loras, "lora_down", "lora_up", every_alpha=True)
+    return _to_tensors(loras, "lora_A", "lora_B", every_alpha=True)
 
 
-def _lora(module: str, entry: dict[str, np.ndarray]) -> _Lora:
-    shapes = [entry[role].shape if role in entry else "nothing" for role in "ab"]
+def _make_lora(module: str, entries: dict[str, np.ndarray]) -> _Lora:
+    """Checks the entries "a", "b" and perhaps "alpha" of one layer."""
+    shapes = [entries[role].shape if role in entries else "nothing" for role in "ab"]
     if "nothing" in shapes or [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
         raise ValueError(
-            f"A and B of {module} are {shapes[0]} and {shapes[1]}, which is no LoRA of a linear layer. {_OTHER_FILE}"
+            f"A and B of {module} are {shapes[0]} and {shapes[1]}, which is not a LoRA of a linear layer. {_ADVICE}"
         )
     if 0 in shapes[0] + shapes[1]:
-        raise ValueError(f"A and B of {module} are {shapes[0]} and {shapes[1]}: empty. {_OTHER_FILE}")
-    a, b = (_float(f"{role.upper()} of {module}", entry[role]) for role in "ab")
-    return _Lora(a, b, _alpha(module, entry["alpha"]) / a.shape[0] if "alpha" in entry else 1.0)
+        raise ValueError(f"A and B of {module} are {shapes[0]} and {shapes[1]}: empty. {_ADVICE}")
+    a, b = (_as_float(f"{role.upper()} of {module}", entries[role]) for role in "ab")
+    return _Lora(a, b, _alpha(module, entries["alpha"]) / a.shape[0] if "alpha" in entries else 1.0)
 
 
-def _float(what: str, value: np.ndarray) -> np.ndarray:
+def _as_float(name: str, value: np.ndarray) -> np.ndarray:
     if value.dtype in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
         value = value.astype(np.float16)
     if value.dtype not in _FLOATS:
         raise ValueError(
-            f"{what} is stored as {value.dtype}, not as floating point: quantised LoRAs are not read. {_OTHER_FILE}"
+            f"{name} is stored as {value.dtype}, not as floating point: quantised LoRAs are not supported. {_ADVICE}"
         )
     if not np.isfinite(value).all():
-        raise ValueError(f"{what} holds NaN or infinity: the file is damaged, or its training failed. {_OTHER_FILE}")
+        raise ValueError(f"{name} holds NaN or infinity: the file is damaged, or its training failed. {_ADVICE}")
     return value
 
 
 def _alpha(module: str, value: np.ndarray) -> float:
-    """One number, whatever its shape."""
+    """The value of an `.alpha` entry: one number in an array of any shape."""
     values = np.unique(value.astype(np.float64))
     if values.size != 1 or not np.isfinite(values[0]):
-        raise ValueError(f"alpha of {module} is {value.tolist()}, expected one finite number. {_OTHER_FILE}")
+        raise ValueError(f"alpha of {module} is {value.tolist()}, expected one finite number. {_ADVICE}")
     return float(values[0])
 
 
-def _tensors(loras: dict[str, _Lora], a: str, b: str, every_alpha: bool) -> dict[str, np.ndarray]:
-    out = {}
+def _to_tensors(loras: dict[str, _Lora], a: str, b: str, every_alpha: bool) -> dict[str, np.ndarray]:
+    """Names the tensors; `a` and `b` are the layout's names of the two halves."""
+    tensors = {}
     for module, lora in loras.items():
-        out[f"{module}.{a}.weight"], out[f"{module}.{b}.weight"] = lora.a, lora.b
+        tensors[f"{module}.{a}.weight"] = lora.a
+        tensors[f"{module}.{b}.weight"] = lora.b
         if every_alpha or lora.scale != 1.0:
-            out[f"{module}.alpha"] = np.array(lora.scale * lora.a.shape[0], np.float32)
-    return out
+            tensors[f"{module}.alpha"] = np.array(lora.scale * lora.a.shape[0], np.float32)
+    return tensors
 
 
 def _template(module: str) -> tuple[str, str]:
-    """The name with # for its block's number, and that number."""
+    """The name with # in place of its block number, and that number (empty without a block)."""
     number = re.search(r"(?<=blocks[._]|layers[._])\d+(?=[._])", module)
     return (module[: number.start()] + "#" + module[number.end() :], number[0]) if number else (module, "")
 
 
-def _rows(count: int, inputs: int) -> list[int]:
-    """Outputs of the layers in one native weight: q, k and v are as wide as their input, the MLP is four times as wide."""
+def _output_widths(count: int, inputs: int) -> list[int]:
+    """The number of outputs of the layers in a native weight: `inputs` for q, k and v, four times that for the MLP."""
     return [inputs, inputs, inputs, 4 * inputs][:count]
 
 
 def _fuse(native: str, parts: list[Optional[_Lora]]) -> _Lora:
+    """Joins the LoRAs of the layers in one native weight; see `from_diffusers`."""
     found = [part for part in parts if part is not None]
     inputs = found[0].a.shape[1]
-    rows = _rows(len(parts), inputs)
+    rows = _output_widths(len(parts), inputs)
     for part, outputs in zip(parts, rows):
         if part is not None and (part.a.shape[1], part.b.shape[0]) != (inputs, outputs):
             raise ValueError(
-                f"A and B of a layer in {native} are {part.a.shape} and {part.b.shape}, expected {inputs} -> {outputs}. {_OTHER_FILE}"
+                f"A and B of a layer in {native} are {part.a.shape} and {part.b.shape}, expected {inputs} inputs and "
+                f"{outputs} outputs. {_ADVICE}"
             )
     scale = found[0].scale
     if any(part.scale != scale for part in found):
@@ -187,10 +197,12 @@ def _fuse(native: str, parts: list[Optional[_Lora]]) -> _Lora:
 
 
 def _split(module: str, lora: _Lora, count: int) -> list[Optional[_Lora]]:
-    (rank, inputs), rows = lora.a.shape, _rows(count, lora.a.shape[1])
+    """Splits the LoRA of a native weight, None for a layer that is not adapted; see `to_diffusers`."""
+    rank, inputs = lora.a.shape
+    rows = _output_widths(count, inputs)
     if lora.b.shape[0] != sum(rows):
         raise ValueError(
-            f"B of {module} has {lora.b.shape[0]} rows, expected {sum(rows)} for {inputs} inputs. {_OTHER_FILE}"
+            f"B of {module} has {lora.b.shape[0]} rows, expected {sum(rows)} for {inputs} inputs. {_ADVICE}"
         )
     pieces = np.split(lora.b, np.cumsum(rows)[:-1])
     used = np.array([np.any(piece != 0, axis=0) for piece in pieces])
@@ -204,7 +216,7 @@ def _split(module: str, lora: _Lora, count: int) -> list[Optional[_Lora]]:
     ]
 
 
-def _swap(lora: _Lora) -> _Lora:
-    """The two halves of the outputs, exchanged."""
+def _swap_halves(lora: _Lora) -> _Lora:
+    """Swaps the two halves of the outputs."""
     half = lora.b.shape[0] // 2
     return lora._replace(b=np.concatenate([lora.b[half:], lora.b[:half]]))

@@ -1,4 +1,4 @@
-"""The safetensors files of a model: which there are, whether they are whole, and what tensors they hold. Reads headers only."""
+"""The safetensors files of a model: their names, whether they are complete, and their tensors. Reads headers only."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mindtune.cli import UserError
-from mindtune.models.precision import NUMPY_TYPES
+from mindtune.models.precision import NUMPY_DTYPES
 
-PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")  # files whose reading runs what is written in them
-# Weight files in formats that are not read -> what they are called.
-FOREIGN = {".gguf": "GGUF weights", ".msgpack": "Flax weights", ".onnx": "ONNX weights"}
-# Types of a weight file, as its header calls them.
-FILE_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": NUMPY_TYPES[ms.bfloat16]}
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")  # loading a pickle can run code
+# Endings of weight files in formats that are not supported -> the name of the format.
+UNSUPPORTED = {".gguf": "GGUF weights", ".msgpack": "Flax weights", ".onnx": "ONNX weights"}
+# Floating dtypes by their names in the header of a safetensors file.
+FILE_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": NUMPY_DTYPES[ms.bfloat16]}
+LFS_POINTER = "is a Git LFS pointer: run git lfs pull where the repository was cloned"
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor is: its file, its type there (a key of FILE_TYPES if it is a float), its shape, and its first byte."""
+    """Where a tensor is stored. `dtype` is its name in the header, a key of FILE_DTYPES if it is floating point."""
 
     path: Path
-    kind: str
+    dtype: str
     shape: tuple[int, ...]
-    offset: int
+    offset: int  # of its first byte in the file
 
 
 def read_json(root: Path, path: Path) -> dict:
-    """Raises ValueError naming the file if it is torn or holds no object."""
-    if is_pointer(path):
-        raise ValueError(f"{path.relative_to(root)} {POINTER}")
+    """The JSON object in a file. Raises ValueError with the file's name if it is damaged or holds something else."""
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path.relative_to(root)} {LFS_POINTER}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -44,32 +45,27 @@ def read_json(root: Path, path: Path) -> dict:
     return content
 
 
-POINTER = "is a pointer of Git LFS: run git lfs pull where it was cloned"
-
-
-def is_pointer(path: Path) -> bool:
-    """Whether git left a note in the place of a large file, as it does without git-lfs."""
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is the small text file that git leaves in place of a large one when git-lfs is missing."""
     with open(path, "rb") as file:
         return file.read(24) == b"version https://git-lfs."
 
 
-def stem_of(component: str) -> str:
-    """The name of a component's weight file, without variant and ending."""
+def weight_file_stem(component: str) -> str:
+    """The name of a component's weight file, without variant and extension."""
     return "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
 def weight_files(root: Path, name: str, variant: Optional[str] = None) -> list[Path]:
-    """The safetensors files of a component: one, or the shards that its index names, whether they exist or not.
+    """The paths of a component's safetensors files: one file, or the shards in its index. They may not exist.
 
-    A component without files of the variant is read from its plain ones, as diffusers does.
+    A component without files of the variant uses the files without a variant, as in diffusers.
     """
     files = _named_files(root, name, variant)
-    if (
-        variant
-        and not has_variant(root, name, variant)
-        and any(path.is_file() for path in _named_files(root, name, None))
-    ):
-        return _named_files(root, name, None)
+    if variant and not has_variant(root, name, variant):
+        plain = _named_files(root, name, None)
+        if any(path.is_file() for path in plain):
+            return plain
     return files
 
 
@@ -79,24 +75,24 @@ def has_variant(root: Path, name: str, variant: str) -> bool:
 
 
 def _named_files(root: Path, name: str, variant: Optional[str]) -> list[Path]:
-    folder, stem = root / name, stem_of(name)
+    """The paths for exactly this variant (None: no variant)."""
+    folder, stem = root / name, weight_file_stem(name)
     middle = f".{variant}" if variant else ""
     for index in (f"{stem}.safetensors.index{middle}.json", f"{stem}{middle}.safetensors.index.json"):
         if (folder / index).is_file():
             shards = read_json(root, folder / index).get("weight_map")
             if not isinstance(shards, dict) or not shards:
                 raise ValueError(f"{name}/{index} names no files (no weight_map)")
-            if strange := [
-                shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard
-            ]:
-                raise ValueError(f"{name}/{index} names {strange[0]!r}, which is no file of this directory")
+            outside = [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]
+            if outside:
+                raise ValueError(f"{name}/{index} names {outside[0]!r}, which is not a file in this directory")
             return sorted({folder / shard for shard in shards.values()})
     return [folder / f"{stem}{middle}.safetensors"]
 
 
 def file_patterns(name: str, variant: Optional[str] = None) -> list[str]:
-    """Patterns of a component's safetensors files on the hub: of this variant alone, in one file or in shards."""
-    stem, shard = stem_of(name), "-?????-of-?????"
+    """Glob patterns of a component's safetensors files for exactly this variant: a single file, or shards."""
+    stem, shard = weight_file_stem(name), "-?????-of-?????"
     if variant is None:
         return [f"{stem}.safetensors", f"{stem}{shard}.safetensors"]
     return [
@@ -107,7 +103,7 @@ def file_patterns(name: str, variant: Optional[str] = None) -> list[str]:
 
 
 def stored_tensors(root: Path, name: str, variant: Optional[str] = None) -> dict[str, StoredTensor]:
-    """Every tensor of a component's files by its name, in the files' order. Raises UserError for a torn file."""
+    """Every tensor of a component by name, in the order of its files. Raises UserError for a damaged file."""
     stored = {}
     for path in weight_files(root, name, variant):
         if problem := file_problem(root, path):
@@ -117,9 +113,8 @@ def stored_tensors(root: Path, name: str, variant: Optional[str] = None) -> dict
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         for key, entry in header.items():
-            stored[key] = StoredTensor(
-                path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-            )
+            offset = 8 + length + entry["data_offsets"][0]
+            stored[key] = StoredTensor(path, dtype=entry["dtype"], shape=tuple(entry["shape"]), offset=offset)
     return stored
 
 
@@ -132,42 +127,43 @@ def linear_layers(root: Path, name: str, variant: Optional[str] = None) -> dict[
     return {layer: (shape[1], shape[0]) for layer, shape in matrices.items() if not layer.endswith("_embedding")}
 
 
-def missing_file(name: str, path: Path, there: list[str]) -> str:
-    """What to say of a component's weight file that is missing from its folder, which has the files `there`."""
-    stem, said = stem_of(name), f"{name}/{path.name} is missing"
+def missing_file_problem(name: str, path: Path, existing: list[str]) -> str:
+    """The message for a missing weight file of a component whose folder has the files `existing`."""
+    stem, problem = weight_file_stem(name), f"{name}/{path.name} is missing"
     pattern = re.compile(rf"{stem}(?:\.(\w+))?(?:-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.safetensors")
-    found = [match for other in sorted(there) if (match := pattern.fullmatch(other))]
-    variants = [variant for match in found for variant in match.groups() if variant not in (None, "non_ema")]
-    if path.name == f"{stem}.safetensors" and any(match.groups() == (None, None) for match in found):
-        return f"{said}, and so is {stem}.safetensors.index.json, which tells what its shards hold"
+    matches = [match for other in sorted(existing) if (match := pattern.fullmatch(other))]
+    variants = [variant for match in matches for variant in match.groups() if variant not in (None, "non_ema")]
+    if path.name == f"{stem}.safetensors" and any(match.groups() == (None, None) for match in matches):
+        return f"{problem}, and so is {stem}.safetensors.index.json, which lists the shards"
     if variants:
-        return f"{said}; there are files of the variant {variants[0]}: add --variant {variants[0]}"
-    for other in sorted(there):
-        for ending, what in FOREIGN.items():
+        return f"{problem}; there are files of the variant {variants[0]}: add --variant {variants[0]}"
+    for other in sorted(existing):
+        for ending, file_format in UNSUPPORTED.items():
             if other.endswith(ending):
                 return (
-                    f"{said}; {name}/{other} holds {what}, which are not read: download the .safetensors files instead"
+                    f"{problem}; {name}/{other} holds {file_format}, which are not supported: download the "
+                    ".safetensors files instead"
                 )
         if other.endswith(PICKLED):
-            return f"{said}; {name}/{other} is a pickle, which can run code and is not loaded"
-        if other.endswith(".safetensors") and not found:
-            return f"{said}; there is {name}/{other}, which has another name: rename it if it is this model's"
-    return said
+            return f"{problem}; {name}/{other} is a pickle, which can run code and is not loaded"
+        if other.endswith(".safetensors") and not matches:
+            return f"{problem}; {name}/{other} has another name: rename it if it belongs to this model"
+    return problem
 
 
 def file_problem(root: Path, path: Path) -> Optional[str]:
-    """What is wrong with a weight file that should be whole; None if nothing is."""
+    """Describes why a weight file is not complete; None if it is. Checks the header, the size, and every shape."""
     name = path.relative_to(root)
     if not path.is_file():
         return f"{name} is missing"
-    if is_pointer(path):
-        return f"{name} {POINTER}"
+    if is_lfs_pointer(path):
+        return f"{name} {LFS_POINTER}"
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length >= size:
-            return f"{name} is cut short ({size:,} bytes)"
+            return f"{name} is truncated ({size:,} bytes)"
         try:
             entries = [entry for key, entry in json.loads(file.read(length)).items() if key != "__metadata__"]
             expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)

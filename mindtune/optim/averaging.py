@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import mindspore as ms
 from mindspore import nn, ops
 
 
 class EMA(nn.Cell):
-    """Exponential moving average of parameters, float32, on the device; early on it forgets faster.
+    """Exponential moving average of parameters, float32, on the device.
 
-    The decay at update t is min(decay, (1 + t) / (10 + t)), as in diffusers and timm.
+    The decay at update t is min(decay, (1 + t) / (10 + t)), as in diffusers and timm: smaller in the first updates.
     """
 
     def __init__(self, parameters: list[ms.Parameter], decay: float):
@@ -24,25 +25,25 @@ class EMA(nn.Cell):
         self.hyper_map = ops.HyperMap()
 
     def update(self, step: int, every: int = 1) -> None:
-        """After update number `step` (from 1); with `every` above 1 called so many updates apart."""
+        """Updates the averages after update `step` (from 1). `every`: the number of updates since the last call."""
         decay = min(self.decay, (1 + step) / (10 + step)) ** every
         self(ms.Tensor(1.0 - decay, ms.float32))
 
-    def construct(self, share):
-        return self.hyper_map(ops.partial(_approach, share), self.averages, self.live)
+    def construct(self, weight):
+        return self.hyper_map(ops.partial(_move, weight), self.averages, self.live)
 
     @contextlib.contextmanager
-    def in_use(self):
-        """The averages stand in the parameters' place for a while."""
-        kept = [p.asnumpy().copy() for p in self.live]
+    def averaged(self) -> Iterator[None]:
+        """A context in which the parameters have their averages as values."""
+        live_values = [p.asnumpy().copy() for p in self.live]
         for parameter, average in zip(self.live, self.averages):
             parameter.set_data(ms.Tensor(average.asnumpy(), parameter.dtype))
         try:
             yield
         finally:
-            for parameter, value in zip(self.live, kept):
+            for parameter, value in zip(self.live, live_values):
                 parameter.set_data(ms.Tensor(value, parameter.dtype))
 
 
-def _approach(share, average, live):
-    return ops.assign(average, average + share * (live.to(ms.float32) - average))
+def _move(weight, average, live):
+    return ops.assign(average, average + weight * (live.to(ms.float32) - average))

@@ -1,8 +1,9 @@
-"""ZeRO stage 1: each worker has the optimizer's state of its share of the parameters, updates these, and sends them to the others.
+"""ZeRO stage 1: the optimizer state is sharded over the ranks.
 
-Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (arXiv 1910.02054), section 5.1. A
-parameter belongs to one worker as a whole, so that any optimizer will do that looks at one tensor at a time, and a checkpoint has the
-same names and shapes as without.
+Each rank keeps the state of its shard of the parameters, updates that shard, and sends it to the other ranks.
+Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (arXiv 1910.02054),
+section 5.1. A shard consists of whole parameters. So every optimizer works that updates each tensor independently, and
+checkpoints have the same names and shapes as without ZeRO.
 """
 
 from __future__ import annotations
@@ -17,26 +18,28 @@ from mindtune.distributed import ranks
 
 
 def check_flags(stage: int, distributed: bool, optimizer: str) -> None:
-    """Raises UserError where --zero_stage does not go with the other flags."""
+    """Raises UserError if --zero_stage does not work with the other flags."""
     if stage > 1:
-        what = "gradients" if stage == 2 else "gradients and weights"
+        sharded = "gradients" if stage == 2 else "gradients and weights"
         raise UserError(
-            f"--zero_stage {stage}: sharing out {what} takes ReduceScatter, which MindSpore lacks on the CPU, and mindone's helper for it "
-            "belongs to another training step than this one. Use --zero_stage 1."
+            f"--zero_stage {stage}: sharding {sharded} needs ReduceScatter, which MindSpore does not have on the "
+            "CPU, and mindone's helper for it works only with mindone's own training step. Use --zero_stage 1."
         )
     if stage and not distributed:
         raise UserError(
-            "--zero_stage 1: shares the optimizer's state out over workers, and there is one. Add --distributed (see there)."
+            "--zero_stage 1: shards the optimizer state over several ranks. Add --distributed (see its help)."
         )
     if stage and optimizer == "prodigy":
         raise UserError(
-            "--zero_stage 1 with --optimizer prodigy: its step size needs sums over all parameters. Use another optimizer."
+            "--zero_stage 1 with --optimizer prodigy: its step size needs sums over all parameters. Use another "
+            "optimizer."
         )
 
 
-def partition(sizes: list[int], workers: int) -> list[int]:
-    """The worker that each of `sizes` goes to: the largest first, each to the one with the least so far."""
-    owners, load = [0] * len(sizes), [0] * workers
+def partition(sizes: list[int], world_size: int) -> list[int]:
+    """The rank that owns each of `sizes`: from the largest on, each goes to the rank with the smallest sum so far."""
+    owners = [0] * len(sizes)
+    load = [0] * world_size
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         owners[index] = load.index(min(load))
         load[owners[index]] += sizes[index]
@@ -44,40 +47,43 @@ def partition(sizes: list[int], workers: int) -> list[int]:
 
 
 class ShardedOptimizer(nn.Cell):
-    """Stands for make(groups), of which this worker has its part. `groups` are dicts with "params", a list.
+    """The optimizer create(groups) with its state sharded over the ranks. `groups` are dicts with "params", a list.
 
-    Raises UserError if there are more workers than parameters.
+    Raises UserError if there are more ranks than parameters.
     """
 
-    def __init__(self, make: Callable[[list], nn.Optimizer], groups: list[dict]) -> None:
+    def __init__(self, create: Callable[[list], nn.Optimizer], groups: list[dict]) -> None:
         super().__init__(auto_prefix=False)
         self.parameters = ms.ParameterTuple([p for group in groups for p in group["params"]])
         if len(self.parameters) < ranks.world_size():
             raise UserError(
-                f"--zero_stage 1: {len(self.parameters)} parameters cannot be shared out over {ranks.world_size()} workers."
+                f"--zero_stage 1: {len(self.parameters)} parameters cannot be sharded over {ranks.world_size()} "
+                "ranks. Use fewer devices."
             )
         self.owners = tuple(partition([p.size for p in self.parameters], ranks.world_size()))
         self.own_indices = tuple(i for i, owner in enumerate(self.owners) if owner == ranks.rank())
         own = {id(self.parameters[i]) for i in self.own_indices}
-        parts = [{**group, "params": [p for p in group["params"] if id(p) in own]} for group in groups]
-        self.own = make([part for part in parts if part["params"]])
+        own_groups = [{**group, "params": [p for p in group["params"] if id(p) in own]} for group in groups]
+        self.own = create([group for group in own_groups if group["params"]])
         rates = iter({id(rate): rate for rate in self.own.learning_rate}.values())
-        # One a group, as `optim.set_learning_rates` wants them; a group of which nothing is here has one that nobody reads.
+        # One per group, as `set_learning_rates` expects; a group without parameters on this rank has an unused one.
         self.learning_rate = [
-            next(rates) if part["params"] else ms.Parameter(ms.Tensor(0.0), name="unused") for part in parts
+            next(rates) if group["params"] else ms.Parameter(ms.Tensor(0.0), name="unused") for group in own_groups
         ]
-        self.broadcasts = [ops.Broadcast(number) for number in range(ranks.world_size())]
+        self.broadcasts = [ops.Broadcast(rank) for rank in range(ranks.world_size())]
 
     def construct(self, gradients):
         own = ()
         for i in self.own_indices:
             own += (gradients[i],)
         self.own(own)
-        # All workers exchange in one order: the first sends after all gradients have come, each of the others after the one before.
-        done = gradients
+        # All ranks send the parameters in the same order: the first when all gradients have arrived, each other after
+        # the one before.
+        previous = gradients
         for i in range(len(self.parameters)):
-            # A copy, for a graph moves a collective up to where its data is ready: the first parameter went out as it was before.
-            fresh = ops.deepcopy(ops.depend(self.parameters[i], done))
-            value = self.broadcasts[self.owners[i]]((fresh,))[0]
-            done = ops.assign(self.parameters[i], value)
+            # Of a copy, because a graph runs a collective as soon as its input is ready: it would send the old first
+            # parameter.
+            updated = ops.deepcopy(ops.depend(self.parameters[i], previous))
+            value = self.broadcasts[self.owners[i]]((updated,))[0]
+            previous = ops.assign(self.parameters[i], value)
         return True

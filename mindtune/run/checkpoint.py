@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written beside their final name, synced, renamed, with a hash of every file."""
+"""Checkpoints that are complete or absent: written under a temporary name, synced, renamed, with hashes of files."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ MANIFEST = "manifest.json"
 def save_checkpoint(
     output_dir: Path, step: int, write: Callable[[Path], None], total_limit: Optional[int] = None
 ) -> Path:
-    """Makes output_dir/checkpoint-<step>: `write(folder)` fills a hidden folder, which then gets its manifest and its name.
+    """Writes output_dir/checkpoint-<step> and returns it: `write(folder)` fills a hidden folder, which is then renamed.
 
-    Afterwards removes the oldest of our checkpoints above `total_limit`. Raises OSError with nothing left behind if the disk
-    fills up; the checkpoints before stay as they are. A whole checkpoint of that step is the same run's and is left alone, so that a
-    run which is resumed at its end puts nothing at risk.
+    Removes the oldest checkpoints above `total_limit` afterwards. If the disk is full, raises OSError, leaves nothing
+    behind, and keeps the older checkpoints. An undamaged checkpoint of that step belongs to the same run and is kept
+    as it is, so that resuming a finished run cannot lose it.
     """
     output_dir = Path(output_dir)
     final = output_dir / f"checkpoint-{step}"
@@ -44,17 +44,20 @@ def save_checkpoint(
         for path in partial.rglob("*"):
             sync(path)
         sync(partial)
-        aside = Path(tempfile.mkdtemp(prefix=f"{final.name}.found-", dir=output_dir)) if final.exists() else None
-        if aside:
-            os.replace(final, aside)
+        existing = Path(tempfile.mkdtemp(prefix=f"{final.name}.found-", dir=output_dir)) if final.exists() else None
+        if existing:
+            os.replace(final, existing)
         os.replace(partial, final)
-        if aside and (aside / MANIFEST).is_file():  # our own, damaged; anything else is not ours to delete
-            shutil.rmtree(aside)
+        if (
+            existing and (existing / MANIFEST).is_file()
+        ):  # a damaged checkpoint; other programs' folders are not deleted
+            shutil.rmtree(existing)
         sync(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if total_limit:
-        # Never the new one: after a resume from an older checkpoint its number may be below those of the run before.
+        # Never the new one: after resuming from an older checkpoint its step may be lower than those of existing
+        # checkpoints.
         others = [folder for folder in checkpoints(output_dir) if folder != final]
         for old in others[: max(0, len(others) + 1 - total_limit)]:
             shutil.rmtree(old)
@@ -62,27 +65,23 @@ def save_checkpoint(
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Our checkpoint folders by rising step, verified or not. A folder without a manifest is not ours."""
-    found = [
-        p
-        for p in Path(output_dir).glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", p.name) and (p / MANIFEST).is_file()
-    ]
-    return sorted(found, key=step_of)
+    """The checkpoint folders in `output_dir` by step, damaged ones included. A folder without a manifest is none."""
+    named = [folder for folder in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted((folder for folder in named if (folder / MANIFEST).is_file()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The update a checkpoint was made after; also of one that was set aside."""
+    """The number of updates before a checkpoint, also of one that was set aside."""
     return int(re.match(r"checkpoint-(\d+)", folder.name)[1])
 
 
 def belongs_to(folder: Optional[Path], output_dir: Path) -> bool:
-    """True if `folder` is a checkpoint inside `output_dir`: the run there is the one it goes on with."""
+    """True if `folder` is a checkpoint in `output_dir`, so that resuming from it continues the run there."""
     return folder is not None and folder.resolve().parent == Path(output_dir).resolve()
 
 
 def damage(folder: Path) -> Optional[str]:
-    """What is wrong with a checkpoint, or None if every file is there with the hash it was written with."""
+    """What is wrong with a checkpoint, or None if every file exists with the hash that the manifest records."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -96,18 +95,18 @@ def damage(folder: Path) -> Optional[str]:
 
 
 def find_checkpoint(output_dir: Path, which: str) -> Optional[Path]:
-    """What `--resume_from_checkpoint` names: `latest`, a name under the output directory, or a path.
+    """The checkpoint that `--resume_from_checkpoint` names: latest, a name in the output directory, or a path.
 
-    `latest` is the newest that verifies; damaged ones are named on the way back. None if `latest` finds no checkpoint at all.
-    Raises UserError if the named one is absent or damaged, or if all are damaged.
+    latest is the newest undamaged one; newer, damaged ones are reported. Returns None if it finds no checkpoint at all.
+    Raises UserError if the named checkpoint is absent or damaged, or if latest finds only damaged ones.
     """
     if which != "latest":
-        folder = next((p for p in (Path(output_dir) / which, Path(which)) if p.is_dir()), None)
+        folder = next((path for path in (Path(output_dir) / which, Path(which)) if path.is_dir()), None)
         if folder is None:
             names = ", ".join(p.name for p in checkpoints(output_dir)) or "none"
             raise UserError(f"--resume_from_checkpoint {which}: no such checkpoint. In {output_dir}: {names}.")
         if (problem := damage(folder)) is not None:
-            raise UserError(f"--resume_from_checkpoint {which}: {problem}. Name another one, or say latest.")
+            raise UserError(f"--resume_from_checkpoint {which}: {problem}. Name another checkpoint, or latest.")
         return folder
     candidates = checkpoints(output_dir)
     for folder in reversed(candidates):
@@ -117,7 +116,8 @@ def find_checkpoint(output_dir: Path, which: str) -> Optional[Path]:
         print(f"{folder.name}: {problem}; falling back to the checkpoint before it")
     if candidates:
         raise UserError(
-            f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged. Start anew in another directory."
+            f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged. Start a new run in "
+            "another directory."
         )
     return None
 
@@ -125,46 +125,54 @@ def find_checkpoint(output_dir: Path, which: str) -> Optional[Path]:
 def open_output_dir(
     name: str, resume: Optional[str], overwrite: bool, our_files: Iterable[str], final: str
 ) -> tuple[Path, Optional[Path]]:
-    """(output directory, checkpoint to go on from or None), with what --resume_from_checkpoint and --overwrite_output_dir say.
+    """The output directory and the checkpoint to resume from or None. Writes nothing.
 
-    `our_files` are the names a run leaves there besides checkpoints, `final` the one that a finished run has. Writes nothing.
-    Raises UserError for a directory that cannot be written to or that holds another run.
+    `resume` and `overwrite` are the values of --resume_from_checkpoint and --overwrite_output_dir. `our_files` are the
+    names of the files that a run writes besides checkpoints, `final` is the one that only a finished run has. Raises
+    UserError if the directory is not writable or holds another run.
     """
     output_dir = Path(name)
     require_writable("--output_dir", name)
-    found = [file for file in our_files if (output_dir / file).exists()] + [p.name for p in checkpoints(output_dir)]
+    found = [file for file in our_files if (output_dir / file).exists()]
+    found += [folder.name for folder in checkpoints(output_dir)]
     folder = None
     if resume:
         folder = find_checkpoint(output_dir, resume)
         if belongs_to(folder, output_dir):
             return output_dir, folder
-        # A run that was stopped before its first checkpoint has no result yet: that one may start over.
+        # A run that was stopped before its first checkpoint may start over: it has no result yet.
         if folder is None and final not in found:
             print(f"--resume_from_checkpoint latest: no checkpoint in {output_dir}; starting from the beginning")
             return output_dir, None
     if found and not overwrite:
         raise UserError(
-            f"--output_dir {output_dir}: holds another run ({', '.join(found[:3])}). Go on with it by --resume_from_checkpoint latest, "
-            "name another directory, or remove that run by --overwrite_output_dir."
+            f"--output_dir {output_dir}: holds another run ({', '.join(found[:3])}). Continue it with "
+            "--resume_from_checkpoint latest, name another directory, or remove that run with --overwrite_output_dir."
         )
     return output_dir, folder
 
 
 def remove_old_run(output_dir: Path, logging_dir: Path, our_files: Iterable[str]) -> None:
-    """Only what a run makes, by its names; the cache stays, and so does a logging directory outside, maybe shared."""
-    aside = [p for p in output_dir.glob("checkpoint-*.set-aside-*") if (p / MANIFEST).is_file()]
+    """Deletes the files that a run writes, by their names.
+
+    The cache is kept, and so is a logging directory outside `output_dir`, which other runs may use.
+    """
+    aside = [folder for folder in output_dir.glob("checkpoint-*.set-aside-*") if (folder / MANIFEST).is_file()]
     for folder in (*checkpoints(output_dir), *aside, *output_dir.glob(".checkpoint-*.partial")):
         shutil.rmtree(folder)
-    pictures = [*output_dir.glob("samples/step-*.png"), output_dir / "samples" / "final.png"]
-    own_logs = logging_dir.glob("events.out.tfevents*") if output_dir.resolve() in logging_dir.resolve().parents else ()
-    for path in (*(output_dir / file for file in our_files), *pictures, *own_logs):
+    files = [output_dir / file for file in our_files]
+    files += [*output_dir.glob("samples/step-*.png"), output_dir / "samples" / "final.png"]
+    if output_dir.resolve() in logging_dir.resolve().parents:
+        files += logging_dir.glob("events.out.tfevents*")
+    for path in files:
         path.unlink(missing_ok=True)
 
 
 def set_aside_later(output_dir: Path, folder: Path) -> list[Path]:
-    """Renames our valid checkpoints after `folder` to <name>.set-aside, so that `latest` means the run that goes on from `folder`.
+    """Renames undamaged checkpoints later than `folder` to <name>.set-aside-<random>, and returns the new paths.
 
-    Does nothing if `folder` is in another directory. Returns the new names.
+    Without this, latest would name the abandoned continuation of the run after resuming from an older checkpoint. Does
+    nothing if `folder` is in another directory.
     """
     if not belongs_to(folder, output_dir):
         return []
@@ -177,28 +185,30 @@ def set_aside_later(output_dir: Path, folder: Path) -> list[Path]:
 
 
 def save_state(path: Path, parameters: dict[str, Union[ms.Parameter, np.ndarray]]) -> None:
-    """Exact values of named parameters, or arrays, to a safetensors file."""
+    """Writes the exact values of named parameters or arrays to a safetensors file."""
     values = {name: p.asnumpy() if isinstance(p, ms.Tensor) else p for name, p in parameters.items()}
-    # Not ascontiguousarray, which makes a scalar an array of one.
+    # Not ascontiguousarray, which turns a scalar into an array of one element.
     save_file({name: np.asarray(value, order="C") for name, value in values.items()}, path)
     make_readable(path)
 
 
 def load_state(path: Path, parameters: dict[str, ms.Parameter], elsewhere: Iterable[str] = ()) -> None:
-    """Sets every parameter to the value saved under its name; `elsewhere` are the names that other workers have.
+    """Sets every parameter to the value saved under its name. `elsewhere` are the names of parameters on other ranks.
 
-    Raises UserError if names or shapes are not the same.
+    Raises UserError if names or shapes differ.
     """
-    # Checkpoints of before --zero_stage numbered the optimizer's state: optimizer.0001.name.
+    # Version 0.1.0 numbered the optimizer's state: optimizer.0001.name.
     tensors = {re.sub(r"^optimizer\.\d{4}\.", "optimizer.", name): value for name, value in load_file(path).items()}
     for name in sorted(set(tensors) ^ {*parameters, *elsewhere}):
-        where = "this run has no such state" if name in tensors else "the checkpoint has no such state"
+        missing = "this run has no such state" if name in tensors else "the checkpoint has no such state"
         raise UserError(
-            f"{path}: {name}: {where}. Resume with the flags (rank, targets, optimizer, ...) that the run was started with."
+            f"{path}: {name}: {missing}. Resume with the flags (rank, targets, optimizer, ...) that the run was "
+            "started with."
         )
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
             raise UserError(
-                f"{path}: {name} has shape {tensors[name].shape}, this run needs {parameter.shape}. Use the run's own flags."
+                f"{path}: {name} has shape {tensors[name].shape}, this run needs {parameter.shape}. Resume with "
+                "the flags that the run was started with."
             )
         parameter.set_data(ms.Tensor(tensors[name], parameter.dtype))

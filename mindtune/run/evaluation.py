@@ -1,4 +1,4 @@
-"""Loss on pictures kept out of training, by timestep, with the same draws every time: what shows whether a model learns."""
+"""Held-out loss: the loss on images that are not trained on, by timestep, with the same noise in every evaluation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from mindspore import nn, ops
 from mindtune import flow
 from mindtune.models.execution import eval_mode
 
-HELD_OUT_INDICES = [62, 187, 312, 437, 562, 687, 812, 937]  # the middles of eighths of 1000
+HELD_OUT_INDICES = [62, 187, 312, 437, 562, 687, 812, 937]  # the centres of eight equal parts of 1000 timesteps
 
 
 def held_out_loss(
     step: nn.Cell, trained: Iterable[nn.Cell], batch: Callable[[int, int], tuple], count: int
 ) -> list[float]:
-    """Plain flow-matching loss at each of HELD_OUT_INDICES, averaged over `count` pictures.
+    """The unweighted loss at each of HELD_OUT_INDICES, averaged over `count` held-out images.
 
-    `batch(sample_id, index)` gives the arrays of one picture for `step.predict`, which gives prediction, target and sigmas.
+    `batch(sample_id, index)` returns the arrays of one image at one timestep for `step.predict`, which returns
+    prediction, target and sigmas. The `trained` cells are in evaluation mode meanwhile.
     """
     losses = []
     with eval_mode(*trained):

@@ -1,4 +1,4 @@
-"""Uploading what a run left to the Hugging Face hub, with a model card."""
+"""Upload of a finished run to the Hugging Face hub, with a model card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import shlex
 import time
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -27,53 +27,54 @@ UPLOADED = (
     "samples/final.png",
     "loss_by_timestep.png",
 )
-PAUSES = (1.0, 4.0, 16.0)  # seconds between tries, where the hub or the network may recover
+PAUSES = (1.0, 4.0, 16.0)  # seconds between attempts, in which the hub or the network may recover
 
 
 def check(hub_model_id: Optional[str], output_dir: str, token: Optional[str]) -> str:
-    """The repository to upload to, namespace and all; asked before a run, so that no run ends with a refused upload.
+    """The id of the repository to upload to, with its namespace.
 
-    Default: the output directory's name, in the account that the token belongs to. Raises UserError without a usable token.
+    Called before training, so that no run ends with a refused upload. Default: the output directory's name, in the
+    token's account. Raises UserError if the name or the token is not usable.
     """
     name = hub_model_id or Path(output_dir).resolve().name
-    _require_name(name, "--hub_model_id" if hub_model_id else "--output_dir")
+    _check_name(name, "--hub_model_id" if hub_model_id else "--output_dir")
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
-        account = _patiently(api.whoami)["name"]
+        account = _with_retries(api.whoami)["name"]
     except LocalTokenNotFoundError:
         raise UserError(
             "--push_to_hub: no token. Log in with `huggingface-cli login`, set HF_TOKEN, or give --hub_token."
         ) from None
-    except Exception as error:  # refused, unreachable, answered with something else: the text says which
+    except Exception as error:  # refused, unreachable or an unexpected answer: its text says which
         raise UserError(
-            f"--push_to_hub: the hub does not know this token: {_said(error, token)}. Log in again, or leave it out."
+            f"--push_to_hub: the hub does not accept this token: {_error_text(error, token)}. Log in again, or leave "
+            "the flag out."
         ) from None
     return name if "/" in name else f"{account}/{name}"
 
 
-def _require_name(name: str, flag: str) -> None:
-    """Raises UserError for what the hub refuses as the name of a repository."""
+def _check_name(name: str, flag: str) -> None:
+    """Raises UserError if the hub would refuse `name` as the id of a repository."""
     try:
         validate_repo_id(name)
-        refused = not name.isascii()  # which that lets through and the hub does not
+        refused = not name.isascii()  # validate_repo_id accepts other letters, the hub does not
     except HFValidationError:
         refused = True
     if refused:
-        parts = [
-            re.sub(r"[^A-Za-z0-9._-]+|--+|\.\.+", "-", part).strip("-._")
-            for part in re.sub(r"\.git$", "", name).split("/")
-        ]
+        parts = re.sub(r"\.git$", "", name).split("/")
+        parts = [re.sub(r"[^A-Za-z0-9._-]+|--+|\.\.+", "-", part).strip("-._") for part in parts]
         usable = "/".join([part for part in parts if part][-2:])[:96] or "my-model"
         raise UserError(
-            f"{flag} {name}: with --push_to_hub this is the repository's name, and the hub takes letters, digits, - _ . and at most 96 "
-            f"characters. Give --hub_model_id, such as {usable}."
+            f"{flag} {name}: with --push_to_hub this is the repository's name, and the hub accepts letters, digits, "
+            f"- _ . and at most 96 characters. Give --hub_model_id, such as {usable}."
         )
 
 
 def push(repo_id: str, output_dir: Path, base_model: str, prompts: list[str], token: Optional[str]) -> str:
-    """Writes the model card and uploads it with the final weights, picture, plot and run.json; never checkpoints. Gives the address.
+    """Writes the model card and uploads it with the final weights, image, plot and run.json.
 
-    A README.md that somebody else wrote is uploaded as it is. Raises UserError; what is on disk stays as it was.
+    Returns the URL of the commit. Checkpoints are not uploaded. A README.md without MARK, which the user wrote, is
+    uploaded as it is. Raises UserError if the upload fails; files on disk are never changed otherwise.
     """
     card = output_dir / "README.md"
     if not card.exists() or MARK in card.read_text(errors="replace"):
@@ -81,37 +82,47 @@ def push(repo_id: str, output_dir: Path, base_model: str, prompts: list[str], to
         write_atomically(card, lambda beside: beside.write_text(text))
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
-        _patiently(lambda: api.create_repo(repo_id, exist_ok=True))
-        message = "Training with MindTune"
-        done = _patiently(
+        _with_retries(lambda: api.create_repo(repo_id, exist_ok=True))
+        commit = _with_retries(
             lambda: api.upload_folder(
-                repo_id=repo_id, folder_path=output_dir, allow_patterns=_top(output_dir), commit_message=message
+                repo_id=repo_id,
+                folder_path=output_dir,
+                allow_patterns=_files_to_upload(output_dir),
+                commit_message="Training with MindTune",
             )
         )
     except Exception as error:
+        command = [
+            "huggingface-cli",
+            "upload",
+            repo_id,
+            str(output_dir),
+            ".",
+            "--include",
+            *_files_to_upload(output_dir),
+        ]
         raise UserError(
-            f"--push_to_hub {repo_id}: {_said(error, token)}.\nNothing on disk is lost: {output_dir} is complete. Push again with:\n"
-            f"  {shlex.join(['huggingface-cli', 'upload', repo_id, str(output_dir), '.', '--include', *_top(output_dir)])}"
+            f"--push_to_hub {repo_id}: {_error_text(error, token)}.\nThe run is complete on disk, in {output_dir}. "
+            "Push again with:\n"
+            f"  {shlex.join(command)}"
         ) from None
-    return str(getattr(done, "commit_url", done))
+    return str(getattr(commit, "commit_url", commit))
 
 
-def _top(output_dir: Path) -> list[str]:
-    """The files to upload, by name: a pattern such as *.safetensors would match those of checkpoints too."""
+def _files_to_upload(output_dir: Path) -> list[str]:
+    """The files to upload by name, because a pattern such as *.safetensors would match files in checkpoints too."""
     return [str(path.relative_to(output_dir)) for pattern in UPLOADED for path in sorted(output_dir.glob(pattern))]
 
 
 def model_card(output_dir: Path, base_model: str, prompts: list[str]) -> str:
-    """Markdown: what the model is and was made from, the last picture, prompts, and the flags of run.json."""
+    """The model card in Markdown: the kind of model, its base model, the last validation image, prompts and flags."""
     record = json.loads((output_dir / "run.json").read_text())
-    what = "controlnet" if (output_dir / "config.json").is_file() else "lora"
-    image = (
-        "![What it drew at the end](samples/final.png)\n" if (output_dir / "samples" / "final.png").is_file() else ""
-    )
-    rows = "".join(
-        f"| `--{name}` | `{value}` |\n" for name, value in record["flags"].items() if value not in (None, False, "", [])
-    )
-    asked = "".join(f"- {prompt}\n" for prompt in prompts)
+    controlnet = (output_dir / "config.json").is_file()
+    has_image = (output_dir / "samples" / "final.png").is_file()
+    image = "![Validation image after training](samples/final.png)\n" if has_image else ""
+    flags = {name: value for name, value in record["flags"].items() if value not in (None, False, "", [])}
+    rows = "".join(f"| `--{name}` | `{value}` |\n" for name, value in flags.items())
+    prompt_list = "".join(f"- {prompt}\n" for prompt in prompts)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"""---
 base_model: {json.dumps(base_model)}
@@ -119,17 +130,17 @@ library_name: diffusers
 license: other
 license_name: as-the-base-model
 pipeline_tag: text-to-image
-tags: [{what}, mindspore, mindone]
+tags: [{"controlnet" if controlnet else "lora"}, mindspore, mindone]
 ---
 {MARK}
 
 # {output_dir.resolve().name}
 
-A {"ControlNet" if what == "controlnet" else "LoRA adapter"} for `{base_model}`, trained with MindTune on MindSpore. Its licence is that
-of the base model.
+A {"ControlNet" if controlnet else "LoRA adapter"} for `{base_model}`, trained with MindTune on MindSpore.
+Its licence is that of the base model.
 
 {image}
-{asked}
+{prompt_list}
 ## Flags
 
 | flag | value |
@@ -139,12 +150,12 @@ Seed {record["seed"]}, {record.get("updates", "?")} updates; {versions}.
 """
 
 
-def _patiently(call: Callable):
-    """`call()`, tried again after a pause where the hub failed (500 and above) or the connection broke."""
+def _with_retries(call: Callable[[], Any]) -> Any:
+    """`call()`, repeated after a pause if the hub fails (status 500 and above) or the connection breaks."""
     for pause in (*PAUSES, None):
         try:
             return call()
-        except (HfHubHTTPError, OSError) as error:  # a broken connection is an OSError in requests
+        except (HfHubHTTPError, OSError) as error:  # requests raises an OSError for a broken connection
             status = getattr(getattr(error, "response", None), "status_code", None)
             if pause is None or (status is not None and status < 500) or isinstance(error, LocalTokenNotFoundError):
                 raise
@@ -152,7 +163,8 @@ def _patiently(call: Callable):
             time.sleep(pause)
 
 
-def _said(error: Exception, token: Optional[str]) -> str:
+def _error_text(error: Exception, token: Optional[str]) -> str:
+    """The message of an error on one line, without tokens."""
     text = " ".join(str(error).split())
     for secret in (token, os.environ.get("HF_TOKEN")):
         text = text.replace(secret, "(token)") if secret else text

@@ -79,7 +79,7 @@ def oblong(tmp_path_factory):
 @pytest.fixture(scope="session")
 def warm_cache(encoder_cache, control_script, tiny_flux, shapes, oblong):
     """The session's encoder cache, filled in one child process with what most runs here need."""
-    stage = encoder_stage.Stage(tiny_flux, None, "no", encoder_cache / "mindtune", 16)
+    stage = encoder_stage.EncoderStage(tiny_flux, None, "no", encoder_cache / "mindtune", 16)
     groups = [
         pairs.load_pairs(pairs.Source(train_data_dir=str(folder), cache_dir=str(encoder_cache)))
         for folder in (shapes, oblong)

@@ -113,7 +113,7 @@ def test_training_and_inference_draw_the_same_pictures(draw, trained, shapes, tm
 def test_scale_zero_is_the_base_model_and_more_is_further_from_it(draw, small_flux, warm_cache):
     kind = precision.resolve_precision("no")
     transformer, vae = (loading.load_model(small_flux, part, kind) for part in ("transformer", "vae"))
-    text = encoder_stage.Stage(small_flux, None, "no", warm_cache / "mindtune", 16).text("a red circle")
+    text = encoder_stage.EncoderStage(small_flux, None, "no", warm_cache / "mindtune", 16).text("a red circle")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     latents = sampling.sample_latents(
         transformer, configs.read_config(small_flux, "scheduler"), text["prompt_embeds"][None], text["pooled_prompt_embeds"][None],
@@ -131,7 +131,7 @@ def test_a_condition_is_encoded_as_in_training(small_flux, shapes, warm_cache):
     vae, config = loading.load_model(small_flux, "vae", kind), configs.read_config(small_flux, "vae")
     sample = image_sample.Sample("0", outline(shapes, 0))
     mean = (
-        encoder_stage.Stage(small_flux, None, "no", warm_cache / "mindtune", 16)
+        encoder_stage.EncoderStage(small_flux, None, "no", warm_cache / "mindtune", 16)
         .moments(sample, (32, 32), False)[:16]
         .astype(np.float64)
     )

@@ -365,8 +365,8 @@ def test_the_empty_caption_is_encoded_once_and_only_if_used(run, tmp_path, monke
 
     def in_this_process(job):
         jobs.append([list(job[1]), list(job[2])])
-        child._encode_captions(*job[:2])
-        child._encode_images(job[0], job[2])
+        child.encode_captions(*job[:2])
+        child.encode_images(job[0], job[2])
 
     monkeypatch.setattr(encoder_stage, "_in_child", in_this_process)
     more = ["--cache_dir", tmp_path / "cache", "--cache_latents", "--max_train_steps", 1]

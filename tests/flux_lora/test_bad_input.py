@@ -144,7 +144,7 @@ def test_a_bad_flag_is_named_with_its_value_and_the_way_out(refused, bad, parts)
 
 def test_a_hub_token_is_not_repeated_in_the_message(refused, fake_hub):
     found = refused("--push_to_hub", "--hub_token", "hf_secret")
-    assert "--push_to_hub: the hub does not know this token" in found and "hf_secret" not in found
+    assert "--push_to_hub: the hub does not accept this token" in found and "hf_secret" not in found
 
 
 def test_no_source_of_pictures_at_all(refused):
@@ -420,7 +420,7 @@ def test_damaged_checkpoints_are_refused_when_named_and_passed_over_by_latest(re
         refused("--resume_from_checkpoint", "latest"),
         "every checkpoint in",
         "is damaged",
-        "Start anew in another directory",
+        "Start a new run in another directory",
     )
 
 

@@ -15,7 +15,7 @@ from mindtune.cli import UserError, run
 from mindtune.data.folders import samples_in_folder
 from mindtune.data.statistics import cropped_share
 from mindtune.encode import child
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 
 
 def write_image(path, width, height, seed=0):
@@ -82,10 +82,12 @@ def test_all_problems_are_in_the_text_and_in_the_json(check, folder, tiny_flux):
 
 def test_the_size_of_the_cache(check, photos, tiny_flux, tmp_path):
     """The size of the cache is that of the entries that the encoder stage writes, without their headers."""
-    stage = Stage(root=tiny_flux, variant=None, precision="no", folder=tmp_path / "cache", max_sequence_length=16)
+    stage = EncoderStage(
+        root=tiny_flux, variant=None, precision="no", cache_dir=tmp_path / "cache", max_sequence_length=16
+    )
     samples = samples_in_folder(str(photos), "--instance_data_dir")
-    child._encode_captions(stage, ["a photo of sks cat"])
-    child._encode_images(stage, [(sample, (32, 32), flip) for sample in samples for flip in (False, True)])
+    child.encode_captions(stage, ["a photo of sks cat"])
+    child.encode_images(stage, [(sample, (32, 32), flip) for sample in samples for flip in (False, True)])
     pipeline = ["--pretrained_model_name_or_path", tiny_flux, "--max_sequence_length", 16]
     prompt = ["--instance_prompt", "a photo of sks cat", "--random_flip"]
     code, report, text = check("--instance_data_dir", photos, "--resolution", 32, *pipeline, *prompt)

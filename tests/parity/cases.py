@@ -131,8 +131,8 @@ def all_settings(case, root):
 
 
 def make_stage(settings, root, folder):
-    return encoder_stage.Stage(
-        root, None, "no", folder, settings["length"], kind=settings["kind"].split("_")[0].replace("sd15", "sd")
+    return encoder_stage.EncoderStage(
+        root, None, "no", folder, settings["length"], system=settings["kind"].split("_")[0].replace("sd15", "sd")
     )
 
 

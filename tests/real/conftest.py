@@ -58,7 +58,7 @@ def encode_here(monkeypatch):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(pickle.dumps((os.getppid(), *job)))))
         child.main()
 
-    monkeypatch.setattr(child, "_end_with", lambda parent: None)
+    monkeypatch.setattr(child, "_end_with_parent", lambda parent: None)
     monkeypatch.setattr(encoder_stage, "_in_child", work)
 
 

@@ -58,7 +58,7 @@ def test_captions_of_512_tokens(run, real, encoder_cache, tmp_path):
     """A long caption fills T5's 512 tokens, and they reach the transformer."""
     root, caption = real("FLUX.1-schnell"), "a red circle on a white background, " * 100
     run(LORA, root, tmp_path / "out", "--instance_prompt", caption, "--max_sequence_length", 512)
-    stage = encoder_stage.Stage(root, None, "no", encoder_cache / "mindtune", 512)
+    stage = encoder_stage.EncoderStage(root, None, "no", encoder_cache / "mindtune", 512)
     states = stage.text(caption)["prompt_embeds"]
     assert (
         states.shape == (512, 32) and np.abs(np.diff(states[-64:], axis=0)).max(axis=1).min() > 0

@@ -9,7 +9,7 @@ from PIL import Image
 from mindtune import rng
 from mindtune.cli import UserError
 from mindtune.data import conditions
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.models import configs, controlnets, loading, precision, sampling
 
 from .conftest import FINAL
@@ -85,7 +85,7 @@ def test_the_latents_are_those_of_mindones_pipeline(sd, perturbed, shapes, encod
     ms.set_context(mode=ms.PYNATIVE_MODE)
     full = precision.resolve_precision("no")
     kind = "sd" if sd.kind == "sd15" else "sdxl"
-    stage = Stage(sd.root, None, "no", encoder_cache / "mindtune", 77, kind=kind)
+    stage = EncoderStage(sd.root, None, "no", encoder_cache / "mindtune", 77, system=kind)
     stage.prepare(["a red circle", ""], [])
     unet, controlnet = (
         loading.load_model(sd.root, "unet", full),

@@ -45,7 +45,7 @@ def check_collect():
     own = {
         name: ms.Parameter(ms.Tensor(value), name=name) for name, value in values.items() if me == 1 or name == "both"
     }
-    found = ranks.collect(own)
+    found = ranks.gather_parameters(own)
     if me:
         assert found == {}
         return

@@ -88,7 +88,7 @@ def shapes_of_two_sizes(tmp_path):
 def test_what_the_cache_lacks_is_shared_out_and_made_once(as_worker, monkeypatch, tiny_flux, photos, tmp_path):
     from mindtune.data.image_sample import Sample
 
-    stage = encoder_stage.Stage(tiny_flux, None, "no", tmp_path / "cache", 16)
+    stage = encoder_stage.EncoderStage(tiny_flux, None, "no", tmp_path / "cache", 16)
     samples = [Sample(path.name, path) for path in sorted(photos.glob("*.png"))]
     images = [(sample, 32, flip) for sample in samples for flip in (False, True)]
     keys = {stage.image_key(*job) for job in images}
@@ -108,7 +108,7 @@ def test_what_the_cache_lacks_is_shared_out_and_made_once(as_worker, monkeypatch
 
 
 def test_a_cache_that_another_machine_does_not_show_is_said(as_worker, monkeypatch, tiny_flux, tmp_path):
-    stage = encoder_stage.Stage(tiny_flux, None, "no", tmp_path / "cache", 16)
+    stage = encoder_stage.EncoderStage(tiny_flux, None, "no", tmp_path / "cache", 16)
     as_worker(0, 2)
     slept = []
     monkeypatch.setattr(encoder_stage.time, "sleep", slept.append)

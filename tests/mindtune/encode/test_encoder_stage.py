@@ -26,7 +26,7 @@ def stage(tiny_flux, tmp_path):
             "folder": tmp_path / "cache",
             "max_sequence_length": 16,
         }
-        return encoder_stage.Stage(**{**settings, **changes})
+        return encoder_stage.EncoderStage(**{**settings, **changes})
 
     return make
 
@@ -83,7 +83,7 @@ def test_captions_that_an_encoder_cuts_off_are_counted(stage, tiny_flux):
     assert said.startswith(f"2 captions are longer than T5 reads: 16 tokens, the longest has {tokens}.")
     assert "Raise --max_sequence_length" in said
     assert stage(max_sequence_length=tokens).long_captions([long, long + " cat"]) == []
-    (said,) = stage(kind="sd").long_captions([" ".join(["circle"] * 100)])
+    (said,) = stage(system="sd").long_captions([" ".join(["circle"] * 100)])
     assert said.startswith("1 caption is longer than CLIP reads: 77 tokens") and "--max_sequence_length" not in said
 
 
@@ -112,7 +112,7 @@ def test_a_child_that_fails_ends_the_run_with_a_sentence(stage, monkeypatch, cod
 
 def test_an_encoder_that_overflows_is_not_cached():
     with pytest.raises(UserError, match=r"fp16: an encoder overflows on cat\.png"):
-        child._require_finite({"moments": np.array([1.0, np.inf])}, "cat.png", "fp16")
+        child._check_finite({"moments": np.array([1.0, np.inf])}, "cat.png", "fp16")
 
 
 def test_t5_in_fp16_keeps_its_overflowing_layer_in_fp32(tiny_flux):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mindtune.encode.encoder_stage import on_long_captions
+from mindtune.encode.encoder_stage import long_captions_message
 from mindtune.optim.advice import on_resumed_schedule, on_settings
 
 GOOD = {
@@ -57,8 +57,8 @@ def test_a_schedule_that_goes_on_as_it_was(schedule, before):
 
 
 def test_captions_that_are_cut_off():
-    assert on_long_captions([3, 77, 20], 77, "CLIP") == []
-    (said,) = on_long_captions([78, 5, 120], 77, "CLIP")
+    assert long_captions_message([3, 77, 20], 77, "CLIP") == []
+    (said,) = long_captions_message([78, 5, 120], 77, "CLIP")
     assert said.startswith("2 captions are longer than CLIP reads: 77 tokens, the longest has 120.")
-    (said,) = on_long_captions(iter([600]), 256, "T5", "--max_sequence_length")
+    (said,) = long_captions_message(iter([600]), 256, "T5", "--max_sequence_length")
     assert said.startswith("1 caption is longer than T5 reads") and "Raise --max_sequence_length" in said

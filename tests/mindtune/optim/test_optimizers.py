@@ -508,7 +508,7 @@ def test_the_moving_average_follows_its_formula_and_stands_in_for_a_while(mode):
             expected[number] = decay * expected[number] + (1 - decay) * parameter.asnumpy()
         ema.update(step)
     last = [p.asnumpy().copy() for p in live]
-    with ema.in_use():
+    with ema.averaged():
         for parameter, value in zip(live, expected):
             np.testing.assert_allclose(parameter.asnumpy(), value, rtol=1e-5, atol=1e-7)
     for parameter, value in zip(live, last):

@@ -1,0 +1,120 @@
+"""The images of a LoRA run and its batches by position. `pair_data` is its twin for ControlNet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Callable, NamedTuple, Union
+
+import numpy as np
+
+from mindtune import rng
+from mindtune.data.buckets import BucketOrder
+from mindtune.data.draws import HeldOutDraws, TrainingDraws
+from mindtune.data.image_sample import Sample
+from mindtune.data.order import prefetch, split
+from mindtune.distributed import ranks
+from mindtune.files import text_digest
+
+
+class ImageUse(NamedTuple):
+    """One use of an image: what a script makes a row of a batch from. `size` is (height, width) of the crop."""
+
+    sample: Sample
+    size: tuple[int, int]
+    draws: Union[TrainingDraws, HeldOutDraws]
+
+
+class ClassImages(NamedTuple):
+    """Class images of prior preservation, with the bucket of each, int [N]."""
+
+    samples: list[Sample]
+    bucket_ids: np.ndarray
+
+
+class ImageData:
+    """Training images, held-out images, class images, and the uses of images that make up batch number k.
+
+    A batch has `batch_size` instance images of one bucket and, with class images, as many class images of that bucket.
+    An epoch uses every instance image `repeats` times. `bucket_ids` are those of `samples`, int [N].
+    """
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        bucket_ids: np.ndarray,
+        class_images: ClassImages,
+        *,
+        sizes: list[tuple[int, int]],
+        seed: int,
+        batch_size: int,
+        repeats: int = 1,
+        validation_split: float = 0.0,
+    ) -> None:
+        train, held_out = split(len(samples), validation_split, seed)
+        self.train = [samples[i] for i in train]
+        self.held_out = [samples[i] for i in held_out]
+        self.bucket_ids = bucket_ids[train]
+        self.held_out_bucket_ids = bucket_ids[held_out]
+        self.class_images = class_images
+        self.sizes = sizes
+        self.seed = seed
+        # The names of the streams are part of what a checkpoint resumes.
+        stream = "{} {}" if len(sizes) > 1 else "{}"
+        self.order = BucketOrder(seed, self.bucket_ids, batch_size, stream.format("instance", "{}"), repeats)
+        self.class_ids = {}
+        self.class_streams = {}
+        for bucket in self.order.buckets if class_images.samples else ():
+            self.class_ids[bucket] = np.flatnonzero(class_images.bucket_ids == bucket)
+            self.class_streams[bucket] = rng.SampleStream(
+                seed, stream.format("class", bucket), len(self.class_ids[bucket])
+            )
+        self.epoch_length = max(self.order.epoch_length, len(class_images.samples))
+
+    def iterate(
+        self, first: int, last: int, make_batch: Callable[[list[ImageUse]], Any], threads: int
+    ) -> Iterator[Any]:
+        """This rank's shard of the batches `first` to `last` - 1 of all ranks, prepared in advance by `threads`."""
+        return prefetch(lambda number: make_batch(self.uses(number)), ranks.shard(range(first, last)), threads)
+
+    def uses(self, number: int) -> list[ImageUse]:
+        """The uses of batch `number`: instance images, then class images."""
+        place, position = self.order.place(number)
+        bucket = self.order.buckets[place]
+        size = self.sizes[bucket]
+        instances = self.order.uses(place, position)
+        uses = [ImageUse(self.train[i], size, TrainingDraws(self.seed, "instance", i, use)) for i, use in instances]
+        for class_position in range(position, position + len(instances)) if self.class_images.samples else ():
+            index, use = self.class_streams[bucket].at(class_position)
+            i = int(self.class_ids[bucket][index])
+            uses.append(ImageUse(self.class_images.samples[i], size, TrainingDraws(self.seed, "class", i, use)))
+        return uses
+
+    def held_out_use(self, sample_id: int, timestep: int) -> ImageUse:
+        """A held-out image at a timestep."""
+        size = self.sizes[self.held_out_bucket_ids[sample_id]]
+        return ImageUse(self.held_out[sample_id], size, HeldOutDraws(self.seed, sample_id, timestep))
+
+    def captions(self, more: list[str]) -> list[str]:
+        """Every caption of the run, and `more`."""
+        return [sample.caption for sample in (*self.train, *self.held_out, *self.class_images.samples)] + more
+
+    def images(self, random_flip: bool) -> list[tuple[Sample, tuple[int, int], bool]]:
+        """Every (image, size, flip) of the run, as the encoder stage takes them."""
+        flips = [False, True] if random_flip else [False]
+        used = [*zip(self.train, self.bucket_ids), *zip(*self.class_images)]
+        held_out = zip(self.held_out, self.held_out_bucket_ids)
+        return [
+            *((sample, self.sizes[bucket], flip) for sample, bucket in used for flip in flips),
+            *((sample, self.sizes[bucket], False) for sample, bucket in held_out),
+        ]
+
+    def fingerprint(self) -> str:
+        """A hash of the contents and captions of all images that are trained on."""
+        return text_digest(sample.digest + sample.caption for sample in self.train + self.class_images.samples)
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says about the data."""
+        return {
+            "samples": len(self.train),
+            "held_out": [sample.name for sample in self.held_out],
+        }

@@ -1,0 +1,108 @@
+"""Class images of prior preservation: loading them, and generating those that are missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional
+
+import numpy as np
+
+from mindtune.cli import printable
+from mindtune.data import buckets, checks, folders
+from mindtune.data.image_data import ClassImages
+from mindtune.encode.encoder_stage import ClassImageRequest, EncoderStage
+
+
+class Settings(NamedTuple):
+    """Class images, by the names of the flags."""
+
+    class_data_dir: str
+    class_prompt: str
+    num_class_images: int = 100
+    skip_bad_images: bool = False
+    dataloader_num_workers: int = 1
+    sample_batch_size: int = 4
+    num_inference_steps: int = 28
+    prior_generation_precision: Optional[str] = None
+
+
+def class_quota(num_class_images: int, bucket_ids: np.ndarray) -> dict[int, int]:
+    """The number of class images per bucket: divided as the instance images, whose buckets are `bucket_ids` [N]."""
+    found, counts = np.unique(bucket_ids, return_counts=True)
+    return {int(b): max(1, round(num_class_images * n / len(bucket_ids))) for b, n in zip(found, counts)}
+
+
+def load_or_generate(
+    settings: Settings, stage: EncoderStage, seed: int, sizes: list[tuple[int, int]], bucket_ids: np.ndarray
+) -> ClassImages:
+    """The class images for instance images in the buckets `bucket_ids` [N]. Missing ones are generated first.
+
+    Raises UserError for files that cannot be used.
+    """
+    quota = class_quota(settings.num_class_images, bucket_ids)
+    images = load(settings, sizes, quota)
+    if len(images.samples) < sum(quota.values()):
+        used = settings.prior_generation_precision or stage.precision
+        stage = replace(stage, precision=used, vae=None, vae_precision=None)
+        generate(settings, stage, seed, sizes, quota, images.bucket_ids)
+        images = load(settings, sizes, quota, say=lambda message: None)  # its messages have been printed
+    return images
+
+
+def load(
+    settings: Settings,
+    sizes: list[tuple[int, int]],
+    quota: dict[int, int],
+    say: Callable[[str], None] = print,
+) -> ClassImages:
+    """The usable images in --class_data_dir, at most `quota` per bucket; maybe none."""
+    folder, flag = settings.class_data_dir, "--class_data_dir"
+    if folders.holds_no_image(Path(folder), flag):
+        return ClassImages([], np.array([], int))
+    samples = folders.samples_in_folder(folder, flag, say=say)
+    for sample in samples:
+        sample.caption = sample.caption or settings.class_prompt
+    used_sizes = [sizes[bucket] for bucket in quota]
+    samples = checks.preflight(
+        samples,
+        buckets.min_size(used_sizes),
+        f"{flag} {printable(folder)}",
+        settings.skip_bad_images,
+        settings.dataloader_num_workers,
+    )
+    ids = np.array(list(quota))[buckets.bucket_ids(samples, used_sizes)]
+    kept = [i for i, bucket in enumerate(ids) if np.count_nonzero(ids[:i] == bucket) < quota[bucket]]
+    return ClassImages([samples[i] for i in kept], ids[kept])
+
+
+def generate(
+    settings: Settings,
+    stage: EncoderStage,
+    seed: int,
+    sizes: list[tuple[int, int]],
+    quota: dict[int, int],
+    bucket_ids: np.ndarray,
+) -> None:
+    """Generates missing images in a child process. An image's number determines its noise and is never reused."""
+    folder = Path(settings.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for bucket, wanted in quota.items():
+        found, size = int(np.count_nonzero(bucket_ids == bucket)), sizes[bucket]
+        if found >= wanted:
+            continue
+        print(f"class images of {size[1]}x{size[0]}: {found} of {wanted} in {folder}; generating {wanted - found}")
+        numbers = [int(path.name[:5]) for path in folder.glob("[0-9]" * 5 + "-*.png")]
+        start = max(numbers, default=-1) + 1
+        stage.generate(
+            ClassImageRequest(
+                folder=folder,
+                prompt=settings.class_prompt,
+                start=start,
+                stop=start + wanted - found,
+                batch_size=settings.sample_batch_size,
+                seed=seed,
+                size=size,
+                steps=settings.num_inference_steps,
+            )
+        )

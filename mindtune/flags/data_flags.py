@@ -1,0 +1,200 @@
+"""Flags of the data: pairs of images, images with captions, and how images are prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mindtune.cli import UserError
+from mindtune.data import metadata
+from mindtune.data.crops import INTERPOLATIONS
+from mindtune.flags.parser import Parser, Values
+
+
+def dataset(parser: Parser, image: str) -> None:
+    """A data set for the datasets library. `image` names the default image column."""
+    add = parser.add
+    add("dataset_name", may_change=True, help="Hub id or directory of a data set for the datasets library.")
+    add("dataset_config_name", help="Configuration of the data set. Default: its only one.")
+    add("image_column", help=f"Column of the images. Default: {image}.")
+
+
+def pairs(parser: Parser) -> None:
+    """Pairs of an image and a condition image, from one of three sources, or streamed."""
+    add = parser.add
+    parser.section("data")
+    dataset(parser, image="image, or the first image column")
+    add(
+        "train_data_dir",
+        may_change=True,
+        help="Instead of --dataset_name: a directory of images with metadata, or of parquet, arrow or .tar files.",
+    )
+    add(
+        "jsonl_for_train",
+        may_change=True,
+        help="Instead of --dataset_name: a .jsonl file whose lines have image, conditioning_image (paths) and text.",
+    )
+    add(
+        "conditioning_image_column", help="Column of the condition images. Default: the one that begins with condition."
+    )
+    add("caption_column", help="Column of the captions. Default: text, caption or prompt.")
+    add("streaming", default=False, help="Read the data set while training. Needs --max_train_steps.")
+    add("shuffle_buffer_size", type=int, default=1000, minimum=1, help="Number of samples that --streaming shuffles.")
+    add(
+        "proportion_empty_prompts",
+        type=float,
+        default=0.0,
+        minimum=0,
+        help="Fraction of uses of a pair with an empty caption, drawn anew for every use.",
+    )
+    parser.checks.append(_check_pairs)
+
+
+def _check_pairs(args: Values) -> None:
+    names = ("dataset_name", "train_data_dir", "jsonl_for_train")
+    given = [name for name in names if getattr(args, name)]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise UserError(f"give one of --dataset_name, --train_data_dir and --jsonl_for_train, not {found}.")
+    if args.dataset_config_name and not args.dataset_name:
+        raise UserError(f"--dataset_config_name {args.dataset_config_name}: needs --dataset_name; leave it out.")
+    if args.proportion_empty_prompts > 1.0:
+        raise UserError(f"--proportion_empty_prompts {args.proportion_empty_prompts}: must be between 0 and 1.")
+    if args.streaming and not args.max_train_steps:
+        raise UserError("--streaming needs --max_train_steps: the length of a stream is not known.")
+    for name in ("max_train_samples", "validation_split", "aspect_ratio_buckets", "skip_bad_images"):
+        if args.streaming and getattr(args, name):
+            raise UserError(f"--{name} with --streaming: needs all pairs before training; leave one of the two out.")
+
+
+def images(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
+    """How images are checked, cropped and encoded. `sample` is image or pair.
+
+    --resolution must be a multiple of `multiple` and at least `smallest` pixels.
+    """
+    add = parser.add
+    add("max_train_samples", type=int, minimum=1, help=f"Use only the first N {sample}s. Default: all.")
+    add(
+        "skip_bad_images",
+        default=False,
+        may_change=True,
+        help=f"Train without {sample}s that cannot be used, and list them. Default: stop.",
+    )
+    add(
+        "validation_split",
+        type=float,
+        default=0.0,
+        minimum=0,
+        below=1,
+        help=f"Fraction of the {sample}s held out of training to measure the loss on. 0: none.",
+    )
+    add(
+        "resolution",
+        type=int,
+        default=512,
+        help=f"Height and width of the training crops in pixels, a multiple of {multiple}.",
+    )
+    add(
+        "aspect_ratio_buckets",
+        help=f'Instead of --resolution: "height,width;height,width"; each {sample} goes to the nearest ratio.',
+    )
+    add("center_crop", default=False, help="Crop the center. Default: a random crop for every use.")
+    add("random_flip", default=False, help="Flip half of the uses horizontally, at random.")
+    add(
+        "image_interpolation_mode",
+        choices=sorted(INTERPOLATIONS),
+        default="lanczos",
+        help="Interpolation for resizing.",
+    )
+    add(
+        "cache_latents",
+        default=False,
+        help=f"Encode every {sample} once before training, center-cropped (twice with --random_flip).",
+    )
+    add(
+        "dataloader_num_workers",
+        type=int,
+        default=1,
+        minimum=0,
+        may_change=True,
+        help="Threads that prepare batches in advance. 0: none.",
+    )
+
+    def check(args: Values) -> None:
+        if args.resolution % multiple or args.resolution < smallest:
+            nearest = max(smallest, round(args.resolution / multiple) * multiple)
+            raise UserError(
+                f"--resolution {args.resolution}: must be divisible by {multiple} and at least {smallest}. "
+                f"The nearest is {nearest}."
+            )
+
+    parser.checks.append(check)
+
+
+def instance_images(parser: Parser) -> None:
+    """Images of a subject with captions, in a directory or a data set."""
+    add = parser.add
+    parser.section("data")
+    add(
+        "instance_data_dir",
+        may_change=True,
+        help="Directory of the subject's images; captions in metadata.jsonl or .csv, or a .txt per image.",
+    )
+    dataset(parser, image="the first image column")
+    add(
+        "caption_column", help="Column of the captions, also in metadata. Default: text in metadata, --instance_prompt."
+    )
+    add("instance_prompt", help="Caption of every image without one, with a rare word for the subject.")
+    add("repeats", type=int, default=1, minimum=1, help="Number of uses of every image per epoch.")
+    parser.checks.append(_check_instance_images)
+
+
+def _check_instance_images(args: Values) -> None:
+    if bool(args.instance_data_dir) == bool(args.dataset_name):
+        raise UserError("give either --instance_data_dir (a directory of images) or --dataset_name, one of the two.")
+    if args.dataset_name:
+        return
+    for name in ("dataset_config_name", "image_column"):
+        if getattr(args, name):
+            raise UserError(f"--{name} {getattr(args, name)}: needs --dataset_name; leave it out.")
+    folder = Path(args.instance_data_dir)
+    if args.caption_column and folder.is_dir() and not metadata.metadata_file(folder):
+        raise UserError(f"--caption_column {args.caption_column}: {folder} has no metadata.jsonl or metadata.csv.")
+
+
+def prior_preservation(parser: Parser) -> None:
+    """Class images of prior preservation."""
+    add = parser.add
+    parser.section("prior preservation")
+    add("with_prior_preservation", default=False, help="Also train on class images, so that the class keeps its look.")
+    add(
+        "class_data_dir",
+        may_change=True,
+        help="Directory of the class images; the base model generates those that are missing.",
+    )
+    add("class_prompt", help="Caption of every class image without one.")
+    add("num_class_images", type=int, default=100, minimum=1, help="Number of class images.")
+    add("prior_loss_weight", type=float, default=1.0, help="Weight of the loss on class images.")
+    add(
+        "sample_batch_size",
+        type=int,
+        default=4,
+        minimum=1,
+        may_change=True,
+        help="Batch size for generating class images.",
+    )
+    add(
+        "prior_generation_precision",
+        choices=["no", "fp32", "fp16", "bf16"],
+        may_change=True,
+        help="Precision for generating class images. Default: that of --mixed_precision.",
+    )
+    parser.checks.append(_check_prior_preservation)
+
+
+def _check_prior_preservation(args: Values) -> None:
+    if args.class_prompt and not args.class_data_dir:
+        raise UserError("--class_prompt without --class_data_dir: name a directory for the class images.")
+    if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
+        raise UserError("--with_prior_preservation needs --class_data_dir and --class_prompt.")
+    if args.class_data_dir and not args.with_prior_preservation:
+        print("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")

@@ -1,0 +1,107 @@
+"""Flags of what a run writes and of its validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mindtune.flags.parser import NO_EFFECT, Parser
+
+
+def output(parser: Parser, output_dir: str) -> None:
+    """What a run writes, and resuming it."""
+    parser.section("output")
+
+    def add(name: str, **settings: Any) -> None:
+        parser.add(name, may_change=True, **settings)
+
+    add("output_dir", default=output_dir, help="Directory of everything that the run writes.")
+    add("overwrite_output_dir", default=False, help="Remove the files of another run there first.")
+    add("checkpointing_steps", type=int, default=500, minimum=1, help="Number of updates between checkpoints.")
+    add("checkpoints_total_limit", type=int, minimum=1, help="Number of checkpoints to keep, the newest. Default: all.")
+    add(
+        "resume_from_checkpoint",
+        help="latest, the name of a checkpoint in --output_dir, or a path. Default: start anew.",
+    )
+    add("logging_dir", default="logs", help="Directory of the TensorBoard files, inside --output_dir.")
+    add(
+        "report_to",
+        choices=["tensorboard", "wandb", "swanlab", "all", "none"],
+        default="tensorboard",
+        help="Where to log, besides metrics.jsonl. all: every service that is installed and logged in.",
+    )
+    add("push_to_hub", default=False, help="Upload the result with a model card at the end.")
+    add("hub_token", help="Token with write access, never written to a file. Default: HF_TOKEN, or the last login.")
+    add("hub_model_id", help="Repository to upload to. Default: the name of --output_dir, in your account.")
+    add("dry_run", default=False, help="Print the memory plan and stop. Reads configs only and writes nothing.")
+    add(
+        "device_memory_gb",
+        type=float,
+        default=64,
+        minimum=1,
+        help="Device memory that the plan is compared with, such as 64 or 32 on Ascend.",
+    )
+
+
+def validation(parser: Parser, num_inference_steps: int) -> None:
+    """Images that are sampled while training and at the end."""
+    parser.section("validation")
+
+    def add(name: str, **settings: Any) -> None:
+        parser.add(name, may_change=True, **settings)
+
+    add("validation_prompt", nargs="+", default=[], help="Prompts to sample images of. Default: none.")
+    add("num_validation_images", type=int, default=4, minimum=1, help="Number of images per prompt.")
+    add(
+        "num_inference_steps",
+        type=int,
+        default=num_inference_steps,
+        minimum=1,
+        help="Number of denoising steps.",
+    )
+
+
+def controlnet_validation(parser: Parser, num_inference_steps: int) -> None:
+    """The same for a ControlNet, with condition images."""
+    validation(parser, num_inference_steps)
+
+    def add(name: str, **settings: Any) -> None:
+        parser.add(name, may_change=True, **settings)
+
+    add(
+        "validation_image",
+        nargs="+",
+        default=[],
+        help="Condition images: one per prompt, one for all prompts, or several for one prompt.",
+    )
+    add("controlnet_conditioning_scale", type=float, default=1.0, help="Strength of the ControlNet.")
+    add("validation_steps", type=int, default=100, minimum=1, help="Number of updates between validations.")
+
+
+def guidance(parser: Parser, guidance_scale: float) -> None:
+    """Classifier-free guidance, for models without embedded guidance."""
+    parser.add(
+        "guidance_scale",
+        type=float,
+        default=guidance_scale,
+        may_change=True,
+        help="Scale of classifier-free guidance in validation. 1: none.",
+    )
+
+
+def saved_dtype(parser: Parser) -> None:
+    """The dtype of a final ControlNet."""
+    parser.add(
+        "save_weight_dtype",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        may_change=True,
+        help="dtype of the final weights.",
+    )
+    parser.add("upcast_before_saving", default=False, may_change=True, help="Same as --save_weight_dtype fp32.")
+
+
+def no_effect(parser: Parser, *names: str) -> None:
+    """Flags of diffusers' commands that are accepted and change nothing."""
+    parser.section("accepted without effect")
+    for name in names:
+        parser.add(name, default=False, may_change=True, help=f"No effect: {NO_EFFECT[name]}.")

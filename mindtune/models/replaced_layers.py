@@ -1,0 +1,102 @@
+"""Layers that replace mindone's own, because those are slow or inaccurate on the CPU. `use_fast_ops` puts them in."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn, ops
+
+from mindtune.models.fast_ops import ON_CPU, attention, tanh_gelu
+
+
+class Timesteps(nn.Cell):
+    """Sinusoidal embedding of timesteps [B], float32 [B, channels] (https://arxiv.org/abs/1706.03762, section 3.5).
+
+    Replaces mindone's `cell`. The frequencies are computed once on the host: mindone uses `ops.exp`, whose CPU kernel
+    has an error of up to 5e-6, and near timestep 1000 its sines are off by 8e-4.
+    """
+
+    def __init__(self, cell):
+        super().__init__()
+        half = cell.num_channels // 2
+        frequencies = np.exp(-np.log(10000.0) * np.arange(half) / (half - cell.downscale_freq_shift))
+        self.frequencies = ms.Tensor(frequencies, ms.float32)
+        self.scale = float(cell.scale)
+        self.cosine_first = cell.flip_sin_to_cos
+
+    def construct(self, timesteps):
+        angles = self.scale * (timesteps[:, None].astype(ms.float32) * self.frequencies)
+        waves = (ops.cos(angles), ops.sin(angles)) if self.cosine_first else (ops.sin(angles), ops.cos(angles))
+        return ops.cat(waves, axis=-1)
+
+
+class TanhGelu(nn.Cell):
+    """`tanh_gelu` as a cell. mindone's uses `ops.tanh`, whose CPU kernel has an error of up to 1e-4."""
+
+    def construct(self, x):
+        return tanh_gelu(x)
+
+
+@ops.constexpr
+@lru_cache(None)
+def _bucket_starts(exact, count, max_distance):
+    """The first distance of every bucket after the `exact` ones. Computed on the host, in float32 as in PyTorch."""
+    distances = np.arange(exact, max_distance + 1)
+    ratio = np.log(distances.astype(np.float32) / exact) / np.float32(np.log(max_distance / exact))
+    buckets = np.minimum(exact + (ratio * (count - exact)).astype(np.int64), count - 1)
+    return tuple(int(distances[np.argmax(buckets >= bucket)]) for bucket in range(exact + 1, count))
+
+
+def relative_position_bucket(relative_position, bidirectional=True, num_buckets=32, max_distance=128):
+    """T5's bucket of every distance between tokens, int64, in the shape of `relative_position`.
+
+    Each sign has half of the buckets. Half of those hold one distance each; the others grow by a constant factor up to
+    `max_distance` (Raffel et al., arXiv 1910.10683, section 2.1). Their boundaries are computed on the host:
+    MindSpore's log(2) is 0.6931470 on the CPU, which puts the distances 16, 32 and 64 one bucket too low.
+    """
+    count = num_buckets // 2 if bidirectional else num_buckets
+    distance = (
+        ops.abs(relative_position)
+        if bidirectional
+        else ops.maximum(-relative_position, ops.zeros_like(relative_position))
+    )
+    bucket = ops.minimum(distance, ops.full_like(distance, count // 2))
+    for start in _bucket_starts(count // 2, count, max_distance):
+        bucket = bucket + (distance >= start).astype(ms.int64)
+    return bucket + count * (relative_position > 0).astype(ms.int64) if bidirectional else bucket
+
+
+def _unmasked_attention(query, key, value, attn_mask):
+    """`attention` with the signature that mindone's cells call. The models trained here pass no mask."""
+    return attention(query, key, value)
+
+
+def float32_attention(query, key, value, attn_mask):
+    """Attention computed in float32.
+
+    Stable Diffusion 2.1 asks for it (upcast_attention): its scores overflow in fp16.
+    """
+    wide = attention(query.astype(ms.float32), key.astype(ms.float32), value.astype(ms.float32))
+    return wide.astype(query.dtype)
+
+
+def use_fast_ops(model: nn.Cell) -> nn.Cell:
+    """Replaces layers of `model` in place and returns it.
+
+    Replaced are sinusoidal embeddings, T5's position buckets, the tanh GELU, and on the CPU the attention.
+    """
+    for _, cell in list(model.cells_and_names()):
+        if ON_CPU and hasattr(cell, "math_attention_op"):
+            cell.math_attention_op = (
+                float32_attention if getattr(cell, "upcast_attention", False) else _unmasked_attention
+            )
+        if hasattr(cell, "_relative_position_bucket"):
+            cell._relative_position_bucket = relative_position_bucket
+        for name, child in cell.name_cells().items():
+            if type(child).__name__ == "Timesteps" and not isinstance(child, Timesteps):
+                setattr(cell, name, Timesteps(child))
+            elif type(child).__name__ == "NewGELUActivation":
+                setattr(cell, name, TanhGelu())
+    return model

@@ -1,0 +1,57 @@
+"""Finding the models of a run, in directories or on the hub, and checking them before anything large is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Optional
+
+from mindtune.models import loading, pipelines
+
+
+def pipeline(
+    name: str,
+    revision: Optional[str],
+    variant: Optional[str],
+    cache_dir: Optional[str],
+    components: Iterable[str],
+    weights: bool = True,
+) -> Path:
+    """The directory of --pretrained_model_name_or_path, checked.
+
+    Without `weights`, for a memory plan, weight files may be missing. Raises UserError.
+    """
+    root = pipelines.resolve_pipeline(name, revision, variant, cache_dir, components, weights=weights)
+    loading.check_files(root, components if weights else loading.with_weights(root, components, variant), variant)
+    return root
+
+
+def controlnet(
+    name: Optional[str], cache_dir: Optional[str], base_config: dict, weights: bool = True
+) -> Optional[Path]:
+    """The directory of --controlnet_model_name_or_path, which must fit the base model, or None."""
+    if not name:
+        return None
+    folder = pipelines.resolve_controlnet(
+        name, "--controlnet_model_name_or_path", cache_dir, base_config, weights=weights
+    )
+    if weights:
+        loading.check_files(folder.parent, [folder.name])
+    return folder
+
+
+def vae(name: Optional[str], cache_dir: Optional[str], root: Path, weights: bool = True) -> Optional[Path]:
+    """The directory of --pretrained_vae_model_name_or_path, which must fit the UNet, or None."""
+    if not name:
+        return None
+    folder = pipelines.resolve_vae(
+        name, "--pretrained_vae_model_name_or_path", cache_dir, root, "unet", weights=weights
+    )
+    if weights:
+        loading.check_files(folder.parent, [folder.name])
+    return folder
+
+
+def tokenizer(name: Optional[str], cache_dir: Optional[str]) -> Optional[Path]:
+    """The directory of --tokenizer_name, or None without one."""
+    return pipelines.resolve_tokenizer(name, "--tokenizer_name", cache_dir) if name else None

@@ -1,0 +1,230 @@
+"""Makes the block cells of a FLUX model call the shared functions of `flux_blocks` with their own weights."""
+
+from __future__ import annotations
+
+import inspect
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from mindtune.models.fast_ops import ON_CPU
+from mindtune.models.flux_blocks import DoubleBlock, OutputNorm, SingleBlock, shared_block
+
+_cast = ops.Cast()
+
+
+# ---- weights as arguments ------------------------------------------------------------------------
+
+
+def as_tensors(weights, frozen, dtype):
+    """Turns a block's parameters into tensors; what trains is cast to `dtype`.
+
+    A linear layer becomes (W, b), with int8 weights (codes, b, scales), each followed by A alpha / rank and B if it has
+    an adapter; a norm becomes its weight.
+
+    A graph copies a parameter that is passed to a function as a parameter, in case it is updated before the backward
+    pass, and a cell that defines `bprop` then confuses parameters of equal shape. A cast or stop_gradient makes it a
+    tensor.
+    """
+    return tuple(
+        [
+            _layer_tensors(weight, frozen, dtype) if isinstance(weight, tuple) else _tensor(weight, frozen, dtype)
+            for weight in weights
+        ]
+    )
+
+
+def _layer_tensors(layer, frozen, dtype):
+    base = tuple([_tensor(parameter, frozen, dtype) for parameter in layer[0]])
+    if not layer[1]:
+        return base
+    a, b, scale = layer[1]
+    a = _cast(a, dtype)
+    return base + (a if scale == 1.0 else a * scale, _cast(b, dtype))
+
+
+def _tensor(parameter, frozen, dtype):
+    return ops.stop_gradient(parameter) if frozen else _cast(parameter, dtype)
+
+
+# ---- what the cells compute ----------------------------------------------------------------------
+
+
+def construct_double(
+    self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+):
+    dtype = hidden_states.dtype
+    weights = as_tensors(self.weights[0], self.frozen, dtype), as_tensors(self.weights[1], self.frozen, dtype)
+    return self.shared_block((encoder_hidden_states, hidden_states), temb, image_rotary_emb, weights)
+
+
+def construct_single(self, hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
+    weights = as_tensors(self.weights, self.frozen, hidden_states.dtype)
+    return self.shared_block(hidden_states, temb, image_rotary_emb, weights)
+
+
+def construct_single_from_two(
+    self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+):
+    """mindone 0.5's single blocks take and return text and image tokens separately."""
+    both, length = ops.cat((encoder_hidden_states, hidden_states), 1), encoder_hidden_states.shape[1]
+    both = self.shared_block(both, temb, image_rotary_emb, as_tensors(self.weights, self.frozen, both.dtype))
+    return both[:, :length], both[:, length:]
+
+
+def construct_output_norm(self, x, conditioning_embedding):
+    weights = as_tensors(self.weights, self.frozen, x.dtype)
+    return self.shared_block(x, conditioning_embedding.astype(x.dtype), weights)
+
+
+class RotaryTables(nn.Cell):
+    """Cosines and sines of positions for `fast_ops.rotate`, float32 [T, heads or 1, dim].
+
+    Replaces a model's `pos_embed`.
+    """
+
+    def __init__(self, pos_embed, heads):
+        super().__init__()
+        self.pos_embed, self.heads = pos_embed, heads if ON_CPU else 1
+
+    def construct(self, ids):
+        cos, sin = self.pos_embed(ids)
+        return self.table(cos), self.table(sin)
+
+    def table(self, wave):
+        # PyNative does not recompute a block that gets a tuple of inputs which may have a gradient.
+        return ops.stop_gradient(ops.tile(wave.astype(ms.float32).expand_dims(1), (1, self.heads, 1)))
+
+
+# ---- the weights of the cells --------------------------------------------------------------------
+
+
+def layer_weights(layer):
+    """The parameters of a linear layer and those of its adapter.
+
+    The first item is (W, b), or (codes, b, scales) for int8 weights. The second is (A, B, alpha / rank), or () if there
+    is no adapter or it is disabled.
+    """
+    base = getattr(layer, "base_layer", layer)
+    weights = (base.weight, base.bias) + ((base.weight_scale,) if hasattr(base, "weight_scale") else ())
+    if base is layer or layer.disable_adapters:
+        return weights, ()
+    name = layer.active_adapters[0]
+    return weights, (layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+
+
+def double_block_weights(block):
+    """(weights of the text stream, weights of the image stream), each in the order that `DoubleBlock` unpacks."""
+    attention = block.attn
+    context = (
+        block.norm1_context.linear,
+        attention.add_q_proj,
+        attention.add_k_proj,
+        attention.add_v_proj,
+        attention.to_add_out,
+        block.ff_context.net[0].proj,
+        block.ff_context.net[2],
+    )
+    hidden = (
+        block.norm1.linear,
+        attention.to_q,
+        attention.to_k,
+        attention.to_v,
+        attention.to_out[0],
+        block.ff.net[0].proj,
+        block.ff.net[2],
+    )
+    return (
+        (*map(layer_weights, context), attention.norm_added_q.weight, attention.norm_added_k.weight),
+        (*map(layer_weights, hidden), attention.norm_q.weight, attention.norm_k.weight),
+    )
+
+
+def single_block_weights(block):
+    attention = block.attn
+    layers = (block.norm.linear, attention.to_q, attention.to_k, attention.to_v, block.proj_mlp, block.proj_out)
+    return *map(layer_weights, layers), attention.norm_q.weight, attention.norm_k.weight
+
+
+def output_norm_weights(norm):
+    return (layer_weights(norm.linear),)
+
+
+# ---- putting them in -----------------------------------------------------------------------------
+
+
+class SharedBlockCell:
+    """Marks the classes that `use_shared_blocks` makes."""
+
+
+# mindone's class -> its block function, the construct that calls it, and the function that collects its weights.
+BLOCK_TYPES = {
+    "FluxTransformerBlock": (DoubleBlock, construct_double, double_block_weights),
+    "FluxSingleTransformerBlock": (SingleBlock, construct_single, single_block_weights),
+    "AdaLayerNormContinuous": (OutputNorm, construct_output_norm, output_norm_weights),
+}
+
+
+def use_shared_blocks(model: nn.Cell) -> nn.Cell:
+    """Makes FLUX's blocks in `model` call the shared functions with their current weights. Returns `model`.
+
+    Call it again after adding layers, switching adapters, or freezing parameters. With dropout in an adapter the blocks
+    keep mindone's own code: recomputation would draw another mask. A model without such blocks stays as it is.
+    """
+    cells = [cell for _, cell in model.cells_and_names() if type(cell).__name__ in BLOCK_TYPES]
+    if not hasattr(model, "pos_embed") or not cells:
+        return model
+    if any(type(cell).__name__ == "Dropout" for name, cell in model.cells_and_names() if ".lora_dropout." in name):
+        return _restore(model, cells)
+    classes = {}
+    for cell in cells:
+        name = type(cell).__name__
+        members = {"construct": _construct_of(cell), "recompute": recompute}
+        # One class for all blocks of a type: MindSpore parses the functions again for every class.
+        cell.__class__ = classes.setdefault(name, type(name, (_original_class(cell), SharedBlockCell), members))
+        cell.recomputes = getattr(cell, "recomputes", False)
+        _update_weights(cell)
+    if not isinstance(model.pos_embed, RotaryTables):
+        heads = next(cell.attn.heads for cell in cells if hasattr(cell, "attn"))
+        model.pos_embed = RotaryTables(model.pos_embed, heads)
+    return model
+
+
+def _restore(model: nn.Cell, cells: list[nn.Cell]) -> nn.Cell:
+    """Gives the cells mindone's own code again."""
+    for cell in cells:
+        cell.__class__ = _original_class(cell)
+    if isinstance(model.pos_embed, RotaryTables):
+        model.pos_embed = model.pos_embed.pos_embed
+    return model
+
+
+def _original_class(cell: nn.Cell) -> type:
+    return type(cell).__bases__[0] if isinstance(cell, SharedBlockCell) else type(cell)
+
+
+def _construct_of(cell: nn.Cell):
+    construct = BLOCK_TYPES[type(cell).__name__][1]
+    parameters = inspect.signature(_original_class(cell).construct).parameters
+    if construct is construct_single and "encoder_hidden_states" in parameters:
+        return construct_single_from_two
+    return construct
+
+
+def _update_weights(cell: nn.Cell) -> None:
+    """Gives a cell its current weights and the function for them."""
+    block_class, _, collect_weights = BLOCK_TYPES[type(cell).__name__]
+    weights = collect_weights(cell)
+    flat = weights[0] + weights[1] if block_class is DoubleBlock else weights
+    layer_types = tuple((len(layer[0]) == 3, bool(layer[1])) for layer in flat if isinstance(layer, tuple))
+    cell.shared_block = shared_block(block_class, layer_types, cell.recomputes)
+    cell.frozen = not any(p.requires_grad for name, p in cell.parameters_and_names() if ".lora_" not in name)
+    object.__setattr__(cell, "weights", weights)  # Cell.__setattr__ would register the parameters a second time
+
+
+def recompute(self):
+    """Recomputes activations in the backward pass: in PyNative by MindSpore, in a graph by `RecomputedBlock`."""
+    if ms.get_context("mode") == ms.PYNATIVE_MODE:
+        return super(type(self), self).recompute()
+    self.recomputes = True
+    _update_weights(self)

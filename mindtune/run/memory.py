@@ -1,0 +1,274 @@
+"""How much memory a run needs, computed from configs and flags: no weights are read, and none are allocated.
+
+Weights, gradients and optimizer state are counted exactly. Activations (activations.py) and what the CPU runtime adds
+(CPU) are estimates; benchmarks/memory_plan.py compares the plan with measured peaks. On an NPU we measured nothing of
+this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import mindspore as ms
+
+from mindtune.data.buckets import crop_sizes
+from mindtune.models.configs import read_config
+from mindtune.models.controlnets import controlnet_shapes
+from mindtune.models.loading import Shape, shapes
+from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
+from mindtune.models.precision import DTYPES
+from mindtune.optim.adam8bit import BLOCK, MIN_SIZE
+from mindtune.run.activations import Block, flux_blocks, kept_bytes, largest_block_bytes, unet_controlnet_blocks
+
+MB = 1 << 20
+ITEMSIZE = {"no": 4, "fp32": 4, "fp16": 2, "bf16": 2}
+CLIP_TOKENS = 77
+
+# What the CPU runtime adds, fitted to the runs of benchmarks/memory_plan.py. Pairs are (graph mode, PyNative).
+CPU = {
+    "process":    528 * MB,    # the process with its libraries
+    "flux graph": 600 * MB,    # a graph of FLUX, and each call of a block in it
+    "flux call":  6 * MB,
+    "unet block": 54 * MB,     # each block in a UNet's graph
+    "copies":     (6.2, 5.5),  # copies of trained parameters: shared between functions, clipped, saved
+    "outputs":    (17.0, 0.0), # while a FLUX block is computed: tensors of the size of its output,
+    "weights":    (4.2, 7.3),  # and of its attention weights
+}  # fmt: skip
+
+
+class Settings(NamedTuple):
+    """What determines the memory of a run. The fields that are flags have the flag's name and meaning.
+
+    Some fields apply only to some systems: those of LoRA, the text encoder and prior preservation to flux_lora, the
+    numbers of blocks to flux_controlnet, `base_precision` and `max_sequence_length` to both.
+    """
+
+    system: str  # flux_lora, flux_controlnet, controlnet or controlnet_sdxl
+    root: Path  # the folder of the pipeline; its configs are enough
+    controlnet: Optional[Path] = None  # the folder of an existing ControlNet that training starts from
+    mixed_precision: str = "no"
+    mindspore_mode: int = 0
+    resolution: int = 512
+    aspect_ratio_buckets: Optional[str] = None
+    train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    cache_latents: bool = False
+    optimizer: str = "adamw"
+    use_8bit_adam: bool = False
+    offload_optimizer: bool = False
+    use_ema: bool = False
+    base_precision: str = "same"
+    max_sequence_length: int = 512
+    lora_rank: int = 4
+    lora_layers: Optional[str] = None
+    train_text_encoder: bool = False
+    with_prior_preservation: bool = False
+    num_double_layers: int = 4
+    num_single_layers: int = 4
+
+    @property
+    def flux(self) -> bool:
+        return self.system.startswith("flux")
+
+    @property
+    def base(self) -> str:
+        """The component that training builds on."""
+        return "transformer" if self.flux else "unet"
+
+    @property
+    def int8(self) -> bool:
+        return self.flux and self.base_precision == "int8"
+
+    def largest_crop(self) -> tuple[int, int]:
+        """(height, width) in pixels of the largest training image."""
+        return max(crop_sizes(self.aspect_ratio_buckets, self.resolution), key=math.prod)
+
+
+class Part(NamedTuple):
+    """A module in the training process: its number of parameters, their dtype, and their size in bytes."""
+
+    name: str
+    parameters: int
+    dtype: str
+    size: int
+
+
+class Plan(NamedTuple):
+    """The memory of a run in bytes.
+
+    `kept` and `recomputed` are the activations without and with gradient checkpointing, `activations` those of this
+    run. `loading` is the host's peak while models are loaded, `runtime` what the CPU runtime adds.
+    """
+
+    parts: list[Part]
+    gradients: int
+    optimizer: int
+    host_optimizer: int
+    average: int
+    kept: int
+    recomputed: int
+    activations: int
+    loading: int
+    runtime: int
+
+    def device(self, world_size: int = 1, zero_stage: int = 0) -> int:
+        """Bytes per device under data parallelism. ZeRO stage 1 shards the optimizer state over the devices."""
+        state = self.optimizer // world_size if zero_stage == 1 else self.optimizer
+        return sum(part.size for part in self.parts) + self.gradients + state + self.average + self.activations
+
+    def process(self) -> int:
+        """The peak of the training process on the CPU."""
+        return self.device() + self.host_optimizer + self.runtime
+
+
+# ---- parameters ----------------------------------------------------------------------------------
+
+_shapes = cache(shapes)
+_controlnet_shapes = cache(controlnet_shapes)
+
+
+def _frozen_part(settings: Settings, name: str, int8: bool = False) -> Part:
+    """A frozen component. int8 weights have a float32 scale per output."""
+    itemsize = ITEMSIZE[settings.mixed_precision]
+    size = count = 0
+    for shape in _shapes(settings.root, name):
+        elements = math.prod(shape.shape)
+        count += elements
+        size += elements + 4 * shape.shape[0] if int8 and shape.linear else itemsize * elements
+    dtype = str(DTYPES[settings.mixed_precision]).lower()
+    return Part(name, count, f"int8, {dtype}" if int8 else dtype, size)
+
+
+def _lora_shapes(layers: Iterable[Shape], targets: list[str], rank: int) -> list[tuple[int, ...]]:
+    """Shapes of A [rank, inputs] and B [outputs, rank] for every linear layer whose name ends in a target."""
+    found = []
+    for layer in layers:
+        if layer.linear and any(f".{layer.name}".endswith(f".{target}.weight") for target in targets):
+            outputs, inputs = layer.shape
+            found += [(rank, inputs), (outputs, rank)]
+    return found
+
+
+def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:
+    root, base = settings.root, settings.base
+    if settings.system == "flux_lora":
+        layers = settings.lora_layers
+        targets = [target.strip() for target in layers.split(",")] if layers else TRANSFORMER_TARGETS
+        trained = _lora_shapes(_shapes(root, base), targets, settings.lora_rank)
+        if settings.train_text_encoder:
+            trained += _lora_shapes(_shapes(root, "text_encoder"), TEXT_ENCODER_TARGETS, settings.lora_rank)
+        return trained
+    if settings.controlnet:
+        found = _shapes(settings.controlnet.parent, settings.controlnet.name)
+    elif settings.flux:
+        found = _controlnet_shapes(root, base, settings.num_double_layers, settings.num_single_layers)
+    else:
+        found = _controlnet_shapes(root, base)
+    return [shape.shape for shape in found]
+
+
+def optimizer_bytes(trained: list[tuple[int, ...]], optimizer: str, eight_bit: bool) -> int:
+    """Bytes of optimizer state for trained tensors of these shapes."""
+    sizes = [math.prod(shape) for shape in trained]
+    if eight_bit:  # two moments: codes in blocks, each with a float32 scale; small tensors keep float32
+        return sum(2 * (-(-size // BLOCK)) * (BLOCK + 4) if size >= MIN_SIZE else 8 * size for size in sizes)
+    if optimizer == "adafactor":  # a row and a column statistic per matrix
+        factored = [math.prod(s[:-1]) + math.prod(s[:-2] + s[-1:]) if len(s) > 1 else math.prod(s) for s in trained]
+        return 4 * sum(factored)
+    return (16 if optimizer == "prodigy" else 8) * sum(sizes)
+
+
+# ---- the plan ------------------------------------------------------------------------------------
+
+
+def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
+    """The plan of a run on an NPU, or with `on_cpu` on this machine, where bfloat16 is computed in float32."""
+    precision = settings.mixed_precision
+    graph_mode = settings.mindspore_mode == 0
+    itemsize = 4 if on_cpu and precision == "bf16" else ITEMSIZE[precision]
+    fused = not on_cpu and itemsize == 2
+
+    trained = _trained_shapes(settings)
+    count = sum(map(math.prod, trained))
+    parts = [_frozen_part(settings, settings.base, settings.int8)]
+    if settings.system == "flux_lora" and settings.train_text_encoder:
+        parts.append(_frozen_part(settings, "text_encoder"))
+    parts.append(Part("LoRA" if settings.system == "flux_lora" else "controlnet", count, "float32", 4 * count))
+    if not settings.cache_latents:
+        parts.append(_frozen_part(settings, "vae"))
+
+    blocks = _blocks(settings)
+    kept, recomputed = kept_bytes(blocks, itemsize, graph_mode, fused)
+    if not on_cpu:  # there it is part of what the runtime adds
+        recomputed += largest_block_bytes(blocks, itemsize, fused)
+    state = optimizer_bytes(trained, settings.optimizer, settings.use_8bit_adam)
+    return Plan(
+        parts=parts,
+        gradients=4 * count * (2 if settings.gradient_accumulation_steps > 1 else 1),
+        optimizer=0 if settings.offload_optimizer else state,
+        host_optimizer=state if settings.offload_optimizer else 0,
+        average=4 * count if settings.use_ema else 0,
+        kept=kept,
+        recomputed=recomputed,
+        activations=recomputed if settings.gradient_checkpointing else kept,
+        loading=int(1.01 * sum(part.size for part in parts)),
+        runtime=_cpu_runtime(settings, blocks, itemsize, count) if on_cpu else 0,
+    )
+
+
+def encode_peak(settings: Settings) -> int:
+    """Peak of the encoder stage in bytes: its largest text encoder, or the VAE with the activations of one image."""
+    root, on_cpu = settings.root, ms.get_context("device_target") == "CPU"
+    names = ["text_encoder"] if settings.system == "controlnet" else ["text_encoder", "text_encoder_2"]
+    sizes = []
+    for name in names:  # one encoder is in memory at a time
+        int8 = settings.int8 and read_config(root, name)["architectures"] == ["T5EncoderModel"]
+        sizes.append(_frozen_part(settings, name, int8).size)
+    # The largest activations of the VAE are those of its first level, at the image's own size; it needs six at a time.
+    elements = 6 * math.prod(settings.largest_crop()) * read_config(root, "vae")["block_out_channels"][0]
+    itemsize = 4 if on_cpu else ITEMSIZE[settings.mixed_precision]
+    sizes.append(_frozen_part(settings, "vae").size + itemsize * elements)
+    return max(sizes) + (CPU["process"] if on_cpu else 0)
+
+
+def _blocks(settings: Settings) -> list[Block]:
+    """The blocks that a gradient passes, for images of the largest size."""
+    config = read_config(settings.root, settings.base)
+    height, width = settings.largest_crop()
+    factor = 2 ** (len(read_config(settings.root, "vae")["block_out_channels"]) - 1)
+    rows, columns = height // factor, width // factor
+    batch = settings.train_batch_size
+    if not settings.flux:
+        return unet_controlnet_blocks(config, batch, (rows, columns), (height, width), CLIP_TOKENS)
+    tokens = {"image_tokens": rows * columns // 4, "text_tokens": settings.max_sequence_length}
+    layers = (config["num_layers"], config["num_single_layers"])
+    if settings.system == "flux_lora":
+        return flux_blocks(config, layers, 2 * batch if settings.with_prior_preservation else batch, **tokens)
+    own = (settings.num_double_layers, settings.num_single_layers)
+    if settings.controlnet:
+        existing = read_config(settings.controlnet.parent, settings.controlnet.name)
+        own = (existing["num_layers"], existing["num_single_layers"])
+    frozen = (max(0, layers[0] - 1), layers[1])  # the ControlNet's residuals enter after the first block
+    return flux_blocks(config, own, batch, **tokens) + flux_blocks(config, frozen, batch, **tokens)
+
+
+def _cpu_runtime(settings: Settings, blocks: list[Block], itemsize: int, trained: int) -> int:
+    """What the CPU runtime adds, in bytes, with `trained` elements that training changes."""
+    mode = settings.mindspore_mode
+    blocks = [block for block in blocks if block.type != "condition"]
+    size: Any = CPU["process"] + 4 * CPU["copies"][mode] * trained
+    if settings.int8:  # the largest linear layer, three times in float32
+        layers = _shapes(settings.root, settings.base)
+        size += 3 * 4 * max(math.prod(shape.shape) for shape in layers if shape.linear)
+    if mode == 0:
+        size += CPU["flux graph"] + CPU["flux call"] * len(blocks) if settings.flux else CPU["unet block"] * len(blocks)
+    if settings.flux:
+        output = max(block.output for block in blocks)
+        weights = max(block.attention_weights for block in blocks)
+        size += itemsize * (CPU["outputs"][mode] * output + CPU["weights"][mode] * weights)
+    return int(size)

@@ -1,0 +1,128 @@
+"""The memory plan as a user sees it: the table, the flags that would save memory, and the numbers in run.json."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Union
+
+import mindspore as ms
+
+from mindtune.run.memory import MB, Plan, Settings, encode_peak, make_plan
+from mindtune.run.tracking import peak_memory_mb
+
+
+class Saving(NamedTuple):
+    """A flag that saves memory, its value, what it costs, and whether only the FLUX scripts have it."""
+
+    flag: str
+    value: Union[bool, int, str]
+    cost: str
+    flux_only: bool = False
+
+
+# The least costly in quality and time first.
+SAVINGS = [
+    Saving("cache_latents", True, "every image keeps one crop"),
+    Saving("mixed_precision", "bf16", "rounding; faster on Ascend"),
+    Saving("gradient_checkpointing", True, "about a third more time"),
+    Saving("use_8bit_adam", True, "coarser moments"),
+    Saving("base_precision", "int8", "rounding of the frozen weights, some time", flux_only=True),
+    Saving("offload_optimizer", True, "time; moments move to the host"),
+    Saving("train_batch_size", 1, "more steps: raise --gradient_accumulation_steps by the same factor"),
+    Saving("max_sequence_length", 128, "longer prompts are cut", flux_only=True),
+    Saving("resolution", 256, "smaller images"),
+]
+
+
+def _applies(saving: Saving, settings: Settings) -> bool:
+    """Whether the script has the flag, it works with the other flags, and the value is not reached already."""
+    if saving.flux_only and not settings.flux:
+        return False
+    if saving.flag == "use_8bit_adam" and settings.optimizer != "adamw":
+        return False
+    if saving.flag == "offload_optimizer" and (
+        settings.use_8bit_adam or settings.optimizer != "adamw" or settings.mindspore_mode != 0
+    ):
+        return False
+    current = getattr(settings, saving.flag)
+    if isinstance(saving.value, int) and not isinstance(saving.value, bool):
+        return current > saving.value
+    return current != saving.value
+
+
+def suggestions(settings: Settings, limit: int) -> tuple[list[str], int]:
+    """Flags to add until the run fits in `limit` bytes of device memory, and the bytes that it needs with all of them.
+
+    One line per flag, with what it saves and costs. If the flags are not enough, the second value is above `limit`.
+    """
+    lines = []
+    needed = make_plan(settings).device()
+    for saving in SAVINGS:
+        if needed <= limit:
+            break
+        if not _applies(saving, settings):
+            continue
+        changed = settings._replace(**{saving.flag: saving.value})
+        after = make_plan(changed).device()
+        if after < 0.99 * needed:
+            words = f"--{saving.flag}" if saving.value is True else f"--{saving.flag} {saving.value}"
+            lines.append(f"{words:28s} saves {_size(needed - after)}: {saving.cost}")
+            settings, needed = changed, after
+    return lines, needed
+
+
+def describe(settings: Settings, device_memory_gb: float) -> str:
+    """The plan as a table, whether it fits a device of `device_memory_gb` (2^30 bytes), and if not the flags to add."""
+    plan = make_plan(settings)
+    rows = _rows(plan)
+    rows.append(("encoder stage (separate process)", "", "", _size(encode_peak(settings))))
+    if ms.get_context("device_target") == "CPU":
+        rows.append(("training process on this CPU", "", "", _size(make_plan(settings, on_cpu=True).process())))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        f"{name:{widths[0]}}  {count:>{widths[1]}}  {dtype:{widths[2]}}  {size:>{widths[3]}}"
+        for name, count, dtype, size in rows
+    ]
+    limit = int(device_memory_gb * (1 << 30))
+    if plan.device() <= limit:
+        return "\n".join([*lines, f"fits a device of {device_memory_gb:g} GB"])
+    flags, needed = suggestions(settings, limit)
+    lines.append(f"does not fit a device of {device_memory_gb:g} GB. Add these flags, in this order:")
+    lines += [f"  {flag}" for flag in flags]
+    lines.append(f"with them a device needs {_size(needed)}" + ("" if needed <= limit else ", which is still too much"))
+    return "\n".join(lines)
+
+
+def _rows(plan: Plan) -> list[tuple[str, str, str, str]]:
+    """(name, number of parameters, dtype, size) per row of the table."""
+    rows = [(part.name, f"{part.parameters:,}", part.dtype, _size(part.size)) for part in plan.parts]
+    rows.append(("gradients", "", "float32", _size(plan.gradients)))
+    if plan.host_optimizer:
+        rows.append(("optimizer state, on the host", "", "", _size(plan.host_optimizer)))
+    else:
+        rows.append(("optimizer state", "", "", _size(plan.optimizer)))
+    if plan.average:
+        rows.append(("moving average", "", "float32", _size(plan.average)))
+    chosen = " (this run)"
+    kept = "activations, kept" + chosen * (plan.activations == plan.kept)
+    recomputed = "activations, recomputed" + chosen * (plan.activations != plan.kept)
+    rows.append((kept, "", "", _size(plan.kept)))
+    rows.append((recomputed, "", "", _size(plan.recomputed)))
+    rows.append(("Ascend device", "", "", _size(plan.device())))
+    for world_size in (2, 8):
+        size = plan.device(world_size, zero_stage=1)
+        rows.append((f"each of {world_size} Ascend devices, ZeRO stage 1", "", "", _size(size)))
+    rows.append(("host, while models are loaded", "", "", _size(plan.loading)))
+    return rows
+
+
+def _size(size: float) -> str:
+    return f"{size / (1 << 30):.2f} GB" if size >= 100 * MB else f"{size / MB:.1f} MB"
+
+
+def measured(settings: Settings) -> dict[str, float]:
+    """For run.json: planned and measured peak so far in MB, of this process on the CPU, of the device on an NPU."""
+    on_cpu = ms.get_context("device_target") == "CPU"
+    plan = make_plan(settings, on_cpu)
+    if on_cpu:
+        return {"predicted_mb": plan.process() / MB, "measured_mb": peak_memory_mb()["training_process"]}
+    return {"predicted_mb": plan.device() / MB, "measured_mb": ms.runtime.max_memory_allocated() / MB}

@@ -1,0 +1,332 @@
+"""The record of a run: its output directory, checkpoints, logs, progress bar and interruption.
+
+A script calls a `Run`; a `Run` never calls the training step, the optimizer or the batches. Only the main process
+writes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import secrets
+import time
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
+
+import mindspore as ms
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mindtune.cli import StopRequest, UserError
+from mindtune.data.grids import save_image
+from mindtune.distributed import ranks
+from mindtune.models.execution import free_memory
+from mindtune.run import checkpoint, hub, memory, plan, report, tracking
+
+# What every run writes besides its result, checkpoints and samples.
+FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png")
+
+
+class Settings(NamedTuple):
+    """Where and how a run is recorded, by the names of the flags."""
+
+    output_dir: str
+    pretrained_model_name_or_path: str
+    overwrite_output_dir: bool = False
+    resume_from_checkpoint: Optional[str] = None
+    checkpoints_total_limit: Optional[int] = None
+    logging_dir: str = "logs"
+    report_to: str = "none"
+    seed: Optional[int] = None
+    train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: int = 1
+    max_train_steps: Optional[int] = None
+    push_to_hub: bool = False
+    hub_model_id: Optional[str] = None
+    hub_token: Optional[str] = None
+    validation_prompt: tuple[str, ...] = ()
+
+
+class Run:
+    """One run, new or resumed.
+
+    `flags` are recorded in run.json; `results` are the names of the files that a finished run leaves in the output
+    directory. Creating a `Run` checks the output directory, the logging services and the hub, and writes nothing.
+    Raises UserError.
+    """
+
+    def __init__(self, settings: Settings, flags: dict[str, Any], results: tuple[str, ...]) -> None:
+        self.started = time.time()
+        self.settings = settings
+        self.flags = flags
+        self.files = (*FILES, *results)
+        self.services = tracking.services(settings.report_to)
+        self.output_dir, self.checkpoint = checkpoint.open_output_dir(
+            settings.output_dir,
+            settings.resume_from_checkpoint,
+            settings.overwrite_output_dir,
+            self.files,
+            results[-1],
+        )
+        ranks.require_same(str(self.checkpoint), "--output_dir: the checkpoint to resume from")
+        self.logging_dir = self.output_dir / settings.logging_dir
+        self.state = json.loads((self.checkpoint / "trainer_state.json").read_text()) if self.checkpoint else {}
+        self.hub_id = None
+        if settings.push_to_hub:
+            self.hub_id = ranks.on_main_process(
+                hub.check, settings.hub_model_id, settings.output_dir, settings.hub_token
+            )
+        seed = settings.seed if settings.seed is not None else self.state.get("seed", secrets.randbelow(2**31))
+        self.seed = ranks.all_gather(seed)[0]
+        self.step = self.state.get("global_step", 0)
+        self.seconds: list[float] = []
+        self.skipped = 0
+        self.tracker: Optional[tracking.Tracker] = None
+        self.curve: Optional[tracking.LossByTimestep] = None
+        self.bar: Optional[tqdm] = None
+
+    # ---- before the loop ---------------------------------------------------------------------
+
+    def set_data(self, data: Any) -> None:
+        """Fixes the length of the run. `data` is an ImageData or PairData."""
+        settings = self.settings
+        self.data = data
+        self.batches_per_update = settings.gradient_accumulation_steps * ranks.world_size()
+        self.samples_per_update = settings.train_batch_size * self.batches_per_update
+        epochs = settings.num_train_epochs
+        self.max_train_steps = settings.max_train_steps or math.ceil(
+            epochs * data.epoch_length / self.samples_per_update
+        )
+
+    def resume(self, fixed: dict[str, Any], base: str, state: dict[str, ms.Parameter]) -> None:
+        """Loads `state` from the checkpoint, if there is one. Raises UserError if the checkpoint has another state.
+
+        `fixed` are the flags that must not change and `base` is a hash of the base model: for an exact continuation
+        both are the same as before. What differs is printed.
+        """
+        self.training_state = state
+        self.identity = {
+            "seed": self.seed,
+            "data": self.data.fingerprint(),
+            "base": base,
+            "samples_per_update": self.samples_per_update,
+            **fixed,
+        }
+        if len(self.data.sizes) > 1:  # a batch is of one bucket, so its size decides what an update sees
+            self.identity["batch_size"] = self.settings.train_batch_size
+        if not self.checkpoint:
+            return
+        other_ranks = itertools.chain(*ranks.all_gather(list(state)))
+        checkpoint.load_state(self.checkpoint / "training_state.safetensors", state, other_ranks)
+        changed = [name for name, value in self.identity.items() if self.state.get(name) != value]
+        if changed:
+            print(f"resuming with another {', '.join(changed)} than the checkpoint: not its exact continuation")
+        for path in ranks.on_main_process(checkpoint.set_aside_later, self.output_dir, self.checkpoint) or ():
+            print(f"a later checkpoint is kept as {path.name}")
+        print(f"resuming from {self.checkpoint.name} after update {self.step}")
+
+    def start(
+        self,
+        settings: memory.Settings,
+        schedule_length: int,
+        trainable: dict[str, int],
+        write_weights: Callable[[Path], Any],
+        axis: str = "sigma",
+    ) -> None:
+        """Opens the logs.
+
+        `trainable` is the number of trained parameters per model. `write_weights(folder)` writes the weights of a
+        checkpoint. `axis` is what held-out losses are plotted over: sigma or timestep.
+        """
+        self.memory_settings = settings
+        self.schedule_length = schedule_length
+        self.write_weights = write_weights
+        self.axis = axis
+        self.record = {
+            "flags": self.flags,
+            "seed": self.seed,
+            "versions": tracking.package_versions(),
+            "device": ms.get_context("device_target"),
+            "data": {"fingerprint": self.identity["data"], **self.data.facts()},
+            "trainable": trainable,
+            "workers": ranks.world_size(),
+        }
+        self._print_summary()
+        if ranks.is_main_process():
+            self._open_files()
+        self.stop_request = StopRequest()
+
+    def batch_range(self) -> tuple[int, int]:
+        """The numbers of the first batch of all ranks still to train on, and of the one after the last."""
+        return self.step * self.batches_per_update, self.max_train_steps * self.batches_per_update
+
+    def _print_summary(self) -> None:
+        settings = self.settings
+        optimizer = sum(p.nbytes for name, p in self.training_state.items() if name.startswith("optimizer."))
+        print(f"optimizer state: {optimizer:,} bytes per device")
+        epochs = self.max_train_steps * self.samples_per_update / self.data.epoch_length
+        print(
+            f"{self.data.epoch_length:,} samples per epoch, {len(self.data.held_out)} held out; batch size "
+            f"{settings.train_batch_size} x {settings.gradient_accumulation_steps} accumulation steps x "
+            f"{ranks.world_size()} devices; {self.max_train_steps} updates, {epochs:.1f} epochs; seed {self.seed}"
+        )
+
+    def _open_files(self) -> None:
+        settings = self.settings
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if settings.overwrite_output_dir and not checkpoint.belongs_to(self.checkpoint, self.output_dir):
+            checkpoint.remove_old_run(self.output_dir, self.logging_dir, self.files)
+        tracking.write_run_json(self.output_dir / "run.json", **self.record, finished=False)
+        self.tracker = tracking.Tracker(self.output_dir, self.logging_dir, self.services, self.step, self.flags)
+        self.curve = tracking.LossByTimestep(self.output_dir, self.step, self.axis)
+
+    # ---- in the loop -------------------------------------------------------------------------
+
+    def stopped(self) -> bool:
+        """Whether Ctrl-C or SIGTERM has asked any rank to stop."""
+        if self.bar is None:
+            self.bar = self._progress_bar()
+        stopped = any(ranks.all_gather(self.stop_request.exit_code))
+        self._began = time.perf_counter()
+        return stopped
+
+    def _progress_bar(self) -> tqdm:
+        hidden = not ranks.is_main_process()
+        return tqdm(total=self.max_train_steps, initial=self.step, unit="update", dynamic_ncols=True, disable=hidden)
+
+    def update(self, losses: list[float], *, lr: float, grad_norm: Any, **values: float) -> None:
+        """Counts and logs an update from the losses of this rank's micro-batches.
+
+        A loss scale among `values` means fp16, where a gradient that overflows is skipped until the scale is 1.
+        Raises UserError if loss or gradient norm are not finite otherwise.
+        """
+        loss = float(np.mean(ranks.all_gather(losses)))
+        self.step += 1
+        logged = {"loss": loss, "lr": lr, "grad_norm": float(grad_norm), **values}
+        if not math.isfinite(loss + logged["grad_norm"]):
+            self._skip(logged)
+            logged = {name: value for name, value in logged.items() if math.isfinite(value)}
+        if self.tracker:
+            self.tracker.log(self.step, **logged)
+        self.seconds.append(time.perf_counter() - self._began)
+        median = np.median(self.seconds[-20:])
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", s=f"{median:.2f}", refresh=False)
+        self.bar.update()
+
+    def _skip(self, logged: dict[str, float]) -> None:
+        """An overflow in fp16 skips the update and halves the scale. At a scale of 1 it is no overflow."""
+        self.skipped += 1
+        if logged.get("loss_scale", 0.0) > 1.0:
+            tqdm.write(f"update {self.step}: overflow in fp16, skipped; loss scale {logged['loss_scale']:g}")
+            return
+        self.bar.close()
+        # The checkpoint of the update before has the weights that gave this loss: it may be bad too.
+        good = [p for p in checkpoint.checkpoints(self.output_dir) if checkpoint.step_of(p) < self.step - 1]
+        last = good[-1] if good else "(none yet)"
+        raise UserError(
+            f"update {self.step}: the loss is {logged['loss']}, the gradient norm {logged['grad_norm']}. This update "
+            f"was not saved; the last good checkpoint is {last}. Try a lower --learning_rate, or bf16 instead of fp16."
+        )
+
+    def due(self, every: float) -> bool:
+        """Whether a multiple of `every` updates has just been reached. The end of the run has its own steps."""
+        return self.step < self.max_train_steps and self.step // every > (self.step - 1) // every
+
+    def save(self) -> None:
+        """Writes a checkpoint of this update."""
+        state = ranks.gather_parameters(self.training_state)
+        if self.tracker is not None:
+            self._save(state)
+        free_memory()  # PyNative leaves many small blocks
+
+    def _save(self, state: dict[str, np.ndarray]) -> None:
+        if self.step >= self.max_train_steps and self.bar is not None:
+            self.bar.close()
+        self.tracker.flush()
+
+        def write(folder: Path) -> None:
+            self.write_weights(folder)
+            checkpoint.save_state(folder / "training_state.safetensors", state)
+            trainer_state = {"global_step": self.step, "lr_schedule_steps": self.schedule_length, **self.identity}
+            (folder / "trainer_state.json").write_text(json.dumps(trainer_state))
+
+        limit = self.settings.checkpoints_total_limit
+        self.saved = checkpoint.save_checkpoint(self.output_dir, self.step, write, limit)
+
+    # ---- validation --------------------------------------------------------------------------
+
+    def needs_held_out(self) -> bool:
+        """Whether held-out losses of this update are still to be measured."""
+        return bool(self.data.held_out) and not self.curve.has(self.step)
+
+    def log_held_out(self, places: dict[int, float], losses: list[float]) -> None:
+        """The held-out loss at timesteps; `places` maps each timestep to its place from 0 (image) to 1 (noise)."""
+        self.curve.add(self.step, list(places.values()), losses)
+        labels = [f"{place:.3f}" if self.axis == "sigma" else str(index) for index, place in places.items()]
+        by_timestep = {f"held_out__loss_at_{label}": loss for label, loss in zip(labels, losses)}
+        self.tracker.log(self.step, held_out__loss=float(np.mean(losses)), **by_timestep)
+
+    def log_images(self, grid: Image.Image, final: bool) -> Path:
+        """Logs a grid of validation images and writes it to samples/."""
+        self.tracker.image(self.step, "validation", grid)
+        name = "final" if final else f"step-{self.step:06d}"
+        return save_image(grid, self.output_dir / "samples" / f"{name}.png")
+
+    # ---- after the loop ----------------------------------------------------------------------
+
+    def stop(self) -> int:
+        """Ends a run that was interrupted, after `save`. Returns the exit code 130, as a shell reports Ctrl-C."""
+        if ranks.is_main_process():
+            self.bar.close()
+            self._write_run_json(finished=False)
+            report.write_report(self.output_dir)
+            command = "the same command with --resume_from_checkpoint latest"
+            print(f"saved {self.saved} after update {self.step}. Resume it by {command}")
+        ranks.finish()
+        return 130
+
+    def finish(self, name: str, result: Path, images: Optional[Path]) -> int:
+        """Ends a complete run: plot, report, upload. `name` says what `result` is. Returns the exit code 0."""
+        if ranks.is_main_process():
+            plot = self.curve.plot()
+            self.tracker.close()
+            self._write_run_json(finished=True)
+            written = {
+                name: result,
+                "validation images": images,
+                "held-out loss plot": plot,
+                "curves": self.logging_dir if self.services else self.output_dir / "metrics.jsonl",
+                "report": report.write_report(self.output_dir),
+            }
+            for what, path in written.items():
+                if path:
+                    print(f"{what}: {path}")
+            self._push()
+        ranks.finish()
+        return 0
+
+    def _push(self) -> None:
+        if self.hub_id:
+            settings = self.settings
+            prompts = list(settings.validation_prompt)
+            base = settings.pretrained_model_name_or_path
+            address = hub.push(self.hub_id, self.output_dir, base, prompts, settings.hub_token)
+            print(f"on the hub: {address}")
+
+    def _write_run_json(self, finished: bool) -> None:
+        steady = self.seconds[2:] or self.seconds
+        tracking.write_run_json(
+            self.output_dir / "run.json",
+            **self.record,
+            finished=finished,
+            updates=self.step,
+            skipped_updates=self.skipped,
+            seconds_per_step=float(np.median(steady)) / self.settings.gradient_accumulation_steps if steady else None,
+            seconds_total=time.time() - self.started,
+            seconds_to_first_update=self.seconds[0] if self.seconds else None,
+            peak_memory_mb=tracking.peak_memory_mb(),
+            memory=plan.measured(self.memory_settings),
+        )

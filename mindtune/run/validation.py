@@ -1,0 +1,93 @@
+"""Validation: the loss on held-out samples, and a grid of sampled images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from mindspore import nn
+from PIL import Image
+
+from mindtune.cli import matched
+from mindtune.data.conditions import condition_image, require_condition
+from mindtune.data.grids import image_grid
+from mindtune.distributed import ranks
+from mindtune.files import write_files_atomically
+from mindtune.models.execution import free_memory
+from mindtune.optim.averaging import EMA
+from mindtune.run.evaluation import HELD_OUT_INDICES, held_out_loss
+from mindtune.run.record import Run
+
+Rows = Sequence[Sequence[Image.Image]]
+
+
+class Validation:
+    """Validates the trained models of a run on the main process. The other ranks wait at their next exchange.
+
+    `make_batch(uses)` makes the inputs of `step.predict`. `places` gives each timestep's place, from 0 (image) to 1
+    (noise). `sampler.sample(final)` returns rows of images and a label per row, for `sampler.prompts`. With `ema`
+    the averaged weights are validated.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        step: nn.Cell,
+        models: Sequence[nn.Cell],
+        make_batch: Callable[[list], tuple],
+        places: Sequence[float],
+        sampler: Any,
+        ema: Optional[EMA] = None,
+    ) -> None:
+        self.run = run
+        self.step = step
+        self.models = models
+        self.make_batch = make_batch
+        self.places = {index: float(places[index]) for index in HELD_OUT_INDICES}
+        self.sampler = sampler
+        self.weights = ema.averaged if ema else contextlib.nullcontext
+
+    def __call__(self, final: bool = False) -> Optional[Path]:
+        """Logs the held-out loss and, after the first update, images. Returns the path of the image grid."""
+        run = self.run
+        if not ranks.is_main_process():
+            return None
+        with self.weights():
+            if run.needs_held_out():
+                losses = held_out_loss(self.step, self.models, self._held_out_batch, len(run.data.held_out))
+                run.log_held_out(self.places, losses)
+            if not self.sampler.prompts or not run.step:
+                return None
+            rows, labels = self.sampler.sample(final)
+        free_memory()  # of a VAE that was loaded for the images
+        return run.log_images(image_grid(rows, labels), final)
+
+    def write_result(self, write: Callable[[Path], Any]) -> None:
+        """Puts the files that `write(folder)` makes of the validated weights into the output directory."""
+        if ranks.is_main_process():
+            with self.weights():
+                write_files_atomically(self.run.output_dir, write)
+
+    def _held_out_batch(self, sample_id: int, timestep: int) -> tuple:
+        return self.make_batch([self.run.data.held_out_use(sample_id, timestep)])
+
+
+def match_conditions(prompts: list[str], paths: list[str]) -> list[tuple[str, str]]:
+    """(prompt, path of a condition image) pairs of --validation_prompt and --validation_image.
+
+    Raises UserError if their numbers do not match, or if an image cannot be read.
+    """
+    pairs = matched(prompts, paths, "--validation_prompt", "--validation_image")
+    for path in paths:
+        require_condition(path, "--validation_image")
+    return pairs
+
+
+def load_conditions(
+    pairs: list[tuple[str, str]], resolution: int, multiple: int, background: str
+) -> list[tuple[str, Image.Image]]:
+    """(prompt, condition image) pairs, resized by `condition_image`, on the background of the training data."""
+    flag = "--validation_image"
+    return [(prompt, condition_image(path, flag, resolution, multiple, background)) for prompt, path in pairs]

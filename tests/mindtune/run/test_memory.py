@@ -1,0 +1,78 @@
+"""The memory plan's numbers against the parameters that loading and training really allocate."""
+
+import json
+
+import pytest
+
+from mindtune.models import loading, lora, precision
+from mindtune.optim import optimizers
+from mindtune.run import memory
+from mindtune.run.memory import Settings
+
+
+def bytes_of(parameters):
+    return sum(p.size * p.itemsize for p in parameters)
+
+
+@pytest.mark.parametrize("flags", [{}, {"mixed_precision": "bf16"}, {"base_precision": "int8"}], ids=str)
+def test_bytes_of_frozen_weights_and_lora_layers_are_exact(tiny_flux, flags):
+    plan = memory.make_plan(Settings("flux_lora", tiny_flux, lora_rank=3, **flags))
+    dtypes = precision.resolve_precision(flags.get("mixed_precision", "no"))
+    model = loading.load_model(tiny_flux, "transformer", dtypes, int8="base_precision" in flags)
+    precision.freeze_params(model)
+    assert plan.parts[0].size == bytes_of(model.get_parameters())
+    lora.add_lora(model, 3, 3.0, 0.0, lora.TRANSFORMER_TARGETS, dtypes.compute)
+    precision.cast_training_params([model])
+    trained = list(lora.lora_parameters(model).values())
+    assert plan.parts[1].size == plan.gradients == bytes_of(trained)
+    assert plan.parts[1].parameters == sum(p.size for p in trained)
+    assert plan.parts[2].size == bytes_of(loading.load_model(tiny_flux, "vae", dtypes).get_parameters())
+    for eight_bit in (False, True):
+        groups = [{"params": trained, "lr": 1.0, "weight_decay": 0.0}]
+        optimizer = optimizers.create_optimizer("adamw", groups, betas=(0.9, 0.9), eps=1.0, eight_bit=eight_bit)
+        state = [p for key, p in optimizers.optimizer_state(optimizer).items() if "exp_avg" in key]
+        assert memory.optimizer_bytes([p.shape for p in trained], "adamw", eight_bit) == bytes_of(state)
+
+
+@pytest.mark.parametrize("blocks, parameters", [((4, 0), 1_442_333_696), ((4, 10), 2_952_654_336)])
+def test_parameters_of_published_models(flux_dev, blocks, parameters):
+    settings = Settings("flux_controlnet", flux_dev, num_double_layers=blocks[0], num_single_layers=blocks[1])
+    plan = memory.make_plan(settings)
+    assert [part.parameters for part in plan.parts[:2]] == [11_901_408_320, parameters]
+    assert plan.optimizer == 8 * parameters and plan.gradients == 4 * parameters
+
+
+def test_an_existing_controlnet_counts_with_its_own_blocks(flux_dev, tmp_path):
+    """Not with those of --num_double_layers and --num_single_layers."""
+    config = json.loads((flux_dev / "transformer" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "_class_name": "FluxControlNetModel", "num_layers": 2, "num_single_layers": 0})
+    )
+    new = Settings("flux_controlnet", flux_dev, num_double_layers=2, num_single_layers=0)
+    existing = Settings("flux_controlnet", flux_dev, controlnet=tmp_path, num_double_layers=9, num_single_layers=9)
+    assert memory.make_plan(existing) == memory.make_plan(new)
+
+
+@pytest.mark.parametrize("flags", [
+    {"cache_latents": True}, {"gradient_checkpointing": True}, {"use_8bit_adam": True}, {"base_precision": "int8"},
+    {"offload_optimizer": True}, {"train_batch_size": 1}, {"resolution": 256}, {"max_sequence_length": 128},
+], ids=str)  # fmt: skip
+def test_each_flag_that_saves_memory_lowers_the_plan(flux_dev, flags):
+    base = Settings("flux_controlnet", flux_dev, mixed_precision="bf16", train_batch_size=2)
+    assert memory.make_plan(base._replace(**flags)).device() < memory.make_plan(base).device()
+
+
+def test_zero_stage_1_shards_the_optimizer_state(flux_dev):
+    plan = memory.make_plan(Settings("flux_controlnet", flux_dev, mixed_precision="bf16", train_batch_size=2))
+    assert plan.device(8, zero_stage=1) == plan.device() - plan.optimizer + plan.optimizer // 8
+    assert plan.device(8) == plan.device()
+
+
+def test_moving_average_accumulation_and_offloaded_state(flux_dev):
+    settings = Settings(
+        "flux_controlnet", flux_dev, use_ema=True, gradient_accumulation_steps=2, offload_optimizer=True
+    )
+    plan = memory.make_plan(settings)
+    trained = plan.parts[1].size
+    assert (plan.average, plan.gradients) == (trained, 2 * trained)
+    assert (plan.optimizer, plan.host_optimizer) == (0, 2 * trained)
