@@ -186,7 +186,7 @@ def test_one_folder_of_all_kinds_trains_without_the_bad_ones(train, tmp_path):
         "--max_train_steps",
         3,
     )
-    assert f"--instance_data_dir {folder}: going on without 3 of 15 files" in done.stdout
+    assert f"--instance_data_dir {folder}: continuing without 3 of 15 files" in done.stdout
     for line in ("page.jpg: not an image", "torn.jpg: damaged (", "small.png: 200x31 is smaller than --resolution 32"):
         assert line in done.stdout
     assert "\n12 pictures, 0 held out" in done.stdout
