@@ -85,7 +85,7 @@ def test_in_the_graph_too_with_accumulation(job, flags, whole, tmp_path):
 def assert_ends(done, number, since):
     """Within a minute, with the worker's number on the console, no process and no half checkpoint left."""
     assert done.wait(timeout=60) != 0 and time.monotonic() - since < 60
-    assert f"Error: worker {number} of 2 " in done.said()
+    assert f"Error: rank {number} of 2 " in done.said()
     deadline = time.monotonic() + 10
     while (left := done.processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
