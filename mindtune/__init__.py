@@ -1,8 +1,8 @@
 """MindTune: what the training scripts share.
 
-One module has one job. The rooms, from the bottom: `cli`, `files`, `rng`, `flow`, `diffusion`; `distributed`; `data`; `models`;
-`encode` and `optim`; `run`; `flags`; and the commands `plan` and `check_data`. A module imports only from its own room and
-those below it. docs/design.md says what each module is for.
+One module has one job. The rooms, from the bottom: `cli`, `files`, `rng`, `flow`, `diffusion`; `distributed`; `data`;
+`models`; `encode` and `optim`; `run`; `flags`; and the commands `plan` and `check_data`. A module imports only from its
+own room and those below it. docs/design.md says what each module is for.
 """
 
 import os

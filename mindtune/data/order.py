@@ -13,7 +13,7 @@ from mindtune.rng import generator
 
 
 def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """(training ids, held-out ids): a seeded choice of a fraction `share` of `count` ids, at least one if it is above 0.
+    """(training ids, held-out ids): holds out a seeded choice of a fraction `share` of `count` ids, at least one.
 
     Raises UserError if none would be left to train on.
     """
@@ -27,7 +27,7 @@ def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
 
 
 def prefetch(make: Callable[[int], Any], positions: range, workers: int) -> Iterator[Any]:
-    """make(p) for every position, in order. With `workers` threads, up to workers + 2 results are prepared in advance."""
+    """make(p) for every position in order. `workers` threads prepare up to workers + 2 results in advance."""
     if workers < 1:
         yield from map(make, positions)
         return
