@@ -1,4 +1,4 @@
-"""Encoder outputs on disk: what was written comes back, anything else counts as absent."""
+"""The cache of encoder outputs: what was written is read unchanged, and anything else counts as absent."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mindtune.encode import cache as cache_module
 from mindtune.encode.cache import Cache, encoder_fingerprint, key_of
 
 KEY = key_of(caption="a cat", length=16)
@@ -25,7 +26,7 @@ def cache(tmp_path):
     return cache
 
 
-def test_what_was_put_comes_back_bit_for_bit(cache):
+def test_an_entry_is_read_bit_for_bit(cache):
     found = cache.get(KEY)
     assert cache.valid(KEY) and found.keys() == tensors().keys()
     for name, value in tensors().items():
@@ -33,8 +34,8 @@ def test_what_was_put_comes_back_bit_for_bit(cache):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int64])
-def test_every_type_and_layout_comes_back(cache, dtype):
-    """A transposed view, whose memory is not in order, and an empty array."""
+def test_every_dtype_and_layout(cache, dtype):
+    """A transposed view, which is not contiguous, and an empty array."""
     values = {"view": np.arange(6).reshape(2, 3).astype(dtype).T, "empty": np.zeros((0, 4), dtype)}
     cache.put("k", values)
     assert cache.valid("k")
@@ -52,43 +53,43 @@ def test_an_absent_entry_is_none(cache):
     assert not cache.valid("other") and cache.get("other") is None
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
-def test_a_torn_file_counts_as_absent(cache, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 0.9, 0.999])
+def test_a_truncated_file_counts_as_absent(cache, fraction):
     content = cache.path(KEY).read_bytes()
-    cache.path(KEY).write_bytes(content[: int(share * len(content))])
+    cache.path(KEY).write_bytes(content[: int(fraction * len(content))])
     assert not cache.valid(KEY) and cache.get(KEY) is None
 
 
-def test_no_flipped_bit_passes(cache):
-    """One bit of every byte in turn, header and data."""
+def test_any_flipped_bit_is_detected(cache):
+    """One bit of every byte in turn, in the header and in the data."""
     path, content = cache.path(KEY), cache.path(KEY).read_bytes()
-    for place in range(len(content)):
+    for position in range(len(content)):
         broken = bytearray(content)
-        broken[place] ^= 1 << place % 8
+        broken[position] ^= 1 << position % 8
         path.write_bytes(broken)
-        assert not cache.valid(KEY), f"byte {place} of {len(content)}"
+        assert not cache.valid(KEY), f"byte {position} of {len(content)}"
     path.write_bytes(content)
     assert cache.valid(KEY)
 
 
-def test_another_entry_under_this_name_does_not_pass(cache):
+def test_an_entry_under_another_entrys_name_is_not_valid(cache):
     cache.put("other", tensors())
     os.replace(cache.path("other"), cache.path(KEY))
     assert not cache.valid(KEY)
 
 
-def test_a_file_of_another_program_does_not_pass(cache):
+def test_a_file_of_another_program_is_not_valid(cache):
     save_file(tensors(), cache.path(KEY))
     assert not cache.valid(KEY)
 
 
-def test_a_folder_in_the_place_of_an_entry_does_not_pass(cache):
+def test_a_folder_with_the_name_of_an_entry_is_not_valid(cache):
     cache.path("folder").mkdir()
     assert not cache.valid("folder") and cache.get("folder") is None
 
 
 def test_a_killed_writer_leaves_no_entry(cache, monkeypatch):
-    """The file gets its name only when it is whole; what is left beside is never read."""
+    """A file gets its final name when it is complete, and the temporary file is removed."""
 
     def killed(*args):
         raise KeyboardInterrupt
@@ -99,15 +100,14 @@ def test_a_killed_writer_leaves_no_entry(cache, monkeypatch):
     assert not cache.valid("other") and [p.name for p in cache.folder.iterdir()] == [f"{KEY}.safetensors"]
 
 
-def test_a_leftover_partial_file_does_no_harm(cache):
-    """As SIGKILL leaves it."""
+def test_a_temporary_file_that_sigkill_left_is_ignored(cache):
     (cache.folder / f".other.{os.getpid()}.partial").write_bytes(b"torn")
     assert not cache.valid("other")
     cache.put("other", tensors())
     assert cache.valid("other")
 
 
-def test_putting_again_replaces(cache):
+def test_put_replaces_an_entry(cache):
     cache.put(KEY, {"embeds": np.zeros(1, np.float32)})
     assert cache.valid(KEY) and list(cache.get(KEY)) == ["embeds"]
 
@@ -117,9 +117,8 @@ def test_putting_again_replaces(cache):
 
 def test_a_key_depends_on_every_part_but_not_on_their_order():
     assert key_of(a=1, b="x") == key_of(b="x", a=1)
-    assert (
-        len({key_of(a=1, b="x"), key_of(a=2, b="x"), key_of(a=1, b="y"), key_of(a=1, c="x"), key_of(a="1", b="x")}) == 5
-    )
+    parts = ({"a": 1, "b": "x"}, {"a": 2, "b": "x"}, {"a": 1, "b": "y"}, {"a": 1, "c": "x"}, {"a": "1", "b": "x"})
+    assert len({key_of(**each) for each in parts}) == 5
 
 
 def encoder(folder: Path, size: int, seed: int = 0):
@@ -129,7 +128,7 @@ def encoder(folder: Path, size: int, seed: int = 0):
     return folder, [folder / "model.safetensors"]
 
 
-def test_a_fingerprint_is_of_the_content_not_the_place(tmp_path):
+def test_a_fingerprint_depends_on_the_content_and_not_on_the_path(tmp_path):
     assert encoder_fingerprint(*encoder(tmp_path / "a", 100)) == encoder_fingerprint(*encoder(tmp_path / "b", 100))
 
 
@@ -148,23 +147,31 @@ def test_a_fingerprint_changes_with_the_config(tmp_path):
     assert encoder_fingerprint(folder, weights) != before
 
 
-def test_a_large_file_retrained_all_over_changes_the_fingerprint(tmp_path):
-    """Above 16 MB only samples are read: same size, other numbers."""
-    size = (1 << 24) + 5
-    assert encoder_fingerprint(*encoder(tmp_path / "a", size, seed=0)) != encoder_fingerprint(
-        *encoder(tmp_path / "a", size, seed=1)
-    )
+@pytest.fixture
+def small_limit(monkeypatch):
+    """Only samples of files above 1 MB are read."""
+    monkeypatch.setattr(cache_module, "SAMPLED_ABOVE", 1 << 20)
+    monkeypatch.setattr(cache_module, "SAMPLE_BYTES", 1 << 10)
 
 
-@pytest.mark.parametrize("place", [0, -1])
-def test_the_ends_of_a_large_file_count(tmp_path, place):
-    folder, weights = encoder(tmp_path / "a", (1 << 24) + 5)
-    before, content = encoder_fingerprint(folder, weights), bytearray(weights[0].read_bytes())
-    content[place] ^= 1
-    weights[0].write_bytes(content)
-    assert encoder_fingerprint(folder, weights) != before
+def test_a_large_file_of_other_weights_has_another_fingerprint(tmp_path, small_limit):
+    size = (1 << 20) + 5
+    first = encoder_fingerprint(*encoder(tmp_path / "a", size, seed=0))
+    assert encoder_fingerprint(*encoder(tmp_path / "a", size, seed=1)) != first
 
 
-def test_an_entry_is_as_readable_as_any_new_file(cache, tmp_path):
+def test_the_ends_of_a_large_file_count_and_bytes_between_samples_do_not(tmp_path, small_limit):
+    folder, weights = encoder(tmp_path / "a", (1 << 20) + 5)
+    before = encoder_fingerprint(folder, weights)
+    for position, same in ((0, False), (-1, False), (2000, True)):
+        content = bytearray(weights[0].read_bytes())
+        content[position] ^= 1
+        weights[0].write_bytes(content)
+        assert (encoder_fingerprint(folder, weights) == before) == same, position
+        content[position] ^= 1
+        weights[0].write_bytes(content)
+
+
+def test_an_entry_has_the_permissions_of_any_new_file(cache, tmp_path):
     (tmp_path / "any").touch()
     assert cache.path(KEY).stat().st_mode == (tmp_path / "any").stat().st_mode

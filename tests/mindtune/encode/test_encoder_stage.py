@@ -1,29 +1,29 @@
-"""The encode stage: what an entry's name depends on, what the child does when it cannot, and what T5 keeps wide."""
+"""The encoder stage: cache keys, what is encoded by which rank, and how failures of the child process are reported."""
 
 import shutil
 import subprocess
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 import pytest
 
 from mindtune.cli import UserError
 from mindtune.data.image_sample import Sample
-from mindtune.encode import child, encoder_stage, text_encoders
-from mindtune.models import loading, precision
+from mindtune.distributed import ranks
+from mindtune.encode import encoder_stage
+from mindtune.models import loading
 
 
 @pytest.fixture
 def stage(tiny_flux, tmp_path):
-    """stage(**changes): a stage on the tiny pipeline with some settings changed."""
+    """stage(**changes): a stage on the tiny pipeline, with changed settings."""
 
     def make(**changes):
         settings = {
             "root": tiny_flux,
             "variant": None,
             "precision": "no",
-            "folder": tmp_path / "cache",
+            "cache_dir": tmp_path / "cache",
             "max_sequence_length": 16,
         }
         return encoder_stage.EncoderStage(**{**settings, **changes})
@@ -31,8 +31,11 @@ def stage(tiny_flux, tmp_path):
     return make
 
 
+# ---- cache keys ----------------------------------------------------------------------------------
+
+
 def changed_copy(root, out, part, name):
-    """The pipeline with one bit of one weight changed."""
+    """A copy of the pipeline with one changed bit in one weight."""
     shutil.copytree(root, out)
     content = bytearray((out / part / name).read_bytes())
     content[-5] ^= 1
@@ -41,7 +44,7 @@ def changed_copy(root, out, part, name):
 
 
 @pytest.mark.parametrize("encoder, tokenizer", [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")])
-def test_a_captions_name_depends_on_all_that_shapes_its_embedding(stage, tiny_flux, tmp_path, encoder, tokenizer):
+def test_a_text_key_depends_on_everything_that_affects_the_embedding(stage, tiny_flux, tmp_path, encoder, tokenizer):
     def key(caption="a cat", **changes):
         return stage(**changes).text_key(encoder, caption)
 
@@ -50,91 +53,123 @@ def test_a_captions_name_depends_on_all_that_shapes_its_embedding(stage, tiny_fl
     config.write_text(config.read_text() + " ")
     others = [key("a dog"), key(precision="fp16"), key(root=root), key(root=tmp_path / "other")]
     assert len({key(), *others}) == 5
-    assert (key(max_sequence_length=8) == key()) == (encoder == "text_encoder")  # CLIP always takes its 77 tokens
-    assert key(folder=tmp_path / "elsewhere", interpolation="nearest") == key()
+    assert (key(max_sequence_length=8) == key()) == (encoder == "text_encoder")  # CLIP always reads 77 tokens
+    assert key(cache_dir=tmp_path / "elsewhere", interpolation="nearest") == key()
 
 
-def test_a_pictures_name_depends_on_its_bytes_and_its_preprocessing(stage, photos, tiny_flux, tmp_path):
+def test_an_image_key_depends_on_the_bytes_and_the_preprocessing(stage, photos, tiny_flux, tmp_path):
     one, two = (Sample(path.name, path) for path in sorted(photos.glob("*.png"))[:2])
     root = changed_copy(tiny_flux, tmp_path / "vae", "vae", "diffusion_pytorch_model.safetensors")
-    jobs = [
-        (one, 32, False),
-        (one, 32, True),
-        (two, 32, False),
-        (one, 64, False),
-        (one, (32, 48), False),
-        (one, (48, 32), False),
-    ]
-    keys = [stage().image_key(*job) for job in jobs]
-    keys += [
-        s.image_key(one, 32, False) for s in (stage(interpolation="nearest"), stage(precision="fp16"), stage(root=root))
-    ]
+    images = [(one, 32, False), (one, 32, True), (two, 32, False), (one, 64, False)]
+    images += [(one, (32, 48), False), (one, (48, 32), False)]
+    keys = [stage().image_key(*image) for image in images]
+    stages = (stage(interpolation="nearest"), stage(precision="fp16"), stage(root=root))
+    keys += [changed.image_key(one, 32, False) for changed in stages]
     assert len(set(keys)) == 9
     renamed = tmp_path / "renamed.png"
     renamed.write_bytes(one.read())
     assert stage().image_key(Sample("another name", renamed), 32, False) == keys[0]
 
 
-def test_captions_that_an_encoder_cuts_off_are_counted(stage, tiny_flux):
-    """Against the tokenizer's own count; a caption is counted once however often it is used."""
+def test_the_parts_of_a_text_key(stage, monkeypatch):
+    """With any other parts, existing caches would be encoded again."""
+    fixed = stage()
+    fixed.fingerprints = {"text_encoder": "a", "text_encoder_2": "b", "vae": "c"}
+    monkeypatch.setattr(encoder_stage, "MINDONE", "0")
+    monkeypatch.setattr(encoder_stage.EncoderStage, "_made_by", lambda self, precision: ["made"])
+    key_of = encoder_stage.key_of
+    assert fixed.text_key("text_encoder", "cat") == key_of(
+        kind="flux text_encoder", caption="cat", length=None, encoder="a", made_by=["made"]
+    )
+    assert fixed.text_key("text_encoder_2", "cat") == key_of(
+        kind="flux text_encoder_2", caption="cat", length=16, encoder="b", made_by=["made", "exact buckets"]
+    )
+
+
+# ---- long captions -------------------------------------------------------------------------------
+
+
+def test_long_captions_are_counted_once_each_by_the_tokenizer(stage, tiny_flux):
     long = " ".join(["circle"] * 40)
     tokens = len(loading.load_tokenizer(tiny_flux / "tokenizer_2")(long + " cat").input_ids)
-    (said,) = stage().long_captions(["a cat", long, long, long + " cat"])
-    assert said.startswith(f"2 captions are longer than T5 reads: 16 tokens, the longest has {tokens}.")
-    assert "Raise --max_sequence_length" in said
+    (message,) = stage().long_captions(["a cat", long, long, long + " cat"])
+    assert message.startswith(f"2 captions are longer than T5 reads: 16 tokens, the longest has {tokens}.")
+    assert "Raise --max_sequence_length" in message
     assert stage(max_sequence_length=tokens).long_captions([long, long + " cat"]) == []
-    (said,) = stage(system="sd").long_captions([" ".join(["circle"] * 100)])
-    assert said.startswith("1 caption is longer than CLIP reads: 77 tokens") and "--max_sequence_length" not in said
+    (message,) = stage(system="sd").long_captions([" ".join(["circle"] * 100)])
+    assert message.startswith("1 caption is longer than CLIP reads: 77 tokens")
+    assert "--max_sequence_length" not in message
 
 
-def test_the_childs_embeddings_are_those_of_the_encoders_called_here(stage, tiny_flux):
-    made = stage()
-    assert made.prepare(["a cat", "a dog", "a cat"], []) == 2
-    full = precision.resolve_precision("no")
-    for caption in ("a cat", "a dog"):
-        ids = text_encoders.token_ids(loading.load_tokenizer(tiny_flux / "tokenizer_2"), caption, 16)
-        states = loading.load_model(tiny_flux, "text_encoder_2", full)(ms.Tensor(ids[None]))[0][0].asnumpy()
-        np.testing.assert_array_equal(made.text(caption)["prompt_embeds"], states)
-        clip = loading.load_model(tiny_flux, "text_encoder", full)
-        pooled = text_encoders.clip_pooled(clip, loading.load_tokenizer(tiny_flux / "tokenizer"), caption)
-        np.testing.assert_array_equal(made.text(caption)["pooled_prompt_embeds"], pooled)
-    assert made.prepare(["a cat", "a dog"], []) == 0
+def test_the_message_about_long_captions():
+    message = encoder_stage.long_captions_message
+    assert message([3, 77, 20], 77, "CLIP") == []
+    (text,) = message([78, 5, 120], 77, "CLIP")
+    assert text.startswith("2 captions are longer than CLIP reads: 77 tokens, the longest has 120.")
+    (text,) = message(iter([600]), 256, "T5", "--max_sequence_length")
+    assert text.startswith("1 caption is longer than T5 reads") and "Raise --max_sequence_length" in text
+
+
+# ---- several ranks -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """as_rank(rank, world_size): makes this process that rank; `all_gather` returns only its own value."""
+
+    def become(rank, world_size):
+        monkeypatch.setattr(ranks, "_rank", rank)
+        monkeypatch.setattr(ranks, "_world_size", world_size)
+
+    return become
+
+
+def test_ranks_encode_disjoint_shards_of_what_the_cache_lacks(as_rank, monkeypatch, stage, photos):
+    encoder = stage()
+    samples = [Sample(path.name, path) for path in sorted(photos.glob("*.png"))]
+    images = [(sample, 32, flip) for sample in samples for flip in (False, True)]
+    keys = {encoder.image_key(*image) for image in images}
+    cached = sorted(keys)[3]
+    encoder.cache.put(cached, {"moments": np.zeros(3, np.float32)})
+    captions = ["a", "b", "c", "a", "d", "e"]
+    jobs = []
+    monkeypatch.setattr(encoder_stage, "_in_child", jobs.append)
+    monkeypatch.setattr(encoder, "_wait_for_entries", lambda *missing: None)
+    for rank in range(3):
+        as_rank(rank, 3)
+        assert encoder.prepare(captions, images) == 5 + 9
+    shards = [[set(job.captions) for job in jobs], [job.image_keys for job in jobs]]
+    for parts, everything in zip(shards, (set(captions), keys - {cached})):
+        assert set.union(*parts) == everything and sum(map(len, parts)) == len(everything)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_cache_that_other_machines_do_not_share_is_reported(as_rank, monkeypatch, stage):
+    encoder = stage()
+    as_rank(0, 2)
+    slept = []
+    monkeypatch.setattr(encoder_stage.time, "sleep", slept.append)
+    monkeypatch.setattr(encoder_stage.time, "monotonic", lambda: len(slept))
+    with pytest.raises(UserError, match="another rank wrote it, .* Give a --cache_dir that all machines share"):
+        encoder._wait_for_entries(["a"], [])
+    assert len(slept) == 61
+    encoder.cache.put("here", {"moments": np.zeros(3, np.float32)})
+    encoder._wait_for_entries([], ["here"])
+
+
+# ---- failures ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "code, sentence", [(-9, "killed by signal 9"), (1, "failed with exit code 1"), (2, "its message is above")]
+    "code, message", [(-9, "killed by signal 9"), (1, "failed with exit code 1"), (2, "its message is above")]
 )
-def test_a_child_that_fails_ends_the_run_with_a_sentence(stage, monkeypatch, code, sentence):
+def test_a_failed_child_process_raises_an_error(stage, monkeypatch, code, message):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code))
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=f"the encoder stage .*{message}"):
         stage().prepare(["a cat"], [])
 
 
-def test_an_encoder_that_overflows_is_not_cached():
-    with pytest.raises(UserError, match=r"fp16: an encoder overflows on cat\.png"):
-        child._check_finite({"moments": np.array([1.0, np.inf])}, "cat.png", "fp16")
-
-
-def test_t5_in_fp16_keeps_its_overflowing_layer_in_fp32(tiny_flux):
-    """`wo` is what T5's authors name; with weights as large as the real ones' it overflows in fp16."""
-    half = precision.resolve_precision("fp16")
-    encoder = loading.load_model(tiny_flux, "text_encoder_2", half)
-    types = {name: parameter.dtype for name, parameter in encoder.parameters_and_names()}
-    assert {dtype for name, dtype in types.items() if ".wo." in name} == {ms.float32}
-    assert {dtype for name, dtype in types.items() if ".wo." not in name} == {ms.float16}
-
-
-@pytest.mark.parametrize(
-    "part, file",
-    [("transformer", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")],
-)
-def test_a_file_that_lacks_a_tensor_is_not_filled_with_random_numbers(tiny_flux, tmp_path, part, file):
-    from safetensors.numpy import load_file, save_file
-
-    root = Path(shutil.copytree(tiny_flux, tmp_path / "flux"))
-    path = root / part / f"{file}.safetensors"
-    tensors = load_file(path)
-    del tensors[sorted(tensors)[3]]
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="the weight files lack 1 tensors"):
-        loading.load_model(root, part, precision.resolve_precision("no"))
+def test_an_entry_deleted_during_training_is_named(stage):
+    encoder = stage()
+    with pytest.raises(UserError, match=r"\.safetensors: this cache entry was deleted during training"):
+        encoder.text("never encoded")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mindspore import nn, ops
 
-from mindtune.optim.adam8bit import BLOCK, SMALLEST, AdamW8bit, Quantiser, dynamic_codes
+from mindtune.optim.adam8bit import BLOCK, MIN_SIZE, AdamW8bit, Quantiser, dynamic_codes
 from mindtune.optim.optimizers import AdamW, create_optimizer, optimizer_state, set_learning_rates
 from mindtune.optim.schedules import schedule_factor
 from mindtune.run import checkpoint
@@ -16,7 +16,7 @@ from mindtune.run import checkpoint
 ms.runtime.launch_blocking()
 
 # Whole blocks; one element more than the smallest; odd sizes of one, two and four axes; and those that keep float32 moments.
-SHAPES = [(64, 64), (SMALLEST + 1,), (17, 31, 3, 3), (67, 129), (SMALLEST - 1,), (3, 5), (1,), ()]
+SHAPES = [(64, 64), (MIN_SIZE + 1,), (17, 31, 3, 3), (67, 129), (MIN_SIZE - 1,), (3, 5), (1,), ()]
 
 
 def arrays(seed=0, shapes=SHAPES):
@@ -125,7 +125,7 @@ class NumpyAdamW8bit:
             m, v = b1 * self.m[i] + (1 - b1) * g, b2 * self.v[i] + (1 - b2) * g * g
             self.p[i] = self.p[i] * (1 - lr * self.decays[i % 2])
             self.p[i] -= lr * (m / (1 - b1**self.t)) / (np.sqrt(v / (1 - b2**self.t)) + self.eps)
-            large = g.size >= SMALLEST
+            large = g.size >= MIN_SIZE
             self.m[i], self.v[i] = (
                 (rounded(m, dynamic_codes(True)), rounded(v, dynamic_codes(False)[1:])) if large else (m, v)
             )
@@ -160,7 +160,7 @@ def test_weights_follow_the_formula(mode, betas):
 
 
 def test_small_tensors_are_updated_as_by_adamw(mode):
-    shapes = [(SMALLEST - 1,), (3, 5), (1,), ()]
+    shapes = [(MIN_SIZE - 1,), (3, 5), (1,), ()]
     (eight, found), (full, expected) = (optimizer(arrays(0, shapes), eight_bit) for eight_bit in (True, False))
     for k in range(5):
         update(eight, arrays(k, shapes))
@@ -183,7 +183,7 @@ def test_half_precision_gradients(mode, dtype):
 
 def test_a_vanishing_second_moment_makes_no_giant_step(mode):
     """One gradient of 1e-4 beside others of 1, then none: float32 AdamW goes on by 0.67 of the rate. With v at 0 it would be 4,204."""
-    first = np.ones(SMALLEST, np.float32)
+    first = np.ones(MIN_SIZE, np.float32)
     first[0] = 1e-4
     cell, (p, _) = optimizer([first * 0, first * 0], rates=(1.0, 1.0), decays=(0.0, 0.0))
     update(cell, [first, first])

@@ -8,7 +8,8 @@ import pytest
 FLUX_DEV = {
     "transformer": {
         "_class_name": "FluxTransformer2DModel", "guidance_embeds": True, "in_channels": 64,
-        "joint_attention_dim": 4096, "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 19, "num_single_layers": 38,
+        "joint_attention_dim": 4096,
+        "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 19, "num_single_layers": 38,
         "pooled_projection_dim": 768,
     },
     "vae": {

@@ -1,4 +1,4 @@
-"""Uploading against a small fake hub: what arrives, what the card says, what failures leave behind."""
+"""Uploads to a fake hub: which files arrive, the model card, and failures."""
 
 import json
 
@@ -16,7 +16,7 @@ UPLOADED = {"README.md", "config.json", "run.json", "diffusion_pytorch_model.saf
 
 @pytest.fixture
 def result(tmp_path, monkeypatch):
-    """What a finished run leaves."""
+    """The files of a finished run."""
     monkeypatch.setattr(hub, "PAUSES", (0.01, 0.02, 0.04))
     out = tmp_path / "circles"
     for folder in (out, out / "checkpoint-3" / "controlnet"):
@@ -25,13 +25,8 @@ def result(tmp_path, monkeypatch):
     (out / "config.json").write_text('{"_class_name": "ControlNetModel"}')
     (out / "samples").mkdir()
     Image.new("RGB", (8, 8)).save(out / "samples" / "final.png")
-    flags = {
-        "learning_rate": 1e-5,
-        "seed": None,
-        "push_to_hub": True,
-        "validation_prompt": ["a red circle"],
-        "hub_token": None,
-    }
+    flags = {"learning_rate": 1e-5, "seed": None, "push_to_hub": True, "hub_token": None}
+    flags["validation_prompt"] = ["a red circle"]
     record = {"flags": flags, "seed": 7, "versions": {"mindspore": "2.7.1"}, "updates": 3}
     (out / "run.json").write_text(json.dumps(record))
     return out
@@ -41,7 +36,7 @@ def push(out, name=None):
     return hub.push(hub.check(name, str(out), TOKEN), out, "some/base: model", ["a red circle"], TOKEN)
 
 
-def test_what_arrives_is_what_lies_there_and_no_checkpoint(fake_hub, result):
+def test_the_final_files_are_uploaded_and_no_checkpoint(fake_hub, result):
     assert push(result) == f"{fake_hub.url}/somebody/circles/commit/{'0' * 40}"
     assert fake_hub.repositories == ["somebody/circles"]
     assert set(fake_hub.files) == UPLOADED
@@ -49,7 +44,7 @@ def test_what_arrives_is_what_lies_there_and_no_checkpoint(fake_hub, result):
         assert content == (result / name).read_bytes(), name
 
 
-def test_the_card(fake_hub, result):
+def test_the_model_card(fake_hub, result):
     import yaml
 
     push(result, "club/model")
@@ -57,15 +52,12 @@ def test_the_card(fake_hub, result):
     card = fake_hub.files["README.md"].decode()
     header = yaml.safe_load(card.split("---")[1])
     assert header["base_model"] == "some/base: model" and header["tags"] == ["controlnet", "mindspore", "mindone"]
-    assert "![What it drew at the end](samples/final.png)" in card and "- a red circle" in card
-    assert (
-        "| `--learning_rate` | `1e-05` |" in card
-        and "`--seed`" not in card
-        and "Seed 7, 3 updates; mindspore 2.7.1." in card
-    )
+    assert "![Validation image after training](samples/final.png)" in card and "- a red circle" in card
+    assert "| `--learning_rate` | `1e-05` |" in card and "`--seed`" not in card
+    assert "Seed 7, 3 updates; mindspore 2.7.1." in card
 
 
-def test_a_readme_of_the_users_stays_and_ours_is_renewed(fake_hub, result):
+def test_a_users_readme_is_kept_and_a_generated_one_is_replaced(fake_hub, result):
     (result / "README.md").write_text("mine")
     push(result)
     assert fake_hub.files["README.md"] == b"mine" == (result / "README.md").read_bytes()
@@ -81,30 +73,29 @@ def test_two_failures_then_success(fake_hub, result, where):
     assert set(fake_hub.files) == UPLOADED
 
 
-def test_a_connection_cut_in_the_middle_is_tried_again(fake_hub, result):
+def test_a_broken_connection_is_retried(fake_hub, result):
     fake_hub.trouble["/commit/"] = ["cut"]
     push(result)
     assert set(fake_hub.files) == UPLOADED
 
 
 @pytest.mark.parametrize("trouble", [[401], ["cut"] * 40, [500] * 40])
-def test_a_failure_leaves_the_result_and_says_how_to_push_again(fake_hub, result, trouble):
+def test_a_failed_upload_keeps_the_files_and_prints_the_command_to_repeat_it(fake_hub, result, trouble):
     before = {path: path.read_bytes() for path in result.rglob("*") if path.is_file()}
     repo_id = hub.check(None, str(result), TOKEN)
     fake_hub.trouble["/commit/"] = trouble
     with pytest.raises(UserError) as error:
         hub.push(repo_id, result, "base", [], TOKEN)
-    assert f"huggingface-cli upload somebody/circles {result} . --include" in str(error.value) and TOKEN not in str(
-        error.value
-    )
+    message = str(error.value)
+    assert f"huggingface-cli upload somebody/circles {result} . --include" in message and TOKEN not in message
     assert {path: path.read_bytes() for path in before} == before
     fake_hub.trouble.clear()
     push(result)
     assert set(fake_hub.files) == UPLOADED
 
 
-def test_a_token_that_is_refused_or_missing_is_said_before_a_run(fake_hub, result, monkeypatch):
-    with pytest.raises(UserError, match="does not know this token: Invalid user token") as error:
+def test_a_refused_or_missing_token_raises_an_error_before_training(fake_hub, result, monkeypatch):
+    with pytest.raises(UserError, match="does not accept this token: Invalid user token") as error:
         hub.check(None, str(result), "hf_wrong0token")
     assert "hf_wrong0token" not in str(error.value)
     monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: None)
@@ -112,17 +103,17 @@ def test_a_token_that_is_refused_or_missing_is_said_before_a_run(fake_hub, resul
         hub.check(None, str(result), None)
 
 
-def test_a_hub_that_cannot_be_reached(fake_hub, result):
+def test_an_unreachable_hub_raises_an_error(fake_hub, result):
     fake_hub.close()
     with pytest.raises(UserError, match="--push_to_hub"):
         hub.check(None, str(result), TOKEN)
 
 
-def test_the_token_is_nowhere(fake_hub, result, capsys):
+def test_the_token_is_never_written_or_printed(fake_hub, result, capsys):
     fake_hub.trouble["/commit/"] = [500]
     push(result)
-    said = capsys.readouterr()
-    assert TOKEN not in said.out + said.err and "trying again" in said.out
+    printed = capsys.readouterr()
+    assert TOKEN not in printed.out + printed.err and "trying again" in printed.out
     assert not [path for path in result.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
@@ -139,19 +130,18 @@ def test_the_token_is_nowhere(fake_hub, result, capsys):
         (None, "x" * 97, "--output_dir " + "x" * 97, "x" * 96),
     ],
 )
-def test_a_name_that_the_hub_refuses_is_said_before_a_run(fake_hub, tmp_path, model_id, folder, named, usable):
-    """And before the hub is asked anything."""
+def test_a_name_that_the_hub_would_refuse_raises_an_error_before_any_request(
+    fake_hub, tmp_path, model_id, folder, named, usable
+):
     with pytest.raises(UserError) as error:
         hub.check(model_id, str(tmp_path / folder), TOKEN)
-    assert str(error.value).startswith(f"{named}: with --push_to_hub") and str(error.value).endswith(
-        f"such as {usable}."
-    )
+    assert str(error.value).startswith(f"{named}: with --push_to_hub")
+    assert str(error.value).endswith(f"such as {usable}.")
     assert fake_hub.requests == []
     assert hub.check(usable if "/" in usable else f"me/{usable}", str(tmp_path), TOKEN)
 
 
-def test_the_command_to_push_again_can_be_pasted(fake_hub, result):
-    """Paths with spaces are quoted."""
+def test_the_command_to_repeat_an_upload_quotes_paths_with_spaces(fake_hub, result):
     spaced = result.rename(result.with_name("my circles"))
     fake_hub.trouble["/api/repos/create"] = [403]
     with pytest.raises(UserError) as error:
