@@ -171,6 +171,8 @@ class EncoderStage:
         self, captions: Iterable[str], images: Iterable[tuple[Sample, Size, bool]], streaming: bool = False
     ) -> None:
         """`prepare`, with messages. The captions of a stream are not measured, because that would read it once more."""
+        if images:
+            print("--cache_latents: every image is center-cropped, and with --random_flip cached twice")
         if not streaming:
             tell(self.long_captions(captions))
         encoded = self.prepare(captions, images)

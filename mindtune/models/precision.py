@@ -105,13 +105,17 @@ def parameter_table(models: dict[str, nn.Cell], precision: Precision) -> str:
                 computed = str(precision.compute).lower()
                 rows.append((label, stored, computed, f"{count:,}", f"{count:,}" if trainable else "0"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if column < 3 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths))
+    lines = []
+    for row in rows:
+        cells = [
+            f"{text:<{width}}" if i < 3 else f"{text:>{width}}" for i, (text, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells))
+    if precision.storage != precision.compute:
+        lines.append(
+            "bf16 on the CPU: weights are stored in bf16 and computed in fp32; the CPU has no bf16 matrix product"
         )
-        for row in rows
-    )
+    return "\n".join(lines)
 
 
 @ms.jit_class

@@ -165,6 +165,8 @@ class Run:
 
     def _print_summary(self) -> None:
         settings = self.settings
+        optimizer = sum(p.nbytes for name, p in self.training_state.items() if name.startswith("optimizer."))
+        print(f"optimizer state: {optimizer:,} bytes per device")
         epochs = self.max_train_steps * self.samples_per_update / self.data.epoch_length
         print(
             f"{self.data.epoch_length:,} samples per epoch, {len(self.data.held_out)} held out; batch size "
