@@ -73,11 +73,11 @@ def transformer_shapes(config):
     """Name -> shape of every parameter of a FLUX transformer, none of them allocated."""
     from mindspore.nn.utils import no_init_parameters
 
-    from mindtune.models import library, loading
+    from mindtune.models import library, named_parameters
 
     with no_init_parameters():
         model = library.mindone.diffusers.FluxTransformer2DModel(**config)
-    return {name: parameter.shape for name, parameter in loading.model_parameters(model).items()}
+    return {name: parameter.shape for name, parameter in named_parameters.model_parameters(model).items()}
 
 
 def status(process="self"):

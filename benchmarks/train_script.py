@@ -26,7 +26,7 @@ from step_mindspore import load_plainly, memory, require_plain, use_mindone_plai
 
 from mindtune.data import folders, order
 from mindtune.encode import child, encoder_stage, text_encoders
-from mindtune.models import execution, loading, precision
+from mindtune.models import execution, precision, tokenization
 
 CALLS, WAITS = [], []  # (began, ended) of every call of the step with its result read, seconds waited for every batch
 
@@ -109,7 +109,7 @@ class StepWithText(PlainStep):
 def give_token_ids():
     """Batches hold token ids, made for every use, in the place of T5's and CLIP's outputs."""
     root = ROOT / "examples/tiny/flux-shapes"
-    clip, t5 = (loading.load_tokenizer(root / name) for name in ("tokenizer", "tokenizer_2"))
+    clip, t5 = (tokenization.load_tokenizer(root / name) for name in ("tokenizer", "tokenizer_2"))
 
     def text(batches, caption):
         ids = (t5, batches.args.max_sequence_length), (clip, clip.model_max_length)

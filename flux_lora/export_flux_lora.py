@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mindtune import files
 from mindtune.cli import UserError, run
-from mindtune.models import lora, lora_layouts, precision
+from mindtune.models import lora_files, lora_layouts, precision
 
 
 def parse_args(argv=None):
@@ -39,17 +39,17 @@ def main(argv=None):
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: there is no directory {output.parent}. Make it first.")
     files.require_writable("--output", output.absolute().parent)
-    source = lora.find_lora(args.lora, "--lora")
-    tensors, alphas = lora.read_lora(source, "--lora")
+    source = lora_files.find_lora(args.lora, "--lora")
+    tensors, alphas = lora_files.read_lora(source, "--lora")
     dtype = precision.DTYPES[args.dtype] if args.dtype else None
     ranks = {}
     try:
         files.write_atomically(
-            output, lambda path: ranks.update(lora.write_lora(path, tensors, alphas, args.format, dtype))
+            output, lambda path: ranks.update(lora_files.write_lora(path, tensors, alphas, args.format, dtype))
         )
     except ValueError as error:
         raise UserError(f"--lora {source}: {error}.") from None
-    print(f"{output}: {args.format} layout, {lora.count_ranks(ranks)}, {args.dtype or 'type as it was'}")
+    print(f"{output}: {args.format} layout, {lora_files.describe_ranks(ranks)}, {args.dtype or 'type as it was'}")
     return 0
 
 

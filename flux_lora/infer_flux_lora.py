@@ -16,7 +16,7 @@ from mindtune.cli import UserError, run
 from mindtune.data import grids
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.encode.text_encoders import clip_pooled
-from mindtune.models import configs, execution, loading, lora, pipelines, precision, sampling
+from mindtune.models import configs, execution, loading, lora, lora_files, pipelines, precision, sampling, tokenization
 from mindtune.models.weights import linear_layers
 
 
@@ -72,8 +72,8 @@ def main(argv=None):
     pictures = len(args.prompt) * args.num_images_per_prompt * (2 if args.compare else 1)
     output, singles = grids.output_files(args.output, pictures, args.overwrite)
     files.require_writable("--cache_dir", args.cache_dir)
-    adapter = lora.find_lora(args.lora, "--lora") if args.lora else None
-    parts = lora.read_parts(adapter, "--lora") if adapter else {}
+    adapter = lora_files.find_lora(args.lora, "--lora") if args.lora else None
+    parts = lora_files.read_adapters(adapter, "--lora") if adapter else {}
     adapts_clip = "text_encoder" in parts
     execution.set_up_device(graph_mode=False)
     root = pipelines.resolve_pipeline(
@@ -82,7 +82,7 @@ def main(argv=None):
     loading.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
     if adapter:
         layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
-        lora.check_parts(adapter, "--lora", parts, layers)
+        lora_files.check_adapters(adapter, "--lora", parts, layers)
 
     # ---- encode the prompts, in a process that gives its memory back -----------------------------
     kind, int8 = precision.resolve_precision(args.mixed_precision), args.base_precision == "int8"
@@ -96,7 +96,7 @@ def main(argv=None):
     cells = {"transformer": loading.load_model(root, "transformer", kind, args.variant, int8)}
     if adapts_clip:
         cells["text_encoder"] = loading.load_model(root, "text_encoder", kind, args.variant)
-        tokenizer = loading.load_tokenizer(root / "tokenizer")
+        tokenizer = tokenization.load_tokenizer(root / "tokenizer")
     if adapter:
         lora.load_lora(adapter, cells, kind.compute, scale=args.lora_scale)
     vae, vae_config = loading.load_model(root, "vae", kind, args.variant), configs.read_config(root, "vae")

@@ -61,7 +61,7 @@ def parse_args(argv=None):
         below=1,
         help="Dropout probability of LoRA inputs. Above 0, a resumed run draws other masks.",
     )
-    targets = ",".join(lora_files.TRANSFORMER_TARGETS)
+    targets = ",".join(lora.TRANSFORMER_TARGETS)
     add("lora_layers", help=f"Layers to adapt, by the ends of their names, separated by commas. Default: {targets}.")
     add("train_text_encoder", default=False, help="Also adapt CLIP. T5 stays frozen.")
     training_flags.flux(parser, weighting_scheme="none")
@@ -114,14 +114,14 @@ def find_pipeline(args):
 
 def find_targets(args, root, initial_lora):
     """The names of the layers to adapt per model, checked against the transformer. Raises UserError."""
-    layers = lora_files.TRANSFORMER_TARGETS
+    layers = lora.TRANSFORMER_TARGETS
     if args.lora_layers:
         layers = [name.strip() for name in args.lora_layers.split(",")]
         if "transformer" not in initial_lora:
             lora.check_targets(loading.narrow_transformer(root), layers, "--lora_layers")
     targets = {"transformer": layers}
     if args.train_text_encoder:
-        targets["text_encoder"] = lora_files.TEXT_ENCODER_TARGETS
+        targets["text_encoder"] = lora.TEXT_ENCODER_TARGETS
     return targets
 
 

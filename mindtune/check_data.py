@@ -183,11 +183,11 @@ def pipeline(name: Optional[str], cache_dir: Optional[str]) -> tuple[dict, dict]
     """A pipeline's sizes, named as in FLUX_DEV, and its tokenizers by encoder. Without a name FLUX.1-dev's sizes and none."""
     if name is None:
         return FLUX_DEV, {}
-    from mindtune.models import (
+    from mindtune.models import (  # import mindone, which the check of pictures alone does without
         configs,
-        loading,
         pipelines,
-    )  # import mindone, which the check of pictures alone does without
+        tokenization,
+    )
 
     root = pipelines.resolve_pipeline(name, None, None, cache_dir, {"vae": (), "text_encoder": ()}, weights=False)
     vae, clip = configs.read_config(root, "vae"), configs.read_config(root, "text_encoder")
@@ -204,7 +204,7 @@ def pipeline(name: Optional[str], cache_dir: Optional[str]) -> tuple[dict, dict]
         **({} if kind == "sd" else {"T5" if kind == "flux" else "the second CLIP": "tokenizer_2"}),
     }
     return sizes, {
-        who: loading.load_tokenizer(root / folder) for who, folder in folders.items() if (root / folder).is_dir()
+        who: tokenization.load_tokenizer(root / folder) for who, folder in folders.items() if (root / folder).is_dir()
     }
 
 

@@ -130,7 +130,7 @@ def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     import mindone.transformers
     from mindspore.nn.utils import no_init_parameters
 
-    from mindtune.models.loading import hf_name
+    from mindtune.models.named_parameters import hf_name
 
     with no_init_parameters():
         if "architectures" in config:

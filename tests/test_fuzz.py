@@ -19,7 +19,7 @@ from mindtune.data.columns import Source
 from mindtune.data.pair_checks import preflight_pairs
 from mindtune.data.pairs import load_pairs
 from mindtune.encode import cache
-from mindtune.models import loading, lora, pipelines
+from mindtune.models import loading, lora_files, pipelines, tokenization
 from mindtune.models.precision import resolve_precision
 from mindtune.run import checkpoint
 
@@ -166,7 +166,7 @@ def test_damaged_configs_end_in_a_sentence(pipeline, name):
         if orderly(resolve, pipeline) is None:
             part = path.parent.name
             if part.startswith("tokenizer"):
-                orderly(loading.load_tokenizer, path.parent)
+                orderly(tokenization.load_tokenizer, path.parent)
             elif part == "scheduler":
                 orderly(loading.load_scheduler, pipeline)
             elif path.parent != pipeline:
@@ -208,7 +208,7 @@ def test_damaged_loras(tmp_path, seed):
     whole = path.read_bytes()
     for name, content in damaged_safetensors(whole, random).items():
         path.write_bytes(content)
-        sentence = orderly(lora.read_parts, path, "--lora")
+        sentence = orderly(lora_files.read_adapters, path, "--lora")
         assert sentence is None or str(path) in sentence, name
         assert path.read_bytes() == content
     odd = ['"x"', "null", "[]"]
@@ -217,13 +217,13 @@ def test_damaged_loras(tmp_path, seed):
     for text in settings:
         header, tensors = header_of(whole)
         path.write_bytes(with_header({**header, "__metadata__": {"lora_adapter_metadata": text}}, tensors))
-        orderly(lora.read_parts, path, "--lora")
+        orderly(lora_files.read_adapters, path, "--lora")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt"])
 def test_a_pickled_lora_is_refused_by_name(tmp_path, suffix):
     (tmp_path / f"lora{suffix}").write_bytes(b"\x80\x04")
-    assert "run code" in orderly(lora.find_lora, str(tmp_path / f"lora{suffix}"), "--lora")
+    assert "run code" in orderly(lora_files.find_lora, str(tmp_path / f"lora{suffix}"), "--lora")
 
 
 def test_damaged_checkpoints_and_manifests(tmp_path):

@@ -158,7 +158,7 @@ def save_weights(cell, file: Path, rng: np.random.Generator, gains: dict[str, fl
     """Draws new weights for the parameters of the cell; of the cell only names and shapes are used."""
     from safetensors.numpy import save
 
-    from mindtune.models.loading import hf_name
+    from mindtune.models.named_parameters import hf_name
 
     shapes = {hf_name(name): parameter.shape for name, parameter in cell.parameters_and_names()}
     # Sorted, so that the bytes do not depend on the order in which the library builds its layers.

@@ -23,9 +23,10 @@ from mindtune.encode.text_encoders import ENCODERS
 from mindtune.files import write_atomically
 from mindtune.models.configs import read_config
 from mindtune.models.execution import set_up_device
-from mindtune.models.loading import load_model, load_tokenizer
+from mindtune.models.loading import load_model
 from mindtune.models.precision import resolve_precision
 from mindtune.models.sampling import decode_latents, sample_latents
+from mindtune.models.tokenization import load_tokenizer
 from mindtune.rng import normal
 
 

@@ -29,8 +29,9 @@ from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
 from mindtune.encode.cache import Cache, encoder_fingerprint, key_of
 from mindtune.encode.text_encoders import ENCODERS, t5_entry
-from mindtune.models.loading import CLIP_LENGTH, load_model, load_tokenizer
+from mindtune.models.loading import load_model
 from mindtune.models.precision import resolve_precision
+from mindtune.models.tokenization import CLIP_LENGTH, load_tokenizer
 from mindtune.models.weights import read_json, weight_files
 
 Size = Union[int, tuple[int, int]]  # side of a square, or (height, width), in pixels

@@ -16,7 +16,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from mindtune.models.fast_ops import ON_CPU, ones, product
+from mindtune.models.fast_ops import ON_CPU, matmul, ones
 
 # An outlier makes the codes of its whole block coarse. The paper's blocks of 2048 need 2.004 bytes per parameter,
 # these 2.031.
@@ -80,7 +80,7 @@ class Quantiser:
 
 def _expand(column):
     """[blocks, 1] as [blocks, BLOCK] on the CPU. Elsewhere broadcasting costs no memory, and `column` is returned."""
-    return product(column, ones(1, BLOCK)) if ON_CPU else column
+    return matmul(column, ones(1, BLOCK)) if ON_CPU else column
 
 
 class AdamW8bit(nn.Optimizer):

@@ -18,7 +18,8 @@ import mindspore as ms
 from mindtune.data.buckets import crop_sizes
 from mindtune.models.configs import read_config
 from mindtune.models.controlnets import controlnet_shapes
-from mindtune.models.loading import Shape, shapes
+from mindtune.models.named_parameters import ParameterShape
+from mindtune.models.loading import component_shapes
 from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models.precision import DTYPES
 from mindtune.optim.adam8bit import BLOCK, MIN_SIZE
@@ -128,7 +129,7 @@ class Plan(NamedTuple):
 
 # ---- parameters ----------------------------------------------------------------------------------
 
-_shapes = cache(shapes)
+_shapes = cache(component_shapes)
 _controlnet_shapes = cache(controlnet_shapes)
 
 
@@ -144,7 +145,7 @@ def _frozen_part(settings: Settings, name: str, int8: bool = False) -> Part:
     return Part(name, count, f"int8, {dtype}" if int8 else dtype, size)
 
 
-def _lora_shapes(layers: Iterable[Shape], targets: list[str], rank: int) -> list[tuple[int, ...]]:
+def _lora_shapes(layers: Iterable[ParameterShape], targets: list[str], rank: int) -> list[tuple[int, ...]]:
     """Shapes of A [rank, inputs] and B [outputs, rank] for every linear layer whose name ends in a target."""
     found = []
     for layer in layers:

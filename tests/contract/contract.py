@@ -31,7 +31,18 @@ import make_tiny_pipeline
 import steps
 
 from mindtune import cli
-from mindtune.models import configs, controlnets, execution, flux_blocks, library, loading, lora, pipelines, precision
+from mindtune.models import (
+    configs,
+    controlnets,
+    execution,
+    library,
+    loading,
+    lora,
+    named_parameters,
+    pipelines,
+    precision,
+    shared_blocks,
+)
 from mindtune.models.weights import weight_files
 from mindtune.run import tracking
 
@@ -182,7 +193,9 @@ def shapes(parameters):
 
 
 def values(model):
-    return {name: parameter.to(ms.float32).asnumpy() for name, parameter in loading.model_parameters(model).items()}
+    return {
+        name: parameter.to(ms.float32).asnumpy() for name, parameter in named_parameters.model_parameters(model).items()
+    }
 
 
 def differing(what, expected, found):
@@ -220,13 +233,13 @@ def write_reference(work):
         make(work / kind)
     for kind, part in PARTS:
         full = precision.resolve_precision("no")
-        facts[f"{kind}/{part}"] = shapes(loading.model_parameters(loading.load_model(work / kind, part, full)))
+        facts[f"{kind}/{part}"] = shapes(named_parameters.model_parameters(loading.load_model(work / kind, part, full)))
     for kind, part in adaptable():
         model = adapted(work / kind, part)
         facts[f"{kind}/{part} with LoRA"] = shapes(lora.lora_parameters(model))
         lora.save_lora(work / f"{kind}-{part}.safetensors", {part: model}, ms.float32)
     for name, model, _ in new_controlnets(work):
-        facts[name] = shapes(loading.model_parameters(model))
+        facts[name] = shapes(named_parameters.model_parameters(model))
         loading.save_model(model, work / name, ms.float32)
     (work / "facts.json").write_text(json.dumps({"versions": tracking.package_versions(), "shapes": facts}))
     numbers = {f"{name}/{key}": value for name, step in steps.STEPS.items() for key, value in step(work).items()}
@@ -245,7 +258,7 @@ def check_models(work, facts):
         path = weight_files(root, part)[0]
         file = load_file(path)
         model = loading.load_model(root, part, full)
-        problems += wrong(f"{label}: names and shapes", facts[label], shapes(loading.model_parameters(model)))
+        problems += wrong(f"{label}: names and shapes", facts[label], shapes(named_parameters.model_parameters(model)))
         problems += differing(label, file, values(model))
         # T5's `wo` overflows in fp16 and stays in float32.
         loaded, wide = (
@@ -254,7 +267,11 @@ def check_models(work, facts):
         )
         rounded = {name: value if name in wide else value.astype(np.float16) for name, value in file.items()}
         problems += differing(f"{label} in fp16", rounded, values(loaded))
-        single = {name for name, parameter in loading.model_parameters(loaded).items() if parameter.dtype != ms.float16}
+        single = {
+            name
+            for name, parameter in named_parameters.model_parameters(loaded).items()
+            if parameter.dtype != ms.float16
+        }
         problems += wrong(f"{label} in fp16: what stays float32", sorted(wide), sorted(single))
         problems += refused_without_a_tensor(work, kind, part, file)
         count += len(file)
@@ -304,7 +321,7 @@ def check_loras(work, facts):
 def check_controlnets(work, facts):
     problems = []
     for name, model, base in new_controlnets(work):
-        problems += wrong(f"{name}: names and shapes", facts[name], shapes(loading.model_parameters(model)))
+        problems += wrong(f"{name}: names and shapes", facts[name], shapes(named_parameters.model_parameters(model)))
         loading.save_model(model, work / "ours", ms.float32)
         file = "diffusion_pytorch_model.safetensors"
         problems += differing(f"{name}: the start", load_file(work / name / file), load_file(work / "ours" / file))
@@ -323,7 +340,7 @@ def check_attributes(work):
     t5, scheduler = loading.load_model(work / "flux", "text_encoder_2", full), loading.load_scheduler(work / "flux")
     unet_kinds = {type(cell).__name__ for _, cell in unet.cells_and_names()}
     replaced = [
-        cell for _, cell in flux.cells_and_names() if type(cell).__module__ == "mindtune.models.loading.fast_ops"
+        cell for _, cell in flux.cells_and_names() if type(cell).__module__ == "mindtune.models.replaced_layers"
     ]
     held = {
         "FLUX's blocks": len(flux.transformer_blocks) == len(flux.single_transformer_blocks) == 2,
@@ -332,7 +349,7 @@ def check_attributes(work):
         "CLIP's layers": len(clip.text_model.encoder.layers) == 2,
         "T5's layers in float32": "wo" in t5._keep_in_fp32_modules,
         "the scheduler's sigmas": scheduler.sigmas.shape == (1000,),
-        "FLUX's blocks bound": sum(isinstance(cell, flux_blocks.Bound) for _, cell in flux.cells_and_names()) == 5,
+        "FLUX's blocks bound": sum(isinstance(cell, shared_blocks.SharedBlockCell) for _, cell in flux.cells_and_names()) == 5,
         "FLUX's sinusoids replaced": any(type(cell).__name__ == "Timesteps" for cell in replaced),
         "a UNet's blocks to recompute": {"ResnetBlock2D", "BasicTransformerBlock"} <= unet_kinds,
         "no graph for pictures": hasattr(library.pynative_no_grad(), "__enter__"),

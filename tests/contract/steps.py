@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 
 from mindtune import diffusion, flow, rng
-from mindtune.models import configs, controlnets, loading, lora, precision
+from mindtune.models import configs, controlnets, loading, lora, named_parameters, precision
 from mindtune.optim import optimizers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,8 +100,8 @@ def flux_controlnet(work, kind="no", recompute=False):
     )
     transformer = loading.load_model(work / "flux", "transformer", kind)
     precision.freeze_params(transformer)
-    controlnet = precision.compute_in(controlnets.flux_controlnet(work / "flux", 1, 1), kind.compute)
-    trained = loading.model_parameters(controlnet)
+    controlnet = precision.set_compute_dtype(controlnets.flux_controlnet(work / "flux", 1, 1), kind.compute)
+    trained = named_parameters.model_parameters(controlnet)
     give_values({name: parameter for name, parameter in trained.items() if name.startswith("controlnet_")})
     if recompute:
         recompute_flux(transformer, controlnet)
@@ -126,8 +126,8 @@ def sd_controlnet(work, kind="no", base="sd15", recompute=False):
     args = script.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_grad_norm=0"])
     unet = loading.load_model(work / base, "unet", kind)
     precision.freeze_params(unet)
-    controlnet = precision.compute_in(controlnets.unet_controlnet(unet, 0), kind.compute)
-    trained = loading.model_parameters(controlnet)
+    controlnet = precision.set_compute_dtype(controlnets.unet_controlnet(unet, 0), kind.compute)
+    trained = named_parameters.model_parameters(controlnet)
     added = ("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")
     give_values({name: parameter for name, parameter in trained.items() if name.startswith(added)})
     for model in (unet, controlnet) if recompute else ():

@@ -21,7 +21,7 @@ class Model(nn.Cell):
 
 def test_targets_are_found_among_both_kinds():
     lora.check_targets(Model(), ["to_q", "to_k"], "--lora_layers")
-    with pytest.raises(UserError, match="Near names: to_q, to_k"):
+    with pytest.raises(UserError, match="Similar names: to_q, to_k"):
         lora.check_targets(Model(), ["to_l"], "--lora_layers")
 
 
@@ -33,13 +33,13 @@ def test_a_file_for_another_width_is_refused_of_both_kinds(monkeypatch, tmp_path
         lora, "read_parts", lambda *_: {"transformer": part}
     )  # the layers of a toy are none of FLUX.1's
     with pytest.raises(
-        UserError, match=r"A and B of to_. are \(2, 5\) and \(3, 2\), the layer of this transformer takes 4 and gives 3"
+        UserError, match=r"A and B of to_. are \(2, 5\) and \(3, 2\), but the layer of this transformer has 4 inputs and 3 outputs"
     ):
         lora.load_lora(tmp_path / "lora.safetensors", {"transformer": Model()}, ms.float32)
 
 
 def test_both_kinds_compute_in_the_type_asked_for():
-    model = precision.compute_in(Model(), ms.float16)
+    model = precision.set_compute_dtype(Model(), ms.float16)
     x = ms.Tensor(np.ones((2, 4), np.float32))
     assert model.to_q(x).dtype == model.to_k(x).dtype == ms.float16
     # mint's norm refuses a half-precision input beside its float32 weight.

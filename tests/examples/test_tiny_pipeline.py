@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from mindtune.models import configs, loading, pipelines
+from mindtune.models import configs, pipeline_checks, pipelines, tokenization
 
 maker = load_script("examples/tiny/make_tiny_pipeline.py")
 COMPONENTS = {"flux": pipelines.FLUX_COMPONENTS, "sd15": pipelines.SD_COMPONENTS, "sdxl": pipelines.SDXL_COMPONENTS}
@@ -40,7 +40,7 @@ def test_a_seed_gives_the_same_bytes_and_another_gives_others(made, tmp_path, ki
 
 @pytest.mark.parametrize("kind", COMPONENTS)
 def test_it_is_whole(made, kind):
-    pipelines.check_pipeline(made[kind], COMPONENTS[kind])
+    pipeline_checks.check_pipeline(made[kind], COMPONENTS[kind])
 
 
 @pytest.mark.parametrize("kind, cls", [("sd15", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")])
@@ -56,7 +56,7 @@ def test_mindones_pipeline_loads_it_and_draws(made, kind, cls):
 
 def test_what_sdxl_has_twice(made):
     """Two text encoders of different widths, read side by side by the UNet; the second tokenizer pads with "!"."""
-    first, second = (loading.load_tokenizer(made["sdxl"] / name) for name in ("tokenizer", "tokenizer_2"))
+    first, second = (tokenization.load_tokenizer(made["sdxl"] / name) for name in ("tokenizer", "tokenizer_2"))
     assert (first.pad_token, second.pad_token) == ("<|endoftext|>", "!") and first("a dog").input_ids == second(
         "a dog"
     ).input_ids

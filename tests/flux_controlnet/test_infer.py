@@ -10,7 +10,7 @@ from mindtune import rng
 from mindtune.cli import UserError
 from mindtune.data import conditions, grids, image_sample
 from mindtune.encode import encoder_stage
-from mindtune.models import configs, controlnets, loading, precision, sampling
+from mindtune.models import configs, controlnets, loading, named_parameters, precision, sampling
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def trained(control_script, small_flux, shapes, warm_cache, tmp_path_factory):
     """Three updates from a ControlNet whose projections are not zero, so that the condition shows, and the final picture grid."""
     out = tmp_path_factory.mktemp("trained") / "run"
     controlnet = controlnets.flux_controlnet(small_flux, 1, 1)
-    for name, parameter in loading.model_parameters(controlnet).items():
+    for name, parameter in named_parameters.model_parameters(controlnet).items():
         if name.startswith("controlnet_"):
             parameter.set_data(ms.Tensor(0.2 * rng.normal(0, name, shape=parameter.shape)))
     loading.save_model(controlnet, out.parent / "begun", ms.float32)

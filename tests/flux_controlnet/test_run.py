@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from mindtune.data import crops
 from mindtune.encode import child, encoder_stage
-from mindtune.models import loading, precision
+from mindtune.models import loading, named_parameters, precision
 from mindtune.run import checkpoint
 
 from .conftest import FINAL, marked
@@ -116,7 +116,7 @@ def test_a_run_leaves_controlnet_checkpoints_curves_pictures_and_a_record(run, s
         ours = loading.load_model(folder.parent, folder.name, precision.resolve_precision("no"))
         theirs = mindone.diffusers.FluxControlNetModel.from_pretrained(str(folder))
         for model in (ours, theirs):
-            for name, parameter in loading.model_parameters(model).items():
+            for name, parameter in named_parameters.model_parameters(model).items():
                 np.testing.assert_array_equal(parameter.asnumpy(), final[name], err_msg=name)
                 np.testing.assert_array_equal(parameter.asnumpy(), last[name], err_msg=name)
 

@@ -10,7 +10,7 @@ from mindspore import nn
 from safetensors.numpy import load_file
 
 from mindtune import flow, rng
-from mindtune.models import controlnets, fast_ops, loading, precision
+from mindtune.models import controlnets, loading, named_parameters, precision, replaced_layers
 from mindtune.models.weights import weight_files
 from mindtune.optim import optimizers
 
@@ -157,8 +157,8 @@ def make_models(root, kind="no", double=1, single=1, perturbed=True, recompute=F
     transformer = loading.load_model(root, "transformer", kind)
     precision.freeze_params(transformer)
     controlnet = controlnets.flux_controlnet(root, double, single)
-    precision.compute_in(controlnet, kind.compute).set_train(True)
-    for name, parameter in loading.model_parameters(controlnet).items():
+    precision.set_compute_dtype(controlnet, kind.compute).set_train(True)
+    for name, parameter in named_parameters.model_parameters(controlnet).items():
         parameter.requires_grad = True
         if perturbed and name.startswith(ADDED):
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
@@ -194,7 +194,7 @@ def first_update(control_script, small_flux):
             loss = float(step(*map(ms.Tensor, make_batch(2)))[1])
             gradients = {
                 name: moment.asnumpy()
-                for name, moment in zip(loading.model_parameters(controlnet), step.optimizer.exp_avg)
+                for name, moment in zip(named_parameters.model_parameters(controlnet), step.optimizer.exp_avg)
             }
             done[mode, kind, recompute] = loss, gradients
             ms.set_context(mode=before)
@@ -234,11 +234,11 @@ def test_the_steps_loss_is_that_of_mindones_models_called_plainly(
     plain_flux = mindone.diffusers.FluxTransformer2DModel.from_pretrained(str(small_flux / "transformer"))
     plain_control = mindone.diffusers.FluxControlNetModel(**dict(controlnet.config))
     for mine, theirs in ((controlnet, plain_control), (transformer, plain_flux)):
-        values = loading.model_parameters(mine)
-        for name, parameter in loading.model_parameters(theirs).items():
+        values = named_parameters.model_parameters(mine)
+        for name, parameter in named_parameters.model_parameters(theirs).items():
             parameter.set_data(ms.Tensor(values.pop(name).asnumpy()))
         assert not values
-        theirs.time_text_embed.time_proj = fast_ops.Timesteps(theirs.time_text_embed.time_proj)
+        theirs.time_text_embed.time_proj = replaced_layers.Timesteps(theirs.time_text_embed.time_proj)
 
     batch = make_batch(2)
     (x, condition, sigma), noise, (text, pooled, ids) = latents_and_sigmas(batch), batch[4], batch[6:]
@@ -329,7 +329,7 @@ def test_the_first_prediction_is_the_base_models_bit_for_bit(
     )[0]  # fmt: skip
     np.testing.assert_array_equal(first, flow.unpack_latents(base, 4, 6).asnumpy())
 
-    for name, parameter in loading.model_parameters(controlnet).items():
+    for name, parameter in named_parameters.model_parameters(controlnet).items():
         if name.startswith(ADDED[1:]):
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
     followed = predict()
@@ -337,7 +337,7 @@ def test_the_first_prediction_is_the_base_models_bit_for_bit(
     # The zero condition embedder still hides what is on the condition picture.
     batch = (batch[0], batch[1][::-1].copy(), *batch[2:])
     np.testing.assert_array_equal(predict(), followed)
-    embedder = loading.model_parameters(controlnet)["controlnet_x_embedder.weight"]
+    embedder = named_parameters.model_parameters(controlnet)["controlnet_x_embedder.weight"]
     embedder.set_data(ms.Tensor(0.1 * rng.normal(0, "x", shape=embedder.shape)))
     assert np.abs(predict().astype(np.float32) - followed.astype(np.float32)).max() > 1e-2
 
@@ -348,7 +348,7 @@ def test_a_new_controlnet_is_a_copy_of_the_transformers_first_blocks(tiny_flux, 
     controlnet, transformer = make_models(tiny_flux, kind, double=1, single=2, perturbed=False)
     assert {parameter.dtype for parameter in transformer.get_parameters()} == {precision.DTYPES[kind]}
     theirs, copied = load_file(weight_files(tiny_flux, "transformer")[0]), 0
-    for name, parameter in loading.model_parameters(controlnet).items():
+    for name, parameter in named_parameters.model_parameters(controlnet).items():
         assert parameter.dtype == ms.float32 and parameter.requires_grad, name
         expected = 0.0 if name.startswith(ADDED) else theirs[name]
         copied += not name.startswith(ADDED)
@@ -364,7 +364,7 @@ def test_an_update_changes_the_controlnet_and_nothing_else(control_script, contr
     controlnet, transformer = make_models(tiny_flux, kind)
     step = make_step(control_script, control_flags, controlnet, transformer, kind=kind)
     values = lambda model: {  # noqa: E731
-        name: np.array(p.to(ms.float32).asnumpy()) for name, p in loading.model_parameters(model).items()
+        name: np.array(p.to(ms.float32).asnumpy()) for name, p in named_parameters.model_parameters(model).items()
     }
     before, frozen = values(controlnet), values(transformer)
     step(*map(ms.Tensor, make_batch(2)))

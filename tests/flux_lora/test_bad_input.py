@@ -109,8 +109,8 @@ OUT_OF_RANGE = [
     (["--validation_split", 0.95], ["--validation_split 0.95", "5 of 5 pictures", "smaller share"]),
     (["--timestep_shift", "some"], ["--timestep_shift some", "positive factor or auto"]),
     (["--timestep_shift", -1], ["--timestep_shift -1", "positive factor or auto"]),
-    (["--lora_layers", "to_qq,to_k"], ["--lora_layers to_qq", "no linear layer", "Near names: ", "to_q"]),
-    (["--lora_layers", "to_out.7"], ["--lora_layers to_out.7", "no linear layer", "Near names: ", "to_out.0"]),
+    (["--lora_layers", "to_qq,to_k"], ["--lora_layers to_qq", "no linear layer", "Similar names: ", "to_q"]),
+    (["--lora_layers", "to_out.7"], ["--lora_layers to_out.7", "no linear layer", "Similar names: ", "to_out.0"]),
 ]
 DO_NOT_GO_TOGETHER = [
     *(
@@ -200,7 +200,7 @@ BROKEN_PIPELINES = {
     "no vae": (lambda p: shutil.rmtree(p / "vae"), ["vae/ is missing"]),
     "no transformer weights": (lambda p: (p / "transformer" / WEIGHTS).unlink(), [f"transformer/{WEIGHTS} is missing"]),
     "half the transformer": (lambda p: cut_in_half(p / "transformer" / WEIGHTS), [f"transformer/{WEIGHTS} has 276,460 bytes", "552,920"]),
-    "empty weights": (lambda p: (p / "vae" / WEIGHTS).write_bytes(b""), [f"vae/{WEIGHTS} is cut short (0 bytes)"]),
+    "empty weights": (lambda p: (p / "vae" / WEIGHTS).write_bytes(b""), [f"vae/{WEIGHTS} is truncated (0 bytes)"]),
     "weights of zeros": (lambda p: (p / "vae" / WEIGHTS).write_bytes(bytes(4096)), [f"vae/{WEIGHTS}", "not safetensors"]),
     "second shard missing": (lambda p: shard(p / "transformer"), ["transformer/two.safetensors is missing"]),
     "no config": (lambda p: (p / "text_encoder_2/config.json").unlink(), ["text_encoder_2/config.json is missing"]),

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
-from mindtune.models import lora
+from mindtune.models import lora, lora_files
 from mindtune.models.weights import linear_layers
 
 ENDS = {"transformer": tuple(lora.TRANSFORMER_TARGETS), "text_encoder": tuple(lora.TEXT_ENCODER_TARGETS)}
@@ -51,7 +51,7 @@ def adapter(tiny_flux, tmp_path):
                 )
                 alphas[f"{prefix}.{layer}"] = 6.0
     (tmp_path / "run").mkdir()
-    lora.write_lora(tmp_path / "run" / lora.LORA_FILE, tensors, alphas, "diffusers")
+    lora_files.write_lora(tmp_path / "run" / lora_files.LORA_FILE, tensors, alphas, "diffusers")
     return tmp_path / "run"
 
 
@@ -61,7 +61,7 @@ def header(path):
 
 
 def assert_same_parts(found, expected):
-    found, expected = lora.read_parts(found, ""), lora.read_parts(expected, "")
+    found, expected = lora_files.read_adapters(found, ""), lora_files.read_adapters(expected, "")
     assert {prefix: sorted(part) for prefix, part in found.items()} == {
         prefix: sorted(part) for prefix, part in expected.items()
     }
@@ -77,8 +77,8 @@ def assert_same_parts(found, expected):
 def test_there_and_back_again_is_the_same_adapter(export, adapter, layout):
     """The same tensors and the same settings for peft."""
     there = export(adapter, layout, name="there")
-    assert_same_parts(there, adapter / lora.LORA_FILE)
-    back, first = export(there, "diffusers", name="back"), adapter / lora.LORA_FILE
+    assert_same_parts(there, adapter / lora_files.LORA_FILE)
+    back, first = export(there, "diffusers", name="back"), adapter / lora_files.LORA_FILE
     assert load_file(back).keys() == load_file(first).keys()
     assert json.loads(header(back)["lora_adapter_metadata"]) == json.loads(header(first)["lora_adapter_metadata"])
     for name, value in load_file(first).items():
@@ -205,7 +205,7 @@ def torn(path):
         (unknown_layer, r"--lora .*in.safetensors: FLUX.1 has no layer transformer.controlnet_x_embedder"),
         (
             no_lora,
-            r"--lora .*in.safetensors: holds no lora_A/lora_B or lora_down/lora_up weights, but whole weights .*img_in.weight",
+            r"--lora .*in.safetensors: holds no lora_A/lora_B or lora_down/lora_up weights, but full weights .*img_in.weight",
         ),
         (torn, r"--lora .*in.safetensors: cannot be read as safetensors"),
         (

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
-from mindtune.models import lora
+from mindtune.models import lora_files
 from mindtune.models.weights import linear_layers
 from mindtune.run import checkpoint
 
@@ -42,7 +42,7 @@ def saved(tiny_flux, tmp_path):
             tensors[f"{layer}.lora_A.weight"] = 0.1 * rng.standard_normal((rank, inputs)).astype(np.float32)
             tensors[f"{layer}.lora_B.weight"] = 0.1 * rng.standard_normal((outputs, rank)).astype(np.float32)
         path = tmp_path / f"before-{layout}.safetensors"
-        lora.write_lora(path, tensors, dict.fromkeys(layers, 3.0), layout, dtype)
+        lora_files.write_lora(path, tensors, dict.fromkeys(layers, 3.0), layout, dtype)
         return path
 
     return make
@@ -63,7 +63,7 @@ def run(lora_script, flags, tmp_path, monkeypatch):
 def changes(path):
     """alpha / rank * B A by layer, float64."""
     found = {}
-    for prefix, part in lora.read_parts(path, "").items():
+    for prefix, part in lora_files.read_adapters(path, "").items():
         for name, a in part.items():
             if name.endswith(".lora_A.weight"):
                 found[f"{prefix}.{name[: -len('.lora_A.weight')]}"] = (
@@ -80,7 +80,7 @@ STILL = ["--learning_rate", 0, "--text_encoder_lr", 0, "--upcast_before_saving",
 def test_at_rate_zero_it_ends_with_the_weight_changes_it_started_from(run, saved, capsys, layout, alpha):
     path = saved(layout=layout)
     out = run("--lora_model_name_or_path", path, *alpha, *STILL)
-    before, after = changes(path), changes(out / lora.LORA_FILE)
+    before, after = changes(path), changes(out / lora_files.LORA_FILE)
     assert sorted(after) == sorted(before) == sorted(LAYERS)
     for layer, value in before.items():
         np.testing.assert_allclose(after[layer], value, rtol=1e-5, atol=1e-6 * np.abs(value).max(), err_msg=layer)
@@ -117,7 +117,7 @@ def test_every_layer_of_the_file_trains_at_its_own_rank(run, saved, mixed_precis
     out = run(
         "--lora_model_name_or_path", path, "--lora_rank", 16, "--lora_layers", "to_v", *more, "--upcast_before_saving"
     )
-    before, after = load_file(path), load_file(out / lora.LORA_FILE)
+    before, after = load_file(path), load_file(out / lora_files.LORA_FILE)
     assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
     for name, value in before.items():
         assert 0 < np.abs(after[name] - value.astype(np.float32)).max() < 0.1, name
@@ -125,7 +125,7 @@ def test_every_layer_of_the_file_trains_at_its_own_rank(run, saved, mixed_precis
 
 def test_clip_starts_anew_beside_a_file_of_the_transformer_alone(run, saved):
     out = run("--lora_model_name_or_path", saved(), "--train_text_encoder", "--lora_rank", 2, *STILL)
-    tensors = load_file(out / lora.LORA_FILE)
+    tensors = load_file(out / lora_files.LORA_FILE)
     clip = {name: value for name, value in tensors.items() if name.startswith("text_encoder.")}
     assert len(clip) == 2 * 8 and {value.shape[0] for name, value in clip.items() if ".lora_A." in name} == {2}
     assert not any(value.any() for name, value in clip.items() if ".lora_B." in name)
@@ -137,17 +137,17 @@ def test_the_transformer_starts_anew_beside_a_file_of_clip_alone(run, saved):
     out = run(
         "--lora_model_name_or_path", path, "--train_text_encoder", "--lora_rank", 2, "--lora_layers", "to_v", *STILL
     )
-    found = lora.read_parts(out / lora.LORA_FILE, "")
+    found = lora_files.read_adapters(out / lora_files.LORA_FILE, "")
     assert len(found["transformer"]) == 2 * 4 and len(found["text_encoder"]) == 2 * len(CLIP)
     for layer, value in changes(path).items():
-        np.testing.assert_allclose(changes(out / lora.LORA_FILE)[layer], value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(changes(out / lora_files.LORA_FILE)[layer], value, rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_goes_on_from_the_directory_of_another(run):
     first = run("--learning_rate", 1e-3, name="first")
     again = run("--lora_model_name_or_path", first, *STILL, name="again")
-    for layer, value in changes(first / lora.LORA_FILE).items():
-        np.testing.assert_allclose(changes(again / lora.LORA_FILE)[layer], value, rtol=1e-5, atol=1e-9)
+    for layer, value in changes(first / lora_files.LORA_FILE).items():
+        np.testing.assert_allclose(changes(again / lora_files.LORA_FILE)[layer], value, rtol=1e-5, atol=1e-9)
 
 
 def test_resuming_takes_the_checkpoints_numbers_and_names_another_file(run, saved, tmp_path, capsys):
@@ -160,10 +160,10 @@ def test_resuming_takes_the_checkpoints_numbers_and_names_another_file(run, save
     run(*more, moved, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", name="stopped")
     assert "not its exact continuation" not in capsys.readouterr().out
     for file in (
-        lora.LORA_FILE,
+        lora_files.LORA_FILE,
         "metrics.jsonl",
         "checkpoint-4/training_state.safetensors",
-        f"checkpoint-4/{lora.LORA_FILE}",
+        f"checkpoint-4/{lora_files.LORA_FILE}",
     ):
         assert (out / file).read_bytes() == (whole / file).read_bytes(), file
     assert checkpoint.damage(out / "checkpoint-4") is None
@@ -203,7 +203,7 @@ REFUSED = {
     ),
     "the full FLUX's width": (
         lambda path: foreign(path, "transformer.transformer_blocks.0.attn.to_q", 3072, 3072),
-        ["made for another model", "(4, 3072)", "takes 32 and gives 32"],
+        ["made for another model", "(4, 3072)", "has 32 inputs and 32 outputs"],
     ),
     "Stable Diffusion's": (
         lambda path: foreign(path, "unet.mid_block.attentions.0.proj_in", 32, 32),
@@ -238,4 +238,4 @@ def test_the_file_may_not_lie_where_the_run_writes(run, lora_script, flags):
     out = run("--max_train_steps", 1)
     with pytest.raises(UserError, match=r"lies in --output_dir, where this run writes. Name another output directory"):
         lora_script.main(flags(out, "--lora_model_name_or_path", out, "--overwrite_output_dir"))
-    assert (out / lora.LORA_FILE).exists()
+    assert (out / lora_files.LORA_FILE).exists()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mindtune import flow
 from mindtune.data.buckets import bucket_ids
-from mindtune.models import lora
+from mindtune.models import lora_files
 
 BUCKETS = [(32, 48), (48, 32), (32, 32)]  # height, width: the photographs are three of the first and two of the second
 
@@ -111,7 +111,7 @@ def test_every_picture_is_used_as_often_as_the_others(batches):
 def test_one_bucket_is_the_resolution_bit_for_bit(run, more):
     square = run(*more, name="square")
     bucket = run(*more, "--aspect_ratio_buckets", "32,32", "--resolution", 512, name="bucket")
-    assert (square / lora.LORA_FILE).read_bytes() == (bucket / lora.LORA_FILE).read_bytes()
+    assert (square / lora_files.LORA_FILE).read_bytes() == (bucket / lora_files.LORA_FILE).read_bytes()
 
 
 def test_graph_and_pynative_agree_in_every_bucket(run):

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import command
 
-from mindtune.models.lora import LORA_FILE
+from mindtune.models.lora_files import LORA_FILE
 from mindtune.run.checkpoint import checkpoints, damage
 
 SCRIPT = "flux_lora/train_dreambooth_lora_flux.py"

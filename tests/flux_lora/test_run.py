@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from mindtune.data import crops, folders
 from mindtune.encode import encoder_stage
-from mindtune.models import loading, lora
+from mindtune.models import loading, lora_files
 from mindtune.run import checkpoint
 
 
@@ -113,7 +113,7 @@ def test_a_dataset_of_the_datasets_library_trains_as_its_folder_does(run, photos
         "--cache_latents",
         name="dataset",
     )
-    assert (from_folder / lora.LORA_FILE).read_bytes() == (from_dataset / lora.LORA_FILE).read_bytes()
+    assert (from_folder / lora_files.LORA_FILE).read_bytes() == (from_dataset / lora_files.LORA_FILE).read_bytes()
 
 
 def test_class_pictures_are_made_once_and_used_again(run, tmp_path):
@@ -139,7 +139,7 @@ def test_clip_and_transformer_train_together_at_batch_two(run, tmp_path, prior):
     more = ["--train_text_encoder", "--text_encoder_lr", 1e-3, "--cache_latents", "--train_batch_size", 2]
     more += ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a cat"] * prior
     out, _ = run(*more, "--num_class_images", 2)
-    tensors = lora.read_lora(out / lora.LORA_FILE, "")[0]
+    tensors = lora_files.read_lora(out / lora_files.LORA_FILE, "")[0]
     for part, layers in (("transformer", 14), ("text_encoder", 8)):
         moved = [
             np.abs(value).max() > 0
@@ -167,7 +167,7 @@ def test_a_damaged_cache_entry_is_encoded_again(run, tmp_path):
         content[-3] ^= 0x40
         path.write_bytes(content)
     second, _ = run(*more, name="second")
-    assert (first / lora.LORA_FILE).read_bytes() == (second / lora.LORA_FILE).read_bytes()
+    assert (first / lora_files.LORA_FILE).read_bytes() == (second / lora_files.LORA_FILE).read_bytes()
 
 
 def test_cached_latents_and_pixels_give_the_same_run_with_centre_crops(run):
@@ -222,7 +222,7 @@ def test_the_final_adapter_is_in_the_type_of_computation_unless_upcast(run, mixe
         1,
         *(["--upcast_before_saving"] * upcast),
     )
-    with safe_open(out / lora.LORA_FILE, framework="numpy") as file:
+    with safe_open(out / lora_files.LORA_FILE, framework="numpy") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {stored}
 
 
@@ -241,9 +241,10 @@ def test_the_adapter_goes_to_the_hub_and_the_token_nowhere_else(run, fake_hub, c
         "--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "club/cat", "--cache_latents", "--max_train_steps", 1
     )
     assert (
-        fake_hub.repositories == ["club/cat"] and fake_hub.files[lora.LORA_FILE] == (out / lora.LORA_FILE).read_bytes()
+        fake_hub.repositories == ["club/cat"]
+        and fake_hub.files[lora_files.LORA_FILE] == (out / lora_files.LORA_FILE).read_bytes()
     )
-    assert set(fake_hub.files) == {"README.md", lora.LORA_FILE, "run.json", "report.html"}
+    assert set(fake_hub.files) == {"README.md", lora_files.LORA_FILE, "run.json", "report.html"}
     assert not [path for path in out.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert TOKEN not in "".join(capfd.readouterr())
 
@@ -252,7 +253,7 @@ def test_learning_rate_zero_learns_nothing_and_another_does(run):
     still, _ = run("--learning_rate", 0, "--adam_weight_decay", 0, "--cache_latents", name="still")
     moved, _ = run("--learning_rate", 1e-3, "--cache_latents", name="moved")
     for out, moves in ((still, False), (moved, True)):
-        tensors = lora.read_lora(out / lora.LORA_FILE, "")[0]
+        tensors = lora_files.read_lora(out / lora_files.LORA_FILE, "")[0]
         assert any(np.abs(value).max() > 0 for name, value in tensors.items() if ".lora_B." in name) == moves
 
 

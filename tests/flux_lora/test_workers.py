@@ -10,7 +10,7 @@ from conftest import metrics
 from msrun_job import assert_same_run
 from safetensors.numpy import load_file
 
-from mindtune.models.lora import LORA_FILE
+from mindtune.models.lora_files import LORA_FILE
 from mindtune.run.checkpoint import checkpoints, damage
 
 SCRIPT = "flux_lora/train_dreambooth_lora_flux.py"

@@ -29,7 +29,18 @@ from shapes import conditioning, draw_scene, picture
 from mindtune import diffusion, flow, rng
 from mindtune.data import conditions, crops
 from mindtune.encode import encoder_stage, text_encoders
-from mindtune.models import configs, controlnets, execution, flux_blocks, loading, lora, precision, sampling
+from mindtune.models import (
+    configs,
+    controlnets,
+    execution,
+    loading,
+    lora,
+    named_parameters,
+    precision,
+    sampling,
+    shared_blocks,
+    tokenization,
+)
 from mindtune.optim import optimizers
 
 UPDATES, FULL = 50, precision.Precision(ms.float32, ms.float32)
@@ -165,7 +176,7 @@ def make_batch(settings, root, number, stage, vae):
         batch["condition"] = normal("condition", 2 * channels, height, width)
         batch["condition_posterior"] = normal("condition posterior", channels, height, width)
     if "text_encoder" in settings.get("targets", ()):
-        tokenizer = loading.load_tokenizer(root / "tokenizer")
+        tokenizer = tokenization.load_tokenizer(root / "tokenizer")
         captions = [
             f"a {colour} {shape}" for colour, shape in (("red", "circle"), ("blue", "star on a white background"))
         ]
@@ -268,16 +279,16 @@ class Ours:
             if flux
             else controlnets.unet_controlnet(self.base, 0)
         )
-        for name, parameter in loading.model_parameters(controlnet).items():
+        for name, parameter in named_parameters.model_parameters(controlnet).items():
             parameter.requires_grad = True
             if name.startswith(added):
                 parameter.set_data(ms.Tensor(0.05 * rng.normal(0, name, shape=parameter.shape)))
             elif self.settings.get("existing"):  # no copy of the base any more
                 parameter.set_data(ms.Tensor(parameter.asnumpy() + 0.02 * rng.normal(0, name, shape=parameter.shape)))
         for model in (controlnet, self.base):
-            flux_blocks.bind(model)
+            shared_blocks.use_shared_blocks(model)
         self.cells = {"controlnet": controlnet, **self.cells}
-        self.trained = {f"controlnet.{name}": p for name, p in loading.model_parameters(controlnet).items()}
+        self.trained = {f"controlnet.{name}": p for name, p in named_parameters.model_parameters(controlnet).items()}
 
     def save(self, folder):
         """What trains, at its start, where reference.py reads it."""
@@ -374,7 +385,9 @@ class Ours:
             else:
                 pooled, clip = text["pooled_prompt_embeds"], self.cells.get("text_encoder")
                 if clip:
-                    pooled = text_encoders.clip_pooled(clip, loading.load_tokenizer(self.root / "tokenizer"), CAPTION)
+                    pooled = text_encoders.clip_pooled(
+                        clip, tokenization.load_tokenizer(self.root / "tokenizer"), CAPTION
+                    )
                 control = (controlnet, sampling.encode_image(vae, condition, ms.float32), 1.0) if controlnet else None
                 latents = sampling.sample_latents(
                     self.base, scheduler, text["prompt_embeds"][None], pooled[None], noise, 8, 3.5, ms.float32, control

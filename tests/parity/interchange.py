@@ -22,7 +22,7 @@ import train_dreambooth_lora_flux
 from shapes import conditioning, make_folder, make_subject
 
 from mindtune import rng
-from mindtune.models import configs, lora
+from mindtune.models import configs, lora_files
 
 SCRIPTS = {
     "flux_lora": (train_dreambooth_lora_flux, infer_flux_lora), "flux_controlnet": (train_controlnet_flux, infer_flux_controlnet),
@@ -113,7 +113,7 @@ def prepare(work):
         np.save(folder / "noise.npy", rng.normal(0, "validation", 0, shape=(1, channels, 8, 12)))
         conditioning(scene(0, 0), 96).convert("RGB").resize((96, 64)).save(folder / "condition.png")
         train(folder, kind, root, data, "ours", 0.05, 3, *MORE.get(kind, ()))
-    layouts, adapter = work / "layouts", work / "flux_lora" / "ours" / lora.LORA_FILE
+    layouts, adapter = work / "layouts", work / "flux_lora" / "ours" / lora_files.LORA_FILE
     layouts.mkdir()
     (layouts / "pipeline").symlink_to(roots["flux_lora"])
     shutil.copy(adapter, layouts / "adapter.safetensors")
@@ -129,7 +129,7 @@ def prepare(work):
 
 def weight_changes(path):
     """Layer -> B A alpha / rank of a LoRA file."""
-    tensors, alphas = lora.read_lora(path, "--lora")
+    tensors, alphas = lora_files.read_lora(path, "--lora")
     changes = {}
     for layer in {name.rpartition(".lora_")[0] for name in tensors}:
         a, b = (tensors[f"{layer}.lora_{half}.weight"].astype(np.float64) for half in "AB")
@@ -152,7 +152,7 @@ def compare(work, roots, data):
 
         flag = "--lora_model_name_or_path" if kind == "flux_lora" else "--controlnet_model_name_or_path"
         read = weight_changes if kind == "flux_lora" else load_file
-        file = lora.LORA_FILE if kind == "flux_lora" else "diffusion_pytorch_model.safetensors"
+        file = lora_files.LORA_FILE if kind == "flux_lora" else "diffusion_pytorch_model.safetensors"
         for out, rate in (("resting", 0.0), ("moved", 1e-3)):
             train(folder, kind, root, data, out, rate, 1, f"{flag}={folder / 'theirs'}")
         before, resting, moved = (read(folder / out / file) for out in ("theirs", "resting", "moved"))

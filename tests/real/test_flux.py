@@ -6,7 +6,7 @@ import real_pipelines
 from safetensors.numpy import load_file
 
 from mindtune.encode import encoder_stage, text_encoders
-from mindtune.models import loading
+from mindtune.models import loading, tokenization
 from mindtune.models.precision import resolve_precision
 
 from .conftest import copy
@@ -46,10 +46,10 @@ def test_without_its_sentencepiece_model(run, real, tmp_path):
     """tokenizer_config.json has add_prefix_space, for which transformers makes the tokenizer from spiece.model; tokenizer.json has the
     same tokens, and does where that is missing."""
     root = copy(real("FLUX.1-dev"), tmp_path)
-    whole = loading.load_tokenizer(root / "tokenizer_2")
+    whole = tokenization.load_tokenizer(root / "tokenizer_2")
     (root / "tokenizer_2" / "spiece.model").unlink()
     caption = "a photo of a red circle, on a white background"
-    found = loading.load_tokenizer(root / "tokenizer_2")
+    found = tokenization.load_tokenizer(root / "tokenizer_2")
     assert text_encoders.token_ids(found, caption, 64).tolist() == text_encoders.token_ids(whole, caption, 64).tolist()
     assert run(LORA, root, tmp_path / "out") == run(LORA, real("FLUX.1-dev"), tmp_path / "whole")
 

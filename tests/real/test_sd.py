@@ -113,6 +113,6 @@ LINSPACE, LEADING, TRAILING = (
 def test_images_are_drawn_at_the_timesteps_of_diffusers(name, timesteps, real):
     """Of diffusers 0.35's UniPCMultistepScheduler.from_config(pipeline.scheduler.config), eight steps: where a file does not say
     timestep_spacing, UniPC's default counts and not that of the scheduler which the file is of (PNDM's and DDIM's is "leading")."""
-    sampler = loading.unipc(configs.read_config(real(name), "scheduler"))
+    sampler = loading.create_unipc(configs.read_config(real(name), "scheduler"))
     sampler.set_timesteps(8)
     assert sampler.timesteps.asnumpy().tolist() == timesteps

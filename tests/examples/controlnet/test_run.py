@@ -15,7 +15,7 @@ from fake_hub import TOKEN
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mindtune.models import loading
+from mindtune.models import named_parameters
 from mindtune.run.checkpoint import checkpoints
 
 from .conftest import FINAL
@@ -133,7 +133,7 @@ def test_the_final_controlnet_is_at_the_root_and_checkpoints_hold_it_alone(sd, r
     assert {path.parent.name for path in weights} == {tmp_path.name, "controlnet", "checkpoint-2", "checkpoint-3"}
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "ControlNetModel"
     loaded = mindone.diffusers.ControlNetModel.from_pretrained(str(tmp_path / "checkpoint-3" / "controlnet"))
-    for name, parameter in loading.model_parameters(loaded).items():
+    for name, parameter in named_parameters.model_parameters(loaded).items():
         np.testing.assert_array_equal(parameter.asnumpy(), last[name], err_msg=name)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mindtune import diffusion, rng
-from mindtune.models import controlnets, loading, precision
+from mindtune.models import controlnets, loading, named_parameters, precision
 from mindtune.optim import optimizers
 
 SCALE = 0.18215
@@ -22,8 +22,8 @@ def make_models(sd, kind="no", perturbed=True, recompute=False):
     unet = loading.load_model(sd.root, "unet", kind)
     precision.freeze_params(unet)
     controlnet = controlnets.unet_controlnet(unet, 0)
-    precision.compute_in(controlnet, kind.compute).set_train(True)
-    for name, parameter in loading.model_parameters(controlnet).items():
+    precision.set_compute_dtype(controlnet, kind.compute).set_train(True)
+    for name, parameter in named_parameters.model_parameters(controlnet).items():
         parameter.requires_grad = True
         if perturbed and name.startswith(ADDED):
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
@@ -81,7 +81,7 @@ def first_update(sd, first_updates):
             controlnet, unet = make_models(sd, kind, recompute=recompute)
             step = make_step(sd, controlnet, unet, kind)
             loss = float(step(*map(ms.Tensor, make_batch(sd, 2)))[1])
-            names = loading.model_parameters(controlnet)
+            names = named_parameters.model_parameters(controlnet)
             first_updates[key] = loss, {name: moment.asnumpy() for name, moment in zip(names, step.optimizer.exp_avg)}
             ms.set_context(mode=before)
         return first_updates[key]
@@ -104,8 +104,8 @@ def plain_prediction(sd):
     controlnet, _ = make_models(sd)
     plain_unet = mindone.diffusers.UNet2DConditionModel.from_pretrained(str(sd.root / "unet"))
     plain_control = mindone.diffusers.ControlNetModel.from_unet(plain_unet)
-    for name, parameter in loading.model_parameters(plain_control).items():
-        parameter.set_data(ms.Tensor(loading.model_parameters(controlnet)[name].asnumpy()))
+    for name, parameter in named_parameters.model_parameters(plain_control).items():
+        parameter.set_data(ms.Tensor(named_parameters.model_parameters(controlnet)[name].asnumpy()))
 
     batch = make_batch(sd, 2)
     mean, logvar = np.split(batch[0].astype(np.float64), 2, axis=1)
@@ -173,7 +173,8 @@ def test_two_micro_batches_equal_one_batch_of_two(sd, first_update):
     for k in range(2):
         step(*(ms.Tensor(part[k : k + 1]) for part in make_batch(sd, 2)))
     gradients = {
-        name: moment.asnumpy() for name, moment in zip(loading.model_parameters(controlnet), step.optimizer.exp_avg)
+        name: moment.asnumpy()
+        for name, moment in zip(named_parameters.model_parameters(controlnet), step.optimizer.exp_avg)
     }
     close(first_update(1)[1], gradients, rtol=1e-4)
 
@@ -197,7 +198,7 @@ def test_the_first_prediction_is_the_base_models_bit_for_bit(sd, kind, height, w
     base = unet(noisy, ms.Tensor(batch[4]), ms.Tensor(batch[5]).to(compute), return_dict=False, **more)[0]
     np.testing.assert_array_equal(first, base.to(ms.float32).asnumpy())
 
-    for name, parameter in loading.model_parameters(controlnet).items():
+    for name, parameter in named_parameters.model_parameters(controlnet).items():
         if name.startswith(ADDED):
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
     followed = predict()
@@ -208,21 +209,23 @@ def test_the_first_prediction_is_the_base_models_bit_for_bit(sd, kind, height, w
 
 def test_a_new_controlnet_is_a_copy_of_the_unets_first_half(sd):
     controlnet, unet = make_models(sd, "fp16", perturbed=False)
-    theirs = loading.model_parameters(unet)
-    for name, parameter in loading.model_parameters(controlnet).items():
+    theirs = named_parameters.model_parameters(unet)
+    for name, parameter in named_parameters.model_parameters(controlnet).items():
         assert parameter.dtype == ms.float32
         value = parameter.asnumpy()
         if name.startswith(ADDED):
             assert not value.any(), name
         elif name.startswith("controlnet_cond_embedding."):
-            fan_in = np.prod(loading.model_parameters(controlnet)[name.rpartition(".")[0] + ".weight"].shape[1:])
+            fan_in = np.prod(
+                named_parameters.model_parameters(controlnet)[name.rpartition(".")[0] + ".weight"].shape[1:]
+            )
             assert 0.5 / np.sqrt(fan_in) < np.abs(value).max() <= 1 / np.sqrt(fan_in), name
         else:
             np.testing.assert_array_equal(value, theirs.pop(name).to(ms.float32).asnumpy(), err_msg=name)
     assert theirs and all(name.startswith(("up_blocks.", "conv_norm_out.", "conv_out.")) for name in theirs)
-    again, other = (loading.model_parameters(controlnets.unet_controlnet(unet, seed)) for seed in (0, 1))
+    again, other = (named_parameters.model_parameters(controlnets.unet_controlnet(unet, seed)) for seed in (0, 1))
     name = "controlnet_cond_embedding.conv_in.weight"
-    np.testing.assert_array_equal(again[name].asnumpy(), loading.model_parameters(controlnet)[name].asnumpy())
+    np.testing.assert_array_equal(again[name].asnumpy(), named_parameters.model_parameters(controlnet)[name].asnumpy())
     assert not np.array_equal(other[name].asnumpy(), again[name].asnumpy())
 
 
@@ -232,7 +235,7 @@ def test_an_update_changes_the_controlnet_and_nothing_else(sd, kind):
     controlnet, unet = make_models(sd, kind)
     step = make_step(sd, controlnet, unet, kind)
     values = lambda model: {  # noqa: E731
-        name: np.array(p.to(ms.float32).asnumpy()) for name, p in loading.model_parameters(model).items()
+        name: np.array(p.to(ms.float32).asnumpy()) for name, p in named_parameters.model_parameters(model).items()
     }
     before, frozen = values(controlnet), values(unet)
     step(*map(ms.Tensor, make_batch(sd, 2)))

@@ -7,14 +7,14 @@ import pytest
 from mindtune.cli import UserError
 from mindtune.encode import child, text_encoders
 from mindtune.encode.encoder_stage import EncoderStage
-from mindtune.models import loading, precision
+from mindtune.models import loading, precision, tokenization
 
 
 def test_the_childs_embeddings_are_the_encoders_outputs(tiny_flux, tmp_path):
     stage = EncoderStage(tiny_flux, None, "no", tmp_path / "cache", 16)
     assert stage.prepare(["a cat", "a dog", "a cat"], []) == 2
     full = precision.resolve_precision("no")
-    tokenizers = [loading.load_tokenizer(tiny_flux / name) for name in ("tokenizer", "tokenizer_2")]
+    tokenizers = [tokenization.load_tokenizer(tiny_flux / name) for name in ("tokenizer", "tokenizer_2")]
     clip, t5 = (loading.load_model(tiny_flux, name, full) for name in ("text_encoder", "text_encoder_2"))
     for caption in ("a cat", "a dog"):
         states = t5(ms.Tensor(text_encoders.token_ids(tokenizers[1], caption, 16)[None]))[0][0].asnumpy()

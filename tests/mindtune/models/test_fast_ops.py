@@ -6,7 +6,7 @@ import pytest
 from mindone.diffusers.models import embeddings
 from mindspore import nn, ops
 
-from mindtune.models import fast_ops, loading, precision
+from mindtune.models import fast_ops, loading, precision, replaced_layers
 
 
 def values(*shape, seed=0, scale=1.0):
@@ -133,7 +133,7 @@ def test_sinusoids_of_large_timesteps_are_exact(mode, channels, cosine_first, sh
     timesteps = np.array([0.0, 1.5, 123.4, 999.0], np.float32)
     angles = timesteps[:, None].astype(np.float64) / 10000 ** (np.arange(channels // 2) / (channels // 2 - shift))
     waves = [np.cos(angles), np.sin(angles)] if cosine_first else [np.sin(angles), np.cos(angles)]
-    found = fast_ops.Timesteps(plain)(ms.Tensor(timesteps))
+    found = replaced_layers.Timesteps(plain)(ms.Tensor(timesteps))
     assert found.dtype == ms.float32
     np.testing.assert_allclose(found.asnumpy(), np.concatenate(waves, axis=1), atol=8e-5)
 
@@ -144,7 +144,7 @@ def test_sinusoids_of_large_timesteps_are_exact(mode, channels, cosine_first, sh
 def test_t5s_buckets_begin_where_they_should():
     """16 buckets a sign: 8 for one distance each, 8 that grow by 16^(1/8), so that 16, 32 and 64 begin one (with MindSpore's log not)."""
     distances = np.arange(-600, 601)
-    found = fast_ops.relative_position_bucket(ms.Tensor(distances)).asnumpy()
+    found = replaced_layers.relative_position_bucket(ms.Tensor(distances)).asnumpy()
     for distance, bucket in zip(np.abs(distances).tolist(), found % 16):
         # In whole numbers: the largest k with distance >= 8 * 16^(k / 8), that is distance^2 >= 2^(6 + k).
         grown = next(k for k in range(7, -1, -1) if distance**2 >= 2 ** (6 + k)) if distance >= 8 else 0
@@ -175,6 +175,6 @@ def test_attention_in_float32_where_a_config_asks_for_it():
     scores = q.astype(np.float16).astype(np.float64) @ k.astype(np.float16).astype(np.float64).swapaxes(2, 3) / 4
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = weights / weights.sum(-1, keepdims=True) @ v.astype(np.float16).astype(np.float64)
-    found = fast_ops._wide_attention(*(ms.Tensor(x, ms.float16) for x in (q, k, v)), None)
+    found = replaced_layers.float32_attention(*(ms.Tensor(x, ms.float16) for x in (q, k, v)), None)
     assert found.dtype == ms.float16
     np.testing.assert_allclose(found.asnumpy(), expected, atol=2e-3)

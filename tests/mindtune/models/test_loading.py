@@ -24,14 +24,14 @@ from mindtune.cli import UserError
 from mindtune.models.configs import read_config
 from mindtune.models.loading import (
     check_files,
-    flux_skeleton,
     import_model_class_from_model_name_or_path,
     load_model,
     load_scheduler,
-    load_tokenizer,
-    model_parameters,
+    narrow_transformer,
 )
+from mindtune.models.named_parameters import model_parameters
 from mindtune.models.precision import cast_cell, resolve_precision
+from mindtune.models.tokenization import load_tokenizer
 from mindtune.models.weights import weight_files
 
 
@@ -424,7 +424,7 @@ def test_a_tokenizer_with_more_tokens_than_the_text_encoder(pipeline):
     tokenizer.save_pretrained(pipeline / "tokenizer")
     with pytest.raises(
         UserError,
-        match=f"has {len(tokenizer)} tokens, and text_encoder/config.json a vocab_size of {len(tokenizer) - 1}",
+        match=f"has {len(tokenizer)} tokens, but vocab_size in text_encoder/config.json is {len(tokenizer) - 1}",
     ):
         check_files(pipeline, ["tokenizer"])
 
@@ -448,6 +448,6 @@ def test_the_skeleton_has_the_real_names_at_a_toy_width(tiny_flux):
     def layers(model):
         return {name for name, _ in model.cells_and_names()}
 
-    skeleton = flux_skeleton(tiny_flux)
+    skeleton = narrow_transformer(tiny_flux)
     assert layers(skeleton) == layers(load_model(tiny_flux, "transformer", resolve_precision("no")))
     assert sum(p.size for p in skeleton.get_parameters()) < 20_000

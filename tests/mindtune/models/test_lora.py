@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
 from mindtune.flow import latent_image_ids
-from mindtune.models import lora, lora_layouts, lora_names
-from mindtune.models.loading import flux_skeleton, load_model
+from mindtune.models import lora, lora_files, lora_layouts, lora_names
+from mindtune.models.loading import load_model, narrow_transformer
 from mindtune.models.precision import cast_training_params, freeze_params, resolve_precision
 
 ms.runtime.launch_blocking()  # as the scripts do on a CPU; see test_optim.py
@@ -410,7 +410,7 @@ def test_pefts_directory_has_alpha_in_its_own_file(load, tmp_path):
     save_file({name.replace("transformer.", "base_model.model.", 1): value for name, value in tensors.items()}, path)
     check_scales(load, path, tensors, {Q0: 1.0, SINGLE: 1.0})
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2, "alpha_pattern": {SINGLE: 12}}))
-    assert lora.find_lora(str(tmp_path), "--lora") == path
+    assert lora_files.find_lora(str(tmp_path), "--lora") == path
     check_scales(load, path, tensors, {Q0: 0.5, SINGLE: 1.5})
 
 
@@ -421,10 +421,8 @@ def test_settings_that_cannot_be_used_are_said(tmp_path, text):
     path, tensors = foreign(tmp_path / "adapter_model.safetensors", {Q0: 4})
     save_file({name.replace("transformer.", "base_model.model.", 1): value for name, value in tensors.items()}, path)
     (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(
-        UserError, match=r"--lora .*adapter_model.safetensors: the settings that come with it cannot be"
-    ):
-        lora.read_lora(path, "--lora")
+    with pytest.raises(UserError, match=r"--lora .*adapter_model.safetensors: its LoRA config cannot be"):
+        lora_files.read_lora(path, "--lora")
 
 
 @pytest.mark.parametrize("layout", ["kohya", "comfyui"])
@@ -435,7 +433,7 @@ def test_the_layouts_of_other_tools_load_as_ours(load, tmp_path, layout):
     tensors["transformer.norm_out.linear.lora_A.weight"] = rng.standard_normal((3, WIDTH)).astype(np.float32)
     tensors["transformer.norm_out.linear.lora_B.weight"] = rng.standard_normal((2 * WIDTH, 3)).astype(np.float32)
     alphas = {f"transformer.{Q0}": 6.0, "transformer.norm_out.linear": 1.0}
-    assert lora.write_lora(path, tensors, alphas, layout) == lora_layouts.ranks(load_file(path))
+    assert lora_files.write_lora(path, tensors, alphas, layout) == lora_layouts.ranks(load_file(path))
     assert lora_names.layout_of(load_file(path)) == layout
     scales = {Q0: 3.0, SINGLE: 1.0, "single_transformer_blocks.0.attn.to_k": 1.0, "norm_out.linear": 1 / 3}
     check_scales(load, path, tensors, scales)
@@ -450,7 +448,7 @@ def test_the_last_layer_is_not_taken_for_the_single_blocks_of_the_same_name(load
     ):
         tensors[f"transformer.{name}.lora_A.weight"] = np.full((rank, inputs), 0.1, np.float32)
         tensors[f"transformer.{name}.lora_B.weight"] = np.full((outputs, rank), 0.1, np.float32)
-    lora.write_lora(path, {**tensors, **foreign(tmp_path / "g", {Q0: 3})[1]}, {}, "comfyui")
+    lora_files.write_lora(path, {**tensors, **foreign(tmp_path / "g", {Q0: 3})[1]}, {}, "comfyui")
     model = load()
     lora.load_lora(path, {"transformer": model}, ms.float32)
     ranks = {"proj_out": 2, "single_transformer_blocks.1.proj_out": 3, Q0: 3}
@@ -522,7 +520,7 @@ def test_a_lora_for_other_parts_is_not_silently_dropped(load, tmp_path):
     "target", [*TARGETS, "add_q_proj", "ff.net.0.proj", "x_embedder", "transformer_blocks.1.attn.to_q"]
 )
 def test_names_of_linear_layers_are_targets(tiny_flux, target):
-    lora.check_targets(flux_skeleton(tiny_flux), [target], "--lora_layers")
+    lora.check_targets(narrow_transformer(tiny_flux), [target], "--lora_layers")
 
 
 @pytest.mark.parametrize(
@@ -530,16 +528,16 @@ def test_names_of_linear_layers_are_targets(tiny_flux, target):
 )
 def test_a_wrong_target_is_answered_with_near_names(tiny_flux, target, near):
     with pytest.raises(UserError) as error:
-        lora.check_targets(flux_skeleton(tiny_flux), ["to_k", target], "--lora_layers")
-    head, names = str(error.value).split(" Near names: ")
+        lora.check_targets(narrow_transformer(tiny_flux), ["to_k", target], "--lora_layers")
+    head, names = str(error.value).split(" Similar names: ")
     assert head == f"--lora_layers {target}: no linear layer has that name." and near in names.rstrip(".").split(", ")
 
 
 @pytest.mark.parametrize("target", ["norm_q", "attn", "o_q", "zzz", ""])
 def test_what_is_no_linear_layer_is_no_target(tiny_flux, target):
     """A normalisation, a block, part of a name, nothing alike, nothing."""
-    with pytest.raises(UserError, match=r"no linear layer has that name. Near names: .*[a-z]"):
-        lora.check_targets(flux_skeleton(tiny_flux), [target], "--lora_layers")
+    with pytest.raises(UserError, match=r"no linear layer has that name. Similar names: .*[a-z]"):
+        lora.check_targets(narrow_transformer(tiny_flux), [target], "--lora_layers")
 
 
 def test_a_part_for_a_model_that_is_not_there_is_not_silently_dropped(load, tmp_path):
@@ -565,13 +563,13 @@ MIXED = {Q0: 4, Q1: 2, SINGLE: 4, "single_transformer_blocks.1.attn.to_v": 8}
 
 
 def go_on(model, path, alpha, compute=ms.float32):
-    lora.add_trained_lora(model, lora.read_parts(path, "--lora")["transformer"], alpha, 0.0, compute)
+    lora.add_trained_lora(model, lora_files.read_adapters(path, "--lora")["transformer"], alpha, 0.0, compute)
     return model
 
 
 def weight_changes(path):
     """scale * B A by layer, float64, as the file says."""
-    tensors, alphas = lora.read_lora(path, "")
+    tensors, alphas = lora_files.read_lora(path, "")
     parts = {name[: -len(".lora_A.weight")]: name for name in tensors if name.endswith(".lora_A.weight")}
     return {
         layer: alphas[layer] / tensors[a].shape[0] * (tensors[a.replace("_A.", "_B.")].astype(np.float64) @ tensors[a])

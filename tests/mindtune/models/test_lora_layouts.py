@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mindtune.cli import UserError
-from mindtune.models import lora, lora_layouts, lora_names
+from mindtune.models import lora_files, lora_layouts, lora_names
 from mindtune.models.lora_layouts import from_diffusers, to_diffusers
 from mindtune.models.weights import linear_layers
 
@@ -311,7 +311,7 @@ def halves(name, a=(4, D), b=(D, 4)):
             r"A and B of lora_unet_img_in are \(4, 8\) and nothing",
         ),
         (halves("lora_unet_img_in", b=(D, 3)), r"A and B of lora_unet_img_in are \(4, 8\) and \(8, 3\)"),
-        (halves("lora_unet_img_in", a=(4, D, 1, 1)), "which is no LoRA of a linear layer"),
+        (halves("lora_unet_img_in", a=(4, D, 1, 1)), "which is not a LoRA of a linear layer"),
         (fused(4, rows=6 * D), "B of lora_unet_single_blocks_12_linear1 has 48 rows, expected 56 for 8 inputs"),
     ],
 )
@@ -330,7 +330,7 @@ def test_files_that_cannot_be_read_name_the_layer(tensors, sentence):
         ),
         (
             halves("transformer.transformer_blocks.0.attn.to_q", b=(2 * D, 4)),
-            r"in .*double_blocks.0.img_attn.qkv are .*expected 8 -> 8",
+            r"in .*double_blocks.0.img_attn.qkv are .*expected 8 inputs and 8 outputs",
         ),
         (halves("text_encoder_2.encoder.layer.0"), "no name for the layer text_encoder_2"),
     ],
@@ -453,7 +453,7 @@ def write(path, tensors):
 
 def changes_of(path):
     """B A of every layer, as the scripts take it from the file."""
-    parts = lora.read_parts(path, "--lora")
+    parts = lora_files.read_adapters(path, "--lora")
     both = {
         f"{model}.{name}": value.astype(np.float64) for model, part in parts.items() for name, value in part.items()
     }
@@ -489,7 +489,7 @@ def test_files_of_every_type_are_read(tmp_path, tool, kind):
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_file_that_is_read_is_exported(tmp_path, tool, layout):
     tensors, changes = tool_file(tool, ml_dtypes.float8_e4m3fn, alpha=np.float32(4.0))
-    lora.write_lora(tmp_path / "g", *lora.read_lora(write(tmp_path / "f", tensors), "--lora"), layout)
+    lora_files.write_lora(tmp_path / "g", *lora_files.read_lora(write(tmp_path / "f", tensors), "--lora"), layout)
     assert_same_changes(changes_of(tmp_path / "g"), changes)
 
 
@@ -561,7 +561,7 @@ REFUSED = {
     "SDXL of diffusers": (pair("unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", AB), "SDXL"),
     "SDXL LoHa": (values("lora_unet_output_blocks_0_1_proj_in.hada_w1_a"), "SDXL"),
     "Stable Diffusion 3": (pair("lora_unet_joint_blocks_0_x_block_attn_qkv"), "Stable Diffusion 3"),
-    "Stable Diffusion 3 of diffusers": (pair("transformer.transformer_blocks.23.attn.to_q", AB), "blocks there are 19"),
+    "Stable Diffusion 3 of diffusers": (pair("transformer.transformer_blocks.23.attn.to_q", AB), "it has 19 of these blocks"),
     "Wan": (pair("diffusion_model.blocks.0.self_attn.q", AB), "Wan"),
     "Wan of kohya": (pair("lora_unet_blocks_0_cross_attn_k"), "Wan"),
     "HunyuanVideo": (pair("diffusion_model.double_blocks.0.img_mlp.fc1", AB), "HunyuanVideo"),
@@ -573,10 +573,10 @@ REFUSED = {
     "AuraFlow": (pair("transformer.joint_transformer_blocks.0.attn.to_q", AB), "AuraFlow"),
     "LTX-Video": (pair("transformer.transformer_blocks.0.attn1.to_q", AB), "LTX-Video"),
     "a language model": (pair("base_model.model.model.layers.0.self_attn.q_proj", AB), "a language model"),
-    "IP-Adapter of x-flux": (values("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"), "whole weights"),
-    "a checkpoint of FLUX.1": (values("double_blocks.0.img_attn.qkv.weight", "img_in.bias"), "whole weights .*double_blocks.0"),
-    "a checkpoint of diffusers": (values("transformer_blocks.0.attn.norm_q.weight", "x_embedder.bias"), "whole weights"),
-    "a checkpoint of SDXL": (values("model.diffusion_model.input_blocks.0.0.weight"), "whole weights"),
+    "IP-Adapter of x-flux": (values("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"), "full weights"),
+    "a checkpoint of FLUX.1": (values("double_blocks.0.img_attn.qkv.weight", "img_in.bias"), "full weights .*double_blocks.0"),
+    "a checkpoint of diffusers": (values("transformer_blocks.0.attn.norm_q.weight", "x_embedder.bias"), "full weights"),
+    "a checkpoint of SDXL": (values("model.diffusion_model.input_blocks.0.0.weight"), "full weights"),
     "textual inversion": (values("clip_l", "t5xxl"), "textual inversion"),
     "nothing": ({}, "no tensors at all"),
     "other entries": ({**pair(PAIR), **values("something.else")}, "something.else is neither A nor B nor alpha"),
@@ -591,7 +591,7 @@ def adapter_rows(folder=None):
         rows = []
         for tool, tensors in files.items():
             try:
-                lora.read_parts(write(path, tensors), "--lora")
+                lora_files.read_adapters(write(path, tensors), "--lora")
                 verdict = "read"
             except UserError as error:
                 verdict = str(error)[len(f"--lora {path}: ") :]
@@ -612,7 +612,7 @@ def test_every_layout_and_kind_that_is_known_has_a_file():
     for layout in lora_names.LAYOUTS_READ:
         assert lora_names.layout_of([layout.example]) == layout.name
     verdicts = "\n".join(verdict for _, _, verdict in adapter_rows())
-    for name, _ in lora_names.OTHER_KINDS + lora_names.OTHER_MODELS:
+    for name, _ in lora_names.OTHER_ADAPTERS + lora_names.OTHER_MODELS:
         assert name in verdicts
 
 
@@ -625,8 +625,8 @@ A, B = (f"{PAIR}{end}" for end in DOWN_UP)
         ({A: np.ones((2, D))}, rf"A and B of {PAIR} are \(2, 8\) and nothing, .*Give a LoRA of FLUX.1"),
         ({f"{PAIR}.alpha": np.ones(1), **pair(NEXT, AB)}, rf"A and B of {PAIR} are nothing and nothing"),
         ({A: np.ones((0, D)), B: np.ones((D, 0))}, r"\(0, 8\) and \(8, 0\): empty"),
-        ({A: np.ones(()), B: np.ones(())}, r"are \(\) and \(\), which is no LoRA"),
-        ({A: np.ones((2, D, 1, 1)), B: np.ones((D, 2, 1, 1))}, "which is no LoRA of a linear layer"),
+        ({A: np.ones(()), B: np.ones(())}, r"are \(\) and \(\), which is not a LoRA"),
+        ({A: np.ones((2, D, 1, 1)), B: np.ones((D, 2, 1, 1))}, "which is not a LoRA of a linear layer"),
         ({A: np.full((2, D), np.nan), B: np.ones((D, 2))}, f"A of {PAIR} holds NaN or infinity"),
         ({A: np.ones((2, D), np.int8), B: np.ones((D, 2), np.int8)}, f"A of {PAIR} is stored as int8"),
         ({**pair(PAIR), f"{PAIR}.alpha": np.float32("nan")}, f"alpha of {PAIR} is nan, expected one finite number"),
@@ -644,4 +644,6 @@ A, B = (f"{PAIR}{end}" for end in DOWN_UP)
 )  # fmt: skip
 def test_odd_entries_get_a_sentence(tmp_path, tensors, sentence):
     with pytest.raises(UserError, match=rf"--lora .*f: .*{sentence}"):
-        lora.read_parts(write(tmp_path / "f", {name: np.asarray(value) for name, value in tensors.items()}), "--lora")
+        lora_files.read_adapters(
+            write(tmp_path / "f", {name: np.asarray(value) for name, value in tensors.items()}), "--lora"
+        )

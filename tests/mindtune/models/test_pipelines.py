@@ -11,11 +11,11 @@ from safetensors.numpy import load_file, save_file
 from mindtune.cli import UserError
 from mindtune.models.configs import read_config
 from mindtune.models.loading import load_model
+from mindtune.models.pipeline_checks import check_pipeline
 from mindtune.models.pipelines import (
     FLUX_COMPONENTS,
     SD_COMPONENTS,
     SDXL_COMPONENTS,
-    check_pipeline,
     resolve_controlnet,
     resolve_pipeline,
     resolve_vae,
@@ -34,7 +34,7 @@ def refusal(root, components=FLUX_COMPONENTS, **options):
 def defects(root, variant=None):
     """The lines of the complaint about a pipeline that is not whole."""
     head, *lines, tail = refusal(root, variant=variant).splitlines()
-    assert head == f"--pretrained_model_name_or_path {root}: not a whole pipeline:" and tail.startswith(
+    assert head == f"--pretrained_model_name_or_path {root}: not a complete pipeline:" and tail.startswith(
         "Copy or download it again"
     )
     return [line.strip() for line in lines]
@@ -44,7 +44,7 @@ def unsupported(root, components=FLUX_COMPONENTS, **options):
     """The lines of the complaint about one that is whole."""
     head, *lines, tail = refusal(root, components, **options).splitlines()
     assert head == f"--pretrained_model_name_or_path {root}: cannot be trained by this script:"
-    assert tail == "docs/models.md says which published models can."
+    assert tail == "docs/models.md lists the published models that can."
     return [line.strip() for line in lines]
 
 
@@ -132,7 +132,9 @@ def test_a_pointer_in_the_place_of_weights(pipeline):
     path.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
     )
-    assert defects(pipeline) == [f"vae/{path.name} is a pointer of Git LFS: run git lfs pull where it was cloned"]
+    assert defects(pipeline) == [
+        f"vae/{path.name} is a Git LFS pointer: run git lfs pull where the repository was cloned"
+    ]
     for name in ("tokenizer/merges.txt", "tokenizer_2/spiece.model", "vae/config.json"):
         path.replace(pipeline / name) if not path.exists() else (pipeline / name).write_bytes(path.read_bytes())
     assert [line.split(" ")[0] for line in defects(pipeline)] == [
@@ -212,7 +214,7 @@ MODELS = ["text_encoder", "text_encoder_2", "vae", "transformer"]
 
 def test_a_variant_that_no_component_has(tiny_flux):
     assert refusal(tiny_flux, variant="fp16").endswith(
-        "no component has files of the variant fp16. Leave --variant fp16 out."
+        "no component has files of the variant fp16. Remove --variant fp16."
     )
 
 
@@ -230,7 +232,7 @@ def test_a_component_without_files_of_the_variant_is_read_from_its_plain_ones(pi
     rename(pipeline, "transformer", "fp16")
     check_pipeline(pipeline, FLUX_COMPONENTS, "fp16")
     assert (
-        "--variant fp16: text_encoder, text_encoder_2, vae has no files of that variant; the plain ones"
+        "--variant fp16: text_encoder, text_encoder_2, vae has no files of that variant; uses the files"
         in capsys.readouterr().out
     )
     assert [path.name for path in weight_files(pipeline, "vae", "fp16")] == ["diffusion_pytorch_model.safetensors"]
@@ -245,10 +247,13 @@ def test_a_component_without_files_of_the_variant_is_read_from_its_plain_ones(pi
         ("diffusion_pytorch_model.bin", "is a pickle, which can run code and is not loaded"),
         (
             "diffusion_flax_model.msgpack",
-            "holds Flax weights, which are not read: download the .safetensors files instead",
+            "holds Flax weights, which are not supported: download the .safetensors files instead",
         ),
-        ("flux1-dev-Q4_K_S.gguf", "holds GGUF weights, which are not read: download the .safetensors files instead"),
-        ("flux1-dev.safetensors", "which has another name: rename it if it is this model's"),
+        (
+            "flux1-dev-Q4_K_S.gguf",
+            "holds GGUF weights, which are not supported: download the .safetensors files instead",
+        ),
+        ("flux1-dev.safetensors", "has another name: rename it if it belongs to this model"),
     ],
 )
 def test_weights_in_another_format(pipeline, other, said):
@@ -270,7 +275,7 @@ def test_weights_in_another_format(pipeline, other, said):
     [
         ("FluxKontextPipeline", "it edits a reference image"),
         ("FluxFillPipeline", "it fills a masked image"),
-        ("FluxControlPipeline", "it reads a condition beside the latents"),
+        ("FluxControlPipeline", "it reads a condition with the latents"),
         (
             "StableDiffusionXLPipeline",
             "Stable Diffusion XL; train it with examples/controlnet/train_controlnet_sdxl.py",
@@ -318,12 +323,12 @@ def sdxl(tmp_path_factory):
 @pytest.mark.parametrize(
     "part, key, value, said",
     [
-        ("transformer", "in_channels", 384, "in_channels is 384, expected 64: a model that fills"),
+        ("transformer", "in_channels", 384, "in_channels is 384, expected 64: a fill model"),
         (
             "transformer",
             "in_channels",
             128,
-            "in_channels is 128, expected 64: a model with a condition beside the latents",
+            "in_channels is 128, expected 64: a model that reads a condition with the latents",
         ),
         ("transformer", "out_channels", 32, "out_channels is 32, expected 64"),
         (
@@ -350,9 +355,9 @@ def sdxl(tmp_path_factory):
             {"quant_method": "quanto"},
             "quantization_config says quanto. Quantised",
         ),
-        ("scheduler", "shift_terminal", 0.1, "shift_terminal is 0.1, and only None is computed here"),
-        ("scheduler", "time_shift_type", "linear", "time_shift_type is linear, and only exponential is computed here"),
-        ("vae", "latents_mean", [0.0] * 16, "latents_mean is there without the other"),
+        ("scheduler", "shift_terminal", 0.1, "shift_terminal is 0.1, and only None is supported"),
+        ("scheduler", "time_shift_type", "linear", "time_shift_type is linear, and only exponential is supported"),
+        ("vae", "latents_mean", [0.0] * 16, "latents_mean is given without the other"),
         ("vae", "scaling_factor", None, "scaling_factor is null, expected such as 0.18215"),
         ("vae", "scaling_factor", 0, "scaling_factor is 0, expected a number above 0"),
         ("vae", "shift_factor", "a", "shift_factor is a, expected a number or null"),
@@ -384,7 +389,7 @@ def test_flux_models_of_other_kinds(pipeline, part, key, value, said):
         ("unet", "addition_embed_type", "text_time", "addition_embed_type is text_time, expected None"),
         ("unet", "mid_block_type", None, "mid_block_type is None, expected UNetMidBlock2DCrossAttn or UNetMidBlock2D"),
         ("unet", "layers_per_block", [1, 1, 1, 1], "layers_per_block is [1, 1, 1, 1], expected one number"),
-        ("scheduler", "beta_end", 2.0, "beta_start 0.00085 and beta_end 2.0 give betas outside of 0 to 1"),
+        ("scheduler", "beta_end", 2.0, "beta_start 0.00085 and beta_end 2.0 give betas outside (0, 1)"),
         ("unet", "num_class_embeds", 1000, "num_class_embeds is 1000, expected None"),
         ("unet", "cross_attention_dim", 64, "cross_attention_dim is 64, expected 32, the width of the text encoders"),
         ("scheduler", "prediction_type", "sample", "prediction_type sample is not supported"),
@@ -409,7 +414,10 @@ def test_quantised_weights(pipeline, dtype, what):
         path.read_bytes().replace(b'"U8"', f'"{dtype}"'.encode(), 1) if dtype == "U8" else with_type(path, key, dtype)
     )
     (line,) = unsupported(pipeline)
-    assert f"{key} is {dtype} ({what}). Quantised weights are not trained on: download the model's own in bf16" in line
+    assert (
+        f"{key} is {dtype} ({what}). Quantised weights cannot be trained: download the model's original weights in bf16"
+        in line
+    )
 
 
 def with_type(path, key, dtype):
@@ -445,7 +453,7 @@ def test_a_scheduler_without_betas(sd):
     )
     (line,) = unsupported(sd, SD_COMPONENTS)
     assert (
-        "EDMDPMSolverMultistepScheduler has no beta_start, beta_end, beta_schedule, which was trained with EDM's noise"
+        "EDMDPMSolverMultistepScheduler has no beta_start, beta_end, beta_schedule, as in a model trained with EDM noise"
         in line
     )
 
@@ -574,7 +582,9 @@ def test_a_file_in_the_place_of_a_directory(tmp_path, name, what):
 
 def test_a_directory_above_the_pipeline(pipeline):
     """A hub cache's own folder, or one level too high."""
-    with pytest.raises(UserError, match=f"model_index.json is missing; there is a pipeline in {pipeline}: give that"):
+    with pytest.raises(
+        UserError, match=f"model_index.json is missing; there is a pipeline in {pipeline}: give that directory"
+    ):
         resolve_pipeline(str(pipeline.parent), None, None, None, FLUX_COMPONENTS)
 
 
@@ -602,7 +612,7 @@ def test_a_vae_of_another_latent_space_is_told(sdxl, tiny_sd, capsys):
 def test_a_controlnet_with_only_files_of_a_variant(pipeline):
     rename(pipeline, "transformer", "fp16")
     edit(pipeline / "transformer" / "config.json", _class_name="FluxControlNetModel")
-    with pytest.raises(UserError, match="files of the variant fp16: rename them without it"):
+    with pytest.raises(UserError, match="files of the variant fp16: rename them without the variant"):
         resolve_controlnet(
             str(pipeline / "transformer"), "--controlnet", None, {"_class_name": "FluxTransformer2DModel"}
         )

@@ -3,7 +3,7 @@
 import pytest
 from conftest import shard
 
-from mindtune.models.weights import missing_file, weight_files
+from mindtune.models.weights import missing_file_problem, weight_files
 
 # ---- where weights are ---------------------------------------------------------------------------
 
@@ -43,10 +43,10 @@ def test_weight_files_of_an_index(pipeline, variant, index, middle):
         (["model-00001-of-00002.fp16.safetensors"], "; there are files of the variant fp16: add --variant fp16"),
         (["model.bf16-00001-of-00002.safetensors"], "; there are files of the variant bf16: add --variant bf16"),
         (["model.non_ema.safetensors"], ""),
-        (["flax_model.msgpack"], "; text_encoder/flax_model.msgpack holds Flax weights, which are not read"),
+        (["flax_model.msgpack"], "; text_encoder/flax_model.msgpack holds Flax weights, which are not supported"),
         (["pytorch_model.bin", "config.json"], "; text_encoder/pytorch_model.bin is a pickle, which can run code"),
     ],
 )
 def test_what_is_said_of_a_missing_file(tmp_path, there, said):
-    found = missing_file("text_encoder", tmp_path / "text_encoder" / "model.safetensors", there)
+    found = missing_file_problem("text_encoder", tmp_path / "text_encoder" / "model.safetensors", there)
     assert found.startswith("text_encoder/model.safetensors is missing" + said) and bool(said) == (";" in found)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mindtune.models.mapped import read_mapped
+from mindtune.models.safetensors_file import read_safetensors
 
 
 def raw(path, entries, data, metadata=None):
@@ -25,7 +25,7 @@ def test_what_the_library_wrote_is_read(tmp_path, dtype):
         "none": np.zeros((0, 4), dtype),
     }
     save_file(values, tmp_path / "f", metadata={"a": "b"})
-    found, metadata = read_mapped(tmp_path / "f")
+    found, metadata = read_safetensors(tmp_path / "f")
     assert metadata == {"a": "b"} and sorted(found) == sorted(values)
     for name, value in values.items():
         assert found[name].dtype == dtype and found[name].shape == value.shape
@@ -44,7 +44,7 @@ def test_the_types_of_ml_dtypes_wherever_they_begin(tmp_path, code, dtype):
         "odd": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
         "x": {"dtype": code, "shape": [3], "data_offsets": [1, 1 + size]},
     }
-    found, _ = read_mapped(raw(tmp_path / "f", entries, b"\x07" + value.tobytes()))
+    found, _ = read_safetensors(raw(tmp_path / "f", entries, b"\x07" + value.tobytes()))
     np.testing.assert_array_equal(found["x"].astype(np.float32), [1.5, -0.25, 448.0])
 
 
@@ -54,14 +54,14 @@ def test_arrays_lie_in_the_file_and_cannot_be_written(tmp_path):
     raw(tmp_path / "f", {"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}, b"")
     with open(tmp_path / "f", "ab") as file:
         file.truncate(file.tell() + size)
-    found = read_mapped(tmp_path / "f")[0]["x"]
+    found = read_safetensors(tmp_path / "f")[0]["x"]
     assert not found.flags.owndata and not found.flags.writeable and found[-1] == 0
 
 
 def test_a_type_that_numpy_does_not_have_is_named(tmp_path):
     path = raw(tmp_path / "f", {"x": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}, b"\0")
-    with pytest.raises(ValueError, match="x is of the type F8_E8M0, which is not read"):
-        read_mapped(path)
+    with pytest.raises(ValueError, match="x has the dtype F8_E8M0, which is not supported"):
+        read_safetensors(path)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_type_that_numpy_does_not_have_is_named(tmp_path):
         (b"", "cannot be read as safetensors"),
         (b"PK\x03\x04" + bytes(100), "it is a zip archive or a pickle"),
         (b"\x80\x02}q\x00." + bytes(100), "it is a pickle"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "it is a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "it is a Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "it is a web page"),
         (b"GGUF" + bytes(100), "it is GGUF"),
         ((100).to_bytes(8, "little") + b"{}", "cannot be read as safetensors"),
@@ -79,9 +79,9 @@ def test_a_type_that_numpy_does_not_have_is_named(tmp_path):
 def test_other_files_are_told_by_how_they_begin(tmp_path, content, sentence):
     (tmp_path / "f").write_bytes(content)
     with pytest.raises(ValueError, match=f"cannot be read as safetensors.*{sentence}|{sentence}"):
-        read_mapped(tmp_path / "f")
+        read_safetensors(tmp_path / "f")
 
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        read_mapped(tmp_path / "absent")
+        read_safetensors(tmp_path / "absent")
