@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo demo-controlnet test bench parity contract lint clean
+.PHONY: venv demo demo-controlnet check test bench parity contract lint clean
 
 venv: .venv/made
 .venv/made: requirements.txt setup.py
@@ -18,6 +18,11 @@ demo: venv
 demo-controlnet: venv
 	$(BIN)/python examples/demo_flux_controlnet.py
 
+# The fast tier, for every commit: lint, unit tests and bad input, in at most three minutes on two cores.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/mindtune $(wildcard tests/*/test_bad_input.py tests/*/*/test_bad_input.py) \
+		-n auto --maxprocesses 4 --dist loadfile
+
 # A process a core, each with one thread: compiling takes one, and learning tests side by side would crowd each other.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
@@ -26,6 +31,7 @@ bench: venv .venv-parity/made
 	$(BIN)/python benchmarks/speed.py --torch .venv-parity/bin/python
 	$(BIN)/python benchmarks/encoder_memory.py
 	$(BIN)/python benchmarks/controlnet_memory.py
+	$(BIN)/python benchmarks/learning.py
 
 # PyTorch and diffusers go into a .venv-parity of their own.
 .venv-parity/made: tests/parity/requirements.txt

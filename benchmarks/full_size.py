@@ -1,12 +1,14 @@
-"""FLUX.1-dev's transformer at its true size, trained on a CPU: 19 + 38 blocks, width 3072, 11.9 billion random weights, loaded as int8.
+"""Trains a LoRA on FLUX.1-dev's transformer at its full size on a CPU: 11.9 billion random weights, loaded as int8.
 
-    python benchmarks/full_size.py [--work FOLDER] [--try]      24 GB of disk, 24 GB of memory, about half an hour on two cores
+    python benchmarks/full_size.py [--work FOLDER] [--try]
 
-Writes the transformer in the hub's sharded layout, bfloat16, shard by shard, beside FLUX.1-dev's VAE and encoders that are thin but for
-their outputs' widths (768 and 4096; what they cost is the encode stage's affair). Then flux_lora/train_dreambooth_lora_flux.py trains a
-LoRA of rank 16 at 256 pixels (256 image and 512 text tokens) with --base_precision int8 and --gradient_checkpointing in graph mode, in a
-process of its own. Its own memory (RssAnon: mapped files, which the system takes back at will, apart) is read every 50 ms.
---try does the same with 2 + 4 narrow blocks. The pipeline is deleted at the end. Linux only.
+Expect half an hour on two cores, with 24 GB of disk and of memory. Linux only.
+
+Writes the transformer (19 + 38 blocks, width 3072) in bfloat16, in the sharded layout of the hub, with FLUX.1-dev's VAE
+and small encoders of the right output widths (768 and 4096). flux_lora/train_dreambooth_lora_flux.py then trains a LoRA
+of rank 16 at 256 pixels (256 image and 512 text tokens) with --base_precision int8 and --gradient_checkpointing in
+graph mode. The RssAnon of its process, which leaves out mapped files, is read every 50 ms. --try uses 2 + 4 narrow
+blocks. The pipeline is deleted at the end.
 """
 
 import argparse
@@ -43,35 +45,38 @@ SHARD = 2 << 30  # bytes
 
 
 def write_pipeline(root, transformer):
-    """All of a pipeline; returns the number of the transformer's parameters and shards."""
+    """Writes the pipeline; returns the numbers of parameters and of shards of the transformer."""
     maker.make_flux(root, vae=VAE, clip={"hidden_size": 768}, t5={"d_model": 4096})
     folder = root / "transformer"
     shutil.rmtree(folder)
     folder.mkdir()
     config = {**maker.FLUX_TRANSFORMER, **transformer}
     maker.write_json(folder / "config.json", maker.hub_header("FluxTransformer2DModel") | config)
-    shapes, shards, size = transformer_shapes(config), [[]], 0
+    shapes = transformer_shapes(config)
+    shards = [[]]
+    size = 0
     for name, shape in shapes.items():
         if size + 2 * np.prod(shape) > SHARD:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += 2 * np.prod(shape)
-    rng, weight_map = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    weight_map = {}
     for number, names in enumerate(shards, 1):
         file = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_shard(folder / file, {name: shapes[name] for name in names}, rng)
         weight_map.update(dict.fromkeys(names, file))
         print(f"wrote {file}", flush=True)
-    maker.write_json(
-        folder / "diffusion_pytorch_model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map}
-    )
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    maker.write_json(index, {"metadata": {}, "weight_map": weight_map})
     return int(sum(np.prod(shape) for shape in shapes.values())), len(shards)
 
 
 def write_shard(path, shapes, rng):
-    """Matrices that keep the spread of what they multiply, norms of 1, biases of 0; tensor by tensor, so that none waits for another."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    """Writes random matrices that keep the scale of activations, norms of 1 and biases of 0, one tensor at a time."""
+    header = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, shape in shapes.items():
         end = offset + 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
@@ -97,50 +102,23 @@ def make_photos(folder):
 
 
 def train(work, updates):
-    """Runs the script; what it took, how far it went, and the last lines that it printed if it failed."""
-    words = [
-        sys.executable,
-        ROOT / "flux_lora/train_dreambooth_lora_flux.py",
-        "--pretrained_model_name_or_path",
-        work / "pipeline",
-    ]
-    words += [
-        "--instance_data_dir",
-        work / "photos",
-        "--instance_prompt",
-        "a photo of sks cat",
-        "--output_dir",
-        work / "out",
-    ]
-    words += [
-        "--base_precision",
-        "int8",
-        "--gradient_checkpointing",
-        "--resolution",
-        256,
-        "--cache_latents",
-        "--train_batch_size",
-        1,
-    ]
-    words += [
-        "--lora_rank",
-        16,
-        "--max_train_steps",
-        updates,
-        "--seed",
-        0,
-        "--report_to",
-        "none",
-        "--mindspore_mode",
-        0,
-    ]
-    began, peak, loaded, log = time.time(), 0.0, None, work / "log"
+    """Runs the training script; its time, memory and updates, and the last lines that it printed if it failed."""
+    words = [sys.executable, ROOT / "flux_lora/train_dreambooth_lora_flux.py"]
+    words += ["--pretrained_model_name_or_path", work / "pipeline", "--instance_data_dir", work / "photos"]
+    words += ["--instance_prompt", "a photo of sks cat", "--output_dir", work / "out", "--base_precision", "int8"]
+    words += ["--gradient_checkpointing", "--resolution", 256, "--cache_latents", "--train_batch_size", 1]
+    words += ["--lora_rank", 16, "--max_train_steps", updates, "--seed", 0, "--report_to", "none"]
+    words += ["--mindspore_mode", 0]
+    log = work / "log"
+    began = time.time()
+    peak = 0.0
+    loaded = None
     with open(log, "w") as out:
         process = subprocess.Popen([str(word) for word in words], stdout=out, stderr=subprocess.STDOUT)
         while process.poll() is None:
             try:
                 now = status(process.pid).get("RssAnon", 0.0)
-            except OSError:  # it has just ended
+            except OSError:  # the process has just ended
                 break
             peak = max(peak, now)
             if loaded is None and "updates," in log.read_text(errors="replace"):  # the line before the first update
@@ -154,20 +132,15 @@ def train(work, updates):
         found["printed"] = log.read_text(errors="replace")[-2000:]
         return found
     run = json.loads((work / "out" / "run.json").read_text())
-    return {
-        **found,
-        **{
-            key: run.get(key)
-            for key in ("seconds_to_first_update", "seconds_per_step", "peak_memory_mb", "memory", "trainable")
-        },
-    }
+    keys = ("seconds_to_first_update", "seconds_per_step", "peak_memory_mb", "memory", "trainable")
+    return {**found, **{key: run.get(key) for key in keys}}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, help="Folder for 24 GB of weights. Default: a temporary one.")
-    parser.add_argument("--updates", type=int, default=2, help="Updates to train.")
-    parser.add_argument("--try", dest="tried", action="store_true", help="2 + 4 narrow blocks; keeps no result.")
+    parser.add_argument("--work", type=Path, help="Directory for 24 GB of weights. Default: a temporary one.")
+    parser.add_argument("--updates", type=int, default=2, help="Number of updates. Default: 2.")
+    parser.add_argument("--try", dest="tried", action="store_true", help="Use 2 + 4 narrow blocks and save no result.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         work = Path(folder)

@@ -1,14 +1,15 @@
-"""What loading a model needs of memory beside its weights, and how long it takes: `models.load_model` and mindone's `from_pretrained`.
+"""Memory and time of loading a model: our `load_model` and mindone's `from_pretrained`.
 
-    python benchmarks/loading.py            about two minutes on two cores; 2.5 GB in the temporary folder, 4 GB of memory
+    python benchmarks/loading.py
 
-A random FLUX transformer of 266 million parameters (1.06 GB in float32) is written as float32, in one file and in four, and as bfloat16,
-and loaded as either type, each time in a process of its own.
+Expect two minutes on two cores, with 2.5 GB in the temporary directory and 4 GB of memory. Linux only. A random FLUX
+transformer of 266 million parameters (1.06 GB in float32) is written as float32, in one file and in four, and as
+bfloat16, and loaded as either dtype, each time in a process of its own.
 
-How memory is counted: the process reads RssAnon in /proc/self/status before it loads; from then on its parent reads it every 2 ms. The
-growth of the highest reading, by the weights' size as they lie in memory, is `peak`. RssAnon is memory that only the process has: pages of
-a mapped file, which the system takes back at will, do not count. `with files` is the growth of VmHWM over the VmRSS before, the same with
-those pages. Files are in the system's cache: seconds are those of copying and casting, not of a disk. Linux only.
+`peak` is the growth of the process's RssAnon while it loads, divided by the size of the weights in memory: the process
+reads /proc/self/status before it loads, and its parent reads it every 2 ms. RssAnon leaves out the pages of mapped
+files, which the system can drop at any time; `with files`, the growth of VmHWM over VmRSS, includes them. The files are
+in the system's cache, so that the seconds are those of copying and casting.
 """
 
 import argparse
@@ -34,7 +35,7 @@ WIDE = {
     "axes_dims_rope": [16, 56, 56],
 }
 WIDE.update(joint_attention_dim=4096, pooled_projection_dim=768)
-# Type in the files, number of files, type in memory (a --mixed_precision).
+# Dtype in the files, number of files, dtype in memory (a --mixed_precision).
 CASES = [
     ("float32", 1, "fp32"),
     ("bfloat16", 1, "bf16"),
@@ -45,7 +46,7 @@ CASES = [
 
 
 def write_model(folder, kind, shards):
-    """A FLUX transformer of random weights in `shards` files, as a pipeline's folder has it: config.json, safetensors, their index."""
+    """Writes a random FLUX transformer as in a pipeline: config.json, `shards` safetensors files and their index."""
     import ml_dtypes
     from safetensors.numpy import save_file
 
@@ -59,7 +60,9 @@ def write_model(folder, kind, shards):
     folder.mkdir(parents=True)
     maker.write_json(folder / "config.json", maker.hub_header("FluxTransformer2DModel") | config)
     dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[kind]
-    stem, rng, weight_map = "diffusion_pytorch_model", np.random.default_rng(0), {}
+    stem = "diffusion_pytorch_model"
+    rng = np.random.default_rng(0)
+    weight_map = {}
     for number, part in enumerate(np.array_split(sorted(shapes), shards), 1):
         file = f"{stem}.safetensors" if shards == 1 else f"{stem}-{number:05d}-of-{shards:05d}.safetensors"
         tensors = {str(name): rng.standard_normal(shapes[name], dtype=np.float32).astype(dtype) for name in part}
@@ -70,7 +73,7 @@ def write_model(folder, kind, shards):
 
 
 def transformer_shapes(config):
-    """Name -> shape of every parameter of a FLUX transformer, none of them allocated."""
+    """Name -> shape of every parameter of a FLUX transformer; none is allocated."""
     from mindspore.nn.utils import no_init_parameters
 
     from mindtune.models import library, named_parameters
@@ -81,43 +84,43 @@ def transformer_shapes(config):
 
 
 def status(process="self"):
-    """Lines of /proc/PROCESS/status that are a number of kB, in MB."""
+    """The sizes in /proc/PROCESS/status by name, in MB."""
     lines = [line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines()]
     return {line[0].rstrip(":"): int(line[1]) / 1024 for line in lines if line[-1] == "kB"}
 
 
 def load(root, precision_name, way):
-    """In a process of its own: loads the transformer; prints the memory before, then what it took, as JSON, and ends."""
+    """Runs in a process of its own: prints the memory before loading and the results after it as JSON, and exits."""
     from mindtune.models import execution, library, loading
     from mindtune.models.precision import resolve_precision
 
     execution.set_up_device(graph_mode=False)
     precision = resolve_precision(precision_name)
-    before, start = status(), time.perf_counter()
+    before = status()
+    start = time.perf_counter()
     print(json.dumps(before), flush=True)
     if way == "ours":
         model = loading.load_model(root, "transformer", precision)
     else:
-        folder, cls = os.fspath(root / "transformer"), library.mindone.diffusers.FluxTransformer2DModel
+        folder = os.fspath(root / "transformer")
+        cls = library.mindone.diffusers.FluxTransformer2DModel
         model = cls.from_pretrained(folder, mindspore_dtype=precision.storage, use_safetensors=True)
     seconds = time.perf_counter() - start
     weights = sum(parameter.size * parameter.itemsize for parameter in model.get_parameters()) / 2**20
-    print(
-        json.dumps({"weights": weights, "seconds": seconds, "with files": status()["VmHWM"] - before["VmRSS"]}),
-        flush=True,
-    )
-    os._exit(0)  # MindSpore takes a while to take a model apart
+    with_files = status()["VmHWM"] - before["VmRSS"]
+    print(json.dumps({"weights": weights, "seconds": seconds, "with files": with_files}), flush=True)
+    os._exit(0)  # MindSpore takes long to free a model
 
 
 def watch(root, precision_name, way):
-    """Loads in a child process; its numbers (MB, seconds) with `peak`, the largest growth of its RssAnon."""
+    """Loads in a child process; its results (MB, seconds) with `peak`, the largest growth of its RssAnon."""
     command = [sys.executable, __file__, "--load", str(root), precision_name, way]
     with open(root / "log", "w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         numbers = (json.loads(line) for line in process.stdout if line.startswith("{"))
         before = highest = next(numbers, {}).get("RssAnon", 0)
         while process.poll() is None:
-            with contextlib.suppress(OSError):  # it has just ended
+            with contextlib.suppress(OSError):  # the process has just ended
                 highest = max(highest, status(process.pid).get("RssAnon", 0))
             time.sleep(0.002)
         if process.returncode:
@@ -126,7 +129,7 @@ def watch(root, precision_name, way):
 
 
 def measure(cases=CASES):
-    """One dict for each case: file, shards, memory (the types), weights (MB), and for both ways peak, with files (MB) and seconds."""
+    """One dict per case: file, shards, memory, weights (MB), and per loader its peak, with files (MB) and seconds."""
     found = []
     with tempfile.TemporaryDirectory() as work:
         for kind, shards, precision_name in cases:
@@ -135,9 +138,9 @@ def measure(cases=CASES):
                 write_model(root / "transformer", kind, shards)
             ways = {way: watch(root, precision_name, way) for way in ("ours", "mindone")}
             row = {"file": kind, "shards": shards, "memory": precision_name, "weights": ways["ours"].pop("weights")}
-            found.append(
-                {**row, **{f"{way} {key}": ways[way][key] for way in ways for key in ("peak", "with files", "seconds")}}
-            )
+            for way, result in ways.items():
+                row.update({f"{way} {key}": result[key] for key in ("peak", "with files", "seconds")})
+            found.append(row)
     return found
 
 
@@ -147,9 +150,7 @@ def main():
     args = parser.parse_args()
     if args.load:
         return load(Path(args.load[0]), *args.load[1:])
-    print(
-        "                                          ours: peak   with files   seconds     mindone: peak   with files   seconds"
-    )
+    print(f"{'':42s}ours: peak   with files   seconds     mindone: peak   with files   seconds")
     for row in measure():
         files = "1 file " if row["shards"] == 1 else f"{row['shards']} files"
         print(f"{row['file']:8s} {files} -> {row['memory']}, {row['weights']:5.0f} MB", end="    ")

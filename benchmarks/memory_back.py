@@ -1,11 +1,14 @@
-"""Is memory given back? The training process's own memory around the encode stage and around every validation, and over a long run.
+"""Whether memory is freed: the training process's memory around encoding and validation, and over a long run.
 
-    python benchmarks/memory_back.py [rounds] [leak]            about half an hour on two cores
+    python benchmarks/memory_back.py [rounds] [leak]
 
-rounds: each script trains with cached text and latents and looks three times, on a tiny pipeline whose VAE is as large as FLUX.1-dev's
-(335 MB in float32; it is loaded to draw). RssAnon of the process, from /proc: memory that only it has, without mapped files.
-leak: 500 updates, validation and a checkpoint every 50, on the tiny pipeline; RssAnon after each checkpoint. Linux only.
+Expect half an hour on two cores. Linux only. Memory is the RssAnon of the process, which leaves out mapped files.
 Writes benchmarks/results/memory_back.json.
+
+rounds: each script trains with cached text and latents and validates three times, on a tiny pipeline with the VAE of
+FLUX.1-dev (335 MB in float32), which is loaded for validation.
+
+leak: 500 updates on the tiny pipeline, with validation and a checkpoint every 50; memory after each checkpoint.
 """
 
 import argparse
@@ -25,64 +28,41 @@ sys.path[:0] = [
 from loading import status
 
 SCRIPTS = {"lora": "train_dreambooth_lora_flux", "controlnet": "train_controlnet_flux", "sd": "train_controlnet"}
+MODES = ("graph", "PyNative")
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
 
 
-def flags(kind, work, updates, every):
-    """The command line of a run that looks and saves every so many updates."""
-    words = [
-        "--pretrained_model_name_or_path",
-        work / ("sd15" if kind == "sd" else "flux"),
-        "--resolution",
-        64,
-        "--cache_latents",
-    ]
-    words += [
-        "--train_batch_size",
-        2,
-        "--max_train_steps",
-        updates,
-        "--num_validation_images",
-        1,
-        "--num_inference_steps",
-        4,
-        "--seed",
-        0,
-    ]
-    words += [
-        "--checkpointing_steps",
-        every,
-        "--checkpoints_total_limit",
-        1,
-        "--cache_dir",
-        work / "cache",
-        "--validation_split",
-        0.25,
-    ]
+def flags(script, work, updates, every):
+    """The command line of a run that validates and saves every `every` updates."""
+    words = ["--pretrained_model_name_or_path", work / ("sd15" if script == "sd" else "flux"), "--resolution", 64]
+    words += ["--cache_latents", "--train_batch_size", 2, "--max_train_steps", updates, "--num_validation_images", 1]
+    words += ["--num_inference_steps", 4, "--seed", 0, "--checkpointing_steps", every]
+    words += ["--checkpoints_total_limit", 1, "--cache_dir", work / "cache", "--validation_split", 0.25]
     words += ["--validation_prompt", "a red circle"]
-    if kind == "lora":
-        # Four pictures of eight uses: an epoch is three pictures and so three halves of an update.
-        return [*words, "--instance_data_dir", work / "pairs" / "images", "--instance_prompt", "a circle", "--repeats", 2 * every // 3,
-                "--validation_epochs", 1, "--max_sequence_length", 16]  # fmt: skip
+    if script == "lora":
+        # An epoch is three images, each repeated 2 * every // 3 times: `every` updates of batch 2.
+        words += ["--instance_data_dir", work / "pairs" / "images", "--instance_prompt", "a circle"]
+        return [*words, "--repeats", 2 * every // 3, "--validation_epochs", 1, "--max_sequence_length", 16]
     words += ["--train_data_dir", work / "pairs", "--validation_image", work / "pairs" / "conditioning" / "000000.png"]
     words += ["--validation_steps", every]
-    if kind == "controlnet":
+    if script == "controlnet":
         words += ["--num_double_layers", 1, "--num_single_layers", 1, "--max_sequence_length", 16]
     return words
 
 
 def run(kind, mode, work, updates, every):
-    """In a process of its own: a run of a script with a watch on its memory. Prints JSON: what, RssAnon in MB."""
+    """One training run, in a process of its own. Prints [what, RssAnon in MB] before and after each stage as JSON."""
     import importlib
 
     from mindtune.encode import encoder_stage
 
-    script, notes = importlib.import_module(SCRIPTS[kind]), []
+    script = importlib.import_module(SCRIPTS[kind])
+    notes = []
 
     def note(what):
         notes.append((what, status()["RssAnon"]))
 
-    def watched(owner, name, what):
+    def watch_calls(owner, name, what):
         real = getattr(owner, name)
 
         def call(*words, **more):
@@ -93,25 +73,18 @@ def run(kind, mode, work, updates, every):
 
         setattr(owner, name, call)
 
-    watched(encoder_stage.EncoderStage, "prepare", "the encode stage")
-    watched(script.Painter, "rows" if kind == "lora" else "draw", "drawing")
-    watched(script.checkpoint, "save_checkpoint", "saving")
-    watched(script.execution, "free_memory", "giving back")
-    words = [str(word) for word in flags(kind, work, updates, every)]
-    script.main(
-        [
-            *words,
-            "--output_dir",
-            str(work / f"out-{kind}-{mode}"),
-            "--mindspore_mode",
-            str(mode),
-            "--overwrite_output_dir",
-        ]
-    )
+    watch_calls(encoder_stage.Stage, "prepare", "encoding")
+    watch_calls(script.Painter, "rows" if kind == "lora" else "draw", "validation")
+    watch_calls(script.checkpoint, "save_checkpoint", "saving")
+    watch_calls(script.execution, "free_memory", "freeing")
+    words = [*flags(kind, work, updates, every), "--output_dir", work / f"out-{kind}-{mode}"]
+    words += ["--mindspore_mode", mode, "--overwrite_output_dir"]
+    script.main([str(word) for word in words])
     print(json.dumps(notes))
 
 
-def watch(kind, mode, work, updates, every):
+def measure(kind, mode, work, updates, every):
+    """`run` in a process of its own; what it prints."""
     command = [sys.executable, __file__, "--run", kind, str(mode), str(work), str(updates), str(every)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -120,6 +93,7 @@ def watch(kind, mode, work, updates, every):
 
 
 def make(work, heavy):
+    """Writes the pipelines, with the VAE of FLUX.1-dev if `heavy`, and four pairs."""
     from make_tiny_pipeline import make_flux, make_sd15
     from shapes import make_folder
 
@@ -129,46 +103,46 @@ def make(work, heavy):
 
 
 def rounds(work):
+    """Script and mode -> (memory before, after) of encoding and of each validation."""
     make(work, heavy=True)
     found = {}
-    print("memory of the training process, MB: around the encode stage, then around each validation (growth in %)")
+    print("memory of the training process, MB: around encoding, then around each validation (growth in %)")
     for kind in SCRIPTS:
         for mode in (0, 1):
-            notes = watch(kind, mode, work, 12, 3)
-            notes = [(what, memory) for what, memory in notes if "saving" not in what and "giving" not in what]
+            notes = measure(kind, mode, work, 12, 3)
+            notes = [(what, memory) for what, memory in notes if "saving" not in what and "freeing" not in what]
             starts = [i for i, (what, _) in enumerate(notes) if what.startswith("before")]
             pairs = [(notes[i][1], notes[i + 1][1]) for i in starts]
-            found[f"{kind} {('graph', 'PyNative')[mode]}"] = pairs
+            found[f"{kind} {MODES[mode]}"] = pairs
             shown = "   ".join(f"{a:5.0f} -> {b:5.0f} ({100 * (b / a - 1):+.1f}%)" for a, b in pairs)
-            print(f"{kind:10s} {('graph', 'PyNative')[mode]:8s} {shown}", flush=True)
+            print(f"{kind:10s} {MODES[mode]:8s} {shown}", flush=True)
     return found
 
 
 def leak(work):
+    """Script and mode -> memory after each checkpoint."""
     make(work, heavy=False)
     found = {}
     print("memory of the training process after every 50 of 500 updates, MB, and its growth after the first 100")
     for kind in ("lora", "controlnet"):
         for mode in (0, 1):
-            notes = watch(kind, mode, work, 500, 50)
-            before = [what for what, _ in notes]
+            notes = measure(kind, mode, work, 500, 50)
+            names = [what for what, _ in notes]
             after = [
                 memory
                 for i, (what, memory) in enumerate(notes)
-                if what == "after giving back" and before[i - 2] == "after saving"
+                if what == "after freeing" and names[i - 2] == "after saving"
             ]
-            found[f"{kind} {('graph', 'PyNative')[mode]}"] = after
+            found[f"{kind} {MODES[mode]}"] = after
             growth = max(after[2:]) / after[1] - 1
-            print(
-                f"{kind:10s} {('graph', 'PyNative')[mode]:8s} {' '.join(f'{m:5.0f}' for m in after)}   {100 * growth:+.2f}%",
-                flush=True,
-            )
+            sizes = " ".join(f"{memory:5.0f}" for memory in after)
+            print(f"{kind:10s} {MODES[mode]:8s} {sizes}   {100 * growth:+.2f}%", flush=True)
     return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", nargs="*", default=["rounds", "leak"], help="rounds, leak; default: both.")
+    parser.add_argument("what", nargs="*", default=["rounds", "leak"], help="rounds, leak. Default: both.")
     parser.add_argument("--run", nargs=5, metavar=("KIND", "MODE", "WORK", "UPDATES", "EVERY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:

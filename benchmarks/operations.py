@@ -1,38 +1,47 @@
-"""Floating-point operations of a training step, counted from the shapes: its matrix products and convolutions and nothing else.
+"""Floating-point operations of a training step, counted from shapes: its matrix products and convolutions.
 
-A product of [m, k] and [k, n] counts 2 m k n. In the backward pass each factor that needs a gradient costs as much again: an activation
-does if something before it trains, a weight if it trains itself. What no loss reaches is not counted; nothing is computed twice.
+A product of [m, k] and [k, n] counts 2 m k n. In the backward pass each factor that needs a gradient costs the same
+again: an activation needs one if a weight before it is trained, a weight if it is trained itself. Operations that do
+not reach the loss are not counted, and nothing is recomputed.
 """
 
 
 class Value:
-    """The result of an operation: what it was made of, whether it needs a gradient, and the operations of both passes."""
+    """A node of the graph: its inputs, whether it needs a gradient, and the operations of both passes."""
 
     def __init__(self, parents=(), needs=False, forward=0, backward=0):
-        self.parents, self.forward, self.backward = parents, forward, backward
+        self.parents = parents
+        self.forward = forward
+        self.backward = backward
         self.needs = needs or any(parent.needs for parent in parents)
 
 
 def layer(x, rows, inputs, outputs, trains=False, rank=0):
-    """A linear layer on `rows` rows (of a convolution: places, with `inputs` the channels times the kernel), with LoRA if `rank`."""
+    """A linear layer on `rows` rows, with LoRA if `rank` is not 0.
+
+    A convolution is one on as many rows as output positions, with `inputs` the channels times the kernel size.
+    """
     cost = 2 * rows * inputs * outputs
-    low, high = 2 * rows * inputs * rank, 2 * rows * rank * outputs
+    low = 2 * rows * inputs * rank
+    high = 2 * rows * rank * outputs
     backward = cost * (x.needs + trains) + low * (x.needs + 1) + high * 2
     return Value([x], trains or rank > 0, cost + low + high, backward)
 
 
 def product(a, b, cost):
+    """A product of two activations."""
     return Value([a, b], forward=cost, backward=cost * (a.needs + b.needs))
 
 
 def join(*values):
-    """Sums, concatenations, norms, gates: whatever is no product."""
+    """Sums, concatenations, norms, gates: everything that is not a product."""
     return Value(values)
 
 
 def total(loss):
-    """{"forward": operations, "backward": operations} of everything that the value hangs on."""
-    seen, waiting = {}, [loss]
+    """{"forward": operations, "backward": operations} of everything that `loss` depends on."""
+    seen = {}
+    waiting = [loss]
     while waiting:
         value = waiting.pop()
         if id(value) not in seen:
@@ -42,6 +51,7 @@ def total(loss):
 
 
 def attention(q, k, v, batch, queries, keys, width):
+    """Scores and weighted sum of all heads together."""
     cost = 2 * batch * queries * keys * width
     return product(product(q, k, cost), v, cost)
 
@@ -50,33 +60,31 @@ def attention(q, k, v, batch, queries, keys, width):
 
 
 class Flux:
-    """The parts of a FLUX transformer or ControlNet; the model wholly trained, or frozen with LoRA of `rank` on TARGETS."""
+    """A FLUX transformer or ControlNet, trained or frozen, with LoRA of `rank` on the image's attention projections."""
 
     def __init__(self, size, batch, trains=False, rank=0):
         config = size["transformer"]
         self.width = config["num_attention_heads"] * config["attention_head_dim"]
-        self.batch, self.image, self.text = batch, batch * size["tokens"][0] * size["tokens"][1], batch * size["text"]
-        self.both, self.trains, self.rank, self.text_width = (
-            self.image + self.text,
-            trains,
-            rank,
-            config["joint_attention_dim"],
-        )
+        self.batch = batch
+        self.image = batch * size["tokens"][0] * size["tokens"][1]
+        self.text = batch * size["text"]
+        self.both = self.image + self.text
+        self.trains = trains
+        self.rank = rank
+        self.text_width = config["joint_attention_dim"]
 
     def linear(self, x, rows, inputs, outputs, rank=0):
         return layer(x, rows, inputs, outputs, self.trains, rank)
 
     def start(self):
         """Image tokens, text tokens and the embedding of timestep, guidance and pooled text."""
-        given, width = Value(), self.width
-        embedded = [
-            self.linear(self.linear(given, self.batch, n, width), self.batch, width, width) for n in (256, 256, 768)
-        ]
-        return (
-            self.linear(given, self.image, 64, width),
-            self.linear(given, self.text, self.text_width, width),
-            join(*embedded),
-        )
+        given = Value()
+        width = self.width
+        hidden = [self.linear(given, self.batch, inputs, width) for inputs in (256, 256, 768)]
+        embedded = join(*(self.linear(each, self.batch, width, width) for each in hidden))
+        image = self.linear(given, self.image, 64, width)
+        text = self.linear(given, self.text, self.text_width, width)
+        return image, text, embedded
 
     def project(self, x, rows, rank):
         return [self.linear(x, rows, self.width, self.width, rank) for _ in range(3)]
@@ -86,10 +94,12 @@ class Flux:
         return attention(q, k, v, self.batch, length, length, self.width)
 
     def double_block(self, x, text, temb):
-        width, streams = self.width, [(x, self.image, self.rank), (text, self.text, 0)]
+        width = self.width
+        streams = [(x, self.image, self.rank), (text, self.text, 0)]
         modulations = [self.linear(temb, self.batch, width, 6 * width) for _ in streams]
         projected = [self.project(join(s, m), rows, rank) for (s, rows, rank), m in zip(streams, modulations)]
-        both, after = self.attend(*(join(*pair) for pair in zip(*projected))), []
+        both = self.attend(*(join(*pair) for pair in zip(*projected)))
+        after = []
         for (stream, rows, rank), modulation in zip(streams, modulations):
             stream = join(stream, modulation, self.linear(both, rows, width, width, rank))
             inner = self.linear(join(stream, modulation), rows, width, 4 * width)
@@ -113,26 +123,27 @@ class Flux:
         x = join(text, x)
         for number in range(singles):
             x = join(self.single_block(x, temb), *at(single_residuals, number, singles))
-        return self.linear(
-            join(x, self.linear(temb, self.batch, self.width, 2 * self.width)), self.image, self.width, 64
-        )
+        modulation = self.linear(temb, self.batch, self.width, 2 * self.width)
+        return self.linear(join(x, modulation), self.image, self.width, 64)
 
     def controlnet(self, doubles, singles):
         """Residuals of the double and of the single blocks."""
         x, text, temb = self.start()
-        x, found, single_found = join(x, self.linear(Value(), self.image, 64, self.width)), [], []
+        x = join(x, self.linear(Value(), self.image, 64, self.width))
+        residuals = []
+        single_residuals = []
         for _ in range(doubles):
             x, text = self.double_block(x, text, temb)
-            found.append(self.linear(x, self.image, self.width, self.width))
+            residuals.append(self.linear(x, self.image, self.width, self.width))
         x = join(text, x)
         for _ in range(singles):
             x = self.single_block(x, temb)
-            single_found.append(self.linear(x, self.image, self.width, self.width))
-        return found, single_found
+            single_residuals.append(self.linear(x, self.image, self.width, self.width))
+        return residuals, single_residuals
 
 
 def at(residuals, number, blocks):
-    """The one residual, if any, that is added after block `number` of `blocks`."""
+    """The residuals that are added after block `number` of `blocks`: one or none."""
     return [residuals[number // -(-blocks // len(residuals))]] if residuals else []
 
 
@@ -140,16 +151,17 @@ def at(residuals, number, blocks):
 
 
 class UNet:
-    """A UNet or the ControlNet of its first half, square latents of `side`."""
+    """A UNet, or the ControlNet of its down blocks, on square latents."""
 
     def __init__(self, size, batch, trains=False):
         config = size["unet"]
-        self.widths, self.layers, self.text_width = (
-            config["block_out_channels"],
-            config["layers_per_block"],
-            config["cross_attention_dim"],
-        )
-        self.batch, self.side, self.text, self.trains = batch, size["latent"][0], size["text"], trains
+        self.widths = config["block_out_channels"]
+        self.layers = config["layers_per_block"]
+        self.text_width = config["cross_attention_dim"]
+        self.batch = batch
+        self.side = size["latent"][0]
+        self.text = size["text"]
+        self.trains = trains
         width = self.widths[0]
         self.temb = self.linear(self.linear(Value(), batch, width, 4 * width), batch, 4 * width, 4 * width)
 
@@ -157,7 +169,7 @@ class UNet:
         return layer(x, rows, inputs, outputs, self.trains)
 
     def convolve(self, x, side, inputs, outputs, kernel=3):
-        """`side`: that of the result."""
+        """`side` is that of the output."""
         return self.linear(x, self.batch * side * side, inputs * kernel * kernel, outputs)
 
     def residual(self, x, side, inputs, outputs):
@@ -166,7 +178,9 @@ class UNet:
         return join(inner, x if inputs == outputs else self.convolve(x, side, inputs, outputs, 1))
 
     def attend(self, x, side, width):
-        rows, keys, text = side * side, self.text, Value()
+        rows = side * side
+        keys = self.text
+        text = Value()
         states = hidden = self.convolve(x, side, width, width, 1)
         for source, count, inputs in ((states, rows, width), (text, keys, self.text_width)):
             source = hidden if source is states else source
@@ -179,8 +193,10 @@ class UNet:
         return join(x, self.convolve(hidden, side, width, width, 1))
 
     def down(self, condition=None):
-        """Every skip connection with its side and width, and what leaves the middle block."""
-        x, side, inputs = self.convolve(Value(), self.side, 4, self.widths[0]), self.side, self.widths[0]
+        """(value, side, width) of every skip connection, and the output of the middle block."""
+        side = self.side
+        inputs = self.widths[0]
+        x = self.convolve(Value(), side, 4, inputs)
         x = join(x, condition) if condition else x
         skips = [(x, side, inputs)]
         for level, width in enumerate(self.widths):
@@ -208,8 +224,9 @@ class UNet:
         return self.convolve(x, side, inputs, 4)
 
     def controlnet(self):
-        """Residuals for every skip connection and for the middle block. Its condition has eight times the latent's side."""
-        channels, side = (16, 32, 96, 256), 8 * self.side
+        """Residuals for every skip connection and the middle block. Condition images have 8 times the latents' side."""
+        channels = (16, 32, 96, 256)
+        side = 8 * self.side
         condition = self.convolve(Value(), side, 3, channels[0])
         for here, after in zip(channels, channels[1:]):
             condition = self.convolve(condition, side, here, here)
@@ -221,7 +238,7 @@ class UNet:
 
 
 def of_step(kind, size, batch=1, rank=16):
-    """`total` of one update of a training step; optimizer, loss and norms are no products."""
+    """`total` of one update of a training step; optimizer, loss and norms have no products."""
     if kind == "sd15":
         residuals, middle = UNet(size, batch, trains=True).controlnet()
         unet = UNet(size, batch)

@@ -1,14 +1,16 @@
-"""The tables and the plot of docs/performance.md from benchmarks/results/speed.json. speed.py calls it."""
+"""Writes the tables and the plot of docs/performance.md from benchmarks/results/speed.json, for speed.py."""
 
+import textwrap
 from functools import partial
 
-BEGIN, END = "<!-- made by benchmarks/speed.py: begin -->", "<!-- made by benchmarks/speed.py: end -->"
-DISTURBED = 0.25  # cores that others worked on
+BEGIN = "<!-- made by benchmarks/speed.py: begin -->"
+END = "<!-- made by benchmarks/speed.py: end -->"
+DISTURBED = 0.25  # cores used by other processes
 KINDS = {"flux_lora": "FLUX LoRA", "flux_controlnet": "FLUX ControlNet", "sd15": "SD 1.5 ControlNet"}
 
 
 def write(results, page, plot_path):
-    """Puts the tables between the marks of the page, whose other text stays, and draws the plot."""
+    """Writes the tables between the two comments of the page and draws the plot."""
     head, rest = page.read_text().split(BEGIN)
     tail = rest.split(END)[1]
     page.write_text(head + BEGIN + "\n\n" + tables(results) + "\n" + END + tail)
@@ -20,7 +22,7 @@ def write(results, page, plot_path):
 
 
 def found(results, section, *keys):
-    """A value of a section, or None if it was not measured."""
+    """An entry of a section, or None if it was not measured."""
     value = (results.get(section) or {}).get("found")
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
@@ -28,28 +30,30 @@ def found(results, section, *keys):
 
 
 def disturbed(results, section):
-    """True if other processes worked while a section was measured."""
+    """Whether other processes disturbed the measurement of a section."""
     return results.get(section, {}).get("others", 0.0) > DISTURBED
 
 
 def torch_best(ways):
-    """Seconds of PyTorch's better way, or None."""
+    """Seconds per update of the faster one of PyTorch's two, or None."""
     seconds = [way["update"] for name, way in ways.items() if name.startswith("PyTorch") and "update" in way]
     return min(seconds, default=None)
 
 
 def ratio(a, b):
+    """a / b, or None if either is missing."""
     return a / b if a is not None and b else None
 
 
 def step_ratio(results, case, way="PyTorch"):
-    """Seconds of PyTorch's better way (or of another) over ours, or None."""
+    """Seconds per update of an implementation (PyTorch: the faster one) over ours, or None."""
     ways = found(results, "steps", case, "ways") or {}
     other = torch_best(ways) if way == "PyTorch" else ways.get(way, {}).get("update")
     return ratio(other, ways.get("ours", {}).get("update"))
 
 
 def share_of_limit(results):
+    """Shortest possible time of the widest step, at the best rate of a matrix product, over its time; or None."""
     part = found(results, "limit") or {}
     seconds = part.get("ours", {}).get("update")
     rates = [run["best"] for run in part.get("rate", {}).get("runs", ()) if "best" in run]
@@ -57,6 +61,7 @@ def share_of_limit(results):
 
 
 def loading_peak(results):
+    """Peak memory of loading float32 weights from one file, over their size; or None."""
     rows = [
         row
         for row in found(results, "loading") or ()
@@ -66,17 +71,19 @@ def loading_peak(results):
 
 
 def graph_memory(results):
+    """Memory of the compiled graph at `deep` in GB, or None."""
     value = found(results, "first", "ours", "graph_mb")
     return value / 1024 if value is not None else None
 
 
 def over_seeds(results):
-    cached, seeds = (found(results, "cached", form, "pictures_a_second") for form in ("cached", "seeds"))
+    """Images per second with caches over the step of the original scripts, or None."""
+    cached, seeds = (found(results, "cached", form, "images_per_second") for form in ("cached", "seeds"))
     return ratio(cached, seeds)
 
 
 def worst(results, name, key):
-    """The largest value of the runs of a case of `host`, or None."""
+    """The largest value of `key` in the runs of a case of section `host`, or None."""
     runs = found(results, "host", name, "runs") or ()
     return max((run[key] for run in runs if key in run), default=None)
 
@@ -85,6 +92,7 @@ def worst(results, name, key):
 
 
 def number(value, digits=2, unit=""):
+    """A number as the tables show it."""
     return "not measured" if value is None else f"{value:.{digits}f}{unit}"
 
 
@@ -93,6 +101,7 @@ def percent(value):
 
 
 def table(header, rows):
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     if not rows:
         return "Not measured.\n"
@@ -100,14 +109,14 @@ def table(header, rows):
 
 
 def targets(results):
-    """Every target with its value at the start and now, and whether it is reached."""
-    times, seconds, gigabytes, whole = (
-        number,
-        *(partial(number, digits=d, unit=u) for d, u in ((1, " s"), (2, " GB"), (0, ""))),
-    )
+    """Every target with its first and its current value, and whether it is reached."""
+    times = number
+    seconds = partial(number, digits=1, unit=" s")
+    gigabytes = partial(number, digits=2, unit=" GB")
+    whole = partial(number, digits=0)
     first = {name: found(results, "first", name, "first") for name in ("ours", "ours, the second time")}
     outside = {name: found(results, "host", name, "outside") for name in ("shapes, batch 4", "mid, batch 1")}
-    # Section, name, wanted, at the start, now, whether more is better, how to write it.
+    # Section, name, target, first value, current value, whether higher is better, format.
     rows = [
         (
             "steps",
@@ -170,7 +179,7 @@ def targets(results):
         ),
         (
             "cached",
-            "caches over the seeds' step with the VAE inside, shapes pipeline",
+            "caches over the original step with the VAE inside, shapes pipeline",
             2.0,
             "-",
             over_seeds(results),
@@ -183,11 +192,11 @@ def targets(results):
         reached = "-" if value is None else "yes" if (value >= wanted if more else value <= wanted) else "**no**"
         reached = f"{section} was disturbed" if value is not None and disturbed(results, section) else reached
         lines.append([name, f"at {'least' if more else 'most'} {show(wanted)}", start, show(value), reached])
-    return table(["target", "wanted", "at the start", "measured", "reached"], lines)
+    return table(["what", "target", "first measured", "now", "reached"], lines)
 
 
 def spread(way, digits=3):
-    """Median of a way with the least and the most of its rounds, or why there is none."""
+    """Median, least and most seconds per update of an implementation, or its error."""
     if way is None:
         return "-"
     if "update" not in way:
@@ -200,7 +209,7 @@ def spread(way, digits=3):
 
 def step_table(results):
     header = [
-        "seconds an update",
+        "seconds per update",
         "ours",
         "ours, PyNative",
         "mindone",
@@ -224,7 +233,7 @@ def step_table(results):
 
 
 def losses_apart(results):
-    """The largest relative difference of a loss from that of our first process, over all ways and updates of `steps`."""
+    """The largest relative difference of a loss from that of our first process, over section `steps`."""
     apart = [0.0]
     for part in (found(results, "steps") or {}).values():
         runs = [run["losses"] for way in part["ways"].values() for run in way["runs"] if "losses" in run]
@@ -234,7 +243,7 @@ def losses_apart(results):
 
 def start_table(results):
     header = [
-        "LoRA at `deep`, a process each",
+        "LoRA at `deep`, one process each",
         "first update after",
         "second",
         "compiled graph",
@@ -253,7 +262,7 @@ def start_table(results):
 
 
 def start_of_steps_table(results):
-    """The same of the processes that measured steps; their first round."""
+    """The first update in the first round of section `steps`."""
     ways = ("ours", "ours, PyNative", "mindone", "PyTorch")
     rows = []
     for case, part in (found(results, "steps") or {}).items():
@@ -265,7 +274,8 @@ def start_of_steps_table(results):
 
 
 def limit_table(results):
-    part, all_steps = found(results, "limit"), found(results, "steps") or {}
+    part = found(results, "limit")
+    all_steps = found(results, "steps") or {}
     if not part or "best" not in part["rate"]:
         return "Not measured.\n"
     runs = [run for run in part["rate"]["runs"] if "rates" in run]
@@ -276,7 +286,8 @@ def limit_table(results):
         cases[f"{KINDS[kind]}, `{name}`"] = step["operations"], step["ways"]["ours"]
     rows = []
     for name, (counted, ours) in cases.items():
-        limit, seconds = sum(counted.values()) / best, ours.get("update")
+        limit = sum(counted.values()) / best
+        seconds = ours.get("update")
         cells = [f"{counted[way] / 1e9:,.1f}" for way in ("forward", "backward")]
         rows.append([name, *cells, number(limit, 3), number(seconds, 3), number(ratio(limit, seconds))])
     text = f"Best rate of a matrix product: {best / 1e9:.0f} GFLOP/s ({shape}).\n\n"
@@ -295,22 +306,22 @@ def limit_table(results):
 def script_table(results):
     header = [
         "training script, shapes pipeline, batch 4",
-        "pictures a second",
-        "s an update",
+        "images per second",
+        "s per update",
         "first update after",
         "peak, GB",
     ]
     names = {
         "cached": "`--cache_latents`, text cached",
         "vae": "VAE inside the step, text cached",
-        "seeds": "the seeds' form: mindone's modules, VAE inside the step, text cached",
+        "seeds": "the original step: mindone's modules, VAE inside the step, text cached",
         "seeds text": "the same with CLIP and T5 inside the step too",
     }
     rows = []
     for form, part in (found(results, "cached") or {}).items():
         run = next((run for run in part["runs"] if "update" in run), {})
         cells = [
-            number(part.get("pictures_a_second"), 1),
+            number(part.get("images_per_second"), 1),
             number(run.get("update"), 3),
             number(run.get("first"), 1, " s"),
         ]
@@ -328,12 +339,12 @@ def host_table(results):
         rows.append([name, *cells, percent(part.get("outside")), *waits])
     header = [
         "training script, caches",
-        "s an update",
-        "of it in the step",
+        "s per update",
+        "in the step, s",
         "outside",
         "first batch, s",
-        "later ones waited for",
-        "in all",
+        "later batches waited for",
+        "total wait",
     ]
     return table(header, rows)
 
@@ -341,9 +352,9 @@ def host_table(results):
 def encode_table(results):
     rows = []
     for name, ways in (found(results, "encode") or {}).items():
-        rates = [ways[way].get("pictures_a_second") for way in ("ours", "PyTorch")]
+        rates = [ways[way].get("images_per_second") for way in ("ours", "PyTorch")]
         rows.append([name, *(number(rate) for rate in rates), number(ratio(*rates))])
-    return table(["pictures a second", "the encode stage", "PyTorch's encoder", "ours / PyTorch's"], rows)
+    return table(["images per second", "the encoder stage", "PyTorch's encoder", "ours / PyTorch's"], rows)
 
 
 def loading_table(results):
@@ -357,47 +368,49 @@ def loading_table(results):
 
 
 def growth_table(results):
-    names, rows = (
-        {"tokens": "{} image tokens", "batch": "batch of {}", "blocks": "{} blocks", "pictures": "{} pictures"},
-        [],
-    )
+    names = {"tokens": "{} image tokens", "batch": "batch of {}", "blocks": "{} blocks", "images": "{} images"}
+    rows = []
     for row in found(results, "growth") or ():
-        if row["what"] == "pictures":
+        if row["what"] == "images":
             more = f"first update after {number(row['first'], 1)} s, peak {number((row['peak_mb'] or 0) / 1024, 2)} GB"
         else:
             more = f"PyTorch {number(row['PyTorch'], 3)} s; {sum(row['operations'].values()) / 1e9:,.0f} GFLOP"
         rows.append([names[row["what"]].format(row["amount"]), number(row.get("ours", row.get("update")), 3), more])
-    return table(["LoRA at `mid` (pictures: the script, shapes)", "ours, s an update", ""], rows)
+    return table(["LoRA at `mid` (images: the script, shapes)", "ours, s per update", ""], rows)
 
 
 def disturbances(results):
-    """When each section was measured and how long it took, and which of them others disturbed."""
+    """When each section was measured, how long it took, and which sections other processes disturbed."""
     made = {name: part for name, part in results.items() if isinstance(part, dict) and "made" in part}
-    text = (
-        "Measured: "
-        + ", ".join(f"{name} {part['made']} ({part['minutes']:.0f} minutes)" for name, part in made.items())
-        + ".\n"
-    )
-    bad = [f"{name} ({part['others']:.2f})" for name, part in made.items() if disturbed(results, name)]
+    dates = [f"{name} {part['made']} ({part['minutes']:.0f} minutes)" for name, part in made.items()]
+    text = f"Measured: {', '.join(dates)}.\n"
+    bad = [f"{name} ({part['others']:.2f} cores)" for name, part in made.items() if disturbed(results, name)]
     if bad:
-        text += (
-            f"\n**Not to be trusted**: other processes worked on up to so many cores during {', '.join(bad)}. PyTorch suffers most from "
-            "that: its threads wait for each other by spinning.\n"
-        )
+        text += f"\n**Unreliable**: other processes used the CPU during {', '.join(bad)}. "
+        text += "PyTorch suffers most from that, because its threads wait for each other by spinning.\n"
     return text
 
 
 def tables(results):
-    computer, packages = results["machine"], ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+    """The page between its two comments."""
+    computer = results["machine"]
+    packages = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
     parts = [
-        ("Targets", targets), ("Steps", step_table), ("From the start of a process", start_table), (None, start_of_steps_table),
-        ("The limit", limit_table), ("Caches", script_table), ("Time outside the step", host_table), ("Encode stage", encode_table),
-        ("Loading", loading_table), ("Growth", growth_table),
-    ]  # fmt: skip
-    text = [
-        f"Machine: {computer['processor']}, {computer['cores']} cores, {computer['memory_gb']} GB, {computer['architecture']}. "
-        f"Versions: {packages}. {disturbances(results)}"
+        ("Targets", targets),
+        ("Steps", step_table),
+        ("From the start of a process", start_table),
+        (None, start_of_steps_table),
+        ("The limit", limit_table),
+        ("Caches", script_table),
+        ("Time outside the step", host_table),
+        ("Encoder stage", encode_table),
+        ("Loading", loading_table),
+        ("Growth", growth_table),
     ]
+    hardware = [computer["processor"], f"{computer['cores']} cores", f"{computer['memory_gb']} GB"]
+    hardware.append(computer["architecture"])
+    machine = f"Machine: {', '.join(hardware)}. Versions: {packages}. {disturbances(results)}"
+    text = ["\n".join(textwrap.fill(line, 100) for line in machine.split("\n"))]
     for title, make in parts:
         text.append((f"### {title}\n\n" if title else "") + make(results))
     return "\n".join(text)
@@ -407,25 +420,23 @@ def tables(results):
 
 
 def plot(rows, path):
-    """Seconds an update against tokens, batch and blocks, ours and PyTorch's; of a whole run against its pictures."""
+    """Draws seconds per update over tokens, batch and blocks, ours and PyTorch's, and over the images of a run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     axes = figure.subplots(1, 4)
-    titles = {"tokens": "image tokens", "batch": "batch", "blocks": "blocks", "pictures": "pictures"}
+    titles = {"tokens": "image tokens", "batch": "batch", "blocks": "blocks", "images": "images"}
     for axis, (what, label) in zip(axes, titles.items()):
         own = sorted((row for row in rows if row["what"] == what), key=lambda row: row["amount"])
-        lines = (
-            {"ours": "ours", "PyTorch": "PyTorch"}
-            if what != "pictures"
-            else {"first": "to first update", "update": "an update"}
-        )
+        lines = {"ours": "ours", "PyTorch": "PyTorch"}
+        if what == "images":
+            lines = {"first": "to first update", "update": "per update"}
         for key, name in lines.items():
             points = [(row["amount"], row[key]) for row in own if row.get(key) is not None]
             if points:
                 axis.plot(*zip(*points), marker="o", markersize=3, label=name)
-        axis.set(xlabel=label, ylabel="seconds" if what in ("tokens", "pictures") else None)
-        if what == "pictures":
+        axis.set(xlabel=label, ylabel="seconds" if what in ("tokens", "images") else None)
+        if what == "images":
             axis.set(xscale="log", yscale="log")
         else:
             axis.set(ylim=(0, None), xlim=(0, None))

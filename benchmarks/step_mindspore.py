@@ -1,9 +1,9 @@
-"""One process of the speed benchmark on MindSpore (speed.py starts it): does the job that a JSON file describes, prints a line of JSON.
+"""One process of the speed benchmark on MindSpore: does the job in a JSON file and prints a line of JSON.
 
     python benchmarks/step_mindspore.py JOB.json
 
-The steps are the scripts' own, put together as the parity check puts them together (tests/parity/cases.py). The side `plain` has
-mindone's modules as mindone loads them, without our operators and blocks.
+speed.py starts it. The steps are those of the scripts, built as for the parity check (tests/parity/cases.py). The side
+`plain` uses mindone's modules as mindone loads them, without our operators and blocks.
 """
 
 import json
@@ -31,43 +31,44 @@ def memory():
 
 
 def use_mindone_plainly():
-    """From here on models are mindone's own, loaded by mindone, whoever of us loads them."""
+    """From now on, all models of this process are mindone's own and loaded by mindone."""
     for module in list(sys.modules.values()):
         for name, value in list(vars(module).items()):
-            changes = name == "bind" or name.startswith("use_")  # puts our operators and blocks into a model
+            changes = name == "bind" or name.startswith("use_")  # adds our operators and blocks to a model
             if (changes or name == "load_model") and is_ours(value):
                 setattr(module, name, load_plainly if name == "load_model" else lambda model, *_, **__: model)
 
 
 def is_ours(value):
-    """True for a function, class or object of the package's."""
+    """Whether a function, class or object belongs to mindtune."""
     return str(getattr(value, "__module__", None)).startswith("mindtune.")
 
 
 def load_plainly(root, name, precision=None, variant=None):
+    """`loading.load_model` by mindone, in float32."""
     if name.startswith("text_encoder"):
         cls = loading.import_model_class_from_model_name_or_path(root, name)
     else:
         cls = getattr(library.mindone.diffusers, configs.read_config(root, name)["_class_name"])
-    return cls.from_pretrained(str(Path(root) / name), mindspore_dtype=ms.float32, use_safetensors=True).set_train(
-        False
-    )
+    model = cls.from_pretrained(str(Path(root) / name), mindspore_dtype=ms.float32, use_safetensors=True)
+    return model.set_train(False)
 
 
 def require_plain(model):
-    """Raises AssertionError if a cell or function of ours is left in `model`."""
+    """Raises AssertionError if `model` has a cell or function of mindtune."""
     cells = [cell for _, cell in model.cells_and_names()]
     found = {type(cell).__name__ for cell in cells if is_ours(cell)}
     found |= {name for cell in cells for name, value in vars(cell).items() if is_ours(value)}
-    assert not found, f"the plain side has something of ours: {found}"
+    assert not found, f"the plain side uses mindtune: {found}"
 
 
 # ---- jobs ----------------------------------------------------------------------------------------
 
 
 def write(job):
-    """The pipeline with random weights, and what trains at its start, read by all sides."""
-    root, size = Path(job["root"]), job["size"]
+    """Writes the pipeline with random weights and the initial trained weights, which all sides read."""
+    root = Path(job["root"])
+    size = job["size"]
     if not root.exists():
         if "unet" in size:
             make_tiny_pipeline.make_sd15(root, unet=size["unet"], scheduler={"prediction_type": "epsilon"})
@@ -85,18 +86,16 @@ def write(job):
 
 
 def write_vae(job):
-    """A pipeline whose VAE is as wide as FLUX.1-dev's, of random weights."""
-    make_tiny_pipeline.make_flux(
-        Path(job["root"]),
-        vae={"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32},
-    )
+    """Writes a pipeline with the VAE of FLUX.1-dev and random weights."""
+    vae = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
+    make_tiny_pipeline.make_flux(Path(job["root"]), vae=vae)
     return {}
 
 
 def make_step(job):
-    """(the step, its batch as tensors) of a job; of the plain side checked to be plain."""
-    settings, size = workload.settings(job["kind"], job["size"]), job["size"]
-    arrays = workload.batch(job["kind"], size, job["batch"])
+    """(the step, its batch as tensors) of a job."""
+    settings = workload.settings(job["kind"], job["size"])
+    arrays = workload.batch(job["kind"], job["size"], job["batch"])
     made = cases.Ours(settings, Path(job["root"]))
     if job["side"] == "plain":
         for cell in made.cells.values():
@@ -105,12 +104,16 @@ def make_step(job):
 
 
 def updates(job):
-    """Seconds of single updates, of the way there from the start of the process, and memory."""
+    """Seconds per update, from the start of the process to the first and second update, and memory."""
     execution.set_up_device(graph_mode=job["mode"] == "graph")
     if job["side"] == "plain":
         use_mindone_plainly()
     step, batch = make_step(job)
-    before, losses, seconds, ends, after = memory(), [], [], [], None
+    before = memory()
+    after = None
+    losses = []
+    seconds = []
+    ends = []
     for _ in range(job["warmup"] + job["updates"]):
         began = time.perf_counter()
         losses.append(float(step(*batch)[1]))
@@ -118,21 +121,26 @@ def updates(job):
         ends.append(time.time() - job["started"])
         after = after or memory()
     return {
-        "update": float(np.median(seconds[job["warmup"] :])), "all": seconds, "first": ends[0], "second": ends[1], "losses": losses,
-        "loaded_mb": before["now"], "graph_mb": after["peak"] - before["peak"], "peak_mb": memory()["peak"],
-    }  # fmt: skip
+        "update": float(np.median(seconds[job["warmup"] :])),
+        "all": seconds,
+        "first": ends[0],
+        "second": ends[1],
+        "losses": losses,
+        "loaded_mb": before["now"],
+        "graph_mb": after["peak"] - before["peak"],
+        "peak_mb": memory()["peak"],
+    }
 
 
 class Product(nn.Cell):
-    """A [rows, inputs] times B [outputs, inputs] transposed, or B [inputs, outputs]."""
+    """A [rows, inputs] times B [inputs, outputs], or times the transpose of B [outputs, inputs]."""
 
     def __init__(self, rows, inputs, outputs, transposed):
         super().__init__()
         rng = np.random.default_rng(0)
         self.a = ms.Parameter(rng.standard_normal((rows, inputs), dtype=np.float32), name="a")
-        self.b = ms.Parameter(
-            rng.standard_normal((outputs, inputs) if transposed else (inputs, outputs), dtype=np.float32), name="b"
-        )
+        shape = (outputs, inputs) if transposed else (inputs, outputs)
+        self.b = ms.Parameter(rng.standard_normal(shape, dtype=np.float32), name="b")
         self.product = ops.MatMul(transpose_b=transposed)
 
     def construct(self):
@@ -140,26 +148,27 @@ class Product(nn.Cell):
 
 
 def rate(job):
-    """shape -> the best of `repeats` rates of one matrix product in a graph, operations a second."""
+    """Shape -> the best of `repeats` rates of a matrix product in graph mode, in operations per second."""
     execution.set_up_device(graph_mode=True)
     found = {}
     for shape in job["shapes"]:
         for transposed in (False, True):
-            cell, times = Product(*shape, transposed), []
-            for _ in range(job["repeats"] + 1):  # the first one compiles
+            cell = Product(*shape, transposed)
+            times = []
+            for _ in range(job["repeats"] + 1):  # the first call compiles
                 began = time.perf_counter()
                 cell()
                 ms.runtime.synchronize()
                 times.append(time.perf_counter() - began)
-            found["x".join(map(str, shape)) + (" transposed" if transposed else "")] = (
-                2 * np.prod(shape, dtype=float) / min(times[1:])
-            )
+            name = "x".join(map(str, shape)) + (" transposed" if transposed else "")
+            found[name] = 2 * np.prod(shape, dtype=float) / min(times[1:])
     return {"rates": found, "best": max(found.values())}
 
 
 def main(path):
     job = json.loads(Path(path).read_text())
-    print(json.dumps({"write": write, "write_vae": write_vae, "updates": updates, "rate": rate}[job["do"]](job)))
+    jobs = {"write": write, "write_vae": write_vae, "updates": updates, "rate": rate}
+    print(json.dumps(jobs[job["do"]](job)))
 
 
 if __name__ == "__main__":

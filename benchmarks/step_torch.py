@@ -1,9 +1,10 @@
-"""One process of the speed benchmark on PyTorch and diffusers (speed.py starts it): does the job of a JSON file, prints a line of JSON.
+"""One process of the speed benchmark on PyTorch and diffusers: does the job in a JSON file and prints a line of JSON.
 
     python benchmarks/step_torch.py JOB.json
 
-Models, loss and step are those of the parity check's PyTorch side (tests/parity/reference.py): diffusers' models and peft's LoRA, text
-and latents computed beforehand, float32, as many threads as PyTorch chooses, its fused attention.
+speed.py starts it. Models, loss and step are those of the parity check's PyTorch side (tests/parity/reference.py):
+diffusers' models and peft's LoRA in float32, with precomputed text and latents, PyTorch's fused attention and its
+default number of threads.
 """
 
 import json
@@ -23,13 +24,12 @@ from PIL import Image
 
 
 def make_step(job):
-    """(a function that does one update and gives its loss, the models by name)."""
-    settings, arrays = (
-        workload.settings(job["kind"], job["size"]),
-        workload.batch(job["kind"], job["size"], job["batch"]),
-    )
+    """A function that does one update and returns its loss."""
+    settings = workload.settings(job["kind"], job["size"])
+    arrays = workload.batch(job["kind"], job["size"], job["batch"])
     step = reference.KINDS[job["kind"]](Path(job["root"]), Path(job["work"]), settings)
-    batch, parameters = {name: torch.from_numpy(array) for name, array in arrays.items()}, list(step.trained.values())
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    parameters = list(step.trained.values())
     (rate, decay), *_ = settings["rates"].values()
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.999), eps=settings["eps"], weight_decay=decay)
     if job.get("compile"):
@@ -47,8 +47,11 @@ def make_step(job):
 
 
 def updates(job):
-    """Seconds of single updates and of the way there from the start of the process."""
-    update, losses, seconds, ends = make_step(job), [], [], []
+    """Seconds per update, from the start of the process to the first and second update, and peak memory."""
+    update = make_step(job)
+    losses = []
+    seconds = []
+    ends = []
     for _ in range(job["warmup"] + job["updates"]):
         began = time.perf_counter()
         losses.append(update())
@@ -56,13 +59,17 @@ def updates(job):
         ends.append(time.time() - job["started"])
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return {
-        "update": float(np.median(seconds[job["warmup"] :])), "all": seconds, "first": ends[0], "second": ends[1], "losses": losses,
+        "update": float(np.median(seconds[job["warmup"] :])),
+        "all": seconds,
+        "first": ends[0],
+        "second": ends[1],
+        "losses": losses,
         "peak_mb": int(peak.split()[1]) / 1024,
-    }  # fmt: skip
+    }
 
 
 def count(job):
-    """Operations of one update by PyTorch's own counter, attention written out as products: a check of operations.py."""
+    """Operations of one update by PyTorch's counter, with attention as plain products; checks operations.py."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,15 +80,16 @@ def count(job):
 
 
 def encode(job):
-    """Pictures a second through the VAE's encoder one by one, from files, after the first two."""
+    """Images per second through the VAE's encoder, one at a time, from files, after the first two."""
     vae = diffusers.AutoencoderKL.from_pretrained(Path(job["root"]) / "vae").eval()
-    paths, ends = sorted(Path(job["pictures"]).glob("*.png"))[: job["count"]], []
+    paths = sorted(Path(job["images"]).glob("*.png"))[: job["count"]]
+    ends = []
     with torch.no_grad():
         for path in paths:
             pixels = np.asarray(Image.open(path), np.float32).transpose(2, 0, 1) / 127.5 - 1.0
             vae.encode(torch.from_numpy(pixels[None])).latent_dist.parameters.numpy()
             ends.append(time.perf_counter())
-    return {"pictures_a_second": (len(ends) - 2) / (ends[-1] - ends[1])}
+    return {"images_per_second": (len(ends) - 2) / (ends[-1] - ends[1])}
 
 
 def main(path):

@@ -1,12 +1,14 @@
-"""One process of the speed benchmark that runs flux_lora/train_dreambooth_lora_flux.py or its encode stage (speed.py starts it).
+"""One process of the speed benchmark that runs flux_lora/train_dreambooth_lora_flux.py or its encoder stage.
 
     python benchmarks/train_script.py JOB.json
 
-`train` runs the script's own main with watches around its step and its data; the forms other than `cached` are
+speed.py starts it. The job `train` runs the script's main and measures its step and its waits for data, in one of these
+forms:
 
+    cached      with --cache_latents
     vae         without --cache_latents: the VAE runs inside the step
-    seeds       the same with mindone's modules, plainly
-    seeds text  CLIP and T5 run inside the step too
+    seeds       the same, with mindone's modules
+    seeds text  the same, with CLIP and T5 inside the step
 """
 
 import json
@@ -21,18 +23,19 @@ import mindspore as ms
 import numpy as np
 import train_dreambooth_lora_flux as script
 from mindspore import nn
-from shapes import draw_scene, picture
+from shapes import render, sample_scene
 from step_mindspore import load_plainly, memory, require_plain, use_mindone_plainly
 
 from mindtune.data import folders, order
 from mindtune.encode import child, encoder_stage, text_encoders
 from mindtune.models import execution, precision, tokenization
 
-CALLS, WAITS = [], []  # (began, ended) of every call of the step with its result read, seconds waited for every batch
+CALLS = []  # (start, end) of every call of the step, with reading its result
+WAITS = []  # seconds waited for each batch
 
 
 class WatchedStep(script.TrainStepForFluxDevDB):
-    """The script's step; its result is read within the call, as the script does right after it."""
+    """The script's step; its result is read inside the call, as the script does after it."""
 
     def __call__(self, *batch):
         began = time.perf_counter()
@@ -43,7 +46,7 @@ class WatchedStep(script.TrainStepForFluxDevDB):
 
 
 def watch_data():
-    """Notes how long the loop waits for each batch."""
+    """Records how long the training loop waits for each batch."""
     prefetch = order.prefetch
 
     def watched(*arguments, **options):
@@ -61,11 +64,12 @@ def watch_data():
 
 
 class WithText(nn.Cell):
-    """A transformer that takes T5's token ids in the place of its states."""
+    """A transformer whose text input is T5's token ids instead of its states."""
 
     def __init__(self, transformer, t5):
         super().__init__()
-        self.transformer, self.t5 = transformer, t5
+        self.transformer = transformer
+        self.t5 = t5
 
     def construct(
         self,
@@ -80,13 +84,19 @@ class WithText(nn.Cell):
     ):
         states = self.t5(encoder_hidden_states.astype(ms.int32))[0]
         return self.transformer(
-            hidden_states=hidden_states, timestep=timestep, guidance=guidance, pooled_projections=pooled_projections,
-            encoder_hidden_states=states, txt_ids=txt_ids, img_ids=img_ids, return_dict=return_dict,
-        )  # fmt: skip
+            hidden_states=hidden_states,
+            timestep=timestep,
+            guidance=guidance,
+            pooled_projections=pooled_projections,
+            encoder_hidden_states=states,
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+            return_dict=return_dict,
+        )
 
 
 class PlainStep(WatchedStep):
-    """On mindone's modules."""
+    """The step with mindone's modules."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -95,7 +105,7 @@ class PlainStep(WatchedStep):
 
 
 class StepWithText(PlainStep):
-    """CLIP and T5, frozen, inside the step."""
+    """The step with frozen CLIP and T5 inside."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -103,11 +113,12 @@ class StepWithText(PlainStep):
         clip, t5 = (load_plainly(root, name) for name in ("text_encoder", "text_encoder_2"))
         for encoder in (clip, t5):
             precision.freeze_params(encoder)
-        self.text_encoder, self.transformer = clip, WithText(self.transformer, t5)
+        self.text_encoder = clip
+        self.transformer = WithText(self.transformer, t5)
 
 
 def give_token_ids():
-    """Batches hold token ids, made for every use, in the place of T5's and CLIP's outputs."""
+    """Batches hold token ids, computed for each use, instead of the outputs of T5 and CLIP."""
     root = ROOT / "examples/tiny/flux-shapes"
     clip, t5 = (tokenization.load_tokenizer(root / name) for name in ("tokenizer", "tokenizer_2"))
 
@@ -119,7 +130,7 @@ def give_token_ids():
 
 
 def train(job):
-    """Seconds an update, share of it outside the step, waits for data, and seconds from the process' start to the first update."""
+    """Seconds per update, fraction outside the step, waits for data, and seconds to the first update."""
     if job["form"].startswith("seeds"):
         use_mindone_plainly()
     if job["form"] == "seeds text":
@@ -127,51 +138,70 @@ def train(job):
     script.TrainStepForFluxDevDB = {"seeds": PlainStep, "seeds text": StepWithText}.get(job["form"], WatchedStep)
     watch_data()
     clocks = time.time() - time.perf_counter()
-    flags = {"pretrained_model_name_or_path": job["root"], "instance_data_dir": job["pictures"], "output_dir": job["out"],
-             "resolution": job["side"], "max_sequence_length": job["length"], "lora_rank": 16, "seed": 0, "report_to": "none",
-             "train_batch_size": job["batch"], "max_train_steps": job["updates"]}  # fmt: skip
+    flags = {
+        "pretrained_model_name_or_path": job["root"],
+        "instance_data_dir": job["images"],
+        "output_dir": job["out"],
+        "resolution": job["side"],
+        "max_sequence_length": job["length"],
+        "lora_rank": 16,
+        "seed": 0,
+        "report_to": "none",
+        "train_batch_size": job["batch"],
+        "max_train_steps": job["updates"],
+    }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     script.main(words + job["flags"] + (["--cache_latents"] if job["form"] == "cached" else []))
     skipped = job["warmup"]
     ends = [end for _, end in CALLS]
-    calls, periods = [end - began for began, end in CALLS][skipped:], np.diff(ends)[skipped - 1 :]
+    calls = [end - began for began, end in CALLS][skipped:]
+    periods = np.diff(ends)[skipped - 1 :]
     return {
-        "update": float(np.median(periods)), "in_step": float(np.median(calls)), "outside": 1.0 - sum(calls) / sum(periods),
-        "pictures_a_second": job["batch"] / float(np.median(periods)), "first": ends[0] + clocks - job["started"],
-        "first_wait": WAITS[0], "waited": sum(WAITS[1:]) / (ends[-1] - ends[0]), "late": sum(wait > 1e-3 for wait in WAITS[1:]),
-        "batches": len(WAITS), "peak_mb": memory()["peak"],
-    }  # fmt: skip
+        "update": float(np.median(periods)),
+        "in_step": float(np.median(calls)),
+        "outside": 1.0 - sum(calls) / sum(periods),
+        "images_per_second": job["batch"] / float(np.median(periods)),
+        "first": ends[0] + clocks - job["started"],
+        "first_wait": WAITS[0],
+        "waited": sum(WAITS[1:]) / (ends[-1] - ends[0]),
+        "late": sum(wait > 1e-3 for wait in WAITS[1:]),
+        "batches": len(WAITS),
+        "peak_mb": memory()["peak"],
+    }
 
 
-def encode_pictures(job):
-    """Pictures a second of the encode stage, decoding and writing its entries included, after the first two."""
+def encode_images(job):
+    """Images per second of the encoder stage, with decoding and writing its entries, after the first two."""
     execution.set_up_device(graph_mode=False)
-    stage = encoder_stage.EncoderStage(Path(job["root"]), None, "no", Path(job["out"]), 12)
-    samples, put, ends = folders.samples_in_folder(job["pictures"], "pictures")[: job["count"]], stage.cache.put, []
+    stage = encoder_stage.Stage(Path(job["root"]), None, "no", Path(job["out"]), 12)
+    samples = folders.samples_in_folder(job["images"], "images")[: job["count"]]
+    put = stage.cache.put
+    ends = []
 
     def watched_put(key, entry):
         put(key, entry)
         ends.append(time.perf_counter())
 
     stage.cache.put = watched_put
-    child.encode_images(stage, [(sample, job["side"], False) for sample in samples])
-    return {"pictures_a_second": (len(ends) - 2) / (ends[-1] - ends[1])}
+    child._encode_images(stage, [(sample, job["side"], False) for sample in samples])
+    return {"images_per_second": (len(ends) - 2) / (ends[-1] - ends[1])}
 
 
 def draw(job):
-    """`count` pictures of the world of shapes with captions beside them."""
-    folder, rng = Path(job["pictures"]), np.random.default_rng(0)
+    """Writes `count` images of shapes with captions."""
+    folder = Path(job["images"])
+    rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for number in range(job["count"]):
-        scene = draw_scene(rng, "train", anywhere=True)
-        picture(scene, job["side"]).save(folder / f"{number:06d}.png")
+        scene = sample_scene(rng, "train", anywhere=True)
+        render(scene, job["side"]).save(folder / f"{number:06d}.png")
         (folder / f"{number:06d}.txt").write_text(scene.caption + "\n")
     return {}
 
 
 def main(path):
     job = json.loads(Path(path).read_text())
-    print(json.dumps({"train": train, "encode": encode_pictures, "draw": draw}[job["do"]](job)))
+    print(json.dumps({"train": train, "encode": encode_images, "draw": draw}[job["do"]](job)))
 
 
 if __name__ == "__main__":

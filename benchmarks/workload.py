@@ -1,38 +1,71 @@
-"""What the speed benchmark measures: the sizes, and the numbers that every side gets. NumPy only: both environments import it."""
+"""Model sizes and inputs of the speed benchmark. NumPy only, because both environments import it."""
 
 import numpy as np
 
-# FLUX transformers by width or depth. tokens: rows and columns of image tokens; text: T5 tokens; controlnet: its double and single blocks.
+# FLUX transformers by width or depth. tokens: rows and columns of image tokens; text: T5 tokens; controlnet: its double
+# and single blocks.
 SIZES = {
     "mid": {
-        "transformer": {"num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24], "num_layers": 4,
-                        "num_single_layers": 8, "joint_attention_dim": 512},
-        "tokens": [16, 16], "text": 128, "controlnet": [2, 2],
+        "transformer": {
+            "num_attention_heads": 8,
+            "attention_head_dim": 64,
+            "axes_dims_rope": [16, 24, 24],
+            "num_layers": 4,
+            "num_single_layers": 8,
+            "joint_attention_dim": 512,
+        },
+        "tokens": [16, 16],
+        "text": 128,
+        "controlnet": [2, 2],
     },
     "wide": {
-        "transformer": {"num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56], "num_layers": 1,
-                        "num_single_layers": 1, "joint_attention_dim": 4096},
-        "tokens": [32, 32], "text": 512, "controlnet": [1, 0],
+        "transformer": {
+            "num_attention_heads": 24,
+            "attention_head_dim": 128,
+            "axes_dims_rope": [16, 56, 56],
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "joint_attention_dim": 4096,
+        },
+        "tokens": [32, 32],
+        "text": 512,
+        "controlnet": [1, 0],
     },
     "deep": {
-        "transformer": {"num_attention_heads": 2, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24], "num_layers": 19,
-                        "num_single_layers": 38, "joint_attention_dim": 128},
-        "tokens": [8, 8], "text": 32, "controlnet": [2, 4],
+        "transformer": {
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "axes_dims_rope": [16, 24, 24],
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "joint_attention_dim": 128,
+        },
+        "tokens": [8, 8],
+        "text": 32,
+        "controlnet": [2, 4],
     },
     # The first two levels of Stable Diffusion 1.5.
     "sd": {
-        "unet": {"block_out_channels": [320, 640], "layers_per_block": 2, "attention_head_dim": 8, "cross_attention_dim": 768,
-                 "norm_num_groups": 32, "down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2},
-        "latent": [32, 32], "text": 77,
+        "unet": {
+            "block_out_channels": [320, 640],
+            "layers_per_block": 2,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 768,
+            "norm_num_groups": 32,
+            "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+        },
+        "latent": [32, 32],
+        "text": 77,
     },
-}  # fmt: skip
+}
 FLUX_COMMON = {"in_channels": 64, "pooled_projection_dim": 768, "guidance_embeds": True}
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 RANK = 16
 
 
 def settings(kind, size):
-    """What tests/parity's two sides of a training step read. `kind`: flux_lora, flux_controlnet or sd15; `size`: an entry of SIZES."""
+    """Settings of a training step for tests/parity. `kind`: flux_lora, flux_controlnet or sd15; `size`: of SIZES."""
     common = {
         "kind": kind,
         "eps": 1e-8,
@@ -57,14 +90,15 @@ def settings(kind, size):
 
 
 def batch(kind, size, count=1):
-    """name -> array of one update's batch of `count`, by the names that tests/parity gives them."""
+    """Name -> array of a batch of `count` for one update, with the names of tests/parity."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return rng.standard_normal((count, *shape), dtype=np.float32)
 
     flux = kind != "sd15"
-    channels, (height, width) = (16, (2 * n for n in size["tokens"])) if flux else (4, size["latent"])
+    channels = 16 if flux else 4
+    height, width = (2 * n for n in size["tokens"]) if flux else size["latent"]
     made = {"moments": normal(2 * channels, height, width)}
     made.update(posterior=normal(channels, height, width), noise=normal(channels, height, width))
     if flux:

@@ -1,9 +1,9 @@
-"""DreamBooth LoRA in small: teaches a checkered circle, which the base model has never seen, from six pictures, on a CPU.
+"""DreamBooth LoRA on a CPU: trains a small FLUX on six images of a checkered circle, which it has never seen.
 
-    python examples/demo_flux_lora.py [--output_dir out/demo]        (make demo)
+    python examples/demo_flux_lora.py [--output_dir out/demo]
 
-The base is examples/tiny/flux-shapes, a small FLUX that was trained to draw plain shapes. The demonstration trains an adapter, draws
-with and without it from the same noise, and counts how often the subject appears.
+`make demo` runs this. The base model, examples/tiny/flux-shapes, was trained on plain shapes. The demo trains an
+adapter, generates images with and without it from the same noise, and counts how many show the subject.
 """
 
 import argparse
@@ -36,9 +36,9 @@ INFER = """flux_lora/infer_flux_lora.py
 PROMPTS = [f"a sks circle on a {background} background" for background in COLOURS if background not in SUBJECT][:3]
 
 
-def run(command, out, **more):
-    """Prints a command as a user would type it, and runs it."""
-    words = shlex.split(command.format(out=shlex.quote(str(out)), **more))
+def run(command, out, **values):
+    """Prints a command as a user would type it and runs it."""
+    words = shlex.split(command.format(out=shlex.quote(str(out)), **values))
     print(f"\n$ python {shlex.join(words)}", flush=True)
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 
@@ -46,7 +46,9 @@ def run(command, out, **more):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--output_dir", default="out/demo", help="Where everything goes; an earlier demo's run there is replaced."
+        "--output_dir",
+        default="out/demo",
+        help="Directory for all results; an earlier run of the demo there is replaced.",
     )
     out = Path(parser.parse_args().output_dir).resolve()
     out = out.relative_to(ROOT) if ROOT in out.parents else out
@@ -59,14 +61,13 @@ def main():
     lines = [json.loads(line) for line in (ROOT / out / "lora" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     print(f"\nloss, first and last 20 updates: {np.mean(losses[:20]):.3f} -> {np.mean(losses[-20:]):.3f}")
-    # The grid's pictures in order: six of the base, six of the adapter, prompt after prompt.
-    seen = [
-        is_subject(Image.open(ROOT / out / "pictures" / f"grid-{n + 1}.png"), SUBJECT) for n in range(12 * len(PROMPTS))
-    ]
-    rates = np.array(seen).reshape(-1, 2, 6).mean((0, 2))
-    print(f"pictures that show the subject:  base {rates[0]:.0%}, adapter {rates[1]:.0%}")
+    # The order of the images: for each prompt six of the base model, then six with the adapter.
+    images = [Image.open(ROOT / out / "pictures" / f"grid-{n + 1}.png") for n in range(12 * len(PROMPTS))]
+    shown = np.array([is_subject(image, SUBJECT) for image in images])
+    rates = shown.reshape(-1, 2, 6).mean((0, 2))
+    print(f"images that show the subject:  base {rates[0]:.0%}, adapter {rates[1]:.0%}")
     print(f"adapter       {out}/lora/pytorch_lora_weights.safetensors")
-    print(f"picture grid  {out}/pictures/grid.png")
+    print(f"image grid    {out}/pictures/grid.png")
     print(f"curves        tensorboard --logdir {out}/lora/logs")
     print(f"{time.time() - started:.0f} seconds")
 

@@ -1,133 +1,154 @@
-"""Pictures from FLUX.1 with a LoRA of train_dreambooth_lora_flux.py, or of another tool (docs/flux_lora.md).
+"""Generates images with FLUX.1 and a LoRA of train_dreambooth_lora_flux.py or of another tool.
 
-    python infer_flux_lora.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --lora out/pytorch_lora_weights.safetensors \\
-        --prompt "a photo of sks dog on a beach" --seed 0 --mixed_precision bf16 --output dog.png
+    python infer_flux_lora.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\
+        --lora out/pytorch_lora_weights.safetensors --prompt "a photo of sks dog on a beach" --seed 0 \\
+        --mixed_precision bf16 --output dog.png
 
-Several prompts or --num_images_per_prompt also leave dog-1.png, dog-2.png ... and a labelled grid as dog.png; --compare adds a row
-without the adapter, from the same noise.
+Several prompts or --num_images_per_prompt above 1 save the images as dog-1.png, dog-2.png ... and a labelled grid as
+dog.png. --compare adds a row without the adapter for every prompt, from the same noise. docs/flux_lora.md lists the
+layouts of other tools that are read.
 """
 
 import argparse
-import tempfile
-from pathlib import Path
 
-from mindtune import files, rng
+from mindtune import rng
 from mindtune.cli import UserError, run
 from mindtune.data import grids
-from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.encode.encoder_stage import Stage
 from mindtune.encode.text_encoders import clip_pooled
-from mindtune.models import configs, execution, loading, lora, lora_files, pipelines, precision, sampling, tokenization
+from mindtune.models import configs, execution, loading, lora, pipelines, precision, sampling
 from mindtune.models.weights import linear_layers
+from mindtune.run import inference
+
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Directory of a FLUX.1 pipeline, or a hub id.")
+    add("--pretrained_model_name_or_path", required=True, help="Directory or hub id of a FLUX.1 pipeline.")
     add("--revision", help="Branch, tag or commit on the hub. Default: main.")
-    add("--variant", help="Variant of the weight files, such as fp16. Default: none.")
-    add("--cache_dir", help="Where hub downloads and encoded prompts are kept. Default: the hub's cache, and nowhere.")
+    add("--variant", help="Variant of the weight files, such as fp16. Default: the plain files.")
     add(
-        "--lora", help="The adapter, a .safetensors file or the directory that holds it. Default: the base model alone."
+        "--cache_dir",
+        help="Directory for hub downloads and encoded prompts. Default: the hub's cache; prompts are not kept.",
     )
-    add("--lora_scale", type=float, default=1.0, help="Strength of the adapter.")
-    add("--prompt", nargs="+", required=True, help="What to draw, one or more prompts.")
-    add("--num_images_per_prompt", type=int, default=1, help="Pictures a prompt, each from its own noise.")
-    add("--compare", action="store_true", help="Draw every prompt without the adapter too.")
-    add("--height", type=int, default=512, help="In pixels; divisible by 16.")
-    add("--width", type=int, default=512, help="In pixels; divisible by 16.")
-    add("--num_inference_steps", type=int, default=28, help="Steps of sampling.")
-    add("--guidance_scale", type=float, default=3.5, help="Guidance given to a guidance-distilled transformer.")
-    add("--max_sequence_length", type=int, default=512, help="T5 tokens of a prompt, at most 512.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of weights and of computation.")
+    add("--lora", help="The adapter: a .safetensors file or its directory. Default: none, the base model alone.")
+    add("--lora_scale", type=float, default=1.0, help="Strength of the adapter. Default: 1, as trained.")
+    add("--prompt", nargs="+", required=True, help="One or more prompts.")
+    add("--num_images_per_prompt", type=int, default=1, help="Images per prompt, each from its own noise. Default: 1.")
+    add("--compare", action="store_true", help="Also generate every image without the adapter.")
+    add("--height", type=int, default=512, help="Height in pixels, a multiple of 16. Default: 512.")
+    add("--width", type=int, default=512, help="Width in pixels, a multiple of 16. Default: 512.")
+    add("--num_inference_steps", type=int, default=28, help="Denoising steps. Default: 28.")
+    add(
+        "--guidance_scale",
+        type=float,
+        default=3.5,
+        help="Guidance, an input of guidance-distilled models. Default: 3.5.",
+    )
+    add("--max_sequence_length", type=int, default=512, help="T5 tokens per prompt, at most 512. Default: 512.")
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        default="no",
+        help="Dtype of weights and compute. Default: no, float32.",
+    )
     add(
         "--base_precision",
         choices=["same", "int8"],
         default="same",
-        help="int8: the transformer and T5 in one byte a weight.",
+        help="int8: the transformer and T5 in int8. Default: same, as --mixed_precision.",
     )
-    add("--seed", type=int, default=0, help="Seed of the noise.")
-    add("--output", default="flux-lora.png", help="The picture, or the grid of several.")
-    add("--overwrite", action="store_true", help="Replace pictures that are already there.")
-    args = parser.parse_args(argv)
+    add("--seed", type=int, default=0, help="Seed of the noise. Default: 0.")
+    add("--output", default="flux-lora.png", help="PNG file for the image or the grid. Default: flux-lora.png.")
+    add("--overwrite", action="store_true", help="Replace existing files.")
+    return parser.parse_args(argv)
 
-    for name in ("height", "width"):
-        if getattr(args, name) % 16 or getattr(args, name) < 16:
-            raise UserError(f"--{name} {getattr(args, name)}: must be divisible by 16.")
-    for name in ("num_images_per_prompt", "num_inference_steps", "max_sequence_length"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
-    if args.max_sequence_length > 512:
-        raise UserError(
-            f"--max_sequence_length {args.max_sequence_length}: T5 was trained on at most 512 tokens here; use 512 or less."
-        )
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_flags(args):
+    """Raises UserError for values out of bounds."""
+    inference.require_side("--height", args.height, multiple=16, least=16)
+    inference.require_side("--width", args.width, multiple=16, least=16)
+    inference.require_positive(
+        num_images_per_prompt=args.num_images_per_prompt, num_inference_steps=args.num_inference_steps
+    )
+    inference.require_t5_length(args.max_sequence_length)
     if args.compare and not args.lora:
         raise UserError("--compare needs --lora: there is nothing to compare with.")
-    return args
+
+
+# ---- inference -----------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    # ---- check everything ------------------------------------------------------------------------
     args = parse_args(argv)
-    pictures = len(args.prompt) * args.num_images_per_prompt * (2 if args.compare else 1)
-    output, singles = grids.output_files(args.output, pictures, args.overwrite)
-    files.require_writable("--cache_dir", args.cache_dir)
-    adapter = lora_files.find_lora(args.lora, "--lora") if args.lora else None
-    parts = lora_files.read_adapters(adapter, "--lora") if adapter else {}
-    adapts_clip = "text_encoder" in parts
+    check_flags(args)
+    count = len(args.prompt) * args.num_images_per_prompt * (2 if args.compare else 1)
+    output, singles = grids.output_files(args.output, count, args.overwrite)
+    adapter = lora.find_lora(args.lora, "--lora") if args.lora else None
+    parts = lora.read_parts(adapter, "--lora") if adapter else {}
     execution.set_up_device(graph_mode=False)
-    root = pipelines.resolve_pipeline(
+    root = inference.find_pipeline(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
     )
-    loading.check_files(root, pipelines.FLUX_COMPONENTS, args.variant)
     if adapter:
         layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
-        lora_files.check_adapters(adapter, "--lora", parts, layers)
+        lora.check_parts(adapter, "--lora", parts, layers)
+    adapts_clip = "text_encoder" in parts
 
-    # ---- encode the prompts, in a process that gives its memory back -----------------------------
-    kind, int8 = precision.resolve_precision(args.mixed_precision), args.base_precision == "int8"
-    with tempfile.TemporaryDirectory() as nowhere:
-        folder = Path(args.cache_dir, "mindtune") if args.cache_dir else Path(nowhere)
-        stage = EncoderStage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, int8=int8)
+    # Encode the prompts, in a child process: its memory is free before the transformer loads.
+    weights = precision.resolve_precision(args.mixed_precision)
+    int8 = args.base_precision == "int8"
+    with inference.prompt_cache(args.cache_dir) as folder:
+        stage = Stage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, int8=int8)
         stage.prepare(args.prompt, [])
-        texts = [stage.text(prompt) for prompt in args.prompt]
+        texts = {prompt: stage.text(prompt) for prompt in args.prompt}
 
-    # ---- load, add the adapter -------------------------------------------------------------------
-    cells = {"transformer": loading.load_model(root, "transformer", kind, args.variant, int8)}
+    # Load the models, add the adapter.
+    models = {"transformer": loading.load_model(root, "transformer", weights, args.variant, int8)}
     if adapts_clip:
-        cells["text_encoder"] = loading.load_model(root, "text_encoder", kind, args.variant)
-        tokenizer = tokenization.load_tokenizer(root / "tokenizer")
+        models["text_encoder"] = loading.load_model(root, "text_encoder", weights, args.variant)
+        tokenizer = loading.load_tokenizer(root / "tokenizer")
     if adapter:
-        lora.load_lora(adapter, cells, kind.compute, scale=args.lora_scale)
-    vae, vae_config = loading.load_model(root, "vae", kind, args.variant), configs.read_config(root, "vae")
+        lora.load_lora(adapter, models, weights.compute, scale=args.lora_scale)
+    vae = loading.load_model(root, "vae", weights, args.variant)
     scheduler = configs.read_config(root, "scheduler")
 
-    # ---- draw ------------------------------------------------------------------------------------
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    shape = (1, vae_config["latent_channels"], args.height // factor, args.width // factor)
+    # Generate and save the images.
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    shape = (1, vae.config["latent_channels"], args.height // factor, args.width // factor)
 
-    def draw(prompt, text, number):
-        noise = rng.normal(args.seed, "validation", number, shape=shape)
-        pooled = clip_pooled(cells["text_encoder"], tokenizer, prompt) if adapts_clip else text["pooled_prompt_embeds"]
+    def generate(prompt, number):
+        text = texts[prompt]
+        pooled = text["pooled_prompt_embeds"]
+        if adapts_clip:
+            pooled = clip_pooled(models["text_encoder"], tokenizer, prompt)
         latents = sampling.sample_latents(
-            cells["transformer"], scheduler, text["prompt_embeds"][None], pooled[None], noise,
-            args.num_inference_steps, args.guidance_scale, kind.compute,
-        )  # fmt: skip
-        return sampling.decode_latents(vae, latents, kind.compute)[0]
+            models["transformer"],
+            scheduler,
+            prompt_embeds=text["prompt_embeds"][None],
+            pooled_prompt_embeds=pooled[None],
+            noise=rng.normal(args.seed, "validation", number, shape=shape),
+            steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            compute=weights.compute,
+        )
+        return sampling.decode_latents(vae, latents, weights.compute)[0]
 
-    rows, labels = [], []
+    rows = []
     with execution.pynative():
-        for prompt, text in zip(args.prompt, texts):
+        for prompt in args.prompt:
             for adapted in (False, True) if args.compare else (True,):
-                for cell in cells.values():
-                    lora.enable_lora(cell, adapted)
-                rows.append([draw(prompt, text, number) for number in range(args.num_images_per_prompt)])
-                labels.append(f"{prompt} ({'adapter' if adapted else 'base'})" if args.compare else prompt)
-
-    # ---- save ------------------------------------------------------------------------------------
-    for path, image in zip(singles, (image for row in rows for image in row)):
-        print(grids.save_image(image, path))
-    print(grids.save_image(grids.image_grid(rows, labels) if singles else rows[0][0], output))
+                for model in models.values():
+                    lora.enable_lora(model, adapted)
+                images = [generate(prompt, number) for number in range(args.num_images_per_prompt)]
+                label = f"{prompt} ({'adapter' if adapted else 'base'})" if args.compare else prompt
+                rows.append(inference.Row(label, images))
+    inference.save_rows(rows, output, singles)
     return 0
 
 

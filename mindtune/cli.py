@@ -1,4 +1,4 @@
-"""How a script talks to the person at the keyboard: errors, exit codes, interruption."""
+"""Errors, exit codes, interruption and text of the command line."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from safetensors import SafetensorError
 
 
 class UserError(Exception):
-    """Something the user can mend. The text names the flag or file, what was found, and what to do."""
+    """An error that the user can fix. The text names the flag or file, what was found, and what to do."""
 
 
 def run(main: Callable[[], Optional[int]]) -> None:
-    """Calls `main` and exits: 0 or what it returns; 2 after a `UserError` or a full disk; 130 after Ctrl-C."""
+    """Calls `main` and exits: with its result or 0, with 2 after a `UserError` or a full disk, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names and captions that the terminal's encoding lacks are escaped
+        if hasattr(stream, "reconfigure"):  # escape the characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    # Until a StopRequest listens: MindSpore's threads take SIGINT over and pass it on as SIGTERM.
+    # MindSpore's threads receive SIGINT and pass it on as SIGTERM. This covers the time before a `StopRequest` exists.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main() or 0
@@ -30,16 +30,10 @@ def run(main: Callable[[], Optional[int]]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except (OSError, SafetensorError) as error:
-        # safetensors raises its own kind, with the number in the text only.
-        number = (
-            error.errno if isinstance(error, OSError) else int((re.findall(r"os error (\d+)", str(error)) or [0])[0])
-        )
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not _is_disk_full(error):
             raise
-        print(
-            f"error: the disk is full ({error}). Free some space and start again; checkpoints already there are whole.",
-            file=sys.stderr,
-        )
+        message = f"the disk is full ({error}). Free some space and start again; existing checkpoints are complete."
+        print(f"error: {message}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("\ninterrupted before the first update: nothing to save", file=sys.stderr)
@@ -48,81 +42,102 @@ def run(main: Callable[[], Optional[int]]) -> None:
     sys.exit(code)
 
 
-class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a flag the loop looks at between updates; a second one stops at once.
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        number = error.errno
+    else:  # safetensors raises an exception of its own, which has the error number in its text only
+        match = re.search(r"os error (\d+)", str(error))
+        number = int(match.group(1)) if match else None
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-    `exit_code` is None until then and 130 afterwards, as a shell reports Ctrl-C. For SIGTERM too: while MindSpore computes, its own
-    handler passes SIGINT on as SIGTERM, and the two cannot be told apart.
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a flag that the training loop reads. A second one stops at once.
+
+    `exit_code` is None until then and 130 afterwards, the code that shells use for Ctrl-C. SIGTERM gives the same
+    code: while MindSpore computes, its own handler passes SIGINT on as SIGTERM, and the two cannot be told apart.
     """
 
     def __init__(self) -> None:
         self.exit_code: Optional[int] = None
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         self.exit_code = 130
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        # os.write: a handler may interrupt a print that holds the stream's lock.
-        os.write(2, b"\nstopping after this update; once more to stop at once\n")
+        # Not print: the handler may interrupt a print that holds the stream's lock.
+        os.write(2, b"\nstopping after this update; press Ctrl-C again to stop at once\n")
 
 
 def check_flags(values: dict, accepted: dict[str, str], at_least: dict[str, float], below_one: Iterable[str]) -> None:
-    """Refuses numbers out of bounds; says of an accepted flag why it changes nothing.
+    """Checks the numeric bounds of flags. Raises UserError for a value out of bounds.
 
-    `values` are all flags; `accepted` gives the reason for each of its own. Raises UserError.
+    `values` holds all flags by name. `accepted` maps each flag that has no effect here to the reason, which is
+    printed if the flag is set. `at_least` maps flags to their smallest value; the flags in `below_one` must be below
+    1.
     """
-    for name, why in accepted.items():
+    for name, reason in accepted.items():
         if values[name]:
-            print(f"--{name}: {why}")
+            print(f"--{name}: {reason}")
     for name, value in values.items():
         if value == "" and name.endswith("_name_or_path"):
             raise UserError(
-                f"--{name}: is empty, as of a shell variable that is not set. Leave it out, or give a value."
+                f"--{name}: is empty, as if from a shell variable that is not set. Leave the flag out, or give a value."
             )
-    for name, least in at_least.items():
-        if values[name] is not None and not values[name] >= least:
-            raise UserError(f"--{name} {values[name]}: must be at least {least}.")
+    for name, minimum in at_least.items():
+        if values[name] is not None and not values[name] >= minimum:
+            raise UserError(f"--{name} {values[name]}: must be at least {minimum}.")
     for name in below_one:
         if not values[name] < 1.0:
             raise UserError(f"--{name} {values[name]}: must be below 1.")
 
 
 def matched(prompts: list[str], images: list[str], prompt_flag: str, image_flag: str) -> list[tuple[str, str]]:
-    """(prompt, picture) pairs: as many of both, one picture for all prompts, or one prompt for all pictures. Raises UserError."""
+    """(prompt, image) pairs: the n-th prompt with the n-th image, or a single prompt or image with all of the others.
+
+    Raises UserError if the numbers differ and neither is 1, or if only one of the two is given.
+    """
     if bool(prompts) != bool(images) or (len(prompts) != len(images) and 1 not in (len(prompts), len(images))):
         raise UserError(
-            f"{prompt_flag} has {len(prompts)} and {image_flag} {len(images)}: give the same number of both, one picture for all "
-            "prompts, or one prompt for all pictures."
+            f"{prompt_flag} has {len(prompts)} and {image_flag} {len(images)}: give the same number of both, "
+            "one image for all prompts, or one prompt for all images."
         )
     count = max(len(prompts), len(images))
-    return list(zip(prompts * (count // max(1, len(prompts))), images * (count // max(1, len(images)))))
+    all_prompts = prompts * (count // max(1, len(prompts)))
+    all_images = images * (count // max(1, len(images)))
+    return list(zip(all_prompts, all_images))
 
 
-def tell(sentences: Iterable[str]) -> None:
-    """Prints each on a line of its own."""
-    for sentence in sentences:
-        print(sentence)
+def print_lines(lines: Iterable[str]) -> None:
+    """Prints each string on a line of its own."""
+    for line in lines:
+        print(line)
 
 
-def listing(items: Iterable[str], most: int = 50) -> str:
-    """The items one a line, indented: so many that nobody mends twenty files to learn of twenty more, and the number of those after."""
+def indented_list(items: Iterable[str], limit: int = 50) -> str:
+    """The first `limit` items, one indented line each, and a line with the number of the others."""
     lines = [f"  {item}" for item in items]
-    return "\n".join(lines[:most] + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))
+    if len(lines) > limit:
+        return "\n".join([*lines[:limit], f"  and {len(lines) - limit} more"])
+    return "\n".join(lines)
 
 
-def shown(text: object, most: int = 300) -> str:
-    """A name, cell or error as messages show it: in one line, bytes that are not UTF-8 as \\xe9, cut in the middle if it is long."""
+def printable(text: object, limit: int = 300) -> str:
+    """A name, cell or error on one printable line; longer text than `limit` is shortened in the middle.
+
+    Bytes of a file name that are not UTF-8 are printed as \\xe9, other unprintable characters as Python escapes.
+    """
     text = str(text)
-    if len(text) > most:
-        text = f"{text[: most - 60]}... ({len(text)} characters) ...{text[-40:]}"
-    # Python keeps such a byte of a file name as half a character, U+DC80 to U+DCFF, which nothing can print.
+    if len(text) > limit:
+        text = f"{text[: limit - 60]}... ({len(text)} characters) ...{text[-40:]}"
+    # Python represents such a byte as a surrogate, U+DC80 to U+DCFF, which no encoding can write.
     text = "".join(f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in text)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def few(names: Iterable[str], most: int = 3) -> str:
-    """The first names in one line, and how many more there are: "a.png, b.png, c.png and 4 more"."""
-    names = [shown(name, 120) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def short_list(names: Iterable[str], limit: int = 3) -> str:
+    """The first `limit` names on one line, and the number of the others: "a.png, b.png, c.png and 4 more"."""
+    names = [printable(name, 120) for name in names]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their final name, synced, renamed; their hashes and permissions."""
+"""Atomic writes, hashes and permissions of files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mindtune.cli import UserError
 
 
 def sync(path: Path) -> None:
-    """Makes a file or directory durable."""
+    """Flushes a file or directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -23,31 +23,35 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write(beside)` makes a whole file beside `path`, which then replaces it."""
-    beside = path.with_name(f".{path.name}.partial")
+    """Calls `write(temporary)` for a temporary file in the same directory, then renames it to `path`.
+
+    If writing fails, `path` keeps its old content.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
     try:
-        write(beside)
-        sync(beside)
-        os.replace(beside, path)
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_files_atomically(folder: Path, write: Callable[[Path], Any]) -> None:
-    """`write(beside)` fills a hidden folder, whose files then replace those of the same names in `folder`."""
-    beside = folder / ".files.partial"
-    shutil.rmtree(beside, ignore_errors=True)
+    """Calls `write(temporary)` for a hidden directory, then moves its files to `folder`, over older ones."""
+    temporary = folder / ".files.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write(beside)
-        for path in sorted(beside.iterdir()):
+        write(temporary)
+        for path in sorted(temporary.iterdir()):
             sync(path)
             os.replace(path, folder / path.name)
         sync(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def file_digest(path: Path) -> str:
+    """The SHA-256 hash of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
@@ -56,7 +60,7 @@ def file_digest(path: Path) -> str:
 
 
 def text_digest(texts: Iterable[str]) -> str:
-    """One hash of several texts and their order."""
+    """The SHA-256 hash of several texts in their order, in hexadecimal."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(f"{len(text)}/{text}".encode())
@@ -64,24 +68,24 @@ def text_digest(texts: Iterable[str]) -> str:
 
 
 def require_writable(flag: str, folder: Union[str, Path, None]) -> None:
-    """Raises UserError unless files can be made in `folder`, there or in the directory where it would be made. None needs none."""
+    """Raises UserError unless files can be created in `folder`, or in its closest existing parent. None is accepted."""
     if folder is None:
         return
-    place = Path(folder).absolute()
+    existing = Path(folder).absolute()
     try:
-        while not place.exists():
-            place = place.parent
-        with tempfile.TemporaryFile(dir=place):
+        while not existing.exists():
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        reason = "is not a directory" if os.path.isfile(place) else f"cannot be written to ({error.strerror})"
+        reason = "is not a directory" if os.path.isfile(existing) else f"cannot be written to ({error.strerror})"
         raise UserError(
-            f"{flag} {folder}: {place} {reason}. Name another directory, or change its permissions."
+            f"{flag} {folder}: {existing} {reason}. Name another directory, or change its permissions."
         ) from None
 
 
 def make_readable(path: Path) -> None:
-    """Gives a file that safetensors wrote for its owner alone the permissions of any new file, so that a team can share it."""
+    """Gives a file the permissions of any new file: safetensors creates files that only their owner may read."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

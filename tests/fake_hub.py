@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on 127.0.0.1 that takes uploads and fails when it is told to."""
+"""A small Hugging Face hub on 127.0.0.1 that accepts uploads and fails on request."""
 
 import base64
 import json
@@ -9,10 +9,17 @@ TOKEN = "hf_marker0token0that0must0show0up0nowhere"
 
 
 class FakeHub:
-    """`files` are what was committed, by path; `trouble` lists what the next requests to a path's part meet: a status, or "cut"."""
+    """The server. `files`: path -> committed content; `trouble`: part of a path -> failures of its next requests.
+
+    A failure is an HTTP status, or "cut" to close the connection.
+    """
 
     def __init__(self):
-        self.files, self.repositories, self.requests, self.trouble, self.stored = {}, [], [], {}, {}
+        self.files = {}
+        self.repositories = []
+        self.requests = []
+        self.trouble = {}
+        self.stored = {}
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -27,6 +34,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, content, status=200):
+        """Sends `content` as JSON."""
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -34,7 +42,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def in_trouble(self, body):
+    def fails(self):
+        """Records the request; sends a failure if one is due or the token is wrong, and returns whether it did."""
         self.hub.requests.append(self.path)
         for part, waiting in self.hub.trouble.items():
             if part in self.path and waiting:
@@ -51,18 +60,18 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def do_GET(self):
-        if not self.in_trouble(b""):
+        if not self.fails():
             self.answer({"name": "somebody", "type": "user"} if self.path == "/api/whoami-v2" else {}, 200)
 
     def do_PUT(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        if not self.in_trouble(body):
+        if not self.fails():
             self.hub.stored[self.path.rsplit("/", 1)[1]] = body
             self.answer({})
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.in_trouble(body):
+        if self.fails():
             return
         if self.path == "/api/repos/create":
             content = json.loads(body)
@@ -70,14 +79,14 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.repositories.append(name)
             self.answer({"url": f"{self.hub.url}/{name}", "name": name})
         elif "/preupload/" in self.path:
-            modes = [
-                (file["path"], "lfs" if file["path"].endswith(".safetensors") else "regular")
-                for file in json.loads(body)["files"]
-            ]
-            self.answer({"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes]})
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
+            files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
+            self.answer({"files": files})
         elif self.path.endswith("/info/lfs/objects/batch"):
-            actions = lambda oid: {"upload": {"href": f"{self.hub.url}/lfs/{oid}", "header": {}}}  # noqa: E731
-            objects = [{**each, "actions": actions(each["oid"])} for each in json.loads(body)["objects"]]
+            objects = json.loads(body)["objects"]
+            for each in objects:
+                each["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{each['oid']}", "header": {}}}
             self.answer({"transfer": "basic", "objects": objects})
         elif "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):

@@ -1,4 +1,4 @@
-"""Write docs/models.md: which published pipelines, VAEs and ControlNets the scripts train, as the tests of tests/real show it.
+"""Writes docs/models.md: which published pipelines, VAEs and ControlNets the scripts train, by the tests in tests/real.
 
     python tests/models_page.py
 
@@ -12,33 +12,40 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "models.md"
-sys.path[:0] = [str(HERE), str(HERE / "mindtune")]
+sys.path[:0] = [str(HERE), str(HERE / "mindtune" / "models")]
 
 from real.verdicts import CONTROLNETS, FILES, OWNERS, PIPELINES, VAES, Verdict
 
 SCRIPTS = {
-    "flux_lora": "[LoRA](flux_lora.md)", "flux_controlnet": "[ControlNet](flux_controlnet.md)", "sd": "[ControlNet](controlnet.md)",
+    "flux_lora": "[LoRA](flux_lora.md)",
+    "flux_controlnet": "[ControlNet](flux_controlnet.md)",
+    "sd": "[ControlNet](controlnet.md)",
     "sdxl": "[ControlNet, XL](controlnet.md)",
-}  # fmt: skip
-TEXT = """# Which published models are trained
+}
+TEXT = """# Supported models
 
-Written by `python tests/models_page.py`. It makes a small copy of each model with random weights: file names, config keys and tensor
-names are the published ones. A supported model is trained for an update, drawn with, and resumed. An unsupported one has to be refused
-before anything is encoded or written, with a message that names the model, the key and its value. No published weights are loaded.
-Where a published file was not at hand, `tests/real_configs.py` says what stands in for it. Names without an owner were found in more
-than one place.
+`python tests/models_page.py` writes this page. It makes a small copy of each model with random weights.
+File names, config keys and tensor names are the published ones; no published weights are loaded.
+
+- **trained**: the test trains the model for one update, generates an image, and resumes the run.
+- **refused**: the script refuses the model before anything is encoded or written. The message names the
+  model, the key and its value.
+
+Where a published file was not available, `tests/real_configs.py` says what is used instead. Names
+without an owner exist in several repositories.
 
 ## Pipelines
 
 {pipelines}
 ## VAEs
 
-For SDXL give them by `--pretrained_vae_model_name_or_path`; for Stable Diffusion 1 and 2 put them into the pipeline's `vae` folder.
+For SDXL use `--pretrained_vae_model_name_or_path`. For Stable Diffusion 1 and 2 put the files into the
+pipeline's `vae` directory.
 
 {vaes}
-## ControlNets to go on from
+## ControlNets to train further
 
-By `--controlnet_model_name_or_path`.
+With `--controlnet_model_name_or_path`.
 
 {controlnets}
 ## Files
@@ -51,23 +58,25 @@ ADAPTERS = """
 
 
 def owned(name: str) -> str:
-    """The name on the hub, where there is one."""
+    """The name with its owner on the hub, if there is one."""
     found = [owner for owner, names in OWNERS.items() if name in names]
     return f"{found[0]}/{name}" if found else name
 
 
 def verdict_row(name: str, verdict: Verdict) -> tuple[str, str, str]:
+    """Name, what the scripts do with the model, remark."""
     if not verdict.scripts:
         return owned(name), "refused", verdict.why
     return owned(name), "trained: " + ", ".join(SCRIPTS[script] for script in verdict.scripts), verdict.why
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
     return "".join("| " + " | ".join(row) + " |\n" for row in (head, ("---",) * len(head), *rows))
 
 
 def adapter_rows() -> list[tuple[str, str, str]]:
-    """Tool, an entry of its file, and "read" or why not: of the tests of LoRA layouts, where they give them."""
+    """Tool, an entry of its file, and "read" or the error message, from the tests of LoRA layouts."""
     import test_lora_layouts
 
     rows = getattr(test_lora_layouts, "adapter_rows", list)()
@@ -78,21 +87,21 @@ def adapter_rows() -> list[tuple[str, str, str]]:
 
 
 def page() -> str:
-    """The page by the tables that the tests hold the scripts to."""
-    tables = {
-        part: table((title, "what happens", "remark"), [verdict_row(name, verdict) for name, verdict in verdicts.items()])
-        for part, title, verdicts in (
-            ("pipelines", "pipeline", PIPELINES), ("vaes", "VAE", VAES), ("controlnets", "ControlNet", CONTROLNETS)
-        )
-    }  # fmt: skip
-    adapters = adapter_rows()
+    """The text of the page, from the tables that the tests check."""
+    tables = {}
+    for part, title, verdicts in (
+        ("pipelines", "pipeline", PIPELINES),
+        ("vaes", "VAE", VAES),
+        ("controlnets", "ControlNet", CONTROLNETS),
+    ):
+        rows = [verdict_row(name, verdict) for name, verdict in verdicts.items()]
+        tables[part] = table((title, "what happens", "remark"), rows)
     files = table(("files", "what happens"), [(what, how) for what, (how, _) in FILES.items()])
-    rows = (
-        ADAPTERS.format(rows=table(("tool or kind", "an entry of its file", "read, or the message"), adapters))
-        if adapters
-        else ""
-    )
-    return TEXT.format(files=files, adapters=rows, **tables)
+    adapters = adapter_rows()
+    loras = ""
+    if adapters:
+        loras = ADAPTERS.format(rows=table(("tool or kind", "an entry of its file", "read, or the message"), adapters))
+    return TEXT.format(files=files, adapters=loras, **tables)
 
 
 def main() -> int:

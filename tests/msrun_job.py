@@ -1,4 +1,4 @@
-"""A training job as msrun starts it, its processes, and whether two runs are the same."""
+"""Training jobs under msrun for tests, and a comparison of two runs."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def free_port():
-    """A port that is free together with the one after it, where the workers meet."""
+    """A free port whose next port is free, too: the ranks need both."""
     while True:
         with socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", 0))
@@ -30,63 +30,50 @@ def free_port():
 
 
 class Job:
-    """A training script under msrun; its console and the workers' logs are beside the output directory."""
+    """A training script under msrun; its output and the logs of its ranks are beside the output directory."""
 
     def __init__(self, script, workers, out, arguments):
-        self.out, port = Path(out), free_port()
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # msrun starts the python that is first there
-        environment = {
-            **os.environ,
-            "PATH": path,
-            "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        line = [
-            str(Path(sys.executable).with_name("msrun")),
-            f"--worker_num={workers}",
-            f"--local_worker_num={workers}",
-            "--join=True",
-        ]
-        line += [
-            f"--master_port={port}",
-            f"--log_dir={out}.{port}.workers",
-            str(ROOT / script),
-            *map(str, arguments),
-            "--distributed",
-        ]
+        self.out = Path(out)
+        port = free_port()
+        # msrun starts the first python on PATH.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+        environment.update(PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
+        msrun = str(Path(sys.executable).with_name("msrun"))
+        line = [msrun, f"--worker_num={workers}", f"--local_worker_num={workers}", "--join=True"]
+        line += [f"--master_port={port}", f"--log_dir={out}.{port}.workers"]
+        line += [str(ROOT / script), *map(str, arguments), "--distributed"]
         self.console = open(f"{out}.{port}.console", "w")  # noqa: SIM115  (closed by wait)
         self.process = subprocess.Popen(
             line, stdout=self.console, stderr=subprocess.STDOUT, env=environment, cwd=self.out.parent
         )
 
     def wait(self, timeout=180):
-        """msrun's exit code."""
+        """The exit code of msrun."""
         try:
             return self.process.wait(timeout)
         finally:
             self.console.close()
 
     def said(self):
-        """What msrun's console shows, the workers' words among it."""
+        """The output of msrun and of its ranks."""
         return Path(self.console.name).read_text()
 
     def processes(self):
-        """Process ids of everything that belongs to the job, by command line or working directory: {id: its environment}."""
+        """Process id -> environment of all processes of the job, found by command line or working directory."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if str(self.out) in (folder / "cmdline").read_text() or os.readlink(folder / "cwd") == str(
-                    self.out.parent
-                ):
+                named = str(self.out) in (folder / "cmdline").read_text()
+                if named or os.readlink(folder / "cwd") == str(self.out.parent):
                     environment = (folder / "environ").read_text().split("\0")
                     found[int(folder.name)] = dict(part.split("=", 1) for part in environment if "=" in part)
             except OSError:
-                pass  # gone, or not ours
+                pass  # the process has ended, or belongs to another user
         return found
 
     def worker(self, number):
-        """The process id of a worker."""
+        """The process id of a rank."""
         return next(
             pid
             for pid, environment in self.processes().items()
@@ -94,6 +81,7 @@ class Job:
         )
 
     def wait_for(self, condition, timeout=120):
+        """Waits until `condition()` holds; fails if the job ends before."""
         deadline = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.said()[-6000:]
@@ -101,19 +89,21 @@ class Job:
 
 
 def relative(value, right):
-    """Distance of two arrays in parts of the second's length."""
-    value, right = value.astype(np.float64), right.astype(np.float64)
+    """Euclidean distance of two arrays relative to the norm of the second."""
+    value = value.astype(np.float64)
+    right = right.astype(np.float64)
     return np.linalg.norm(value - right) / max(np.linalg.norm(right), 1e-300)
 
 
 def assert_same_run(found, expected, updates):
-    """Every tensor of weights and optimizer state in the last checkpoint within 1e-5 of its length; the same losses and norms logged."""
+    """Asserts that the last checkpoints agree within 1e-5 per tensor, relative to its norm, and that the logs agree."""
     one, other = (checkpoints(folder)[-1] for folder in (found, expected))
     assert one.name == other.name == f"checkpoint-{updates}" and damage(one) is None
     files = sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
     assert files == sorted(path.relative_to(one) for path in one.rglob("*.safetensors")) and len(files) == 2
     for name in files:
-        values, right = load_file(one / name), load_file(other / name)
+        values = load_file(one / name)
+        right = load_file(other / name)
         assert {key: value.dtype for key, value in values.items()} == {key: value.dtype for key, value in right.items()}
         far = {key: relative(values[key], right[key]) for key in right if not relative(values[key], right[key]) < 1e-5}
         assert far == {}

@@ -1,8 +1,8 @@
-"""What the JSON files of published pipelines say: every key that is there, at its published value.
+"""The JSON files of published pipelines: every key, with its published value.
 
-`PIPELINES[name]` maps each file of the repository on the hub to its content. Which keys a file has depends on the version of
-diffusers that wrote it: none of those added later is here. What could not be read in a published file is said where it stands.
-Sizes are the real ones; tests/real_pipelines.py makes them small.
+`PIPELINES[name]` maps each file of the repository on the hub to its content. The keys of a file depend on the version
+of diffusers that wrote it; keys of later versions are missing here, too. Comments mark content whose published file was
+not available. Sizes are the real ones; tests/real_pipelines.py makes them small.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ SD1_LEVELS = {
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
-SDXL_DOWN, SDXL_UP = ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2, ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"]
+SDXL_DOWN = ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2
+SDXL_UP = ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"]
 
 
 def header(cls: str, version: str, path: str | None = None) -> dict:
+    """The first entries of a config.json of diffusers."""
     return {"_class_name": cls, "_diffusers_version": version, **({"_name_or_path": path} if path else {})}
 
 
 def without(config: dict, *keys: str) -> dict:
+    """The config without some keys."""
     return {key: value for key, value in config.items() if key not in keys}
 
 
 # ---- models --------------------------------------------------------------------------------------
 
-# What all UNets and their ControlNets say, of whatever age.
+# Keys of all UNets and their ControlNets, of every version.
 UNET_SHARED = {
     "act_fn": "silu", "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768,
     "down_block_types": SD1_LEVELS["down_block_types"], "downsample_padding": 1, "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32,
+    "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
+    "norm_num_groups": 32,
 }  # fmt: skip
 UNET_SD1 = {
     **UNET_SHARED, "center_input_sample": False, "out_channels": 4, "sample_size": 64,
@@ -40,17 +43,15 @@ UNET_SD2 = {
     "use_linear_projection": True,
 }  # fmt: skip
 UNET_0_10 = {"num_class_embeds": None, "only_cross_attention": False}  # what diffusers 0.10 added
-# What 0.16 and 0.19 write beyond that.
+# Further keys of 0.16 and 0.19.
 UNET_0_16 = {
     **UNET_0_10, "addition_embed_type": None, "addition_embed_type_num_heads": 64, "class_embed_type": None,
     "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None,
     "dual_cross_attention": False, "encoder_hid_dim": None, "mid_block_only_cross_attention": None,
     "mid_block_type": "UNetMidBlock2DCrossAttn", "projection_class_embeddings_input_dim": None,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_dim": None, "time_embedding_type": "positional", "timestep_post_act": None,
-    "upcast_attention": False,
+    "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "resnet_time_scale_shift": "default",
+    "time_cond_proj_dim": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
+    "time_embedding_type": "positional", "timestep_post_act": None, "upcast_attention": False,
     "use_linear_projection": False,
 }  # fmt: skip
 UNET_0_19 = {
@@ -75,22 +76,20 @@ UNET_SDXL = {
 
 FLUX_TRANSFORMER = {
     "attention_head_dim": 128, "guidance_embeds": True, "in_channels": 64, "joint_attention_dim": 4096,
-    "num_attention_heads": 24,
-    "num_layers": 19, "num_single_layers": 38, "patch_size": 1, "pooled_projection_dim": 768,
+    "num_attention_heads": 24, "num_layers": 19, "num_single_layers": 38, "patch_size": 1, "pooled_projection_dim": 768,
 }  # fmt: skip
 ROPE = {"axes_dims_rope": [16, 56, 56]}  # written by diffusers 0.30 and later; FLUX.1-dev and schnell were saved before
 
 VAE = {
     "act_fn": "silu", "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "in_channels": 3, "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3,
+    "sample_size": 512, "up_block_types": ["UpDecoderBlock2D"] * 4,
 }  # fmt: skip
 VAE_SDXL = {**VAE, "sample_size": 1024, "scaling_factor": 0.13025}
 VAE_FLUX = {
     **VAE_SDXL, "force_upcast": True, "latent_channels": 16, "latents_mean": None, "latents_std": None,
-    "mid_block_add_attention": True,
-    "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_post_quant_conv": False, "use_quant_conv": False,
+    "mid_block_add_attention": True, "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_post_quant_conv": False,
+    "use_quant_conv": False,
 }  # fmt: skip
 VAE_PLAYGROUND = {
     **VAE_SDXL, "force_upcast": True, "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
@@ -99,9 +98,8 @@ VAE_PLAYGROUND = {
 
 CLIP = {
     "attention_dropout": 0.0, "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2, "initializer_factor": 1.0,
-    "initializer_range": 0.02,
-    "layer_norm_eps": 1e-05, "max_position_embeddings": 77, "model_type": "clip_text_model", "pad_token_id": 1,
-    "vocab_size": 49408,
+    "initializer_range": 0.02, "layer_norm_eps": 1e-05, "max_position_embeddings": 77, "model_type": "clip_text_model",
+    "pad_token_id": 1, "vocab_size": 49408,
 }  # fmt: skip
 CLIP_L = {
     **CLIP, "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
@@ -109,23 +107,18 @@ CLIP_L = {
 }  # fmt: skip
 CLIP_H = {
     **CLIP, "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
-    "num_hidden_layers": 23,
-    "projection_dim": 512,
+    "num_hidden_layers": 23, "projection_dim": 512,
 }  # fmt: skip
 CLIP_G = {
     **CLIP, "hidden_act": "gelu", "hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20,
-    "num_hidden_layers": 32,
-    "projection_dim": 1280,
+    "num_hidden_layers": 32, "projection_dim": 1280,
 }  # fmt: skip
 T5 = {
     "classifier_dropout": 0.0, "d_ff": 10240, "d_kv": 64, "d_model": 4096, "decoder_start_token_id": 0,
-    "dense_act_fn": "gelu_new",
-    "dropout_rate": 0.1, "eos_token_id": 1, "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0,
-    "is_encoder_decoder": True,
-    "is_gated_act": True, "layer_norm_epsilon": 1e-06, "model_type": "t5", "num_decoder_layers": 24, "num_heads": 64,
-    "num_layers": 24,
-    "output_past": True, "pad_token_id": 0, "relative_attention_max_distance": 128,
-    "relative_attention_num_buckets": 32,
+    "dense_act_fn": "gelu_new", "dropout_rate": 0.1, "eos_token_id": 1, "feed_forward_proj": "gated-gelu",
+    "initializer_factor": 1.0, "is_encoder_decoder": True, "is_gated_act": True, "layer_norm_epsilon": 1e-06,
+    "model_type": "t5", "num_decoder_layers": 24, "num_heads": 64, "num_layers": 24, "output_past": True,
+    "pad_token_id": 0, "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32,
     "tie_word_embeddings": False, "use_cache": True, "vocab_size": 32128,
 }  # fmt: skip
 
@@ -133,7 +126,7 @@ T5 = {
 def text(
     config: dict, version: str, path: str | None = None, dtype: str = "float32", cls: str = "CLIPTextModel"
 ) -> dict:
-    """The config.json of a text encoder; `version` is that of transformers."""
+    """The config.json of a text encoder; `version` is the version of transformers."""
     named = {"_name_or_path": path} if path else {}
     return {"architectures": [cls], **named, **config, "torch_dtype": dtype, "transformers_version": version}
 
@@ -144,8 +137,7 @@ OPENAI = "openai/clip-vit-large-patch14"
 
 BETAS = {
     "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False, "steps_offset": 1, "trained_betas": None,
+    "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1, "trained_betas": None,
 }  # fmt: skip
 OLD = {**BETAS, "skip_prk_steps": True}
 EULER = {
@@ -157,36 +149,36 @@ EULER = {
 }
 DEIS = {
     **BETAS, "algorithm_type": "deis", "dynamic_thresholding_ratio": 0.995, "lower_order_final": True,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0, "solver_order": 2, "solver_type": "logrho", "thresholding": False,
+    "prediction_type": "epsilon", "sample_max_value": 1.0, "solver_order": 2, "solver_type": "logrho",
+    "thresholding": False,
 }  # fmt: skip
 EDM = {
     "algorithm_type": "dpmsolver++", "dynamic_thresholding_ratio": 0.995, "euler_at_final": False,
-    "final_sigmas_type": "zero",
-    "lower_order_final": True, "num_train_timesteps": 1000, "prediction_type": "epsilon", "rho": 7.0,
-    "sample_max_value": 1.0,
-    "sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002, "solver_order": 2, "solver_type": "midpoint",
-    "thresholding": False,
+    "final_sigmas_type": "zero", "lower_order_final": True, "num_train_timesteps": 1000, "prediction_type": "epsilon",
+    "rho": 7.0, "sample_max_value": 1.0, "sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002, "solver_order": 2,
+    "solver_type": "midpoint", "thresholding": False,
 }  # fmt: skip
 FLOW = {
     "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15,
-    "num_train_timesteps": 1000,
-    "shift": 3.0, "use_dynamic_shifting": True,
+    "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
 }  # fmt: skip
 FLOW_0_34 = {
     **FLOW, "invert_sigmas": False, "shift_terminal": None, "stochastic_sampling": False,
-    "time_shift_type": "exponential",
-    "use_beta_sigmas": False, "use_exponential_sigmas": False, "use_karras_sigmas": False,
+    "time_shift_type": "exponential", "use_beta_sigmas": False, "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
 }  # fmt: skip
 
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 
 def token(content: str, normalized: bool = True) -> dict:
+    """A special token as tokenizer files describe it."""
     return {"content": content, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
 
 
-START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
+START = "<|startoftext|>"
+END = "<|endoftext|>"
+PAD = "!"
 CLIP_TOKENIZER = {
     "add_prefix_space": False,
     "do_lower_case": True,
@@ -198,7 +190,7 @@ CLIP_TOKENIZER = {
 def old_tokenizer(
     folder: str, path: str | None, pad: str = END, pad_of_map: str | None = None, tidy: bool = False
 ) -> dict[str, dict]:
-    """The files of transformers up to 4.32: tokens written out in tokenizer_config.json. `tidy` has the key that 4.30 added."""
+    """The files of transformers up to 4.32: whole tokens in tokenizer_config.json. `tidy` adds the key of 4.30."""
     special = {"bos_token": token(START), "eos_token": token(END), "unk_token": token(END)}
     config = {**CLIP_TOKENIZER, **{key: {"__type": "AddedToken", **value} for key, value in special.items()}}
     config.update(
@@ -213,7 +205,7 @@ def old_tokenizer(
 
 
 def new_tokenizer(folder: str, normalized: bool, pad: str = END) -> dict[str, dict]:
-    """The files of transformers 4.34 and later: added_tokens_decoder; `normalized` tells how <|endoftext|> was saved."""
+    """The files of transformers 4.34 and later: added_tokens_decoder; `normalized` is that of <|endoftext|>."""
     tokens = {"49406": token(START), "49407": token(END, normalized)}
     if pad == PAD:
         tokens = {"0": token(PAD, False), **tokens}
@@ -229,6 +221,7 @@ def new_tokenizer(folder: str, normalized: bool, pad: str = END) -> dict[str, di
 
 
 def t5_tokenizer() -> dict[str, dict]:
+    """The files of FLUX's second tokenizer."""
     extra = [f"<extra_id_{number}>" for number in range(100)]
     words = {
         "0": "<pad>",
@@ -257,7 +250,7 @@ def t5_tokenizer() -> dict[str, dict]:
 
 NOTHING = [None, None]
 CHECKER = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
-# The short form that transformers 4.35 writes; those of 2022 list every default.
+# The short form of transformers 4.35; files of 2022 list every default.
 CHECKER_CONFIG = {
     "_name_or_path": "CompVis/stable-diffusion-safety-checker", "architectures": ["StableDiffusionSafetyChecker"],
     "initializer_factor": 1.0, "logit_scale_init_value": 2.6592, "model_type": "clip", "projection_dim": 768,
@@ -268,8 +261,7 @@ CHECKER_CONFIG = {
     "torch_dtype": "float16", "transformers_version": "4.35.2",
     "vision_config": {
         "dropout": 0.0, "hidden_size": 1024, "intermediate_size": 4096, "model_type": "clip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24, "patch_size": 14,
+        "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14,
     },
 }  # fmt: skip
 FEATURES = {
@@ -279,8 +271,8 @@ FEATURES = {
 }  # fmt: skip
 FEATURES_0_25 = {
     **FEATURES, "crop_size": {"height": 224, "width": 224}, "do_rescale": True,
-    "image_processor_type": "CLIPFeatureExtractor",
-    "rescale_factor": 0.00392156862745098, "size": {"shortest_edge": 224}, "use_square_size": False,
+    "image_processor_type": "CLIPFeatureExtractor", "rescale_factor": 0.00392156862745098,
+    "size": {"shortest_edge": 224}, "use_square_size": False,
 }  # fmt: skip
 
 
@@ -289,9 +281,11 @@ def sd(
     index: dict,
     kind: str = "PNDMScheduler", cls: str = "StableDiffusionPipeline", paths: tuple = (None, None),
 ) -> dict[str, dict]:  # fmt: skip
-    """The files of a Stable Diffusion 1 or 2; `version` of its index, scheduler, UNet and VAE,
-    `paths` of UNet and VAE, `index` what its
-    model_index.json says beyond the classes."""
+    """The files of a Stable Diffusion 1 or 2.
+
+    `version`: of its index, scheduler, UNet and VAE; `paths`: _name_or_path of UNet and VAE; `index`: further entries
+    of model_index.json.
+    """
     versions = (version,) * 4 if isinstance(version, str) else version
     files = {
         "model_index.json": {
@@ -316,17 +310,17 @@ def sd(
 
 def sdxl(
     version: str, unet: dict, vae: dict, scheduler: dict, kind: str, transformers: str, tokenizers: dict[str, dict],
-    index: dict,
-    dtype: str = "float16",
+    index: dict, dtype: str = "float16",
 ) -> dict[str, dict]:  # fmt: skip
+    """The files of a Stable Diffusion XL."""
     projection = "CLIPTextModelWithProjection"
     return {
         "model_index.json": {
             **header("StableDiffusionXLPipeline", version), "force_zeros_for_empty_prompt": True,
-            "scheduler": ["diffusers", kind],
-            "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", projection],
-            "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"], **index,
+            "scheduler": ["diffusers", kind], "text_encoder": ["transformers", "CLIPTextModel"],
+            "text_encoder_2": ["transformers", projection], "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"], **index,
         },
         "scheduler/scheduler_config.json": {**header(kind, version), **scheduler},
         "text_encoder/config.json": text(CLIP_L, transformers, dtype=dtype),
@@ -357,29 +351,31 @@ def flux(
 
 
 def both(make, **settings) -> dict[str, dict]:
-    """Both tokenizers of an SDXL: the second pads with "!"."""
+    """The files of both tokenizers of SDXL; the second pads with "!"."""
     return {**make("tokenizer", **settings), **make("tokenizer_2", pad=PAD, **settings)}
 
 
 def sd2_text(folder: str, version: str = "4.25.0.dev0", dtype: str = "float32") -> tuple[dict, dict[str, dict]]:
-    """Text encoder and tokenizer of Stable Diffusion 2. The tokenizer's two files disagree about the padding; it was trained with "!"."""
+    """Text encoder and tokenizer of Stable Diffusion 2. The tokenizer's files disagree on padding; "!" is right."""
     names = [folder + name if folder.endswith("/") else folder for name in ("text_encoder", "tokenizer")]
     return text(CLIP_H, version, names[0], dtype), old_tokenizer("tokenizer", names[1], pad_of_map=PAD)
 
 
 PADDED = {"feature_extractor": NOTHING, "image_encoder": NOTHING}  # in model_index.json since diffusers 0.23
 SCALE = {"scaling_factor": 0.18215}
-SD1_TOKENIZER, SD1_ENCODER = old_tokenizer("tokenizer", OPENAI), text(CLIP_L, "4.22.0.dev0", OPENAI)
-EXTRACTOR, UNCHECKED = (
-    {"feature_extractor": ["transformers", "CLIPFeatureExtractor"]},
-    {"requires_safety_checker": False},
-)
+SD1_TOKENIZER = old_tokenizer("tokenizer", OPENAI)
+SD1_ENCODER = text(CLIP_L, "4.22.0.dev0", OPENAI)
+EXTRACTOR = {"feature_extractor": ["transformers", "CLIPFeatureExtractor"]}
+UNCHECKED = {"requires_safety_checker": False}
 UNET_0_27 = {**UNET_SDXL, **UNET_0_24, "upcast_attention": False}
 UNET_2_1 = {**UNET_SD2, **UNET_0_10}
-V_PREDICTION, EPSILON = {"prediction_type": "v_prediction"}, {"prediction_type": "epsilon"}
-SD2_768, SD2_RESAVED = "hf-models/stable-diffusion-v2-768x768/", "./stability/stable-diffusion-2-1/"
+V_PREDICTION = {"prediction_type": "v_prediction"}
+EPSILON = {"prediction_type": "epsilon"}
+SD2_768 = "hf-models/stable-diffusion-v2-768x768/"
+SD2_RESAVED = "./stability/stable-diffusion-2-1/"
 SD2_INPAINTING = "./hf-models/stable-diffusion-v2-inpainting/"
-VAE_768, VAE_256 = {**VAE, "sample_size": 768}, {**VAE, "sample_size": 256}
+VAE_768 = {**VAE, "sample_size": 768}
+VAE_256 = {**VAE, "sample_size": 256}
 EULER_0_27 = {
     **EULER, "rescale_betas_zero_snr": False, "sigma_max": None, "sigma_min": None, "timestep_type": "discrete",
     "use_karras_sigmas": False,
@@ -394,22 +390,23 @@ SD_PIPELINES = {
     "stable-diffusion-v1-5": sd("0.6.0", UNET_SD1, VAE, OLD, SD1_ENCODER, SD1_TOKENIZER, CHECKER),
     "stable-diffusion-inpainting": sd(
         ("0.6.0", "0.6.0.dev0", "0.6.0.dev0", "0.6.0.dev0"), {**UNET_SD1, "in_channels": 9}, VAE_256, OLD, SD1_ENCODER,
-        SD1_TOKENIZER,
-        CHECKER, kind="DDIMScheduler", cls="StableDiffusionInpaintPipeline",
+        SD1_TOKENIZER, CHECKER, kind="DDIMScheduler", cls="StableDiffusionInpaintPipeline",
     ),
     "openjourney": sd("0.7.2", UNET_SD1, VAE_256, OLD, text(CLIP_L, "4.24.0", OPENAI), SD1_TOKENIZER, CHECKER),
     "Counterfeit-V2.5": sd(
-        "0.10.2", {**UNET_SD1, **UNET_0_10, "dual_cross_attention": False, "upcast_attention": False,
-        "use_linear_projection": False},
-        VAE_256, {**OLD, **EPSILON}, text(CLIP_L, "4.25.1", OPENAI), old_tokenizer("tokenizer",
-        "CompVis/stable-diffusion-v1-4"),
+        "0.10.2",
+        {
+            **UNET_SD1, **UNET_0_10, "dual_cross_attention": False, "upcast_attention": False,
+            "use_linear_projection": False,
+        },
+        VAE_256, {**OLD, **EPSILON}, text(CLIP_L, "4.25.1", OPENAI),
+        old_tokenizer("tokenizer", "CompVis/stable-diffusion-v1-4"),
         {"feature_extractor": NOTHING, "requires_safety_checker": None}, kind="DDIMScheduler",
     ),
     "Realistic_Vision_V5.1_noVAE": sd(
-        "0.16.1", {**UNET_SD1, **UNET_0_16}, {**VAE, **SCALE}, {**DEIS, "clip_sample_range": 1.0}, text(CLIP_L,
-        "4.30.2", OPENAI),
-        old_tokenizer("tokenizer", None, tidy=True), {"feature_extractor": NOTHING, "requires_safety_checker": None},
-        kind="DEISMultistepScheduler",
+        "0.16.1", {**UNET_SD1, **UNET_0_16}, {**VAE, **SCALE}, {**DEIS, "clip_sample_range": 1.0},
+        text(CLIP_L, "4.30.2", OPENAI), old_tokenizer("tokenizer", None, tidy=True),
+        {"feature_extractor": NOTHING, "requires_safety_checker": None}, kind="DEISMultistepScheduler",
     ),
     "realistic-vision-v51": sd(
         "0.25.0.dev0", {**UNET_SD1, **UNET_0_19, **UNET_0_24}, {**VAE, **SCALE, "force_upcast": True},
@@ -417,16 +414,16 @@ SD_PIPELINES = {
         new_tokenizer("tokenizer", True),
         {**EXTRACTOR, **CHECKER, "image_encoder": NOTHING, "requires_safety_checker": True},
     ),
-    # Its model_index.json, text encoder and tokenizer were not found: those of 2.1, whose paths name them.
+    # Not available: model_index.json, text encoder and tokenizer. They are those of 2.1, whose paths name this
+    # pipeline.
     "stable-diffusion-2": sd(
-        "0.8.0", {**UNET_SD2, "sample_size": 96}, VAE_768, {**OLD, **V_PREDICTION}, *sd2_text(SD2_768), {**EXTRACTOR,
-        **UNCHECKED},
-        kind="DDIMScheduler", paths=(SD2_768 + "unet", SD2_768 + "vae"),
+        "0.8.0", {**UNET_SD2, "sample_size": 96}, VAE_768, {**OLD, **V_PREDICTION}, *sd2_text(SD2_768),
+        {**EXTRACTOR, **UNCHECKED}, kind="DDIMScheduler", paths=(SD2_768 + "unet", SD2_768 + "vae"),
     ),
     "stable-diffusion-2-1": sd(
         ("0.8.0", "0.8.0", "0.10.0.dev0", "0.8.0"), {**UNET_2_1, "sample_size": 96, "upcast_attention": True}, VAE_768,
-        {**OLD, **V_PREDICTION}, *sd2_text(SD2_768), {**EXTRACTOR, **UNCHECKED}, kind="DDIMScheduler", paths=(None,
-        SD2_768 + "vae"),
+        {**OLD, **V_PREDICTION}, *sd2_text(SD2_768), {**EXTRACTOR, **UNCHECKED}, kind="DDIMScheduler",
+        paths=(None, SD2_768 + "vae"),
     ),
     "stable-diffusion-2-1-resaved": sd(
         "0.10.0.dev0", {**UNET_2_1, "sample_size": 96, "upcast_attention": True}, VAE_768, {**OLD, **V_PREDICTION},
@@ -439,15 +436,13 @@ SD_PIPELINES = {
     ),
     "stable-diffusion-2-inpainting": sd(
         "0.8.0", {**UNET_SD2, "in_channels": 9}, VAE, OLD, *sd2_text(SD2_INPAINTING), UNCHECKED,
-        cls="StableDiffusionInpaintPipeline",
-        paths=(SD2_INPAINTING + "unet", SD2_INPAINTING + "vae"),
+        cls="StableDiffusionInpaintPipeline", paths=(SD2_INPAINTING + "unet", SD2_INPAINTING + "vae"),
     ),
 }  # fmt: skip
 
 XL_BASE = sdxl(
     "0.19.0.dev0", UNET_SDXL, {**VAE_SDXL, "force_upcast": True}, {**EULER, "use_karras_sigmas": False},
-    "EulerDiscreteScheduler",
-    "4.32.0.dev0", both(old_tokenizer, path=None, tidy=True), {"add_watermarker": None},
+    "EulerDiscreteScheduler", "4.32.0.dev0", both(old_tokenizer, path=None, tidy=True), {"add_watermarker": None},
 )  # fmt: skip
 XL_BASE["vae/config.json"].update(header("AutoencoderKL", "0.20.0.dev0", "../sdxl-vae/"))
 XL_0_27 = sdxl(
@@ -459,7 +454,7 @@ XL_0_27 = sdxl(
 def xl_like(
     files: dict[str, dict], version: str, kind: str, scheduler: dict | None = None, unet: dict | None = None
 ) -> dict[str, dict]:
-    """The files of another SDXL with a scheduler, or changes to the UNet's config, of its own."""
+    """The files of a pipeline like `files` with another scheduler or changes to the config of the UNet."""
     index = {
         **without(files["model_index.json"], "add_watermarker"),
         "_diffusers_version": version,
@@ -473,7 +468,8 @@ def xl_like(
     return files
 
 
-# UNetMidBlock2D is a residual block without attention. The UNet's file was not found: the shape is that which others state of it.
+# UNetMidBlock2D is a residual block without attention. Not available: the UNet's file. Its shape is the one that others
+# report.
 SSD_1B = {
     "mid_block_type": "UNetMidBlock2D", "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
     "transformer_layers_per_block": [0, 2, 4], "attention_type": "default", "dropout": 0.0,
@@ -487,12 +483,11 @@ SDXL_PIPELINES = {
     ),
     "sdxl-finetune-0.27": XL_0_27,
     "playground-v2.5-1024px-aesthetic": sdxl(
-        "0.27.0.dev0", UNET_0_27, VAE_PLAYGROUND, EDM, "EDMDPMSolverMultistepScheduler", "4.35.2", both(new_tokenizer,
-        normalized=True),
-        PADDED, "float32",
+        "0.27.0.dev0", UNET_0_27, VAE_PLAYGROUND, EDM, "EDMDPMSolverMultistepScheduler", "4.35.2",
+        both(new_tokenizer, normalized=True), PADDED, "float32",
     ),
     "SSD-1B": xl_like(XL_BASE, "0.19.3", "EulerDiscreteScheduler", unet=SSD_1B),
-    # Of these three one file each was found; the others are those of the pipeline above of about the same age.
+    # Of these three, one file each was available. The others are those of a pipeline above of about the same age.
     "dreamshaper-xl-1-0": xl_like(
         XL_BASE, "0.21.0.dev0", "DEISMultistepScheduler",
         {
@@ -505,35 +500,35 @@ SDXL_PIPELINES = {
         XL_0_27, "0.30.0.dev0", "DDIMScheduler",
         {
             **BETAS, **EPSILON, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.995,
-            "rescale_betas_zero_snr": False,
-            "sample_max_value": 1.0, "thresholding": False, "timestep_spacing": "leading",
+            "rescale_betas_zero_snr": False, "sample_max_value": 1.0, "thresholding": False,
+            "timestep_spacing": "leading",
         },
     ),
 }  # fmt: skip
 
 FLUX_PIPELINES = {
-    "FLUX.1-dev": flux("0.30.0.dev0", FLUX_TRANSFORMER, paths=("../checkpoints/flux-dev/transformer",
-    "../checkpoints/flux-dev")),
+    "FLUX.1-dev": flux(
+        "0.30.0.dev0", FLUX_TRANSFORMER,
+        paths=("../checkpoints/flux-dev/transformer", "../checkpoints/flux-dev"),
+    ),
     "FLUX.1-schnell": flux(
-        "0.30.0.dev0", {**FLUX_TRANSFORMER, "guidance_embeds": False}, {**FLOW, "shift": 1.0,
-        "use_dynamic_shifting": False},
-        paths=(None, "../checkpoints/flux-dev"),
+        "0.30.0.dev0", {**FLUX_TRANSFORMER, "guidance_embeds": False},
+        {**FLOW, "shift": 1.0, "use_dynamic_shifting": False}, paths=(None, "../checkpoints/flux-dev"),
     ),
-    # Of Krea's files only the transformer's keys are known, of Kontext's its scheduler and the pipeline's class.
+    # Known are only the transformer's keys of Krea, and the scheduler and the pipeline's class of Kontext.
     "FLUX.1-Krea-dev": flux("0.35.0.dev0", {**FLUX_TRANSFORMER, **ROPE}, FLOW_0_34),
-    "FLUX.1-Kontext-dev": flux("0.34.0.dev0", {**FLUX_TRANSFORMER, **ROPE, "out_channels": None}, FLOW_0_34,
-    "FluxKontextPipeline"),
-    "FLUX.1-Fill-dev": flux(
-        "0.32.0.dev0", {**FLUX_TRANSFORMER, **ROPE, "in_channels": 384, "out_channels": 64}, {**FLOW,
-        "invert_sigmas": False},
-        "FluxFillPipeline",
+    "FLUX.1-Kontext-dev": flux(
+        "0.34.0.dev0", {**FLUX_TRANSFORMER, **ROPE, "out_channels": None}, FLOW_0_34, "FluxKontextPipeline",
     ),
-    # Not found: Fill's files with the class and the channels of the other two tools.
+    "FLUX.1-Fill-dev": flux(
+        "0.32.0.dev0", {**FLUX_TRANSFORMER, **ROPE, "in_channels": 384, "out_channels": 64},
+        {**FLOW, "invert_sigmas": False}, "FluxFillPipeline",
+    ),
+    # Not available: the files of Fill with the class and the channels of these two tools.
     **{
         f"FLUX.1-{tool}-dev": flux(
-            "0.32.0.dev0", {**FLUX_TRANSFORMER, **ROPE, "in_channels": 128, "out_channels": 64}, {**FLOW,
-            "invert_sigmas": False},
-            "FluxControlPipeline",
+            "0.32.0.dev0", {**FLUX_TRANSFORMER, **ROPE, "in_channels": 128, "out_channels": 64},
+            {**FLOW, "invert_sigmas": False}, "FluxControlPipeline",
         )
         for tool in ("Canny", "Depth")
     },

@@ -1,6 +1,6 @@
-"""What the config.json of published VAEs and ControlNets says: every key that is there, at its published value.
+"""The config.json of published VAEs and ControlNets: every key, with its published value.
 
-See tests/real_configs.py, which says the same of pipelines. _name_or_path is without the home directory that two files name.
+See tests/real_configs.py for pipelines. _name_or_path is without the home directory that two files have.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ VAES = {
 CONTROL_0_14 = {
     **UNET_SHARED, **UNET_0_10, "class_embed_type": None, "conditioning_embedding_out_channels": [16, 32, 96, 256],
     "controlnet_conditioning_channel_order": "rgb", "projection_class_embeddings_input_dim": None,
-    "resnet_time_scale_shift": "default",
-    "upcast_attention": False, "use_linear_projection": False,
+    "resnet_time_scale_shift": "default", "upcast_attention": False, "use_linear_projection": False,
 }  # fmt: skip
 CONTROL_0_20 = {
     **CONTROL_0_14, "addition_embed_type": None, "addition_embed_type_num_heads": 64, "addition_time_embed_dim": None,
@@ -52,7 +51,7 @@ CONTROL_SD21 = {
 CONTROL_SDXL = {**CONTROL_0_20, **SDXL_SIZES, "upcast_attention": None}
 NULLS = [key for key, value in CONTROL_SDXL.items() if value is None]
 CONTROLNETS = {
-    # Those of depth, hed, mlsd and scribble say the same, and of v1.1 those of all other conditions.
+    # Those for depth, hed, mlsd and scribble are equal, as are those of v1.1 for all other conditions.
     "sd-controlnet-canny": {**header("ControlNetModel", "0.14.0.dev0"), **CONTROL_0_14},
     "control_v11p_sd15_canny": {
         **header("ControlNetModel", "0.16.0.dev0", "control_v11p_sd15_canny"), **CONTROL_0_14,
@@ -70,16 +69,15 @@ CONTROLNETS = {
         **header("ControlNetModel", "0.20.0.dev0", "yahoo-inc/photo-background-generation"), **CONTROL_SD21,
         "in_channels": 9,
     },
-    # Two that are not of one repository: conditions of six channels (an image and its mask's like) and of one.
+    # Not of one repository: conditions of six channels (such as an image and its mask) and of one.
     "6-channel ControlNet": {**header("ControlNetModel", "0.20.0.dev0"), **CONTROL_0_20, "conditioning_channels": 6},
     "1-channel ControlNet": {**header("ControlNetModel", "0.20.0.dev0"), **CONTROL_0_20, "conditioning_channels": 1},
     "FlaxControlNet-hands": {
-        **header("FlaxControlNetModel", "0.16.0.dev0"), "attention_head_dim": 8, "block_out_channels": [320, 640, 1280,
-        1280],
-        "conditioning_embedding_out_channels": [16, 32, 96, 256], "controlnet_conditioning_channel_order": "rgb",
-        "cross_attention_dim": 768, "down_block_types": SD1_LEVELS["down_block_types"], "dropout": 0.0,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "only_cross_attention": False, "sample_size": 32,
+        **header("FlaxControlNetModel", "0.16.0.dev0"), "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280], "conditioning_embedding_out_channels": [16, 32, 96, 256],
+        "controlnet_conditioning_channel_order": "rgb", "cross_attention_dim": 768,
+        "down_block_types": SD1_LEVELS["down_block_types"], "dropout": 0.0, "flip_sin_to_cos": True, "freq_shift": 0,
+        "in_channels": 4, "layers_per_block": 2, "only_cross_attention": False, "sample_size": 32,
         "use_linear_projection": False,
     },
 }  # fmt: skip
@@ -91,7 +89,7 @@ def flux_control(version: str, layers: int, single: int = 0, path: str | None = 
 
 
 FLUX_CONTROLNETS = {
-    # Stated by a file that was saved from it.
+    # From a file that was saved from it.
     "FLUX.1-dev-Controlnet-Canny": flux_control(
         "0.36.0.dev0", 5, 0, "InstantX/FLUX.1-dev-Controlnet-Canny", conditioning_embedding_channels=None
     ),

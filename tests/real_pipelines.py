@@ -1,10 +1,10 @@
-"""Tiny pipelines with the files, keys and tensor names of published ones: only the sizes are small.
+"""Tiny pipelines with the files, keys and tensor names of published ones.
 
     python tests/real_pipelines.py stable-diffusion-v1-5 /tmp/sd15
 
-Class names, null entries, absent keys, schedulers, tokenizer files, names and types of the weight files and the old names of their
-tensors are those of the hub (tests/real_configs.py); weights are random. Of what no script reads (safety checker, single files,
-pickles) the names are there, not the content.
+Only sizes differ: class names, null entries, missing keys, schedulers, tokenizer files, names and dtypes of weight
+files and old tensor names are those of the hub (tests/real_configs.py). Weights are random. Files that no script reads
+(safety checker, single files, pickles) have the right names but no content.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ NAMES = tuple(PIPELINES)
 TYPES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "uint8": "U8", "float8_e4m3fn": "F8_E4M3",
 }  # fmt: skip
-# The two text encoders of SDXL are read side by side: 32 + 16 = 48; the second's 16 and six numbers of 8 make 64.
+# The states of SDXL's two text encoders are concatenated: 32 + 16 = 48. The second's 16 and six embeddings of 8 make
+# 64.
 SMALL = {
     "block_out_channels": {
         (320, 640, 1280, 1280): [16, 32, 32, 32], (320, 640, 1280): [16, 32, 32], (128, 256, 512, 512): [8, 16, 16, 16],
@@ -48,7 +49,7 @@ SMALL = {
     "intermediate_size": {3072: 128, 4096: 160, 5120: 64},
     "projection_dim": {768: 32, 512: 24, 1280: 16},
     "num_hidden_layers": {12: 2, 23: 2, 32: 2},
-    # The head's 128 numbers stay: where a transformer's config does not say how its positions share them, they are 16, 56 and 56.
+    # The head dimension stays 128: without axes_dims_rope in the config it is split into 16, 56 and 56.
     "num_attention_heads": {12: 2, 16: 2, 20: 2, 24: 1},
     "num_layers": {19: 1, 24: 2, 2: 1, 5: 1, 6: 1},
     "num_single_layers": {38: 1, 10: 1},
@@ -59,11 +60,12 @@ SMALL = {
 
 
 def frozen(value):
+    """A hashable copy."""
     return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 def small(config: dict) -> dict:
-    """A model's config at a small size: the same keys, and the same values but for the sizes."""
+    """The config of a model at a small size: the same keys, and the same values except sizes."""
     made = {key: SMALL.get(key, {}).get(frozen(value), value) for key, value in config.items()}
     if config.get("_class_name") == "AutoencoderKL":
         if "norm_num_groups" in made:
@@ -71,11 +73,11 @@ def small(config: dict) -> dict:
         else:  # diffusers' default is 32 groups
             made["block_out_channels"] = [32] * 4
     if isinstance(config.get("reverse_transformer_layers_per_block"), list):
-        made["layers_per_block"] = config["layers_per_block"]  # the lists name each layer
+        made["layers_per_block"] = config["layers_per_block"]  # the nested lists have an entry per layer
     if config.get("model_type") == "clip_text_model":
         made["vocab_size"] = vocabulary("CLIP")
     if config.get("model_type") == "t5":
-        made["vocab_size"] = vocabulary("T5") + 28  # the real one has as many rows beyond the tokenizer's
+        made["vocab_size"] = vocabulary("T5") + 28  # the real one has 28 rows more than its tokenizer has tokens
     return made
 
 
@@ -84,7 +86,7 @@ def small(config: dict) -> dict:
 
 @cache
 def tokenizer_files(kind: str) -> dict[str, bytes]:
-    """What a tokenizer of CLIP or T5 is made of, trained on the tiny pipelines' captions."""
+    """The vocabulary files of a CLIP or T5 tokenizer, trained on the captions of the tiny pipelines."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tokenizer"
         (make_clip_tokenizer if kind == "CLIP" else make_t5_tokenizer)(out, CAPTIONS)
@@ -94,7 +96,7 @@ def tokenizer_files(kind: str) -> dict[str, bytes]:
 
 @cache
 def token_numbers(kind: str) -> dict[str, int]:
-    """Every token's id."""
+    """Token -> id."""
     files = tokenizer_files(kind)
     if kind == "CLIP":
         return json.loads(files["vocab.json"])
@@ -104,18 +106,20 @@ def token_numbers(kind: str) -> dict[str, int]:
 
 
 def vocabulary(kind: str) -> int:
+    """The number of ids."""
     return 1 + max(token_numbers(kind).values())
 
 
 def write_tokenizer(folder: Path, config: dict, special: dict, model_max_length: bool = True) -> None:
-    """Published files around a small vocabulary; added_tokens_decoder gets its ids."""
+    """Writes the published files with a small vocabulary, whose ids replace those in added_tokens_decoder."""
     kind = "CLIP" if config["tokenizer_class"].startswith("CLIP") else "T5"
     folder.mkdir(parents=True)
     for name, content in tokenizer_files(kind).items():
         (folder / name).write_bytes(content)
     config = {key: value for key, value in config.items() if model_max_length or key != "model_max_length"}
     if "added_tokens_decoder" in config:
-        tokens, numbers = config["added_tokens_decoder"].values(), token_numbers(kind)
+        tokens = config["added_tokens_decoder"].values()
+        numbers = token_numbers(kind)
         config["added_tokens_decoder"] = {str(numbers[token["content"]]): token for token in tokens}
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", special)
@@ -125,7 +129,7 @@ def write_tokenizer(folder: Path, config: dict, special: dict, model_max_length:
 
 
 def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Name in today's files -> shape, of the model that a config.json describes."""
+    """Parameter name, as current versions save it -> shape, of the model of a config.json."""
     import mindone.diffusers
     import mindone.transformers
     from mindspore.nn.utils import no_init_parameters
@@ -138,15 +142,15 @@ def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             cell = cls(cls.config_class(**config))
         else:
             cls = getattr(mindone.diffusers, config["_class_name"])
-            cell = cls(
-                **{key: value for key, value in config.items() if not key.startswith("_") and key != "num_control_type"}
-            )
+            unknown = ("num_control_type",)
+            cell = cls(**{k: v for k, v in config.items() if not k.startswith("_") and k not in unknown})
     return {hf_name(name): tuple(parameter.shape) for name, parameter in cell.parameters_and_names()}
 
 
 def draw(config: dict, seed: int) -> dict[str, np.ndarray]:
-    """Random float32 weights by today's names, in the order of their names."""
-    rng, shapes = np.random.default_rng(seed), parameter_shapes(config)
+    """Random float32 weights by their current names, sorted by name."""
+    rng = np.random.default_rng(seed)
+    shapes = parameter_shapes(config)
     tensors = {name: random_weight(rng, name, shapes[name]) for name in sorted(shapes)}
     if "decoder.conv_out.weight" in tensors:
         tensors["decoder.conv_out.weight"] *= np.float32(0.5)  # within [-1, 1] nearly everywhere
@@ -154,11 +158,15 @@ def draw(config: dict, seed: int) -> dict[str, np.ndarray]:
 
 
 def version(config: dict, key: str) -> tuple[int, ...]:
+    """Major and minor version."""
     return tuple(int(number) for number in re.findall(r"\d+", config[key])[:2])
 
 
 def old_names(tensors: dict, shape: str = "matrix") -> dict[str, np.ndarray]:
-    """A VAE's attention as diffusers before 0.17 named it, [C, C]; `shape` "convolution": [C, C, 1, 1], of converted checkpoints."""
+    """The tensors with a VAE's attention named as by diffusers before 0.17.
+
+    `shape` "convolution" gives its weights the shape [C, C, 1, 1] of converted checkpoints instead of [C, C].
+    """
     renamed = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     made = {}
     for name, value in tensors.items():
@@ -172,17 +180,14 @@ def old_names(tensors: dict, shape: str = "matrix") -> dict[str, np.ndarray]:
 
 
 def as_published(config: dict, tensors: dict, variant: str) -> dict[str, np.ndarray]:
-    """The tensors under the names of the published files, in their types, with those that today's models do not have."""
+    """The tensors with the names and dtypes of the published files, and with tensors that current models lack."""
     dtype = np.float16 if variant == "fp16" else np.float32
     flux = config.get("_class_name", "").startswith("Flux") or config.get("latent_channels") == 16
     if flux or config.get("torch_dtype") == "bfloat16":
         dtype = ml_dtypes.bfloat16
     made = {name: value.astype(dtype) for name, value in tensors.items()}
-    if (
-        config.get("_class_name") == "AutoencoderKL"
-        and variant != "fp16"
-        and version(config, "_diffusers_version") < (0, 17)
-    ):
+    old_vae = config.get("_class_name") == "AutoencoderKL" and version(config, "_diffusers_version") < (0, 17)
+    if old_vae and variant != "fp16":
         made = old_names(made)
     if config.get("model_type") == "clip_text_model" and version(config, "transformers_version") < (4, 31):
         made["text_model.embeddings.position_ids"] = np.arange(77, dtype=np.int64)[None]
@@ -190,10 +195,12 @@ def as_published(config: dict, tensors: dict, variant: str) -> dict[str, np.ndar
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """One file, in the order given. The library's own writer does not know every type."""
-    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    """Writes one file, in the given order. The writer of the library does not support every dtype."""
+    entries = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, value in tensors.items():
-        begin, end = end, end + value.nbytes
+        begin = end
+        end += value.nbytes
         entries[name] = {"dtype": TYPES[value.dtype.name], "shape": list(value.shape), "data_offsets": [begin, end]}
     head = json.dumps(entries).encode()
     head += b" " * (-len(head) % 8)
@@ -202,24 +209,24 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def write_weights(folder: Path, stem: str, tensors: dict[str, np.ndarray], variant: str = "", shards: int = 1) -> None:
-    """One file, or `shards` of about the same number of tensors with their index, under the names that the libraries give them."""
+    """Writes one file, or `shards` files of about equal numbers of tensors with their index, with the usual names."""
     middle = f".{variant}" if variant else ""
     if shards == 1:
         return write_safetensors(folder / f"{stem}{middle}.safetensors", tensors)
-    weight_map, names = {}, list(tensors)
+    weight_map = {}
+    names = list(tensors)
     for number in range(shards):
         name = f"{stem}{middle}-{number + 1:05d}-of-{shards:05d}.safetensors"
         own = names[number * len(names) // shards : (number + 1) * len(names) // shards]
         write_safetensors(folder / name, {each: tensors[each] for each in own})
         weight_map.update(dict.fromkeys(own, name))
     total = sum(value.nbytes for value in tensors.values())
-    write_json(
-        folder / f"{stem}.safetensors.index{middle}.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / f"{stem}.safetensors.index{middle}.json", index)
 
 
 def write_model(folder: Path, config: dict, seed: int, variants=("",), shards: int = 1) -> None:
-    """config.json and weights of one model, `config` at its published size."""
+    """Writes config.json and weights of a model at a small size; `config` is the published one."""
     config = small(config)
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config)
@@ -229,7 +236,7 @@ def write_model(folder: Path, config: dict, seed: int, variants=("",), shards: i
         write_weights(folder, stem, as_published(config, tensors, variant), variant, shards)
 
 
-# ---- what is asked for ---------------------------------------------------------------------------
+# ---- pipelines, VAEs, ControlNets ----------------------------------------------------------------
 
 PUBLISHED_SHARDS = {"transformer": 3, "text_encoder_2": 2}  # of FLUX.1; every other model is one file
 SINGLE_FILES = {
@@ -248,12 +255,14 @@ def make(
     extras: bool = False,
     model_max_length: bool = True,
 ) -> Path:
-    """The pipeline `name` in the new folder `out`, about 2 MB.
+    """Writes the pipeline `name` to the new folder `out`, about 2 MB.
 
-    `variants`: which weight files there are, "" and "fp16"; `shards`: part -> number of files, of FLUX the published ones; `extras`: the
-    pickles, second copies and single files that lie beside the weights on the hub; `model_max_length` False: tokenizers that do not say.
+    `variants`: of the weight files, "" and "fp16". `shards`: component -> number of files; FLUX has the published
+    numbers by default. `extras`: add the pickles, copies and single files that are beside the weights on the hub.
+    `model_max_length` False: leave it out of the tokenizer files.
     """
-    out, files = Path(out), PIPELINES[name]
+    out = Path(out)
+    files = PIPELINES[name]
     shards = shards or (PUBLISHED_SHARDS if name in FLUX_PIPELINES else {})
     out.mkdir(parents=True)
     for path, content in files.items():
@@ -271,12 +280,11 @@ def make(
 
 
 def write_extras(out: Path, single: str) -> None:
-    """Files that a script has to leave alone: each is torn, so that reading it fails."""
+    """Writes files that no script may read: each is invalid, so that reading it fails."""
     for folder in sorted(path.parent for path in out.glob("*/config.json")):
-        stem = "model" if folder.name.startswith(("text_encoder", "safety_checker")) else "diffusion_pytorch_model"
-        (folder / f"{stem.replace('model', 'pytorch_model') if stem == 'model' else stem}.bin").write_bytes(
-            pickle.dumps("torn")
-        )
+        transformers = folder.name.startswith(("text_encoder", "safety_checker"))
+        stem = "model" if transformers else "diffusion_pytorch_model"
+        (folder / f"{'pytorch_model' if transformers else stem}.bin").write_bytes(pickle.dumps("torn"))
         (folder / f"{stem}.non_ema.safetensors").write_bytes(b"torn")
         (folder / "flax_model.msgpack").write_bytes(b"torn")
         (folder / "model.onnx").write_bytes(b"torn")
@@ -285,13 +293,15 @@ def write_extras(out: Path, single: str) -> None:
 
 
 def make_vae(name: str, out: Path, seed: int = 0, variants=("",)) -> Path:
+    """Writes a published VAE at a small size."""
     write_model(Path(out), VAES[name], seed, variants)
     return Path(out)
 
 
 def make_controlnet(name: str, out: Path, seed: int = 0, variants=("",)) -> Path:
-    """A published ControlNet, small, for the small pipeline of its base."""
-    out, config = Path(out), {**CONTROLNETS, **FLUX_CONTROLNETS}[name]
+    """Writes a published ControlNet at a small size, for the small pipeline of its base model."""
+    out = Path(out)
+    config = {**CONTROLNETS, **FLUX_CONTROLNETS}[name]
     if config["_class_name"].startswith("Flax"):
         out.mkdir(parents=True)
         write_json(out / "config.json", small(config))
@@ -305,13 +315,15 @@ def make_controlnet(name: str, out: Path, seed: int = 0, variants=("",)) -> Path
 
 
 def union_tensors(types: int) -> dict[str, np.ndarray]:
-    """What the file of a union ControlNet for SDXL has beyond ControlNetModel, whatever its config says."""
-    width, times = 16, 8  # of the first level, and of a number's sinusoids
+    """The tensors of a union ControlNet for SDXL that ControlNetModel lacks, whatever its config says."""
+    width = 16  # of the first level
+    times = 8  # of the embedding of a number
     shapes = {
         "task_embedding": (types, width), "spatial_ch_projs.weight": (width, width), "spatial_ch_projs.bias": (width,),
         "control_add_embedding.linear_1.weight": (64, types * times), "control_add_embedding.linear_1.bias": (64,),
         "control_add_embedding.linear_2.weight": (64, 64), "control_add_embedding.linear_2.bias": (64,),
-        "transformer_layes.0.attn.in_proj_weight": (3 * width, width), "transformer_layes.0.attn.in_proj_bias": (3 * width,),
+        "transformer_layes.0.attn.in_proj_weight": (3 * width, width),
+        "transformer_layes.0.attn.in_proj_bias": (3 * width,),
         "transformer_layes.0.attn.out_proj.weight": (width, width), "transformer_layes.0.attn.out_proj.bias": (width,),
         "transformer_layes.0.ln_1.weight": (width,), "transformer_layes.0.ln_1.bias": (width,),
         "transformer_layes.0.mlp.c_fc.weight": (4 * width, width), "transformer_layes.0.mlp.c_fc.bias": (4 * width,),

@@ -1,4 +1,7 @@
-"""The pages say what is so: flags and metrics are the scripts', quoted errors are the sources', and what they tell to do is done."""
+"""The documentation is true: flags, metrics, quoted errors, paths, links and modules are those of the sources.
+
+Also the form of the pages: width, languages of code blocks, and the length of the README.
+"""
 
 import re
 import subprocess
@@ -13,10 +16,103 @@ PAGES = {
     "examples/controlnet/train_controlnet.py": "docs/controlnet.md",
     "examples/controlnet/train_controlnet_sdxl.py": "docs/controlnet.md",
 }
+# Every Markdown page. The log is a record of its time: its lines and the paths in it stay as they were written.
+MARKDOWN = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", "flux_*/*.md", "examples/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+WRITTEN = [name for name in MARKDOWN if name != "docs/log.md"]
+FOLDERS = ("mindtune", "flux_lora", "flux_controlnet", "examples", "docs", "tests", "benchmarks")
+FENCE = re.compile(r"^(```\w*)\n.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def text(name):
     return (ROOT / name).read_text()
+
+
+# ---- form ----------------------------------------------------------------------------------------
+
+
+def prose(name):
+    """The lines of a page with their numbers, without code blocks, tables and lines that are one link."""
+    fenced = False
+    for number, line in enumerate(text(name).splitlines(), 1):
+        is_fence = line.lstrip().startswith("```")
+        fenced = fenced != is_fence
+        is_link = re.fullmatch(r"\s*(?:[-*] )?!?\[[^\]]*\]\([^)]*\)\.?", line)
+        if not (fenced or is_fence or is_link or line.startswith("|")):
+            yield number, line
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_prose_is_wrapped(name):
+    long = [f"{name}:{number}: {len(line)} columns" for number, line in prose(name) if len(line) > 105]
+    assert long == []
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_code_is_in_fenced_blocks_with_a_language(name):
+    """Also: no fence is left open, and no command is in an indented block."""
+    fences = re.findall(r"^\s*```.*", text(name), re.MULTILINE)
+    assert [fence for fence in fences[::2] if not re.fullmatch(r"\s*```\w+", fence)] == []
+    assert len(fences) % 2 == 0 and [fence for fence in fences[1::2] if fence.strip() != "```"] == []
+    command = re.compile(r" {4}(make|python|pip|msrun|cp|huggingface-cli|[A-Z]+=\S+) ")
+    assert [line for _, line in prose(name) if command.match(line)] == []
+
+
+def test_the_readme_is_short():
+    assert len(text("README.md").splitlines()) <= 170
+
+
+# ---- paths, modules and links --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if name != "CHANGELOG.md"])
+def test_paths_that_are_named_exist(name):
+    """Paths of files with a suffix in the repository's folders. CHANGELOG.md may name what is gone."""
+    named = re.findall(rf"(?<![\w./-])((?:{'|'.join(FOLDERS)})/[\w./*-]*\.(?:py|sh|md|json|csv|png))\b", text(name))
+    assert [path for path in sorted(set(named)) if not list(ROOT.glob(path))] == []
+
+
+@pytest.mark.parametrize("name", MARKDOWN)
+def test_modules_that_are_run_exist(name):
+    modules = set(re.findall(r"python -m (mindtune[\w.]*)", text(name)))
+    modules |= (
+        set(re.findall(r"`(mindtune(?:\.\w+)+)`", text(name))) if name not in ("CHANGELOG.md", "docs/log.md") else set()
+    )
+    paths = {module: ROOT / module.replace(".", "/") for module in modules}
+    assert [module for module, path in paths.items() if not (path.with_suffix(".py").is_file() or path.is_dir())] == []
+
+
+def anchors(name):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text(name)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", MARKDOWN)
+def test_links_lead_to_files_and_headings(name):
+    folder = (ROOT / name).parent
+    broken = []
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", FENCE.sub("", text(name))):
+        if "://" in target:
+            continue
+        path = (folder / target).resolve() if target else ROOT / name
+        if not path.exists() or (anchor and anchor not in anchors(path.relative_to(ROOT))):
+            broken.append(f"{target}#{anchor}")
+    assert broken == []
+
+
+def test_the_design_has_every_module():
+    """`python docs/modules.py` writes the tables from the docstrings."""
+    modules = load_script("docs/modules.py")
+    page = text("docs/design.md")
+    assert [room for room in modules.rooms() if f"<!-- modules of {room} -->" not in page] == []
+    assert page == modules.filled(page)
+
+
+# ---- flags, metrics, errors ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +138,8 @@ def test_a_page_names_every_number_that_is_logged(script):
 
 
 def test_quoted_errors_are_those_that_are_printed():
-    """Of the first table; the second has MindSpore's."""
-    sources = [*(ROOT / "mindtune").glob("*.py"), *(ROOT / script for script in PAGES)]
+    """Those of the first table; the second table has MindSpore's messages."""
+    sources = [*(ROOT / "mindtune").rglob("*.py"), *(ROOT / script for script in PAGES)]
     printed = "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in sources)
     own = text("docs/troubleshooting.md").split("From MindSpore itself")[0]
     quoted = re.findall(r"^\| `([^`]+)` \|", own, re.MULTILINE)
@@ -57,7 +153,7 @@ def test_quoted_errors_are_those_that_are_printed():
 def own_script(tmp_path_factory):
     """The copy that docs/write_your_own.md makes, with its changes."""
     page, path = text("docs/write_your_own.md"), tmp_path_factory.mktemp("own") / "my_lora.py"
-    source = text(re.search(r"    cp (\S+) my_lora\.py", page)[1])
+    source = text(re.search(r"^ *cp (\S+) my_lora\.py", page, re.MULTILINE)[1])
     changes = re.findall(r"```diff\n--- my_lora\.py\n(.*?)```", page, re.DOTALL)
     assert len(changes) == 4
     for change in changes:

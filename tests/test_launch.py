@@ -1,4 +1,4 @@
-"""The launch scripts: as a shell reads them, as msrun is called, and run on the CPU with a tiny model and one or two workers."""
+"""The launch scripts: syntax, the call of msrun, and runs on the CPU with a tiny model on one or two ranks."""
 
 import os
 import shutil
@@ -22,16 +22,10 @@ LAUNCH = {
 
 
 def environment(**more):
-    """With the Python that runs the tests first on PATH, for msrun; later flags win over those that a launch script has."""
+    """The environment with this Python first on PATH, for msrun."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {
-        **os.environ,
-        "PATH": path,
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
+    added = {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **added, **more}
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -41,39 +35,29 @@ def test_shellcheck_finds_nothing():
 
 
 @pytest.mark.parametrize("script", LAUNCH)
-def test_several_machines(script, tmp_path):
-    """What msrun is given on the third of four machines with eight devices each, and that the script takes its flags."""
+def test_the_call_of_msrun_on_several_machines(script, tmp_path):
+    """On the third of four machines with eight devices each; the script accepts its flags."""
     stub = tmp_path / "bin" / "msrun"
     stub.parent.mkdir()
     stub.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
-    names = {
-        "PATH": f"{stub.parent}{os.pathsep}{os.environ['PATH']}",
-        "PHOTOS": "photos",
-        "PROMPT": "a photo of sks dog",
-        "DATA": "some/data",
-    }
-    names.update(DEVICES="8", NODES="4", NODE_RANK="2", MASTER="10.0.0.1", OUT=str(tmp_path / "out"))
-    done = subprocess.run(
-        [ROOT / LAUNCH[script], "--seed", "7"], env={**os.environ, **names}, capture_output=True, text=True, check=True
-    )
+    names = {**os.environ, "PATH": f"{stub.parent}{os.pathsep}{os.environ['PATH']}"}
+    names.update(PHOTOS="photos", PROMPT="a photo of sks dog", DATA="some/data", OUT=str(tmp_path / "out"))
+    names.update(DEVICES="8", NODES="4", NODE_RANK="2", MASTER="10.0.0.1")
+    line = [ROOT / LAUNCH[script], "--seed", "7"]
+    done = subprocess.run(line, env=names, capture_output=True, text=True, check=True)
     words = done.stdout.split("\n")[:-1]
-    place = words.index(script)
-    wanted = [
-        "--worker_num=32",
-        "--local_worker_num=8",
-        "--node_rank=2",
-        "--master_addr=10.0.0.1",
-        "--join=True",
-        "--bind_core=True",
-    ]
-    assert set(wanted) <= set(words[:place]) and f"--log_dir={tmp_path}/out/workers" in words[:place]
-    args = load_script(script).parse_args(words[place + 1 :])
+    index = words.index(script)
+    expected = {"--worker_num=32", "--local_worker_num=8", "--node_rank=2", "--master_addr=10.0.0.1"}
+    expected |= {"--join=True", "--bind_core=True", f"--log_dir={tmp_path}/out/workers"}
+    assert expected <= set(words[:index])
+    args = load_script(script).parse_args(words[index + 1 :])
     assert args.distributed and args.seed == 7 and args.output_dir == str(tmp_path / "out")
     assert args.zero_stage == (0 if "lora" in script else 1)
 
 
 def start(script, arguments, log, **names):
+    """The launch script of a training script with more arguments, and with environment variables `names`."""
     return subprocess.Popen(
         [ROOT / LAUNCH[script], *map(str, arguments)],
         env=environment(BIND="False", PORT=str(free_port()), **names),
@@ -82,7 +66,7 @@ def start(script, arguments, log, **names):
     )
 
 
-def test_ctrl_c_makes_both_workers_save_and_end(flags, photos, tmp_path):
+def test_ctrl_c_makes_both_ranks_save_and_stop(flags, photos, tmp_path):
     out = tmp_path / "out"
     more = flags(out, "--max_train_steps", 10_000, "--cache_latents", "--mixed_precision", "no")
     names = {"DEVICES": "2", "OUT": str(out), "PHOTOS": str(photos), "PROMPT": "a photo of sks cat"}
@@ -95,47 +79,27 @@ def test_ctrl_c_makes_both_workers_save_and_end(flags, photos, tmp_path):
         job.send_signal(signal.SIGINT)
         assert job.wait(timeout=60) != 0
     (folder,) = checkpoints(out)
-    assert (
-        damage(folder) is None and f"saved {folder} after update {len(metrics(out))}" in (tmp_path / "log").read_text()
-    )
+    assert damage(folder) is None
+    assert f"saved {folder} after update {len(metrics(out))}" in (tmp_path / "log").read_text()
 
 
-def test_the_controlnets_with_one_worker_each(tmp_path):
-    """Both at a time, with ZeRO 1."""
+def test_the_controlnets_on_one_rank_each(tmp_path):
+    """Both at the same time, with ZeRO 1."""
     load_script("examples/tiny/shapes.py").make_folder(tmp_path / "pairs", 3, 64, seed=0, split="train")
     jobs = {}
     maker = load_script("examples/tiny/make_tiny_pipeline.py")
-    small = {
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    }
+    unet = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "block_out_channels": [16, 32]}
+    unet["up_block_types"] = ["UpBlock2D", "CrossAttnUpBlock2D"]
     maker.make_flux(tmp_path / "flux", seed=0)
-    maker.KINDS["sd15"](tmp_path / "sd15", unet={**small, "block_out_channels": [16, 32]})
+    maker.make_sd15(tmp_path / "sd15", unet=unet)
     for script, kind in zip(list(LAUNCH)[1:], ("flux", "sd15")):
-        more = [
-            "--mindspore_mode",
-            1,
-            "--max_train_steps",
-            1,
-            "--gradient_accumulation_steps",
-            1,
-            "--mixed_precision",
-            "no",
-            "--resolution",
-            64,
-        ]
-        more += [
-            "--report_to",
-            "none",
-            *(["--num_double_layers", 1, "--max_sequence_length", 16] if kind == "flux" else []),
-        ]
+        more = ["--mindspore_mode", 1, "--max_train_steps", 1, "--gradient_accumulation_steps", 1]
+        more += ["--mixed_precision", "no", "--resolution", 64, "--report_to", "none"]
+        if kind == "flux":
+            more += ["--num_double_layers", 1, "--max_sequence_length", 16]
+        names = {"DEVICES": "1", "MODEL": str(tmp_path / kind), "DATA": str(tmp_path / "pairs")}
+        names["OUT"] = str(tmp_path / f"{kind}-out")
         with open(tmp_path / kind / "log", "w") as log:
-            names = {
-                "DEVICES": "1",
-                "MODEL": str(tmp_path / kind),
-                "DATA": str(tmp_path / "pairs"),
-                "OUT": str(tmp_path / f"{kind}-out"),
-            }
             jobs[kind] = start(script, more, log, **names)
     for kind, job in jobs.items():
         assert job.wait(timeout=180) == 0, (tmp_path / kind / "log").read_text()

@@ -1,114 +1,126 @@
-"""Pictures from Stable Diffusion (1.5 and 2) that follow a condition picture, with a ControlNet that train_controlnet.py made.
+"""Generates images with Stable Diffusion 1.5 or 2 and a ControlNet of train_controlnet.py.
 
-    python infer_controlnet.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --controlnet out \\
-        --prompt "red circle with blue background" --control_image outline.png --seed 0 --mixed_precision fp16 --output circle.png
+    python infer_controlnet.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --controlnet out --prompt "red circle with blue background" --control_image outline.png --seed 0 \\
+        --mixed_precision fp16 --output circle.png
 
-Several prompts or pictures go together as in training: one picture for all prompts, one prompt for all pictures, or pairs. More than
-one picture also leaves circle-1.png, circle-2.png ... and a labelled grid as circle.png, each row begun by its condition.
+Prompts and condition images are matched as for validation in training: one image for all prompts, one prompt for all
+images, or pairs. More than one result is saved as circle-1.png, circle-2.png ... and a labelled grid as circle.png,
+whose rows start with their condition.
 """
 
 import argparse
-import tempfile
-from pathlib import Path
 
-from mindtune import files, rng
-from mindtune.cli import UserError, matched, run
-from mindtune.data import conditions, grids
-from mindtune.encode.encoder_stage import EncoderStage
-from mindtune.models import configs, execution, loading, pipelines, precision, sampling
+from mindtune.cli import run
+from mindtune.data import grids
+from mindtune.encode.encoder_stage import Stage
+from mindtune.models import execution, pipelines
+from mindtune.run import inference
+
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Directory of a Stable Diffusion pipeline, or a hub id.")
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="Directory or hub id of a Stable Diffusion 1 or 2 pipeline.",
+    )
     add("--revision", help="Branch, tag or commit on the hub. Default: main.")
-    add("--variant", help="Variant of the weight files, such as fp16. Default: none.")
-    add("--cache_dir", help="Where hub downloads and encoded prompts are kept. Default: the hub's cache, and nowhere.")
-    add("--controlnet", required=True, help="The directory of a ControlNet (config.json and weights), or a hub id.")
+    add("--variant", help="Variant of the weight files, such as fp16. Default: the plain files.")
+    add(
+        "--cache_dir",
+        help="Directory for hub downloads and encoded prompts. Default: the hub's cache; prompts are not kept.",
+    )
+    add("--controlnet", required=True, help="Directory of a ControlNet (config.json and weights), or a hub id.")
     add(
         "--controlnet_conditioning_scale",
         type=float,
         default=1.0,
-        help="Strength of the ControlNet; 0: the base model alone.",
+        help="Strength of the ControlNet; 0: the base model alone. Default: 1, as trained.",
     )
-    add("--prompt", nargs="+", required=True, help="What to draw, one or more prompts.")
+    add("--prompt", nargs="+", required=True, help="One or more prompts.")
     add(
         "--control_image",
         nargs="+",
         required=True,
-        help="Condition pictures: one for all prompts, one each, or several for one prompt.",
+        help="Condition images: one for all prompts, one per prompt, or several for one prompt.",
     )
-    add("--num_images_per_prompt", type=int, default=1, help="Pictures a pair, each from its own noise.")
-    add("--resolution", type=int, default=512, help="Shorter side of the pictures, in pixels; divisible by 8.")
-    add("--num_inference_steps", type=int, default=20, help="Steps of sampling.")
-    add("--guidance_scale", type=float, default=7.5, help="Strength of the prompt (classifier-free guidance); 1: none.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Type of weights and of computation.")
-    add("--seed", type=int, default=0, help="Seed of the noise.")
-    add("--output", default="controlnet.png", help="The picture, or the grid of several.")
-    add("--overwrite", action="store_true", help="Replace pictures that are already there.")
-    args = parser.parse_args(argv)
+    add(
+        "--num_images_per_prompt",
+        type=int,
+        default=1,
+        help="Images per prompt and condition, each from its own noise. Default: 1.",
+    )
+    add(
+        "--resolution",
+        type=int,
+        default=512,
+        help="Shorter side of the images in pixels, a multiple of 8, at least 64. Default: 512.",
+    )
+    add("--num_inference_steps", type=int, default=20, help="Denoising steps. Default: 20.")
+    add(
+        "--guidance_scale",
+        type=float,
+        default=7.5,
+        help="Scale of classifier-free guidance; 1: no guidance. Default: 7.5.",
+    )
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        default="no",
+        help="Dtype of weights and compute. Default: no, float32.",
+    )
+    add("--seed", type=int, default=0, help="Seed of the noise. Default: 0.")
+    add("--output", default="controlnet.png", help="PNG file for the image or the grid. Default: controlnet.png.")
+    add("--overwrite", action="store_true", help="Replace existing files.")
+    return parser.parse_args(argv)
 
-    if args.resolution % 8 or args.resolution < 64:
-        raise UserError(f"--resolution {args.resolution}: must be divisible by 8, and 64 at least.")
-    for name in ("num_images_per_prompt", "num_inference_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
-    return args
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_flags(args):
+    """Raises UserError for values out of bounds."""
+    inference.require_side("--resolution", args.resolution, multiple=8, least=64)
+    inference.require_positive(
+        num_images_per_prompt=args.num_images_per_prompt, num_inference_steps=args.num_inference_steps
+    )
+
+
+# ---- inference -----------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    # ---- check everything ------------------------------------------------------------------------
     args = parse_args(argv)
-    pairs = matched(args.prompt, args.control_image, "--prompt", "--control_image")
-    conditions = [conditions.condition_image(path, "--control_image", args.resolution, 8) for _, path in pairs]
+    check_flags(args)
+    pairs = inference.pair_conditions(args.prompt, args.control_image, args.resolution, multiple=8)
     output, singles = grids.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
-    files.require_writable("--cache_dir", args.cache_dir)
     execution.set_up_device(graph_mode=False)
-    root = pipelines.resolve_pipeline(
+    root = inference.find_pipeline(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SD_COMPONENTS
     )
-    loading.check_files(root, pipelines.SD_COMPONENTS, args.variant)
-    folder = pipelines.resolve_controlnet(
-        args.controlnet, "--controlnet", args.cache_dir, configs.read_config(root, "unet")
+    controlnet_folder = inference.find_controlnet(args.controlnet, args.cache_dir, root, base="unet")
+
+    settings = inference.Settings(
+        seed=args.seed,
+        count=args.num_images_per_prompt,
+        steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        conditioning_scale=args.controlnet_conditioning_scale,
     )
-    loading.check_files(folder.parent, [folder.name])
 
-    # ---- encode the prompts, in a process that gives its memory back -----------------------------
-    kind = precision.resolve_precision(args.mixed_precision)
-    with tempfile.TemporaryDirectory() as nowhere:
-        stage = EncoderStage(
-            root, args.variant, args.mixed_precision, Path(args.cache_dir or nowhere, "mindtune"), 77, system="sd"
-        )
-        stage.prepare([*args.prompt, ""], [])
-        texts, empty = {prompt: stage.text(prompt) for prompt in args.prompt}, stage.unconditional()
+    # Encode the prompts, in a child process: its memory is free before the UNet loads.
+    with inference.prompt_cache(args.cache_dir) as folder:
+        stage = Stage(root, args.variant, args.mixed_precision, folder, max_sequence_length=77, kind="sd")
+        texts, unconditional = inference.encode_for_unet(stage, args.prompt)
 
-    # ---- load ------------------------------------------------------------------------------------
-    unet = loading.load_model(root, "unet", kind, args.variant)
-    controlnet = loading.load_model(folder.parent, folder.name, kind)
-    vae, scheduler = stage.load_vae(), configs.read_config(root, "scheduler")
-    vae_compute = precision.resolve_precision(stage.vae_precision).compute
-
-    # ---- draw ------------------------------------------------------------------------------------
-    def draw(text, pixels, number):
-        noise = rng.normal(args.seed, "validation", number, shape=sampling.latent_shape(vae, pixels))
-        drawn = sampling.sample_unet_latents(
-            unet, scheduler, text, empty, noise, args.num_inference_steps, args.guidance_scale, kind.compute,
-            (controlnet, pixels, args.controlnet_conditioning_scale),
-        )  # fmt: skip
-        return sampling.decode_latents(vae, drawn, vae_compute)[0]
-
-    rows = []
-    with execution.pynative():
-        for (prompt, _), condition in zip(pairs, conditions):
-            pixels = conditions.condition_pixels(condition)
-            rows.append([draw(texts[prompt], pixels, number) for number in range(args.num_images_per_prompt)])
-
-    # ---- save ------------------------------------------------------------------------------------
-    for path, image in zip(singles, (image for row in rows for image in row)):
-        print(grids.save_image(image, path))
-    grid = [[condition, *row] for condition, row in zip(conditions, rows)]
-    print(grids.save_image(grids.image_grid(grid, [p for p, _ in pairs]) if singles else rows[0][0], output))
+    # Load the models, generate and save the images.
+    sampler = inference.UNetSampler(stage, controlnet_folder, unconditional, settings)
+    rows = [inference.Row(prompt, sampler.sample(texts[prompt], condition), condition) for prompt, condition in pairs]
+    inference.save_rows(rows, output, singles)
     return 0
 
 

@@ -1,14 +1,14 @@
-"""Write a tiny pipeline with random weights, in the directory layout of the real one.
+"""Writes a tiny pipeline with random weights, in the directory layout of the real one.
 
     python examples/tiny/make_tiny_pipeline.py flux|sd15|sdxl /tmp/tiny --seed 0
 
 Expect 1.4 to 2.9 MB in about 4 seconds on a CPU: every file that FLUX.1-dev, Stable Diffusion 1.5 or Stable Diffusion
 XL has (model_index.json, scheduler, VAE, text encoders with their tokenizers, transformer or UNet), each with the real
 structure and the Hugging Face parameter names, but with a few narrow layers. mindone's pipelines and every training
-script take it like the real model, so that a command can be tried in seconds and without a download. Its pictures are
-coloured noise. Stable Diffusion 1.5's safety checker is left out.
+script accept it in place of the real model, so that a command can be tried in seconds and without a download. Its
+images are coloured noise. Stable Diffusion 1.5's safety checker is left out.
 
-The same seed gives the same bytes. OUT must be empty or not exist yet.
+Equal seeds give equal bytes. OUT must be empty or not exist yet.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-# Libraries that take seconds to import (mindone, transformers) are imported where they are used: --help and a wrong
-# OUT answer at once.
+# mindone and transformers take seconds to import. They are imported where they are used, so that --help and the check
+# of OUT are immediate.
 
-# What the two tokenizers are trained on: words that captions and the tests use.
+# Both tokenizers are trained on these: words of common captions and of the tests.
 CAPTIONS = """
 a photo of a red circle on a white background
 a photo of a blue square on a black background
@@ -47,13 +47,13 @@ an astronaut riding a horse on the moon, digital art, sharp focus
 
 
 def make_clip_tokenizer(folder: Path, captions: list[str], **specials: str):
-    """A CLIP tokenizer: all 512 byte symbols, so that any string has ids, and a few merges learned from the captions."""
+    """A CLIP tokenizer: the 512 byte symbols, so that any string has ids, and merges learned from the captions."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
-    # Naming the word endings up front fixes their ids, which decide between pairs of the same count. Left to the trainer
-    # they come in the order of a hash table, and the merges differ from run to run.
+    # Naming the word endings up front fixes their ids, which decide between pairs of the same count. Left to the
+    # trainer they come in the order of a hash table, and the merges differ from run to run.
     endings = [c + "</w>" for c in string.ascii_lowercase + ","]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -70,7 +70,8 @@ def make_clip_tokenizer(folder: Path, captions: list[str], **specials: str):
     symbols += [a + b for a, b in merges] + ["<|startoftext|>", "<|endoftext|>"]
 
     folder.mkdir(parents=True)
-    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    vocab_file = folder / "vocab.json"
+    merges_file = folder / "merges.txt"
     write_json(vocab_file, {s: i for i, s in enumerate(symbols)})
     merges_file.write_text("\n".join(["#version: 0.2"] + [f"{a} {b}" for a, b in merges]) + "\n", encoding="utf-8")
     settings = {"model_max_length": 77, "do_lower_case": True, "clean_up_tokenization_spaces": True}
@@ -107,9 +108,10 @@ def make_t5_tokenizer(folder: Path, captions: list[str]):
 
 
 def train_sentencepiece(captions: list[str]) -> bytes:
+    """The bytes of a SentencePiece unigram model."""
     import sentencepiece
 
-    # The trainer takes as candidates only what occurs in two different words, and a comma makes a word different.
+    # Candidates are only pieces that occur in two different words; with a comma a word counts as another one.
     words = sorted(set(" ".join(captions).replace(",", "").split()))
     text = captions + [f"{word}, {word}" for word in words]
     model = io.BytesIO()
@@ -133,6 +135,7 @@ def train_sentencepiece(captions: list[str]) -> bytes:
 
 
 def read_pieces(spiece: bytes) -> list[tuple[str, float]]:
+    """(piece, score) of every id."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_proto=spiece)
@@ -144,8 +147,8 @@ def read_pieces(spiece: bytes) -> list[tuple[str, float]]:
 
 
 def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Keeps the scale of what passes through. Scales and biases are near 1 and 0, but not there: MindSpore starts them
-    at exactly 1 and 0, and a loader that skips them has to be noticed."""
+    """A weight that keeps the scale of activations. Norm scales and biases are near 1 and 0, but not exactly: MindSpore
+    initializes them to 1 and 0, so a loader that skips them would not be noticed."""
     noise = rng.standard_normal(shape, dtype=np.float32)
     if name.endswith(".bias"):
         return 0.02 * noise
@@ -155,17 +158,17 @@ def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -
 
 
 def save_weights(cell, file: Path, rng: np.random.Generator, gains: dict[str, float]) -> None:
-    """Draws new weights for the parameters of the cell; of the cell only names and shapes are used."""
+    """Writes random weights for the parameters of the cell; only their names and shapes are used."""
     from safetensors.numpy import save
 
     from mindtune.models.named_parameters import hf_name
 
     shapes = {hf_name(name): parameter.shape for name, parameter in cell.parameters_and_names()}
-    # Sorted, so that the bytes do not depend on the order in which the library builds its layers.
+    # Sorted, so that the draws do not depend on the order in which the library creates its layers.
     tensors = {name: random_weight(rng, name, shapes[name]) for name in sorted(shapes)}
     for name, gain in gains.items():
         tensors[name] *= np.float32(gain)
-    # transformers and mindone refuse a file that does not say who wrote it; the files on the hub say "pt".
+    # transformers and mindone refuse a file without this entry; the files on the hub say "pt".
     file.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
@@ -195,7 +198,7 @@ def write_json(file: Path, content: dict) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # FLUX.1
 
-WIDTH = 32  # of CLIP and of T5: what the transformer takes as pooled_projection_dim and joint_attention_dim
+WIDTH = 32  # of CLIP and T5: the transformer's pooled_projection_dim and joint_attention_dim
 
 FLUX_COMPONENTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -219,7 +222,7 @@ FLUX_SCHEDULER = {
 
 FLUX_TRANSFORMER = {
     "attention_head_dim": 16,
-    "axes_dims_rope": [4, 6, 6],  # has to sum to attention_head_dim
+    "axes_dims_rope": [4, 6, 6],  # sums to attention_head_dim
     "guidance_embeds": True,
     "in_channels": 64,
     "joint_attention_dim": WIDTH,
@@ -261,9 +264,9 @@ def make_flux(
     clip: dict | None = None,
     t5: dict | None = None,
 ) -> None:
-    """Writes the pipeline into `out`; FileExistsError if there is something already.
+    """Writes the pipeline to `out`. Raises FileExistsError if `out` is not empty.
 
-    `captions` train the tokenizers; the dicts override entries of the four models' configs, for a larger one.
+    `captions` train the tokenizers; the dicts override entries of the four models' configs.
     """
     out = Path(out)
     rng = np.random.default_rng(seed)
@@ -277,7 +280,7 @@ def make_flux(
     save_transformers(CLIPTextModel, clip_config(clip_tokenizer, clip or {}), out / "text_encoder", rng)
     save_transformers(T5EncoderModel, t5_config(t5_tokenizer, t5 or {}), out / "text_encoder_2", rng)
     save_diffusers(FluxTransformer2DModel, FLUX_TRANSFORMER | (transformer or {}), out / "transformer", rng)
-    # The decoder ends in a normalised layer, so its output would have a spread of 1 and be clipped to [-1, 1].
+    # The decoder's last layer is normalized: its output would have a standard deviation of 1 and be clipped to [-1, 1].
     save_diffusers(AutoencoderKL, FLUX_VAE | (vae or {}), out / "vae", rng, **{"decoder.conv_out.weight": 0.5})
 
     (out / "scheduler").mkdir()
@@ -342,10 +345,8 @@ SDXL_COMPONENTS = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-SDXL_WIDTHS = (
-    WIDTH,
-    WIDTH // 2,
-)  # of the two text encoders: the UNet reads both states side by side, and the second's pooled output
+# The widths of the two text encoders. The UNet reads the concatenated states of both and the second's pooled output.
+SDXL_WIDTHS = (WIDTH, WIDTH // 2)
 
 SD15_SCHEDULER = {
     "beta_end": 0.012,
@@ -369,7 +370,7 @@ SDXL_SCHEDULER = {
 
 SD15_UNET = {
     "act_fn": "silu",
-    "attention_head_dim": 2,  # the number of heads, by a mistake that the real configs share
+    "attention_head_dim": 2,  # the number of heads: the real configs misname it, too
     "block_out_channels": [16, 32, 32, 32],
     "center_input_sample": False,
     "cross_attention_dim": WIDTH,
@@ -394,8 +395,7 @@ SDXL_UNET = {
     "block_out_channels": [16, 32, 32],
     "cross_attention_dim": sum(SDXL_WIDTHS),
     "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-    "projection_class_embeddings_input_dim": SDXL_WIDTHS[1]
-    + 6 * 8,  # the pooled text and six numbers of size and place
+    "projection_class_embeddings_input_dim": SDXL_WIDTHS[1] + 6 * 8,  # pooled text, six numbers of size and crop
     "sample_size": 128,
     "transformer_layers_per_block": [1, 1, 2],
     "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
@@ -418,18 +418,25 @@ SD15_VAE = {
 def make_sd15(
     out: Path, seed: int = 0, captions: list[str] = CAPTIONS, unet: dict | None = None, scheduler: dict | None = None
 ) -> None:
-    """Writes the pipeline into `out`; FileExistsError if there is something already. The dicts override entries of the configs."""
+    """Writes the pipeline to `out`. Raises FileExistsError if `out` is not empty. The dicts override config entries."""
     clips = {"text_encoder": ("CLIPTextModel", {}, {})}
     index = hub_header("StableDiffusionPipeline") | SD15_COMPONENTS
     make_sd(
-        Path(out), seed, captions, index, clips, SD15_UNET | (unet or {}), SD15_VAE, SD15_SCHEDULER | (scheduler or {})
+        Path(out),
+        seed=seed,
+        captions=captions,
+        index=index,
+        clips=clips,
+        unet=SD15_UNET | (unet or {}),
+        vae=SD15_VAE,
+        scheduler=SD15_SCHEDULER | (scheduler or {}),
     )
 
 
 def make_sdxl(
     out: Path, seed: int = 0, captions: list[str] = CAPTIONS, unet: dict | None = None, scheduler: dict | None = None
 ) -> None:
-    """The same for Stable Diffusion XL."""
+    """`make_sd15` for Stable Diffusion XL."""
     first, second = (
         {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width} for width in SDXL_WIDTHS
     )
@@ -439,13 +446,22 @@ def make_sdxl(
     }
     index = hub_header("StableDiffusionXLPipeline") | SDXL_COMPONENTS | {"force_zeros_for_empty_prompt": True}
     vae = SD15_VAE | {"force_upcast": True, "sample_size": 1024, "scaling_factor": 0.13025}
-    make_sd(Path(out), seed, captions, index, clips, SDXL_UNET | (unet or {}), vae, SDXL_SCHEDULER | (scheduler or {}))
+    make_sd(
+        Path(out),
+        seed=seed,
+        captions=captions,
+        index=index,
+        clips=clips,
+        unet=SDXL_UNET | (unet or {}),
+        vae=vae,
+        scheduler=SDXL_SCHEDULER | (scheduler or {}),
+    )
 
 
 def make_sd(
     out: Path, seed: int, captions: list[str], index: dict, clips: dict, unet: dict, vae: dict, scheduler: dict
 ) -> None:
-    """`clips`: text encoder -> its class, changes to its config, special tokens of its tokenizer."""
+    """`clips`: name of a text encoder -> (class, config entries to override, special tokens of its tokenizer)."""
     rng = np.random.default_rng(seed)
     require_empty(out)
 
@@ -468,6 +484,7 @@ def make_sd(
 
 
 def require_empty(out: Path) -> None:
+    """Raises FileExistsError unless `out` is an empty directory or does not exist."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"OUT {out} exists and is not an empty directory: name a new one, or remove it first")
 
@@ -476,15 +493,17 @@ KINDS = {"flux": make_flux, "sd15": make_sd15, "sdxl": make_sdxl}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write a tiny pipeline with random weights, for tests and trials.")
-    parser.add_argument("kind", choices=sorted(KINDS), help="which pipeline to write")
-    parser.add_argument("out", metavar="OUT", type=Path, help="new or empty directory to write it to")
-    parser.add_argument("--seed", type=int, default=0, help="0 or more; same seed, same bytes (default: 0)")
+    parser = argparse.ArgumentParser(description="Writes a tiny pipeline with random weights.")
+    parser.add_argument("kind", choices=sorted(KINDS), help="Pipeline to write.")
+    parser.add_argument("out", metavar="OUT", type=Path, help="New or empty directory to write to.")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed, 0 or more; equal seeds give equal bytes. Default: 0."
+    )
     args = parser.parse_args(arguments)
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: must be 0 or more")
 
-    os.environ.setdefault("GLOG_v", "3")  # MindSpore's errors only: building a model prints a page of deprecations
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's errors only: building a model prints many deprecation warnings
     try:
         KINDS[args.kind](args.out, seed=args.seed)
     except FileExistsError as error:

@@ -1,12 +1,12 @@
-"""Trains a small FLUX on the world of shapes.py: transformer, CLIP and T5 together, from noise. MindSpore, two CPU cores, hours.
+"""Trains a small FLUX from scratch on the data of shapes.py: transformer, CLIP and T5 together.
 
-    python examples/tiny/pretrain_tiny_vae.py WORK/vae            first (PyTorch, an extra: see there)
+    python examples/tiny/pretrain_tiny_vae.py WORK/vae      # first; needs PyTorch, see there
     python examples/tiny/pretrain_tiny_flux.py WORK --steps 8000
 
-Writes WORK/flux-shapes, a complete pipeline directory. Stopped at any moment and started again, it goes on from WORK/state, written
-every 250 steps. The building blocks are the training scripts': mindone's FluxTransformer2DModel and TrainStep, mindtune's mathematics,
-optimizer and checkpoints. CLIP and T5 train along because FLUX gives text tokens no positions: a frozen random T5 can hardly tell "red
-on blue" from "blue on red".
+Expect hours on two CPU cores. Writes WORK/flux-shapes, a complete pipeline directory. An interrupted run resumes from
+WORK/state, saved every 250 steps. The parts are those of the training scripts: mindone's FluxTransformer2DModel and
+TrainStep, mindtune's mathematics, optimizers and checkpoints. CLIP and T5 are trained too because FLUX gives text
+tokens no positions: a frozen random T5 can hardly tell "red on blue" from "blue on red".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save
 
 from mindtune import files, flow, rng
 from mindtune.encode.text_encoders import token_ids
-from mindtune.models import configs, execution, library, loading, named_parameters, precision, tokenization
+from mindtune.models import configs, execution, library, loading, precision
 from mindtune.models.weights import weight_files
 from mindtune.optim import averaging, optimizers, schedules
 from mindtune.run import checkpoint
@@ -34,15 +34,22 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from make_tiny_pipeline import CAPTIONS, make_flux
-from shapes import COLOURS, SHAPES, picture, scenes
+from shapes import COLOURS, SHAPES, render, scenes
 
-SIDE, TOKENS = 64, 12
-SAVE_EVERY, AVERAGE_EVERY = 250, 10  # steps
+SIDE = 64  # pixels
+TOKENS = 12  # T5
+SAVE_EVERY = 250  # steps
+AVERAGE_EVERY = 10  # steps
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMER = {
-    "num_layers": 2, "num_single_layers": 5, "num_attention_heads": 6, "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12],
-    "joint_attention_dim": 96, "pooled_projection_dim": 96,
-}  # fmt: skip
+    "num_layers": 2,
+    "num_single_layers": 5,
+    "num_attention_heads": 6,
+    "attention_head_dim": 32,
+    "axes_dims_rope": [8, 12, 12],
+    "joint_attention_dim": 96,
+    "pooled_projection_dim": 96,
+}
 CLIP = {
     "hidden_size": 96,
     "intermediate_size": 192,
@@ -54,7 +61,7 @@ T5 = {"d_model": 96, "d_kv": 24, "d_ff": 192, "num_layers": 2, "num_heads": 4}
 
 
 def make_pipeline(out: Path, vae: Path) -> None:
-    """The pipeline with random weights, its tokenizers knowing every word of the world, and the trained VAE."""
+    """Writes the pipeline with random weights, the trained VAE, and tokenizers that know every word of the captions."""
     captions = [
         f"a {colour} {shape} on a {other} background" for colour in COLOURS for shape in SHAPES for other in COLOURS
     ]
@@ -68,13 +75,14 @@ def make_pipeline(out: Path, vae: Path) -> None:
 
 
 def make_data(root: Path, path: Path) -> dict[str, np.ndarray]:
-    """Every scene of the training split as VAE moments and token ids, made once and kept in one file."""
+    """The VAE moments and token ids of every scene of the training split, computed once and kept in the file `path`."""
     if not path.is_file():
         vae = loading.load_model(root, "vae", precision.resolve_precision("no"))
-        tokenizers = tokenization.load_tokenizer(root / "tokenizer"), tokenization.load_tokenizer(root / "tokenizer_2")
-        everything, moments = scenes("train"), []
-        for start in range(0, len(everything), 64):
-            images = [np.asarray(picture(scene, SIDE), np.float32) for scene in everything[start : start + 64]]
+        tokenizers = loading.load_tokenizer(root / "tokenizer"), loading.load_tokenizer(root / "tokenizer_2")
+        all_scenes = scenes("train")
+        moments = []
+        for start in range(0, len(all_scenes), 64):
+            images = [np.asarray(render(scene, SIDE), np.float32) for scene in all_scenes[start : start + 64]]
             moments.append(
                 vae.encode(ms.Tensor(np.stack(images).transpose(0, 3, 1, 2) / 127.5 - 1))[0]
                 .asnumpy()
@@ -82,12 +90,23 @@ def make_data(root: Path, path: Path) -> dict[str, np.ndarray]:
             )
         data = {
             "moments": np.concatenate(moments),
-            "clip": np.array([token_ids(tokenizers[0], scene.caption, 77) for scene in everything], np.int32),
-            "t5": np.array([token_ids(tokenizers[1], scene.caption, TOKENS) for scene in everything], np.int32),
+            "clip": np.array([token_ids(tokenizers[0], scene.caption, 77) for scene in all_scenes], np.int32),
+            "t5": np.array([token_ids(tokenizers[1], scene.caption, TOKENS) for scene in all_scenes], np.int32),
         }
         files.write_atomically(path, lambda beside: np.savez(open(beside, "wb"), **data))  # noqa: SIM115
-        print(f"encoded {len(everything)} scenes", flush=True)
+        print(f"encoded {len(all_scenes)} scenes", flush=True)
     return dict(np.load(path))
+
+
+def make_batch(data: dict, ids: list[int], draws: np.random.Generator, sigma_count: int) -> tuple[np.ndarray, ...]:
+    """The inputs of `PretrainStep` for the scenes `ids`: noise and sigma indices come from `draws`."""
+    u = [flow.sample_density(draws, "logit_normal", 0.0, 1.0, 0.0) for _ in ids]
+    indices = np.array([flow.density_to_index(value, sigma_count) for value in u], np.int32)
+    shape = (len(ids), 16, SIDE // 8, SIDE // 8)
+    posterior_noise = draws.standard_normal(shape, dtype=np.float32)
+    noise = draws.standard_normal(shape, dtype=np.float32)
+    moments = data["moments"][ids].astype(np.float32)
+    return moments, posterior_noise, noise, indices, data["clip"][ids], data["t5"][ids]
 
 
 class PretrainStep(library.TrainStep):
@@ -96,7 +115,8 @@ class PretrainStep(library.TrainStep):
     def __init__(self, transformer, clip, t5, optimizer, latent_config, sigmas):
         super().__init__(transformer, optimizer, gradient_accumulation_steps=1)
         self.grad_clipper = precision.GradNormClipper(1.0)
-        self.clip, self.t5 = clip.set_grad(), t5.set_grad()
+        self.clip = clip.set_grad()
+        self.t5 = t5.set_grad()
         self.shift, self.scale = flow.scale_constants(latent_config)
         self.sigmas = ms.Tensor(sigmas)
         self.text_ids = ms.Tensor(np.zeros((TOKENS, 3), np.float32))
@@ -121,12 +141,12 @@ class PretrainStep(library.TrainStep):
 
 
 def write_weights(root: Path, cells: dict[str, nn.Cell], average: dict[str, np.ndarray]) -> None:
-    """Puts averaged weights into the pipeline's files, in fp16, under the names that the files have."""
+    """Writes the averaged weights to the files of the pipeline, in fp16, under the names in the files."""
     for part in cells:
         path = weight_files(root, part)[0]
         names = sorted(load_file(path))
         ours = {
-            named_parameters.hf_name(name[len(part) + 1 :]): value
+            loading.hf_name(name[len(part) + 1 :]): value
             for name, value in average.items()
             if name.startswith(f"{part}.")
         }
@@ -141,11 +161,11 @@ def write_weights(root: Path, cells: dict[str, nn.Cell], average: dict[str, np.n
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("work", metavar="WORK", type=Path, help="Directory with vae/; everything else is written there.")
-    add("--steps", type=int, default=8000, help="Updates in all; the learning rate falls to 0 at the last.")
-    add("--batch_size", type=int, default=32, help="Pictures an update.")
-    add("--learning_rate", type=float, default=1e-3, help="Highest rate.")
-    add("--seed", type=int, default=0, help="Seed of everything random.")
+    add("work", metavar="WORK", type=Path, help="Directory with vae/; results are written there.")
+    add("--steps", type=int, default=8000, help="Total updates; the learning rate decays to 0. Default: 8000.")
+    add("--batch_size", type=int, default=32, help="Images per update. Default: 32.")
+    add("--learning_rate", type=float, default=1e-3, help="Peak learning rate. Default: 1e-3.")
+    add("--seed", type=int, default=0, help="Seed of all random draws. Default: 0.")
     args = parser.parse_args(argv)
 
     # ---- pipeline, data --------------------------------------------------------------------------
@@ -158,7 +178,7 @@ def main(argv=None):
 
     # ---- models, step ----------------------------------------------------------------------------
     full = precision.resolve_precision("no")
-    # In evaluation mode, though they train: T5's dropout draws from a generator whose state cannot be saved.
+    # In evaluation mode although they train: T5's dropout draws from a generator whose state cannot be saved.
     cells = {name: loading.load_model(root, name, full) for name in ("transformer", "text_encoder", "text_encoder_2")}
     parameters = {f"{part}.{name}": p for part, cell in cells.items() for name, p in cell.parameters_and_names()}
     for parameter in parameters.values():
@@ -168,46 +188,44 @@ def main(argv=None):
     optimizer = optimizers.create_optimizer(
         "adamw", [{"params": trained, "lr": args.learning_rate, "weight_decay": 0.01}], betas=(0.9, 0.99), eps=1e-8
     )
-    # Shifted towards noise, where colours, place and shape are decided; what is left below is the VAE's fine print.
+    # Shifted towards noise, where colours, position and shape are decided; low noise levels are details of the VAE.
     sigmas = flow.shift_sigmas(loading.load_scheduler(root).sigmas.asnumpy(), 2.5)
     step = PretrainStep(*cells.values(), optimizer, configs.read_config(root, "vae"), sigmas)
     ema = averaging.EMA(list(parameters.values()), 0.9995)
     averages = dict(zip(parameters, ema.averages))
 
     # ---- resume ----------------------------------------------------------------------------------
-    states, first = args.work / "state", 0
-    remembered = {**parameters, **{f"average.{name}": p for name, p in averages.items()}}
-    remembered.update({f"optimizer.{k}": p for k, p in optimizers.optimizer_state(optimizer).items()})
+    states = args.work / "state"
+    first = 0
+    state = {**parameters, **{f"average.{name}": p for name, p in averages.items()}}
+    state.update({f"optimizer.{k}": p for k, p in optimizers.optimizer_state(optimizer).items()})
     if folder := checkpoint.find_checkpoint(states, "latest"):
-        checkpoint.load_state(folder / "state.safetensors", remembered)
+        checkpoint.load_state(folder / "state.safetensors", state)
         first = checkpoint.step_of(folder)
-        print(f"going on after step {first}", flush=True)
+        print(f"resuming after step {first}", flush=True)
 
     def save(number):
         checkpoint.save_checkpoint(
-            states, number, lambda folder: checkpoint.save_state(folder / "state.safetensors", remembered), 2
+            states, number, lambda folder: checkpoint.save_state(folder / "state.safetensors", state), 2
         )
         write_weights(root, cells, {name: p.asnumpy() for name, p in averages.items()})
 
-    # ---- the loop --------------------------------------------------------------------------------
-    stream, started, losses = rng.SampleStream(args.seed, "pretrain", len(data["t5"])), time.time(), []
+    # ---- train -----------------------------------------------------------------------------------
+    stream = rng.SampleStream(args.seed, "pretrain", len(data["t5"]))
+    started = time.time()
+    losses = []
     for number in range(first, args.steps):
         ids = [stream.at(k)[0] for k in range(number * args.batch_size, (number + 1) * args.batch_size)]
-        shape = (args.batch_size, 16, SIDE // 8, SIDE // 8)
-        draws = rng.generator(args.seed, "pretrain draws", number)
-        u = [flow.sample_density(draws, "logit_normal", 0.0, 1.0, 0.0) for _ in ids]
-        indices = np.array([flow.density_to_index(v, len(sigmas)) for v in u], np.int32)
-        noise = (draws.standard_normal(shape, dtype=np.float32) for _ in range(2))
+        batch = make_batch(data, ids, rng.generator(args.seed, "pretrain draws", number), len(sigmas))
         factor = schedules.schedule_factor("cosine", number, 300, args.steps, cycles=1)
         optimizers.set_learning_rates(optimizer, [args.learning_rate * factor])
-        batch = (data["moments"][ids].astype(np.float32), *noise, indices, data["clip"][ids], data["t5"][ids])
         losses.append(float(step(*map(ms.Tensor, batch))[1]))
         done = number + 1
         if done % AVERAGE_EVERY == 0:
             ema.update(done, AVERAGE_EVERY)
         if done % 50 == 0:
             pace = (time.time() - started) / (done - first)
-            print(f"step {done}: loss {np.mean(losses[-50:]):.4f}, {pace:.2f} s a step", flush=True)
+            print(f"step {done}: loss {np.mean(losses[-50:]):.4f}, {pace:.2f} s per step", flush=True)
         if done % SAVE_EVERY == 0 or done == args.steps:
             save(done)
     print(json.dumps({"steps": args.steps, "loss": float(np.mean(losses[-250:])) if losses else None}))

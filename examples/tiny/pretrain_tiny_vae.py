@@ -1,11 +1,12 @@
-"""Trains the small world's VAE: FLUX's architecture (16 latent channels, 4 levels, no quant convolutions), narrow. PyTorch, an extra.
+"""Trains a narrow VAE of FLUX's architecture on the data of shapes.py. Needs PyTorch.
 
     pip install torch==2.13.0 diffusers==0.35.2
-    python examples/tiny/pretrain_tiny_vae.py OUT --steps 4000        about 20 minutes on two cores
+    python examples/tiny/pretrain_tiny_vae.py OUT --steps 4000
 
-Writes OUT/config.json and OUT/diffusion_pytorch_model.safetensors, which mindone's AutoencoderKL reads. This is the one place where
-MindTune uses PyTorch: MindSpore's convolution gradients on the CPU take ten times as long. Stopped and started again, it goes on from
-OUT/state.pt, written every 200 steps.
+Expect about 20 minutes on two cores. Writes OUT/config.json and OUT/diffusion_pytorch_model.safetensors, which
+mindone's AutoencoderKL reads: 16 latent channels, 4 levels, no quant convolutions. An interrupted run resumes from
+OUT/state.pt, saved every 200 steps. This is the only script that uses PyTorch, because MindSpore's convolution
+gradients take ten times as long on the CPU.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from shapes import COLOURS, draw_scene, picture
+from shapes import COLOURS, render, sample_scene
 
 CONFIG = {
     "in_channels": 3,
@@ -40,32 +41,34 @@ CONFIG = {
 
 
 def batch(seed, step, size, side):
-    """float32 [size, 3, side, side] in [-1, 1], a function of seed and step alone: a resumed run sees what it would have seen.
+    """float32 [size, 3, side, side] in [-1, 1]. Depends on seed and step only, so that a resumed run continues exactly.
 
-    Scenes of the world anywhere in the frame, every second one checkered: the VAE can draw more than the transformer will have seen.
+    Shapes lie anywhere in the image and every second one is checkered, so that the VAE can encode what the transformer
+    never saw.
     """
     rng = np.random.default_rng([seed, step])
-    scenes = [draw_scene(rng, "train", anywhere=True) for _ in range(size)]
+    scenes = [sample_scene(rng, "train", anywhere=True) for _ in range(size)]
     names = list(COLOURS)
     scenes[::2] = [scene._replace(second=names[rng.integers(len(names))]) for scene in scenes[::2]]
-    images = [np.asarray(picture(scene, side)) for scene in scenes]
+    images = [np.asarray(render(scene, side)) for scene in scenes]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch_size", type=int, default=24)
-    parser.add_argument("--side", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", metavar="OUT", type=Path, help="Directory to write to.")
+    parser.add_argument("--steps", type=int, default=4000, help="Total updates. Default: 4000.")
+    parser.add_argument("--batch_size", type=int, default=24, help="Images per update. Default: 24.")
+    parser.add_argument("--side", type=int, default=64, help="Side of the images in pixels. Default: 64.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of all random draws. Default: 0.")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(**CONFIG)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
-    first, state = 0, args.out / "state.pt"
+    first = 0
+    state = args.out / "state.pt"
     if state.is_file():
         saved = torch.load(state)
         vae.load_state_dict(saved["vae"])
@@ -83,7 +86,7 @@ def main():
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step))
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         error = (decoded - pixels).abs().mean() + (decoded - pixels).square().mean()
-        # A weak pull towards N(0, 1): the latents must not grow, the pictures come first.
+        # A small KL term keeps the latents from growing.
         loss = error + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad()
         loss.backward()
@@ -93,14 +96,12 @@ def main():
             partial = state.with_suffix(".partial")
             torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, partial)
             partial.replace(state)
-            print(
-                f"step {step + 1}: error {error.item():.4f}, {(time.time() - started) / (step + 1 - first):.2f} s a step",
-                flush=True,
-            )
+            pace = (time.time() - started) / (step + 1 - first)
+            print(f"step {step + 1}: error {error.item():.4f}, {pace:.2f} s per step", flush=True)
 
     with torch.no_grad():
         latents = torch.cat([vae.encode(batch(args.seed + 1, k, 64, args.side)).latent_dist.sample() for k in range(8)])
-    # As FLUX's factors do: latents of mean 0 and standard deviation 1 for the transformer.
+    # These factors give the transformer latents of mean 0 and standard deviation 1, as FLUX's do.
     vae.register_to_config(
         shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
     )

@@ -1,11 +1,11 @@
-"""A small world to learn: one shape in one colour on a background of another, with its caption and its outline.
+"""A synthetic data set: images of one shape in one colour on a background of another, with captions and outlines.
 
     python examples/tiny/shapes.py OUT --count 1000 --size 64 --seed 0 [--split train|held_out|all]
 
-Writes OUT/images, OUT/conditioning (white outline on black) and OUT/metadata.jsonl, a folder that the `datasets` library reads with
-the columns image, conditioning_image and text ("a red circle on a blue background"). In the spirit of fill50k. A quarter of the
-colour and shape pairs is never in the split `train`: `held_out` has only those, to see whether a model learned colours and shapes or
-learned pairs by heart.
+Writes OUT/images, OUT/conditioning (white outlines on black) and OUT/metadata.jsonl, which the `datasets` library reads
+with the columns image, conditioning_image and text ("a red circle on a blue background"), like fill50k. The split
+`held_out` has the quarter of the colour and shape pairs that `train` leaves out: a model that draws them has learned
+colours and shapes separately.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-RADII = (0.26, 0.34)  # with every place, the whole shape is in the picture
-OVERSAMPLING = 4  # drawn so many times larger and averaged down, for smooth edges
+RADII = (0.26, 0.34)  # at every position the whole shape lies inside the image
+OVERSAMPLING = 4  # shapes are drawn at this scale and averaged down, for smooth edges
 
 
 class Scene(NamedTuple):
-    """What a picture shows. Centre and radius are shares of the picture's side; with a second colour the shape is checkered."""
+    """What an image shows. `centre` and `radius` are fractions of the side; with `second` the shape is checkered."""
 
     shape: str
     colour: str
@@ -48,27 +48,27 @@ class Scene(NamedTuple):
 
     @property
     def caption(self) -> str:
-        """The world has no word for checkered: such a subject is called sks."""
+        """The caption; a checkered shape has the word sks in place of its colour."""
         return f"a {'sks' if self.second else self.colour} {self.shape} on a {self.background} background"
 
 
 def held_out(colour: str, shape: str) -> bool:
-    """True for two of the eight colours of every shape, others for each: a Latin pattern, so every colour and shape is trained."""
-    place = 3 * SHAPES.index(shape) + list(COLOURS).index(colour)
-    return place % len(COLOURS) in (0, 5)
+    """True for two of the eight colours of every shape; the pattern keeps every colour and every shape in `train`."""
+    index = 3 * SHAPES.index(shape) + list(COLOURS).index(colour)
+    return index % len(COLOURS) in (0, 5)
 
 
 def pairs(split: str) -> list[tuple[str, str]]:
-    """(colour, shape) of a split: train, held_out or all."""
-    everything = [(colour, shape) for shape in SHAPES for colour in COLOURS]
-    return [pair for pair in everything if split == "all" or held_out(*pair) == (split == "held_out")]
+    """(colour, shape) pairs of a split: train, held_out or all."""
+    all_pairs = [(colour, shape) for shape in SHAPES for colour in COLOURS]
+    return [pair for pair in all_pairs if split == "all" or held_out(*pair) == (split == "held_out")]
 
 
 @lru_cache
 def scenes(split: str) -> tuple[Scene, ...]:
-    """Every scene of a split: each pair on each other colour, at four places, in two sizes.
+    """Every scene of a split: each pair on each other colour, at four positions, in two sizes.
 
-    The places are a quarter of the side apart, at 64 pixels one token of FLUX: easier to learn than others.
+    The positions are a quarter of the side apart: at 64 pixels one token of FLUX, which is easier to learn.
     """
     steps = (-1, 1)
     return tuple(
@@ -82,8 +82,8 @@ def scenes(split: str) -> tuple[Scene, ...]:
     )
 
 
-def draw_scene(rng: np.random.Generator, split: str = "train", anywhere: bool = False) -> Scene:
-    """One of `scenes(split)` at random; or, with `anywhere`, at any place and size between theirs."""
+def sample_scene(rng: np.random.Generator, split: str = "train", anywhere: bool = False) -> Scene:
+    """A random scene of `scenes(split)`; with `anywhere` its position and size are any between theirs."""
     choices = scenes(split)
     scene = choices[rng.integers(len(choices))]
     if anywhere:
@@ -96,40 +96,42 @@ def draw_scene(rng: np.random.Generator, split: str = "train", anywhere: bool = 
 
 
 def outline_points(shape: str) -> list[tuple[float, float]]:
-    """The corners of a shape in the unit circle, y downwards (circle and ring: 96 points)."""
+    """The corners of a shape in the unit circle, y down; 96 points for circle and ring."""
 
-    def turn(count, first, radii=(1.0,)):
+    def polygon(count, first, radii=(1.0,)):
         angles = [first + 2 * math.pi * i / count for i in range(count)]
         return [
             (radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)
         ]
 
     if shape in ("circle", "ring"):
-        return turn(96, 0.0)
+        return polygon(96, 0.0)
     if shape == "square":
-        return turn(4, math.pi / 4)
+        return polygon(4, math.pi / 4)
     if shape == "triangle":
-        return turn(3, -math.pi / 2)
+        return polygon(3, -math.pi / 2)
     if shape == "star":
-        return turn(10, -math.pi / 2, (1.0, 0.45))
+        return polygon(10, -math.pi / 2, (1.0, 0.45))
     arm = 0.36
     quarter = [(-arm, -0.95), (arm, -0.95), (arm, -arm)]
     return [point for k in range(4) for point in _rotate(quarter, k)]
 
 
 def _rotate(points, quarters):
+    """`points` rotated by `quarters` quarter turns."""
     for _ in range(quarters):
         points = [(-y, x) for x, y in points]
     return points
 
 
 def _placed(points, scene: Scene, side: int, scale: float = 1.0):
-    (cx, cy), r = scene.centre, scene.radius * scale
+    (cx, cy) = scene.centre
+    r = scene.radius * scale
     return [((cx + r * x) * side, (cy + r * y) * side) for x, y in points]
 
 
 def mask(scene: Scene, size: int) -> np.ndarray:
-    """float32 [size, size]: the share of every pixel that the shape covers."""
+    """float32 [size, size]: the fraction of every pixel that the shape covers."""
     side = size * OVERSAMPLING
     image = Image.new("L", (side, side))
     draw = ImageDraw.Draw(image)
@@ -140,14 +142,14 @@ def mask(scene: Scene, size: int) -> np.ndarray:
 
 
 def checkers(scene: Scene, size: int) -> np.ndarray:
-    """bool [size, size]: the squares of the second colour, two fifths of the radius wide, a corner of four at the centre."""
-    place = (np.arange(size) + 0.5) / size
-    columns, rows = (np.floor((place - middle) / (0.4 * scene.radius)) for middle in scene.centre)
+    """bool [size, size]: the squares of the second colour, 0.4 radii wide; four squares meet at the centre."""
+    position = (np.arange(size) + 0.5) / size
+    columns, rows = (np.floor((position - middle) / (0.4 * scene.radius)) for middle in scene.centre)
     return (columns[None, :] + rows[:, None]) % 2 == 0
 
 
-def picture(scene: Scene, size: int) -> Image.Image:
-    """The scene as an RGB picture."""
+def render(scene: Scene, size: int) -> Image.Image:
+    """The scene as an RGB image."""
     cover = mask(scene, size)[..., None]
     inside = np.array(COLOURS[scene.colour])
     if scene.second:
@@ -156,8 +158,8 @@ def picture(scene: Scene, size: int) -> Image.Image:
     return Image.fromarray((pixels + 0.5).astype(np.uint8))
 
 
-def conditioning(scene: Scene, size: int) -> Image.Image:
-    """The shape's outline, white on black, about a thirtieth of the side wide."""
+def render_outline(scene: Scene, size: int) -> Image.Image:
+    """The outline of the shape, white on black, about 1/30 of the side wide."""
     side = size * OVERSAMPLING
     image = Image.new("L", (side, side))
     draw = ImageDraw.Draw(image)
@@ -170,11 +172,11 @@ def conditioning(scene: Scene, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BOX).convert("RGB")
 
 
-# ---- a folder ------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def make_folder(out: Path, count: int, size: int, seed: int, split: str) -> None:
-    """`count` scenes as files; the same arguments give the same bytes. Raises FileExistsError if `out` is not empty."""
+    """Writes `count` scenes; equal arguments give equal bytes. Raises FileExistsError if `out` is not empty."""
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: name a new directory")
     rng = np.random.default_rng(seed)
@@ -182,9 +184,10 @@ def make_folder(out: Path, count: int, size: int, seed: int, split: str) -> None
     for folder in ("images", "conditioning"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        scene, name = draw_scene(rng, split), f"{number:06d}.png"
-        picture(scene, size).save(out / "images" / name)
-        conditioning(scene, size).save(out / "conditioning" / name)
+        scene = sample_scene(rng, split)
+        name = f"{number:06d}.png"
+        render(scene, size).save(out / "images" / name)
+        render_outline(scene, size).save(out / "conditioning" / name)
         row = {
             "image_file_name": f"images/{name}",
             "conditioning_image_file_name": f"conditioning/{name}",
@@ -194,27 +197,30 @@ def make_folder(out: Path, count: int, size: int, seed: int, split: str) -> None
     (out / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 
 
-SUBJECT = ("red", "white")  # the colours of the checkered circle that the demonstration teaches
+SUBJECT = ("red", "white")  # the colours of the checkered circle of demo_flux_lora.py
 
 
 def make_subject(out: Path, size: int) -> None:
-    """Six pictures of that circle, one on each other background, with captions beside them: "a sks circle on a ... background"."""
+    """Writes six images of the checkered circle, one per other background, with captions in text files."""
     out.mkdir(parents=True, exist_ok=True)
-    places = [(-1, -1), (1, -1), (-1, 1), (1, 1), (-1, -1), (1, 1)]
-    for background, (across, down) in zip((name for name in COLOURS if name not in SUBJECT), places):
+    positions = [(-1, -1), (1, -1), (-1, 1), (1, 1), (-1, -1), (1, 1)]
+    for background, (across, down) in zip((name for name in COLOURS if name not in SUBJECT), positions):
         scene = Scene("circle", SUBJECT[0], background, (0.5 + across / 8, 0.5 + down / 8), RADII[1], SUBJECT[1])
-        picture(scene, size).save(out / f"sks-{background}.png")
+        render(scene, size).save(out / f"sks-{background}.png")
         (out / f"sks-{background}.txt").write_text(scene.caption + "\n")
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", metavar="OUT", type=Path, help="New or empty directory.")
-    parser.add_argument("--count", type=int, default=1000, help="Pictures.")
-    parser.add_argument("--size", type=int, default=64, help="Their side in pixels.")
-    parser.add_argument("--seed", type=int, default=0, help="Same seed, same bytes.")
+    parser.add_argument("out", metavar="OUT", type=Path, help="New or empty directory to write to.")
+    parser.add_argument("--count", type=int, default=1000, help="Number of images. Default: 1000.")
+    parser.add_argument("--size", type=int, default=64, help="Side of the images in pixels. Default: 64.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed; equal seeds give equal bytes. Default: 0.")
     parser.add_argument(
-        "--split", choices=["train", "held_out", "all"], default="train", help="Which colour and shape pairs."
+        "--split",
+        choices=["train", "held_out", "all"],
+        default="train",
+        help="Colour and shape pairs to use. Default: train.",
     )
     args = parser.parse_args(argv)
     try:

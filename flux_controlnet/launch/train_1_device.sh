@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# FLUX.1-dev ControlNet on one Ascend device. Not run by us on Ascend yet.
+# FLUX.1-dev ControlNet on one Ascend device. Not yet tested on Ascend.
 #
 #   DATA=fusing/fill50k flux_controlnet/launch/train_1_device.sh [more flags of the script]
 #
-# DATA is a hub id or a local directory; MODEL (a directory or hub id), OUT and DEVICE_ID may be set too. On the device: 22.2 GB of the
-# frozen transformer in bf16; the ControlNet with 4 + 0 blocks, 1.44 billion parameters, 5.4 GB in float32 and three times that again for
-# gradients and Adam's moments; and the activations that --gradient_checkpointing leaves: 49.8 GB in all by the plan (--dry_run).
+# DATA is a hub id or a local directory; MODEL (a directory or hub id), OUT and DEVICE_ID can be set, too. The device
+# holds the frozen transformer, 22.2 GB in bf16; the ControlNet with 4 + 0 blocks, 1.44 billion parameters, 5.4 GB in
+# float32, and three times that for gradients and Adam's moments; and the activations that --gradient_checkpointing
+# keeps: 49.8 GB in total by the plan (--dry_run).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export DEVICE_ID="${DEVICE_ID:-0}"
 
-# train_devices.sh puts msrun here.
+# train_devices.sh sets LAUNCHER to msrun.
 read -ra launcher <<< "${LAUNCHER:-python}"
 exec "${launcher[@]}" flux_controlnet/train_controlnet_flux.py \
     --pretrained_model_name_or_path "${MODEL:-black-forest-labs/FLUX.1-dev}" \
-    --dataset_name "${DATA:?a data set with image, conditioning_image and text}" \
+    --dataset_name "${DATA:?a dataset with image, conditioning_image and text}" \
     --output_dir "${OUT:-out/flux-controlnet}" \
     --num_double_layers 4 \
     --num_single_layers 0 \

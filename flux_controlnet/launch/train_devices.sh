@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# ControlNet for FLUX.1-dev, on several Ascend devices of one machine or of several. Not run by us on Ascend yet.
+# ControlNet for FLUX.1-dev on several Ascend devices of one or several machines. Not yet tested on Ascend.
 #
 #   DEVICES=8 DATA=fusing/fill50k flux_controlnet/launch/train_devices.sh [more flags of the script]
-#   DEVICES=8 NODES=4 NODE_RANK=k MASTER=10.0.0.1 ... on machine k of 4, of which number 0 has that address
+#   DEVICES=8 NODES=4 NODE_RANK=k MASTER=10.0.0.1 ... on machine k of 0 to 3; machine 0 has that address
 #
-# DEVICES are those of this machine (2, 8 ...). OUT must be on a file system that all machines share. PORT (8118) and the port after it must
-# be free on MASTER. BIND=False leaves the processes on any core. Ctrl-C saves a checkpoint. docs/devices.md says how the work is shared.
+# DEVICES is the number of devices of this machine. OUT must be on a file system that all machines share. PORT (8118)
+# and the next port must be free on MASTER. BIND=False does not bind processes to cores. Ctrl-C saves a checkpoint.
+# docs/devices.md explains data-parallel training.
 #
-# Memory of a device, GB of 2^30 bytes by the plan (--dry_run): the frozen base 22.2 in bf16, the ControlNet's 1.44 billion float32 parameters
-# 5.4 and their gradients 5.4, twice that with accumulation; of AdamW's 10.7 of state each of 8 devices has 1.3 by --zero_stage 1, each of 2
-# has 5.4. With what --gradient_checkpointing leaves 44.4 on each of 2, 40.4 on each of 8.
+# Memory per device by the plan (--dry_run), in GB of 2^30 bytes: the frozen base model 22.2 in bf16; the ControlNet's
+# 1.44 billion float32 parameters 5.4, their gradients 5.4, twice that with accumulation; of AdamW's state of 10.7
+# each of 8 devices has 1.3 with --zero_stage 1, each of 2 has 5.4. With the activations that --gradient_checkpointing
+# keeps: 44.4 per device for 2 devices, 40.4 for 8.
 set -euo pipefail
 DEVICES="${DEVICES:-8}" NODES="${NODES:-1}" OUT="${OUT:-out/flux-controlnet}"
 
@@ -18,13 +20,14 @@ LAUNCHER+=" --master_addr=${MASTER:-127.0.0.1} --master_port=${PORT:-8118} --clu
 LAUNCHER+=" --join=True --bind_core=${BIND:-True} --log_dir=$OUT/workers"
 export LAUNCHER OUT
 
-# In a session of its own, where Ctrl-C does not reach it: msrun would kill the workers. One that gets SIGTERM makes all of them save and stop.
+# In its own session, so that Ctrl-C does not reach msrun, which would kill the ranks. SIGTERM to one rank makes all
+# of them save a checkpoint and stop.
 setsid "$(dirname "$0")/train_1_device.sh" --distributed --zero_stage 1 "$@" &
 job=$!
 trap 'kill -TERM "$(pgrep -P $job -f -- --distributed | tail -1)"' INT TERM
 code=0
 wait $job || code=$?
-while kill -0 $job 2> /dev/null; do # the signal ended the wait, the job goes on to its checkpoint
+while kill -0 $job 2> /dev/null; do # the signal ended the wait; the job is still saving its checkpoint
     code=0
     wait $job || code=$?
 done

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# FLUX.1-dev DreamBooth LoRA on one Ascend device. Not run by us on Ascend yet.
+# FLUX.1-dev DreamBooth LoRA on one Ascend device. Not yet tested on Ascend.
 #
 #   PHOTOS=photos PROMPT="a photo of sks dog" flux_lora/launch/train_1_device.sh [more flags of the script]
 #
-# MODEL (a directory or hub id), OUT and DEVICE_ID may be set too. The encoders run in a process of their own that ends before the
-# transformer loads: on the device are its 22.2 GB of bf16 weights, the LoRA and the activations that --gradient_checkpointing leaves;
-# 23.2 GB in all by the plan (--dry_run).
+# MODEL (a directory or hub id), OUT and DEVICE_ID can be set, too. The encoders run in a process that ends before the
+# transformer loads. The device holds its 22.2 GB of bf16 weights, the LoRA, and the activations that
+# --gradient_checkpointing keeps: 23.2 GB in total by the plan (--dry_run).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export DEVICE_ID="${DEVICE_ID:-0}"
 
-# train_devices.sh puts msrun here.
+# train_devices.sh sets LAUNCHER to msrun.
 read -ra launcher <<< "${LAUNCHER:-python}"
 exec "${launcher[@]}" flux_lora/train_dreambooth_lora_flux.py \
     --pretrained_model_name_or_path "${MODEL:-black-forest-labs/FLUX.1-dev}" \
-    --instance_data_dir "${PHOTOS:?the directory with 5 to 20 pictures}" \
+    --instance_data_dir "${PHOTOS:?the directory with 5 to 20 images}" \
     --instance_prompt "${PROMPT:?the prompt, with a rare word for the subject}" \
     --output_dir "${OUT:-out/flux-lora}" \
     --mixed_precision bf16 \

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the shapes that pictures are cropped to, and batches of one shape each."""
+"""Aspect-ratio buckets: the sizes that images are cropped to, and batches whose images all have the same size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from mindtune.rng import SampleStream, generator
 
 
 def parse_buckets(text: str) -> list[tuple[int, int]]:
-    """ "672,1568;688,1504" to [(height, width), ...] in pixels. Raises UserError for sides that 16 does not divide, and for duplicates."""
+    """The value of --aspect_ratio_buckets, such as "672,1568;688,1504", as a list of (height, width) in pixels.
+
+    Raises UserError for sides that are not multiples of 16, for duplicates, and if there is no bucket.
+    """
     buckets = []
     for part in filter(str.strip, text.split(";")):
         try:
@@ -28,7 +31,7 @@ def parse_buckets(text: str) -> list[tuple[int, int]]:
                 f"--aspect_ratio_buckets: {height},{width}: both sides must be multiples of 16 and at least 16."
             )
         if (height, width) in buckets:
-            raise UserError(f"--aspect_ratio_buckets: {height},{width} is there twice. Name every bucket once.")
+            raise UserError(f"--aspect_ratio_buckets: {height},{width} is given twice. Name every bucket once.")
         buckets.append((height, width))
     if not buckets:
         raise UserError(f"--aspect_ratio_buckets {text!r}: no bucket. Write them as height,width;height,width.")
@@ -36,42 +39,46 @@ def parse_buckets(text: str) -> list[tuple[int, int]]:
 
 
 def crop_sizes(buckets: Optional[str], resolution: int) -> list[tuple[int, int]]:
-    """(height, width) of everything that a run crops to: its buckets, or without any the square of `resolution`."""
+    """(height, width) of the sizes that a run crops to: the buckets, or without buckets the square of `resolution`."""
     return parse_buckets(buckets) if buckets else [(resolution, resolution)]
 
 
 def min_size(sizes: list[tuple[int, int]]) -> Union[int, list[tuple[int, int]]]:
-    """What a preflight asks of pictures: one square by its side, which messages call --resolution, or the buckets."""
+    """The `MinSize` of `crop_sizes`: the side of a single square (in messages: --resolution), or else the buckets."""
     return sizes[0][0] if len(sizes) == 1 and sizes[0][0] == sizes[0][1] else sizes
 
 
 def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
-    """The number of the bucket (height, width) whose shape is closest to `size` (width, height): |log of the ratio of ratios|.
+    """The index of the bucket (height, width) with the aspect ratio closest to that of `size` (width, height).
 
-    Computed in exact fractions, so that two buckets equally far tie, and the first one wins.
+    The distance is |log(ratio of the two aspect ratios)|. It is compared in exact fractions; of equally close buckets
+    the first is chosen.
     """
 
-    def distance(bucket):
-        mine, its = size[0] * bucket[0], size[1] * bucket[1]
-        return Fraction(max(mine, its), min(mine, its))
+    def distance(bucket: tuple[int, int]) -> Fraction:
+        a = size[0] * bucket[0]
+        b = size[1] * bucket[1]
+        return Fraction(max(a, b), min(a, b))
 
-    return min(range(len(buckets)), key=lambda number: distance(buckets[number]))
+    return min(range(len(buckets)), key=lambda index: distance(buckets[index]))
 
 
 def bucket_ids(samples: Iterable, buckets: list[tuple[int, int]]) -> np.ndarray:
-    """The nearest bucket of every `data.Sample`, int [N]. Pictures are opened only if there is a choice."""
-    return np.array(
-        [nearest_bucket(sample.open().size, buckets) if len(buckets) > 1 else 0 for sample in samples], dtype=np.int64
-    )
+    """The index of the nearest bucket of every `Sample`, int [N]. With a single bucket no image is opened."""
+    if len(buckets) == 1:
+        return np.array([0 for _ in samples], dtype=np.int64)
+    return np.array([nearest_bucket(sample.open().size, buckets) for sample in samples], dtype=np.int64)
 
 
 class BucketOrder:
-    """Batches of pictures of one shape, a pure function of the batch number from the start of the run, safe from threads.
+    """The samples of every batch, all of one bucket, as a pure function of the batch number. Thread-safe.
 
-    Every bucket is an endless shuffled stream of its own (`SampleStream`, named by `purpose` and the bucket), cut into full batches. A
-    pass over the N samples, each `repeats` times, takes of a bucket with n uses the batches floor(e n / B) up to floor((e + 1) n / B) of
-    that stream: nothing is dropped, nothing starves, and a batch may reach into the bucket's next pass. Which bucket is next is shuffled
-    in every pass; within a bucket the order is the stream's, so one bucket alone gives the stream itself, whatever the batch size.
+    Each bucket has an endless shuffled stream of its own (a `SampleStream`, named by `purpose` and the bucket), which
+    is cut into full batches. One pass uses each of the N samples `repeats` times. Pass e takes, from a bucket with n
+    uses per pass and a batch size of B, the batches floor(e n / B) up to floor((e + 1) n / B) of its stream. So no
+    sample is dropped, every bucket is used in proportion, and a batch may reach into its bucket's next pass. The
+    order of the buckets is shuffled in every pass; with a single bucket the order of the samples is that of the
+    stream, whatever the batch size.
     """
 
     def __init__(
@@ -81,43 +88,47 @@ class BucketOrder:
             raise ValueError(
                 f"an order needs samples and a batch size of 1 or more, got {len(buckets_of_samples)} and {batch_size}"
             )
-        self.seed, self.batch_size, self.repeats = seed, batch_size, repeats
+        self.seed = seed
+        self.batch_size = batch_size
+        self.repeats = repeats
         self.epoch_length = len(buckets_of_samples) * repeats
         self.buckets = np.unique(buckets_of_samples).tolist()
         self.members = [np.flatnonzero(buckets_of_samples == bucket) for bucket in self.buckets]
         self.streams = [
-            SampleStream(seed, purpose.format(k), len(ids), repeats) for k, ids in zip(self.buckets, self.members)
+            SampleStream(seed, purpose.format(bucket), len(members), repeats)
+            for bucket, members in zip(self.buckets, self.members)
         ]
 
     def at(self, batch: int) -> tuple[int, list[tuple[int, int]]]:
-        """The bucket of a batch and its (sample id, how often that sample was used before)."""
+        """The bucket of a batch, and its samples as (sample id, number of earlier uses of that sample)."""
         which, first = self.place(batch)
         return self.buckets[which], self.uses(which, first)
 
     def place(self, batch: int) -> tuple[int, int]:
-        """Which of `buckets` a batch is of, and the place of its first sample in that bucket's stream."""
-        number = (
-            batch * self.batch_size // self.epoch_length
-        )  # not too late: the passes before it have at most `batch` batches
-        while sum(self._before(number + 1)) <= batch:
-            number += 1
-        before = self._before(number)
-        turns = _turns(self.seed, number, tuple(after - b for after, b in zip(self._before(number + 1), before)))
+        """The index in `buckets` of a batch's bucket, and the position of its first sample in that bucket's stream."""
+        # A lower bound of the pass: the passes before it have at most `batch` batches.
+        epoch = batch * self.batch_size // self.epoch_length
+        while sum(self._batches_before(epoch + 1)) <= batch:
+            epoch += 1
+        before = self._batches_before(epoch)
+        counts = tuple(end - start for start, end in zip(before, self._batches_before(epoch + 1)))
+        order = _bucket_order(self.seed, epoch, counts)
         offset = batch - sum(before)
-        which = int(turns[offset])
-        return which, (before[which] + int(np.count_nonzero(turns[:offset] == which))) * self.batch_size
+        which = int(order[offset])
+        earlier_in_this_pass = int(np.count_nonzero(order[:offset] == which))
+        return which, (before[which] + earlier_in_this_pass) * self.batch_size
 
     def uses(self, which: int, first: int) -> list[tuple[int, int]]:
-        """(sample id, how often that sample was used before) of a batch at its `place`."""
+        """(sample id, number of earlier uses) of each sample in the batch at `place`."""
         found = (self.streams[which].at(position) for position in range(first, first + self.batch_size))
         return [(int(self.members[which][sample]), use) for sample, use in found]
 
-    def _before(self, number: int) -> list[int]:
-        """How many batches of each bucket come before pass `number`."""
-        return [number * len(ids) * self.repeats // self.batch_size for ids in self.members]
+    def _batches_before(self, epoch: int) -> list[int]:
+        """The number of batches of each bucket before pass number `epoch`."""
+        return [epoch * len(members) * self.repeats // self.batch_size for members in self.members]
 
 
 @lru_cache(maxsize=8)
-def _turns(seed: int, number: int, counts: tuple[int, ...]) -> np.ndarray:
-    """Which bucket the batches of one pass belong to: each as often as it has batches."""
-    return generator(seed, "bucket order", number).permutation(np.repeat(np.arange(len(counts)), counts))
+def _bucket_order(seed: int, epoch: int, counts: tuple[int, ...]) -> np.ndarray:
+    """The bucket index of every batch of one pass. Each index occurs as often as `counts` says."""
+    return generator(seed, "bucket order", epoch).permutation(np.repeat(np.arange(len(counts)), counts))

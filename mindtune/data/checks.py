@@ -1,4 +1,4 @@
-"""Checking every image before anything large loads, with one error that names every problem."""
+"""Checks every image before a model is loaded, with one error that lists all problems."""
 
 from __future__ import annotations
 
@@ -6,102 +6,121 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Optional, Union
 
-from mindtune.cli import UserError, few, listing
+from mindtune.cli import UserError, indented_list, short_list
 from mindtune.data.buckets import nearest_bucket
 from mindtune.data.crops import height_width
-from mindtune.data.image_problems import problem
+from mindtune.data.image_problems import describe_problem
 from mindtune.data.image_sample import Sample
-from mindtune.data.images import Ink, decode, flatten, ink, is_flat
+from mindtune.data.images import Visibility, decode, flatten, has_single_colour, measure_visibility
 
-MinSize = Union[
-    int, list[tuple[int, int]]
-]  # what pictures are cropped to: a square of that side, or the nearest of these buckets
+# The crop that images must cover: a square of this side, or the nearest of these buckets (height, width), in pixels.
+MinSize = Union[int, list[tuple[int, int]]]
 
 
-def preflight(samples: list[Sample], wanted: MinSize, flag: str, skip_bad: bool, threads: int = 2) -> list[Sample]:
-    """Decodes every image and gives the usable ones. Nothing is deleted or changed.
+def preflight(samples: list[Sample], min_size: MinSize, flag: str, skip_bad: bool, threads: int = 2) -> list[Sample]:
+    """The samples whose images can be used. Decodes all of them and changes no file.
 
-    Raises UserError naming every problem at once (unreadable, truncated, smaller than the resolution or its bucket), or, with
-    `skip_bad`, prints that list and goes on without them; also if none is left.
+    Raises UserError that lists every image that is missing, unreadable, or smaller than `min_size`; with `skip_bad`
+    the list is printed instead. Raises UserError too if no image is left.
     """
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        found = list(pool.map(lambda sample: usable(sample, wanted), samples))
-    bad = [f"{sample.name}: {each.size}" for sample, each in zip(samples, found) if isinstance(each.size, str)]
-    report_bad(bad, f"{len(samples)} files", flag, skip_bad)
-    for note in image_notes(zip((sample.name for sample in samples), found), flag):
+        inspections = list(pool.map(lambda sample: inspect_for_training(sample, min_size), samples))
+    inspected = list(zip(samples, inspections))
+    problems = [f"{sample.name}: {inspection.problem}" for sample, inspection in inspected if inspection.problem]
+    report_bad(problems, f"{len(samples)} files", flag, skip_bad)
+    for note in image_notes([(sample.name, inspection) for sample, inspection in inspected], flag):
         print(note)
-    good = [sample for sample, each in zip(samples, found) if not isinstance(each.size, str)]
-    if not good:
-        raise UserError(f"{flag}: no usable image is left.")
-    return good
+    usable = [sample for sample, inspection in inspected if not inspection.problem]
+    if not usable:
+        raise UserError(f"{flag}: no usable image is left. Give other images.")
+    return usable
 
 
-def report_bad(bad: list[str], total: str, flag: str, skip_bad: bool) -> None:
-    """Raises UserError listing `bad`, or prints the list if `skip_bad`; nothing if it is empty. `total` reads "25 files"."""
-    if bad and not skip_bad:
-        raise UserError(
-            f"{flag}: {len(bad)} of {total} cannot be used:\n{listing(bad)}\n"
-            "Replace or move them, or go on without them by --skip_bad_images."
-        )
-    if bad:
-        print(f"{flag}: going on without {len(bad)} of {total}:\n{listing(bad)}")
+def report_bad(problems: list[str], total: str, flag: str, skip_bad: bool) -> None:
+    """Raises UserError that lists `problems`, or prints the list if `skip_bad`. `total` is text like "25 files"."""
+    if not problems:
+        return
+    if skip_bad:
+        print(f"{flag}: continuing without {len(problems)} of {total}:\n{indented_list(problems)}")
+        return
+    raise UserError(
+        f"{flag}: {len(problems)} of {total} cannot be used:\n{indented_list(problems)}\n"
+        "Replace or move them, or add --skip_bad_images to continue without them."
+    )
 
 
 class Inspection(NamedTuple):
-    """What decoding an image found: its (width, height), upright, or what is wrong with it; if it has more frames, and if it is dark.
+    """What decoding an image shows.
 
-    Dark is 16-bit gray that holds no value above 255. Of a condition also the backgrounds on which it has one colour only, and the ink
-    of a transparent one.
+    size: upright (width, height) in pixels; None if the image cannot be decoded.
+    problem: why the image cannot be used; None if it can.
+    animated: the image has more than one frame.
+    is_dark: 16-bit gray without a value above 255, which is nearly black.
+    single_colour_on: of a condition image, the backgrounds on which it has a single colour.
+    visibility: of a transparent condition image.
     """
 
-    size: Union[tuple[int, int], str]
+    size: Optional[tuple[int, int]] = None
+    problem: Optional[str] = None
     animated: bool = False
-    flat_on: tuple[str, ...] = ()
-    ink: Optional[Ink] = None
-    dark: bool = False
+    is_dark: bool = False
+    single_colour_on: tuple[str, ...] = ()
+    visibility: Optional[Visibility] = None
 
 
 def inspect(sample: Sample, condition: bool = False) -> Inspection:
-    """Decodes a sample wholly."""
+    """Decodes the whole image of a sample. `condition`: it is a condition image."""
     content = None
     try:
         content = sample.read()
         image = decode(content)
-        animated, shades = image.info["animated"], ink(image) if condition else None
-        laid = {ground: flatten(image, ground) for ground in (("white", "black") if shades else (sample.background,))}
+        visibility = measure_visibility(image) if condition else None
+        backgrounds = ("white", "black") if visibility else (sample.background,)
+        flattened = {background: flatten(image, background) for background in backgrounds}
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        return Inspection(problem(error, content))
-    flat_on = [ground for ground, found in laid.items() if condition and is_flat(found)]
-    if flat_on and not shades:
-        flat_on = ["white", "black"]
-    dark = image.mode.startswith("I") and 0 < image.getextrema()[1] < 256
-    return Inspection(image.size, animated, tuple(flat_on), shades, dark)
+        return Inspection(problem=describe_problem(error, content))
+    single_colour_on = [name for name, found in flattened.items() if condition and has_single_colour(found)]
+    if single_colour_on and not visibility:  # an opaque image looks the same on every background
+        single_colour_on = ["white", "black"]
+    return Inspection(
+        size=image.size,
+        animated=image.info["animated"],
+        is_dark=image.mode.startswith("I") and 0 < image.getextrema()[1] < 256,
+        single_colour_on=tuple(single_colour_on),
+        visibility=visibility,
+    )
 
 
-def image_notes(found: Iterable[tuple[str, Inspection]], flag: str) -> list[str]:
-    """Says of which images, by name, only the first frame is used, and which are nearly black; nothing if there are none."""
-    found, lines = list(found), []
-    if names := [name for name, each in found if each.animated]:
-        lines.append(f"{flag}: only the first frame (or page) is used of {len(names)} with several: {few(names)}")
-    if names := [name for name, each in found if each.dark]:
-        lines.append(
-            f"{flag}: {len(names)} are 16-bit with values up to 255 of 65535, so black; save them as 8-bit PNG: {few(names)}"
-        )
-    return lines
+def inspect_for_training(sample: Sample, min_size: MinSize) -> Inspection:
+    """`inspect`, with an image smaller than `min_size` as a problem too."""
+    inspection = inspect(sample)
+    if inspection.problem:
+        return inspection
+    return inspection._replace(problem=size_problem(inspection.size, min_size))
 
 
-def too_small(size: tuple[int, int], wanted: MinSize) -> Optional[str]:
-    """Says so if a picture of `size` (width, height) does not cover the resolution, or its bucket; otherwise None."""
-    square = isinstance(wanted, int)
-    height, width = height_width(wanted if square else wanted[nearest_bucket(size, wanted)])
+def size_problem(size: tuple[int, int], min_size: MinSize) -> Optional[str]:
+    """The message for an image of `size` (width, height) that does not cover `min_size`; None if it does."""
+    is_square = isinstance(min_size, int)
+    height, width = height_width(min_size if is_square else min_size[nearest_bucket(size, min_size)])
     if size[0] >= width and size[1] >= height:
         return None
-    what = f"--resolution {wanted}" if square else f"its bucket {height},{width} (height,width)"
+    what = f"--resolution {min_size}" if is_square else f"its bucket {height},{width} (height,width)"
     return f"{size[0]}x{size[1]} is smaller than {what}"
 
 
-def usable(sample: Sample, wanted: MinSize) -> Inspection:
-    """`look`, whose problem is also that the image is too small."""
-    found = inspect(sample)
-    small = None if isinstance(found.size, str) else too_small(found.size, wanted)
-    return found._replace(size=small) if small else found
+def image_notes(inspected: Iterable[tuple[str, Inspection]], flag: str) -> list[str]:
+    """Notes on images, given as (name, inspection): on those with several frames, and those that are nearly black."""
+    inspected = list(inspected)
+    notes = []
+    if animated := [name for name, inspection in inspected if inspection.animated]:
+        notes.append(
+            f"{flag}: {len(animated)} images have several frames or pages, of which the first is used: "
+            f"{short_list(animated)}"
+        )
+    if dark := [name for name, inspection in inspected if inspection.is_dark]:
+        notes.append(
+            f"{flag}: {len(dark)} images are 16-bit without a value above 255 of 65535, so nearly black; "
+            f"save them as 8-bit PNG: {short_list(dark)}"
+        )
+    return notes

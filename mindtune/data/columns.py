@@ -1,4 +1,4 @@
-"""Where rows come from and which of their columns are the image, the condition and the caption."""
+"""Where the rows of a data set come from, and which of their columns hold the image, the condition and the caption."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mindtune.cli import UserError
 
 
 class Columns(NamedTuple):
-    """The names of a data set's three columns."""
+    """The names of the three columns of a data set; None for a column that is not used."""
 
     image: Optional[str] = None
     condition: Optional[str] = None
@@ -18,7 +18,10 @@ class Columns(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where rows come from, by the names of the scripts' flags: exactly one of name, directory and .jsonl file, and its columns."""
+    """Where the rows come from. The fields are named like the flags of the scripts.
+
+    Exactly one of `dataset_name`, `train_data_dir` and `jsonl_for_train` is set.
+    """
 
     dataset_name: Optional[str] = None
     dataset_config_name: Optional[str] = None
@@ -31,82 +34,95 @@ class Source(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The value of the flag that names the data set."""
         return self.jsonl_for_train or self.train_data_dir or self.dataset_name
 
     @property
     def flag(self) -> str:
-        return (
-            "--jsonl_for_train"
-            if self.jsonl_for_train
-            else "--train_data_dir"
-            if self.train_data_dir
-            else "--dataset_name"
-        )
+        """The flag that names the data set."""
+        if self.jsonl_for_train:
+            return "--jsonl_for_train"
+        return "--train_data_dir" if self.train_data_dir else "--dataset_name"
 
     @property
     def root(self) -> Optional[str]:
-        """The directory that paths in its cells are relative to; None for a file or a hub id."""
+        """The directory that relative paths in cells start from; None if the data set is a file or a hub id."""
         root = Path(self.name).expanduser()
         return str(root) if root.is_dir() else None
 
 
-FLAGS = Columns("--image_column", "--conditioning_image_column", "--caption_column")
-# What the library makes of folders of images or texts without metadata has other columns than were meant.
-FOLDER_HINTS = (
-    ' Pairs of files are named in metadata.jsonl: {"file_name": ..., "conditioning_image_file_name": ..., "text": ...} in each line.',
-    " A folder of images with caption files is given as --instance_data_dir.",
+COLUMN_FLAGS = Columns("--image_column", "--conditioning_image_column", "--caption_column")
+# The `datasets` library gives folders without metadata the columns image, label or text, which are not what the user
+# meant.
+PAIRS_HINT = (
+    " To name pairs of files, write metadata.jsonl with lines like "
+    '{"file_name": ..., "conditioning_image_file_name": ..., "text": ...}.'
 )
-JSON_COLUMNS = Columns(
-    "image", "conditioning_image", "text"
-)  # what a .jsonl file is turned into, whatever its own keys
+IMAGES_HINT = " Give a folder of images with caption files as --instance_data_dir."
+# The columns that the rows of a .jsonl or .csv file are given, whatever their keys.
+JSON_COLUMNS = Columns("image", "conditioning_image", "text")
+IMAGE_COLUMN_NAMES = ("image", "jpg", "png", "jpeg", "webp", "heic", "heif", "avif")
+CAPTION_COLUMN_NAMES = ("text", "txt", "caption", "prompt")
+TEXT_TYPES = ("string", "large_string", "string_view")
+IMAGE_TYPES = (*TEXT_TYPES, "binary", "large_binary", "Image")
 
 
 def find_columns(features: dict, asked: Columns, where: str, single: bool = False) -> Columns:
-    """The columns of target, condition and caption: the asked ones, or by the usual names. `features`: a column's kind, or None.
+    """The columns of image, condition and caption: those in `asked`, or else the columns with the usual names.
 
-    `single`: the image's, and the caption's only if asked for.
-
-    Raises UserError naming the columns there are if one is missing or holds something else.
+    `features` maps each column to its feature type, or to None if the type is unknown. `single`: the data set holds
+    images instead of pairs, and captions are used only if they are asked for. `where` starts the messages. Raises
+    UserError that lists the columns of the data set if one is missing or holds something else.
     """
     there = f"{where} has the columns {', '.join(features)}"
-    for flag, column in zip(FLAGS, asked):
+    for flag, column in zip(COLUMN_FLAGS, asked):
         if column and column not in features:
             raise UserError(f"{flag} {column}: {there}. Name one of them.")
-    others = [column for column in features if column != asked.image]
-    condition = (
-        None if single else asked.condition or _first(others, ("conditioning_image",), ("conditioning.", "condition"))
-    )
-    others = [column for column in features if column != condition]
-    typed = [column for column in others if _kind(features[column]) == "Image"]
-    names = ("image", "jpg", "png", "jpeg", "webp", "heic", "heif", "avif")
-    image = asked.image or _first(typed if single and typed else others, names, ("image.",))
-    image = image or next(iter(typed), None)
-    found = Columns(
-        image,
-        condition,
-        asked.caption or (None if single else _first(others, ("text", "txt", "caption", "prompt"), ())),
-    )
-    for flag, column, what in zip(FLAGS, found, ("images", "images", "text")):
-        if column is None and single and flag != FLAGS.image:
+    found = _find_single_columns(features, asked) if single else _find_pair_columns(features, asked)
+    for flag, column, what in zip(COLUMN_FLAGS, found, ("images", "images", "text")):
+        if column is None and single and flag != COLUMN_FLAGS.image:
             continue
         if column is None:
-            hint = FOLDER_HINTS[single] if set(features) <= {"image", "label", "text"} else ""
+            is_plain_folder = set(features) <= {"image", "label", "text"}
+            hint = (IMAGES_HINT if single else PAIRS_HINT) if is_plain_folder else ""
             raise UserError(f"{flag}: {there}; none has a known name. Name the one to use with {flag}.{hint}")
-        kind, fitting = _kind(features[column]), ("string", "large_string", "string_view")
-        if what == "images":
-            fitting += ("binary", "large_binary", "Image")
-        if kind and kind not in fitting:
-            raise UserError(f"{flag} {column}: holds {kind}, not {what}. {there}. Name another with {flag}.")
+        type_name = _type_name(features[column])
+        if type_name and type_name not in (IMAGE_TYPES if what == "images" else TEXT_TYPES):
+            raise UserError(f"{flag} {column}: holds {type_name}, not {what}. {there}. Name another with {flag}.")
     return found
 
 
-def _first(columns: Iterable[str], names: tuple[str, ...], prefixes: tuple[str, ...]) -> Optional[str]:
+def _find_single_columns(features: dict, asked: Columns) -> Columns:
+    typed = _columns_of_images(features)
+    image = asked.image or _first_match(typed or features, IMAGE_COLUMN_NAMES, ("image.",)) or next(iter(typed), None)
+    return Columns(image, None, asked.caption)
+
+
+def _find_pair_columns(features: dict, asked: Columns) -> Columns:
+    others = [column for column in features if column != asked.image]
+    condition = asked.condition or _first_match(others, ("conditioning_image",), ("conditioning.", "condition"))
+    others = [column for column in features if column != condition]
+    typed = [column for column in _columns_of_images(features) if column != condition]
+    image = asked.image or _first_match(others, IMAGE_COLUMN_NAMES, ("image.",)) or next(iter(typed), None)
+    caption = asked.caption or _first_match(others, CAPTION_COLUMN_NAMES, ())
+    return Columns(image, condition, caption)
+
+
+def _columns_of_images(features: dict) -> list[str]:
+    return [column for column in features if _type_name(features[column]) == "Image"]
+
+
+def _first_match(columns: Iterable[str], names: tuple[str, ...], prefixes: tuple[str, ...]) -> Optional[str]:
+    """The first of `names` among the columns, or else the first column that starts with one of `prefixes`."""
     exact = [name for name in names if name in columns]
-    return next(iter(exact + [column for prefix in prefixes for column in columns if column.startswith(prefix)]), None)
+    prefixed = [column for prefix in prefixes for column in columns if column.startswith(prefix)]
+    return next(iter(exact + prefixed), None)
 
 
-def _kind(feature: Any) -> Optional[str]:
-    """How messages call a column's kind. A struct with bytes is an image whose file forgot to say so."""
-    if feature is None or isinstance(feature, dict):
-        return feature and ("Image" if "bytes" in feature else "a struct")
+def _type_name(feature: Any) -> Optional[str]:
+    """The name of a feature type in messages. A struct with bytes is an image without the library's metadata."""
+    if feature is None:
+        return None
+    if isinstance(feature, dict):
+        return "Image" if "bytes" in feature else "a struct"
     return feature.dtype if type(feature).__name__ == "Value" else type(feature).__name__

@@ -7,43 +7,43 @@ from typing import Optional
 import numpy as np
 from PIL import Image, ImageOps
 
-from mindtune.cli import UserError, shown
-from mindtune.data.image_problems import opened
-from mindtune.data.images import UnusableImage, flatten, ground, ink, is_flat
+from mindtune.cli import UserError, printable
+from mindtune.data.image_problems import open_image
+from mindtune.data.images import UnusableImage, choose_background, flatten, has_single_colour, measure_visibility
 
 
 def require_condition(path: str, flag: str) -> Image.Image:
     """The decoded image, in its own mode. Raises UserError naming `flag` if it cannot be read."""
     try:
-        return opened(path)
+        return open_image(path)
     except ValueError as error:
-        raise UserError(f"{flag} {shown(path)}: cannot be read as an image ({error}).") from None
+        raise UserError(f"{flag} {printable(path)}: cannot be read as an image ({error}).") from None
 
 
 def condition_image(
     path: str, flag: str, resolution: int, multiple: int = 16, background: Optional[str] = None
 ) -> Image.Image:
-    """An image as a condition to draw with: its shorter side `resolution`, the longer one the nearest multiple of `multiple`.
+    """A condition image in RGB. Its shorter side is `resolution`, its longer side the nearest multiple of `multiple`.
 
-    Transparent pixels are laid on `background` as in training; without one on what shows this drawing, by the rule for data sets. Raises
-    UserError naming `flag` if it cannot be read.
+    Transparent pixels are put on `background`, or if it is None on the colour that `choose_background` finds for this
+    image. Raises UserError naming `flag` if the image cannot be read.
     """
     image = require_condition(path, flag)
-    shades = ink(image)
-    if background is None and shades and ground(shades) == "black":
-        print(f"{flag} {shown(path)}: laid on black; on white its drawing would not be seen")
+    if background is None:
+        visibility = measure_visibility(image)
+        background = choose_background(visibility) if visibility else "white"
+        if background == "black":
+            print(f"{flag} {printable(path)}: transparent, put on black; on white its drawing would not be visible")
     try:
-        image = flatten(image, background or (ground(shades) if shades else "white"))
+        image = flatten(image, background)
     except UnusableImage as error:
-        raise UserError(f"{flag} {shown(path)}: cannot be read as an image ({error}).") from None
-    if is_flat(image):
-        print(f"{flag} {shown(path)}: blank, of one colour throughout")
-    width, height = (
-        max(resolution, round(side * resolution / min(image.size) / multiple) * multiple) for side in image.size
-    )
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        raise UserError(f"{flag} {printable(path)}: cannot be read as an image ({error}).") from None
+    if has_single_colour(image):
+        print(f"{flag} {printable(path)}: blank, all pixels have the same colour")
+    size = [max(resolution, round(side * resolution / min(image.size) / multiple) * multiple) for side in image.size]
+    return ImageOps.fit(image, (size[0], size[1]), Image.Resampling.LANCZOS)
 
 
 def condition_pixels(image: Image.Image) -> np.ndarray:
-    """A picture as what a UNet's ControlNet reads: float32 [1, 3, H, W] in [0, 1]."""
+    """An RGB image as the input of a UNet's ControlNet: float32 [1, 3, H, W] in [0, 1]."""
     return (np.asarray(image, dtype=np.float32) / 255.0).transpose(2, 0, 1)[None]

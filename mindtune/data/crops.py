@@ -1,4 +1,4 @@
-"""From an image to an array: resizing, cropping, mirroring, float32 in [-1, 1]."""
+"""Turns an image into an array: resizes, crops and mirrors it, and scales its values to [-1, 1]."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ INTERPOLATIONS = {
     name.lower(): getattr(Image.Resampling, name)
     for name in ("LANCZOS", "BICUBIC", "BILINEAR", "NEAREST", "BOX", "HAMMING")
 }
-
-
-Resolution = Union[int, tuple[int, int]]  # the side of a square, or (height, width)
+Resolution = Union[int, tuple[int, int]]  # the side of a square, or (height, width), in pixels
 
 
 def height_width(resolution: Resolution) -> tuple[int, int]:
-    """(height, width) in pixels of a resolution given as one number, for a square, or as the two."""
+    """(height, width) of a resolution, in pixels."""
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
 def resize_shorter_side(image: Image.Image, resolution: Resolution, interpolation: str) -> Image.Image:
-    """Scaled so that it just covers `resolution`: one side fits, the other is as long or longer (of a square: the shorter side fits)."""
+    """The image scaled to the smallest size that covers `resolution`, with its aspect ratio kept."""
     height, width = height_width(resolution)
     scale = max(width / image.width, height / image.height)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
@@ -30,12 +28,19 @@ def resize_shorter_side(image: Image.Image, resolution: Resolution, interpolatio
 
 
 def crop_box(
-    size: tuple[int, int], resolution: Resolution, u: Optional[tuple[float, float]]
+    size: tuple[int, int], resolution: Resolution, position: Optional[tuple[float, float]]
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of `resolution` in an image of `size`: central, or at u = (x, y) in [0, 1) of the free room."""
+    """(left, top, right, bottom) of a crop of `resolution` in an image of `size` (width, height).
+
+    `position` is (x, y) in [0, 1), from the leftmost and topmost crop to the rightmost and lowest; None gives the
+    central crop.
+    """
     height, width = height_width(resolution)
-    room = (size[0] - width, size[1] - height)
-    left, top = (round(r / 2.0) for r in room) if u is None else (int(v * (r + 1)) for v, r in zip(u, room))
+    margins = (size[0] - width, size[1] - height)
+    if position is None:
+        left, top = (round(margin / 2.0) for margin in margins)
+    else:
+        left, top = (int(share * (margin + 1)) for share, margin in zip(position, margins))
     return left, top, left + width, top + height
 
 
@@ -43,12 +48,15 @@ def pixel_values(
     image: Image.Image,
     resolution: Resolution,
     interpolation: str,
-    u: Optional[tuple[float, float]] = None,
+    position: Optional[tuple[float, float]] = None,
     flip: bool = False,
 ) -> np.ndarray:
-    """RGB picture to float32 [3, height, width] in [-1, 1]: `resize_shorter_side`, crop (`crop_box`), mirror if `flip`."""
+    """The RGB image resized and cropped to `resolution`, mirrored if `flip`: float32 [3, height, width] in [-1, 1].
+
+    `position` is that of `crop_box`.
+    """
     image = resize_shorter_side(image, resolution, interpolation)
-    image = image.crop(crop_box(image.size, resolution, u))
+    image = image.crop(crop_box(image.size, resolution, position))
     if flip:
         image = ImageOps.mirror(image)
     return (np.asarray(image, dtype=np.float32) / 127.5 - 1.0).transpose(2, 0, 1)

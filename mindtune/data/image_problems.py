@@ -1,4 +1,4 @@
-"""What is wrong with a file that is no usable image, and what to do about it."""
+"""Says what is wrong with a file that is not a usable image, and what to do about it."""
 
 from __future__ import annotations
 
@@ -10,79 +10,36 @@ from typing import Optional, Union
 
 from PIL import Image, UnidentifiedImageError
 
-from mindtune.cli import shown
-from mindtune.data.images import HEIF, UnusableImage, decode
+from mindtune.cli import printable
+from mindtune.data.images import HEIF_AVAILABLE, UnusableImage, decode
 
-RAW = {
-    ".3fr",
-    ".arw",
-    ".cr2",
-    ".cr3",
-    ".dng",
-    ".erf",
-    ".nef",
-    ".nrw",
-    ".orf",
-    ".pef",
-    ".raf",
-    ".raw",
-    ".rw2",
-    ".rwl",
-    ".srw",
-    ".x3f",
-}
-
-
-VIDEO = {
-    ".3gp",
-    ".avi",
-    ".flv",
-    ".m2ts",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".mp4",
-    ".mpeg",
-    ".mpg",
-    ".mts",
-    ".ogv",
-    ".webm",
+RAW_SUFFIXES = {
+    ".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl",
+    ".srw", ".x3f",
+}  # fmt: skip
+VIDEO_SUFFIXES = {
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".webm",
     ".wmv",
+}  # fmt: skip
+DOCUMENT_SUFFIXES = {".ai", ".doc", ".docx", ".eps", ".odt", ".pdf", ".ppt", ".pptx", ".ps", ".xls", ".xlsx"}
+VECTOR_SUFFIXES = {".emf", ".svg", ".svgz", ".wmf"}
+UNSUPPORTED_SUFFIXES = {".heics", ".jxl", ".jxr", ".kra", ".psb", ".xcf"}
+ARCHIVE_SUFFIXES = {".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"}
+HINTS_BY_SUFFIX = {
+    **dict.fromkeys(
+        VIDEO_SUFFIXES, "videos: save their frames as images, for example by ffmpeg -i clip.mp4 frame-%04d.png"
+    ),
+    **dict.fromkeys(RAW_SUFFIXES, "raw photos: export them as JPEG, PNG or 16-bit TIFF"),
+    **dict.fromkeys(VECTOR_SUFFIXES, "vector drawings: export them as PNG"),
+    **dict.fromkeys(DOCUMENT_SUFFIXES, "documents: export their pages as PNG"),
+    **dict.fromkeys(UNSUPPORTED_SUFFIXES, "a format that Pillow does not read: export them as PNG or JPEG"),
+    **dict.fromkeys(ARCHIVE_SUFFIXES, "archives: unpack them"),
 }
-
-
-DOCUMENT = {".ai", ".doc", ".docx", ".eps", ".odt", ".pdf", ".ppt", ".pptx", ".ps", ".xls", ".xlsx"}
-
-
-DRAWING = {".emf", ".svg", ".svgz", ".wmf"}
-
-
-UNREAD = {".heics", ".jxl", ".jxr", ".kra", ".psb", ".xcf"}
-
-
-ARCHIVE = {".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"}
-
-
-HINTS = {
-    **dict.fromkeys(VIDEO, "videos: save their frames as images, for example by ffmpeg -i clip.mp4 frame-%04d.png"),
-    **dict.fromkeys(RAW, "raw photos: export them as JPEG, PNG or 16-bit TIFF"),
-    **dict.fromkeys(DRAWING, "vector drawings: export them as PNG"),
-    **dict.fromkeys(DOCUMENT, "documents: export their pages as PNG"),
-    **dict.fromkeys(UNREAD, "of a format that Pillow does not read: export them as PNG or JPEG"),
-    **dict.fromkeys(ARCHIVE, "archives: unpack them"),
-}
-
-
-PHOTOS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "HEIF", "AVIF")
-
-
-STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # which Pillow opens and cannot decode
-
-
+# The formats that `is_image` accepts for files without an image's suffix.
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "HEIF", "AVIF")
+STUB_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG")  # Pillow opens them and cannot decode them
 LFS_POINTER = b"version https://git-lfs"
-
-
-# What the first bytes say of a file that Pillow does not know.
+# The first bytes of files that Pillow does not read, and the message for each.
 SIGNATURES = (
     (LFS_POINTER, "a Git LFS pointer: run git lfs pull where the data set was cloned"),
     (b"%PDF", "a PDF: export its pages as PNG"),
@@ -100,88 +57,94 @@ SIGNATURES = (
     (b"\0\x05\x16\x07", "an AppleDouble file of macOS, which holds no pixels: remove it"),
     (b"\x93NUMPY", "a NumPy array: save it as PNG"),
 )
-
-
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 
 def readable_suffixes() -> set[str]:
-    """The file name endings of the image formats that are read here, with the dot, in lower case."""
+    """The file name suffixes of the supported image formats, with the dot, in lower case."""
     Image.init()
     found = {
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in STUBS
+        suffix
+        for suffix, image_format in Image.registered_extensions().items()
+        if image_format in Image.OPEN and image_format not in STUB_FORMATS
     }
-    return (found | {".heic", ".heif", ".hif", ".avif"}) - set(HINTS)
+    return (found | {".heic", ".heif", ".hif", ".avif"}) - set(HINTS_BY_SUFFIX)
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file begins as an image does, whatever its name."""
+    """Whether a file starts like an image, whatever its name."""
     try:
-        with Image.open(path, formats=[kind for kind in PHOTOS if kind in Image.OPEN]):
+        with Image.open(path, formats=[name for name in PHOTO_FORMATS if name in Image.OPEN]):
             return True
     except Exception:  # decoders raise many kinds
         return False
 
 
-def what_is_it(content: bytes) -> Optional[str]:
-    """What a file that Pillow does not know seems to be, and what to do about it; None if its first bytes say nothing."""
-    head = content[:512]
+def identify(content: bytes) -> Optional[str]:
+    """What the content of a file is if it is not an image, and what to do about it; None if it is unknown."""
+    start = content[:512]
     if not content:
         return "the file is empty: copy it again"
-    if head[4:8] == b"ftyp":
-        if head[8:12] in HEIC_BRANDS:
-            need = "pillow-heif cannot read: copy it again" if HEIF else "needs a package: pip install pillow-heif"
-            return f"a HEIC photo that {need}, or convert it to JPEG, for example by heif-convert a.heic a.jpg"
-        if head[8:12] in (b"avif", b"avis"):
-            return (
-                "an AVIF image that this Pillow cannot read: copy it again, update Pillow to 11.3, or convert it to PNG"
-            )
-        return "a raw photo (CR3): export it as JPEG" if head[8:11] == b"crx" else "a video: save its frames as images"
-    for signature, kind in SIGNATURES:
-        if head.startswith(signature):
-            return kind
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start[4:8] == b"ftyp":
+        return _identify_iso_media(brand=start[8:12])
+    for signature, message in SIGNATURES:
+        if start.startswith(signature):
+            return message
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if b"<svg" in text:
         return "an SVG drawing: export it as PNG"
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "a web page: the download went wrong, fetch it again"
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "a web page: the download went wrong, download it again"
+    if start[:4] == b"RIFF" and start[8:12] == b"AVI ":
         return "a video: save its frames as images"
-    return "it holds zeros only: copy it again" if not any(content[:4096]) else None
+    return "contains only zeros: copy it again" if not any(content[:4096]) else None
 
 
-def problem(error: Exception, content: Optional[bytes] = None) -> str:
-    """What messages say of an image whose decoding raised `error`; `content` are its encoded bytes, if they could be read."""
+def _identify_iso_media(brand: bytes) -> str:
+    """HEIC, AVIF, raw photos and videos share a container format. Its brand tells them apart."""
+    if brand in HEIC_BRANDS:
+        reason = (
+            "pillow-heif cannot read: copy it again" if HEIF_AVAILABLE else "needs a package: pip install pillow-heif"
+        )
+        return f"a HEIC photo that {reason}, or convert it to JPEG, for example by heif-convert a.heic a.jpg"
+    if brand in (b"avif", b"avis"):
+        return "an AVIF image that this Pillow cannot read: copy it again, update Pillow to 11.3, or convert it to PNG"
+    return "a raw photo (CR3): export it as JPEG" if brand.startswith(b"crx") else "a video: save its frames as images"
+
+
+def describe_problem(error: Exception, content: Optional[bytes] = None) -> str:
+    """The message for an image whose decoding raised `error`. `content`: its encoded bytes, if they could be read."""
     if isinstance(error, FileNotFoundError):
-        return f"missing ({shown(error.filename or error)})"
+        return f"missing ({printable(error.filename or error)})"
     if isinstance(error, UnusableImage):
         return str(error)
     if isinstance(error, OSError) and error.errno:
         return f"cannot be read ({errno.errorcode.get(error.errno, error.errno)}: {os.strerror(error.errno)})"
     if isinstance(error, Image.DecompressionBombError):
-        return f"too many pixels for a photograph ({error}): scale it down, for example by magick a.png -resize 4096x4096 b.png"
+        remedy = "scale it down, for example by magick a.png -resize 4096x4096 b.png"
+        return f"too many pixels for a photograph ({error}): {remedy}"
     if content is None:
-        return f"cannot be read ({type(error).__name__}: {shown(error)})"
-    kind = what_is_it(content)
+        return f"cannot be read ({type(error).__name__}: {printable(error)})"
+    identified = identify(content)
     if isinstance(error, UnidentifiedImageError):
-        return f"not an image that Pillow can read{f': {kind}' if kind else ''}"
-    if kind:
-        return kind
-    if any(
-        words in str(error)
-        for words in ("Ghostscript", "cannot find loader", "not available", "not supported", "unsupported")
-    ):
-        return f"of a kind that cannot be decoded here ({shown(error)}): export it as PNG or JPEG"
+        return f"not an image that Pillow can read{f': {identified}' if identified else ''}"
+    return identified or _describe_decoding_error(error)
+
+
+def _describe_decoding_error(error: Exception) -> str:
+    missing_decoder = ("Ghostscript", "cannot find loader", "not available", "not supported", "unsupported")
+    if any(words in str(error) for words in missing_decoder):
+        return f"a format that cannot be decoded here ({printable(error)}): export it as PNG or JPEG"
     if isinstance(error, (OSError, SyntaxError, EOFError, IndexError, struct.error)):
-        return f"damaged ({shown(error)})"
-    return f"cannot be decoded ({type(error).__name__}: {shown(error)}): save it anew as PNG or JPEG"
+        return f"damaged ({printable(error)})"
+    return f"cannot be decoded ({type(error).__name__}: {printable(error)}): save it again as PNG or JPEG"
 
 
-def opened(path: Union[str, Path]) -> Image.Image:
-    """An image file, decoded and upright. Raises ValueError with what is wrong."""
+def open_image(path: Union[str, Path]) -> Image.Image:
+    """An image file, decoded and upright, in its own mode. Raises ValueError that says what is wrong with it."""
     content = None
     try:
         content = Path(path).read_bytes()
         return decode(content)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        raise ValueError(problem(error, content)) from None
+        raise ValueError(describe_problem(error, content)) from None

@@ -1,4 +1,4 @@
-"""Images with captions: reading them, checking all of them before anything large loads, and turning them into arrays."""
+"""An image with its caption, and the reading of images from files, bytes, base64 and URLs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from typing import Any, Optional
 
 from PIL import Image
 
-from mindtune.cli import shown
+from mindtune.cli import printable
 from mindtune.data.images import UnusableImage, decode, flatten
 
-BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64}")
-# How JPEG, PNG, WebP, GIF, BMP, TIFF and, both alike, AVIF and HEIC begin.
-BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "Qk", "SUkqA", "TU0AK", "AAAA")
+BASE64_TEXT = re.compile(r"[A-Za-z0-9+/_\-\s]{64}")
+# How base64 starts for JPEG, PNG, WebP, GIF, BMP, TIFF, and for AVIF and HEIC, which start alike.
+BASE64_IMAGE_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "Qk", "SUkqA", "TU0AK", "AAAA")
+LONGEST_PATH = 4096
+LONGEST_FILE_NAME = 255
 
 
 @dataclass
 class Sample:
-    """One image with its caption (None: use the prompt of the whole run).
+    """One image with its caption. A caption of None stands for the prompt of the whole run.
 
-    `source` is where the encoded image is: a Path, the bytes themselves, or (dataset, index, column), whose cell `encoded` reads, paths
-    from `root`. Transparent pixels are laid on `background`.
+    `source` is a Path, the encoded bytes, or (dataset, index, column) of a cell that `read_cell` reads with `root`.
+    Transparent pixels are put on the colour `background`.
     """
 
     name: str
@@ -36,46 +38,50 @@ class Sample:
     root: Optional[str] = field(default=None, repr=False)
 
     def read(self) -> bytes:
-        """The encoded image, as found on disk or in the dataset. Raises FileNotFoundError if there is none."""
+        """The encoded image, unchanged. Raises FileNotFoundError if there is none."""
         if not isinstance(self.source, tuple):
-            return encoded(self.source)
+            return read_cell(self.source)
         dataset, index, column = self.source
-        return encoded(dataset[index][column], self.root)
+        return read_cell(dataset[index][column], self.root)
 
     def open(self) -> Image.Image:
+        """The decoded image, upright, in 8-bit RGB."""
         return flatten(decode(self.read()), self.background)
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the encoded image, and of what it is laid on if that is not white."""
+        """The SHA-256 hash of the encoded image, and of the background if it is not white."""
         digest = hashlib.sha256(self.read())
         if self.background != "white":
             digest.update(self.background.encode())
         return digest.hexdigest()
 
 
-def encoded(cell: Any, root: Optional[str] = None) -> bytes:
-    """The encoded image of a dataset's cell: {"bytes", "path"}, bytes, base64, a data URL, a URL, or a path, first from `root`.
+def read_cell(cell: Any, root: Optional[str] = None) -> bytes:
+    """The encoded image that a cell of a data set holds or names.
 
-    Raises FileNotFoundError if it has none, and UnusableImage for other text.
+    A cell is bytes, base64, a data URL, a URL, a path (tried relative to `root` first), or {"bytes": ..., "path":
+    ...}, of which the bytes are used if there are any. Raises FileNotFoundError if the cell is empty or the file is
+    missing, and UnusableImage for text of another kind.
     """
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if isinstance(cell, bytes):
-        begins = cell[:16].decode("ascii", "replace").startswith((*BASE64_IMAGES, "data:image/"))
-        return (from_base64(cell.decode("ascii", "replace")) or cell) if begins else cell
+        is_base64 = cell[:16].decode("ascii", "replace").startswith((*BASE64_IMAGE_STARTS, "data:image/"))
+        return (decode_base64(cell.decode("ascii", "replace")) or cell) if is_base64 else cell
     if not cell:
-        raise FileNotFoundError("the dataset has none here")
+        raise FileNotFoundError("the cell of the data set is empty")
     text = str(cell)
-    if len(text) <= 4096:
-        for place in (text, text.replace("\\", "/")):
-            if root and os.path.isfile(os.path.join(root, place)):
-                return Path(root, place).read_bytes()
-    if not os.path.isfile(text) and (content := from_base64(text)) is not None:
+    if root and len(text) <= LONGEST_PATH:
+        for path in (text, text.replace("\\", "/")):
+            if os.path.isfile(os.path.join(root, path)):
+                return Path(root, path).read_bytes()
+    if not os.path.isfile(text) and (content := decode_base64(text)) is not None:
         return content
-    if len(text) > 4096 or ("://" not in text and max(map(len, text.split("/"))) > 255):
-        raise UnusableImage(f"a text of {len(text)} characters that is no path, URL or base64: {shown(text, 110)}")
-    if "://" in text:  # the images of a folder that is streamed from the hub
+    is_url = "://" in text
+    if len(text) > LONGEST_PATH or (not is_url and max(map(len, text.split("/"))) > LONGEST_FILE_NAME):
+        raise UnusableImage(f"a text of {len(text)} characters that is no path, URL or base64: {printable(text, 110)}")
+    if is_url:  # such as the images of a folder that is streamed from the hub
         import fsspec
 
         with fsspec.open(text, "rb") as file:
@@ -83,22 +89,20 @@ def encoded(cell: Any, root: Optional[str] = None) -> bytes:
     return Path(text).read_bytes()
 
 
-def from_base64(text: str) -> Optional[bytes]:
-    """What base64 text or a data URL holds, in either alphabet, with or without padding and line breaks; None if it is neither."""
-    url = text.startswith("data:")
-    text = text.partition(";base64,")[2] if url else text
-    if not BASE64.match(text[:64]) or not (
-        url or text.startswith(BASE64_IMAGES) or len(text) > 255
-    ):  # shorter ones may be paths
+def decode_base64(text: str) -> Optional[bytes]:
+    """The content of base64 text or of a data URL; None if `text` is neither.
+
+    Accepts the alphabets for text and for URLs, with or without padding and line breaks. Text of up to 255 characters
+    may be a path, so it must start like an image.
+    """
+    is_data_url = text.startswith("data:")
+    text = text.partition(";base64,")[2] if is_data_url else text
+    if not BASE64_TEXT.match(text[:64]):
+        return None
+    if not (is_data_url or text.startswith(BASE64_IMAGE_STARTS) or len(text) > LONGEST_FILE_NAME):
         return None
     try:
         text = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError:
         return None
-
-
-# ---- checking ------------------------------------------------------------------------------------
-
-
-# ---- pixels --------------------------------------------------------------------------------------

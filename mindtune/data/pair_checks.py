@@ -1,98 +1,135 @@
-"""Checking pairs: sizes, blank and transparent conditions."""
+"""Checks pairs before a model is loaded, and chooses the background for transparent condition images."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import NamedTuple, Optional
 
 import numpy as np
 
-from mindtune.cli import UserError, few
-from mindtune.data.checks import Inspection, MinSize, image_notes, inspect, report_bad, too_small
-from mindtune.data.images import Ink, ground
+from mindtune.cli import UserError, short_list
+from mindtune.data.checks import Inspection, MinSize, image_notes, inspect, report_bad, size_problem
+from mindtune.data.images import Visibility, choose_background
 from mindtune.data.order import prefetch
 from mindtune.data.pairs import Pair, Pairs
 
 
-def preflight_pairs(pairs: Pairs, wanted: MinSize, flag: str, skip_bad: bool, threads: int = 2) -> Pairs:
-    """Decodes both images of every pair and gives the usable pairs, transparent conditions laid on what shows them.
-
-    Raises UserError naming every problem at once (one of the two missing or unreadable, sizes that differ, smaller than the
-    resolution or than its own bucket), or, with `skip_bad`, prints that list and goes on without them; also if none is left.
-    """
-    usable, bad, notes = np.ones(len(pairs), dtype=bool), [], Notes()
-    found = prefetch(lambda i: (pairs[i], usable_pair(pairs[i], wanted)), range(len(pairs)), max(1, threads))
-    for index, (pair, looked) in enumerate(found):
-        notes.add(pair, looked)
-        if isinstance(looked.size, str):
-            usable[index] = False
-            bad.append(f"{pair.image.name}: {looked.size}")
-    report_bad(bad, f"{len(pairs)} pairs", flag, skip_bad)
-    if not usable.any():
-        raise UserError(f"{flag}: no usable pair is left.")
-    for line in notes.lines(flag):
-        print(line)
-    return (pairs.select(np.flatnonzero(usable)) if bad else pairs).on(notes.background)
-
-
 class PairInspection(NamedTuple):
-    """(width, height) of both images of a pair, or what keeps it from being trained on; and what decoding each of them found."""
+    """What decoding the two images of a pair shows.
 
-    size: Union[tuple[int, int], str]
+    size: (width, height) of both images; None if there is a problem with either.
+    problem: why the pair cannot be used; None if it can.
+    """
+
+    size: Optional[tuple[int, int]]
+    problem: Optional[str]
     image: Inspection
     condition: Inspection
 
 
-def usable_pair(pair: Pair, wanted: MinSize) -> PairInspection:
-    """Decodes both images wholly."""
-    image, condition = inspect(pair.image), inspect(pair.condition, condition=True)
-    size, other = image.size, condition.size
-    wrong = [f"{what}{found}" for what, found in (("", size), ("its condition: ", other)) if isinstance(found, str)]
-    if not wrong and size != other:
-        wrong = [f"{size[0]}x{size[1]}, its condition {other[0]}x{other[1]}"]
-    if not wrong:
-        small = too_small(size, wanted)
-        wrong = [small] if small else []
-    return PairInspection("; ".join(wrong) if wrong else size, image, condition)
+def preflight_pairs(pairs: Pairs, min_size: MinSize, flag: str, skip_bad: bool, threads: int = 2) -> Pairs:
+    """The pairs that can be used, with transparent condition images on the background that shows them.
+
+    Decodes all images. Raises UserError that lists every pair with a missing or unreadable image, images of different
+    sizes, or an image smaller than `min_size`; with `skip_bad` the list is printed instead. Raises UserError too if
+    no pair is left.
+    """
+    usable = np.ones(len(pairs), dtype=bool)
+    problems = []
+    notes = PairNotes()
+
+    def inspect_at(index: int) -> tuple[Pair, PairInspection]:
+        return pairs[index], inspect_pair(pairs[index], min_size)
+
+    for index, (pair, inspection) in enumerate(prefetch(inspect_at, range(len(pairs)), max(1, threads))):
+        notes.add(pair, inspection)
+        if inspection.problem:
+            usable[index] = False
+            problems.append(f"{pair.image.name}: {inspection.problem}")
+    report_bad(problems, f"{len(pairs)} pairs", flag, skip_bad)
+    if not usable.any():
+        raise UserError(f"{flag}: no usable pair is left. Give other pairs.")
+    for line in notes.lines(flag):
+        print(line)
+    remaining = pairs.select(np.flatnonzero(usable)) if problems else pairs
+    return remaining.with_background(notes.background)
 
 
-class Notes:
-    """What is to be said of the usable pairs of a data set: animations, conditions of one colour, and what transparent ones lie on."""
+def inspect_pair(pair: Pair, min_size: MinSize) -> PairInspection:
+    """Decodes both images of a pair completely and compares their sizes."""
+    image = inspect(pair.image)
+    condition = inspect(pair.condition, condition=True)
+    problem = _pair_problem(image, condition, min_size)
+    return PairInspection(None if problem else image.size, problem, image, condition)
+
+
+def _pair_problem(image: Inspection, condition: Inspection, min_size: MinSize) -> Optional[str]:
+    problems = []
+    if image.problem:
+        problems.append(image.problem)
+    if condition.problem:
+        problems.append(f"its condition: {condition.problem}")
+    if problems:
+        return "; ".join(problems)
+    if image.size != condition.size:
+        return "{}x{}, its condition {}x{}".format(*image.size, *condition.size)
+    return size_problem(image.size, min_size)
+
+
+class PairNotes:
+    """Collects notes on the usable pairs of a data set: on animations, blank and transparent condition images.
+
+    `count` is the number of usable pairs, `transparent` that of transparent condition images.
+    """
 
     def __init__(self) -> None:
-        self.images, self.flat, self.count, self.transparent, self.ink = [], {"white": [], "black": []}, 0, 0, Ink()
+        self.count = 0
+        self.transparent = 0
+        self._visibility = Visibility()  # the sum over the transparent condition images
+        self._single_colour = {"white": [], "black": []}  # the names of the condition images, by background
+        self._images = []
 
-    def add(self, pair: Pair, looked: PairInspection) -> None:
-        if isinstance(looked.size, str):
+    def add(self, pair: Pair, inspection: PairInspection) -> None:
+        if inspection.problem:
             return
         self.count += 1
-        found = ((pair.image.name, looked.image), (pair.condition.name, looked.condition))
-        self.images += [(name, each) for name, each in found if each.animated or each.dark]
-        if looked.condition.ink:
-            self.transparent, self.ink = self.transparent + 1, Ink(*map(sum, zip(self.ink, looked.condition.ink)))
-        for background in looked.condition.flat_on:
-            self.flat[background].append(pair.condition.name)
+        for sample, found in ((pair.image, inspection.image), (pair.condition, inspection.condition)):
+            if found.animated or found.is_dark:
+                self._images.append((sample.name, found))
+        if visibility := inspection.condition.visibility:
+            self.transparent += 1
+            self._visibility = Visibility(*map(sum, zip(self._visibility, visibility)))
+        for background in inspection.condition.single_colour_on:
+            self._single_colour[background].append(pair.condition.name)
 
     @property
     def background(self) -> str:
-        """What transparent conditions are laid on: one colour for the whole data set, so that all of them look alike."""
-        return ground(self.ink)
+        """The background of transparent condition images, the same for the whole data set."""
+        return choose_background(self._visibility)
 
     def lines(self, flag: str) -> list[str]:
-        flat, lines, lost = self.flat[self.background], image_notes(self.images, flag), self.ink.lost(self.background)
-        if self.background == "black":
-            unseen = f"on white {self.ink.lost('white'):.0%} of their drawing would not be seen"
-            lines.append(f"{flag}: {self.transparent} transparent conditions are laid on black; {unseen}")
-        if lost >= 0.1:
-            what = f"{self.transparent} transparent conditions are laid on {self.background}, where {lost:.0%} of their drawing is not seen"
-            lines.append(f"{flag}: {what}. Give them a ground that shows all of it.")
-        if flat:
+        """The notes, each starting with `flag`."""
+        background = self.background
+        lines = image_notes(self._images, flag)
+        subject = f"{flag}: {self.transparent} transparent condition images are put on {background}"
+        if background == "black":
+            hidden = self._visibility.hidden_share("white")
+            lines.append(f"{subject}; on white {hidden:.0%} of their drawing would not be visible")
+        hidden = self._visibility.hidden_share(background)
+        if hidden >= 0.1:
             lines.append(
-                f"{flag}: {len(flat)} of {self.count} conditions are blank, of one colour throughout: {few(flat)}"
+                f"{subject}, where {hidden:.0%} of their drawing is not visible. "
+                "Save them on a background that shows all of it."
+            )
+        if names := self._single_colour[background]:
+            lines.append(
+                f"{flag}: {len(names)} of {self.count} condition images are blank, all pixels have the same colour: "
+                f"{short_list(names)}"
             )
         return lines
 
 
-def require_usable(pair: Pair, wanted: MinSize) -> None:
-    """Raises UserError for a pair that `preflight_pairs` would refuse: for streams, which are checked in passing."""
-    if isinstance(wrong := usable_pair(pair, wanted).size, str):
-        raise UserError(f"{pair.image.name}: {wrong}. Mend the data set, or remove the pair from it.")
+def require_usable(pair: Pair, min_size: MinSize) -> None:
+    """Raises UserError for a pair that `preflight_pairs` refuses. Streams call it for each pair, as it is reached."""
+    problem = inspect_pair(pair, min_size).problem
+    if problem:
+        raise UserError(f"{pair.image.name}: {problem}. Fix the data set, or remove the pair from it.")

@@ -1,4 +1,4 @@
-"""Pairs of a data set that is never held in memory."""
+"""Pairs that are streamed from a data set, which is never held in memory."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from typing import Callable, Optional
 
 from PIL import Image
 
-from mindtune.cli import UserError, shown
+from mindtune.cli import UserError, printable
 from mindtune.data.columns import Source
-from mindtune.data.image_problems import problem
-from mindtune.data.image_sample import Sample, encoded
+from mindtune.data.image_problems import describe_problem
+from mindtune.data.image_sample import Sample, read_cell
 from mindtune.data.images import is_transparent
-from mindtune.data.pair_checks import Notes, usable_pair
+from mindtune.data.pair_checks import PairNotes, inspect_pair
 from mindtune.data.pairs import Pair
 from mindtune.data.tables import open_rows
 from mindtune.rng import generator
 
-PEEK, FAR = 16, 256  # the first 16 transparent conditions among a stream's first 256 rows decide what such are laid on
+# The background is chosen by up to 16 transparent condition images among the first 256 rows. Of those, the first 16
+# rows are inspected in any case.
+INSPECTED_ROWS = 16
+EXAMINED_ROWS = 256
 
 
 class PairStream:
-    """The first `count` pairs (None: no end) of a data set that is never held: pass after pass, shuffled anew in a buffer of rows.
+    """The first `count` pairs (None: endless) of a streamed data set, pass after pass.
 
-    The order depends on `seed` and `buffer_size` only, so iterating again, or from a position, gives the same pairs. Their samples hold
-    the encoded pictures. Sources and errors are those of `load_pairs`; a pair without one of its pictures raises UserError when reached.
+    Each pass is shuffled anew, in a buffer of `buffer_size` rows. The order depends on `seed` and `buffer_size` only,
+    so every iteration gives the same pairs, also from a position on. The samples hold the encoded images. Sources and
+    errors are those of `load_pairs`; a pair without one of its images raises UserError when it is reached.
     """
 
     def __init__(
@@ -39,64 +43,86 @@ class PairStream:
         say: Callable[[str], None] = print,
     ) -> None:
         self.dataset, self.columns = open_rows(source, streaming=True, say=say)
-        self.name, self.root = source.name, source.root
-        self.seed, self.buffer_size, self.count, self.background = seed, buffer_size, count, "white"
-        notes = self._first_look()
+        self.name = source.name
+        self.root = source.root
+        self.seed = seed
+        self.buffer_size = buffer_size
+        self.count = count
+        self.background = "white"
+        notes = self._inspect_first_rows()
         self.background = notes.background
-        for line in notes.lines(f"{source.flag} {shown(source.name)}, {notes.count} pairs of its first {FAR} rows"):
+        subject = f"{source.flag} {printable(source.name)}, {notes.count} pairs of its first {EXAMINED_ROWS} rows"
+        for line in notes.lines(subject):
             say(line)
 
-    def _first_look(self) -> Notes:
-        """Of the first pairs, and then of those whose condition may be transparent. What is wrong is said when it is reached."""
-        notes = Notes()
-        with contextlib.suppress(Exception):  # the stream breaks off
-            for place, row in enumerate(islice(self.dataset, FAR)):
-                if place >= PEEK <= notes.transparent:
+    def _inspect_first_rows(self) -> PairNotes:
+        """Notes on the first pairs, and after these on pairs whose condition image may be transparent.
+
+        Errors are ignored here, because they are raised when the pair is reached.
+        """
+        notes = PairNotes()
+        with contextlib.suppress(Exception):  # the stream fails
+            for position, row in enumerate(islice(self.dataset, EXAMINED_ROWS)):
+                if position >= INSPECTED_ROWS and notes.transparent >= INSPECTED_ROWS:
                     break
-                with contextlib.suppress(Exception):  # a bad row
-                    pair = self._pair(row, place)
-                    if place < PEEK or is_transparent(Image.open(io.BytesIO(pair.condition.source))):
-                        notes.add(pair, usable_pair(pair, 1))
+                with contextlib.suppress(Exception):  # the row is invalid
+                    pair = self._make_pair(row, position)
+                    condition = Image.open(io.BytesIO(pair.condition.source)) if position >= INSPECTED_ROWS else None
+                    if condition is None or is_transparent(condition):
+                        notes.add(pair, inspect_pair(pair, 1))
         return notes
 
     def __iter__(self) -> Iterator[Pair]:
         return self.from_position(0)
 
     def from_position(self, start: int) -> Iterator[Pair]:
-        """The pairs from number `start` on, as a full iteration gives them. Those before are passed over without being decoded."""
-        rows = self._rows(start) if self.count is None else islice(self._rows(start), max(0, self.count - start))
-        return (self._pair(row, position) for position, row in enumerate(rows, start))
+        """The pairs from number `start` on, as in a full iteration. Skips earlier pairs without decoding them."""
+        rows = self._rows(start)
+        if self.count is not None:
+            rows = islice(rows, max(0, self.count - start))
+        return (self._make_pair(row, position) for position, row in enumerate(rows, start))
 
     def _rows(self, start: int) -> Iterator[dict]:
-        number, offset = 0, start
+        """The rows of all passes from number `start` on."""
+        number = 0
+        offset = start
         while True:
             length = 0
-            for row in self._pass(number):
+            for row in self._read_pass(number):
                 length += 1
                 if length > offset:
                     yield row
             if not length:
                 raise UserError(f"{self.name}: the data set has no rows. Give one that has.")
-            # Every pass is as long as the first, so the whole passes before `start` need no reading.
-            number, offset = number + max(1, offset // length), offset % length if offset >= length else 0
+            # All passes have the same length, so the whole passes before `start` need not be read.
+            number += max(1, offset // length)
+            offset = offset % length if offset >= length else 0
 
-    def _pass(self, number: int) -> Iterator[dict]:
-        # A seed of its own for every pass rather than set_epoch, which would change the order under another iterator's feet.
+    def _read_pass(self, number: int) -> Iterator[dict]:
+        # A seed per pass instead of `set_epoch`, which would change the order of other iterators over the data set.
         seed = int(generator(self.seed, "stream", number).integers(2**63))
         try:
             yield from self.dataset.shuffle(seed=seed, buffer_size=self.buffer_size)
         except (
             Exception
-        ) as error:  # a torn shard, a lost connection, a cell of another type: the library has no kind in common
-            raise UserError(f"{self.name}: the datasets library cannot read on in pass {number}: {error!r}") from None
+        ) as error:  # a truncated shard, a lost connection, a cell of another type: there is no common class
+            raise UserError(
+                f"{self.name}: the datasets library cannot continue reading in pass {number}: {error!r}. "
+                "Check the files of the data set and the connection, and start again."
+            ) from None
 
-    def _pair(self, row: dict, position: int) -> Pair:
-        name, images = f"{shown(self.name)}, place {position} of the stream", []
-        for what, column, background in zip(("image", "condition"), self.columns, ("white", self.background)):
+    def _make_pair(self, row: dict, position: int) -> Pair:
+        name = f"{printable(self.name)}, position {position} of the stream"
+
+        def sample(what: str, column: str, background: str) -> Sample:
             try:
-                images.append(Sample(name, encoded(row[column], self.root), background=background))
+                return Sample(name, read_cell(row[column], self.root), background=background)
             except Exception as error:  # reading a URL raises many kinds
+                problem = describe_problem(error)
                 raise UserError(
-                    f"{name}: its {what}: {problem(error)}. Mend the data set, or remove the pair from it."
+                    f"{name}: its {what}: {problem}. Fix the data set, or remove the pair from it."
                 ) from None
-        return Pair(*images, row[self.columns.caption] or "")
+
+        image = sample("image", self.columns.image, "white")
+        condition = sample("condition", self.columns.condition, self.background)
+        return Pair(image, condition, row[self.columns.caption] or "")

@@ -8,7 +8,7 @@ from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 
-from mindtune.cli import shown
+from mindtune.cli import printable
 from mindtune.data import buckets, checks, folders
 from mindtune.data.image_data import ClassImages
 from mindtune.encode.encoder_stage import ClassImageRequest, EncoderStage
@@ -67,7 +67,7 @@ def load(
     samples = checks.preflight(
         samples,
         buckets.min_size(used_sizes),
-        f"{flag} {shown(folder)}",
+        f"{flag} {printable(folder)}",
         settings.skip_bad_images,
         settings.dataloader_num_workers,
     )

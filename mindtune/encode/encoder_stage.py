@@ -23,7 +23,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from mindtune.cli import UserError, tell
+from mindtune.cli import UserError, print_lines
 from mindtune.data.crops import pixel_values
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
@@ -175,7 +175,7 @@ class EncoderStage:
         if images:
             print("--cache_latents: every image is center-cropped, and with --random_flip cached twice")
         if not streaming:
-            tell(self.long_captions(captions))
+            print_lines(self.long_captions(captions))
         encoded = self.prepare(captions, images)
         print(f"encoder stage: {encoded} encoded, the rest was in {self.cache_dir}")
 

@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from mindtune.cli import UserError, listing
+from mindtune.cli import UserError, indented_list
 from mindtune.models.int8 import quantise
 from mindtune.models.precision import LINEAR_LAYERS, NUMPY_DTYPES
 from mindtune.models.weights import FILE_DTYPES, StoredTensor
@@ -60,7 +60,9 @@ def check_tensors(
             if examples
             else "Copy or download them again."
         )
-        raise UserError(f"{folder}: the weight files lack {len(missing)} tensors:\n{listing(missing[:5])}\n{advice}")
+        raise UserError(
+            f"{folder}: the weight files lack {len(missing)} tensors:\n{indented_list(missing[:5])}\n{advice}"
+        )
     pairs = [(name, parameter.shape, stored[name]) for name, parameter in parameters.items()]
     problems = [
         f"{tensor.path.name}: {name} is {list(tensor.shape)} of {tensor.dtype}, the model's is {list(shape)}"
@@ -70,7 +72,7 @@ def check_tensors(
     if problems:
         raise UserError(
             f"{folder}: {len(problems)} tensors of the weight files do not fit the model that config.json describes:\n"
-            f"{listing(problems[:5])}\n"
+            f"{indented_list(problems[:5])}\n"
             f"Give the config.json that belongs to the weights, and weights of {', '.join(FILE_DTYPES)}."
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from mindtune.cli import UserError, listing
+from mindtune.cli import UserError, indented_list
 from mindtune.models.configs import class_of, config_file, convert_errors, read_config
 from mindtune.models.library import config_defaults
 from mindtune.models.supported import class_problem, model_problems
@@ -68,14 +68,14 @@ def check_pipeline(
             unsupported = model_problems(root, components)
     if unsupported:
         raise UserError(
-            f"{flag} {root}: cannot be trained by this script:\n{listing(unsupported)}\n"
+            f"{flag} {root}: cannot be trained by this script:\n{indented_list(unsupported)}\n"
             "docs/models.md lists the published models that can."
         )
     if variant and weights and not broken:
         _report_variant(flag, root, [name for name in components if _is_model(name)], variant)
     if broken:
         raise UserError(
-            f"{flag} {root}: not a complete pipeline:\n{listing(broken)}\n"
+            f"{flag} {root}: not a complete pipeline:\n{indented_list(broken)}\n"
             "Copy or download it again, in the Hugging Face layout (model_index.json, transformer/, vae/, ...)."
         )
 

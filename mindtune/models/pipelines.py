@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Optional
 
-from mindtune.cli import UserError, listing
+from mindtune.cli import UserError, indented_list
 from mindtune.models.configs import read_config
 from mindtune.models.library import config_defaults
 from mindtune.models.pipeline_checks import check_pipeline, component_problems, tokenizer_problems
@@ -122,13 +122,13 @@ def resolve_model(name: str, flag: str, cache_dir: Optional[str], cls: str, weig
     unsupported, broken = component_problems(path.parent, path.name, (cls,), None, weights, existing)
     if unsupported:
         raise UserError(
-            f"{flag} {name}: cannot be used:\n{listing(unsupported)}\n"
+            f"{flag} {name}: cannot be used:\n{indented_list(unsupported)}\n"
             "docs/models.md lists the published models that can."
         )
     # There is no --variant for a single model.
     broken = [re.sub(r": add --variant .*", ": rename them without the variant", problem) for problem in broken]
     if broken:
-        raise UserError(f"{flag} {name}: not a complete {cls}:\n{listing(broken)}\nCopy or download it again.")
+        raise UserError(f"{flag} {name}: not a complete {cls}:\n{indented_list(broken)}\nCopy or download it again.")
     return path
 
 
@@ -148,7 +148,8 @@ def resolve_vae(name: str, flag: str, cache_dir: Optional[str], root: Path, base
         )
     if problems := vae_problems(path.parent, path.name):
         raise UserError(
-            f"{flag} {name}: cannot be used:\n{listing(problems)}\nGive the config.json that was published with it."
+            f"{flag} {name}: cannot be used:\n{indented_list(problems)}\n"
+            "Give the config.json that was published with it."
         )
     keys = ("scaling_factor", "latents_mean", "latents_std")
     if [vae[key] for key in keys] != [pipeline_vae[key] for key in keys]:
@@ -176,7 +177,7 @@ def resolve_tokenizer(name: str, flag: str, cache_dir: Optional[str]) -> Path:
         path = _download(flag, name, None, cache_dir, ["*.json", "merges.txt"])
     path = path.resolve()
     if problems := tokenizer_problems(path.parent, path.name, ("CLIPTokenizer",)):
-        raise UserError(f"{flag} {name}: not a CLIP tokenizer:\n{listing(problems)}\nGive the directory of one.")
+        raise UserError(f"{flag} {name}: not a CLIP tokenizer:\n{indented_list(problems)}\nGive the directory of one.")
     return path
 
 

@@ -1,10 +1,11 @@
-"""Does our code fit the mindone of this environment? Checked against the CPU environment's.   (make contract)
+"""Checks that our code fits the mindone of this environment, by comparison with that of the CPU environment.
 
-    python tests/contract/contract.py --reference PYTHON        PYTHON: the interpreter that has requirements.txt
+    python tests/contract/contract.py --reference PYTHON
 
-Both interpreters make the same tiny models, adapters, ControlNets and training steps; PYTHON's are written to files and compared with.
-Prints what was checked and ends with 1 if anything differs. mindone 0.5.0's operators without a CPU kernel have stand-ins
-(`cpu_kernels.py`), so nothing here says what an NPU computes.
+`make contract` runs this. PYTHON is the interpreter with requirements.txt. Both interpreters make the same tiny models,
+adapters, ControlNets and training steps; PYTHON writes its own to files. Prints a line per check and exits with 1 if
+anything differs. Operators of mindone 0.5.0 without a CPU kernel are replaced (`cpu_kernels.py`), so this does not
+check what an NPU computes.
 """
 
 import argparse
@@ -31,18 +32,7 @@ import make_tiny_pipeline
 import steps
 
 from mindtune import cli
-from mindtune.models import (
-    configs,
-    controlnets,
-    execution,
-    library,
-    loading,
-    lora,
-    named_parameters,
-    pipelines,
-    precision,
-    shared_blocks,
-)
+from mindtune.models import configs, controlnets, execution, flux_blocks, library, loading, lora, pipelines, precision
 from mindtune.models.weights import weight_files
 from mindtune.run import tracking
 
@@ -54,7 +44,7 @@ PARTS = [
 ]
 PARTS = [(kind, part) for kind, part in PARTS if "tokenizer" not in part and part != "scheduler"]
 TARGETS = {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS}
-# The calls whose object no import names: what is called -> how many positional arguments, and the keywords.
+# Calls of methods: name -> (number of positional arguments, keywords).
 FLUX_INPUTS = "hidden_states encoder_hidden_states pooled_projections timestep img_ids txt_ids guidance return_dict"
 CALLS = {
     "FluxTransformer2DModel.construct": (0, f"{FLUX_INPUTS} controlnet_block_samples controlnet_single_block_samples"),
@@ -64,28 +54,30 @@ CALLS = {
     ),
     "ControlNetModel.construct": (4, "added_cond_kwargs conditioning_scale return_dict"),
     "AutoencoderKL.encode": (1, ""), "AutoencoderKL.decode": (1, "return_dict"),
-    "CLIPTextModel.construct": (1, "output_hidden_states"), "CLIPTextModelWithProjection.construct": (1, "output_hidden_states"),
+    "CLIPTextModel.construct": (1, "output_hidden_states"),
+    "CLIPTextModelWithProjection.construct": (1, "output_hidden_states"),
     "T5EncoderModel.construct": (1, ""),
     "FluxTransformer2DModel.add_adapter": (1, ""), "CLIPTextModel.add_adapter": (1, ""),
     "UniPCMultistepScheduler.step": (3, "return_dict"), "UniPCMultistepScheduler.set_timesteps": (1, ""),
     "UniPCMultistepScheduler.from_config": (0, "config"), "FlowMatchEulerDiscreteScheduler.from_pretrained": (1, ""),
     **{f"{name}.{how}": (1, "") for how in ("load_config", "from_config") for name in (
         "FluxTransformer2DModel", "FluxControlNetModel", "UNet2DConditionModel", "ControlNetModel", "AutoencoderKL")},
-    **{f"{name}.config_class.from_pretrained": (1, "") for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")},
+    **{f"{name}.config_class.from_pretrained": (1, "") for name in (
+        "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")},
     "LoraConfig.__init__": (0, "r lora_alpha lora_dropout init_lora_weights target_modules rank_pattern alpha_pattern"),
     "TrainStep.__init__": (2, "loss_scaler gradient_accumulation_steps gradient_accumulation_kwargs"),
     "TrainStep.scale_loss": (1, ""),
     "training_utils.GradAccumulator.__init__": (2, "sync_with_dataloader"),
 }  # fmt: skip
-# Largest relative difference allowed of (loss, gradients' norm, worst gradient). In fp16 the gradients of the SD ControlNets' condition
-# embedding differ by up to 6%.
+# Largest relative difference allowed of (loss, gradients' norm, worst gradient). In fp16 the gradients of the SD
+# ControlNets' condition embedding differ by up to 6%.
 BOUNDS = {"fp16": (2e-3, 2e-3, 0.1), "": (1e-5, 1e-5, 1e-4)}
 
-rows: list[tuple[str, int, str, list[str]]] = []  # what, how many, a remark, what is wrong
+rows: list[tuple[str, int, str, list[str]]] = []  # check, count, remark, problems
 
 
 def wrong(what, expected, found):
-    """[] if equal, else one line."""
+    """[] if equal, else a list of one line."""
     return [] if expected == found else [f"{what}: expected {expected}, found {found}"]
 
 
@@ -93,18 +85,23 @@ def wrong(what, expected, found):
 
 
 def sources():
-    # pretrain_tiny_vae.py is the one script that runs on PyTorch.
-    return [
-        path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if path.stem != "pretrain_tiny_vae"
-    ]
+    """All modules and scripts but pretrain_tiny_vae.py, which runs on PyTorch."""
+    paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for path in paths if path.stem != "pretrain_tiny_vae"]
+
+
+def module_name(path):
+    """mindtune.models.lora of mindtune/models/lora.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
 def check_imports():
     problems = []
     for path in sources():
         try:
-            if path.parent.name == "mindtune":
-                importlib.import_module("mindtune" if path.stem == "__init__" else f"mindtune.{path.stem}")
+            if path.is_relative_to(ROOT / "mindtune"):
+                importlib.import_module(module_name(path))
             else:
                 steps.load_script(str(path.relative_to(ROOT)))
         except Exception as error:
@@ -113,7 +110,7 @@ def check_imports():
 
 
 def mindone_names(tree):
-    """Dotted names of mindone that a file uses: mindone.diffusers.training_utils.TrainStep ..."""
+    """The dotted names of mindone in a file, such as mindone.diffusers.training_utils.TrainStep."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mindone"):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -124,6 +121,7 @@ def mindone_names(tree):
 
 
 def exists(name):
+    """Whether a dotted name is a module or an attribute of one."""
     module, _, attribute = name.rpartition(".")
     try:
         importlib.import_module(name)
@@ -133,6 +131,7 @@ def exists(name):
 
 
 def resolve(name):
+    """The object of a dotted name."""
     found = importlib.import_module(name.split(".")[0])
     for part in name.split(".")[1:]:
         found = getattr(found, part)
@@ -141,21 +140,23 @@ def resolve(name):
 
 def check_names():
     names = {name for path in sources() for name in mindone_names(ast.parse(path.read_text()))}
-    # Whose attributes are looked up: the classes that the tables of mindtune.models.loading name.
+    # The classes in the tables of mindtune.models.pipelines are looked up by name.
     tables = (pipelines.FLUX_COMPONENTS, pipelines.SD_COMPONENTS, pipelines.SDXL_COMPONENTS)
     classes = {name for table in tables for part, found in table.items() if "tokenizer" not in part for name in found}
     classes |= {controlnet for controlnet, _ in pipelines.CONTROLNETS.values()}
     names |= {
         f"mindone.{'transformers' if name.startswith(('CLIP', 'T5')) else 'diffusers'}.{name}" for name in classes
     }
-    dotted = {name for name in names if name.count(".") < 4}  # longer ones go into an object, such as cls.__init__
+    dotted = {
+        name for name in names if name.count(".") < 4
+    }  # longer ones are attributes of a class, such as cls.__init__
     rows.append(
         ("names of mindone exist", len(dotted), "", [f"no {name}" for name in sorted(dotted) if not exists(name)])
     )
 
 
 def find(name):
-    """The function that a key of CALLS means."""
+    """The function of a key of CALLS."""
     owner, *path = name.split(".")
     homes = (library, library.peft, library.mindone.diffusers, library.mindone.transformers)
     found = next(getattr(home, owner) for home in homes if hasattr(home, owner)) if owner != "training_utils" else None
@@ -166,6 +167,7 @@ def find(name):
 
 
 def call_problem(name, positional, keywords):
+    """What is wrong with a call: [] or a list of lines."""
     function = find(name)
     signature = inspect.signature(function)
     bound = inspect.ismethod(function)
@@ -174,7 +176,7 @@ def call_problem(name, positional, keywords):
         signature.bind(*[None] * (positional + (not bound)), **dict.fromkeys(keywords))
     except TypeError as error:
         return [f"{name}: {error}"]
-    # **kwargs takes everything: then the name has to be in the code.
+    # **kwargs accepts any keyword, so the keyword has to appear in the code.
     hidden = [word for word in keywords if word not in signature.parameters]
     code = inspect.getsource(inspect.unwrap(getattr(function, "__func__", function))) if hidden else ""
     return [f"{name}: nothing reads {word}" for word in hidden if f'"{word}"' not in code]
@@ -193,19 +195,17 @@ def shapes(parameters):
 
 
 def values(model):
-    return {
-        name: parameter.to(ms.float32).asnumpy() for name, parameter in named_parameters.model_parameters(model).items()
-    }
+    return {name: parameter.to(ms.float32).asnumpy() for name, parameter in loading.model_parameters(model).items()}
 
 
 def differing(what, expected, found):
-    """What two dicts of arrays do not share bit for bit."""
+    """A line for every array that differs in any bit, or for different names."""
     names = wrong(f"{what}: names", sorted(expected), sorted(found))
     return names or [f"{what}: {name} differs" for name in expected if not np.array_equal(expected[name], found[name])]
 
 
 def adapted(root, part):
-    """The model with a LoRA whose every number is drawn by name."""
+    """The model with a LoRA of weights that depend on the names of its parameters only."""
     model = loading.load_model(root, part, precision.resolve_precision("no"))
     lora.add_lora(model, 4, 8.0, 0.0, TARGETS[part], ms.float32)
     lora.init_lora(model, 4, seed=0)
@@ -216,7 +216,7 @@ def adapted(root, part):
 
 
 def new_controlnets(work):
-    """Name -> a new ControlNet and the config it has to fit."""
+    """(name, a new ControlNet, the config of the model it is for)."""
     full = precision.resolve_precision("no")
     for kind, part in (("flux", "transformer"), ("sd15", "unet"), ("sdxl", "unet")):
         if kind == "flux":
@@ -227,19 +227,19 @@ def new_controlnets(work):
 
 
 def write_reference(work):
-    """Everything that the other interpreter compares with."""
+    """Writes everything that the other interpreter compares with."""
     facts = {}
     for kind, make in make_tiny_pipeline.KINDS.items():
         make(work / kind)
     for kind, part in PARTS:
         full = precision.resolve_precision("no")
-        facts[f"{kind}/{part}"] = shapes(named_parameters.model_parameters(loading.load_model(work / kind, part, full)))
+        facts[f"{kind}/{part}"] = shapes(loading.model_parameters(loading.load_model(work / kind, part, full)))
     for kind, part in adaptable():
         model = adapted(work / kind, part)
         facts[f"{kind}/{part} with LoRA"] = shapes(lora.lora_parameters(model))
         lora.save_lora(work / f"{kind}-{part}.safetensors", {part: model}, ms.float32)
     for name, model, _ in new_controlnets(work):
-        facts[name] = shapes(named_parameters.model_parameters(model))
+        facts[name] = shapes(loading.model_parameters(model))
         loading.save_model(model, work / name, ms.float32)
     (work / "facts.json").write_text(json.dumps({"versions": tracking.package_versions(), "shapes": facts}))
     numbers = {f"{name}/{key}": value for name, step in steps.STEPS.items() for key, value in step(work).items()}
@@ -247,42 +247,41 @@ def write_reference(work):
 
 
 def adaptable():
-    """What a LoRA goes into: FLUX and its CLIP."""
+    """The models that a LoRA adapts: FLUX's transformer and CLIP."""
     return [("flux", "transformer"), ("flux", "text_encoder")]
 
 
 def check_models(work, facts):
-    problems, count, full, half = [], 0, precision.resolve_precision("no"), precision.resolve_precision("fp16")
+    problems = []
+    count = 0
+    full = precision.resolve_precision("no")
+    half = precision.resolve_precision("fp16")
     for kind, part in PARTS:
-        root, label = work / kind, f"{kind}/{part}"
+        root = work / kind
+        label = f"{kind}/{part}"
         path = weight_files(root, part)[0]
         file = load_file(path)
         model = loading.load_model(root, part, full)
-        problems += wrong(f"{label}: names and shapes", facts[label], shapes(named_parameters.model_parameters(model)))
+        problems += wrong(f"{label}: names and shapes", facts[label], shapes(loading.model_parameters(model)))
         problems += differing(label, file, values(model))
         # T5's `wo` overflows in fp16 and stays in float32.
-        loaded, wide = (
-            loading.load_model(root, part, half),
-            [name for name in file if kind == "flux" and ".wo." in name],
-        )
+        loaded = loading.load_model(root, part, half)
+        wide = [name for name in file if kind == "flux" and ".wo." in name]
         rounded = {name: value if name in wide else value.astype(np.float16) for name, value in file.items()}
         problems += differing(f"{label} in fp16", rounded, values(loaded))
-        single = {
-            name
-            for name, parameter in named_parameters.model_parameters(loaded).items()
-            if parameter.dtype != ms.float16
-        }
+        single = {name for name, parameter in loading.model_parameters(loaded).items() if parameter.dtype != ms.float16}
         problems += wrong(f"{label} in fp16: what stays float32", sorted(wide), sorted(single))
         problems += refused_without_a_tensor(work, kind, part, file)
         count += len(file)
     rows.append(
-        ("models load: names, shapes, bits, fp16, a lacking tensor", len(PARTS), f"{count} parameters", problems)
+        ("models load: names, shapes, bits, fp16, a missing tensor", len(PARTS), f"{count} parameters", problems)
     )
 
 
 def refused_without_a_tensor(work, kind, part, file):
-    """mindone starts what a file lacks at random; every tensor has to be missed."""
-    copy, missed = work / "torn" / part, sorted(file)[len(file) // 2]
+    """mindone initializes missing tensors at random; loading has to notice every one."""
+    copy = work / "incomplete" / part
+    missed = sorted(file)[len(file) // 2]
     shutil.rmtree(copy.parent, ignore_errors=True)
     shutil.copytree(work / kind / part, copy)
     path = copy / weight_files(work / kind, part)[0].name
@@ -297,10 +296,14 @@ def refused_without_a_tensor(work, kind, part, file):
 def check_loras(work, facts):
     problems = []
     for kind, part in adaptable():
-        label, theirs, ours = f"{kind}/{part}", work / f"{kind}-{part}.safetensors", work / "ours.safetensors"
+        label = f"{kind}/{part}"
+        theirs = work / f"{kind}-{part}.safetensors"
+        ours = work / "ours.safetensors"
         model = adapted(work / kind, part)
         problems += wrong(f"{label} with LoRA", facts[f"{label} with LoRA"], shapes(lora.lora_parameters(model)))
-        problems += wrong(f"{label}: what trains", len(lora.lora_parameters(model)), len(model.trainable_params()))
+        problems += wrong(
+            f"{label}: number of trainable parameters", len(lora.lora_parameters(model)), len(model.trainable_params())
+        )
         lora.save_lora(ours, {part: model}, ms.float32)
         problems += [] if ours.read_bytes() == theirs.read_bytes() else [f"{label}: the saved file has other bytes"]
         fresh = loading.load_model(work / kind, part, precision.resolve_precision("no"))
@@ -309,57 +312,60 @@ def check_loras(work, facts):
         problems += differing(f"{label}: the loaded LoRA", load_file(theirs), found)
         layers = [cell for _, cell in fresh.cells_and_names() if isinstance(cell, library.BaseTunerLayer)]
         lora.enable_lora(fresh, False)
-        problems += (
-            [] if layers and all(cell._disable_adapters for cell in layers) else [f"{label}: is not switched off"]
-        )
+        if not layers or not all(cell._disable_adapters for cell in layers):
+            problems.append(f"{label}: is not disabled")
         lora.check_targets(fresh, [f"{TARGETS[part][0]}.base_layer"], "a target")
     rows.append(
-        ("LoRAs: injected, saved, loaded, switched off", len(adaptable()), "the files have the same bytes", problems)
+        ("LoRAs: injected, saved, loaded, disabled", len(adaptable()), "the files have the same bytes", problems)
     )
 
 
 def check_controlnets(work, facts):
     problems = []
     for name, model, base in new_controlnets(work):
-        problems += wrong(f"{name}: names and shapes", facts[name], shapes(named_parameters.model_parameters(model)))
+        problems += wrong(f"{name}: names and shapes", facts[name], shapes(loading.model_parameters(model)))
         loading.save_model(model, work / "ours", ms.float32)
         file = "diffusion_pytorch_model.safetensors"
-        problems += differing(f"{name}: the start", load_file(work / name / file), load_file(work / "ours" / file))
+        problems += differing(
+            f"{name}: initial weights", load_file(work / name / file), load_file(work / "ours" / file)
+        )
         for folder in (work / name, work / "ours"):
             pipelines.resolve_controlnet(str(folder), "--controlnet", None, base)
             loaded = loading.load_model(work, folder.name, precision.resolve_precision("no"))
             problems += differing(f"{name} from {folder.name}", values(model), values(loaded))
-    rows.append(("ControlNets: started, saved, loaded", 3, "the starts have the same bits", problems))
+    rows.append(("ControlNets: initialized, saved, loaded", 3, "initial weights have the same bits", problems))
 
 
 def check_attributes(work):
-    """What is reached by attribute on a live object."""
+    """Attributes of models and schedulers that our code reads."""
     full = precision.resolve_precision("no")
-    flux, unet = loading.load_model(work / "flux", "transformer", full), loading.load_model(work / "sdxl", "unet", full)
-    vae, clip = loading.load_model(work / "flux", "vae", full), loading.load_model(work / "flux", "text_encoder", full)
-    t5, scheduler = loading.load_model(work / "flux", "text_encoder_2", full), loading.load_scheduler(work / "flux")
+    flux = loading.load_model(work / "flux", "transformer", full)
+    unet = loading.load_model(work / "sdxl", "unet", full)
+    vae = loading.load_model(work / "flux", "vae", full)
+    clip = loading.load_model(work / "flux", "text_encoder", full)
+    t5 = loading.load_model(work / "flux", "text_encoder_2", full)
+    scheduler = loading.load_scheduler(work / "flux")
+    vae_keys = {"scaling_factor", "shift_factor", "latent_channels", "block_out_channels"}
     unet_kinds = {type(cell).__name__ for _, cell in unet.cells_and_names()}
-    replaced = [
-        cell for _, cell in flux.cells_and_names() if type(cell).__module__ == "mindtune.models.replaced_layers"
-    ]
-    held = {
+    replaced = [cell for _, cell in flux.cells_and_names() if type(cell).__module__ == "mindtune.models.fast_ops"]
+    checks = {
         "FLUX's blocks": len(flux.transformer_blocks) == len(flux.single_transformer_blocks) == 2,
         "config by key": flux.config["guidance_embeds"] and unet.config["addition_embed_type"] == "text_time",
-        "the VAE's config": {"scaling_factor", "shift_factor", "latent_channels", "block_out_channels"} <= set(vae.config),
+        "the VAE's config": vae_keys <= set(vae.config),
         "CLIP's layers": len(clip.text_model.encoder.layers) == 2,
         "T5's layers in float32": "wo" in t5._keep_in_fp32_modules,
         "the scheduler's sigmas": scheduler.sigmas.shape == (1000,),
-        "FLUX's blocks bound": sum(isinstance(cell, shared_blocks.SharedBlockCell) for _, cell in flux.cells_and_names()) == 5,
+        "FLUX's blocks bound": sum(isinstance(cell, flux_blocks.Bound) for _, cell in flux.cells_and_names()) == 5,
         "FLUX's sinusoids replaced": any(type(cell).__name__ == "Timesteps" for cell in replaced),
         "a UNet's blocks to recompute": {"ResnetBlock2D", "BasicTransformerBlock"} <= unet_kinds,
-        "no graph for pictures": hasattr(library.pynative_no_grad(), "__enter__"),
+        "inference without a graph": hasattr(library.pynative_no_grad(), "__enter__"),
     }  # fmt: skip
     rows.append(
         (
             "attributes of models and schedulers",
-            len(held),
+            len(checks),
             "",
-            [f"not so: {what}" for what, so in held.items() if not so],
+            [f"fails: {what}" for what, so in checks.items() if not so],
         )
     )
 
@@ -368,7 +374,7 @@ def check_attributes(work):
 
 
 def relative(expected, found, least=1e-12):
-    """The largest difference, relative to the largest entry, or to `least` if that is more."""
+    """The largest difference, relative to the largest entry or to `least`, whichever is larger."""
     return float(np.abs(expected.astype(np.float64) - found).max() / max(np.abs(expected).max(), least))
 
 
@@ -385,18 +391,16 @@ def check_steps(work):
         except Exception as error:
             rows.append((name, 0, "", [f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"]))
             continue
-        # Queries and keys of an attention over a single key have no gradient but rounding.
+        # In an attention over a single key, the gradients of queries and keys are only rounding errors.
         least = (1e-3 if "fp16" in name else 1e-5) * max(np.abs(value).max() for value in expected.values())
         errors = {key: relative(value, found[key], least) for key, value in expected.items()}
         if "loss" in errors:
             bounds = next(bound for word, bound in BOUNDS.items() if word in name)
-            seen = {
-                "loss": errors.pop("loss"),
-                "norm": errors.pop("norm"),
-                "worst gradient": float(np.max([*errors.values()])),
-            }
+            seen = {"loss": errors.pop("loss"), "norm": errors.pop("norm")}
+            seen["worst gradient"] = float(np.max([*errors.values()]))
         else:
-            bounds, seen = (1e-5,), {"worst output": float(np.max([*errors.values()]))}
+            bounds = (1e-5,)
+            seen = {"worst output": float(np.max([*errors.values()]))}
         remark = ", ".join(f"{what} {error:.1e}" for what, error in seen.items())
         problems = [
             f"{name}: {what} {error:.1e}" for (what, error), bound in zip(seen.items(), bounds) if not error <= bound
@@ -406,9 +410,9 @@ def check_steps(work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--reference", help="The interpreter that has requirements.txt.")
+    parser.add_argument("--reference", help="Python interpreter with requirements.txt.")
     parser.add_argument(
-        "--write", type=Path, metavar="WORK", help="Only write this interpreter's side to the folder WORK."
+        "--write", type=Path, metavar="WORK", help="Only write the files of this interpreter to the folder WORK."
     )
     args = parser.parse_args()
     execution.set_up_device(graph_mode=False)
@@ -432,12 +436,11 @@ def main():
             given = (work, written["shapes"])[: len(inspect.signature(check).parameters)]
             try:
                 check(*given)
-            except Exception as error:  # the other checks have something to say, too
+            except Exception as error:  # the other checks still run
                 rows.append((check.__name__, 0, "stopped", [f"{check.__name__}: {type(error).__name__}: {error}"]))
     for who, versions in (("reference", written["versions"]), ("here", tracking.package_versions())):
-        print(
-            f"{who}: mindspore {versions['mindspore']}, mindone {versions['mindone']}, transformers {versions['transformers']}"
-        )
+        shown = [f"{name} {versions[name]}" for name in ("mindspore", "mindone", "transformers")]
+        print(f"{who}: {', '.join(shown)}")
     for what, count, remark, problems in rows:
         print(f"{'MISS' if problems else 'ok':4}  {what:56}  {count:4}  {remark}")
     problems = [problem for *_, found in rows for problem in found]
@@ -448,4 +451,4 @@ def main():
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # MindSpore's cells complain one by one when the interpreter takes itself apart
+    os._exit(code)  # at a normal exit MindSpore prints an error for every cell

@@ -1,4 +1,4 @@
-"""One training step of each script on tiny weights, the same on every mindone: loss, gradients, norm."""
+"""One training step of each script on tiny models: loss, gradients and norm, to compare between versions of mindone."""
 
 import importlib.util
 import sys
@@ -27,29 +27,30 @@ def load_script(relative):
 
 
 def normal(what, *shape):
+    """A random tensor that depends on the name `what` only."""
     return ms.Tensor(rng.normal(0, f"contract {what}", shape=shape))
 
 
 def adam(parameters):
-    """Without a first moment's memory and without clipping its first moment is the gradient."""
+    """AdamW with beta1 0: without clipping its first moment is the gradient."""
     return optimizers.AdamW([{"params": parameters, "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
 
 
 def give_values(parameters):
-    """To what starts at zero, so that everything has a gradient."""
+    """Random values for parameters that start at zero, so that all parameters get a gradient."""
     for name, parameter in parameters.items():
         parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
 
 
 def one_step(step, batch, names):
-    """{"loss", "norm", "gradient <name>" ...} of one call."""
+    """{"loss", "norm", "gradient <name>" ...} of one call of a step."""
     loss = float(step(*batch)[1])
     gradients = {f"gradient {name}": moment.asnumpy() for name, moment in zip(names, step.optimizer.exp_avg)}
     return {"loss": np.array(loss), "norm": np.array(float(step.grad_clipper.norm)), **gradients}
 
 
 def recompute_flux(*trained):
-    """As the scripts' --gradient_checkpointing."""
+    """Recomputes all blocks, as --gradient_checkpointing does."""
     for model in trained:
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.recompute()
@@ -121,7 +122,8 @@ def flux_controlnet(work, kind="no", recompute=False):
 
 def sd_controlnet(work, kind="no", base="sd15", recompute=False):
     """ControlNet on the UNet of `base`, sd15 or sdxl."""
-    kind, sdxl = precision.resolve_precision(kind), base == "sdxl"
+    kind = precision.resolve_precision(kind)
+    sdxl = base == "sdxl"
     script = load_script("examples/controlnet/train_controlnet" + ("_sdxl.py" if sdxl else ".py"))
     args = script.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_grad_norm=0"])
     unet = loading.load_model(work / base, "unet", kind)
@@ -135,10 +137,21 @@ def sd_controlnet(work, kind="no", base="sd15", recompute=False):
     alphas = diffusion.alphas_cumprod(configs.read_config(work / base, "scheduler"))
     make = script.TrainStepForControlNetSDXL if sdxl else script.TrainStepForControlNet
     step = make(
-        controlnet.set_train(True), unet, adam(list(trained.values())), ms.Tensor(alphas, ms.float32), ms.Tensor(np.ones(1000, np.float32)),
-        kind.compute, args, "epsilon", {"scaling_factor": 0.18215}, None, ms.float32, precision.loss_scaler("no"),
-    )  # fmt: skip
-    width, more = unet.config["cross_attention_dim"], []
+        controlnet.set_train(True),
+        unet,
+        adam(list(trained.values())),
+        ms.Tensor(alphas, ms.float32),
+        ms.Tensor(np.ones(1000, np.float32)),
+        kind.compute,
+        args,
+        "epsilon",
+        {"scaling_factor": 0.18215},
+        None,
+        ms.float32,
+        precision.loss_scaler("no"),
+    )
+    width = unet.config["cross_attention_dim"]
+    more = []
     batch = (
         normal("moments", 2, 8, 8, 8),
         normal("condition", 2, 3, 64, 64),
@@ -151,19 +164,21 @@ def sd_controlnet(work, kind="no", base="sd15", recompute=False):
 
 
 def encoders(work):
-    """What text encoders and VAE make of fixed inputs, and a picture decoded."""
+    """The outputs of text encoders and VAE for fixed inputs."""
     full = precision.resolve_precision("no")
-    ids, found = ms.Tensor(np.arange(77)[None] % 50, ms.int32), {}
+    ids = ms.Tensor(np.arange(77)[None] % 50, ms.int32)
+    found = {}
     for kind, name in (("flux", "text_encoder"), ("sdxl", "text_encoder_2"), ("flux", "text_encoder_2")):
         encoder = loading.load_model(work / kind, name, full)
         if name == "text_encoder_2" and kind == "flux":
             found["T5 states"] = encoder(ids)[0].asnumpy()
         else:
-            pooled, states = encoder(ids)[1 if kind == "flux" else 0], encoder(ids, output_hidden_states=True)[2][-2]
+            pooled = encoder(ids)[1 if kind == "flux" else 0]
+            states = encoder(ids, output_hidden_states=True)[2][-2]
             found.update({f"{kind} CLIP pooled": pooled.asnumpy(), f"{kind} CLIP states": states.asnumpy()})
     vae = loading.load_model(work / "flux", "vae", full)
     found["VAE moments"] = vae.encode(normal("pixels", 1, 3, 32, 32))[0].asnumpy()
-    found["VAE picture"] = vae.decode(normal("latents", 1, 16, 4, 4), return_dict=False)[0].asnumpy()
+    found["VAE image"] = vae.decode(normal("latents", 1, 16, 4, 4), return_dict=False)[0].asnumpy()
     return found
 
 

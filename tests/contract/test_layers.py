@@ -1,4 +1,4 @@
-"""mindone 0.5.0 builds its models of `mint.nn` layers, which are no subclasses of `nn`'s; these run on 0.3.0 too."""
+"""Layers of `mint.nn`, of which mindone 0.5.0 builds its models, are treated like those of `nn`; runs on 0.3.0, too."""
 
 import mindspore as ms
 import numpy as np
@@ -10,18 +10,20 @@ from mindtune.models import lora, precision
 
 
 class Model(nn.Cell):
-    """A linear layer and a convolution of each kind, and a norm."""
+    """A linear layer and a convolution of each kind, and a norm of mint."""
 
     def __init__(self):
         super().__init__()
-        self.to_q, self.to_k = nn.Dense(4, 3), mint.nn.Linear(4, 3)
-        self.conv, self.conv_ext = nn.Conv2d(2, 3, 3), mint.nn.Conv2d(2, 3, 3)
+        self.to_q = nn.Dense(4, 3)
+        self.to_k = mint.nn.Linear(4, 3)
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.conv_ext = mint.nn.Conv2d(2, 3, 3)
         self.norm = mint.nn.GroupNorm(2, 4)
 
 
 def test_targets_are_found_among_both_kinds():
     lora.check_targets(Model(), ["to_q", "to_k"], "--lora_layers")
-    with pytest.raises(UserError, match="Similar names: to_q, to_k"):
+    with pytest.raises(UserError, match="Near names: to_q, to_k"):
         lora.check_targets(Model(), ["to_l"], "--lora_layers")
 
 
@@ -29,17 +31,15 @@ def test_targets_are_found_among_both_kinds():
 def test_a_file_for_another_width_is_refused_of_both_kinds(monkeypatch, tmp_path, name):
     halves = {"A": np.zeros((2, 5), np.float32), "B": np.zeros((3, 2), np.float32)}
     part = {f"{name}.lora_{half}.weight": value for half, value in halves.items()}
-    monkeypatch.setattr(
-        lora, "read_parts", lambda *_: {"transformer": part}
-    )  # the layers of a toy are none of FLUX.1's
-    with pytest.raises(
-        UserError, match=r"A and B of to_. are \(2, 5\) and \(3, 2\), but the layer of this transformer has 4 inputs and 3 outputs"
-    ):
+    # Without the check that the layers belong to FLUX.1.
+    monkeypatch.setattr(lora, "read_parts", lambda *_: {"transformer": part})
+    message = r"A and B of to_. are \(2, 5\) and \(3, 2\), the layer of this transformer takes 4 and gives 3"
+    with pytest.raises(UserError, match=message):
         lora.load_lora(tmp_path / "lora.safetensors", {"transformer": Model()}, ms.float32)
 
 
 def test_both_kinds_compute_in_the_type_asked_for():
-    model = precision.set_compute_dtype(Model(), ms.float16)
+    model = precision.compute_in(Model(), ms.float16)
     x = ms.Tensor(np.ones((2, 4), np.float32))
     assert model.to_q(x).dtype == model.to_k(x).dtype == ms.float16
     # mint's norm refuses a half-precision input beside its float32 weight.

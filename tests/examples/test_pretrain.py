@@ -1,4 +1,4 @@
-"""The pretraining of the small world: stopped at any moment and started again, it ends with the same bytes."""
+"""pretrain_tiny_flux.py: an interrupted run ends with the same bytes as an uninterrupted one."""
 
 import shutil
 
@@ -10,17 +10,19 @@ pretrain = load_script("examples/tiny/pretrain_tiny_flux.py")
 
 @pytest.fixture
 def small(monkeypatch):
-    """A world of 24 scenes, a transformer of two thin blocks, a checkpoint after every second step."""
+    """24 scenes, two narrow blocks and one layer per text encoder, a checkpoint after every second step."""
     few = pretrain.scenes("train")[::84]
     monkeypatch.setattr(pretrain, "scenes", lambda split: few)
-    thin = {
+    narrow = {
         "num_layers": 1,
         "num_single_layers": 1,
         "num_attention_heads": 2,
         "attention_head_dim": 8,
         "axes_dims_rope": [4, 2, 2],
     }
-    monkeypatch.setattr(pretrain, "TRANSFORMER", {**pretrain.TRANSFORMER, **thin})
+    monkeypatch.setattr(pretrain, "TRANSFORMER", {**pretrain.TRANSFORMER, **narrow})
+    monkeypatch.setattr(pretrain, "CLIP", {**pretrain.CLIP, "num_hidden_layers": 1})
+    monkeypatch.setattr(pretrain, "T5", {**pretrain.T5, "num_layers": 1})
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
     monkeypatch.setattr(pretrain, "AVERAGE_EVERY", 1)
 
@@ -31,24 +33,24 @@ def weights(work):
     return [path.read_bytes() for path in files]
 
 
-def test_stopped_and_started_again_equals_left_alone(small, tmp_path, monkeypatch):
+def test_an_interrupted_run_equals_an_uninterrupted_one(small, tmp_path, monkeypatch):
     for name in ("whole", "stopped"):
         shutil.copytree(ROOT / "examples/tiny/flux-shapes/vae", tmp_path / name / "vae")
-    steps = ["--steps", "5", "--batch_size", "8"]
+    steps = ["--steps", "5", "--batch_size", "2"]
     pretrain.main([str(tmp_path / "whole"), *steps])
-    real = pretrain.optim.set_learning_rates
+    real = pretrain.optimizers.set_learning_rates
     calls = []
 
-    def stop_in_the_fourth_step(optimizer, rates):
+    def interrupt_the_fourth_step(optimizer, rates):
         calls.append(rates)
         if len(calls) == 4:
             raise KeyboardInterrupt
         real(optimizer, rates)
 
-    monkeypatch.setattr(pretrain.optim, "set_learning_rates", stop_in_the_fourth_step)
+    monkeypatch.setattr(pretrain.optimizers, "set_learning_rates", interrupt_the_fourth_step)
     with pytest.raises(KeyboardInterrupt):
         pretrain.main([str(tmp_path / "stopped"), *steps])
     unfinished = weights(tmp_path / "stopped")
-    pretrain.main([str(tmp_path / "stopped"), *steps])  # from the checkpoint after step 2: three more steps
+    pretrain.main([str(tmp_path / "stopped"), *steps])  # resumes after step 2: three more steps
     assert len(calls) == 4 + 3
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole") != unfinished

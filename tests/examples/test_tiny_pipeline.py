@@ -1,4 +1,4 @@
-"""The tiny pipelines: the real layouts, the same bytes for a seed, loaded whole by mindone, an OUT in use refused."""
+"""make_tiny_pipeline.py: the layouts of the real pipelines, equal bytes for equal seeds, and images by mindone."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from mindtune.models import configs, pipeline_checks, pipelines, tokenization
+from mindtune.models import configs, loading, pipelines
 
 maker = load_script("examples/tiny/make_tiny_pipeline.py")
 COMPONENTS = {"flux": pipelines.FLUX_COMPONENTS, "sd15": pipelines.SD_COMPONENTS, "sdxl": pipelines.SDXL_COMPONENTS}
@@ -30,7 +30,7 @@ def digest(folder):
 
 
 @pytest.mark.parametrize("kind", COMPONENTS)
-def test_a_seed_gives_the_same_bytes_and_another_gives_others(made, tmp_path, kind):
+def test_equal_seeds_give_equal_bytes_and_other_seeds_other_weights(made, tmp_path, kind):
     maker.KINDS[kind](tmp_path / "again", seed=0)
     maker.KINDS[kind](tmp_path / "other", seed=1)
     assert digest(tmp_path / "again") == digest(made[kind])
@@ -39,13 +39,13 @@ def test_a_seed_gives_the_same_bytes_and_another_gives_others(made, tmp_path, ki
 
 
 @pytest.mark.parametrize("kind", COMPONENTS)
-def test_it_is_whole(made, kind):
-    pipeline_checks.check_pipeline(made[kind], COMPONENTS[kind])
+def test_it_is_complete(made, kind):
+    pipelines.check_pipeline(made[kind], COMPONENTS[kind])
 
 
 @pytest.mark.parametrize("kind, cls", [("sd15", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")])
-def test_mindones_pipeline_loads_it_and_draws(made, kind, cls):
-    """Not a flat picture: weights arrived, and the VAE's values lie within [-1, 1] nearly everywhere."""
+def test_mindones_pipeline_loads_it_and_generates_an_image(made, kind, cls):
+    """The image is not flat, so the weights are loaded, and nearly all VAE outputs lie within [-1, 1]."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     assert json.loads((made[kind] / "model_index.json").read_text())["_class_name"] == cls
     pipeline = getattr(mindone.diffusers, cls).from_pretrained(str(made[kind]))
@@ -54,21 +54,20 @@ def test_mindones_pipeline_loads_it_and_draws(made, kind, cls):
     assert image.shape == (64, 64, 3) and image.std() > 5 and ((image > 0) & (image < 255)).mean() > 0.8
 
 
-def test_what_sdxl_has_twice(made):
-    """Two text encoders of different widths, read side by side by the UNet; the second tokenizer pads with "!"."""
-    first, second = (tokenization.load_tokenizer(made["sdxl"] / name) for name in ("tokenizer", "tokenizer_2"))
-    assert (first.pad_token, second.pad_token) == ("<|endoftext|>", "!") and first("a dog").input_ids == second(
-        "a dog"
-    ).input_ids
+def test_the_two_text_encoders_and_tokenizers_of_sdxl(made):
+    """The text encoders have different widths and are concatenated for the UNet; the second tokenizer pads with "!"."""
+    first, second = (loading.load_tokenizer(made["sdxl"] / name) for name in ("tokenizer", "tokenizer_2"))
+    assert (first.pad_token, second.pad_token) == ("<|endoftext|>", "!")
+    assert first("a dog").input_ids == second("a dog").input_ids
     widths = [configs.read_config(made["sdxl"], name)["hidden_size"] for name in ("text_encoder", "text_encoder_2")]
     unet = configs.read_config(made["sdxl"], "unet")
     assert widths[0] != widths[1] and unet["cross_attention_dim"] == sum(widths)
     assert unet["projection_class_embeddings_input_dim"] == widths[1] + 6 * unet["addition_time_embed_dim"]
 
 
-def test_a_folder_in_use_is_refused(tmp_path, capsys):
-    (tmp_path / "mine").write_text("mine")
+def test_a_folder_that_is_not_empty_is_refused(tmp_path, capsys):
+    (tmp_path / "existing").write_text("existing")
     with pytest.raises(SystemExit) as error:
         maker.main(["sd15", str(tmp_path)])
     assert error.value.code == 2 and "not an empty directory" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["existing"]

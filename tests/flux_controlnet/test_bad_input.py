@@ -125,7 +125,7 @@ OUT_OF_RANGE = [
     ),
     (["--aspect_ratio_buckets", "32x48"], ["--aspect_ratio_buckets", "'32x48'", "height,width"]),
     (["--aspect_ratio_buckets", "32,40"], ["--aspect_ratio_buckets: 32,40", "multiples of 16"]),
-    (["--aspect_ratio_buckets", "32,48;32,48"], ["--aspect_ratio_buckets: 32,48 is there twice"]),
+    (["--aspect_ratio_buckets", "32,48;32,48"], ["--aspect_ratio_buckets: 32,48 is given twice"]),
     (["--aspect_ratio_buckets", ";"], ["--aspect_ratio_buckets ';'", "no bucket"]),
     (["--validation_split", 0.95], ["--validation_split 0.95", "of 6", "smaller share"]),
 ]
@@ -336,7 +336,7 @@ def test_going_on_without_the_bad_pairs_lists_them(control_script, control_flags
     arguments = control_flags(tmp_path / "out", "--train_data_dir", bad_pairs, "--skip_bad_images")
     found = control_script.load_data(control_script.parse_args(arguments), 0)
     assert [pair.image.name.rsplit("/", 1)[1] for pair in found.train] == ["0.png", "5.png"] and not found.held_out
-    assert "going on without 4 of 6 pairs" in capsys.readouterr().out
+    assert "continuing without 4 of 6 pairs" in capsys.readouterr().out
     assert len(list(bad_pairs.rglob("*.png"))) == 12  # nothing was moved or deleted
 
 

@@ -1,4 +1,6 @@
-"""The inference script: pictures that follow a condition, the same as training drew them."""
+"""infer_flux_controlnet.py: images that follow a condition, the same as those of validation in training."""
+
+import shlex
 
 import mindspore as ms
 import numpy as np
@@ -24,61 +26,33 @@ def outline(shapes, number):
 
 @pytest.fixture(scope="module")
 def trained(control_script, small_flux, shapes, warm_cache, tmp_path_factory):
-    """Three updates from a ControlNet whose projections are not zero, so that the condition shows, and the final picture grid."""
+    """A run of three updates from a ControlNet whose projections are not zero, so that the condition has an effect."""
     out = tmp_path_factory.mktemp("trained") / "run"
     controlnet = controlnets.flux_controlnet(small_flux, 1, 1)
     for name, parameter in named_parameters.model_parameters(controlnet).items():
         if name.startswith("controlnet_"):
             parameter.set_data(ms.Tensor(0.2 * rng.normal(0, name, shape=parameter.shape)))
-    loading.save_model(controlnet, out.parent / "begun", ms.float32)
-    flags = [
-        "--pretrained_model_name_or_path",
-        small_flux,
-        "--train_data_dir",
-        shapes,
-        "--resolution",
-        32,
-        "--max_sequence_length",
-        16,
-    ]
-    flags += [
-        "--cache_dir",
-        warm_cache,
-        "--output_dir",
-        out,
-        "--seed",
-        0,
-        "--mindspore_mode",
-        1,
-        "--report_to",
-        "none",
-        "--use_ema",
-    ]
-    flags += ["--controlnet_model_name_or_path", out.parent / "begun", "--cache_latents", "--learning_rate", 1e-2]
+    loading.save_model(controlnet, out.parent / "initial", ms.float32)
+    flags = ["--pretrained_model_name_or_path", small_flux, "--train_data_dir", shapes, "--cache_dir", warm_cache]
+    flags += ["--output_dir", out, "--controlnet_model_name_or_path", out.parent / "initial"]
+    flags += shlex.split(
+        "--resolution 32 --max_sequence_length 16 --seed 0 --mindspore_mode 1 --report_to none --use_ema"
+    )
+    flags += shlex.split("--use_ema --cache_latents --learning_rate 1e-2 --train_batch_size 2 --max_train_steps 3")
+    flags += shlex.split("--num_validation_images 2 --num_inference_steps 2 --controlnet_conditioning_scale 0.7")
     flags += ["--validation_prompt", "a red circle", "--validation_image", outline(shapes, 0), outline(shapes, 1)]
-    flags += ["--num_validation_images", 2, "--num_inference_steps", 2, "--train_batch_size", 2, "--max_train_steps", 3]
-    flags += ["--controlnet_conditioning_scale", 0.7]
     control_script.main([str(flag) for flag in flags])
     return out
 
 
 @pytest.fixture
-def draw(script, small_flux, shapes, warm_cache, trained, tmp_path):
-    """draw(*flags): runs the script in this process; later flags win."""
+def infer(script, small_flux, shapes, warm_cache, trained, tmp_path):
+    """infer(*flags): runs the script in this process and returns the path of --output; later flags win."""
 
     def run(*more):
         base = ["--pretrained_model_name_or_path", small_flux, "--cache_dir", warm_cache, "--controlnet", trained]
-        base += [
-            "--prompt",
-            "a red circle",
-            "--control_image",
-            outline(shapes, 0),
-            "--resolution",
-            32,
-            "--num_inference_steps",
-            2,
-        ]
-        base += ["--max_sequence_length", 16, "--output", tmp_path / "x.png"]
+        base += ["--prompt", "a red circle", "--control_image", outline(shapes, 0), "--output", tmp_path / "x.png"]
+        base += shlex.split("--resolution 32 --num_inference_steps 2 --max_sequence_length 16")
         script.main([str(word) for word in (*base, *more)])
         return tmp_path / "x.png"
 
@@ -89,102 +63,102 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_one_picture_is_the_file_itself_and_the_same_bytes_again(draw):
-    first = draw().read_bytes()
-    assert Image.open(draw("--overwrite")).size == (32, 32)
-    assert draw("--overwrite").read_bytes() == first
-    assert draw("--overwrite", "--seed", 1).read_bytes() != first
+def test_one_image_is_saved_as_output_and_has_the_same_bytes_again(infer):
+    first = infer().read_bytes()
+    assert Image.open(infer("--overwrite")).size == (32, 32)
+    assert infer("--overwrite").read_bytes() == first
+    assert infer("--overwrite", "--seed", 1).read_bytes() != first
 
 
-def test_training_and_inference_draw_the_same_pictures(draw, trained, shapes, tmp_path):
-    """Training drew with the average that it saved; the grid holds a row a condition, begun by it, and beside it are the singles."""
+def test_training_and_inference_generate_the_same_images(infer, trained, shapes, tmp_path):
+    """Validation samples with the averaged weights that are saved. A row of the grid starts with its condition."""
     both = ["--control_image", outline(shapes, 0), outline(shapes, 1)]
-    grid = draw(*both, "--num_images_per_prompt", 2, "--controlnet_conditioning_scale", 0.7)
+    grid = infer(*both, "--num_images_per_prompt", 2, "--controlnet_conditioning_scale", 0.7)
     assert np.abs(pixels(grid) - pixels(trained / "samples" / "final.png")).max() <= 1
     singles = [Image.open(tmp_path / f"x-{n}.png") for n in (1, 2, 3, 4)]
     assert {single.size for single in singles} == {(32, 32)} and len({single.tobytes() for single in singles}) == 4
-    conditions = [conditions.condition_image(outline(shapes, n), "--control_image", 32) for n in (0, 1)]
-    rows = [[conditions[0], *singles[:2]], [conditions[1], *singles[2:]]]
+    first, second = (conditions.condition_image(outline(shapes, n), "--control_image", 32) for n in (0, 1))
+    rows = [[first, *singles[:2]], [second, *singles[2:]]]
     np.testing.assert_array_equal(pixels(grid), np.asarray(grids.image_grid(rows, ["a red circle"] * 2)))
-    # The same noise under another condition is another picture.
+    # The same noise with another condition gives another image.
     assert np.abs(pixels(tmp_path / "x-1.png") - pixels(tmp_path / "x-3.png")).mean() > 0.1
 
 
-def test_scale_zero_is_the_base_model_and_more_is_further_from_it(draw, small_flux, warm_cache):
-    kind = precision.resolve_precision("no")
-    transformer, vae = (loading.load_model(small_flux, part, kind) for part in ("transformer", "vae"))
-    text = encoder_stage.EncoderStage(small_flux, None, "no", warm_cache / "mindtune", 16).text("a red circle")
+def test_scale_zero_is_the_base_model_and_a_larger_one_is_further_from_it(infer, small_flux, warm_cache):
+    full = precision.resolve_precision("no")
+    transformer, vae = (loading.load_model(small_flux, part, full) for part in ("transformer", "vae"))
+    text = encoder_stage.Stage(small_flux, None, "no", warm_cache / "mindtune", 16).text("a red circle")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     latents = sampling.sample_latents(
-        transformer, configs.read_config(small_flux, "scheduler"), text["prompt_embeds"][None], text["pooled_prompt_embeds"][None],
-        rng.normal(0, "validation", 0, shape=(1, 16, 4, 4)), 2, 3.5, ms.float32,
-    )  # fmt: skip
+        transformer,
+        configs.read_config(small_flux, "scheduler"),
+        prompt_embeds=text["prompt_embeds"][None],
+        pooled_prompt_embeds=text["pooled_prompt_embeds"][None],
+        noise=rng.normal(0, "validation", 0, shape=(1, 16, 4, 4)),
+        steps=2,
+        guidance_scale=3.5,
+        compute=ms.float32,
+    )
     base = np.asarray(sampling.decode_latents(vae, latents, ms.float32)[0]).astype(int)
-    drawn = [pixels(draw("--controlnet_conditioning_scale", scale, "--overwrite")) for scale in (0, 0.5, 1)]
-    np.testing.assert_array_equal(drawn[0], base)
-    assert 0 < np.abs(drawn[1] - base).mean() < np.abs(drawn[2] - base).mean()
+    images = [pixels(infer("--controlnet_conditioning_scale", scale, "--overwrite")) for scale in (0, 0.5, 1)]
+    np.testing.assert_array_equal(images[0], base)
+    assert 0 < np.abs(images[1] - base).mean() < np.abs(images[2] - base).mean()
 
 
 def test_a_condition_is_encoded_as_in_training(small_flux, shapes, warm_cache):
-    """The posterior's mean, shifted and scaled; the moments are those that training caches."""
-    kind = precision.resolve_precision("no")
-    vae, config = loading.load_model(small_flux, "vae", kind), configs.read_config(small_flux, "vae")
+    """The mean of the posterior, shifted and scaled; the moments are those that training caches."""
+    vae = loading.load_model(small_flux, "vae", precision.resolve_precision("no"))
+    config = configs.read_config(small_flux, "vae")
+    stage = encoder_stage.Stage(small_flux, None, "no", warm_cache / "mindtune", 16)
     sample = image_sample.Sample("0", outline(shapes, 0))
-    mean = (
-        encoder_stage.EncoderStage(small_flux, None, "no", warm_cache / "mindtune", 16)
-        .moments(sample, (32, 32), False)[:16]
-        .astype(np.float64)
-    )
-    given = sampling.encode_image(
-        vae, conditions.condition_image(outline(shapes, 0), "--control_image", 32), ms.float32
-    )
-    np.testing.assert_allclose(
-        given[0], (mean - config["shift_factor"]) * config["scaling_factor"], rtol=1e-5, atol=1e-6
-    )
+    mean = stage.moments(sample, (32, 32), False)[:16].astype(np.float64)
+    image = conditions.condition_image(outline(shapes, 0), "--control_image", 32)
+    latents = sampling.encode_image(vae, image, ms.float32)
+    expected = (mean - config["shift_factor"]) * config["scaling_factor"]
+    np.testing.assert_allclose(latents[0], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_picture_keeps_the_conditions_shape(draw, tmp_path):
+def test_an_image_has_the_aspect_ratio_of_its_condition(infer, tmp_path):
     """The shorter side is --resolution, the longer one the nearest multiple of 16: 60 x 90 becomes 32 x 48."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)).save(tmp_path / "tall.png")
-    assert Image.open(draw("--control_image", tmp_path / "tall.png")).size == (32, 48)
+    assert Image.open(infer("--control_image", tmp_path / "tall.png")).size == (32, 48)
 
 
 @pytest.mark.parametrize("mixed_precision", ["fp16", "bf16"])
-def test_half_precision_draws_nearly_the_same(draw, mixed_precision):
-    full = pixels(draw())
-    half = pixels(draw("--mixed_precision", mixed_precision, "--overwrite"))
+def test_half_precision_generates_nearly_the_same(infer, mixed_precision):
+    full = pixels(infer())
+    half = pixels(infer("--mixed_precision", mixed_precision, "--overwrite"))
     assert np.abs(half - full).mean() < 1
 
 
 @pytest.mark.parametrize(
-    "more, sentence",
+    "more, message",
     [
         (["--resolution", 40], "--resolution 40: must be divisible by 16"),
         (["--controlnet", "nowhere"], "--controlnet nowhere: no such directory"),
         (["--control_image", "nowhere.png"], "--control_image nowhere.png: cannot be read as an image"),
         (["--prompt", "a", "b", "c", "--control_image", "x.png", "y.png"], "--prompt has 3 and --control_image 2"),
-        (["--output", "x.jpg"], "--output x.jpg: pictures are written as PNG"),
+        (["--output", "x.jpg"], "--output x.jpg: .* are written as PNG"),
         (["--num_images_per_prompt", 0], "--num_images_per_prompt 0: must be at least 1"),
         (["--num_inference_steps", 0], "--num_inference_steps 0: must be at least 1"),
         (["--max_sequence_length", 0], "--max_sequence_length 0: must be at least 1"),
         (["--max_sequence_length", 600], "--max_sequence_length 600: .*512"),
     ],
 )
-def test_bad_flags_get_a_sentence(draw, more, sentence, monkeypatch):
-    monkeypatch.setattr(
-        loading, "load_model", lambda *_: pytest.fail("a model was loaded before the flags were checked")
-    )
-    monkeypatch.setattr(
-        encoder_stage, "_in_child", lambda *_: pytest.fail("encoders ran before the flags were checked")
-    )
-    with pytest.raises(UserError, match=sentence):
-        draw(*more)
+def test_bad_flags_are_refused(infer, more, message, monkeypatch):
+    def too_early(*_):
+        pytest.fail("a model was loaded before the flags were checked")
+
+    monkeypatch.setattr(loading, "load_model", too_early)
+    monkeypatch.setattr(encoder_stage, "_in_child", too_early)
+    with pytest.raises(UserError, match=message):
+        infer(*more)
 
 
-@pytest.mark.parametrize("there", ["x.png", "x-2.png"])
-def test_a_picture_that_is_there_is_not_replaced(draw, tmp_path, there):
-    (tmp_path / there).write_text("mine")
-    with pytest.raises(UserError, match=f"{there}: is already there"):
-        draw("--num_images_per_prompt", 2)
-    assert (tmp_path / there).read_text() == "mine"
+@pytest.mark.parametrize("existing", ["x.png", "x-2.png"])
+def test_an_existing_image_is_not_replaced(infer, tmp_path, existing):
+    (tmp_path / existing).write_text("existing")
+    with pytest.raises(UserError, match=f"{existing}: is already there"):
+        infer("--num_images_per_prompt", 2)
+    assert (tmp_path / existing).read_text() == "existing"
     assert not list(tmp_path.glob("x-1.png"))

@@ -1,6 +1,5 @@
 """Bad input: a sentence that names the flag or file, what was found and what to do; exit code 2; nothing written, no model loaded."""
 
-import errno
 import hashlib
 import json
 import re
@@ -16,9 +15,7 @@ import numpy as np
 import pytest
 from conftest import command, metrics
 from PIL import Image
-from safetensors import SafetensorError
 
-from mindtune import cli
 from mindtune.cli import UserError
 from mindtune.run import checkpoint
 
@@ -494,39 +491,6 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_before_whole(train, good_ru
     assert not list(good_run.rglob("*.partial*")) and not (good_run / "checkpoint-3").exists()
 
 
-@pytest.fixture
-def own_signals():
-    """Gives the test runner its signal handlers back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("I/O error: No space left on device (os error 28)"),
-    ],
-)
-def test_a_full_disk_is_a_sentence_whoever_notices_it(capsys, own_signals, error):
-    def fail():
-        raise error
-
-    with pytest.raises(SystemExit) as caught:
-        cli.run(fail)
-    assert caught.value.code == 2 and "error: the disk is full" in capsys.readouterr().err
-
-
-def test_a_programming_error_is_not_taken_for_a_full_disk(own_signals):
-    def fail():
-        raise SafetensorError("header too large")
-
-    with pytest.raises(SafetensorError):
-        cli.run(fail)
-
-
 def start(arguments):
     """As from a terminal: tests that run in a shell's background would hand it a SIGINT that is ignored."""
     line = command("flux_lora/train_dreambooth_lora_flux.py", arguments)
@@ -569,12 +533,3 @@ def test_ctrl_c_before_the_first_update_has_nothing_to_save(flags, tmp_path):
     assert process.returncode == 130 and "nothing to save" in printed and "Traceback" not in printed, printed
     assert not checkpoint.checkpoints(tmp_path / "out")
     assert not child.exists() or child.read_text().split()[2] == "Z"  # dead, if perhaps not yet collected
-
-
-def test_sigterm_saves_like_ctrl_c_and_the_second_signal_stops_at_once(own_signals):
-    """MindSpore passes SIGINT on as SIGTERM while it computes, so that either may be the first and either the second."""
-    stop = cli.StopRequest()
-    assert stop.exit_code is None
-    signal.raise_signal(signal.SIGTERM)
-    assert stop.exit_code == 130
-    assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,4 +1,4 @@
-"""The export script: an adapter in other tools' layouts, and back."""
+"""export_flux_lora.py: an adapter in the layouts of other tools, and back."""
 
 import json
 
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
-from mindtune.models import lora, lora_files
+from mindtune.models import lora
 from mindtune.models.weights import linear_layers
 
 ENDS = {"transformer": tuple(lora.TRANSFORMER_TARGETS), "text_encoder": tuple(lora.TEXT_ENCODER_TARGETS)}
@@ -24,7 +24,7 @@ def script():
 
 @pytest.fixture
 def export(script, tmp_path):
-    """export(lora, format, *flags): runs the script; gives the file that it wrote."""
+    """export(lora, format, *flags): runs the script and returns the file that it wrote."""
 
     def run(source, layout, *more, name="out"):
         output = tmp_path / f"{name}.safetensors"
@@ -37,21 +37,21 @@ def export(script, tmp_path):
 
 @pytest.fixture
 def adapter(tiny_flux, tmp_path):
-    """A run's directory with a LoRA of attention and CLIP, rank 4 but 2 for every q, alpha not the rank when it was trained."""
-    rng, tensors, alphas = np.random.default_rng(0), {}, {}
+    """A directory with a LoRA of attention and CLIP: rank 4, rank 2 for every q, and alpha 6."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    alphas = {}
     for prefix, ends in ENDS.items():
         for layer, (inputs, outputs) in linear_layers(tiny_flux, prefix).items():
             if layer.endswith(ends):
                 rank = 2 if layer.endswith("to_q") else 4
-                tensors[f"{prefix}.{layer}.lora_A.weight"] = 0.2 * rng.standard_normal((rank, inputs)).astype(
-                    np.float32
-                )
-                tensors[f"{prefix}.{layer}.lora_B.weight"] = 0.2 * rng.standard_normal((outputs, rank)).astype(
-                    np.float32
-                )
+                a = rng.standard_normal((rank, inputs)).astype(np.float32)
+                b = rng.standard_normal((outputs, rank)).astype(np.float32)
+                tensors[f"{prefix}.{layer}.lora_A.weight"] = 0.2 * a
+                tensors[f"{prefix}.{layer}.lora_B.weight"] = 0.2 * b
                 alphas[f"{prefix}.{layer}"] = 6.0
     (tmp_path / "run").mkdir()
-    lora_files.write_lora(tmp_path / "run" / lora_files.LORA_FILE, tensors, alphas, "diffusers")
+    lora.write_lora(tmp_path / "run" / lora.LORA_FILE, tensors, alphas, "diffusers")
     return tmp_path / "run"
 
 
@@ -61,24 +61,25 @@ def header(path):
 
 
 def assert_same_parts(found, expected):
-    found, expected = lora_files.read_adapters(found, ""), lora_files.read_adapters(expected, "")
-    assert {prefix: sorted(part) for prefix, part in found.items()} == {
-        prefix: sorted(part) for prefix, part in expected.items()
-    }
+    found = lora.read_parts(found, "")
+    expected = lora.read_parts(expected, "")
+    assert found.keys() == expected.keys()
     for prefix, part in expected.items():
+        assert sorted(found[prefix]) == sorted(part)
         for name, value in part.items():
             np.testing.assert_array_equal(found[prefix][name], value, err_msg=name)
 
 
-# ---- what is written -----------------------------------------------------------------------------
+# ---- written files ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["kohya", "comfyui"])
-def test_there_and_back_again_is_the_same_adapter(export, adapter, layout):
-    """The same tensors and the same settings for peft."""
-    there = export(adapter, layout, name="there")
-    assert_same_parts(there, adapter / lora_files.LORA_FILE)
-    back, first = export(there, "diffusers", name="back"), adapter / lora_files.LORA_FILE
+def test_exporting_and_importing_gives_the_same_adapter(export, adapter, layout):
+    """The same tensors and the same settings of peft."""
+    exported = export(adapter, layout, name="exported")
+    assert_same_parts(exported, adapter / lora.LORA_FILE)
+    back = export(exported, "diffusers", name="back")
+    first = adapter / lora.LORA_FILE
     assert load_file(back).keys() == load_file(first).keys()
     assert json.loads(header(back)["lora_adapter_metadata"]) == json.loads(header(first)["lora_adapter_metadata"])
     for name, value in load_file(first).items():
@@ -90,23 +91,25 @@ def test_kohyas_file_has_its_names_and_header(export, adapter, capsys):
     names = {name.split(".")[0] for name in load_file(path)}
     assert {"lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_single_blocks_1_linear1"} <= names
     assert "lora_te1_text_model_encoder_layers_1_self_attn_out_proj" in names and len(names) == 2 * 2 + 2 + 8
-    # q, k and v make 12, with room for the MLP 16 in single blocks; the rest has 4.
+    # Fused q, k and v have rank 12, with the MLP of single blocks 16; all other layers have 4.
     assert header(path) == {
         "format": "pt",
         "ss_network_module": "networks.lora_flux",
         "ss_network_dim": "Dynamic",
         "ss_network_alpha": "Dynamic",
     }
-    assert capsys.readouterr().out == f"{path}: kohya layout, 14 layers of rank 4, 12, 16, type as it was\n"
+    assert capsys.readouterr().out == f"{path}: kohya layout, 14 layers of rank 4, 12, 16, dtype unchanged\n"
 
 
-def test_one_rank_and_alpha_stand_in_kohyas_header(export, tmp_path):
-    rng, name = np.random.default_rng(0), "transformer.single_transformer_blocks.0.proj_out"
+def test_a_common_rank_and_alpha_are_in_kohyas_header(export, tmp_path):
+    rng = np.random.default_rng(0)
+    name = "transformer.single_transformer_blocks.0.proj_out"
     tensors = {
         f"{name}.lora_A.weight": rng.standard_normal((4, 160)),
         f"{name}.lora_B.weight": rng.standard_normal((32, 4)),
     }
-    save_file({**{k: v.astype(np.float32) for k, v in tensors.items()}, f"{name}.alpha": np.array(2.0)}, tmp_path / "f")
+    tensors = {key: value.astype(np.float32) for key, value in tensors.items()}
+    save_file({**tensors, f"{name}.alpha": np.array(2.0)}, tmp_path / "f")
     found = header(export(tmp_path / "f", "kohya"))
     assert (found["ss_network_dim"], float(found["ss_network_alpha"])) == ("4", 2.0)
 
@@ -121,7 +124,7 @@ def test_comfyuis_file_has_its_names(export, adapter):
 
 @pytest.mark.parametrize("layout", ["kohya", "comfyui", "diffusers"])
 @pytest.mark.parametrize("name, numpy_type", [("fp32", np.float32), ("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)])
-def test_weights_are_of_the_type_asked_for_and_alphas_exact(export, adapter, layout, name, numpy_type):
+def test_weights_have_the_requested_dtype_and_alphas_are_exact(export, adapter, layout, name, numpy_type):
     tensors = load_file(export(adapter, layout, "--dtype", name))
     weights = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
     assert {value.dtype for value in weights.values()} == {np.dtype(numpy_type)}
@@ -129,7 +132,7 @@ def test_weights_are_of_the_type_asked_for_and_alphas_exact(export, adapter, lay
 
 
 @pytest.mark.parametrize("layout", ["kohya", "comfyui", "diffusers"])
-def test_half_precision_stays_what_it_is(export, adapter, layout):
+def test_half_precision_is_kept(export, adapter, layout):
     half = export(adapter, "diffusers", "--dtype", "bf16", name="half")
     path = export(half, layout)
     assert {v.dtype for k, v in load_file(path).items() if not k.endswith(".alpha")} == {np.dtype(ml_dtypes.bfloat16)}
@@ -137,52 +140,35 @@ def test_half_precision_stays_what_it_is(export, adapter, layout):
 
 
 @pytest.mark.parametrize("layout", ["kohya", "comfyui", "diffusers"])
-def test_equal_adapters_leave_equal_bytes(export, adapter, layout):
+def test_equal_adapters_give_equal_bytes(export, adapter, layout):
     assert export(adapter, layout, name="one").read_bytes() == export(adapter, layout, name="other").read_bytes()
 
 
-def test_pictures_from_kohyas_and_comfyuis_files_are_those_of_ours(export, adapter, tiny_flux, encoder_cache, tmp_path):
+def test_images_of_kohyas_and_comfyuis_files_are_those_of_ours(export, adapter, tiny_flux, encoder_cache, tmp_path):
     infer = load_script("flux_lora/infer_flux_lora.py")
-    pictures = {}
+    images = {}
     for layout in ("diffusers", "kohya", "comfyui", "base"):
-        words = [
-            "--pretrained_model_name_or_path",
-            tiny_flux,
-            "--cache_dir",
-            encoder_cache,
-            "--prompt",
-            "a cat",
-            "--height",
-            32,
-        ]
-        words += [
-            "--width",
-            32,
-            "--num_inference_steps",
-            2,
-            "--max_sequence_length",
-            16,
-            "--output",
-            tmp_path / f"{layout}.png",
-        ]
+        words = ["--pretrained_model_name_or_path", tiny_flux, "--cache_dir", encoder_cache, "--prompt", "a cat"]
+        words += ["--height", 32, "--width", 32, "--num_inference_steps", 2, "--max_sequence_length", 16]
+        words += ["--output", tmp_path / f"{layout}.png"]
         words += [] if layout == "base" else ["--lora", export(adapter, layout, name=layout)]
         infer.main([str(word) for word in words])
-        pictures[layout] = np.asarray(Image.open(tmp_path / f"{layout}.png")).astype(int)
+        images[layout] = np.asarray(Image.open(tmp_path / f"{layout}.png")).astype(int)
     for layout in ("kohya", "comfyui"):
-        assert np.abs(pictures[layout] - pictures["diffusers"]).max() <= 1
-    assert np.abs(pictures["base"] - pictures["diffusers"]).mean() > 1
+        assert np.abs(images[layout] - images["diffusers"]).max() <= 1
+    assert np.abs(images["base"] - images["diffusers"]).mean() > 1
 
 
 # ---- bad input -----------------------------------------------------------------------------------
 
 
-def test_a_file_that_is_there_is_replaced_only_on_request(export, adapter, tmp_path):
-    (tmp_path / "out.safetensors").write_text("mine")
+def test_an_existing_file_is_replaced_only_with_overwrite(export, adapter, tmp_path):
+    (tmp_path / "out.safetensors").write_text("existing")
     with pytest.raises(
         UserError, match=r"--output .*out.safetensors: is already there. Name another file or add --overwrite"
     ):
         export(adapter, "kohya")
-    assert (tmp_path / "out.safetensors").read_text() == "mine"
+    assert (tmp_path / "out.safetensors").read_text() == "existing"
     assert load_file(export(adapter, "kohya", "--overwrite"))
 
 
@@ -194,20 +180,21 @@ def no_lora(path):
     save_file({"img_in.weight": np.ones((4, 4), np.float32)}, path)
 
 
-def torn(path):
+def truncated(path):
     unknown_layer(path)
     path.write_bytes(path.read_bytes()[:-10])
 
 
 @pytest.mark.parametrize(
-    "make, sentence",
+    "make, message",
     [
         (unknown_layer, r"--lora .*in.safetensors: FLUX.1 has no layer transformer.controlnet_x_embedder"),
         (
             no_lora,
-            r"--lora .*in.safetensors: holds no lora_A/lora_B or lora_down/lora_up weights, but full weights .*img_in.weight",
+            r"--lora .*in.safetensors: holds no lora_A/lora_B or lora_down/lora_up weights, "
+            r"but whole weights .*img_in.weight",
         ),
-        (torn, r"--lora .*in.safetensors: cannot be read as safetensors"),
+        (truncated, r"--lora .*in.safetensors: cannot be read as safetensors"),
         (
             lambda path: path.mkdir(),
             r"--lora .*pytorch_lora_weights.safetensors: no such file. Give the .safetensors file, or the directory",
@@ -215,20 +202,20 @@ def torn(path):
         (lambda path: None, r"--lora .*in.safetensors: no such file"),
     ],
 )
-def test_bad_adapters_get_a_sentence_and_leave_nothing(export, tmp_path, make, sentence):
+def test_bad_adapters_are_refused_and_nothing_is_written(export, tmp_path, make, message):
     make(tmp_path / "in.safetensors")
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         export(tmp_path / "in.safetensors", "kohya")
     assert [path.name for path in tmp_path.iterdir() if path.name != "in.safetensors"] == []
 
 
 @pytest.mark.parametrize(
-    "name, sentence",
+    "name, message",
     [
         ("dog.pt", r"--output dog.pt: other tools look for .safetensors"),
         ("no/where.safetensors", r"there is no directory no. Make it"),
     ],
 )
-def test_bad_outputs_get_a_sentence(script, adapter, name, sentence):
-    with pytest.raises(UserError, match=sentence):
+def test_bad_outputs_are_refused(script, adapter, name, message):
+    with pytest.raises(UserError, match=message):
         script.main(["--lora", str(adapter), "--format", "kohya", "--output", name])

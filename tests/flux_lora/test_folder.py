@@ -49,14 +49,14 @@ def ugly(tmp_path):
 
 
 SAID = (
-    "1 links lead nowhere and are not used: gone.png",
+    "1 broken links are not used: gone.png",
     "1 files are not used: clip.mov (videos: save their frames",
     "1 files are not used: b.npz, no images",
     "1 files are not used: meta_cap.json; captions are read from metadata.csv",
     "subfolders are not used: side views/ with 1 images",
     "1 caption files without an image are not used: lonely.txt",
     "4 of 7 images have a caption of their own; without: caf\\xe9.png, no ending, wrong ending.png",
-    "only the first frame (or page) is used of 1 with several: c.gif",
+    "1 images have several frames or pages, of which the first is used: c.gif",
 )
 
 

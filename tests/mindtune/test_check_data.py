@@ -1,4 +1,4 @@
-"""The check of a data set before a run: its findings against folders made for the purpose, and that it leaves them alone."""
+"""The check of a data set before a run: its report on prepared folders, which it does not change."""
 
 import json
 import os
@@ -10,12 +10,15 @@ import pytest
 from conftest import load_script
 from PIL import Image
 
-from mindtune.check_data import cropped_away, main
-from mindtune.cli import UserError
+from mindtune.check_data import main
+from mindtune.cli import UserError, run
+from mindtune.data.folders import samples_in_folder
+from mindtune.data.statistics import cropped_share
+from mindtune.encode import child
 from mindtune.encode.encoder_stage import EncoderStage
 
 
-def picture(path, width, height, seed=0):
+def write_image(path, width, height, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
@@ -34,29 +37,29 @@ def snapshot(*folders):
 def check(tmp_path, capsys):
     """check(*flags): exit code, the JSON and the printed table."""
 
-    def run(*flags):
+    def check(*flags):
         code = main([*map(str, flags), "--json", str(tmp_path / "report.json")])
         return code, json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
 
-    return run
+    return check
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two good pictures, one of them twice, one too small, one torn, one that is none; one caption is 100 words long."""
+    """Two good images, one of them twice, one too small, one truncated, one that is text; a caption of 100 words."""
     data = tmp_path / "data"
     data.mkdir()
-    picture(data / "a.png", 64, 64)
-    picture(data / "b.png", 96, 64, seed=1)
+    write_image(data / "a.png", 64, 64)
+    write_image(data / "b.png", 96, 64, seed=1)
     (data / "c.png").write_bytes((data / "a.png").read_bytes())
-    picture(data / "small.png", 40, 63, seed=2)
+    write_image(data / "small.png", 40, 63, seed=2)
     (data / "torn.png").write_bytes((data / "b.png").read_bytes()[:2000])
-    (data / "words.png").write_text("not a picture")
+    (data / "words.png").write_text("not an image")
     (data / "a.txt").write_text("cat " * 100)
     return data
 
 
-def test_every_finding_is_in_the_table_and_in_the_json(check, folder, tiny_flux):
+def test_all_problems_are_in_the_text_and_in_the_json(check, folder, tiny_flux):
     before = snapshot(folder, tiny_flux)
     more = ["--pretrained_model_name_or_path", tiny_flux, "--instance_prompt", "a cat", "--max_sequence_length", 64]
     code, report, table = check("--instance_data_dir", folder, "--resolution", 64, *more)
@@ -77,39 +80,31 @@ def test_every_finding_is_in_the_table_and_in_the_json(check, folder, tiny_flux)
     assert snapshot(folder, tiny_flux) == before
 
 
-def test_a_folder_that_can_start_says_what_the_run_will_cost(
-    check, photos, tiny_flux, encoder_cache, lora_script, flags, tmp_path
-):
-    """The bytes of the cache are those that the encode stage writes, headers apart."""
-    cache = tmp_path / "cache"
-    args = lora_script.parse_args(flags(tmp_path / "out", "--cache_dir", cache))
-    stage = lora_script.make_stage(args, tiny_flux, "no")
-    assert isinstance(stage, EncoderStage)
-    samples = lora_script.load_samples(args, [(32, 32)])
-    stage.prepare({s.caption for s in samples}, [(s, (32, 32), flip) for s in samples for flip in (False, True)])
-    more = [
-        "--pretrained_model_name_or_path",
-        tiny_flux,
-        "--instance_prompt",
-        "a photo of sks cat",
-        "--max_sequence_length",
-        16,
-        "--random_flip",
-    ]
-    code, report, table = check("--instance_data_dir", photos, "--resolution", 32, *more)
-    assert code == 0 and "a run can start" in table
-    wanted = sum(report["cache_bytes"].values())
-    written = sum(path.stat().st_size for path in (cache / "mindtune").iterdir())
-    assert wanted <= written <= wanted + 600 * len(list((cache / "mindtune").iterdir()))
+def test_the_size_of_the_cache(check, photos, tiny_flux, tmp_path):
+    """The size of the cache is that of the entries that the encoder stage writes, without their headers."""
+    stage = EncoderStage(
+        root=tiny_flux, variant=None, precision="no", cache_dir=tmp_path / "cache", max_sequence_length=16
+    )
+    samples = samples_in_folder(str(photos), "--instance_data_dir")
+    child.encode_captions(stage, ["a photo of sks cat"])
+    child.encode_images(stage, [(sample, (32, 32), flip) for sample in samples for flip in (False, True)])
+    pipeline = ["--pretrained_model_name_or_path", tiny_flux, "--max_sequence_length", 16]
+    prompt = ["--instance_prompt", "a photo of sks cat", "--random_flip"]
+    code, report, text = check("--instance_data_dir", photos, "--resolution", 32, *pipeline, *prompt)
+    assert code == 0 and "a run can start" in text
+    expected = sum(report["cache_bytes"].values())
+    entries = list((tmp_path / "cache").rglob("*.safetensors"))
+    written = sum(path.stat().st_size for path in entries)
+    assert len(entries) == 2 + 2 * 5 and expected <= written <= expected + 600 * len(entries)
 
 
-def test_pictures_without_any_caption_cannot_start(check, photos):
+def test_images_without_any_caption_cannot_start(check, photos):
     code, report, _ = check("--instance_data_dir", photos, "--resolution", 64)
     assert code == 1 and len(report["without_caption"]) == 5 and not report["problems"]
     assert check("--instance_data_dir", photos, "--resolution", 64, "--instance_prompt", "a cat")[0] == 0
 
 
-def test_class_pictures_are_looked_at_too(check, photos, folder):
+def test_class_images_are_checked_too(check, photos, folder):
     more = ["--instance_prompt", "a cat", "--class_data_dir", folder, "--class_prompt", "a dog", "--resolution", 64]
     code, report, _ = check("--instance_data_dir", photos, *more)
     assert (
@@ -117,7 +112,7 @@ def test_class_pictures_are_looked_at_too(check, photos, folder):
     )
 
 
-def test_pairs_of_other_sizes_and_what_buckets_leave_out(check, tmp_path):
+def test_pairs_of_different_sizes_and_cropping_to_buckets(check, tmp_path):
     pairs = tmp_path / "pairs"
     load_script("examples/tiny/shapes.py").make_folder(pairs, 4, 64, seed=0, split="train")
     before = snapshot(pairs)
@@ -125,17 +120,17 @@ def test_pairs_of_other_sizes_and_what_buckets_leave_out(check, tmp_path):
     assert code == 0 and (report["kind"], report["usable"]) == ("pairs", 4) and snapshot(pairs) == before
     assert [b["pictures"] for b in report["buckets"]] == [4, 0]
     conditions = sorted((pairs / "conditioning").iterdir())
-    picture(conditions[1], 72, 64)
+    write_image(conditions[1], 72, 64)
     code, report, table = check("--train_data_dir", pairs, "--aspect_ratio_buckets", "64,32")
     assert code == 1 and len(report["problems"]) == 1 and "64x64, its condition 72x64" in report["problems"][0]
     assert report["buckets"][0]["cropped_away_mean"] == pytest.approx(0.5) and " 50.0%" in table
 
 
-def test_what_a_run_would_say_of_the_data_is_in_both(check, tmp_path):
+def test_notes_of_a_run_are_in_both(check, tmp_path):
     data = tmp_path / "data"
     (data / "side").mkdir(parents=True)
-    picture(data / "a.png", 64, 64)
-    picture(data / "side/b.png", 64, 64)
+    write_image(data / "a.png", 64, 64)
+    write_image(data / "side/b.png", 64, 64)
     (data / "clip.mov").write_bytes(b"x")
     classes = tmp_path / "class"
     classes.mkdir()
@@ -147,15 +142,15 @@ def test_what_a_run_would_say_of_the_data_is_in_both(check, tmp_path):
     assert (
         "clip.mov (videos: save" in videos
         and "side/ with 1 images" in subfolders
-        and "no image yet; a run makes them" in no_class
+        and "no image yet; a run generates them" in no_class
     )
 
 
-def test_white_drawings_on_transparent_ground(check, tmp_path):
+def test_white_drawings_on_a_transparent_background(check, tmp_path):
     (tmp_path / "pairs").mkdir()
     rows = []
     for number in range(3):
-        picture(tmp_path / f"pairs/{number}.png", 64, 64, seed=number)
+        write_image(tmp_path / f"pairs/{number}.png", 64, 64, seed=number)
         drawing = Image.new("RGBA", (64, 64))
         drawing.paste((255, 255, 255, 255), (5, 10 + number, 50, 20))
         drawing.save(tmp_path / f"pairs/{number}-drawn.png")
@@ -163,12 +158,14 @@ def test_white_drawings_on_transparent_ground(check, tmp_path):
     (tmp_path / "pairs/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, report, table = check("--train_data_dir", tmp_path / "pairs", "--resolution", 64)
     assert (
-        code == 0 and "3 transparent conditions are laid on black" in report["notes"][0] and report["notes"][0] in table
+        code == 0
+        and "3 transparent condition images are put on black" in report["notes"][0]
+        and report["notes"][0] in table
     )
 
 
 def test_names_that_are_not_utf8_are_printed_and_written(photos, tmp_path):
-    """On a terminal that takes nothing else, with --json."""
+    """On a terminal that accepts UTF-8 only, with --json."""
     folder = tmp_path / "caf\udce9"
     folder.mkdir()
     for name in ("b.png", "bad\udce9.png", "\udce8.png"):
@@ -186,26 +183,26 @@ def test_names_that_are_not_utf8_are_printed_and_written(photos, tmp_path):
     done = subprocess.run(line, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 1 and b"Traceback" not in done.stderr
     printed = done.stdout.decode("utf-8")
-    assert "bad\\xe9.png: not an image" in printed and "caf\\xe9: 3 pictures, 2 usable" in printed
+    assert "bad\\xe9.png: not an image" in printed and "caf\\xe9: 3 images, 2 usable" in printed
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["problems"][0].startswith("bad\\xe9.png") and report["data"] == [str(folder)]
 
 
-def test_the_help_speaks_of_images(capsys):
+def test_the_help_says_image_not_picture(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "picture" not in capsys.readouterr().out
 
 
-def test_what_cropping_leaves_out():
-    """Of a picture of 300 x 100 a square of 100 is kept; of 100 x 400 for a bucket of 32 high and 64 wide, 50 of 400 rows."""
-    assert cropped_away((300, 100), (64, 64)) == pytest.approx(2 / 3)
-    assert cropped_away((100, 400), (32, 64)) == pytest.approx(1 - 50 / 400)
-    assert cropped_away((640, 320), (32, 64)) == pytest.approx(0)
+def test_cropped_share():
+    """A square keeps 100 of 300 columns; a bucket 32 high and 64 wide keeps 50 of 400 rows."""
+    assert cropped_share((300, 100), (64, 64)) == pytest.approx(2 / 3)
+    assert cropped_share((100, 400), (32, 64)) == pytest.approx(1 - 50 / 400)
+    assert cropped_share((640, 320), (32, 64)) == pytest.approx(0)
 
 
 def test_sizes_of_flux_dev_without_a_model(check, photos):
-    """A caption of FLUX.1-dev's 512 tokens of 4096 numbers and CLIP's 768; 16 channels of moments, mean and variance, at an eighth."""
+    """512 T5 tokens of width 4096 and CLIP's 768; mean and variance of 16 channels at an eighth of the size."""
     _, report, table = check("--instance_data_dir", photos, "--resolution", 64, "--instance_prompt", "a cat")
     assert report["cache_for"] == "FLUX.1-dev" and "not counted without" in table
     assert report["cache_bytes"] == {"text": 4 * (512 * 4096 + 768), "latents": 5 * 4 * 32 * 8 * 8}
@@ -224,24 +221,19 @@ def test_sizes_of_flux_dev_without_a_model(check, photos):
         (["--train_data_dir", "x", "--aspect_ratio_buckets", "3"], ["--aspect_ratio_buckets", "height,width"]),
     ],
 )
-def test_what_cannot_be_read_is_named(flags, parts):
+def test_unreadable_data_are_refused(flags, parts):
     with pytest.raises(UserError) as caught:
         main(flags)
     assert all(part in str(caught.value) for part in parts)
 
 
-def test_the_command_ends_with_the_code_that_a_shell_can_ask_for(photos, tmp_path):
-    line = [
-        sys.executable,
-        "-m",
-        "mindtune.check_data",
-        "--instance_data_dir",
-        str(photos),
-        "--instance_prompt",
-        "a cat",
-        "--resolution",
-    ]
-    assert subprocess.run([*line, "64"], capture_output=True).returncode == 0
-    assert subprocess.run([*line, "80"], capture_output=True).returncode == 1
-    done = subprocess.run([*line[:-3], "--resolution", "64", "--dataset_name", "x"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: give either")
+@pytest.mark.parametrize(
+    "flags, code",
+    [(["--resolution", "64"], 0), (["--resolution", "80"], 1), (["--resolution", "64", "--dataset_name", "x"], 2)],
+)
+def test_exit_codes_of_the_command(photos, monkeypatch, capsys, flags, code):
+    monkeypatch.setattr("mindtune.cli.signal.signal", lambda *_: None)  # `run` replaces the handlers of the tests
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: main(["--instance_data_dir", str(photos), "--instance_prompt", "a cat", *flags]))
+    assert caught.value.code == code
+    assert capsys.readouterr().err.startswith("error: give either") == (code == 2)

@@ -1,7 +1,7 @@
-"""Our side of the parity check: the cases, the numbers that both sides get, and the scripts' training steps on them.
+"""Our side of the parity check: the cases, the inputs of both sides, and the training steps of the scripts.
 
-`prepare` writes a case's folder for reference.py; `compare` measures our step against what that leaves; `check_golden` does so against
-the few numbers of it that golden.json keeps, with neither folder nor PyTorch.
+certificate.py compares them with the results of reference.py, test_golden.py with a few of these results in
+golden.json, without PyTorch.
 """
 
 import re
@@ -24,35 +24,25 @@ import train_controlnet
 import train_controlnet_flux
 import train_controlnet_sdxl
 import train_dreambooth_lora_flux
-from shapes import conditioning, draw_scene, picture
+from shapes import render, render_outline, sample_scene
 
 from mindtune import diffusion, flow, rng
 from mindtune.data import conditions, crops
 from mindtune.encode import encoder_stage, text_encoders
-from mindtune.models import (
-    configs,
-    controlnets,
-    execution,
-    loading,
-    lora,
-    named_parameters,
-    precision,
-    sampling,
-    shared_blocks,
-    tokenization,
-)
+from mindtune.models import configs, controlnets, execution, flux_blocks, loading, lora, precision, sampling
 from mindtune.optim import optimizers
 
-UPDATES, FULL = 50, precision.Precision(ms.float32, ms.float32)
+UPDATES = 50
+FULL = precision.Precision(ms.float32, ms.float32)
 CAPTION = "a photo of a red circle on a white background"
-# Of published pipelines: as many tokens as their text encoders take, beside a short caption and none, which show how they are padded.
+# For published pipelines: a short caption, an empty one, and one that fills the text encoders, to check the padding.
 LENGTHS = {"length": 512, "texts": [CAPTION, "", " ".join([CAPTION] * 60)]}
-# Modules whose outputs are compared one by one, by the names that both sides have; "" is the whole model.
+# Modules whose outputs are compared, by the names that both sides share; "" is the whole model.
 BLOCK = r"^$|(^|\.)((single_)?transformer_blocks|down_blocks|up_blocks|encoder\.layers)\.\d+$|(^|\.)mid_block$"
 
 
 class Case(NamedTuple):
-    """One column of a script's table."""
+    """A column of the table of a script; `label` is its key in golden.json."""
 
     kind: str
     name: str
@@ -70,9 +60,10 @@ LORA = {
     "rates": {"transformer": [1e-3, 1e-4]},
 }
 CLIP = {
-    "targets": {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS}, "alpha": 8.0,
+    "targets": {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS},
+    "alpha": 8.0,
     "rates": {"transformer": [1e-3, 1e-4], "text_encoder": [5e-4, 1e-3]},
-}  # fmt: skip
+}
 CONTROL = {"rates": {"controlnet": [1e-3, 1e-2]}}
 CASES = [
     *(Case("flux_lora", scheme, {**LORA, "scheme": scheme}) for scheme in flow.WEIGHTING_SCHEMES),
@@ -82,41 +73,51 @@ CASES = [
     Case("flux_controlnet", "2 + 2 blocks", {**CONTROL, "scheme": "logit_normal", "blocks": [2, 2]}),
     Case("flux_controlnet", "2 + 0 blocks", {**CONTROL, "scheme": "none", "blocks": [2, 0]}),
     Case("flux_controlnet", "existing, 1 + 1", {**CONTROL, "scheme": "sigma_sqrt", "blocks": [1, 1], "existing": True}),
-    Case("flux_controlnet", "trained shapes pipeline, 2 + 2", {**CONTROL, "scheme": "mode", "blocks": [2, 2], "trained": True}),
+    Case(
+        "flux_controlnet",
+        "trained shapes pipeline, 2 + 2",
+        {**CONTROL, "scheme": "mode", "blocks": [2, 2], "trained": True},
+    ),
     Case("sd15", "epsilon", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": None}),
     Case("sd15", "v_prediction", {**CONTROL, "prediction_type": "v_prediction", "snr_gamma": None}),
     Case("sd15", "epsilon, Min-SNR", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": 5.0}),
     Case("sd15", "v_prediction, Min-SNR", {**CONTROL, "prediction_type": "v_prediction", "snr_gamma": 5.0}),
     Case("sdxl", "epsilon", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": None}),
-    # The files, keys and tensor names of published pipelines, at small sizes (tests/real_pipelines.py).
-    *(Case("flux_lora", name, {**LORA, **LENGTHS, "scheme": "none", "real": name}) for name in ("FLUX.1-dev", "FLUX.1-schnell")),
+    # Published pipelines at small sizes, with their files, keys and tensor names (tests/real_pipelines.py).
+    *(
+        Case("flux_lora", name, {**LORA, **LENGTHS, "scheme": "none", "real": name})
+        for name in ("FLUX.1-dev", "FLUX.1-schnell")
+    ),
     *(
         Case(kind, name, {**CONTROL, **LENGTHS, "prediction_type": predicted, "snr_gamma": None, "real": name})
         for kind, name, predicted in (
-            ("sd15", "stable-diffusion-v1-5", "epsilon"), ("sd15", "stable-diffusion-2-1", "v_prediction"),
+            ("sd15", "stable-diffusion-v1-5", "epsilon"),
+            ("sd15", "stable-diffusion-2-1", "v_prediction"),
             ("sdxl", "stable-diffusion-xl-base-1.0", "epsilon"),
         )
     ),
-]  # fmt: skip
+]
 
 
 # ---- inputs --------------------------------------------------------------------------------------
 
 
 class Drawn:
-    """Stands in for a random generator: hands out the draws that the other side gets too."""
+    """A stand-in for a random generator that returns the draws of the other side."""
 
     def __init__(self, uniform, normal):
-        self.random, self.standard_normal = (lambda: float(uniform)), (lambda: float(normal))
+        self.random = lambda: float(uniform)
+        self.standard_normal = lambda: float(normal)
 
 
 def make_pipeline(case, folder):
-    """The case's pipeline, made once in `folder`; the trained one is the repository's."""
+    """The pipeline of a case, written to `folder` once; the trained one is in the repository."""
     if case.settings.get("trained"):
         return ROOT / "examples/tiny/flux-shapes"
     if name := case.settings.get("real"):
         return folder / name if (folder / name).exists() else real_pipelines.make(name, folder / name)
-    base, predicted = case.kind.split("_")[0], case.settings.get("prediction_type")
+    base = case.kind.split("_")[0]
+    predicted = case.settings.get("prediction_type")
     root = folder / f"{base}-{predicted}"
     if not root.exists():
         make_tiny_pipeline.KINDS[base](root, **({"scheduler": {"prediction_type": predicted}} if predicted else {}))
@@ -124,7 +125,7 @@ def make_pipeline(case, folder):
 
 
 def all_settings(case, root):
-    """What both sides read: the case's settings, what its pipeline says, and what all cases share."""
+    """The settings that both sides read: those of the case, of its pipeline, and of all cases."""
     config = configs.read_config(root, "vae")
     common = {
         "kind": case.kind,
@@ -135,28 +136,29 @@ def all_settings(case, root):
         "guidance_scale": 3.5,
     }
     common.update(logit_mean=0.2, logit_std=1.3, mode_scale=1.1, length=16, eps=1e-5, texts=[CAPTION])
-    common["scaling_factor"] = config.get(
-        "scaling_factor", 0.18215
-    )  # diffusers' default: Stable Diffusion 1.5's file does not say
+    # Stable Diffusion 1.5's file has no scaling_factor: this is diffusers' default.
+    common["scaling_factor"] = config.get("scaling_factor", 0.18215)
     return {**common, **case.settings}
 
 
 def make_stage(settings, root, folder):
-    return encoder_stage.EncoderStage(
-        root, None, "no", folder, settings["length"], system=settings["kind"].split("_")[0].replace("sd15", "sd")
-    )
+    """The encoder stage of a case, with its cache in `folder`."""
+    kind = settings["kind"].split("_")[0].replace("sd15", "sd")
+    return encoder_stage.Stage(root, None, "no", folder, settings["length"], kind=kind)
 
 
-def scene(number, place):
-    return draw_scene(rng.generator(0, "parity scene", number, place), "all")
+def scene(number, position):
+    """The scene at `position` of batch `number`."""
+    return sample_scene(rng.generator(0, "parity scene", number, position), "all")
 
 
 def make_batch(settings, root, number, stage, vae):
-    """What both sides get for one update: batch 2 (4 with class pictures), not square, a log-variance that matters.
+    """The inputs of both sides for one update: batch 2 (4 with class images), not square.
 
-    On the trained pipeline latents and text are those of shapes: `vae` and `stage` make them, and are needed for no other.
+    With a `vae`, for the trained pipeline, latents and text are those of scenes; otherwise they are random.
     """
-    kind, size = settings["kind"], 4 if settings.get("prior_weight") else 2
+    kind = settings["kind"]
+    size = 4 if settings.get("prior_weight") else 2
     channels = configs.read_config(root, "vae")["latent_channels"]
     height, width = (8, 8) if vae else (4, 6) if kind.startswith("flux") else (8, 12)
 
@@ -176,13 +178,10 @@ def make_batch(settings, root, number, stage, vae):
         batch["condition"] = normal("condition", 2 * channels, height, width)
         batch["condition_posterior"] = normal("condition posterior", channels, height, width)
     if "text_encoder" in settings.get("targets", ()):
-        tokenizer = tokenization.load_tokenizer(root / "tokenizer")
-        captions = [
-            f"a {colour} {shape}" for colour, shape in (("red", "circle"), ("blue", "star on a white background"))
-        ]
-        batch["ids"] = np.stack([text_encoders.token_ids(tokenizer, caption, 77) for caption in captions]).astype(
-            np.int32
-        )
+        tokenizer = loading.load_tokenizer(root / "tokenizer")
+        captions = ["a red circle", "a blue star on a white background"]
+        ids = [text_encoders.token_ids(tokenizer, caption, 77) for caption in captions]
+        batch["ids"] = np.stack(ids).astype(np.int32)
     if kind.startswith("sd"):
         batch["condition"] = 1 / (1 + np.exp(-normal("condition", 3, 8 * height, 8 * width)))
         batch["timesteps"] = rng.generator(0, "parity timesteps", number).integers(0, 1000, size).astype(np.int32)
@@ -191,14 +190,16 @@ def make_batch(settings, root, number, stage, vae):
         batch["pooled"] = normal("pooled", configs.read_config(root, "text_encoder_2")["projection_dim"])
         batch["time_ids"] = np.array([[64, 96, 0, 3, 64, 96]] * size, np.float32)
     if vae:
-        scenes = [scene(number, place) for place in range(size)]
+        scenes = [scene(number, position) for position in range(size)]
         texts = [stage.text(each.caption) for each in scenes]
         batch.update(
             text=np.stack([t["prompt_embeds"] for t in texts]),
             pooled=np.stack([t["pooled_prompt_embeds"] for t in texts]),
         )
-        for what, draw in (("moments", picture), ("condition", conditioning)):
-            pixels = np.stack([crops.pixel_values(draw(each, 64), 64, "lanczos", None, False) for each in scenes])
+        for what, render_scene in (("moments", render), ("condition", render_outline)):
+            pixels = np.stack(
+                [crops.pixel_values(render_scene(each, 64), 64, "lanczos", None, False) for each in scenes]
+            )
             batch[what] = vae.encode(ms.Tensor(pixels))[0].asnumpy()
     return batch
 
@@ -207,43 +208,47 @@ def make_batches(settings, root, count, stage):
     """The batches of the first `count` updates."""
     vae = None
     if settings.get("trained"):
-        stage.prepare([scene(number, place).caption for number in range(count) for place in range(2)], [])
+        stage.prepare([scene(number, position).caption for number in range(count) for position in range(2)], [])
         vae = stage.load_vae()
     return [make_batch(settings, root, number, stage, vae) for number in range(count)]
 
 
+# The arguments of the training steps, in order. With a trained CLIP, token ids replace the pooled text.
+ORDER = {
+    "flux_lora": "moments posterior noise indices text ids pooled image_ids",
+    "flux_controlnet": "moments condition posterior condition_posterior noise indices text pooled image_ids",
+    "sd15": "moments condition posterior noise timesteps text",
+    "sdxl": "moments condition posterior noise timesteps text pooled time_ids",
+}
+
+
 def arguments(settings, batch):
-    """A batch as our step takes it."""
-    kind, given = settings["kind"], dict(batch)
+    """The arguments of our step for a batch."""
+    kind = settings["kind"]
+    given = dict(batch)
     if kind.startswith("flux"):
         density = [settings[name] for name in ("scheme", "logit_mean", "logit_std", "mode_scale")]
         draws = [Drawn(*pair) for pair in zip(batch["uniform"], batch["normal"])]
-        given["indices"] = np.array(
-            [flow.density_to_index(flow.sample_density(d, *density), 1000) for d in draws], np.int32
-        )
+        indices = [flow.density_to_index(flow.sample_density(each, *density), 1000) for each in draws]
+        given["indices"] = np.array(indices, np.int32)
         given["image_ids"] = flow.latent_image_ids(*batch["noise"].shape[2:])
-    order = {
-        "flux_lora": ("moments", "posterior", "noise", "indices", "text", "ids" if "ids" in batch else "pooled", "image_ids"),
-        "flux_controlnet": (
-            "moments", "condition", "posterior", "condition_posterior", "noise", "indices", "text", "pooled", "image_ids",
-        ),
-        "sd15": ("moments", "condition", "posterior", "noise", "timesteps", "text"),
-        "sdxl": ("moments", "condition", "posterior", "noise", "timesteps", "text", "pooled", "time_ids"),
-    }[kind]  # fmt: skip
-    return [ms.Tensor(given[name]) for name in order]
+    if "ids" in given:
+        del given["pooled"]
+    return [ms.Tensor(given[name]) for name in ORDER[kind].split() if name in given]
 
 
 # ---- our side ------------------------------------------------------------------------------------
 
 
 class Ours:
-    """A script's models as its `main` puts them together, with start values that give everything a gradient.
+    """The models of a script as its `main` builds them, with initial weights that give every parameter a gradient.
 
-    `cells`: prefix -> model; `trained`: prefix.name -> parameter, as the files name them.
+    `cells`: prefix -> model; `trained`: prefix.name -> parameter, with the names in the files.
     """
 
     def __init__(self, settings, root):
-        self.settings, self.root = settings, root
+        self.settings = settings
+        self.root = root
         base = "transformer" if settings["kind"].startswith("flux") else "unet"
         self.base = loading.load_model(root, base, FULL)
         precision.freeze_params(self.base)
@@ -271,35 +276,34 @@ class Ours:
 
     def _add_controlnet(self, base):
         flux = base == "transformer"
-        added = ("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks") if flux else (
-            "controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out"
-        )  # fmt: skip
-        controlnet = (
-            controlnets.flux_controlnet(self.root, *self.settings["blocks"])
-            if flux
-            else controlnets.unet_controlnet(self.base, 0)
-        )
-        for name, parameter in named_parameters.model_parameters(controlnet).items():
+        if flux:
+            zero = ("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks")
+            controlnet = controlnets.flux_controlnet(self.root, *self.settings["blocks"])
+        else:
+            zero = ("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")
+            controlnet = controlnets.unet_controlnet(self.base, 0)
+        for name, parameter in loading.model_parameters(controlnet).items():
             parameter.requires_grad = True
-            if name.startswith(added):
+            if name.startswith(zero):
                 parameter.set_data(ms.Tensor(0.05 * rng.normal(0, name, shape=parameter.shape)))
-            elif self.settings.get("existing"):  # no copy of the base any more
+            elif self.settings.get("existing"):  # differs from the base
                 parameter.set_data(ms.Tensor(parameter.asnumpy() + 0.02 * rng.normal(0, name, shape=parameter.shape)))
         for model in (controlnet, self.base):
-            shared_blocks.use_shared_blocks(model)
+            flux_blocks.bind(model)
         self.cells = {"controlnet": controlnet, **self.cells}
-        self.trained = {f"controlnet.{name}": p for name, p in named_parameters.model_parameters(controlnet).items()}
+        self.trained = {f"controlnet.{name}": p for name, p in loading.model_parameters(controlnet).items()}
 
     def save(self, folder):
-        """What trains, at its start, where reference.py reads it."""
+        """Writes the initial trained weights for reference.py."""
         if "controlnet" in self.cells:
             loading.save_model(self.cells["controlnet"], folder / "controlnet", ms.float32)
         else:
             save_file({name: p.asnumpy() for name, p in self.trained.items()}, folder / "start.safetensors")
 
     def step(self, train=True):
-        """The script's training step; without `train` nothing moves and AdamW's first moment is the bare gradient."""
-        settings, kind = self.settings, self.settings["kind"]
+        """The script's training step. Without `train` no weight changes and AdamW's first moment is the gradient."""
+        settings = self.settings
+        kind = settings["kind"]
         groups = []
         for prefix, (rate, decay) in settings["rates"].items():
             own = [p for name, p in self.trained.items() if name.startswith(f"{prefix}.")]
@@ -308,58 +312,72 @@ class Ours:
         flags = ["--pretrained_model_name_or_path=x", f"--max_grad_norm={1.0 if train else 0.0}"]
         if kind.startswith("flux"):
             flags += [f"--weighting_scheme={settings['scheme']}", f"--max_sequence_length={settings['length']}"]
-            sigmas, vae = loading.load_scheduler(self.root).sigmas, configs.read_config(self.root, "vae")
+            sigmas = loading.load_scheduler(self.root).sigmas
+            vae = configs.read_config(self.root, "vae")
         if kind == "flux_lora":
             flags.append("--instance_data_dir=x")
             if weight := settings.get("prior_weight"):
-                flags += [
-                    "--with_prior_preservation",
-                    "--class_data_dir=x",
-                    "--class_prompt=x",
-                    f"--prior_loss_weight={weight}",
-                ]
+                flags += ["--with_prior_preservation", "--class_data_dir=x", "--class_prompt=x"]
+                flags.append(f"--prior_loss_weight={weight}")
             return train_dreambooth_lora_flux.TrainStepForFluxDevDB(
-                self.base, optimizer, {"sigmas": sigmas}, ms.float32, train_dreambooth_lora_flux.parse_args(flags), vae,
+                self.base,
+                optimizer,
+                {"sigmas": sigmas},
+                ms.float32,
+                train_dreambooth_lora_flux.parse_args(flags),
+                vae,
                 ms.Tensor(np.zeros((settings["length"], 3), np.float32)),
-                text_encoder=self.cells.get("text_encoder"), loss_scaler=precision.loss_scaler("no"),
-            )  # fmt: skip
+                text_encoder=self.cells.get("text_encoder"),
+                loss_scaler=precision.loss_scaler("no"),
+            )
         flags.append("--train_data_dir=x")
         if kind == "flux_controlnet":
             return train_controlnet_flux.TrainStepForFluxControlNet(
-                self.cells["controlnet"], self.base, optimizer, sigmas, ms.float32, train_controlnet_flux.parse_args(flags), vae,
+                self.cells["controlnet"],
+                self.base,
+                optimizer,
+                sigmas,
+                ms.float32,
+                train_controlnet_flux.parse_args(flags),
+                vae,
                 loss_scaler=precision.loss_scaler("no"),
-            )  # fmt: skip
+            )
         script = train_controlnet_sdxl if kind == "sdxl" else train_controlnet
         make = script.TrainStepForControlNetSDXL if kind == "sdxl" else script.TrainStepForControlNet
         latent_config = {"scaling_factor": settings["scaling_factor"]}
-        predicted, alphas = (
-            settings["prediction_type"],
-            diffusion.alphas_cumprod(configs.read_config(self.root, "scheduler")),
-        )
+        predicted = settings["prediction_type"]
+        alphas = diffusion.alphas_cumprod(configs.read_config(self.root, "scheduler"))
         weights = diffusion.min_snr_weights(alphas, settings["snr_gamma"], predicted)
         return make(
-            self.cells["controlnet"], self.base, optimizer, ms.Tensor(alphas, ms.float32), ms.Tensor(weights, ms.float32), ms.float32,
-            script.parse_args(flags), predicted, latent_config, None, ms.float32, precision.loss_scaler("no"),
-        )  # fmt: skip
+            self.cells["controlnet"],
+            self.base,
+            optimizer,
+            ms.Tensor(alphas, ms.float32),
+            ms.Tensor(weights, ms.float32),
+            ms.float32,
+            script.parse_args(flags),
+            predicted,
+            latent_config,
+            None,
+            ms.float32,
+            precision.loss_scaler("no"),
+        )
 
     def gradients(self, step):
-        """name -> gradient, after a call of a step that does not train."""
+        """Name -> gradient, after a call of a step without `train`."""
         moments = {id(p): moment for p, moment in zip(step.optimizer.parameters, step.optimizer.exp_avg)}
         return {name: moments[id(p)].asnumpy() for name, p in self.trained.items()}
 
     def block_outputs(self, call):
-        """What every block puts out while `call()` runs, and what `call()` gives."""
-        caught, handles = {}, []
+        """(the outputs of all blocks while `call()` runs, its result)."""
+        caught = {}
+        handles = []
 
         def note(name):
             def hook(cell, inputs, output):
-                # Copies: the transformer adds a ControlNet's residuals into this very memory.
-                caught.update(
-                    {
-                        f"block {name}/{number}": value.asnumpy().copy()
-                        for number, value in enumerate(tensors_of(output))
-                    }
-                )
+                for number, value in enumerate(tensors_of(output)):
+                    # A copy, because the transformer adds a ControlNet's residuals in place.
+                    caught[f"block {name}/{number}"] = value.asnumpy().copy()
 
             return hook
 
@@ -372,26 +390,42 @@ class Ours:
             handle.remove()
         return caught, result
 
-    def picture(self, stage, noise, condition):
-        """uint8 [H, W, 3], eight steps from the noise [1, C, h, w] by the sampling loop that the scripts use."""
-        text, vae, scheduler = stage.text(CAPTION), stage.load_vae(), configs.read_config(self.root, "scheduler")
+    def image(self, stage, noise, condition):
+        """uint8 [H, W, 3] after eight steps from the noise [1, C, h, w], by the sampling loop of the scripts."""
+        text = stage.text(CAPTION)
+        vae = stage.load_vae()
+        scheduler = configs.read_config(self.root, "scheduler")
         controlnet = self.cells.get("controlnet")
         with execution.pynative():
             if self.settings["kind"].startswith("sd"):
                 control = (controlnet, conditions.condition_pixels(condition), 1.0)
                 latents = sampling.sample_unet_latents(
-                    self.base, scheduler, text, stage.unconditional(), noise, 8, 5.0, ms.float32, control
-                )  # fmt: skip
+                    self.base,
+                    scheduler,
+                    text=text,
+                    empty=stage.unconditional(),
+                    noise=noise,
+                    steps=8,
+                    guidance_scale=5.0,
+                    compute=ms.float32,
+                    control=control,
+                )
             else:
-                pooled, clip = text["pooled_prompt_embeds"], self.cells.get("text_encoder")
-                if clip:
-                    pooled = text_encoders.clip_pooled(
-                        clip, tokenization.load_tokenizer(self.root / "tokenizer"), CAPTION
-                    )
+                pooled = text["pooled_prompt_embeds"]
+                if clip := self.cells.get("text_encoder"):
+                    pooled = text_encoders.clip_pooled(clip, loading.load_tokenizer(self.root / "tokenizer"), CAPTION)
                 control = (controlnet, sampling.encode_image(vae, condition, ms.float32), 1.0) if controlnet else None
                 latents = sampling.sample_latents(
-                    self.base, scheduler, text["prompt_embeds"][None], pooled[None], noise, 8, 3.5, ms.float32, control
-                )  # fmt: skip
+                    self.base,
+                    scheduler,
+                    prompt_embeds=text["prompt_embeds"][None],
+                    pooled_prompt_embeds=pooled[None],
+                    noise=noise,
+                    steps=8,
+                    guidance_scale=3.5,
+                    compute=ms.float32,
+                    control=control,
+                )
             return np.asarray(sampling.decode_latents(vae, latents, ms.float32)[0])
 
 

@@ -1,9 +1,11 @@
-"""Our training steps against PyTorch's on the same weights, batches and draws; writes docs/parity.md and golden.json.   (make parity)
+"""Compares our training steps with PyTorch's on the same weights, batches and draws; writes docs/parity.md and
+golden.json.
 
-    python tests/parity/certificate.py --reference PYTHON        PYTHON: the interpreter that has tests/parity/requirements.txt
+    python tests/parity/certificate.py --reference PYTHON
 
---only WORDS runs the cases whose names hold all of them, and writes nothing. PyTorch's numbers that `make test` is held against without
-PyTorch go into golden.json (test_golden.py).
+`make parity` runs this. PYTHON is the interpreter with tests/parity/requirements.txt. --only WORDS runs the cases whose
+names contain all of them, and writes nothing. golden.json keeps the results of PyTorch that `make test` compares with
+(test_golden.py).
 """
 
 import argparse
@@ -19,7 +21,7 @@ import numpy as np
 import optimizers
 from cases import CASES, ROOT, Ours, all_settings, arguments, make_batches, make_pipeline, make_stage, scene
 from PIL import Image
-from shapes import conditioning, picture
+from shapes import render, render_outline
 
 from mindtune import rng
 from mindtune.data import crops
@@ -28,24 +30,35 @@ from mindtune.run import tracking
 
 HERE = Path(__file__).parent
 TITLES = {
-    "flux_lora": "flux_lora/train_dreambooth_lora_flux.py", "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
-    "sd15": "examples/controlnet/train_controlnet.py", "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
-}  # fmt: skip
+    "flux_lora": "flux_lora/train_dreambooth_lora_flux.py",
+    "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
+    "sd15": "examples/controlnet/train_controlnet.py",
+    "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
+}
 # What is compared -> the bounds on the largest relative error and on the median.
 BOUNDS = {
-    "text states": (1e-4, None), "VAE latents": (1e-4, None), "output of each block": (1e-4, None), "prediction": (1e-4, None),
-    "target": (1e-4, None), "loss": (1e-5, None), "gradient of each trainable": (2e-3, 2e-4), "weights after 20 updates": (1e-3, None),
-    "loss of 50 updates": (1e-3, None), "picture, mean difference of 255": (1.0, None),
-}  # fmt: skip
+    "text states": (1e-4, None),
+    "VAE latents": (1e-4, None),
+    "output of each block": (1e-4, None),
+    "prediction": (1e-4, None),
+    "target": (1e-4, None),
+    "loss": (1e-5, None),
+    "gradient of each trainable": (2e-3, 2e-4),
+    "weights after 20 updates": (1e-3, None),
+    "loss of 50 updates": (1e-3, None),
+    "image, mean difference of 255": (1.0, None),
+}
 
 
 def run_reference(python, script, *folders):
+    """Runs a script beside this one with the interpreter that has PyTorch."""
     subprocess.run([python, str(HERE / script), *map(str, folders)], check=True)
 
 
 def relative(ours, theirs):
-    """Every entry's difference, relative to the largest entry of `theirs`."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    """The difference of every entry, relative to the largest entry of `theirs`."""
+    ours = np.asarray(ours, np.float64)
+    theirs = np.asarray(theirs, np.float64)
     return (np.abs(ours - theirs) / max(np.abs(theirs).max(), 1e-12)).ravel()
 
 
@@ -57,7 +70,7 @@ def worst(ours, theirs):
 
 
 def prepare(case, work, pipelines, stages):
-    """Writes what the reference reads; gives settings, pipeline, stage and batches."""
+    """Writes the inputs of reference.py; returns settings, pipeline, encoder stage and batches."""
     work.mkdir()
     root = make_pipeline(case, pipelines)
     settings = all_settings(case, root)
@@ -66,8 +79,8 @@ def prepare(case, work, pipelines, stages):
     example = scene(0, 0)
     size = (64, 64) if settings.get("trained") else (64, 96)
     fit = {"size": size, "interpolation": "lanczos", "place": None, "flip": False}
-    pixels = crops.pixel_values(picture(example, 96), *fit.values())[None]
-    conditioning(example, 96).convert("RGB").resize(size[::-1]).save(work / "condition.png")
+    pixels = crops.pixel_values(render(example, 96), *fit.values())[None]
+    render_outline(example, 96).convert("RGB").resize(size[::-1]).save(work / "condition.png")
     start = rng.normal(0, "start", shape=(1, batches[0]["noise"].shape[1], size[0] // 8, size[1] // 8))
     flat = {f"{number}/{name}": value for number, batch in enumerate(batches) for name, value in batch.items()}
     np.savez(work / "inputs.npz", pixels=pixels, start=start, **flat)
@@ -77,8 +90,10 @@ def prepare(case, work, pipelines, stages):
 
 
 def compare(work, settings, root, stage, batches):
-    """Row -> its relative errors: of every entry, block, parameter or update."""
-    theirs, inputs, errors = np.load(work / "theirs.npz"), np.load(work / "inputs.npz"), {}
+    """Row of the table -> (largest, median) of its relative errors, over entries, blocks, parameters or updates."""
+    theirs = np.load(work / "theirs.npz")
+    inputs = np.load(work / "inputs.npz")
+    errors = {}
     stage.prepare([*settings["texts"], settings["caption"], ""], [])
     texts = [stage.text(caption) for caption in settings["texts"]]
     text = {f"text {number} {name}": value for number, found in enumerate(texts) for name, value in found.items()}
@@ -87,7 +102,8 @@ def compare(work, settings, root, stage, batches):
     moments = stage.load_vae().encode(ms.Tensor(inputs["pixels"]))[0]
     errors["VAE latents"] = relative(moments.asnumpy(), theirs["VAE moments"])
 
-    ours, given = Ours(settings, root), [arguments(settings, batch) for batch in batches]
+    ours = Ours(settings, root)
+    given = [arguments(settings, batch) for batch in batches]
     step = ours.step(train=False)
     blocks, (prediction, target, _) = ours.block_outputs(lambda: step.predict(*given[0]))
     assert blocks.keys() == {name for name in theirs.files if name.startswith("block ")}
@@ -100,20 +116,19 @@ def compare(work, settings, root, stage, batches):
     errors["gradient of each trainable"] = [
         worst(value, theirs[f"gradient {name}"]) for name, value in gradients.items()
     ]
-    image = ours.picture(stage, inputs["start"], Image.open(work / "condition.png")).astype(float)
-    errors["picture, mean difference of 255"] = [np.abs(image - theirs["picture"]).mean()]
+    image = ours.image(stage, inputs["start"], Image.open(work / "condition.png")).astype(float)
+    errors["image, mean difference of 255"] = [np.abs(image - theirs["image"]).mean()]
 
     start = {name: p.asnumpy().copy() for name, p in ours.trained.items()}
-    step, losses = ours.step(), []
+    step = ours.step()
+    losses = []
     for number, batch in enumerate(given):
         losses.append(float(step(*batch)[1]))
         if number == 19:
-            moved = [(p.asnumpy(), theirs[f"weight {name}"], start[name]) for name, p in ours.trained.items()]
-            apart, way = (
-                np.sqrt(sum(np.square(a - b).sum() for a, b in rows))
-                for rows in zip(*(((o, t), (t, s)) for o, t, s in moved))
-            )
-            errors["weights after 20 updates"] = [apart / way]
+            trained = {name: p.asnumpy() for name, p in ours.trained.items()}
+            error = sum(np.square(value - theirs[f"weight {name}"]).sum() for name, value in trained.items())
+            change = sum(np.square(theirs[f"weight {name}"] - value).sum() for name, value in start.items())
+            errors["weights after 20 updates"] = [np.sqrt(error) / np.sqrt(change)]
     errors["loss of 50 updates"] = np.abs(np.array(losses) / theirs["losses"] - 1)
     return {row: (float(np.max(values)), float(np.median(values))) for row, values in errors.items()}
 
@@ -122,11 +137,12 @@ def compare(work, settings, root, stage, batches):
 
 
 def rounded(values):
+    """To nine significant digits."""
     return [float(f"{value:.9g}") for value in np.ravel(values)]
 
 
 def golden(work):
-    """The few of PyTorch's numbers that `make test` holds our step against: losses, and of twelve gradients the norm and four entries."""
+    """The results of PyTorch that golden.json keeps: losses, and of twelve gradients the norm and four entries."""
     theirs = np.load(work / "theirs.npz")
     names = sorted(name for name in theirs.files if name.startswith("gradient "))
     kept = [names[i] for i in np.linspace(0, len(names) - 1, 12).round().astype(int)]
@@ -135,8 +151,10 @@ def golden(work):
         value = theirs[name]
         largest = np.argsort(np.abs(value).ravel())[-4:]
         gradients[name[len("gradient ") :]] = {
-            "norm": rounded(np.linalg.norm(value)), "at": largest.tolist(), "entries": rounded(value.ravel()[largest])
-        }  # fmt: skip
+            "norm": rounded(np.linalg.norm(value)),
+            "at": largest.tolist(),
+            "entries": rounded(value.ravel()[largest]),
+        }
     return {
         "losses": rounded(theirs["losses"][:3]),
         "prediction": rounded(theirs["prediction"].ravel()[:8]),
@@ -148,7 +166,7 @@ def golden(work):
 
 
 def beyond(found):
-    """Every number outside its bounds, as a line."""
+    """A line for every error outside its bounds."""
     for name, errors in found.items():
         for row, values in errors.items():
             for value, bound, what in zip(values, BOUNDS[row], ("largest", "median")):
@@ -157,34 +175,33 @@ def beyond(found):
 
 
 def table(found):
+    """The Markdown table of a script: a row per quantity, a column per case."""
     names = [label.partition(": ")[2] for label in found]
     head = "| largest (median) | bound | " + " | ".join(names) + " |\n| --- | --- |" + " --- |" * len(found) + "\n"
     for row, (bound, median) in BOUNDS.items():
         limit = f"{bound:.0e}" + (f" ({median:.0e})" if median else "")
         cells = [errors[row] for errors in found.values()]
-        head += (
-            f"| {row} | {limit} | "
-            + " | ".join(f"{a:.1e}" if a == b else f"{a:.1e} ({b:.1e})" for a, b in cells)
-            + " |\n"
-        )
+        shown = [f"{a:.1e}" if a == b else f"{a:.1e} ({b:.1e})" for a, b in cells]
+        head += f"| {row} | {limit} | {' | '.join(shown)} |\n"
     return head
 
 
 def plain_table(head, rows):
+    """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
 
 
 def page(found, exchanged, optimized, reference):
-    """docs/parity.md."""
-    asked = "import json, torch, diffusers as d, transformers as t, peft; print(json.dumps([m.__version__ for m in (torch, d, t, peft)]))"
-    theirs = json.loads(
-        subprocess.run([reference, "-c", asked], capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    )
-    ours, tables = tracking.package_versions(), ""
+    """The text of docs/parity.md."""
+    code = "import json, torch, diffusers, transformers, peft\n"
+    code += "print(json.dumps([module.__version__ for module in (torch, diffusers, transformers, peft)]))"
+    printed = subprocess.run([reference, "-c", code], capture_output=True, text=True, check=True).stdout
+    theirs = json.loads(printed.splitlines()[-1])
+    ours = tracking.package_versions()
+    tables = ""
     for kind, title in TITLES.items():
-        tables += f"\n## {title}\n\n" + table(
-            {label: errors for label, errors in found.items() if label.startswith(f"{kind}: ")}
-        )
+        cases = {label: errors for label, errors in found.items() if label.startswith(f"{kind}: ")}
+        tables += f"\n## {title}\n\n{table(cases)}"
     rows = [
         (what, f"{value:.1e}", f"{bound:g}", "" if other is None else f"{other:.1e}")
         for what, value, bound, other in exchanged
@@ -200,47 +217,59 @@ def page(found, exchanged, optimized, reference):
 
 TEXT = """# Parity with PyTorch
 
-Written by `make parity`: the same weights, batches and draws on both sides, float32; tiny random pipelines, and the trained one of
-[examples/tiny/flux-shapes](../examples/tiny/flux-shapes/README.md). Columns with a model's name: its published files, keys and tensor
-names at small sizes (`tests/real_pipelines.py`), and text states of a short caption, of none and of one that fills 77 (CLIP) and 512 (T5)
-tokens.
+`make parity` writes this page. Both sides get the same weights, batches and draws, in float32. The
+models are tiny random pipelines and the trained one in
+[examples/tiny/flux-shapes](../examples/tiny/flux-shapes/README.md). A column with a model's name uses
+the file names, config keys and tensor names of that published model at small sizes
+(`tests/real_pipelines.py`). Its text states are those of a short caption, of an empty one, and of one
+that fills all 77 (CLIP) and 512 (T5) tokens.
 
-- There: PyTorch {theirs[0]}, diffusers {theirs[1]}, transformers {theirs[2]}, peft {theirs[3]} as libraries; step and loop are our own
-  (`tests/parity/reference.py`).
+- There: PyTorch {theirs[0]}, diffusers {theirs[1]}, transformers {theirs[2]}, peft {theirs[3]} as libraries. Step and
+  loop are our own (`tests/parity/reference.py`).
 - Here: the scripts' training steps in PyNative on mindspore {ours[mindspore]}, mindone {ours[mindone]}. CPU, {machine}.
 
-Errors are relative to the largest entry of the tensor; of the weights the distance relative to the way they moved; of losses to the loss.
-Each cell has the largest error and in brackets the median, over entries, blocks, parameters or updates.
+Errors of a tensor are relative to its largest entry, errors of a loss to the loss. For weights, the
+error is the distance between the two results divided by the distance that training moved them. Each
+cell has the largest error and in brackets the median, over entries, blocks, parameters or updates.
 
-Three things to know:
+Three differences explain the remaining errors:
 
-- mindone makes the frequencies of the timestep's sinusoids by `ops.exp`, whose CPU kernel errs by 5e-6. At a timestep of 1000 that
-  alone put FLUX's blocks 3e-4 apart and the gradients 1.3e-3; `mindtune/models/fast_ops.py` makes them on the host. What is left in FLUX's
-  blocks is float32's rounding of angles up to 1000 on both sides (PyTorch's sinusoids are 2.8e-5 from the exact ones).
-- AdamW's epsilon is 1e-5 in these tables: at 1e-8 a gradient that is zero but for rounding moves its weight by a whole step in either
-  direction, and one such weight of the adapter's put it 4.4e-3 apart. The optimizers' own table compares at 1e-8.
-- Parameters that no loss reaches (the last double block's text stream in a ControlNet without single blocks) have no gradient in
-  PyTorch, and AdamW leaves them out. Here their gradient is zero and their weights decay; the reference does so too.
+- mindone computes the frequencies of the timestep's sinusoids with `ops.exp`, whose CPU kernel has an
+  error of 5e-6. At a timestep of 1000 this alone caused errors of 3e-4 in FLUX's blocks and 1.3e-3 in
+  the gradients. `mindtune/models/fast_ops.py` computes the frequencies on the host instead. The
+  remaining error in FLUX's blocks is float32's rounding of angles up to 1000 on both sides (PyTorch's
+  sinusoids are 2.8e-5 from the exact ones).
+- AdamW's epsilon is 1e-5 in these tables. At 1e-8, a gradient that is only rounding error moves its
+  weight by a whole step in either direction; one such weight caused an error of 4.4e-3 in the adapter.
+  The table of optimizers below uses 1e-8.
+- Some parameters do not affect the loss: the last double block's text stream in a ControlNet without
+  single blocks. In PyTorch they have no gradient, and AdamW skips them. Here their gradient is zero, and
+  their weights decay. The reference does the same.
 {tables}
 ## Files that go both ways
 
-Trained by the scripts for three updates or made by diffusers and peft (rank 6, alpha 9), drawn by our inference scripts and by diffusers'
-pipelines from the same noise; ours is at rank 4, alpha 8, with every kind of layer.
+Files come from our scripts (three updates; LoRA of rank 4, alpha 8, with every kind of layer) or from
+diffusers and peft (LoRA of rank 6, alpha 9). Our inference scripts and diffusers' pipelines generate
+images with them from the same noise. The last column is for comparison: the difference when the file is
+not loaded or, in the rows about training, when the learning rate is not 0.
 
 {exchange}
-diffusers' converters are written for FLUX.1's width and are given ours repeated to it; of kohya's layout diffusers {theirs[1]} reads no
-CLIP part under the name that sd-scripts writes, so it gets that renamed (`tests/parity/lora_layouts_reference.py`).
+diffusers' converters require FLUX.1's width, so our tensors are repeated to that width. In kohya's
+layout, diffusers {theirs[1]} does not read the CLIP part under the name that sd-scripts writes; the test
+renames it (`tests/parity/lora_layouts_reference.py`).
 
 ## Optimizers and schedules
 
-100 updates of a noisy quadratic with decay and schedules, the same noise on both sides: distance of the weights relative to the way
-moved; for a schedule the largest difference of its factor (`tests/parity/optimizers.py`).
+Each optimizer minimizes a noisy quadratic for 100 updates, with weight decay and schedules, and with the
+same noise on both sides. The error is the distance between the two results divided by the distance
+that the weights moved. For a schedule it is the largest difference of the factor
+(`tests/parity/optimizers.py`).
 
 {optimizer}"""
 
 
 def check_interchange(reference, work):
-    """`interchange.compare`'s rows, and those beyond their bounds as lines."""
+    """The rows of `interchange.compare`, and a line for each that is outside its bound."""
     work.mkdir()
     roots, data = interchange.prepare(work)
     run_reference(reference, "interchange_reference.py", work)
@@ -251,35 +280,41 @@ def check_interchange(reference, work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--reference", required=True, help="The interpreter that has tests/parity/requirements.txt.")
-    parser.add_argument("--only", nargs="+", default=[], help="Words that the names of the cases to run hold.")
+    parser.add_argument("--reference", required=True, help="Python interpreter with tests/parity/requirements.txt.")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        help="Run only cases whose names contain all these words, and write nothing. Default: all cases.",
+    )
     args = parser.parse_args()
     execution.set_up_device(graph_mode=False)
     chosen = [case for case in CASES if all(word in case.label for word in args.only)]
-    found, kept = {}, {}
+    found = {}
+    kept = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         works = {case.label: folder / f"case-{number}" for number, case in enumerate(chosen)}
         prepared = {case.label: prepare(case, works[case.label], folder, folder / "cache") for case in chosen}
         run_reference(args.reference, "reference.py", *works.values())
         for label, work in works.items():
-            found[label], kept[label] = compare(work, *prepared[label]), golden(work)
+            found[label] = compare(work, *prepared[label])
+            kept[label] = golden(work)
             print(label, *(f"{row}: {a:.1e} ({b:.1e})" for row, (a, b) in found[label].items()), sep="\n  ", flush=True)
         wrong = list(beyond(found))
         if not args.only:
             exchanged, lines = check_interchange(args.reference, folder / "interchange")
             optimized = optimizers.compare(folder, args.reference)
             kept["optimizers"] = optimizers.golden(folder)
-            wrong += lines + [
-                f"{what}: {value:.1e}, bound {bound:.0e}"
-                for what, (value, bound) in optimized.items()
-                if not value <= bound
-            ]
+            wrong += lines
+            for what, (value, bound) in optimized.items():
+                if not value <= bound:
+                    wrong.append(f"{what}: {value:.1e}, bound {bound:.0e}")
             (ROOT / "docs" / "parity.md").write_text(page(found, exchanged, optimized, args.reference))
             lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(values)}" for label, values in kept.items())
             (HERE / "golden.json").write_text(f"{{\n{lines}\n}}\n")
     if wrong:
-        raise SystemExit("beyond the bounds:\n" + "\n".join(wrong))
+        raise SystemExit("outside the bounds:\n" + "\n".join(wrong))
 
 
 if __name__ == "__main__":

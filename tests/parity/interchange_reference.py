@@ -1,8 +1,8 @@
-"""The PyTorch side of the interchange check: loads what our scripts saved, and saves what they shall load.
+"""The PyTorch side of the interchange check: loads the files of our scripts and writes files for them.
 
-    python interchange_reference.py WORK        WORK/<kind>/ours is read, WORK/<kind>/theirs and WORK/found.npz are left
+    python interchange_reference.py WORK
 
-A kind's folder also holds settings.json, noise.npy and condition.png.
+Reads WORK/<kind>/ours, settings.json, noise.npy and condition.png; writes WORK/<kind>/theirs and WORK/found.npz.
 """
 
 import json
@@ -23,7 +23,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def changed(model, scale=0.02):
-    """As after some training: every parameter moved, each by its own draws."""
+    """The model with a random change of every trainable parameter, as after some training."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -33,6 +33,7 @@ def changed(model, scale=0.02):
 
 
 def new_controlnet(root, kind):
+    """A ControlNet that diffusers initializes from the model of the pipeline."""
     if kind != "flux_controlnet":
         return diffusers.ControlNetModel.from_unet(diffusers.UNet2DConditionModel.from_pretrained(root / "unet"))
     transformer = diffusers.FluxTransformer2DModel.from_pretrained(root / "transformer")
@@ -41,22 +42,26 @@ def new_controlnet(root, kind):
 
 
 def check_controlnet(folder, settings):
-    """Pictures by the ControlNet that we saved and by one of diffusers' own, and how many keys the first lacked or had in excess."""
-    kind, root = settings["kind"], Path(settings["root"])
+    """The images of our ControlNet and of one of diffusers, and the number of missing or unexpected keys of ours."""
+    kind = settings["kind"]
+    root = Path(settings["root"])
     cls = diffusers.FluxControlNetModel if kind == "flux_controlnet" else diffusers.ControlNetModel
     ours, info = cls.from_pretrained(folder / "ours", output_loading_info=True)
     theirs = changed(new_controlnet(root, kind))
     theirs.save_pretrained(folder / "theirs")
-    draw = reference.draw_flux_controlnet if kind == "flux_controlnet" else reference.draw_unet
+    generate = reference.generate_flux_controlnet if kind == "flux_controlnet" else reference.generate_unet
     given = torch.from_numpy(np.load(folder / "noise.npy")), Image.open(folder / "condition.png")
-    found = {name: draw(root, settings, each.eval(), *given) for name, each in (("ours", ours), ("theirs", theirs))}
+    found = {name: generate(root, settings, each.eval(), *given) for name, each in (("ours", ours), ("theirs", theirs))}
     return {**found, "keys": len(info["missing_keys"]) + len(info["unexpected_keys"])}
 
 
 def check_lora(folder, settings):
-    """The same for LoRA files."""
-    root, noise = Path(settings["root"]), torch.from_numpy(np.load(folder / "noise.npy"))
-    pipeline, path, loaded = diffusers.FluxPipeline.from_pretrained(root), folder / "ours" / LORA_FILE, set()
+    """`check_controlnet` for LoRA files."""
+    root = Path(settings["root"])
+    noise = torch.from_numpy(np.load(folder / "noise.npy"))
+    pipeline = diffusers.FluxPipeline.from_pretrained(root)
+    path = folder / "ours" / LORA_FILE
+    loaded = set()
     pipeline.load_lora_weights(path)
     for prefix in ("transformer", "text_encoder"):
         loaded |= {
@@ -64,13 +69,14 @@ def check_lora(folder, settings):
             for key in peft.get_peft_model_state_dict(getattr(pipeline, prefix), adapter_name="default_0")
         }
     found = {"keys": len(loaded ^ set(load_file(path)))}
-    found["ours"] = reference.draw_flux(
+    found["ours"] = reference.generate_flux(
         root, settings, noise, transformer=pipeline.transformer, text_encoder=pipeline.text_encoder
     )
 
     transformer = reference.freeze(diffusers.FluxTransformer2DModel.from_pretrained(root / "transformer"))
     clip = reference.freeze(transformers.CLIPTextModel.from_pretrained(root / "text_encoder"))
-    layers, metadata = {}, {}
+    layers = {}
+    metadata = {}
     targets = {"transformer": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2"], "text_encoder": ["q_proj", "out_proj"]}
     for prefix, model in (("transformer", transformer), ("text_encoder", clip)):
         model.add_adapter(peft.LoraConfig(r=6, lora_alpha=9, target_modules=targets[prefix]))
@@ -79,11 +85,14 @@ def check_lora(folder, settings):
     diffusers.FluxPipeline.save_lora_weights(folder / "theirs", **layers, **metadata)
     with safe_open(folder / "theirs" / LORA_FILE, "numpy") as file:
         assert "lora_adapter_metadata" in file.metadata()
-    return {**found, "theirs": reference.draw_flux(root, settings, noise, transformer=transformer, text_encoder=clip)}
+    return {
+        **found,
+        "theirs": reference.generate_flux(root, settings, noise, transformer=transformer, text_encoder=clip),
+    }
 
 
 def main(work):
-    torch.manual_seed(0)  # new ControlNets and LoRAs start at random in part
+    torch.manual_seed(0)  # new ControlNets and LoRAs are partly initialized at random
     found = {}
     for folder in sorted(path.parent for path in work.glob("*/settings.json")):
         settings = json.loads((folder / "settings.json").read_text())

@@ -1,10 +1,12 @@
-"""What diffusers makes of our exported LoRA files, against the weight changes of the adapter that they were exported from.
+"""Compares the weight changes of our exported LoRA files in diffusers with those of the original adapter.
 
-    python lora_layouts_reference.py WORK       WORK holds adapter.safetensors (diffusers' layout), kohya.safetensors, comfyui.safetensors
-                                                and pipeline/, the tiny FLUX that they are for; leaves layouts.json there
+    python lora_layouts_reference.py WORK
 
-Every number is the largest difference of a weight's change, relative to its largest entry. diffusers' converters are written for a
-width of 3072: they are given every row of B, or of a weight, so many times that it has that, and of their answer one of these is taken.
+WORK has adapter.safetensors (diffusers' layout), kohya.safetensors, comfyui.safetensors and pipeline/, their tiny FLUX.
+Writes WORK/layouts.json.
+
+Every number is the largest error of a weight change, relative to its largest entry. diffusers' converters require a
+width of 3072, so the rows of B, or of a weight, are repeated to that width, and the result is subsampled.
 """
 
 import json
@@ -16,20 +18,20 @@ import torch
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file
 
-# Of kohya's layout diffusers 0.35.2 refuses these layers if they have an alpha, as sd-scripts' own have, and drops lora_te1_, which it
-# takes for CLIP only under the name lora_te_.
+# diffusers 0.35.2 refuses these layers of kohya's layout if they have an alpha, as those of sd-scripts have. It reads
+# CLIP only under the name lora_te_ and drops lora_te1_.
 UNREAD = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer")
 
 
 class ZerosElse(dict):
-    """A native checkpoint in which every weight and bias that is not given is zero."""
+    """A native checkpoint whose missing weights and biases are zero."""
 
     def pop(self, name):
         return super().pop(name, torch.zeros(7 * 3072))
 
 
 def changes(tensors, a="lora_A", b="lora_B"):
-    """alpha / rank * B A by layer, float64."""
+    """Layer -> alpha / rank * B A, in float64."""
     found = {}
     for name, down in tensors.items():
         if name.endswith(f".{a}.weight"):
@@ -40,7 +42,7 @@ def changes(tensors, a="lora_A", b="lora_B"):
 
 
 def largest_difference(found, expected):
-    """Layers beyond the expected ones, which share a native weight with those, must not change."""
+    """The largest relative error; layers that share a native weight with an expected one must not change."""
     assert set(expected) <= set(found), set(expected) - set(found)
     assert not any(value.any() for name, value in found.items() if name not in expected)
     return max(float((found[name] - value).abs().max() / value.abs().max()) for name, value in expected.items())
@@ -48,7 +50,7 @@ def largest_difference(found, expected):
 
 @torch.no_grad()
 def loaded(root, weights):
-    """The changes that a pipeline computes with after `load_lora_weights`."""
+    """Layer -> weight change in a pipeline after `load_lora_weights`."""
     pipeline = diffusers.FluxPipeline.from_pretrained(root)
     pipeline.load_lora_weights(weights)
     found = {}
@@ -63,7 +65,8 @@ def loaded(root, weights):
 def main(work):
     work = Path(work)
     adapter, kohya, comfyui = (load_file(work / f"{name}.safetensors") for name in ("adapter", "kohya", "comfyui"))
-    expected, root = changes(adapter), work / "pipeline"
+    expected = changes(adapter)
+    root = work / "pipeline"
     transformer = diffusers.FluxTransformer2DModel.from_pretrained(root / "transformer")
     times = 3072 // transformer.inner_dim
 
@@ -84,7 +87,7 @@ def main(work):
     blocks = {name: value for name, value in expected.items() if "_blocks." in name}
     results["kohya.safetensors, lora_state_dict"] = largest_difference(changes(state), blocks)
     if len({value.shape[0] for name, value in adapter.items() if name.endswith(".lora_A.weight")}) == 1:
-        # Of different ranks diffusers 0.35.2 runs every layer at the first one's alpha.
+        # With different ranks, diffusers 0.35.2 uses the alpha of the first layer for all.
         clip = {name: value for name, value in expected.items() if name.startswith("text_encoder.")}
         results["kohya.safetensors, load_lora_weights"] = largest_difference(loaded(root, state), {**blocks, **clip})
 

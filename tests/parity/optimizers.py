@@ -1,10 +1,12 @@
-"""Our side of the optimizers' check: 100 updates of every optimizer on a noisy quadratic, and every schedule, against PyTorch's.
+"""Our side of the optimizer check: 100 updates on a noisy quadratic, and every schedule, compared with PyTorch's.
 
-`compare` runs both sides, `golden` keeps a few numbers of what PyTorch left, `check_golden` compares ours with those, without PyTorch.
+`compare` runs both sides, `golden` keeps a few of PyTorch's results, and `check_golden` compares ours with these,
+without PyTorch.
 """
 
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import mindspore as ms
@@ -13,15 +15,17 @@ import numpy as np
 from mindtune import rng
 from mindtune.optim import optimizers, schedules
 
-UPDATES, KEPT = 100, 8
-# Shape -> rows, when its gradient is a matrix times its distance from the bottom. 5000 is no multiple of a block of 8-bit moments.
+UPDATES = 100
+KEPT = 8  # entries per parameter in golden.json
+# Shape -> rows of its matrix: the gradient is the matrix times the distance from the minimum. 5000 is not a multiple of
+# the block size of 8-bit moments.
 SHAPES = {(96, 64): 96, (64,): 64, (8, 4, 3, 3): 8, (1,): 1, (5000,): 50}
-# The first two decay by the first number, the others by the second.
+# decay: of the first two parameters, and of the others.
 ADAM = {"lr": 3e-2, "betas": [0.9, 0.999], "eps": 1e-8, "decay": [0.1, 0.02]}
 PRODIGY = {**ADAM, "optimizer": "prodigy", "lr": 1.0, "schedule": "constant", "beta3": None, "bound": 1e-3}
 SETTINGS = {
     f"{label}, {schedule}": {**ADAM, "optimizer": name, "schedule": schedule, "bound": bound}
-    # 8-bit: where float32 rounds moments to other sides of a middle their codes are a per cent apart. Measured 1e-3.
+    # 8-bit: a rounding difference in float32 can change the code of a moment by one, about 1 %. Measured 1e-3.
     for name, label, bound in (
         ("adamw", "AdamW", 1e-4),
         ("adamw8bit", "8-bit AdamW", 1e-2),
@@ -32,24 +36,29 @@ SETTINGS = {
 SETTINGS["Prodigy"] = PRODIGY
 SETTINGS["Prodigy, other betas"] = {**PRODIGY, "betas": [0.8, 0.99], "beta3": 0.95, "eps": 1e-6, "decay": [0.0, 0.3]}
 SCHEDULE = {"warmup": 10, "updates": UPDATES, "cycles": 3, "power": 2.0, "lr": 1e-2}
-# 8-bit against float32 AdamW: what rounding the moments costs. Measured 1.9e-2.
+# Bound for 8-bit against float32 AdamW: the effect of rounding the moments. Measured 1.9e-2.
 ROUNDING = 0.1
 
 
+def normal_values(index, what, *shape):
+    return rng.normal(0, f"optimizers {what}", index, shape=shape)
+
+
 def inputs():
-    """All numbers that both sides get, by name: start, bottom, matrix and noise of every parameter."""
+    """The inputs of both sides: start, minimum (bottom), matrix and noise of every parameter."""
     found = {}
     for i, (shape, rows) in enumerate(SHAPES.items()):
-        normal = lambda what, *size: rng.normal(0, f"optimizers {what}", i, shape=size)  # noqa: B023, E731
+        normal = partial(normal_values, i)
         root = normal("matrix", rows, rows) / np.float32(np.sqrt(rows))
-        found[f"start {i}"], found[f"bottom {i}"] = 0.01 * normal("start", *shape), normal("bottom", *shape)
+        found[f"start {i}"] = 0.01 * normal("start", *shape)
+        found[f"bottom {i}"] = normal("bottom", *shape)
         found[f"matrix {i}"] = root @ root.T + 0.1 * np.eye(rows, dtype=np.float32)
         found[f"noise {i}"] = 0.3 * normal("noise", UPDATES, *shape)
     return found
 
 
 def run(setting, given):
-    """Our weights after 100 updates, and prodigy's d."""
+    """Our weights after 100 updates, and d of Prodigy."""
     params = [ms.Parameter(ms.Tensor(given[f"start {i}"]), name=f"p{i}") for i in range(len(SHAPES))]
     groups = [
         {"params": part, "lr": setting["lr"], "weight_decay": w}
@@ -57,9 +66,16 @@ def run(setting, given):
     ]
     name = setting["optimizer"]
     optimizer = optimizers.create_optimizer(
-        name.replace("8bit", ""), groups, betas=setting["betas"], eps=setting["eps"], eight_bit=name == "adamw8bit",
-        beta3=setting.get("beta3"), decouple=True, use_bias_correction=True, safeguard_warmup=True,
-    )  # fmt: skip
+        name.replace("8bit", ""),
+        groups,
+        betas=setting["betas"],
+        eps=setting["eps"],
+        eight_bit=name == "adamw8bit",
+        beta3=setting.get("beta3"),
+        decouple=True,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+    )
     for k in range(UPDATES):
         gradients = []
         for i, rows in enumerate(SHAPES.values()):
@@ -74,22 +90,23 @@ def run(setting, given):
 
 
 def distance(ours, theirs, start):
-    """Between the weights, relative to the way moved; Euclidean over all parameters."""
-    apart, way = (
+    """Euclidean distance between both results, relative to the distance from the start, over all parameters."""
+    error, change = (
         np.sqrt(sum(np.square(a.astype(float) - b).sum() for a, b in zip(theirs, other))) for other in (ours, start)
     )
-    return float(apart / way)
+    return float(error / change)
 
 
 def compare(work: Path, reference: str) -> dict:
-    """Row label -> (error, bound). `reference` is the interpreter that has PyTorch; `work` keeps what it leaves."""
+    """Row label -> (error, bound). `reference` is the interpreter with PyTorch, `work` the folder for its files."""
     given = inputs()
     np.savez(work / "optimizers.npz", **given)
     (work / "optimizers.json").write_text(
         json.dumps({"settings": SETTINGS, "schedule": SCHEDULE, "schedules": schedules.SCHEDULES})
     )
     subprocess.run([reference, str(Path(__file__).with_name("optimizers_reference.py")), str(work)], check=True)
-    found, start = {}, [given[f"start {i}"] for i in range(len(SHAPES))]
+    found = {}
+    start = [given[f"start {i}"] for i in range(len(SHAPES))]
     with np.load(work / "optimizers_theirs.npz") as left:
         theirs = {label: [left[f"{label}/{i}"] for i in range(len(SHAPES))] for label in SETTINGS}
         for label, setting in SETTINGS.items():
@@ -113,7 +130,7 @@ def compare(work: Path, reference: str) -> dict:
 
 
 def golden(work: Path) -> dict:
-    """Setting -> for every parameter the first entries of PyTorch's weights, from what `compare` left in `work`."""
+    """Setting -> the first entries of PyTorch's weights per parameter, from the files of `compare` in `work`."""
     with np.load(work / "optimizers_theirs.npz") as left:
         return {
             label: [[float(f"{value:.9g}") for value in left[f"{label}/{i}"].flat[:KEPT]] for i in range(len(SHAPES))]
@@ -122,7 +139,7 @@ def golden(work: Path) -> dict:
 
 
 def check_golden(golden: dict) -> dict:
-    """Setting -> the distance of our weights from the kept entries, relative to the way that these moved."""
+    """Setting -> `distance` of our weights from the kept entries."""
     given = inputs()
     first = [given[f"start {i}"].flat[:KEPT] for i in range(len(SHAPES))]
     ours = {label: [weight.flat[:KEPT] for weight in run(SETTINGS[label], given)[0]] for label in golden}

@@ -1,8 +1,9 @@
-"""The PyTorch side of the optimizers' check: 100 updates of each setting on the noisy quadratic that our side wrote, and the schedules.
+"""The PyTorch side of the optimizer check: 100 updates of each setting on a noisy quadratic, and the schedules.
 
-    python optimizers_reference.py WORK        WORK holds optimizers.npz and optimizers.json; leaves optimizers_theirs.npz there
+    python optimizers_reference.py WORK
 
-AdamW is torch's, 8-bit AdamW torchao's, prodigy prodigyopt's, Adafactor transformers', schedules diffusers'.
+Reads WORK/optimizers.npz and WORK/optimizers.json; writes WORK/optimizers_theirs.npz. AdamW is torch's, 8-bit AdamW
+torchao's, Prodigy prodigyopt's, Adafactor transformers', the schedules diffusers'.
 """
 
 import json
@@ -13,11 +14,14 @@ import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
 
-BLOCK, SMALLEST = 256, 4096
+BLOCK = 256  # entries
+SMALLEST = 4096  # entries of a parameter whose moments are quantized
 
 
 def create(setting, groups):
-    name, adam = setting["optimizer"], {"lr": setting["lr"], "betas": setting["betas"], "eps": setting["eps"]}
+    """The optimizer of a setting."""
+    name = setting["optimizer"]
+    adam = {"lr": setting["lr"], "betas": setting["betas"], "eps": setting["eps"]}
     if name == "adamw":
         return torch.optim.AdamW(groups, **adam)
     if name == "adamw8bit":
@@ -35,7 +39,7 @@ def create(setting, groups):
 
 
 def whole_blocks(values, setting):
-    """torchao keeps float32 moments of a large tensor that is no multiple of a block: it gets zeros at the end."""
+    """Pads with zeros: torchao does not quantize a tensor whose size is not a multiple of the block."""
     if setting["optimizer"] != "adamw8bit" or values.numel() < SMALLEST:
         return values
     return torch.nn.functional.pad(values.reshape(-1), (0, -values.numel() % BLOCK))
@@ -52,7 +56,10 @@ def run(setting, given, schedule):
     scheduler = get_scheduler(
         setting["schedule"], optimizer, num_warmup_steps=schedule["warmup"], num_training_steps=schedule["updates"]
     )
-    weights = lambda: [p.detach().reshape(-1)[: start.numel()].reshape(start.shape) for p, start in zip(params, starts)]  # noqa: E731
+
+    def weights():
+        return [p.detach().reshape(-1)[: start.numel()].reshape(start.shape) for p, start in zip(params, starts)]
+
     for k in range(schedule["updates"]):
         for i, weight in enumerate(weights()):
             matrix = given[f"matrix {i}"]
@@ -64,12 +71,16 @@ def run(setting, given, schedule):
 
 
 def factors(name, schedule):
-    """What the rate of updates 0 to the last one and the one after it is multiplied with."""
+    """The factor of the learning rate at every update and at the one after the last."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=schedule["lr"])
     scheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=schedule["warmup"], num_training_steps=schedule["updates"],
-        num_cycles=schedule["cycles"], power=schedule["power"],
-    )  # fmt: skip
+        name,
+        optimizer,
+        num_warmup_steps=schedule["warmup"],
+        num_training_steps=schedule["updates"],
+        num_cycles=schedule["cycles"],
+        power=schedule["power"],
+    )
     found = []
     for _ in range(schedule["updates"] + 1):
         found.append(scheduler.get_last_lr()[0] / schedule["lr"])
@@ -79,7 +90,9 @@ def factors(name, schedule):
 
 
 def main(work):
-    torch.compile = lambda function, **_: function  # torchao compiles its update: half a minute, and a C++ compiler
+    torch.compile = (
+        lambda function, **_: function
+    )  # torchao would compile its update: that takes half a minute and a C++ compiler
     asked = json.loads((work / "optimizers.json").read_text())
     with np.load(work / "optimizers.npz") as arrays:
         given = {name: torch.from_numpy(array) for name, array in arrays.items()}

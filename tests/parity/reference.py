@@ -1,8 +1,9 @@
-"""The PyTorch side of the parity check: the scripts' training steps written from the formulas, on diffusers' models and peft's LoRA.
+"""The PyTorch side of the parity check: the training steps from their formulas, on diffusers' models and peft's LoRA.
 
-    python reference.py WORK [WORK ...]        each WORK holds settings.json, inputs.npz and what trains; leaves theirs.npz there
+    python reference.py WORK [WORK ...]
 
-diffusers gives the models, the noise schedules and the sampling pipelines; step, loss and loop are ours. float32 on the CPU.
+Reads settings.json, inputs.npz and the initial trained weights of each WORK, and writes theirs.npz there. Models, noise
+schedules and sampling pipelines are those of diffusers; step, loss and loop are our own. float32 on the CPU.
 """
 
 import json
@@ -33,7 +34,7 @@ def token_ids(tokenizer, caption, length=77):
 
 
 def load(cls, folder):
-    """In float32, whatever the files hold."""
+    """The model in float32, whatever the dtype of the files."""
     return cls.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 
@@ -48,7 +49,8 @@ class UNetControlNet:
     """Denoising diffusion with a ControlNet on a frozen UNet."""
 
     def __init__(self, root, work, settings):
-        self.root, self.settings = root, settings
+        self.root = root
+        self.settings = settings
         unet = freeze(load(diffusers.UNet2DConditionModel, root / "unet"))
         self.models = {"controlnet": diffusers.ControlNetModel.from_pretrained(work / "controlnet"), "unet": unet}
         self.scheduler = diffusers.DDPMScheduler.from_pretrained(root / "scheduler")
@@ -56,9 +58,10 @@ class UNetControlNet:
 
     def text(self, caption):
         found = []
-        for tail, cls in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection"))[
-            : 2 if self.settings["kind"] == "sdxl" else 1
-        ]:
+        encoders = [("", "CLIPTextModel")]
+        if self.settings["kind"] == "sdxl":
+            encoders.append(("_2", "CLIPTextModelWithProjection"))
+        for tail, cls in encoders:
             tokenizer = transformers.CLIPTokenizer.from_pretrained(self.root / f"tokenizer{tail}")
             encoder = load(getattr(transformers, cls), self.root / f"text_encoder{tail}")
             out = encoder(token_ids(tokenizer, caption), output_hidden_states=True)
@@ -69,12 +72,11 @@ class UNetControlNet:
     def outputs(self, batch):
         """Prediction, target and weights of a batch."""
         latents = sample_posterior(batch["moments"], batch["posterior"]) * self.settings["scaling_factor"]
-        timesteps, noise = batch["timesteps"].long(), batch["noise"]
-        more = (
-            {"added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}}
-            if "pooled" in batch
-            else {}
-        )
+        timesteps = batch["timesteps"].long()
+        noise = batch["noise"]
+        more = {}
+        if "pooled" in batch:
+            more["added_cond_kwargs"] = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
         given = (self.scheduler.add_noise(latents, noise, timesteps), timesteps)
         text = {"encoder_hidden_states": batch["text"], "return_dict": False, **more}
         down, middle = self.models["controlnet"](*given, controlnet_cond=batch["condition"], **text)
@@ -82,20 +84,21 @@ class UNetControlNet:
         prediction = self.models["unet"](*given, **text, **residuals)[0]
         velocity = self.settings["prediction_type"] == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-        alphas, gamma = self.scheduler.alphas_cumprod[timesteps], self.settings["snr_gamma"]
+        alphas = self.scheduler.alphas_cumprod[timesteps]
+        gamma = self.settings["snr_gamma"]
         snr = alphas / (1 - alphas)
-        return (
-            prediction,
-            target,
-            torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / (snr + 1 if velocity else snr),
-        )
+        weights = torch.ones_like(snr)
+        if gamma is not None:
+            weights = snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+        return prediction, target, weights
 
-    def picture(self, noise, condition):
-        """By diffusers' own pipeline with UniPC, uint8 [H, W, 3]."""
-        return draw_unet(self.root, self.settings, self.models["controlnet"], noise, condition)
+    def image(self, noise, condition):
+        """The image of diffusers' pipeline, uint8 [H, W, 3]."""
+        return generate_unet(self.root, self.settings, self.models["controlnet"], noise, condition)
 
 
-def draw_unet(root, settings, controlnet, noise, condition):
+def generate_unet(root, settings, controlnet, noise, condition):
+    """The image of diffusers' pipeline with UniPC, uint8 [H, W, 3]."""
     cls = (
         diffusers.StableDiffusionXLControlNetPipeline
         if settings["kind"] == "sdxl"
@@ -106,9 +109,14 @@ def draw_unet(root, settings, controlnet, noise, condition):
     pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
-        settings["caption"], image=condition, num_inference_steps=8, guidance_scale=5.0, latents=noise, height=condition.height,
+        settings["caption"],
+        image=condition,
+        num_inference_steps=8,
+        guidance_scale=5.0,
+        latents=noise,
+        height=condition.height,
         width=condition.width,
-    ).images[0]  # fmt: skip
+    ).images[0]
     return np.asarray(image)
 
 
@@ -128,7 +136,8 @@ class Flux:
     """What both FLUX scripts do: rectified flow on packed latents."""
 
     def __init__(self, root, settings):
-        self.root, self.settings = root, settings
+        self.root = root
+        self.settings = settings
         self.models = {"transformer": freeze(load(diffusers.FluxTransformer2DModel, root / "transformer"))}
         self.vae_config = json.loads((root / "vae" / "config.json").read_text())
         self.sigmas = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler").sigmas
@@ -145,8 +154,9 @@ class Flux:
         return (sample_posterior(moments, noise) - self.vae_config["shift_factor"]) * self.vae_config["scaling_factor"]
 
     def sigma(self, batch):
-        """[B, 1, 1, 1], by the scheme's density (arXiv 2403.03206, section 3.1) from the draws of the batch."""
-        settings, u = self.settings, batch["uniform"].double()
+        """[B, 1, 1, 1], by the density of the scheme (arXiv 2403.03206, section 3.1) from the draws of the batch."""
+        settings = self.settings
+        u = batch["uniform"].double()
         if settings["scheme"] == "logit_normal":
             u = torch.sigmoid(settings["logit_mean"] + settings["logit_std"] * batch["normal"].double())
         if settings["scheme"] == "mode":
@@ -162,28 +172,36 @@ class Flux:
         return torch.ones_like(sigma)
 
     def common(self, batch, sigma, latents, pooled):
-        """What transformer and ControlNet are given alike."""
+        """The arguments that transformer and ControlNet share."""
         _, _, height, width = latents.shape
         rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
         ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
         guidance = torch.full((len(latents),), self.settings["guidance_scale"])
         return {
-            "hidden_states": pack(sigma * batch["noise"] + (1 - sigma) * latents), "timestep": sigma.flatten(),
-            "guidance": guidance if self.models["transformer"].config.guidance_embeds else None, "pooled_projections": pooled,
-            "encoder_hidden_states": batch["text"], "txt_ids": torch.zeros(batch["text"].shape[1], 3), "img_ids": ids, "return_dict": False,
-        }  # fmt: skip
+            "hidden_states": pack(sigma * batch["noise"] + (1 - sigma) * latents),
+            "timestep": sigma.flatten(),
+            "guidance": guidance if self.models["transformer"].config.guidance_embeds else None,
+            "pooled_projections": pooled,
+            "encoder_hidden_states": batch["text"],
+            "txt_ids": torch.zeros(batch["text"].shape[1], 3),
+            "img_ids": ids,
+            "return_dict": False,
+        }
 
 
 class FluxLora(Flux):
-    """peft's LoRA on the transformer, and on CLIP where the settings say so."""
+    """peft's LoRA on the transformer, and on CLIP if the settings have targets for it."""
 
     def __init__(self, root, work, settings):
         super().__init__(root, settings)
         if "text_encoder" in settings["targets"]:
             self.models["text_encoder"] = freeze(load(transformers.CLIPTextModel, root / "text_encoder"))
-        self.trained, start = {}, load_file(work / "start.safetensors")
+        self.trained = {}
+        start = load_file(work / "start.safetensors")
         for prefix, model in self.models.items():
-            rank, alpha, targets = settings["rank"], settings["alpha"], settings["targets"][prefix]
+            rank = settings["rank"]
+            alpha = settings["alpha"]
+            targets = settings["targets"][prefix]
             model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
             own = {name: p for name, p in model.named_parameters() if ".lora_" in name}
             self.trained.update({f"{prefix}.{name.replace('.default.', '.')}": p for name, p in own.items()})
@@ -191,24 +209,31 @@ class FluxLora(Flux):
             parameter.data.copy_(start[name])
 
     def outputs(self, batch):
-        sigma, latents = self.sigma(batch), self.latents(batch["moments"], batch["posterior"])
+        sigma = self.sigma(batch)
+        latents = self.latents(batch["moments"], batch["posterior"])
         pooled = self.models["text_encoder"](batch["ids"].long()).pooler_output if "ids" in batch else batch["pooled"]
         prediction = self.models["transformer"](**self.common(batch, sigma, latents, pooled))[0]
         return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
 
-    def picture(self, noise, condition):
-        return draw_flux(self.root, self.settings, noise, **self.models)
+    def image(self, noise, condition):
+        return generate_flux(self.root, self.settings, noise, **self.models)
 
 
-def draw_flux(root, settings, noise, **models):
-    """By diffusers' own pipeline, uint8 [H, W, 3]; noise [1, C, h, w]."""
+def generate_flux(root, settings, noise, **models):
+    """The image of diffusers' pipeline from noise [1, C, h, w], uint8 [H, W, 3]."""
     pipeline = diffusers.FluxPipeline.from_pretrained(root, torch_dtype=torch.float32, **models)
     pipeline.set_progress_bar_config(disable=True)
-    height, width = 8 * noise.shape[2], 8 * noise.shape[3]
+    height = 8 * noise.shape[2]
+    width = 8 * noise.shape[3]
     image = pipeline(
-        settings["caption"], latents=pack(noise), height=height, width=width, num_inference_steps=8, guidance_scale=3.5,
+        settings["caption"],
+        latents=pack(noise),
+        height=height,
+        width=width,
+        num_inference_steps=8,
+        guidance_scale=3.5,
         max_sequence_length=settings["length"],
-    ).images[0]  # fmt: skip
+    ).images[0]
     return np.asarray(image)
 
 
@@ -221,7 +246,8 @@ class FluxControlNet(Flux):
         self.trained = {f"controlnet.{name}": p for name, p in self.models["controlnet"].named_parameters()}
 
     def outputs(self, batch):
-        sigma, latents = self.sigma(batch), self.latents(batch["moments"], batch["posterior"])
+        sigma = self.sigma(batch)
+        latents = self.latents(batch["moments"], batch["posterior"])
         condition = pack(self.latents(batch["condition"], batch["condition_posterior"]))
         given = self.common(batch, sigma, latents, batch["pooled"])
         blocks, single = self.models["controlnet"](controlnet_cond=condition, **given)
@@ -229,20 +255,28 @@ class FluxControlNet(Flux):
         prediction = self.models["transformer"](**given, **residuals)[0]
         return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
 
-    def picture(self, noise, condition):
-        return draw_flux_controlnet(self.root, self.settings, self.models["controlnet"], noise, condition)
+    def image(self, noise, condition):
+        return generate_flux_controlnet(self.root, self.settings, self.models["controlnet"], noise, condition)
 
 
-def draw_flux_controlnet(root, settings, controlnet, noise, condition):
+def generate_flux_controlnet(root, settings, controlnet, noise, condition):
     pipeline = diffusers.FluxControlNetPipeline.from_pretrained(root, controlnet=controlnet, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    # The pipeline draws the condition's latent at random; here it is the posterior's mean, as in our validation and inference.
+    # The pipeline samples the latents of the condition. Here they are the mean of the posterior, as in our validation
+    # and inference.
     encode = pipeline.vae.encode
     pipeline.vae.encode = lambda pixels: SimpleNamespace(latents=encode(pixels).latent_dist.mode())
     image = pipeline(
-        settings["caption"], control_image=condition, latents=pack(noise), height=condition.height, width=condition.width,
-        num_inference_steps=8, guidance_scale=3.5, controlnet_conditioning_scale=1.0, max_sequence_length=settings["length"],
-    ).images[0]  # fmt: skip
+        settings["caption"],
+        control_image=condition,
+        latents=pack(noise),
+        height=condition.height,
+        width=condition.width,
+        num_inference_steps=8,
+        guidance_scale=3.5,
+        controlnet_conditioning_scale=1.0,
+        max_sequence_length=settings["length"],
+    ).images[0]
     return np.asarray(image)
 
 
@@ -261,12 +295,15 @@ def tensors_of(output):
 
 
 def block_outputs(models, block, call):
-    """What every module whose name matches the pattern `block` puts out while `call()` runs, and what `call()` gives."""
-    caught, handles = {}, []
+    """(the outputs of all modules whose names match the pattern `block` while `call()` runs, its result)."""
+    caught = {}
+    handles = []
 
     def note(name):
         def hook(module, inputs, output):
-            if isinstance(module, FluxSingleTransformerBlock):  # gives text and image apart here, joined on our side
+            if isinstance(
+                module, FluxSingleTransformerBlock
+            ):  # its text and image are separate here, joined on our side
                 output = torch.cat(output, dim=1)
             caught.update({f"block {name}/{number}": value for number, value in enumerate(tensors_of(output))})
 
@@ -292,7 +329,8 @@ def loss_of(step, batch):
 
 
 def main(work):
-    settings, inputs = json.loads((work / "settings.json").read_text()), np.load(work / "inputs.npz")
+    settings = json.loads((work / "settings.json").read_text())
+    inputs = np.load(work / "inputs.npz")
     root = Path(settings["root"])
     batches = [{} for _ in range(settings["updates"])]
     for name in inputs.files:
@@ -308,12 +346,12 @@ def main(work):
         blocks, (found["prediction"], found["target"], _) = block_outputs(
             step.models, settings["block"], lambda: step.outputs(batches[0])
         )
-        found["picture"] = torch.from_numpy(
-            step.picture(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy()
+        found["image"] = torch.from_numpy(
+            step.image(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy()
         )
     for parameter in step.trained.values():
-        # Where no loss reaches (the last double block's text stream, without single blocks) torch would have no gradient, and AdamW
-        # leave the parameter out. Ours is zero there, and the weight decays.
+        # Without single blocks, the last double block's text stream does not affect the loss: torch has no gradient for
+        # it and AdamW would skip it. Our gradient is zero there, and the weights decay.
         parameter.grad = torch.zeros_like(parameter)
     loss_of(step, batches[0]).backward()
     found.update(blocks, **{f"gradient {name}": p.grad.clone() for name, p in step.trained.items()})
@@ -322,7 +360,8 @@ def main(work):
     for prefix, (rate, decay) in settings["rates"].items():
         own = [p for name, p in step.trained.items() if name.startswith(f"{prefix}.")]
         groups.append({"params": own, "lr": rate, "weight_decay": decay})
-    optimizer, losses = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=settings["eps"]), []
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=settings["eps"])
+    losses = []
     for number, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=False)
         loss = loss_of(step, batch)

@@ -1,4 +1,4 @@
-"""Our training steps against the few of PyTorch's numbers that `make parity` left in golden.json: no PyTorch is needed here."""
+"""Compares our training steps with PyTorch's results that `make parity` keeps in golden.json, without PyTorch."""
 
 import json
 from pathlib import Path
@@ -20,13 +20,16 @@ def pipelines(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=[case.label for case in CASES])
 def test_losses_prediction_and_gradients_are_pytorchs(case, pipelines):
     ms.set_context(mode=ms.PYNATIVE_MODE)
-    root, kept = make_pipeline(case, pipelines), GOLDEN[case.label]
+    root = make_pipeline(case, pipelines)
+    kept = GOLDEN[case.label]
     settings = all_settings(case, root)
     batches = make_batches(settings, root, len(kept["losses"]), make_stage(settings, root, pipelines / "cache"))
-    ours, given = Ours(settings, root), [arguments(settings, batch) for batch in batches]
+    ours = Ours(settings, root)
+    given = [arguments(settings, batch) for batch in batches]
 
     step = ours.step(train=False)
-    prediction, loss = step.predict(*given[0])[0].asnumpy(), float(step(*given[0])[1])
+    prediction = step.predict(*given[0])[0].asnumpy()
+    loss = float(step(*given[0])[1])
     np.testing.assert_allclose(prediction.ravel()[:8], kept["prediction"], rtol=0, atol=1e-4 * np.abs(prediction).max())
     assert loss == pytest.approx(kept["losses"][0], rel=1e-5)
     gradients = ours.gradients(step)

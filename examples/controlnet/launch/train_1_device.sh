@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# ControlNet for Stable Diffusion 1.5, or with SDXL=1 for XL, on one Ascend device. Not run by us on Ascend yet.
+# ControlNet for Stable Diffusion 1.5 (SDXL=1: for XL) on one Ascend device. Not yet tested on Ascend.
 #
 #   DATA=fusing/fill50k [SDXL=1] examples/controlnet/launch/train_1_device.sh [more flags of the script]
 #
-# DATA is a hub id or a local directory; MODEL (a directory or hub id), OUT and DEVICE_ID may be set too. By the plan (--dry_run) these flags
-# take 9.8 GB of the device, XL 34.2 GB; --use_8bit_adam saves 2.0 (7.0) GB of it.
+# DATA is a hub id or a local directory; MODEL (a directory or hub id), OUT and DEVICE_ID can be set, too. By the plan
+# (--dry_run) these flags take 9.8 GB of the device, XL 34.2 GB; --use_8bit_adam saves 2.0 (7.0) GB.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 export DEVICE_ID="${DEVICE_ID:-0}"
@@ -15,11 +15,11 @@ else
     SCRIPT=train_controlnet.py MODEL="${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}" RESOLUTION=512
 fi
 
-# train_devices.sh puts msrun here.
+# train_devices.sh sets LAUNCHER to msrun.
 read -ra launcher <<< "${LAUNCHER:-python}"
 exec "${launcher[@]}" "examples/controlnet/$SCRIPT" \
     --pretrained_model_name_or_path "$MODEL" \
-    --dataset_name "${DATA:?a data set with image, conditioning_image and text}" \
+    --dataset_name "${DATA:?a dataset with image, conditioning_image and text}" \
     --output_dir "${OUT:-out/controlnet}" \
     --mixed_precision fp16 \
     --resolution "$RESOLUTION" \

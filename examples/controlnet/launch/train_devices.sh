@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# ControlNet for Stable Diffusion 1.5, or with SDXL=1 for XL, on several Ascend devices of one machine or of several. Not run by us on Ascend yet.
+# ControlNet for Stable Diffusion 1.5 (SDXL=1: for XL) on several Ascend devices of one or several machines. Not yet
+# tested on Ascend.
 #
 #   DEVICES=8 DATA=fusing/fill50k [SDXL=1] examples/controlnet/launch/train_devices.sh [more flags of the script]
-#   DEVICES=8 NODES=4 NODE_RANK=k MASTER=10.0.0.1 ... on machine k of 4, of which number 0 has that address
+#   DEVICES=8 NODES=4 NODE_RANK=k MASTER=10.0.0.1 ... on machine k of 0 to 3; machine 0 has that address
 #
-# DEVICES are those of this machine (2, 8 ...). OUT must be on a file system that all machines share. PORT (8118) and the port after it must
-# be free on MASTER. BIND=False leaves the processes on any core. Ctrl-C saves a checkpoint. docs/devices.md says how the work is shared.
+# DEVICES is the number of devices of this machine. OUT must be on a file system that all machines share. PORT (8118)
+# and the next port must be free on MASTER. BIND=False does not bind processes to cores. Ctrl-C saves a checkpoint.
+# docs/devices.md explains data-parallel training.
 #
-# Memory of a device, SD 1.5 (XL), GB of 2^30 bytes by the plan (--dry_run): the frozen UNet 1.6 (4.8) in fp16, the ControlNet's 0.36 (1.25)
-# billion float32 parameters 1.4 (4.7), their gradients as much, twice that with accumulation; of AdamW's 2.7 (9.3) of state each of 8 devices
-# has 0.34 (1.2) by --zero_stage 1. With activations 8.5 (29.5) on each of 2, 7.5 (26.0) on each of 8.
+# Memory per device by the plan (--dry_run), SD 1.5 (XL), in GB of 2^30 bytes: the frozen UNet 1.6 (4.8) in fp16; the
+# ControlNet's 0.36 (1.25) billion float32 parameters 1.4 (4.7), their gradients the same, twice that with
+# accumulation; of AdamW's state of 2.7 (9.3) each of 8 devices has 0.34 (1.2) with --zero_stage 1. With activations:
+# 8.5 (29.5) per device for 2 devices, 7.5 (26.0) for 8.
 set -euo pipefail
 DEVICES="${DEVICES:-8}" NODES="${NODES:-1}" OUT="${OUT:-out/controlnet}"
 
@@ -18,13 +21,14 @@ LAUNCHER+=" --master_addr=${MASTER:-127.0.0.1} --master_port=${PORT:-8118} --clu
 LAUNCHER+=" --join=True --bind_core=${BIND:-True} --log_dir=$OUT/workers"
 export LAUNCHER OUT
 
-# In a session of its own, where Ctrl-C does not reach it: msrun would kill the workers. One that gets SIGTERM makes all of them save and stop.
+# In its own session, so that Ctrl-C does not reach msrun, which would kill the ranks. SIGTERM to one rank makes all
+# of them save a checkpoint and stop.
 setsid "$(dirname "$0")/train_1_device.sh" --distributed --zero_stage 1 "$@" &
 job=$!
 trap 'kill -TERM "$(pgrep -P $job -f -- --distributed | tail -1)"' INT TERM
 code=0
 wait $job || code=$?
-while kill -0 $job 2> /dev/null; do # the signal ended the wait, the job goes on to its checkpoint
+while kill -0 $job 2> /dev/null; do # the signal ended the wait; the job is still saving its checkpoint
     code=0
     wait $job || code=$?
 done

@@ -1,4 +1,4 @@
-"""Buckets: which one a picture goes to, and the order of their batches against the streams they are cut from."""
+"""Buckets: which one is nearest to an image, and the order of their batches."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,17 +25,17 @@ def test_buckets_are_parsed():
         ("512,520", "512,520: both sides must be multiples of 16"),
         ("0,16", "0,16: both sides"),
         ("-16,16", "-16,16: both sides"),
-        ("512,512;16,32;512, 512", "512,512 is there twice"),
+        ("512,512;16,32;512, 512", "512,512 is given twice"),
     ],
 )
-def test_buckets_that_cannot_be(text, message):
+def test_invalid_buckets_are_refused(text, message):
     with pytest.raises(UserError) as caught:
         parse_buckets(text)
     assert "--aspect_ratio_buckets" in str(caught.value) and message in str(caught.value)
 
 
 def test_the_nearest_bucket_by_logarithms():
-    """Sizes are (width, height), buckets (height, width); against the definition, computed in floating point."""
+    """Against the definition in floating point. Sizes are (width, height), buckets (height, width)."""
     buckets = parse_buckets("672,1568;1568,672;1024,1024;768,1280;1280,768")
     rng = np.random.default_rng(0)
     for width, height in rng.integers(10, 4000, (300, 2)).tolist():
@@ -44,8 +44,8 @@ def test_the_nearest_bucket_by_logarithms():
     assert nearest_bucket((3000, 1000), buckets) == 0 and nearest_bucket((1000, 3000), buckets) == 1
 
 
-def test_two_buckets_equally_near_tie_to_the_first():
-    """A square between 7:3 lying and standing, and 4:3 between 1:1 and 16:9: no rounding decides."""
+def test_of_equally_near_buckets_the_first_is_chosen():
+    """A square between 7:3 and 3:7, and 4:3 between 1:1 and 16:9: rounding does not decide."""
     assert nearest_bucket((500, 500), [(48, 112), (112, 48)]) == nearest_bucket((500, 500), [(112, 48), (48, 112)]) == 0
     assert nearest_bucket((400, 300), [(16, 16), (144, 256)]) == nearest_bucket((400, 300), [(144, 256), (16, 16)]) == 0
 
@@ -54,8 +54,8 @@ UNEVEN = np.array([2, 0, 0, 4, 0, 2, 0, 4, 0, 0, 2, 0, 4, 4, 4, 4, 0])  # 8, 3 a
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 20, 50])
-def test_batches_are_the_buckets_own_streams_and_none_starves(size):
-    """Every bucket's batches, in the order of the run, are its stream in order; after each pass bucket k gave floor(e n_k / B) batches."""
+def test_batches_follow_the_streams_of_their_buckets(size):
+    """A bucket's batches follow its stream in order. After e passes bucket k has given floor(e n_k / B) batches."""
     order = BucketOrder(7, UNEVEN, size)
     members = {k: np.flatnonzero(k == UNEVEN) for k in (0, 2, 4)}
     streams = {k: SampleStream(7, f"bucket {k}", len(ids)) for k, ids in members.items()}
@@ -70,7 +70,7 @@ def test_batches_are_the_buckets_own_streams_and_none_starves(size):
     assert order.epoch_length == 17
 
 
-def test_a_batch_does_not_depend_on_those_asked_for_before():
+def test_a_batch_does_not_depend_on_earlier_calls():
     forward = [BucketOrder(1, UNEVEN, 4).at(batch) for batch in range(60)]
     order = BucketOrder(1, UNEVEN, 4)
     assert [order.at(batch) for batch in reversed(range(60))] == forward[::-1]
@@ -79,8 +79,8 @@ def test_a_batch_does_not_depend_on_those_asked_for_before():
     assert [BucketOrder(2, UNEVEN, 4).at(batch) for batch in range(60)] != forward
 
 
-def test_the_buckets_take_turns_at_random():
-    """Not all of one bucket and then all of the next, and not the same in every pass."""
+def test_buckets_alternate_at_random():
+    """The order of the buckets is mixed, and differs from pass to pass."""
     order = BucketOrder(0, np.repeat([0, 1], 50), 1)
     passes = [[order.at(number * 100 + batch)[0] for batch in range(100)] for number in range(2)]
     assert passes[0] != passes[1]
@@ -88,13 +88,13 @@ def test_the_buckets_take_turns_at_random():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
-def test_one_bucket_is_one_stream_whatever_the_batch_size(size):
+def test_a_single_bucket_follows_its_stream_at_every_batch_size(size):
     order, stream = BucketOrder(3, np.zeros(7, int), size), SampleStream(3, "bucket 0", 7)
     for batch in range(30):
         assert order.at(batch) == (0, [stream.at(position) for position in range(batch * size, (batch + 1) * size)])
 
 
-def test_an_order_of_nothing_is_refused():
+def test_an_order_without_samples_is_refused():
     with pytest.raises(ValueError, match="got 0 and 2"):
         BucketOrder(0, np.array([], int), 2)
     with pytest.raises(ValueError, match="got 3 and 0"):
@@ -102,8 +102,8 @@ def test_an_order_of_nothing_is_refused():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_repeats_are_uses_of_one_pass(size):
-    """As `SampleStream` has them; a pass over two buckets has all uses of both, and `place` says where in its stream a batch begins."""
+def test_repeats_are_uses_in_one_pass(size):
+    """As in `SampleStream`. A pass has all uses of both buckets; `place` is the position of a batch in its stream."""
     numbers = np.array([0, 1, 0, 0, 1])
     order = BucketOrder(5, numbers, size, "instance {}", repeats=4)
     assert order.epoch_length == 20

@@ -1,46 +1,25 @@
-"""Image files of every kind: decoded to the right pixels, never called damaged when they are whole, and named when they are none."""
+"""Image files of every kind, decoded to the right pixels, and transparent drawings on a background."""
 
-import io
 import struct
-import sys
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from mindtune.data import image_problems
 from mindtune.data.checks import inspect
-from mindtune.data.image_problems import opened
 from mindtune.data.image_sample import Sample
-from mindtune.data.images import Ink, decode, ground, ink, to_rgb
+from mindtune.data.images import Visibility, choose_background, decode, measure_visibility, to_rgb
+
+from .image_files import encode, noise, same, smooth
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)
 
 
-def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def smooth(width=64, height=48):
-    """A gradient, which lossy formats keep to a few levels; all four corners differ."""
-    y, x = np.mgrid[0:height, 0:width]
-    return Image.fromarray(np.stack([x * 3, y * 4, 255 - x - y], 2).astype(np.uint8))
-
-
-def encode(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def same(image, expected, tolerance=0):
-    assert image.size == expected.size
-    np.testing.assert_allclose(np.asarray(image.convert("RGB"), int), np.asarray(expected, int), atol=tolerance)
+# ---- every mode to RGB ---------------------------------------------------------------------------
 
 
 def reopened(image, path, **options):
-    """What a decoder makes of the saved file."""
+    """The image saved to a file and opened again."""
     image.save(path, **options)
     return Image.open(path)
 
@@ -48,9 +27,6 @@ def reopened(image, path, **options):
 def close_to(image, place, colour, tolerance=4):
     assert image.mode == "RGB"
     np.testing.assert_allclose(image.getpixel(place), colour, atol=tolerance)
-
-
-# ---- every kind of image to RGB ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -63,7 +39,7 @@ def close_to(image, place, colour, tolerance=4):
         (2, (32, 16), (28, 8)),
     ],
 )
-def test_a_jpeg_is_turned_upright_by_its_exif(tmp_path, orientation, size, red):
+def test_a_jpeg_is_rotated_by_its_exif(tmp_path, orientation, size, red):
     """The camera wrote red on the left; orientation 6 says: turn clockwise, so red comes to the top."""
     image = Image.new("RGB", (32, 16), BLUE)
     image.paste(RED, (0, 0, 16, 16))
@@ -82,7 +58,7 @@ def test_a_cmyk_jpeg(tmp_path):
     close_to(to_rgb(image), (8, 8), (204, 102, 0))
 
 
-def test_a_palette_png_with_a_transparent_colour_lies_on_white(tmp_path):
+def test_a_palette_png_with_a_transparent_colour_is_put_on_white(tmp_path):
     image = Image.new("P", (4, 1))
     image.putpalette([*RED, *GREEN, *BLUE])
     image.putdata([0, 1, 2, 1])
@@ -98,7 +74,7 @@ def test_a_palette_without_transparency(tmp_path):
     assert list(to_rgb(reopened(image, tmp_path / "a.png")).getdata()) == [GREEN, RED]
 
 
-def test_rgba_is_laid_on_white(tmp_path):
+def test_rgba_is_put_on_white(tmp_path):
     """a c + (1 - a) 255; what a transparent pixel hides does not show."""
     image = Image.new("RGBA", (3, 1))
     image.putdata([(100, 0, 200, 255), (100, 0, 200, 0), (100, 0, 200, 51)])
@@ -107,7 +83,7 @@ def test_rgba_is_laid_on_white(tmp_path):
         close_to(shown, (x, 0), colour, tolerance=1)
 
 
-def test_gray_with_alpha_is_laid_on_white(tmp_path):
+def test_gray_with_alpha_is_put_on_white(tmp_path):
     image = Image.new("LA", (3, 1))
     image.putdata([(50, 255), (50, 0), (50, 102)])
     found = reopened(image, tmp_path / "a.png")
@@ -141,16 +117,16 @@ def test_black_and_white(tmp_path):
 
 
 @pytest.mark.parametrize("values", [np.float32([[0.5, 1.0]]), np.int32([[0, 65536]]), np.int32([[-1, 5]])])
-def test_pixels_of_an_unknown_scale_are_refused(values):
+def test_pixels_of_an_unknown_range_are_refused(values):
     with pytest.raises(ValueError, match="not an 8- or 16-bit image"):
         to_rgb(Image.fromarray(values))
 
 
-# ---- whole images with odd metadata --------------------------------------------------------------
+# ---- intact images with unusual metadata ---------------------------------------------------------
 
 
 def with_exif(jpeg, orientation, kind, count, value):
-    """A JPEG with an EXIF block that no library would write: a tag of exposure bias of this kind, count and value."""
+    """A JPEG with an unusual EXIF block: the tag of the exposure bias has this type, count and value."""
     ifd = struct.pack("<H", 2) + struct.pack("<HHI", 0x0112, 3, 1) + struct.pack("<HH", orientation, 0)
     ifd += struct.pack("<HHII", 0x8769, 4, 1, 8 + 2 + 24 + 4) + bytes(4)
     bias = (
@@ -169,15 +145,15 @@ def with_exif(jpeg, orientation, kind, count, value):
         (2, 5000, b"short"),
         (99, 1, bytes(8)),
     ],
-    ids=["-1/0", "0/0", "cut off", "longer than the file", "of no kind"],
+    ids=["-1/0", "0/0", "truncated", "longer than the file", "of an unknown type"],
 )
-def test_a_jpeg_with_odd_exif_is_whole_and_upright(kind, count, value):
+def test_a_jpeg_with_unusual_exif_is_read_upright(kind, count, value):
     plain = encode(smooth(), "JPEG", quality=95)
     turned = decode(plain).transpose(Image.Transpose.ROTATE_270)
     same(decode(with_exif(plain, 6, kind, count, value)), turned)
 
 
-def test_an_exif_block_that_is_none_changes_nothing():
+def test_an_invalid_exif_block_is_ignored():
     plain = encode(smooth(), "JPEG")
     for block in (b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0" + bytes(range(200))):
         same(decode(plain[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + plain[2:]), decode(plain))
@@ -191,6 +167,8 @@ def texts(*chunks):
 
 
 LARGE = "x" * 3_000_000
+
+
 ODD_PNG = {
     "a compressed text of 3 MB": {"pnginfo": texts(("add_text", "workflow", LARGE, True))},
     "the same in Unicode": {"pnginfo": texts(("add_itxt", "workflow", LARGE, "", "", True))},
@@ -201,38 +179,38 @@ ODD_PNG = {
 
 
 @pytest.mark.parametrize("options", ODD_PNG.values(), ids=ODD_PNG)
-def test_a_png_with_large_metadata_is_whole(options):
+def test_a_png_with_large_metadata_is_read(options):
     same(decode(encode(noise(20, 16), "PNG", **options)), noise(20, 16))
 
 
-def test_a_png_is_upright_though_its_texts_are_left_out():
+def test_a_png_with_large_texts_is_upright():
     xmp = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     info = texts(("add_text", "workflow", LARGE, True), ("add_itxt", "XML:com.adobe.xmp", xmp))
     same(decode(encode(noise(20, 16), "PNG", pnginfo=info)), noise(20, 16).transpose(Image.Transpose.ROTATE_270))
 
 
-def test_a_png_whose_text_has_a_wrong_checksum_is_whole():
-    """Viewers warn of it at most. A wrong checksum of pixels is another matter."""
+def test_a_png_whose_text_has_a_wrong_checksum_is_read():
+    """Image viewers show such a file. A wrong checksum of the pixels is an error."""
     content = bytearray(encode(noise(20, 16), "PNG", pnginfo=texts(("add_text", "a", "b" * 50))))
     content[content.index(b"tEXt") + 20] ^= 1
     same(decode(bytes(content)), noise(20, 16))
     content[content.index(b"IDAT") + 100] ^= 1
-    assert inspect(Sample("a", bytes(content))).size.startswith("damaged (")
+    assert inspect(Sample("a", bytes(content))).problem.startswith("damaged (")
 
 
-def test_a_png_whose_exif_has_a_wrong_checksum_is_whole_and_upright():
+def test_a_png_whose_exif_has_a_wrong_checksum_is_read_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
     content = bytearray(encode(noise(20, 16), "PNG", exif=exif.tobytes()))
-    content[content.index(b"eXIf") - 4 + 8 + len(exif.tobytes()) - 6] ^= (
-        1  # PNG's has no "Exif\0\0", so this is of the checksum
-    )
+    # EXIF in a PNG lacks the six bytes "Exif\0\0" of `tobytes`; the checksum follows it.
+    checksum = content.index(b"eXIf") + 4 + len(exif.tobytes()) - 6
+    content[checksum] ^= 1
     same(decode(bytes(content)), noise(20, 16).transpose(Image.Transpose.ROTATE_270))
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_a_jpeg_is_upright_though_its_exif_points_out_of_itself(order):
-    """Exif 2.32: a directory of Make, whose text would be far behind the end, and of orientation 6."""
+def test_a_jpeg_whose_exif_points_beyond_its_end_is_upright(order):
+    """Exif 2.32: a directory of Make, whose text lies far beyond the end, and of orientation 6."""
     head = {"<": b"II*\0", ">": b"MM\0*"}[order]
     make = struct.pack(order + "HHII", 0x010F, 2, 20, 0x7FFFFFFF)
     exif = head + struct.pack(order + "IH", 8, 2) + make + struct.pack(order + "HHIHH", 0x0112, 3, 1, 6, 0) + bytes(4)
@@ -241,21 +219,16 @@ def test_a_jpeg_is_upright_though_its_exif_points_out_of_itself(order):
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_without_its_end_mark_is_whole(progressive):
+def test_a_jpeg_without_its_end_marker_is_read(progressive):
     content = encode(smooth(), "JPEG", quality=95, progressive=progressive)
     assert content[-2:] == b"\xff\xd9"
     for part in (content[:-2], content[:-1]):
         same(decode(part), decode(content))
     for lost in (6, 12, 30, len(content) // 2):
-        assert inspect(Sample("a", content[:-lost])).size.startswith("damaged (")
+        assert inspect(Sample("a", content[:-lost])).problem.startswith("damaged (")
 
 
-def test_a_name_with_another_formats_ending_is_no_matter(tmp_path):
-    smooth().save(tmp_path / "a.png", format="JPEG")
-    same(opened(tmp_path / "a.png"), smooth(), 12)
-
-
-# ---- photos of phones ----------------------------------------------------------------------------
+# ---- photos of phones and animations -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
@@ -265,14 +238,14 @@ def test_heic_and_avif_are_read(kind):
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF", "JPEG", "PNG", "WEBP", "TIFF"])
-def test_every_format_is_turned_upright_once(kind):
+def test_every_format_is_rotated_once(kind):
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encode(smooth(), kind, exif=exif.tobytes(), **({} if kind in ("PNG", "TIFF") else {"quality": 95}))
     same(decode(content), smooth().transpose(Image.Transpose.ROTATE_270), 12)
 
 
-def test_the_preview_in_a_phones_jpeg_is_no_second_frame():
+def test_the_preview_in_a_phone_photo_is_not_a_frame():
     content = encode(smooth(), "MPO", save_all=True, append_images=[noise(64, 48)], quality=95)
     same(decode(content), smooth(), 12)
     assert not inspect(Sample("a", content)).animated
@@ -287,119 +260,38 @@ def test_the_first_frame_of_an_animation(kind):
     assert inspect(Sample("a", content)).animated and not inspect(Sample("a", encode(first, kind, **options))).animated
 
 
-def test_without_pillow_heif_the_message_says_how(monkeypatch):
-    monkeypatch.setattr(image_problems, "HEIF", False)
-    for kind in ("HEIF", "HEIC", "MIF1"):
-        monkeypatch.delitem(Image.OPEN, kind, raising=False)
-    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind in Image.OPEN])
-    message = inspect(Sample("a", HEIC)).size
-    assert "HEIC photo" in message and "pip install pillow-heif" in message and "heif-convert" in message
-
-
-# ---- what is no image ----------------------------------------------------------------------------
-
-
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500)
-OTHERS = {
-    "HEIC photo": HEIC,
-    "AVIF image": b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(500),
-    "a video: save its frames": b"\0\0\0\x18ftypisom" + bytes(100),
-    "a raw photo": b"\0\0\0\x18ftypcrx " + bytes(100),
-    "a PDF: export": b"%PDF-1.7\n",
-    "an SVG drawing: export": b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'></svg>",
-    "a web page: the download": b"\n<!DOCTYPE html><html><body>404",
-    "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
-    "a ZIP archive: unpack": b"PK\x03\x04" + bytes(50),
-    "JPEG XL: convert": b"\xff\x0a" + bytes(50),
-    "Thumbs.db": b"\xd0\xcf\x11\xe0" + bytes(50),
-    "AppleDouble": b"\0\x05\x16\x07" + bytes(50),
-    "the file is empty": b"",
-    "zeros only": bytes(5000),
-}
-
-
-@pytest.mark.parametrize("text", OTHERS)
-def test_what_is_no_image_is_named_with_what_to_do(text):
-    message = inspect(Sample("a", OTHERS[text])).size
-    assert text in message and "damaged" not in message
-
-
-def test_a_drawing_that_needs_another_program_is_not_called_damaged():
-    assert "cannot be decoded here" in inspect(Sample("a", encode(smooth(), "EPS"))).size
-
-
-def test_the_preview_in_a_raw_photo_is_not_taken_for_it(tmp_path):
-    smooth(16, 16).save(tmp_path / "a.dng", format="TIFF", tiffinfo={50706: b"\1\4\0\0"})
-    assert "raw photo (DNG)" in inspect(Sample("a", tmp_path / "a.dng")).size
-
-
-def test_colours_and_scales_that_cannot_be_converted_are_named():
-    assert "L*a*b*" in inspect(Sample("a", encode(smooth().convert("LAB"), "TIFF"))).size
-    assert inspect(Sample("a", encode(Image.fromarray(np.float32([[0.5, 1]])), "TIFF"))).size.startswith(
-        "pixel mode F is not"
-    )
-
-
-def test_a_scan_of_too_many_pixels_is_named_with_what_to_do():
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 10_000, 1, 0, 0, 0, 0))
-    message = inspect(Sample("a", b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))).size
-    assert message.startswith("too many pixels") and "-resize" in message
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "HEIF", "AVIF"])
-def test_half_a_file_is_refused(kind):
-    content = encode(noise(64, 48), kind)
-    assert isinstance(inspect(Sample("a", content[: len(content) // 2])).size, str)
-
-
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
-    assert inspect(Sample("a", tmp_path / "a.png")).size == "cannot be read (EACCES: Permission denied)"
-    assert inspect(Sample("a", "x")).size == "cannot be read (EACCES: Permission denied)"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="errors have other numbers")
-def test_a_directory_is_no_image(tmp_path):
-    assert "EISDIR" in inspect(Sample("a", tmp_path)).size
-
-
 # ---- transparency --------------------------------------------------------------------------------
 
 
-def line(ground_colour, colour, mode="RGBA"):
-    image = Image.new(mode, (80, 80), ground_colour)
+def line(background, colour, mode="RGBA"):
+    image = Image.new(mode, (80, 80), background)
     ImageDraw.Draw(image).line((5, 10, 75, 40), fill=colour, width=4)
     return image
 
 
 def beside(image, colour):
-    """With a thin line more."""
+    """The image with another thin line."""
     ImageDraw.Draw(image).line((5, 70, 75, 50), fill=colour)
     return image
 
 
-def test_ink_is_what_is_seen_of_a_drawing():
-    """A quarter of the pixels is orange, seen on both; a quarter is white at alpha 1/5; an eighth is black."""
+def test_visibility_of_a_drawing():
+    """A quarter of the pixels is orange, visible on both; a quarter is white at alpha 1/5; an eighth is black."""
     image = Image.new("RGBA", (20, 20))
     image.paste((200, 100, 50, 255), (0, 0, 10, 10))
     image.paste((255, 255, 255, 51), (10, 0, 20, 10))
     image.paste((0, 0, 0, 255), (0, 10, 10, 15))
-    found = Ink(drawn=0.25 + 0.05 + 0.125, white=0.25 + 0.125, black=0.25 + 0.05)
-    assert ink(image) == pytest.approx(found)
-    assert found.lost("white") == pytest.approx(0.05 / 0.425) and found.lost("black") == pytest.approx(0.125 / 0.425)
-    assert ink(image.resize((2000, 2000), Image.Resampling.NEAREST)) == pytest.approx(found, abs=0.01)
-    assert Ink().lost("white") == 0
+    found = Visibility(drawn=0.25 + 0.05 + 0.125, on_white=0.25 + 0.125, on_black=0.25 + 0.05)
+    assert measure_visibility(image) == pytest.approx(found)
+    assert found.hidden_share("white") == pytest.approx(0.05 / 0.425)
+    assert found.hidden_share("black") == pytest.approx(0.125 / 0.425)
+    assert measure_visibility(image.resize((2000, 2000), Image.Resampling.NEAREST)) == pytest.approx(found, abs=0.01)
+    assert Visibility().hidden_share("white") == 0
 
 
 @pytest.mark.parametrize("image", [smooth(), smooth().convert("RGBA"), smooth().convert("L")])
-def test_an_image_without_a_transparent_pixel_has_no_ink_of_its_own(image):
-    assert ink(image) is None
+def test_an_opaque_image_has_no_visibility(image):
+    assert measure_visibility(image) is None
 
 
 @pytest.mark.parametrize(
@@ -433,16 +325,17 @@ def test_an_image_without_a_transparent_pixel_has_no_ink_of_its_own(image):
         "orange",
     ],
 )
-def test_a_drawing_is_laid_on_black_only_if_white_would_hide_it(image, expected):
-    assert ground(ink(image)) == expected
-    if ink(image).black or ink(image).white:
+def test_black_is_chosen_only_if_white_would_hide_the_drawing(image, expected):
+    assert choose_background(measure_visibility(image)) == expected
+    if measure_visibility(image).on_black or measure_visibility(image).on_white:
         assert len(to_rgb(image, expected).getcolors()) > 1
 
 
-def test_a_condition_of_one_colour_is_known_on_either_ground():
+def test_condition_images_of_a_single_colour_are_found_on_both_backgrounds():
     white, black, opaque = (
         inspect(Sample("a", encode(image, "PNG")), condition=True)
         for image in (line((0, 0, 0, 0), (255,) * 4), line((0, 0, 0, 0), (0, 0, 0, 255)), Image.new("RGB", (8, 8), RED))
     )
-    assert white.flat_on == ("white",) and black.flat_on == ("black",) and opaque.flat_on == ("white", "black")
-    assert inspect(Sample("a", encode(smooth(), "PNG")), condition=True).flat_on == ()
+    assert white.single_colour_on == ("white",) and black.single_colour_on == ("black",)
+    assert opaque.single_colour_on == ("white", "black")
+    assert inspect(Sample("a", encode(smooth(), "PNG")), condition=True).single_colour_on == ()

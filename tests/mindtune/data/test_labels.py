@@ -1,4 +1,4 @@
-"""Labels in any script: every character is drawn by a font that has it or written as its code, and lines keep their width."""
+"""Labels in any script: each character is drawn by a font that has it, or written as its code."""
 # ruff: noqa: RUF001
 
 import importlib.util
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mindtune.data import labels
-from mindtune.data.labels import BASELINE, LINE, draw, wrap
+from mindtune.data.labels import BASELINE, LINE_HEIGHT, draw_lines, wrap
 
 CHINESE = "一只戴着红色围巾的猫坐在窗台上，看着外面的雪。高质量，细节丰富，电影感光影（真的）。"
 JAPANESE = "赤いマフラーを巻いた猫が窓辺に座って、雪を眺めている。ネコ「かわいい」と言った。"
@@ -29,11 +29,11 @@ TEXTS = {
 
 @pytest.fixture(autouse=True)
 def fresh_fonts():
-    """What was found in one test's fonts is not kept for the next."""
-    for cached in (labels._font, labels._own_fonts, labels._system_fonts):
+    """Clears the caches of fonts, which tests replace."""
+    for cached in (labels._find_font, labels._package_fonts, labels._system_fonts):
         cached.cache_clear()
     yield
-    for cached in (labels._font, labels._own_fonts, labels._system_fonts):
+    for cached in (labels._find_font, labels._package_fonts, labels._system_fonts):
         cached.cache_clear()
 
 
@@ -41,16 +41,16 @@ def shown(text, width=10_000):
     return ["".join(piece.text for piece in line) for line in wrap(text, width)]
 
 
-def ink(text, width=400):
-    """Pixels of the label on a wider image: True where it is dark."""
+def dark_pixels(text, width=400):
+    """The pixels of the label on a wider image: True where it is dark."""
     lines = wrap(text, width)
-    image = Image.new("L", (width + 50, LINE * max(1, len(lines))), "white")
-    draw(ImageDraw.Draw(image), (0, 0), lines)
+    image = Image.new("L", (width + 50, LINE_HEIGHT * max(1, len(lines))), "white")
+    draw_lines(ImageDraw.Draw(image), (0, 0), lines)
     return np.asarray(image) < 128
 
 
 def is_box(piece):
-    """Whether a character is drawn as its font draws those that it does not have."""
+    """Whether the font draws the box that it draws for characters that it does not have."""
     missing, own = (piece.font.getmask(text) for text in ("\U0010ffff", piece.text))
     return (missing.size, bytes(missing)) == (own.size, bytes(own))
 
@@ -62,25 +62,25 @@ def is_box(piece):
 def test_no_character_is_drawn_as_a_box(name):
     pieces = [piece for line in wrap(TEXTS[name], 300) for piece in line if piece.text != " "]
     assert pieces and not any(map(is_box, pieces))
-    assert ink(TEXTS[name]).any()
+    assert dark_pixels(TEXTS[name]).any()
 
 
 def test_no_character_of_all_unicode_is_drawn_as_a_box():
-    """Every 97th: drawn, written as its code, or left out if it is invisible by itself."""
+    """Every 97th code point: drawn, written as its code, or left out if it is invisible."""
     for code in range(0x20, 0x110000, 97):
         for piece in (piece for line in wrap(chr(code), 10_000) for piece in line):
             assert piece.text == f"U+{code:04X}" or not is_box(piece), hex(code)
 
 
 @pytest.mark.parametrize("name", ["English", "Chinese", "Japanese", "Korean", "Cyrillic and Greek", "mixed"])
-def test_what_the_fonts_have_is_drawn_as_it_is(name):
+def test_characters_that_the_fonts_have_are_kept(name):
     assert shown(TEXTS[name]) == [TEXTS[name].strip()]
 
 
 def test_different_characters_look_different():
-    pictures = [ink(character) for character in "猫狗ねネ고양ДЖé"]
-    for number, picture in enumerate(pictures):
-        assert not any(np.array_equal(picture, other) for other in pictures[:number])
+    drawings = [dark_pixels(character) for character in "猫狗ねネ고양ДЖé"]
+    for number, drawing in enumerate(drawings):
+        assert not any(np.array_equal(drawing, other) for other in drawings[:number])
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_without_the_fonts_package_chinese_is_written_as_codes(monkeypatch):
     assert shown("猫 cat") == ["U+732B cat"]
 
 
-def test_the_systems_fonts_are_asked_last(monkeypatch):
-    """The Chinese font stands for one that is installed; a broken file and an absent one are passed over."""
+def test_system_fonts_are_used_last(monkeypatch):
+    """The Chinese font stands for an installed one. A broken and a missing file are skipped."""
     path = importlib.util.find_spec("noto_cjk_sans_otc").origin.replace("__init__.py", "NotoSansCJK-Regular.ttc")
     entry = type(labels.fontManager.ttflist[0])
     entries = [entry(fname=name, name="A") for name in ("/absent.ttf", __file__)] + [entry(fname=path, name="Z")]
@@ -120,7 +120,7 @@ def test_the_systems_fonts_are_asked_last(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["Last Resort", ".LastResort", "Adobe Blank", "AdobeBlank2"])
-def test_fonts_that_have_a_box_for_everything_are_not_used(monkeypatch, name):
+def test_fonts_that_draw_a_box_for_everything_are_not_used(monkeypatch, name):
     path = importlib.util.find_spec("noto_cjk_sans_otc").origin.replace("__init__.py", "NotoSansCJK-Regular.ttc")
     monkeypatch.setattr(labels, "_CJK_PACKAGE", "no_such_package")
     monkeypatch.setattr(labels.fontManager, "ttflist", [type(labels.fontManager.ttflist[0])(fname=path, name=name)])
@@ -132,7 +132,7 @@ def test_fonts_that_have_a_box_for_everything_are_not_used(monkeypatch, name):
 
 @pytest.mark.parametrize("width", [60, 186, 400])
 @pytest.mark.parametrize("name", TEXTS)
-def test_lines_are_no_wider_than_the_image_and_hold_the_whole_text(name, width):
+def test_lines_fit_and_hold_the_whole_text(name, width):
     lines = wrap(TEXTS[name], width)
     for line in lines:
         assert len(line) == 1 or sum(piece.width for piece in line) <= width
@@ -140,17 +140,17 @@ def test_lines_are_no_wider_than_the_image_and_hold_the_whole_text(name, width):
     together = "".join(piece.text for line in lines for piece in line)
     assert together.replace(" ", "") == shown(TEXTS[name])[0].replace(" ", "")
     if all(piece.width < width for line in lines for piece in line):
-        assert not ink(TEXTS[name], width)[:, width + 1 :].any()
+        assert not dark_pixels(TEXTS[name], width)[:, width + 1 :].any()
 
 
-def test_words_are_kept_whole_where_they_fit():
+def test_words_that_fit_are_not_broken():
     lines = shown("a photo of sks dog on a beach", 80)
     assert len(lines) > 1 and " ".join(lines) == "a photo of sks dog on a beach"
 
 
 def test_text_without_spaces_fills_its_lines():
     lines = wrap(CHINESE, 200)
-    assert all(sum(piece.width for piece in line) > 200 - 4 * labels.SIZE for line in lines[:-1])
+    assert all(sum(piece.width for piece in line) > 200 - 4 * labels.FONT_SIZE for line in lines[:-1])
 
 
 @pytest.mark.parametrize("width", range(60, 200, 7))
@@ -164,11 +164,11 @@ def test_line_breaks_and_tabs_count_as_a_space():
     assert wrap("", 100) == wrap(" \n ", 100) == wrap("\u200b", 100) == []
 
 
-def test_a_code_is_not_divided():
+def test_a_code_is_not_broken():
     assert all(len(line.replace("U+1F436", "")) == 0 for line in shown("🐶" * 10, 100))
 
 
-def test_letters_stand_in_their_line():
-    """Nothing of a line of Chinese or of letters with descenders is below it."""
-    rows = np.flatnonzero(ink("猫gjpqÅ赢").any(axis=1))
-    assert rows.min() >= 0 and rows.max() < LINE and BASELINE < LINE
+def test_letters_stay_within_their_line():
+    """Chinese characters and letters with descenders stay within their line."""
+    rows = np.flatnonzero(dark_pixels("猫gjpqÅ赢").any(axis=1))
+    assert rows.min() >= 0 and rows.max() < LINE_HEIGHT and BASELINE < LINE_HEIGHT

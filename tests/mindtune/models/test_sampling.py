@@ -8,11 +8,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn, ops
-from PIL import Image
 
-from mindtune.cli import UserError
-from mindtune.data.conditions import condition_image
-from mindtune.data.grids import image_grid, save_image
 from mindtune.models.execution import eval_mode, free_memory, pynative
 from mindtune.models.sampling import decode_latents, sample_latents
 
@@ -168,72 +164,6 @@ def test_latents_are_unscaled_decoded_and_clipped(compute):
 # ---- grids ---------------------------------------------------------------------------------------
 
 
-def picture(width=200, height=150, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def pixels(image, left, top, width, height):
-    return np.asarray(image)[top : top + height, left : left + width]
-
-
-def test_a_grid_places_rows_and_columns():
-    """Two rows, the second shorter: what is left of it stays white."""
-    rows = [[picture(seed=0), picture(seed=1), picture(seed=2)], [picture(seed=3)]]
-    sheet = image_grid(rows)
-    assert sheet.size == (600, 300)
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            np.testing.assert_array_equal(pixels(sheet, 200 * x, 150 * y, 200, 150), np.asarray(image))
-    assert (pixels(sheet, 200, 150, 400, 150) == 255).all()
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [
-        ["one", "two"],
-        ["a long prompt " * 20, "short"],
-        ["", "数 ☃ \n"],
-        ["红色围巾的猫" * 20, "Ấ\u0301\u0301\u0301\u0301"],
-    ],
-)
-def test_every_row_stands_under_its_label(labels):
-    """Labels never reach into pictures."""
-    rows = [[picture(seed=0)], [picture(seed=1)]]
-    sheet = image_grid(rows, labels)
-    band = sheet.height // 2 - 150
-    assert sheet.width == 200 and band > 0
-    for y, row in enumerate(rows):
-        np.testing.assert_array_equal(pixels(sheet, 0, y * (150 + band) + band, 200, 150), np.asarray(row[0]))
-        assert (pixels(sheet, 0, y * (150 + band), 200, band) < 128).any() == bool(labels[y])
-
-
-@pytest.mark.parametrize(
-    "one, other", [("猫", "狗"), ("ネコ", "イヌ"), ("고양이", "강아지"), ("кот", "пёс"), ("🐱", "🐶")]
-)
-def test_labels_in_other_scripts_can_be_told_apart(one, other):
-    """Characters that a font does not have would all be the same box."""
-    sheets = [np.asarray(image_grid([[picture()]], [label])) for label in (one, other)]
-    assert sheets[0].shape == sheets[1].shape and not np.array_equal(*sheets)
-
-
-def test_small_pictures_are_enlarged_pixel_by_pixel():
-    image = picture(16, 24)
-    sheet = image_grid([[image, image]])
-    scale = sheet.width // 32
-    assert scale > 1 and sheet.size == (32 * scale, 24 * scale)
-    np.testing.assert_array_equal(np.asarray(sheet)[::scale, ::scale], np.tile(np.asarray(image), (1, 2, 1)))
-    np.testing.assert_array_equal(
-        np.asarray(sheet)[scale - 1 :: scale, scale - 1 :: scale], np.tile(np.asarray(image), (1, 2, 1))
-    )
-
-
-def test_save_image_makes_the_folder_and_a_png(tmp_path):
-    image = picture(8, 8)
-    path = save_image(image, tmp_path / "new" / "folder" / "a.png")
-    np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(image))
-    assert Image.open(path).format == "PNG"
-
-
 # ---- looking while training ----------------------------------------------------------------------
 
 
@@ -274,39 +204,3 @@ def test_looking_leaves_no_memory_behind():
 
 
 # ---- conditions ----------------------------------------------------------------------------------
-
-
-def drawing(path, colour):
-    """A bar on a transparent ground, wider than high."""
-    image = Image.new("RGBA", (80, 64))
-    image.paste(colour, (8, 16, 72, 48))
-    image.save(path)
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    "colour, background, ground",
-    [((255,) * 4, None, 0), ((0, 0, 0, 255), None, 255), ((255,) * 4, "white", 255), ((255,) * 4, "black", 0)],
-)
-def test_a_condition_is_laid_on_what_shows_it_or_on_what_the_training_data_are(
-    tmp_path, capsys, colour, background, ground
-):
-    path = drawing(tmp_path / "a.png", colour)
-    image = condition_image(path, "--control_image", 32, 8, background)
-    assert image.size == (40, 32) and image.getpixel((0, 0)) == (ground,) * 3 and image.getpixel((20, 16)) == colour[:3]
-    printed = capsys.readouterr().out
-    assert (f"--control_image {path}: laid on black" in printed) == (background is None and ground == 0)
-    assert ("blank" in printed) == (background == "white")
-
-
-def test_conditions_of_phones_and_what_cannot_be_read(tmp_path, capsys):
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.heic", format="HEIF")
-    assert condition_image(str(tmp_path / "a.heic"), "--control_image", 32).size == (32, 32)
-    assert f"{tmp_path}/a.heic: blank, of one colour throughout" in capsys.readouterr().out
-    (tmp_path / "b.png").write_bytes(b"%PDF-1.7")
-    with pytest.raises(
-        UserError, match=r"--control_image .*b.png: cannot be read as an image .*a PDF: export its pages"
-    ):
-        condition_image(str(tmp_path / "b.png"), "--control_image", 32)
-    with pytest.raises(UserError, match=r"--control_image nowhere.png: cannot be read as an image .missing"):
-        condition_image("nowhere.png", "--control_image", 32)

@@ -1,0 +1,87 @@
+"""What a check of a data set measures: problems, sizes, duplicates, and what cropping cuts off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Optional
+
+from mindtune.data.buckets import min_size, nearest_bucket
+from mindtune.data.checks import Inspection, image_notes, inspect_for_training
+from mindtune.data.image_sample import Sample
+from mindtune.data.order import prefetch
+from mindtune.data.pair_checks import PairInspection, PairNotes, inspect_pair
+from mindtune.data.pairs import Pair, Pairs
+
+Sizes = list[tuple[int, int]]  # (height, width) of every size that a run crops to, in pixels
+
+
+class Item(NamedTuple):
+    """An image or a pair of a data set.
+
+    size: (width, height) in pixels; None if it cannot be used.
+    problem: why it cannot be used; None if it can.
+    digest: the hash of its files; "" if it cannot be used.
+    """
+
+    name: str
+    size: Optional[tuple[int, int]]
+    problem: Optional[str]
+    digest: str
+    caption: Optional[str]
+
+
+def inspect_images(samples: list[Sample], sizes: Sizes, threads: int, flag: str, notes: list[str]) -> list[Item]:
+    """Decodes the images of all samples. Appends to `notes` what a run would print about them, starting with `flag`."""
+
+    def inspect_at(index: int) -> tuple[Item, Inspection]:
+        sample = samples[index]
+        inspection = inspect_for_training(sample, min_size(sizes))
+        digest = "" if inspection.problem else sample.digest
+        return Item(sample.name, inspection.size, inspection.problem, digest, sample.caption), inspection
+
+    inspected = list(prefetch(inspect_at, range(len(samples)), threads))
+    notes += image_notes(((item.name, inspection) for item, inspection in inspected), flag)
+    return [item for item, _ in inspected]
+
+
+def inspect_pairs(pairs: Pairs, sizes: Sizes, threads: int, flag: str, notes: list[str]) -> list[Item]:
+    """Decodes both images of all pairs. Appends to `notes` what a run would print about them, starting with `flag`."""
+
+    def inspect_at(index: int) -> tuple[Pair, PairInspection, Item]:
+        pair = pairs[index]
+        inspection = inspect_pair(pair, min_size(sizes))
+        digest = "" if inspection.problem else pair.image.digest + pair.condition.digest
+        return pair, inspection, Item(pair.image.name, inspection.size, inspection.problem, digest, pair.caption)
+
+    items = []
+    pair_notes = PairNotes()
+    for pair, inspection, item in prefetch(inspect_at, range(len(pairs)), threads):
+        pair_notes.add(pair, inspection)
+        items.append(item)
+    notes += pair_notes.lines(flag)
+    return items
+
+
+def cropped_share(size: tuple[int, int], bucket: tuple[int, int]) -> float:
+    """The share of an image (width, height) that is cut off after scaling it to cover a bucket (height, width)."""
+    scale = max(bucket[1] / size[0], bucket[0] / size[1])
+    return 1.0 - bucket[0] * bucket[1] / (size[0] * scale * size[1] * scale)
+
+
+def cropped_shares_by_bucket(items: Iterable[Item], sizes: Sizes) -> list[list[float]]:
+    """For every bucket the `cropped_share` of each of its items. Items that cannot be used are left out."""
+    shares = [[] for _ in sizes]
+    for item in items:
+        if not item.problem:
+            bucket = nearest_bucket(item.size, sizes)
+            shares[bucket].append(cropped_share(item.size, sizes[bucket]))
+    return shares
+
+
+def duplicates(items: Iterable[Item]) -> list[list[str]]:
+    """The names of items with identical files, one list for each group of them."""
+    names_by_digest = {}
+    for item in items:
+        if item.digest:
+            names_by_digest.setdefault(item.digest, []).append(item.name)
+    return [names for names in names_by_digest.values() if len(names) > 1]

@@ -1,0 +1,180 @@
+"""What the inference scripts share: checks, prompt encoding, sampling with a UNet, saving images."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+from PIL import Image
+
+from mindtune import rng
+from mindtune.cli import UserError, matched
+from mindtune.data import conditions, grids
+from mindtune.encode.encoder_stage import Stage
+from mindtune.files import require_writable
+from mindtune.models import configs, execution, loading, pipelines, sampling
+from mindtune.models.precision import resolve_precision
+
+Text = dict[str, np.ndarray]  # the embeddings of a prompt, as `Stage.text` returns them
+T5_LENGTH = 512  # tokens that FLUX.1 was trained with
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def require_positive(**values: int) -> None:
+    """Raises UserError for a value below 1; each keyword is the name of a flag."""
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1.")
+
+
+def require_side(flag: str, side: int, multiple: int, least: int) -> None:
+    """Raises UserError unless the side of an image, in pixels, is a multiple of `multiple` and at least `least`."""
+    if side % multiple or side < least:
+        raise UserError(f"{flag} {side}: must be divisible by {multiple} and at least {least}.")
+
+
+def require_t5_length(tokens: int) -> None:
+    """Raises UserError unless --max_sequence_length is between 1 and `T5_LENGTH`."""
+    require_positive(max_sequence_length=tokens)
+    if tokens > T5_LENGTH:
+        raise UserError(
+            f"--max_sequence_length {tokens}: FLUX.1 was trained on at most {T5_LENGTH} T5 tokens; "
+            f"use {T5_LENGTH} or less."
+        )
+
+
+def find_pipeline(
+    name: str, revision: Optional[str], variant: Optional[str], cache_dir: Optional[str], components: dict
+) -> Path:
+    """The directory of a pipeline, local or from the hub; its `components` are checked, no weights are read.
+
+    Raises UserError if the pipeline is incomplete or not supported, and if nothing can be written to `cache_dir`.
+    """
+    require_writable("--cache_dir", cache_dir)
+    root = pipelines.resolve_pipeline(name, revision, variant, cache_dir, components)
+    loading.check_files(root, components, variant)
+    return root
+
+
+def find_controlnet(name: str, cache_dir: Optional[str], root: Path, base: str) -> Path:
+    """The directory of a ControlNet, local or from the hub, that fits the component `base` of the pipeline in `root`.
+
+    Raises UserError if it is incomplete, not supported, or made for another model.
+    """
+    folder = pipelines.resolve_controlnet(name, "--controlnet", cache_dir, configs.read_config(root, base))
+    loading.check_files(folder.parent, [folder.name])
+    return folder
+
+
+def pair_conditions(
+    prompts: list[str], paths: list[str], resolution: int, multiple: int
+) -> list[tuple[str, Image.Image]]:
+    """(prompt, condition image) for every row of the grid. The shorter side of an image is `resolution`.
+
+    Raises UserError if the numbers of prompts and images do not match or an image cannot be read.
+    """
+    pairs = matched(prompts, paths, "--prompt", "--control_image")
+    return [
+        (prompt, conditions.condition_image(path, "--control_image", resolution, multiple)) for prompt, path in pairs
+    ]
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def prompt_cache(cache_dir: Optional[str]) -> Iterator[Path]:
+    """The folder for encoded prompts: below `cache_dir`, or a temporary one that is deleted at the end."""
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(cache_dir or temporary, "mindtune")
+
+
+def encode_for_unet(stage: Stage, prompts: Sequence[str]) -> tuple[dict[str, Text], Text]:
+    """Prompt -> its text embeddings, and those of the unconditional prediction of classifier-free guidance."""
+    stage.prepare([*prompts, ""], [])
+    return {prompt: stage.text(prompt) for prompt in prompts}, stage.unconditional()
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """How images are sampled with a UNet and a ControlNet; `count` images per prompt and condition."""
+
+    seed: int
+    count: int
+    steps: int
+    guidance_scale: float
+    conditioning_scale: float
+
+
+class UNetSampler:
+    """Samples with the UNet of `stage`'s pipeline and the ControlNet in the directory `controlnet`.
+
+    `unconditional` are the text embeddings of the unconditional prediction (`Stage.unconditional`).
+    """
+
+    def __init__(self, stage: Stage, controlnet: Path, unconditional: Text, settings: Settings) -> None:
+        precision = resolve_precision(stage.precision)
+        self.unet = loading.load_model(stage.root, "unet", precision, stage.variant)
+        self.controlnet = loading.load_model(controlnet.parent, controlnet.name, precision)
+        self.vae = stage.load_vae()
+        self.scheduler = configs.read_config(stage.root, "scheduler")
+        self.dtype = precision.compute
+        self.vae_dtype = resolve_precision(stage.vae_precision).compute
+        self.unconditional = unconditional
+        self.settings = settings
+
+    def sample(self, text: Text, condition: Image.Image) -> list[Image.Image]:
+        """The images for one prompt (`Stage.text`) and condition image; their noise depends on the seed alone."""
+        settings = self.settings
+        pixels = conditions.condition_pixels(condition)
+        shape = sampling.latent_shape(self.vae, pixels)
+        images = []
+        with execution.pynative():
+            for number in range(settings.count):
+                latents = sampling.sample_unet_latents(
+                    self.unet,
+                    self.scheduler,
+                    text=text,
+                    empty=self.unconditional,
+                    noise=rng.normal(settings.seed, "validation", number, shape=shape),
+                    steps=settings.steps,
+                    guidance_scale=settings.guidance_scale,
+                    compute=self.dtype,
+                    control=(self.controlnet, pixels, settings.conditioning_scale),
+                )
+                images += sampling.decode_latents(self.vae, latents, self.vae_dtype)
+        return images
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A row of the grid: its label, its images, and the condition image that it starts with, if any."""
+
+    label: str
+    images: list[Image.Image]
+    condition: Optional[Image.Image] = None
+
+
+def save_rows(rows: Sequence[Row], output: Path, singles: Sequence[Path]) -> None:
+    """Saves the images to `singles`, row by row, and a labelled grid of them to `output`; prints every path.
+
+    Without `singles` there is one image, and `output` is that image.
+    """
+    images = [image for row in rows for image in row.images]
+    for path, image in zip(singles, images):
+        print(grids.save_image(image, path))
+    if not singles:
+        print(grids.save_image(images[0], output))
+        return
+    cells = [[row.condition, *row.images] if row.condition else row.images for row in rows]
+    print(grids.save_image(grids.image_grid(cells, [row.label for row in rows]), output))
