@@ -64,8 +64,8 @@ def train(way, work, mode):
         stage, captions, images, _ = job
         real = child.load_model
         encoder_stage.load_model = child.load_model = lambda *a, **k: kept.append(real(*a, **k)) or kept[-1]
-        child._encode_captions(stage, captions)
-        child._encode_images(stage, images)
+        child.encode_captions(stage, captions)
+        child.encode_images(stage, images)
         encoder_stage.load_model = child.load_model = real
         if way == "deleted":
             for cell in kept:

@@ -73,7 +73,7 @@ def run(kind, mode, work, updates, every):
 
         setattr(owner, name, call)
 
-    watch_calls(encoder_stage.Stage, "prepare", "encoding")
+    watch_calls(encoder_stage.EncoderStage, "prepare", "encoding")
     watch_calls(script.Painter, "rows" if kind == "lora" else "draw", "validation")
     watch_calls(script.checkpoint, "save_checkpoint", "saving")
     watch_calls(script.execution, "free_memory", "freeing")

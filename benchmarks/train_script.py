@@ -173,7 +173,7 @@ def train(job):
 def encode_images(job):
     """Images per second of the encoder stage, with decoding and writing its entries, after the first two."""
     execution.set_up_device(graph_mode=False)
-    stage = encoder_stage.Stage(Path(job["root"]), None, "no", Path(job["out"]), 12)
+    stage = encoder_stage.EncoderStage(Path(job["root"]), None, "no", Path(job["out"]), 12)
     samples = folders.samples_in_folder(job["images"], "images")[: job["count"]]
     put = stage.cache.put
     ends = []
@@ -183,7 +183,7 @@ def encode_images(job):
         ends.append(time.perf_counter())
 
     stage.cache.put = watched_put
-    child._encode_images(stage, [(sample, job["side"], False) for sample in samples])
+    child.encode_images(stage, [(sample, job["side"], False) for sample in samples])
     return {"images_per_second": (len(ends) - 2) / (ends[-1] - ends[1])}
 
 

@@ -12,9 +12,9 @@ whose rows start with their condition.
 import argparse
 
 from mindtune import rng
-from mindtune.cli import run
+from mindtune.cli import run_script
 from mindtune.data import grids
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.models import configs, execution, loading, pipelines, precision, sampling
 from mindtune.run import inference
 
@@ -117,7 +117,7 @@ def main(argv=None):
     weights = precision.resolve_precision(args.mixed_precision)
     int8 = args.base_precision == "int8"
     with inference.prompt_cache(args.cache_dir) as folder:
-        stage = Stage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, int8=int8)
+        stage = EncoderStage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, int8=int8)
         stage.prepare(args.prompt, [])
         texts = {prompt: stage.text(prompt) for prompt in args.prompt}
 
@@ -153,4 +153,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

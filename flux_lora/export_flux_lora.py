@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from mindtune import files
-from mindtune.cli import UserError, run
-from mindtune.models import lora, lora_layouts, precision
+from mindtune.cli import UserError, run_script
+from mindtune.models import lora_files, lora_layouts, precision
 
 # ---- flags ---------------------------------------------------------------------------------------
 
@@ -52,21 +52,21 @@ def main(argv=None):
     args = parse_args(argv)
     output = Path(args.output)
     check_output(output, args.overwrite)
-    source = lora.find_lora(args.lora, "--lora")
-    tensors, alphas = lora.read_lora(source, "--lora")
+    source = lora_files.find_lora(args.lora, "--lora")
+    tensors, alphas = lora_files.read_lora(source, "--lora")
     dtype = precision.DTYPES[args.dtype] if args.dtype else None
     ranks = {}
 
     def write(path):
-        ranks.update(lora.write_lora(path, tensors, alphas, args.format, dtype))
+        ranks.update(lora_files.write_lora(path, tensors, alphas, args.format, dtype))
 
     try:
         files.write_atomically(output, write)
     except ValueError as error:
         raise UserError(f"--lora {source}: {error}.") from None
-    print(f"{output}: {args.format} layout, {lora.count_ranks(ranks)}, {args.dtype or 'dtype unchanged'}")
+    print(f"{output}: {args.format} layout, {lora_files.describe_ranks(ranks)}, {args.dtype or 'dtype unchanged'}")
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

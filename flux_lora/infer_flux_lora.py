@@ -12,11 +12,11 @@ layouts of other tools that are read.
 import argparse
 
 from mindtune import rng
-from mindtune.cli import UserError, run
+from mindtune.cli import UserError, run_script
 from mindtune.data import grids
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.encode.text_encoders import clip_pooled
-from mindtune.models import configs, execution, loading, lora, pipelines, precision, sampling
+from mindtune.models import configs, execution, loading, lora, lora_files, pipelines, precision, sampling, tokenization
 from mindtune.models.weights import linear_layers
 from mindtune.run import inference
 
@@ -89,22 +89,22 @@ def main(argv=None):
     check_flags(args)
     count = len(args.prompt) * args.num_images_per_prompt * (2 if args.compare else 1)
     output, singles = grids.output_files(args.output, count, args.overwrite)
-    adapter = lora.find_lora(args.lora, "--lora") if args.lora else None
-    parts = lora.read_parts(adapter, "--lora") if adapter else {}
+    adapter = lora_files.find_lora(args.lora, "--lora") if args.lora else None
+    parts = lora_files.read_adapters(adapter, "--lora") if adapter else {}
     execution.set_up_device(graph_mode=False)
     root = inference.find_pipeline(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
     )
     if adapter:
         layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
-        lora.check_parts(adapter, "--lora", parts, layers)
+        lora_files.check_adapters(adapter, "--lora", parts, layers)
     adapts_clip = "text_encoder" in parts
 
     # Encode the prompts, in a child process: its memory is free before the transformer loads.
     weights = precision.resolve_precision(args.mixed_precision)
     int8 = args.base_precision == "int8"
     with inference.prompt_cache(args.cache_dir) as folder:
-        stage = Stage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, int8=int8)
+        stage = EncoderStage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, int8=int8)
         stage.prepare(args.prompt, [])
         texts = {prompt: stage.text(prompt) for prompt in args.prompt}
 
@@ -112,7 +112,7 @@ def main(argv=None):
     models = {"transformer": loading.load_model(root, "transformer", weights, args.variant, int8)}
     if adapts_clip:
         models["text_encoder"] = loading.load_model(root, "text_encoder", weights, args.variant)
-        tokenizer = loading.load_tokenizer(root / "tokenizer")
+        tokenizer = tokenization.load_tokenizer(root / "tokenizer")
     if adapter:
         lora.load_lora(adapter, models, weights.compute, scale=args.lora_scale)
     vae = loading.load_model(root, "vae", weights, args.variant)
@@ -153,4 +153,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -16,8 +16,7 @@ import numpy as np
 from mindspore import ops
 
 from mindtune import files, flow, rng
-from mindtune.cli import UserError, shown, tell
-from mindtune.cli import run as run_script
+from mindtune.cli import UserError, print_lines, printable, run_script
 from mindtune.data import buckets, checks, columns, folders, order, tables
 from mindtune.data.image_data import ClassImages, ImageData
 from mindtune.distributed import ranks
@@ -152,10 +151,10 @@ def find_initial_lora(args, root):
 def load_samples(args, sizes):
     """Every usable instance image with its caption, decoded and checked. Raises UserError."""
     if args.dataset_name:
-        flag = f"--dataset_name {shown(args.dataset_name)}"
+        flag = f"--dataset_name {printable(args.dataset_name)}"
         samples = tables.samples_in_dataset(args.select(columns.Source))
     else:
-        flag = f"--instance_data_dir {shown(args.instance_data_dir)}"
+        flag = f"--instance_data_dir {printable(args.instance_data_dir)}"
         samples = folders.samples_in_folder(args.instance_data_dir, "--instance_data_dir", args.caption_column)
     samples = samples[: args.max_train_samples]
     threads = args.dataloader_num_workers
@@ -392,7 +391,7 @@ def main(argv=None):
     )
     run.set_data(data)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
-    tell(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
+    print_lines(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
     stage.encode(data.captions(args.validation_prompt), data.images(args.random_flip) if args.cache_latents else ())
 
     # ---- load, freeze, cast ----

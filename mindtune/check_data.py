@@ -16,20 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from mindtune.cli import UserError, check_flags, indented_list, printable, run
+from mindtune.cli import UserError, check_flags, indented_list, printable, run_script
 from mindtune.data.buckets import crop_sizes
 from mindtune.data.columns import Source
 from mindtune.data.folders import holds_no_image, samples_in_folder
 from mindtune.data.image_sample import Sample
 from mindtune.data.pairs import check_source_flags, load_pairs
-from mindtune.data.statistics import (
-    Item,
-    Sizes,
-    cropped_shares_by_bucket,
-    duplicates,
-    inspect_images,
-    inspect_pairs,
-)
+from mindtune.data.statistics import Item, Sizes, cropped_shares_by_bucket, duplicates, inspect_images, inspect_pairs
 from mindtune.data.tables import samples_in_dataset
 from mindtune.encode.estimate import cache_bytes, captions_too_long, read_encoders
 from mindtune.files import require_writable
@@ -261,4 +254,4 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -17,7 +17,7 @@ class UserError(Exception):
     """An error that the user can fix. The text names the flag or file, what was found, and what to do."""
 
 
-def run(main: Callable[[], Optional[int]]) -> None:
+def run_script(main: Callable[[], Optional[int]]) -> None:
     """Calls `main` and exits: with its result or 0, with 2 after a `UserError` or a full disk, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # escape the characters that the terminal's encoding lacks

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from mindtune.cli import UserError, run
+from mindtune.cli import UserError, run_script
 
 
 def main() -> Optional[int]:
@@ -26,4 +26,4 @@ def main() -> Optional[int]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -11,9 +11,9 @@ whose rows start with their condition.
 
 import argparse
 
-from mindtune.cli import run
+from mindtune.cli import run_script
 from mindtune.data import grids
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.models import execution, pipelines
 from mindtune.run import inference
 
@@ -114,7 +114,7 @@ def main(argv=None):
 
     # Encode the prompts, in a child process: its memory is free before the UNet loads.
     with inference.prompt_cache(args.cache_dir) as folder:
-        stage = Stage(root, args.variant, args.mixed_precision, folder, max_sequence_length=77, kind="sd")
+        stage = EncoderStage(root, args.variant, args.mixed_precision, folder, max_sequence_length=77, system="sd")
         texts, unconditional = inference.encode_for_unet(stage, args.prompt)
 
     # Load the models, generate and save the images.
@@ -125,4 +125,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -11,9 +11,9 @@ whose rows start with their condition.
 
 import argparse
 
-from mindtune.cli import run
+from mindtune.cli import run_script
 from mindtune.data import grids
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.models import execution, loading, pipelines
 from mindtune.run import inference
 
@@ -125,13 +125,13 @@ def main(argv=None):
 
     # Encode the prompts, in a child process: its memory is free before the UNet loads.
     with inference.prompt_cache(args.cache_dir) as folder:
-        stage = Stage(
+        stage = EncoderStage(
             root,
             variant=args.variant,
             precision=args.mixed_precision,
             folder=folder,
             max_sequence_length=77,
-            kind="sdxl",
+            system="sdxl",
             vae=vae_folder,
             vae_precision=vae_precision,
         )
@@ -145,4 +145,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -17,8 +17,7 @@ import mindspore as ms
 import numpy as np
 
 from mindtune import diffusion, files, flow, rng
-from mindtune.cli import run as run_script
-from mindtune.cli import tell
+from mindtune.cli import print_lines, run_script
 from mindtune.data import columns, conditions, order, pair_data
 from mindtune.distributed import ranks
 from mindtune.encode.cache import component_fingerprint
@@ -233,7 +232,7 @@ def main(argv=None):
     run.set_data(data)
     prompts = validation.load_conditions(pairs, args.resolution, 8, data.background)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
-    tell(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
+    print_lines(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
 
     # ---- encode ----
     stage = EncoderStage(

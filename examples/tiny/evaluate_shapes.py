@@ -151,12 +151,12 @@ def generate(
 
     from mindtune import rng
     from mindtune.encode.text_encoders import token_ids
-    from mindtune.models import configs, execution, loading, lora, precision, sampling
+    from mindtune.models import configs, execution, loading, lora, precision, sampling, tokenization
 
     execution.set_up_device(graph_mode=False)
     full = precision.resolve_precision("no")
     cells = [loading.load_model(root, part, full) for part in ("transformer", "text_encoder", "text_encoder_2", "vae")]
-    tokenizers = loading.load_tokenizer(root / "tokenizer"), loading.load_tokenizer(root / "tokenizer_2")
+    tokenizers = tokenization.load_tokenizer(root / "tokenizer"), tokenization.load_tokenizer(root / "tokenizer_2")
     scheduler = configs.read_config(root, "scheduler")
     images = []
     transformer, clip, t5, vae = cells

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save
 
 from mindtune import files, flow, rng
 from mindtune.encode.text_encoders import token_ids
-from mindtune.models import configs, execution, library, loading, precision
+from mindtune.models import configs, execution, library, loading, named_parameters, precision, tokenization
 from mindtune.models.weights import weight_files
 from mindtune.optim import averaging, optimizers, schedules
 from mindtune.run import checkpoint
@@ -78,7 +78,7 @@ def make_data(root: Path, path: Path) -> dict[str, np.ndarray]:
     """The VAE moments and token ids of every scene of the training split, computed once and kept in the file `path`."""
     if not path.is_file():
         vae = loading.load_model(root, "vae", precision.resolve_precision("no"))
-        tokenizers = loading.load_tokenizer(root / "tokenizer"), loading.load_tokenizer(root / "tokenizer_2")
+        tokenizers = tokenization.load_tokenizer(root / "tokenizer"), tokenization.load_tokenizer(root / "tokenizer_2")
         all_scenes = scenes("train")
         moments = []
         for start in range(0, len(all_scenes), 64):
@@ -146,7 +146,7 @@ def write_weights(root: Path, cells: dict[str, nn.Cell], average: dict[str, np.n
         path = weight_files(root, part)[0]
         names = sorted(load_file(path))
         ours = {
-            loading.hf_name(name[len(part) + 1 :]): value
+            named_parameters.hf_name(name[len(part) + 1 :]): value
             for name, value in average.items()
             if name.startswith(f"{part}.")
         }

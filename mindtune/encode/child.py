@@ -15,7 +15,7 @@ import mindspore as ms
 import numpy as np
 from tqdm import tqdm
 
-from mindtune.cli import UserError, run
+from mindtune.cli import UserError, run_script
 from mindtune.data.crops import pixel_values
 from mindtune.data.image_sample import Sample
 from mindtune.encode.encoder_stage import ClassImageRequest, EncodeJob, EncoderStage, Size
@@ -125,4 +125,4 @@ def _generate_class_images(stage: EncoderStage, request: ClassImageRequest) -> N
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

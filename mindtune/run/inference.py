@@ -14,7 +14,7 @@ from PIL import Image
 from mindtune import rng
 from mindtune.cli import UserError, matched
 from mindtune.data import conditions, grids
-from mindtune.encode.encoder_stage import Stage
+from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.files import require_writable
 from mindtune.models import configs, execution, loading, pipelines, sampling
 from mindtune.models.precision import resolve_precision
@@ -95,7 +95,7 @@ def prompt_cache(cache_dir: Optional[str]) -> Iterator[Path]:
         yield Path(cache_dir or temporary, "mindtune")
 
 
-def encode_for_unet(stage: Stage, prompts: Sequence[str]) -> tuple[dict[str, Text], Text]:
+def encode_for_unet(stage: EncoderStage, prompts: Sequence[str]) -> tuple[dict[str, Text], Text]:
     """Prompt -> its text embeddings, and those of the unconditional prediction of classifier-free guidance."""
     stage.prepare([*prompts, ""], [])
     return {prompt: stage.text(prompt) for prompt in prompts}, stage.unconditional()
@@ -120,7 +120,7 @@ class UNetSampler:
     `unconditional` are the text embeddings of the unconditional prediction (`Stage.unconditional`).
     """
 
-    def __init__(self, stage: Stage, controlnet: Path, unconditional: Text, settings: Settings) -> None:
+    def __init__(self, stage: EncoderStage, controlnet: Path, unconditional: Text, settings: Settings) -> None:
         precision = resolve_precision(stage.precision)
         self.unet = loading.load_model(stage.root, "unet", precision, stage.variant)
         self.controlnet = loading.load_model(controlnet.parent, controlnet.name, precision)

@@ -18,9 +18,9 @@ import mindspore as ms
 from mindtune.data.buckets import crop_sizes
 from mindtune.models.configs import read_config
 from mindtune.models.controlnets import controlnet_shapes
-from mindtune.models.named_parameters import ParameterShape
 from mindtune.models.loading import component_shapes
 from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
+from mindtune.models.named_parameters import ParameterShape
 from mindtune.models.precision import DTYPES
 from mindtune.optim.adam8bit import BLOCK, MIN_SIZE
 from mindtune.run.activations import Block, flux_blocks, kept_bytes, largest_block_bytes, unet_controlnet_blocks

@@ -32,7 +32,18 @@ import make_tiny_pipeline
 import steps
 
 from mindtune import cli
-from mindtune.models import configs, controlnets, execution, flux_blocks, library, loading, lora, pipelines, precision
+from mindtune.models import (
+    configs,
+    controlnets,
+    execution,
+    flux_blocks,
+    library,
+    loading,
+    lora,
+    named_parameters,
+    pipelines,
+    precision,
+)
 from mindtune.models.weights import weight_files
 from mindtune.run import tracking
 
@@ -195,7 +206,9 @@ def shapes(parameters):
 
 
 def values(model):
-    return {name: parameter.to(ms.float32).asnumpy() for name, parameter in loading.model_parameters(model).items()}
+    return {
+        name: parameter.to(ms.float32).asnumpy() for name, parameter in named_parameters.model_parameters(model).items()
+    }
 
 
 def differing(what, expected, found):
@@ -233,13 +246,13 @@ def write_reference(work):
         make(work / kind)
     for kind, part in PARTS:
         full = precision.resolve_precision("no")
-        facts[f"{kind}/{part}"] = shapes(loading.model_parameters(loading.load_model(work / kind, part, full)))
+        facts[f"{kind}/{part}"] = shapes(named_parameters.model_parameters(loading.load_model(work / kind, part, full)))
     for kind, part in adaptable():
         model = adapted(work / kind, part)
         facts[f"{kind}/{part} with LoRA"] = shapes(lora.lora_parameters(model))
         lora.save_lora(work / f"{kind}-{part}.safetensors", {part: model}, ms.float32)
     for name, model, _ in new_controlnets(work):
-        facts[name] = shapes(loading.model_parameters(model))
+        facts[name] = shapes(named_parameters.model_parameters(model))
         loading.save_model(model, work / name, ms.float32)
     (work / "facts.json").write_text(json.dumps({"versions": tracking.package_versions(), "shapes": facts}))
     numbers = {f"{name}/{key}": value for name, step in steps.STEPS.items() for key, value in step(work).items()}
@@ -262,14 +275,18 @@ def check_models(work, facts):
         path = weight_files(root, part)[0]
         file = load_file(path)
         model = loading.load_model(root, part, full)
-        problems += wrong(f"{label}: names and shapes", facts[label], shapes(loading.model_parameters(model)))
+        problems += wrong(f"{label}: names and shapes", facts[label], shapes(named_parameters.model_parameters(model)))
         problems += differing(label, file, values(model))
         # T5's `wo` overflows in fp16 and stays in float32.
         loaded = loading.load_model(root, part, half)
         wide = [name for name in file if kind == "flux" and ".wo." in name]
         rounded = {name: value if name in wide else value.astype(np.float16) for name, value in file.items()}
         problems += differing(f"{label} in fp16", rounded, values(loaded))
-        single = {name for name, parameter in loading.model_parameters(loaded).items() if parameter.dtype != ms.float16}
+        single = {
+            name
+            for name, parameter in named_parameters.model_parameters(loaded).items()
+            if parameter.dtype != ms.float16
+        }
         problems += wrong(f"{label} in fp16: what stays float32", sorted(wide), sorted(single))
         problems += refused_without_a_tensor(work, kind, part, file)
         count += len(file)
@@ -323,7 +340,7 @@ def check_loras(work, facts):
 def check_controlnets(work, facts):
     problems = []
     for name, model, base in new_controlnets(work):
-        problems += wrong(f"{name}: names and shapes", facts[name], shapes(loading.model_parameters(model)))
+        problems += wrong(f"{name}: names and shapes", facts[name], shapes(named_parameters.model_parameters(model)))
         loading.save_model(model, work / "ours", ms.float32)
         file = "diffusion_pytorch_model.safetensors"
         problems += differing(

@@ -39,7 +39,7 @@ def test_a_file_for_another_width_is_refused_of_both_kinds(monkeypatch, tmp_path
 
 
 def test_both_kinds_compute_in_the_type_asked_for():
-    model = precision.compute_in(Model(), ms.float16)
+    model = precision.set_compute_dtype(Model(), ms.float16)
     x = ms.Tensor(np.ones((2, 4), np.float32))
     assert model.to_q(x).dtype == model.to_k(x).dtype == ms.float16
     # mint's norm refuses a half-precision input beside its float32 weight.

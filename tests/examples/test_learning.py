@@ -3,7 +3,7 @@
 import numpy as np
 from conftest import ROOT, load_script
 
-from mindtune.models.lora import LORA_FILE
+from mindtune.models.lora_files import LORA_FILE
 
 learning = load_script("benchmarks/learning.py")
 evaluator = load_script("examples/tiny/evaluate_shapes.py")

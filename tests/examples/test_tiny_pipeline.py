@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import load_script
 
-from mindtune.models import configs, loading, pipelines
+from mindtune.models import configs, pipelines, tokenization
 
 maker = load_script("examples/tiny/make_tiny_pipeline.py")
 COMPONENTS = {"flux": pipelines.FLUX_COMPONENTS, "sd15": pipelines.SD_COMPONENTS, "sdxl": pipelines.SDXL_COMPONENTS}
@@ -56,7 +56,7 @@ def test_mindones_pipeline_loads_it_and_generates_an_image(made, kind, cls):
 
 def test_the_two_text_encoders_and_tokenizers_of_sdxl(made):
     """The text encoders have different widths and are concatenated for the UNet; the second tokenizer pads with "!"."""
-    first, second = (loading.load_tokenizer(made["sdxl"] / name) for name in ("tokenizer", "tokenizer_2"))
+    first, second = (tokenization.load_tokenizer(made["sdxl"] / name) for name in ("tokenizer", "tokenizer_2"))
     assert (first.pad_token, second.pad_token) == ("<|endoftext|>", "!")
     assert first("a dog").input_ids == second("a dog").input_ids
     widths = [configs.read_config(made["sdxl"], name)["hidden_size"] for name in ("text_encoder", "text_encoder_2")]

@@ -87,7 +87,7 @@ def test_training_and_inference_generate_the_same_images(infer, trained, shapes,
 def test_scale_zero_is_the_base_model_and_a_larger_one_is_further_from_it(infer, small_flux, warm_cache):
     full = precision.resolve_precision("no")
     transformer, vae = (loading.load_model(small_flux, part, full) for part in ("transformer", "vae"))
-    text = encoder_stage.Stage(small_flux, None, "no", warm_cache / "mindtune", 16).text("a red circle")
+    text = encoder_stage.EncoderStage(small_flux, None, "no", warm_cache / "mindtune", 16).text("a red circle")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     latents = sampling.sample_latents(
         transformer,
@@ -109,7 +109,7 @@ def test_a_condition_is_encoded_as_in_training(small_flux, shapes, warm_cache):
     """The mean of the posterior, shifted and scaled; the moments are those that training caches."""
     vae = loading.load_model(small_flux, "vae", precision.resolve_precision("no"))
     config = configs.read_config(small_flux, "vae")
-    stage = encoder_stage.Stage(small_flux, None, "no", warm_cache / "mindtune", 16)
+    stage = encoder_stage.EncoderStage(small_flux, None, "no", warm_cache / "mindtune", 16)
     sample = image_sample.Sample("0", outline(shapes, 0))
     mean = stage.moments(sample, (32, 32), False)[:16].astype(np.float64)
     image = conditions.condition_image(outline(shapes, 0), "--control_image", 32)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
-from mindtune.models import lora
+from mindtune.models import lora, lora_files
 from mindtune.models.weights import linear_layers
 
 ENDS = {"transformer": tuple(lora.TRANSFORMER_TARGETS), "text_encoder": tuple(lora.TEXT_ENCODER_TARGETS)}
@@ -51,7 +51,7 @@ def adapter(tiny_flux, tmp_path):
                 tensors[f"{prefix}.{layer}.lora_B.weight"] = 0.2 * b
                 alphas[f"{prefix}.{layer}"] = 6.0
     (tmp_path / "run").mkdir()
-    lora.write_lora(tmp_path / "run" / lora.LORA_FILE, tensors, alphas, "diffusers")
+    lora_files.write_lora(tmp_path / "run" / lora_files.LORA_FILE, tensors, alphas, "diffusers")
     return tmp_path / "run"
 
 
@@ -61,8 +61,8 @@ def header(path):
 
 
 def assert_same_parts(found, expected):
-    found = lora.read_parts(found, "")
-    expected = lora.read_parts(expected, "")
+    found = lora_files.read_adapters(found, "")
+    expected = lora_files.read_adapters(expected, "")
     assert found.keys() == expected.keys()
     for prefix, part in expected.items():
         assert sorted(found[prefix]) == sorted(part)
@@ -77,9 +77,9 @@ def assert_same_parts(found, expected):
 def test_exporting_and_importing_gives_the_same_adapter(export, adapter, layout):
     """The same tensors and the same settings of peft."""
     exported = export(adapter, layout, name="exported")
-    assert_same_parts(exported, adapter / lora.LORA_FILE)
+    assert_same_parts(exported, adapter / lora_files.LORA_FILE)
     back = export(exported, "diffusers", name="back")
-    first = adapter / lora.LORA_FILE
+    first = adapter / lora_files.LORA_FILE
     assert load_file(back).keys() == load_file(first).keys()
     assert json.loads(header(back)["lora_adapter_metadata"]) == json.loads(header(first)["lora_adapter_metadata"])
     for name, value in load_file(first).items():

@@ -60,31 +60,17 @@ SAID = (
 )
 
 
-def test_an_ugly_folder_trains(train, ugly, tmp_path, monkeypatch):
-    """On a terminal that takes UTF-8 alone."""
+def test_an_ugly_folder_is_trained_on(train, ugly, tmp_path, monkeypatch):
+    """In a process whose terminal takes only UTF-8."""
     before = {path: path.read_bytes() for path in ugly.rglob("*") if path.is_file()}
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
     more = ["--max_train_steps", 2, "--train_batch_size", 2, "--validation_split", 0.3, "--cache_latents"]
     done = train(tmp_path / "out", "--instance_data_dir", ugly, *more, encoding="utf-8")
     assert [done.stdout.count(line) for line in SAID] == [1] * len(SAID), done.stdout
-    assert "Thumbs.db" not in done.stdout and "\n5 pictures, 2 held out" in done.stdout
+    assert "Thumbs.db" not in done.stdout and "\n5 samples per epoch, 2 held out" in done.stdout
     assert [line["step"] for line in metrics(tmp_path / "out") if "loss" in line] == [1, 2]
     assert len(json.loads((tmp_path / "out/run.json").read_text())["data"]["held_out"]) == 2
     assert {path: path.read_bytes() for path in ugly.rglob("*") if path.is_file()} == before
-
-
-def test_a_class_folder_of_litter_is_one_to_fill(lora_script, flags, tmp_path, capsys):
-    folder = tmp_path / "class"
-    folder.mkdir()
-    (folder / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
-    args = lora_script.parse_args(
-        flags(tmp_path / "out", "--with_prior_preservation", "--class_data_dir", folder, "--class_prompt", "a cat")
-    )
-    assert lora_script.class_samples(args, [(32, 32)], {0: 5})[0] == []
-    smooth(0).save(folder / "a.HEIC", format="HEIF")
-    (folder / "clip.mp4").write_bytes(b"x")
-    samples, _ = lora_script.class_samples(args, [(32, 32)], {0: 5})
-    assert [sample.caption for sample in samples] == ["a cat"] and "clip.mp4 (videos" in capsys.readouterr().out
 
 
 def saved(folder, cells):

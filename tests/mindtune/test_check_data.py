@@ -11,7 +11,7 @@ from conftest import load_script
 from PIL import Image
 
 from mindtune.check_data import main
-from mindtune.cli import UserError, run
+from mindtune.cli import UserError, run_script
 from mindtune.data.folders import samples_in_folder
 from mindtune.data.statistics import cropped_share
 from mindtune.encode import child
@@ -234,6 +234,6 @@ def test_unreadable_data_are_refused(flags, parts):
 def test_exit_codes_of_the_command(photos, monkeypatch, capsys, flags, code):
     monkeypatch.setattr("mindtune.cli.signal.signal", lambda *_: None)  # `run` replaces the handlers of the tests
     with pytest.raises(SystemExit) as caught:
-        run(lambda: main(["--instance_data_dir", str(photos), "--instance_prompt", "a cat", *flags]))
+        run_script(lambda: main(["--instance_data_dir", str(photos), "--instance_prompt", "a cat", *flags]))
     assert caught.value.code == code
     assert capsys.readouterr().err.startswith("error: give either") == (code == 2)

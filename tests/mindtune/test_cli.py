@@ -30,7 +30,7 @@ def test_a_full_disk_is_reported_for_every_kind_of_error(capsys, own_signals, er
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        cli.run(fail)
+        cli.run_script(fail)
     assert caught.value.code == 2 and "error: the disk is full" in capsys.readouterr().err
 
 
@@ -39,7 +39,7 @@ def test_other_errors_are_not_reported_as_a_full_disk(own_signals):
         raise SafetensorError("header too large")
 
     with pytest.raises(SafetensorError):
-        cli.run(fail)
+        cli.run_script(fail)
 
 
 def test_the_first_signal_sets_the_exit_code_and_the_second_stops_at_once(own_signals):

@@ -29,7 +29,18 @@ from shapes import render, render_outline, sample_scene
 from mindtune import diffusion, flow, rng
 from mindtune.data import conditions, crops
 from mindtune.encode import encoder_stage, text_encoders
-from mindtune.models import configs, controlnets, execution, flux_blocks, loading, lora, precision, sampling
+from mindtune.models import (
+    configs,
+    controlnets,
+    execution,
+    flux_blocks,
+    loading,
+    lora,
+    named_parameters,
+    precision,
+    sampling,
+    tokenization,
+)
 from mindtune.optim import optimizers
 
 UPDATES = 50
@@ -144,7 +155,7 @@ def all_settings(case, root):
 def make_stage(settings, root, folder):
     """The encoder stage of a case, with its cache in `folder`."""
     kind = settings["kind"].split("_")[0].replace("sd15", "sd")
-    return encoder_stage.Stage(root, None, "no", folder, settings["length"], kind=kind)
+    return encoder_stage.EncoderStage(root, None, "no", folder, settings["length"], kind=kind)
 
 
 def scene(number, position):
@@ -178,7 +189,7 @@ def make_batch(settings, root, number, stage, vae):
         batch["condition"] = normal("condition", 2 * channels, height, width)
         batch["condition_posterior"] = normal("condition posterior", channels, height, width)
     if "text_encoder" in settings.get("targets", ()):
-        tokenizer = loading.load_tokenizer(root / "tokenizer")
+        tokenizer = tokenization.load_tokenizer(root / "tokenizer")
         captions = ["a red circle", "a blue star on a white background"]
         ids = [text_encoders.token_ids(tokenizer, caption, 77) for caption in captions]
         batch["ids"] = np.stack(ids).astype(np.int32)
@@ -282,7 +293,7 @@ class Ours:
         else:
             zero = ("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")
             controlnet = controlnets.unet_controlnet(self.base, 0)
-        for name, parameter in loading.model_parameters(controlnet).items():
+        for name, parameter in named_parameters.model_parameters(controlnet).items():
             parameter.requires_grad = True
             if name.startswith(zero):
                 parameter.set_data(ms.Tensor(0.05 * rng.normal(0, name, shape=parameter.shape)))
@@ -291,7 +302,7 @@ class Ours:
         for model in (controlnet, self.base):
             flux_blocks.bind(model)
         self.cells = {"controlnet": controlnet, **self.cells}
-        self.trained = {f"controlnet.{name}": p for name, p in loading.model_parameters(controlnet).items()}
+        self.trained = {f"controlnet.{name}": p for name, p in named_parameters.model_parameters(controlnet).items()}
 
     def save(self, folder):
         """Writes the initial trained weights for reference.py."""
@@ -413,7 +424,9 @@ class Ours:
             else:
                 pooled = text["pooled_prompt_embeds"]
                 if clip := self.cells.get("text_encoder"):
-                    pooled = text_encoders.clip_pooled(clip, loading.load_tokenizer(self.root / "tokenizer"), CAPTION)
+                    pooled = text_encoders.clip_pooled(
+                        clip, tokenization.load_tokenizer(self.root / "tokenizer"), CAPTION
+                    )
                 control = (controlnet, sampling.encode_image(vae, condition, ms.float32), 1.0) if controlnet else None
                 latents = sampling.sample_latents(
                     self.base,

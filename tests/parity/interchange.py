@@ -22,7 +22,7 @@ import train_dreambooth_lora_flux
 from shapes import make_folder, make_subject, render_outline
 
 from mindtune import rng
-from mindtune.models import configs, lora
+from mindtune.models import configs, lora_files
 
 SCRIPTS = {
     "flux_lora": (train_dreambooth_lora_flux, infer_flux_lora),
@@ -103,7 +103,7 @@ def prepare(work):
         render_outline(scene(0, 0), 96).convert("RGB").resize((96, 64)).save(folder / "condition.png")
         train(folder, kind, root, data, "ours", 0.05, 3, *MORE.get(kind, ()))
     layouts = work / "layouts"
-    adapter = work / "flux_lora" / "ours" / lora.LORA_FILE
+    adapter = work / "flux_lora" / "ours" / lora_files.LORA_FILE
     layouts.mkdir()
     (layouts / "pipeline").symlink_to(roots["flux_lora"])
     shutil.copy(adapter, layouts / "adapter.safetensors")
@@ -115,7 +115,7 @@ def prepare(work):
 
 def weight_changes(path):
     """Layer -> the weight change B A alpha / rank of a LoRA file."""
-    tensors, alphas = lora.read_lora(path, "--lora")
+    tensors, alphas = lora_files.read_lora(path, "--lora")
     changes = {}
     for layer in {name.rpartition(".lora_")[0] for name in tensors}:
         a, b = (tensors[f"{layer}.lora_{half}.weight"].astype(np.float64) for half in "AB")
@@ -142,7 +142,7 @@ def compare(work, roots, data):
 
         flag = "--lora_model_name_or_path" if kind == "flux_lora" else "--controlnet_model_name_or_path"
         read = weight_changes if kind == "flux_lora" else load_file
-        file = lora.LORA_FILE if kind == "flux_lora" else "diffusion_pytorch_model.safetensors"
+        file = lora_files.LORA_FILE if kind == "flux_lora" else "diffusion_pytorch_model.safetensors"
         for out, rate in (("unchanged", 0.0), ("moved", 1e-3)):
             train(folder, kind, root, data, out, rate, 1, f"{flag}={folder / 'theirs'}")
         before, unchanged, moved = (read(folder / out / file) for out in ("theirs", "unchanged", "moved"))

@@ -10,7 +10,7 @@ from mindtune import rng
 from mindtune.cli import UserError
 from mindtune.data import conditions
 from mindtune.encode.encoder_stage import EncoderStage
-from mindtune.models import configs, controlnets, loading, precision, sampling
+from mindtune.models import configs, controlnets, loading, named_parameters, precision, sampling
 
 from .conftest import FINAL
 
@@ -22,7 +22,7 @@ def perturbed(pipelines, tmp_path_factory):
     for kind, root in pipelines.items():
         unet = loading.load_model(root, "unet", precision.resolve_precision("no"))
         controlnet = controlnets.unet_controlnet(unet, 0)
-        for name, parameter in loading.model_parameters(controlnet).items():
+        for name, parameter in named_parameters.model_parameters(controlnet).items():
             parameter.set_data(parameter + ms.Tensor(0.05 * rng.normal(0, name, shape=parameter.shape)))
         folders[kind] = tmp_path_factory.mktemp("controlnet") / kind
         loading.save_model(controlnet, folders[kind], ms.float32)

@@ -11,7 +11,7 @@ from mindtune.cli import UserError
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
 from mindtune.encode import encoder_stage
-from mindtune.models import loading
+from mindtune.models import tokenization
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_the_parts_of_a_text_key(stage, monkeypatch):
 
 def test_long_captions_are_counted_once_each_by_the_tokenizer(stage, tiny_flux):
     long = " ".join(["circle"] * 40)
-    tokens = len(loading.load_tokenizer(tiny_flux / "tokenizer_2")(long + " cat").input_ids)
+    tokens = len(tokenization.load_tokenizer(tiny_flux / "tokenizer_2")(long + " cat").input_ids)
     (message,) = stage().long_captions(["a cat", long, long, long + " cat"])
     assert message.startswith(f"2 captions are longer than T5 reads: 16 tokens, the longest has {tokens}.")
     assert "Raise --max_sequence_length" in message
