@@ -37,10 +37,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_files_atomically(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write(temporary)` for a hidden directory, then moves its files to `folder`, over older ones."""
+    """Calls `write(temporary)` with a new hidden directory, then moves its files to `folder`, over older ones."""
     temporary = folder / ".files.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        temporary.mkdir(parents=True)
         write(temporary)
         for path in sorted(temporary.iterdir()):
             sync(path)

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from mindtune.encode import child, encoder_stage
-from mindtune.models import execution, loading
+from mindtune.models import controlnets, execution, loading
 
 execution.set_up_device(graph_mode=False)  # before the first operator: blocking launches cannot be had later
 
@@ -240,7 +240,8 @@ def loaded(monkeypatch):
         encode_here(job)
         del names[count:]
 
-    monkeypatch.setattr(loading, "load_model", note)
+    for module in (loading, controlnets):
+        monkeypatch.setattr(module, "load_model", note)
     monkeypatch.setattr(encoder_stage, "_in_child", encode)
     return names
 
