@@ -37,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_files_atomically(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write(temporary)` with a new hidden directory, then moves its files to `folder`, over older ones."""
+    """Calls `write(temporary)` with an empty hidden directory, then moves its files to `folder`, over older ones."""
     temporary = folder / ".files.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
