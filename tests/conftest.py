@@ -1,12 +1,16 @@
 """What the tests share: a tiny FLUX pipeline, photographs, and the training script as a module and as a command."""
 
+import functools
 import importlib.util
+import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
@@ -17,7 +21,8 @@ from msrun_job import Job
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from mindtune.models import execution
+from mindtune.encode import child, encoder_stage
+from mindtune.models import controlnets, execution, loading
 
 execution.set_up_device(graph_mode=False)  # before the first operator: blocking launches cannot be had later
 
@@ -114,64 +119,157 @@ def fake_hub(monkeypatch):
     hub.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def flags(tiny_flux, photos, encoder_cache):
-    """flags(out, *more): the command line of a small PyNative run on the photographs; later flags win over earlier ones."""
+    """flags(out, *more): the command line of a small PyNative run on the photographs. Later flags win over earlier ones."""
 
     def make(out, *more):
-        base = [
-            "--pretrained_model_name_or_path",
-            tiny_flux,
-            "--instance_data_dir",
-            photos,
-            "--instance_prompt",
-            "a photo of sks cat",
-        ]
-        base += [
-            "--output_dir",
-            out,
-            "--cache_dir",
-            encoder_cache,
-            "--resolution",
-            32,
-            "--max_sequence_length",
-            16,
-            "--seed",
-            0,
-        ]
-        base += [
-            "--train_batch_size",
-            1,
-            "--max_train_steps",
-            3,
-            "--mindspore_mode",
-            1,
-            "--num_inference_steps",
-            2,
-            "--report_to",
-            "none",
-        ]
-        return [str(part) for part in (*base, *more)]
+        values = {
+            "pretrained_model_name_or_path": tiny_flux,
+            "instance_data_dir": photos,
+            "instance_prompt": "a photo of sks cat",
+            "output_dir": out,
+            "cache_dir": encoder_cache,
+            "resolution": 32,
+            "max_sequence_length": 16,
+            "seed": 0,
+            "train_batch_size": 1,
+            "max_train_steps": 3,
+            "mindspore_mode": 1,
+            "num_inference_steps": 2,
+            "report_to": "none",
+        }
+        return command_line(values, *more)
 
     return make
+
+
+def command_line(values, *more):
+    """--name value ... of a dict, and then `more`, as strings."""
+    words = [word for name, value in values.items() for word in (f"--{name}", value)]
+    return [str(word) for word in (*words, *more)]
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+class NoStopRequest:
+    """Stands in for `cli.StopRequest` in runs inside of pytest, which keeps its own signal handlers."""
+
+    exit_code = None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keep_signal_handlers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mindtune.run.record.StopRequest", NoStopRequest)
+        yield
+
+
+_in_child = encoder_stage._in_child
+
+
+def encode_here(job):
+    """Stands in for the encoder stage's child process. The job is pickled as for the child; the mode is kept."""
+    mode = ms.get_context("mode")
+    with pytest.MonkeyPatch.context() as patch:
+        stdin = io.BytesIO(pickle.dumps((os.getppid(), *job)))
+        patch.setattr(sys, "stdin", SimpleNamespace(buffer=stdin))
+        patch.setattr(child, "_end_with_parent", lambda parent: None)
+        child.main()
+    ms.set_context(mode=mode)
+
+
+def run_here(script, arguments):
+    """Runs a training script, a module, to its end in this process, which has imported everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        if encoder_stage._in_child is _in_child:  # and not what a test put there
+            patch.setattr(encoder_stage, "_in_child", encode_here)
+        try:
+            assert script.main([str(word) for word in arguments]) == 0
+        finally:
+            ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+class StageWithoutEncoders:
+    """Stands in for an encoder stage in tests of batches: images as an `EncoderStage` makes them, zeros for text.
+
+    `captions` are those that were asked for, in order. `moments` (sample, size, flip) stands in for cached latents.
+    """
+
+    interpolation = "lanczos"
+    image = encoder_stage.EncoderStage.image
+
+    def __init__(self, moments=None):
+        self.captions = []
+        self.moments = moments
+
+    def text(self, caption):
+        self.captions.append(caption)
+        return {"prompt_embeds": np.zeros((16, 32), np.float32), "pooled_prompt_embeds": np.zeros(32, np.float32)}
+
+
+@pytest.fixture(scope="session")
+def lora(lora_script, flags):
+    """lora(out, *flags): runs the LoRA script in this process and returns `out`."""
+
+    def run(out, *more):
+        run_here(lora_script, flags(out, *more))
+        return Path(out)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_lora(lora, tmp_path_factory):
+    """finished_lora(*flags): the output directory of a finished run, not to be changed. The same flags run once."""
+    return functools.cache(lambda *more: lora(tmp_path_factory.mktemp("finished") / "run", *more))
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The names of the models that runs in this process load, without those of the encoder stage."""
+    names, load_model = [], loading.load_model
+
+    def note(root, name, *more):
+        names.append(name)
+        return load_model(root, name, *more)
+
+    def encode(job):
+        count = len(names)
+        encode_here(job)
+        del names[count:]
+
+    for module in (loading, controlnets):
+        monkeypatch.setattr(module, "load_model", note)
+    monkeypatch.setattr(encoder_stage, "_in_child", encode)
+    return names
 
 
 def command(script, arguments):
     return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
 
-@pytest.fixture
-def train(flags):
-    """train(out, *flags): runs the LoRA script as a user does, in a process of its own; gives the finished process."""
+def run_command(script, arguments, check=0, **settings):
+    """Runs a script in a process of its own, as a user does; the finished process, with stdout and stderr in one."""
+    done = subprocess.run(
+        command(script, arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        **settings,
+    )
+    assert done.returncode == check, done.stdout[-4000:]
+    return done
 
-    def run(out, *more, check=0, **settings):
-        done = subprocess.run(
-            command("flux_lora/train_dreambooth_lora_flux.py", flags(out, *more)),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **settings,
-        )  # fmt: skip
-        if check is not None:
-            assert done.returncode == check, done.stdout[-4000:]
-        return done
+
+@pytest.fixture(scope="session")
+def train(flags):
+    """train(out, *flags, check=0): the LoRA script in a process of its own, which must exit with `check`."""
+
+    def run(out, *more, **settings):
+        return run_command("flux_lora/train_dreambooth_lora_flux.py", flags(out, *more), **settings)
 
     return run
 
@@ -189,19 +287,6 @@ def job(tmp_path):
     for each in jobs:
         for pid in each.processes():
             os.kill(pid, 9)
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """alone(script, arguments): a training script with one worker, in this process: no signals, no exit."""
-
-    def run(script, arguments):
-        module = load_script(script)
-        monkeypatch.setattr(module, "StopRequest", lambda: type("Never", (), {"exit_code": None})())
-        assert module.main([str(part) for part in arguments]) == 0
-        ms.set_context(mode=ms.PYNATIVE_MODE)
-
-    return run
 
 
 def metrics(out):

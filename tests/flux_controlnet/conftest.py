@@ -1,22 +1,23 @@
-"""What the tests of the ControlNet scripts share: pairs of both kinds of shape, and the scripts as modules and as commands."""
+"""What the tests of the ControlNet scripts share: pairs of two shapes, and the scripts as modules and as commands."""
 
+import functools
 import json
-import os
 import shutil
-import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
-import mindspore as ms
 import numpy as np
 import pytest
-from conftest import command, load_script
+from conftest import StageWithoutEncoders, command_line, load_script, run_command, run_here
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from mindtune.data import pair_data, pairs
+from mindtune.data import columns, pair_data, pairs
 from mindtune.encode import encoder_stage
 
 TRAIN = "flux_controlnet/train_controlnet_flux.py"
 FINAL = "diffusion_pytorch_model.safetensors"
+VAE_CONFIG = {"latent_channels": 16, "block_out_channels": [1, 1, 1, 1]}
 
 
 @pytest.fixture(scope="session")
@@ -80,87 +81,90 @@ def oblong(tmp_path_factory):
 def warm_cache(encoder_cache, control_script, tiny_flux, shapes, oblong):
     """The session's encoder cache, filled in one child process with what most runs here need."""
     stage = encoder_stage.EncoderStage(tiny_flux, None, "no", encoder_cache / "mindtune", 16)
-    groups = [
-        pairs.load_pairs(pairs.Source(train_data_dir=str(folder), cache_dir=str(encoder_cache)))
-        for folder in (shapes, oblong)
-    ]
-    sizes = [[(32, 32)], [(32, 48), (48, 32)]]
-    images = [
-        job
-        for group, buckets in zip(groups, sizes)
-        for job in pair_data.PairImages(pair_data.PairData(group, [], buckets, 0, 1), True)
-    ]
-    stage.prepare(
-        ["", "x", "a red circle", "a blue star", *(pair.caption for group in groups for pair in group)], images
-    )
+    captions, images = ["", "x", "a red circle", "a blue star"], []
+    for folder, sizes in ((shapes, [(32, 32)]), (oblong, [(32, 48), (48, 32)])):
+        found = pairs.load_pairs(columns.Source(train_data_dir=str(folder), cache_dir=str(encoder_cache)))
+        data = pair_data.PairData(found, [], sizes=sizes, seed=0, batch_size=1)
+        captions += [pair.caption for pair in found]
+        images += data.images(random_flip=True, conditions=True)
+    stage.prepare(captions, images)
     return encoder_cache
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def control_flags(small_flux, shapes, warm_cache):
-    """control_flags(out, *more): the command line of a small PyNative run on the shapes; later flags win over earlier ones."""
+    """control_flags(out, *more): the command line of a small PyNative run on the shapes. Later flags win."""
 
     def make(out, *more):
-        base = [
-            "--pretrained_model_name_or_path",
-            small_flux,
-            "--train_data_dir",
-            shapes,
-            "--output_dir",
-            out,
-            "--cache_dir",
-            warm_cache,
-        ]
-        base += [
-            "--resolution",
-            32,
-            "--max_sequence_length",
-            16,
-            "--seed",
-            0,
-            "--train_batch_size",
-            1,
-            "--max_train_steps",
-            3,
-        ]
-        base += [
-            "--num_double_layers",
-            1,
-            "--num_single_layers",
-            1,
-            "--learning_rate",
-            1e-3,
-            "--num_inference_steps",
-            2,
-        ]
-        base += ["--mindspore_mode", 1, "--report_to", "none"]
-        return [str(part) for part in (*base, *more)]
+        values = {
+            "pretrained_model_name_or_path": small_flux,
+            "train_data_dir": shapes,
+            "output_dir": out,
+            "cache_dir": warm_cache,
+            "resolution": 32,
+            "max_sequence_length": 16,
+            "seed": 0,
+            "train_batch_size": 1,
+            "max_train_steps": 3,
+            "num_double_layers": 1,
+            "num_single_layers": 1,
+            "learning_rate": 1e-3,
+            "num_inference_steps": 2,
+            "mindspore_mode": 1,
+            "report_to": "none",
+        }
+        return command_line(values, *more)
 
     return make
 
 
-@pytest.fixture
-def control(control_script, control_flags, monkeypatch):
-    """control(out, *flags): the same as `train_control` in this process, which has everything imported: no signals, no exit."""
+@pytest.fixture(scope="session")
+def control(control_script, control_flags):
+    """control(out, *flags): runs the ControlNet script in this process and returns `out`."""
 
     def run(out, *more):
-        monkeypatch.setattr(control_script, "StopRequest", lambda: type("Never", (), {"exit_code": None})())
-        assert control_script.main(control_flags(out, *more)) == 0
-        ms.set_context(mode=ms.PYNATIVE_MODE)
+        run_here(control_script, control_flags(out, *more))
+        return Path(out)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished_control(control, tmp_path_factory):
+    """finished_control(*flags): the output directory of a finished run, not to be changed. The same flags run once."""
+    return functools.cache(lambda *more: control(tmp_path_factory.mktemp("finished") / "run", *more))
 
 
 @pytest.fixture
 def train_control(control_flags):
-    """train_control(out, *flags): runs the ControlNet script as a user does, in a process of its own; gives the finished process."""
+    """train_control(out, *flags, check=0): the script in a process of its own, which must exit with `check`."""
 
-    def run(out, *more, check=0, **settings):
-        done = subprocess.run(
-            command(TRAIN, control_flags(out, *more)),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **settings,
-        )  # fmt: skip
-        assert done.returncode == check, done.stdout[-4000:]
-        return done
+    def run(out, *more, **settings):
+        return run_command(TRAIN, control_flags(out, *more), **settings)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def load_data(control_script, control_flags):
+    """load_data(*flags): the flags and the `PairData` of a run."""
+
+    def load(*more):
+        args = control_script.parse_args(control_flags("unused", *more))
+        return args, pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), 0)
+
+    return load
+
+
+@pytest.fixture
+def batches(control_script, load_data):
+    """batches(*flags): `data`, `iterate(first, last)`, the batches of a run, and `captions`, noted and not encoded."""
+
+    def make(*more):
+        args, data = load_data(*more)
+        stage = StageWithoutEncoders()
+        made = control_script.Batches(args, stage, VAE_CONFIG, 1000)
+        iterate = lambda first, last: data.iterate(first, last, made.make, args.dataloader_num_workers)  # noqa: E731
+        return SimpleNamespace(data=data, captions=stage.captions, iterate=iterate)
+
+    return make

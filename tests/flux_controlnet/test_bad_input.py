@@ -1,4 +1,4 @@
-"""Bad input: a sentence that names the flag or file, what was found and what to do; exit code 2; nothing written, no model loaded."""
+"""Bad input: a message that names the flag or file, what was found and what to do; nothing is written or loaded."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def cut_in_half(path):
 
 @pytest.fixture
 def refused(control_script, control_flags, tmp_path, small_flux, shapes, monkeypatch):
-    """refused(*flags, drop=None): the sentence with which the script refuses, having loaded no model and touched no file."""
+    """refused(*flags, drop=None): the message of the UserError. No model was loaded and no file changed."""
 
     def never(*_):
         pytest.fail("a model was loaded before the input was checked")
@@ -61,84 +61,26 @@ def says(message, *parts):
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-CANNOT_BE = [
+BAD_VALUES = [
     (["--distributed"], ["--distributed", "msrun --worker_num=2", "--join=True"]),
     (["--zero_stage", 1], ["--zero_stage 1", "--distributed"]),
-    (["--distributed", "--zero_stage", 2], ["--zero_stage 2", "ReduceScatter", "--zero_stage 1"]),
-    (
-        ["--distributed", "--zero_stage", 1, "--optimizer", "prodigy"],
-        ["--zero_stage 1", "prodigy", "another optimizer"],
-    ),
-]
-AT_LEAST_ONE = [
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_train_steps",
-    "max_train_samples",
-]
-AT_LEAST_ONE += [
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "validation_steps",
-    "num_validation_images",
-    "num_inference_steps",
-]
-AT_LEAST_ONE += ["max_sequence_length", "shuffle_buffer_size"]
-AT_LEAST_ZERO = [
-    "num_double_layers",
-    "num_single_layers",
-    "learning_rate",
-    "max_grad_norm",
-    "lr_warmup_steps",
-    "dataloader_num_workers",
-]
-AT_LEAST_ZERO += ["ema_decay", "validation_split", "proportion_empty_prompts", "adam_beta1", "adam_beta2"]
-FRACTIONS = [
-    "learning_rate",
-    "max_grad_norm",
-    "ema_decay",
-    "validation_split",
-    "proportion_empty_prompts",
-    "adam_beta1",
-    "adam_beta2",
-]
-OUT_OF_RANGE = [
     (["--resolution", 100], ["--resolution 100", "divisible by 16", "nearest is 96"]),
     (["--resolution", 0], ["--resolution 0", "divisible by 16", "nearest is 16"]),
-    *((["--" + name, 0], [f"--{name} 0", "at least 1"]) for name in AT_LEAST_ONE),
-    *((["--" + name, -1], [f"--{name} -1", "at least 0"]) for name in AT_LEAST_ZERO),
-    *((["--" + name, "nan"], [f"--{name} nan"]) for name in FRACTIONS),
-    *(
-        (["--" + name, 1], [f"--{name} 1", "below 1"])
-        for name in ("validation_split", "ema_decay", "adam_beta1", "adam_beta2")
-    ),
     (
         ["--num_double_layers", 0, "--num_single_layers", 0],
         ["--num_double_layers 0 --num_single_layers 0", "at least one block"],
     ),
-    (["--max_sequence_length", 600], ["--max_sequence_length 600", "512 or less"]),
-    (["--proportion_empty_prompts", 1.5], ["--proportion_empty_prompts 1.5", "[0, 1]"]),
-    *(
-        (["--timestep_shift", value], [f"--timestep_shift {value}", "positive factor or auto"])
-        for value in ("some", -1, 0, "inf", "nan")
-    ),
+    (["--proportion_empty_prompts", 1.5], ["--proportion_empty_prompts 1.5", "between 0 and 1"]),
+    (["--proportion_empty_prompts", "nan"], ["--proportion_empty_prompts nan"]),
     (["--aspect_ratio_buckets", "32x48"], ["--aspect_ratio_buckets", "'32x48'", "height,width"]),
-    (["--aspect_ratio_buckets", "32,40"], ["--aspect_ratio_buckets: 32,40", "multiples of 16"]),
-    (["--aspect_ratio_buckets", "32,48;32,48"], ["--aspect_ratio_buckets: 32,48 is given twice"]),
+    (["--aspect_ratio_buckets", "32,40"], ["--aspect_ratio_buckets", "32,40", "multiples of 16"]),
+    (["--aspect_ratio_buckets", "32,48;32,48"], ["--aspect_ratio_buckets", "32,48", "twice"]),
     (["--aspect_ratio_buckets", ";"], ["--aspect_ratio_buckets ';'", "no bucket"]),
-    (["--validation_split", 0.95], ["--validation_split 0.95", "of 6", "smaller share"]),
+    (["--validation_split", 0.95], ["--validation_split 0.95", "of 6"]),
 ]
-DO_NOT_GO_TOGETHER = [
-    *(
-        (
-            ["--use_8bit_adam", "--optimizer", name],
-            [f"--use_8bit_adam with --optimizer {name}", "AdamW's", "leave one of the two out"],
-        )
-        for name in ("adamweightdecay", "prodigy", "adafactor")
-    ),
-    (["--dataset_name", "some/pairs"], ["--dataset_name", "--train_data_dir", "--jsonl_for_train", "one of"]),
-    (["--jsonl_for_train", "x.jsonl"], ["--dataset_name", "--train_data_dir", "--jsonl_for_train", "one of"]),
+CONFLICTS = [
+    (["--dataset_name", "some/pairs"], ["--dataset_name", "--train_data_dir", "--jsonl_for_train", "give one of"]),
+    (["--jsonl_for_train", "x.jsonl"], ["--dataset_name", "--train_data_dir", "--jsonl_for_train", "give one of"]),
     (["--dataset_config_name", "large"], ["--dataset_config_name large", "--dataset_name", "leave it out"]),
     (["--streaming", "--max_train_samples", 3], ["--max_train_samples with --streaming", "leave one of the two out"]),
     (["--streaming", "--validation_split", 0.2], ["--validation_split with --streaming", "leave one of the two out"]),
@@ -146,6 +88,7 @@ DO_NOT_GO_TOGETHER = [
         ["--streaming", "--aspect_ratio_buckets", "32,48"],
         ["--aspect_ratio_buckets with --streaming", "leave one of the two out"],
     ),
+    (["--streaming", "--skip_bad_images"], ["--skip_bad_images with --streaming", "leave one of the two out"]),
     (
         ["--resume_from_checkpoint", "checkpoint-9"],
         ["--resume_from_checkpoint checkpoint-9", "no such checkpoint", "none"],
@@ -165,8 +108,8 @@ DO_NOT_GO_TOGETHER = [
         ["--conditioning_image_column edges", "has the columns", "conditioning_image"],
     ),
     (["--caption_column", "words"], ["--caption_column words", "has the columns", "text"]),
-    (["--num_double_layers", 2], ["--num_double_layers 2", "the transformer has 1"]),
-    (["--num_single_layers", 2], ["--num_single_layers 2", "the transformer has 1"]),
+    (["--num_double_layers", 2], ["--num_double_layers 2", "the transformer has only 1"]),
+    (["--num_single_layers", 2], ["--num_single_layers 2", "the transformer has only 1"]),
 ]
 
 
@@ -174,7 +117,7 @@ def named(cases):
     return [pytest.param(*case, id=" ".join(map(str, case[0]))) for case in cases]
 
 
-@pytest.mark.parametrize("bad, parts", named(CANNOT_BE + OUT_OF_RANGE + DO_NOT_GO_TOGETHER))
+@pytest.mark.parametrize("bad, parts", named(BAD_VALUES + CONFLICTS))
 def test_a_bad_flag_is_named_with_its_value_and_the_way_out(refused, bad, parts):
     says(refused(*bad), *parts)
 
@@ -193,7 +136,7 @@ def test_a_stream_has_no_end_of_its_own(refused):
 
 
 def test_the_default_size_does_not_fit_a_small_transformer(refused):
-    says(refused(drop="--num_double_layers"), "--num_double_layers 4", "the transformer has 1")
+    says(refused(drop="--num_double_layers"), "--num_double_layers 4", "the transformer has only 1")
 
 
 @pytest.mark.parametrize(
@@ -210,17 +153,6 @@ def test_what_argparse_refuses_exits_with_2(control_script, control_flags, tmp_p
         control_script.main(control_flags(tmp_path / "out", *bad))
     assert caught.value.code == 2 and found in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_cuda_and_torch_flags_are_accepted_with_one_line_each(control_script, control_flags, tmp_path, capsys):
-    names = [
-        "--allow_tf32",
-        "--enable_xformers_memory_efficient_attention",
-        "--enable_npu_flash_attention",
-        "--set_grads_to_none",
-    ]
-    control_script.parse_args(control_flags(tmp_path / "out", *names))
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == names
 
 
 # ---- validation ----------------------------------------------------------------------------------
@@ -332,23 +264,19 @@ def test_pairs_too_small_for_their_own_bucket(refused, bad_pairs):
     )
 
 
-def test_going_on_without_the_bad_pairs_lists_them(control_script, control_flags, bad_pairs, tmp_path, capsys):
-    arguments = control_flags(tmp_path / "out", "--train_data_dir", bad_pairs, "--skip_bad_images")
-    found = control_script.load_data(control_script.parse_args(arguments), 0)
+def test_going_on_without_the_bad_pairs_lists_them(load_data, bad_pairs, capsys):
+    _, found = load_data("--train_data_dir", bad_pairs, "--skip_bad_images")
     assert [pair.image.name.rsplit("/", 1)[1] for pair in found.train] == ["0.png", "5.png"] and not found.held_out
     assert "continuing without 4 of 6 pairs" in capsys.readouterr().out
     assert len(list(bad_pairs.rglob("*.png"))) == 12  # nothing was moved or deleted
 
 
-def test_a_pair_with_an_alpha_channel_is_no_bad_pair(control_script, control_flags, tmp_path):
+def test_a_pair_with_an_alpha_channel_is_no_bad_pair(load_data, tmp_path):
     """Transparency, gray and palettes are converted, as for the LoRA: only sizes have to agree."""
     folder = write_pairs(tmp_path / "kinds", [gray(40, 40)], [gray(40, 40)], ["x"])
     Image.fromarray(np.dstack([gray(40, 40), np.full((40, 40), 100, np.uint8)])).save(folder / "images/0.png")
     Image.fromarray(gray(40, 40)[..., 0]).save(folder / "conditioning/0.png")
-    train = control_script.load_data(
-        control_script.parse_args(control_flags(tmp_path / "out", "--train_data_dir", folder)), 0
-    ).train
-    assert len(train) == 1
+    assert len(load_data("--train_data_dir", folder)[1].train) == 1
 
 
 def test_unpaired_pictures_are_all_listed(refused, bad_pairs):
@@ -402,27 +330,14 @@ def test_a_bad_pair_in_a_stream_stops_it_with_a_sentence(control, bad_pairs, tmp
     assert not (tmp_path / "out" / FINAL).exists()
 
 
-def test_a_stream_cannot_leave_bad_pairs_out(refused):
-    """A flag that is read and then not looked at would train on what the user wanted left out."""
-    says(refused("--streaming", "--skip_bad_images"), "--skip_bad_images with --streaming")
-
-
 # ---- while training ------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_update(control, tmp_path):
-    """Update 1 makes the weights absurd, update 2 shows it: the checkpoint between the two is no good one."""
+    """Update 1 makes the weights huge, update 2 shows it: the checkpoint between the two is not good."""
+    more = ["--cache_latents", "--learning_rate", 1e30, "--max_train_steps", 9, "--checkpointing_steps", 1]
     with pytest.raises(UserError, match=r"update 2: the loss is (nan|inf)") as caught:
-        control(
-            tmp_path / "out",
-            "--cache_latents",
-            "--learning_rate",
-            1e30,
-            "--max_train_steps",
-            9,
-            "--checkpointing_steps",
-            1,
-        )
+        control(tmp_path / "out", *more)
     says(str(caught.value), "the last good checkpoint is (none yet)", "--learning_rate")
     assert not (tmp_path / "out" / FINAL).exists()
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is False
@@ -433,5 +348,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_update(control, tmp_path)
 
 def test_the_command_prints_the_sentence_and_exits_with_2(train_control, tmp_path):
     done = train_control(tmp_path / "out", "--num_single_layers", 9, check=2, cwd=tmp_path)
-    assert re.search("^error: --num_single_layers 9: the transformer has 1", done.stdout, re.MULTILINE), done.stdout
+    assert re.search("^error: --num_single_layers 9: the transformer has only 1", done.stdout, re.MULTILINE), (
+        done.stdout
+    )
     assert "Traceback" not in done.stdout and not list(tmp_path.iterdir())

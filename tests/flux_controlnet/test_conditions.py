@@ -55,12 +55,9 @@ def test_white_drawings_are_trained_on_and_shown_on_black(control, drawn, tmp_pa
     assert (shown[2, 2] == 0).all() and (shown[6 * 6, 96] == 255).all()
 
 
-def test_the_latents_of_white_drawings_differ(control_script, control_flags, drawn, tmp_path):
+def test_the_conditions_of_white_drawings_differ(load_data, drawn, tmp_path):
     """What reaches the step is the drawing, not a white square."""
-    args = control_script.parse_args(
-        control_flags(tmp_path / "out", "--train_data_dir", drawn, "--cache_dir", tmp_path / "cache")
-    )
-    data = control_script.load_data(args, 0)
+    _, data = load_data("--train_data_dir", drawn, "--cache_dir", tmp_path / "cache")
     assert isinstance(data.train, pairs.Pairs) and data.background == "black"
     conditions = [np.asarray(pair.condition.open()) for pair in data.train]
     assert [np.unique(condition).tolist() for condition in conditions] == [[0, 255]] * 3 + [[0]]

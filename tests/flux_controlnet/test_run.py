@@ -1,42 +1,29 @@
-"""Whole runs on the tiny pipeline: what they leave behind, what they hold in memory, and what every flag changes."""
+"""Whole runs on the tiny pipeline: the files they write, the models they load, and what flags change."""
 
 import csv
 import json
 import tarfile
-from types import SimpleNamespace
 
 import mindone.diffusers
 import mindspore as ms
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import metrics
+from conftest import encode_here, metrics
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from mindtune.data import crops
-from mindtune.encode import child, encoder_stage
+from mindtune.encode import encoder_stage
 from mindtune.models import loading, named_parameters, precision
-from mindtune.run import checkpoint
+from mindtune.run import checkpoint, validation
 
 from .conftest import FINAL, marked
 
 
-@pytest.fixture
-def run(control, tmp_path, monkeypatch):
-    """run(*flags): a run in this process; gives its output directory and the names of the models that it loaded itself."""
-
-    def go(*more, name="run"):
-        loaded, real = [], loading.load_model
-        monkeypatch.setattr(
-            loading, "load_model", lambda root, part, *rest: loaded.append(part) or real(root, part, *rest)
-        )
-        control(tmp_path / name, *more)
-        monkeypatch.setattr(loading, "load_model", real)
-        return tmp_path / name, loaded
-
-    return go
+def logged(out, key="loss"):
+    return [line[key] for line in metrics(out) if key in line]
 
 
 def outline(shapes, number):
@@ -66,29 +53,19 @@ def untrained(small_flux):
     return made
 
 
-# ---- what is left --------------------------------------------------------------------------------
+# ---- what a run writes and loads -----------------------------------------------------------------
 
 
-def test_a_run_leaves_controlnet_checkpoints_curves_pictures_and_a_record(run, shapes, small_flux):
-    looking = [
-        "--validation_prompt",
-        "a red circle",
-        "--validation_image",
-        outline(shapes, 0),
-        "--num_validation_images",
-        2,
-    ]
-    looking += ["--validation_steps", 2, "--validation_split", 0.2, "--report_to", "tensorboard"]
-    out, _ = run("--cache_latents", *looking, "--max_train_steps", 5, "--checkpointing_steps", 2)
+def test_a_run_writes_controlnet_checkpoints_curves_images_and_a_record(control, shapes, small_flux, tmp_path):
+    more = ["--validation_prompt", "a red circle", "--validation_image", outline(shapes, 0), "--validation_steps", 2]
+    more += ["--num_validation_images", 2, "--validation_split", 0.2, "--report_to", "tensorboard"]
+    out = control(tmp_path, "--cache_latents", *more, "--max_train_steps", 5, "--checkpointing_steps", 2)
     folders = checkpoint.checkpoints(out)
     assert [folder.name for folder in folders] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     assert all(checkpoint.damage(folder) is None for folder in folders)
-    assert sorted(path.name for path in (out / "samples").iterdir()) == [
-        "final.png",
-        "step-000002.png",
-        "step-000004.png",
-    ]
-    assert Image.open(out / "samples" / "final.png").width == 3 * 192  # the condition and two pictures, enlarged
+    samples = sorted(path.name for path in (out / "samples").iterdir())
+    assert samples == ["final.png", "step-000002.png", "step-000004.png"]
+    assert Image.open(out / "samples" / "final.png").width == 3 * 192  # the condition and two samples, enlarged
     rows = list(csv.DictReader((out / "loss_by_timestep.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == ["0"] * 8 + ["2"] * 8 + ["4"] * 8 + ["5"] * 8
     assert Image.open(out / "loss_by_timestep.png").format == "PNG"
@@ -100,19 +77,14 @@ def test_a_run_leaves_controlnet_checkpoints_curves_pictures_and_a_record(run, s
     assert record["trainable"]["controlnet"] == sum(value.size for value in final.values())
     assert record["versions"]["mindspore"] == ms.__version__ and record["peak_memory_mb"]["training_process"] > 0
 
-    # diffusers' names and layout: in the output directory, and in every checkpoint's flux_controlnet.
-    expected = untrained(small_flux)
-    assert {name: value.shape for name, value in final.items()} == {
-        name: value.shape for name, value in expected.items()
-    }
+    # Names and layout of diffusers, in the output directory and in every checkpoint's flux_controlnet.
+    expected = {name: value.shape for name, value in untrained(small_flux).items()}
+    assert {name: value.shape for name, value in final.items()} == expected
     last = load_file(folders[-1] / "flux_controlnet" / FINAL)
     for folder in (out, folders[-1] / "flux_controlnet"):
         config = json.loads((folder / "config.json").read_text())
-        assert (config["_class_name"], config["num_layers"], config["num_single_layers"]) == (
-            "FluxControlNetModel",
-            1,
-            1,
-        )
+        assert config["_class_name"] == "FluxControlNetModel"
+        assert (config["num_layers"], config["num_single_layers"]) == (1, 1)
         ours = loading.load_model(folder.parent, folder.name, precision.resolve_precision("no"))
         theirs = mindone.diffusers.FluxControlNetModel.from_pretrained(str(folder))
         for model in (ours, theirs):
@@ -121,9 +93,9 @@ def test_a_run_leaves_controlnet_checkpoints_curves_pictures_and_a_record(run, s
                 np.testing.assert_array_equal(parameter.asnumpy(), last[name], err_msg=name)
 
 
-def test_on_an_int8_base_a_new_controlnet_is_still_copied_from_the_files(run, small_flux):
-    out, _ = run("--cache_latents", "--base_precision", "int8", "--learning_rate", 0, "--max_train_steps", 1)
-    final = load_file(out / FINAL)
+def test_on_an_int8_base_a_new_controlnet_is_still_copied_from_the_files(control, small_flux, tmp_path):
+    more = ["--base_precision", "int8", "--learning_rate", 0, "--max_train_steps", 1]
+    final = load_file(control(tmp_path, "--cache_latents", *more) / FINAL)
     for name, value in untrained(small_flux).items():
         np.testing.assert_array_equal(final[name], value, err_msg=name)
 
@@ -137,12 +109,12 @@ def test_on_an_int8_base_a_new_controlnet_is_still_copied_from_the_files(run, sm
         (["--mixed_precision", "bf16"], "F32", np.float32),
     ],
 )
-def test_the_final_weights_are_in_the_type_asked_for_and_checkpoints_in_float32(run, more, stored, rounded):
-    out, _ = run(*more, "--cache_latents", "--max_train_steps", 1)
+def test_the_final_weights_have_the_given_dtype_and_checkpoints_float32(control, tmp_path, more, stored, rounded):
+    out = control(tmp_path, *more, "--cache_latents", "--max_train_steps", 1)
     last = out / "checkpoint-1" / "flux_controlnet" / FINAL
-    for path, kind in ((out / FINAL, stored), (last, "F32")):
+    for path, dtype in ((out / FINAL, stored), (last, "F32")):
         with safe_open(path, framework="numpy") as file:
-            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {kind}
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {dtype}
     exact = load_file(last)
     with safe_open(out / FINAL, framework="numpy") as file:
         for name in file.keys():
@@ -151,44 +123,37 @@ def test_the_final_weights_are_in_the_type_asked_for_and_checkpoints_in_float32(
     assert {p.dtype for p in loaded.get_parameters()} == {ms.float32}
 
 
-def test_with_ema_the_final_weights_are_the_average_by_its_formula(run, small_flux):
+def test_with_ema_the_final_weights_are_the_average_by_its_formula(control, small_flux, tmp_path):
     """decay min(0.25, (1 + t) / (10 + t)) after update t: 2/11, then 0.25, on the weights that the checkpoints hold."""
-    out, _ = run(
-        "--use_ema", "--ema_decay", 0.25, "--cache_latents", "--checkpointing_steps", 1, "--max_train_steps", 4
-    )
+    more = ["--use_ema", "--ema_decay", 0.25, "--checkpointing_steps", 1, "--max_train_steps", 4]
+    out = control(tmp_path, "--cache_latents", *more)
     average = {name: value.astype(np.float64) for name, value in untrained(small_flux).items()}
     for update in (1, 2, 3, 4):
-        live = load_file(out / f"checkpoint-{update}" / "flux_controlnet" / FINAL)
+        trained = load_file(out / f"checkpoint-{update}" / "flux_controlnet" / FINAL)
         decay = min(0.25, (1 + update) / (10 + update))
-        average = {name: decay * value + (1 - decay) * live[name] for name, value in average.items()}
+        average = {name: decay * value + (1 - decay) * trained[name] for name, value in average.items()}
     final = load_file(out / FINAL)
     for name, value in average.items():
         np.testing.assert_allclose(final[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
-    assert np.abs(final["controlnet_blocks.0.weight"] - live["controlnet_blocks.0.weight"]).max() > 1e-4
+    assert np.abs(final["controlnet_blocks.0.weight"] - trained["controlnet_blocks.0.weight"]).max() > 1e-4
 
 
-def test_a_controlnet_that_exists_is_gone_on_from(run):
-    """Its own blocks count, not those that a new one would have; at rate 0 it comes out as it went in."""
-    first, _ = run("--cache_latents", name="first")
-    again = [
-        "--controlnet_model_name_or_path",
-        first,
-        "--num_double_layers",
-        4,
-        "--num_single_layers",
-        4,
-        "--cache_latents",
-    ]
-    still, _ = run(*again, "--learning_rate", 0, "--max_train_steps", 1, name="still")
+def test_training_starts_from_an_existing_controlnet(control, finished_control, loaded, tmp_path):
+    """With its number of blocks, not that of a new one. At rate 0 it ends as it started."""
+    first = finished_control("--cache_latents")
+    loaded.clear()
+    more = ["--controlnet_model_name_or_path", first, "--num_double_layers", 4, "--num_single_layers", 4]
+    more += ["--cache_latents", "--max_train_steps", 1]
+    still = control(tmp_path / "still", *more, "--learning_rate", 0)
+    assert loaded == ["transformer", first.name]
     assert (still / FINAL).read_bytes() == (first / FINAL).read_bytes()
     assert (still / "config.json").read_bytes() == (first / "config.json").read_bytes()
-    moved, loaded = run(*again, "--max_train_steps", 1, name="moved")
-    assert loaded == ["transformer", "first"]
+    moved = control(tmp_path / "moved", *more)
     assert (moved / FINAL).read_bytes() != (first / FINAL).read_bytes()
 
 
 @pytest.mark.parametrize(
-    "more, held",
+    "more, expected",
     [
         (["--cache_latents"], ["transformer"]),
         (
@@ -198,10 +163,11 @@ def test_a_controlnet_that_exists_is_gone_on_from(run):
         ([], ["transformer", "vae"]),
     ],
 )
-def test_the_training_process_loads_only_what_it_needs(run, shapes, more, held):
-    """Text encoders never; the VAE to draw, or to encode fresh crops."""
+def test_the_training_process_loads_only_what_it_needs(control, loaded, shapes, tmp_path, more, expected):
+    """Never the text encoders; the VAE for validation images, or to encode crops in the step."""
     more = [*more, *(["--validation_image", outline(shapes, 0)] if "--validation_prompt" in more else [])]
-    assert run(*more, "--max_train_steps", 1)[1] == held
+    control(tmp_path, *more, "--max_train_steps", 1)
+    assert loaded == expected
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -247,134 +213,95 @@ def sources(shapes, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["jsonl", "shards", "dataset"])
-def test_every_layout_of_the_same_pairs_trains_the_same_controlnet(run, sources, source):
-    folder, _ = run("--cache_latents", name="folder")
-    other, _ = run("--cache_latents", *sources[source], name="other")
-    assert (other / FINAL).read_bytes() == (folder / FINAL).read_bytes()
-
-
-@pytest.fixture
-def batches(control_script, control_flags, tmp_path):
-    """batches(*flags): the script's batches, its training pairs, and the list of captions asked for, which are not encoded here."""
-
-    def make(*more):
-        captions = []
-
-        def text(caption):
-            captions.append(caption)
-            return {"prompt_embeds": np.zeros((16, 32), np.float32), "pooled_prompt_embeds": np.zeros(32, np.float32)}
-
-        args = control_script.parse_args(control_flags(tmp_path / "out", *more))
-        data = control_script.load_data(args, 0)
-        return control_script.Batches(args, 0, SimpleNamespace(text=text), data, (16, 8), 1000), data.train, captions
-
-    return make
+def test_every_layout_of_the_same_pairs_trains_the_same_controlnet(
+    control, finished_control, sources, tmp_path, source
+):
+    other = control(tmp_path / "other", "--cache_latents", *sources[source])
+    assert (other / FINAL).read_bytes() == (finished_control("--cache_latents") / FINAL).read_bytes()
 
 
 @pytest.mark.parametrize("source", ["folder", "jsonl", "shards", "dataset"])
-def test_a_stream_gives_every_pair_once_a_pass_whole_and_with_its_caption(batches, sources, shapes, source):
-    """Eighteen uses are three passes over the six; the last of a run's twenty begin the fourth. Shuffled, and repeatably so."""
-    more = [
-        *sources[source],
-        "--streaming",
-        "--max_train_steps",
-        10,
-        "--train_batch_size",
-        2,
-        "--shuffle_buffer_size",
-        4,
-    ]
+def test_a_stream_gives_every_pair_once_per_pass_whole_and_with_its_caption(batches, sources, shapes, source):
+    """18 uses are three passes over the six pairs; the last of a run's 20 begin the fourth. Shuffled, repeatably."""
+    more = [*sources[source], "--streaming", "--max_train_steps", 10, "--train_batch_size", 2]
+    more += ["--shuffle_buffer_size", 4]
     expected = {}
     for row in rows_of(shapes):
-        pixels = [
-            crops.pixel_values(Image.open(shapes / row[f"{key}_file_name"]), 32, "lanczos")
+        image, condition = (
+            crops.pixel_values(Image.open(shapes / row[f"{key}_file_name"]), 32, "lanczos").tobytes()
             for key in ("image", "conditioning_image")
-        ]
-        expected[pixels[0].tobytes()] = (pixels[1].tobytes(), row["text"])
+        )
+        expected[image] = (condition, row["text"])
     orders = []
     for _ in range(2):
-        made, _, captions = batches(*more)
+        made = batches(*more)
         given = [(i.tobytes(), c.tobytes()) for batch in made.iterate(0, 10) for i, c in zip(*batch[:2])]
-        assert [(condition, caption) for (_, condition), caption in zip(given, captions)] == [
-            expected[image] for image, _ in given
-        ]
+        found = [(condition, caption) for (_, condition), caption in zip(given, made.captions)]
+        assert found == [expected[image] for image, _ in given]
         orders.append([image for image, _ in given])
     passes = [orders[0][start : start + 6] for start in (0, 6, 12)]
     assert len(orders[0]) == 20 and all(len(set(each)) == 6 for each in passes) and len(set(map(tuple, passes))) > 1
     assert orders[0] == orders[1]
 
-    made, _, _ = batches(*more)
-    rest = [image.tobytes() for batch in made.iterate(7, 10) for image in batch[0]]
+    rest = [image.tobytes() for batch in batches(*more).iterate(7, 10) for image in batch[0]]
     assert rest == orders[0][14:]
 
 
-@pytest.mark.parametrize("more", [[], ["--cache_latents", "--random_flip"]], ids=["fresh", "cached"])
-def test_loader_threads_change_nothing(run, more):
-    more = [*more, "--proportion_empty_prompts", 0.3, "--max_train_steps", 6]
-    outs = [run(*more, "--dataloader_num_workers", n, name=f"threads{n}")[0] for n in (0, 3)]
+@pytest.mark.parametrize("more", [[], ["--cache_latents", "--random_flip"]], ids=["crops", "cached"])
+def test_threads_that_prepare_batches_change_nothing(control, tmp_path, more):
+    more = [*more, "--proportion_empty_prompts", 0.3, "--max_train_steps", 6, "--dataloader_num_workers"]
+    outs = [control(tmp_path / f"{threads}", *more, threads) for threads in (0, 3)]
     assert (outs[0] / "metrics.jsonl").read_bytes() == (outs[1] / "metrics.jsonl").read_bytes()
 
 
-def test_a_stream_of_shards_trains_the_same_with_threads_and_with_cached_latents(run, sources):
-    more = [
-        *sources["shards"],
-        "--streaming",
-        "--shuffle_buffer_size",
-        3,
-        "--max_train_steps",
-        4,
-        "--train_batch_size",
-        2,
-    ]
+def test_a_stream_of_shards_trains_the_same_with_threads_and_with_cached_latents(control, sources, tmp_path):
+    more = [*sources["shards"], "--streaming", "--shuffle_buffer_size", 3, "--max_train_steps", 4]
+    more += ["--train_batch_size", 2]
     kinds = {"plain": [], "threads": ["--dataloader_num_workers", 3], "cached": ["--cache_latents"]}
-    plain, threads, cached = (run(*more, *kind, name=name)[0] for name, kind in kinds.items())
+    plain, threads, cached = (control(tmp_path / name, *more, *kind) for name, kind in kinds.items())
     assert (threads / FINAL).read_bytes() == (plain / FINAL).read_bytes() and len(metrics(plain)) == 4
-    for key in ("loss", "grad_norm"):  # the shapes are square, so that a fresh crop is the central one
-        np.testing.assert_allclose(*([line[key] for line in metrics(out)] for out in (plain, cached)), rtol=1e-4)
+    for key in ("loss", "grad_norm"):  # the shapes are square: every crop is the central one
+        np.testing.assert_allclose(logged(plain, key), logged(cached, key), rtol=1e-4)
 
 
-def test_empty_captions_are_drawn_afresh_for_every_use(batches):
-    """A quarter of 600 uses, of every pair some and not others: 150 by expectation, four standard deviations are 43."""
-    made, train, captions = batches("--proportion_empty_prompts", 0.25)
-    of_pair = {pair.image.name: [] for pair in train}
-    for number in range(600):
-        next(made.iterate(number, number + 1))
-        ((sample_id, _),) = made.data.order.at(number)[1]
-        assert captions[-1] in ("", train[sample_id].caption)
-        of_pair[train[sample_id].image.name].append(captions[-1] == "")
-    assert 107 <= captions.count("") <= 193
+def test_empty_captions_are_drawn_anew_for_every_use(batches):
+    """A quarter of 600 uses, some of every pair: 150 are expected, four standard deviations are 43."""
+    made = batches("--proportion_empty_prompts", 0.25, "--dataloader_num_workers", 0)
+    of_pair = {pair.image.name: [] for pair in made.data.train}
+    for number, _ in enumerate(made.iterate(0, 600)):
+        (use,) = made.data.uses(number)
+        assert made.captions[-1] in ("", use.sample.caption)
+        of_pair[use.sample.image.name].append(made.captions[-1] == "")
+    assert 107 <= made.captions.count("") <= 193
     assert all(len(set(drawn)) == 2 for drawn in of_pair.values())
     assert len(set(map(tuple, of_pair.values()))) == 6
 
-    again, _, repeated = batches("--proportion_empty_prompts", 0.25)
-    for number in range(600):
-        next(again.iterate(number, number + 1))
-    assert repeated == captions
+    again = batches("--proportion_empty_prompts", 0.25, "--dataloader_num_workers", 0)
+    list(again.iterate(0, 600))
+    assert again.captions == made.captions
 
 
 @pytest.mark.parametrize("share", [0, 1])
 def test_empty_captions_never_or_always(batches, share):
-    made, _, captions = batches("--proportion_empty_prompts", share)
-    for number in range(40):
-        next(made.iterate(number, number + 1))
-    assert captions.count("") == 40 * share
+    made = batches("--proportion_empty_prompts", share)
+    list(made.iterate(0, 40))
+    assert made.captions.count("") == 40 * share
 
 
-def test_the_empty_caption_is_encoded_once_and_only_if_used(run, tmp_path, monkeypatch):
+def test_the_empty_caption_is_encoded_once_and_only_if_used(control, tmp_path, monkeypatch):
     jobs = []
 
-    def in_this_process(job):
-        jobs.append([list(job[1]), list(job[2])])
-        child.encode_captions(*job[:2])
-        child.encode_images(job[0], job[2])
+    def note(job):
+        jobs.append((list(job.captions), list(job.images)))
+        encode_here(job)
 
-    monkeypatch.setattr(encoder_stage, "_in_child", in_this_process)
+    monkeypatch.setattr(encoder_stage, "_in_child", note)
     more = ["--cache_dir", tmp_path / "cache", "--cache_latents", "--max_train_steps", 1]
-    run(*more, name="never")
+    control(tmp_path / "never", *more)
     assert "" not in jobs[0][0] and len(jobs[0][1]) == 12
-    run(*more, "--proportion_empty_prompts", 0.5, name="half")
+    control(tmp_path / "half", *more, "--proportion_empty_prompts", 0.5)
     assert jobs[1][0].count("") == 1 and not jobs[1][1]
-    run(*more, "--proportion_empty_prompts", 0.9, name="nearly always")
+    control(tmp_path / "nearly always", *more, "--proportion_empty_prompts", 0.9)
     assert len(jobs) == 2
 
 
@@ -390,10 +317,9 @@ def origin(array):
 
 @pytest.mark.parametrize("flip", [False, True], ids=["plain", "flipped"])
 def test_condition_and_target_are_cropped_by_one_box_and_flipped_together(batches, oblong, flip):
-    made, _, _ = batches("--train_data_dir", oblong, *(["--random_flip"] if flip else []), "--train_batch_size", 2)
+    more = ["--train_data_dir", oblong, "--train_batch_size", 2, *(["--random_flip"] if flip else [])]
     seen = []
-    for number in range(60):
-        images, conditions = next(made.iterate(number, number + 1))[:2]
+    for images, conditions, *_ in batches(*more).iterate(0, 60):
         for image, condition in zip(images, conditions):
             np.testing.assert_allclose(condition, -image, atol=1e-6)  # the negative of the same pixels
             picture, left, top, flipped = origin(image)
@@ -408,84 +334,65 @@ def test_condition_and_target_are_cropped_by_one_box_and_flipped_together(batche
     assert (35 <= mirrored <= 85) if flip else mirrored == 0  # 60 of 120 by expectation
 
 
-def test_a_batch_of_a_bucket_has_its_shape_and_its_own_pictures(batches, oblong):
-    more = [
-        "--train_data_dir",
-        oblong,
-        "--aspect_ratio_buckets",
-        "32,48;48,32",
-        "--train_batch_size",
-        2,
-        "--random_flip",
-    ]
-    made, _, _ = batches(*more)
-    pictures = []
-    for number in range(12):
-        images, conditions, *noises, index, _, _, ids = next(made.iterate(number, number + 1))
+def test_a_batch_of_a_bucket_has_its_shape_and_its_own_images(batches, oblong):
+    more = ["--train_data_dir", oblong, "--aspect_ratio_buckets", "32,48;48,32", "--train_batch_size", 2]
+    found = []
+    for images, conditions, *noises, index, _, _, ids in batches(*more, "--random_flip").iterate(0, 12):
         wide = images.shape[2:] == (32, 48)
         assert wide or images.shape[2:] == (48, 32)
         np.testing.assert_allclose(conditions, -images, atol=1e-6)
         assert all(noise.shape == (2, 16, *((4, 6) if wide else (6, 4))) for noise in noises)
         assert index.shape == (2,) and ids[:, 1:].max(axis=0).tolist() == ([1, 2] if wide else [2, 1])
-        found = [origin(image) for image in images]
-        assert all((left, top) == (0, 0) and picture % 2 == (0 if wide else 1) for picture, left, top, _ in found)
-        pictures += [picture for picture, *_ in found]
-    assert [pictures.count(picture) for picture in range(6)] == [4] * 6  # 24 uses, four passes
+        for image in images:
+            number, left, top, _ = origin(image)
+            assert (left, top) == (0, 0) and number % 2 == (0 if wide else 1)
+            found.append(number)
+    assert [found.count(number) for number in range(6)] == [4] * 6  # 24 uses, four epochs
 
 
-def test_two_buckets_train_in_one_run_cached_or_not_and_in_the_graph(run, oblong):
-    """Batches of two, of both shapes; the VAE in the child process or in the step; the graph compiled for either shape.
+def test_two_buckets_train_in_one_run_cached_or_not_and_in_the_graph(control, oblong, tmp_path):
+    """Batches of two, of both shapes; the VAE in the encoder stage or in the step; a graph per shape.
 
-    In between the held-out loss is measured with the average in the weights' place, which must leave them as they were.
+    In between the held-out loss is measured with the averaged weights, which must leave the weights as they were.
     """
-    more = [
-        "--train_data_dir",
-        oblong,
-        "--aspect_ratio_buckets",
-        "32,48;48,32",
-        "--train_batch_size",
-        2,
-        "--max_train_steps",
-        4,
-    ]
-    more += ["--use_ema", "--validation_split", 0.2, "--validation_steps", 2, "--num_single_layers", 0]
+    more = ["--train_data_dir", oblong, "--aspect_ratio_buckets", "32,48;48,32", "--train_batch_size", 2]
+    more += ["--max_train_steps", 4, "--use_ema", "--validation_split", 0.2, "--validation_steps", 2]
+    more += ["--num_single_layers", 0]
     kinds = {
         "cached": ["--cache_latents"],
-        "inside": ["--center_crop"],
+        "in the step": ["--center_crop"],
         "graph": ["--cache_latents", "--mindspore_mode", 0],
     }
-    cached, inside, graph = (run(*more, *kind, name=name)[0] for name, kind in kinds.items())
+    cached, *others = (control(tmp_path / name, *more, *kind) for name, kind in kinds.items())
     for key in ("loss", "grad_norm", "held_out__loss"):
-        expected = [line[key] for line in metrics(cached) if key in line]
+        expected = logged(cached, key)
         assert len(set(expected)) == (3 if key == "held_out__loss" else 4)
-        for out in (inside, graph):
-            np.testing.assert_allclose(
-                [line[key] for line in metrics(out) if key in line], expected, rtol=1e-4, err_msg=key
-            )
+        for out in others:
+            np.testing.assert_allclose(logged(out, key), expected, rtol=1e-4, err_msg=key)
 
 
 # ---- updates -------------------------------------------------------------------------------------
 
 
-def test_batch_and_accumulation_make_the_same_update(run):
-    """Batch 2 and two steps of batch 1 see the same pairs under the same draws."""
+def test_batch_size_and_accumulation_make_the_same_update(control, tmp_path):
+    """Batch size 2 and two micro-batches of 1 have the same pairs with the same draws."""
     more = ["--cache_latents", "--random_flip", "--proportion_empty_prompts", 0.3]
     outs = [
-        run(*more, "--train_batch_size", b, "--gradient_accumulation_steps", a, name=f"b{b}")[0]
-        for b, a in ((2, 1), (1, 2))
+        control(tmp_path / f"{size}", *more, "--train_batch_size", size, "--gradient_accumulation_steps", steps)
+        for size, steps in ((2, 1), (1, 2))
     ]
     for key in ("loss", "grad_norm"):
-        np.testing.assert_allclose(*([line[key] for line in metrics(out)] for out in outs), rtol=1e-4)
+        np.testing.assert_allclose(logged(outs[0], key), logged(outs[1], key), rtol=1e-4)
     weights = [load_file(out / FINAL) for out in outs]
     for name, value in weights[0].items():
         np.testing.assert_allclose(weights[1][name], value, atol=1e-5, err_msg=name)
 
 
-def test_learning_rate_zero_leaves_the_weights_and_another_moves_them(run, small_flux):
-    """With it the held-out loss, whose draws are the same at every look."""
+def test_learning_rate_0_leaves_the_weights_and_another_moves_them(control, small_flux, tmp_path):
+    """And the held-out loss, which has the same draws in every evaluation."""
     before = untrained(small_flux)
     for name, rate in (("still", 0), ("moved", 1e-3)):
-        out, _ = run("--learning_rate", rate, "--cache_latents", "--validation_split", 0.2, name=name)
+        out = control(tmp_path / name, "--learning_rate", rate, "--cache_latents", "--validation_split", 0.2)
         after = load_file(out / FINAL)
         same = {key: np.array_equal(value, before[key]) for key, value in after.items()}
         losses = [row["loss"] for row in csv.DictReader((out / "loss_by_timestep.csv").read_text().splitlines())]
@@ -497,36 +404,25 @@ def test_learning_rate_zero_leaves_the_weights_and_another_moves_them(run, small
     "optimizer, rate",
     [("adamweightdecay", 1e-3), ("prodigy", 1.0), ("adafactor", 1e-3), ("adamw --use_8bit_adam", 1e-3)],
 )
-def test_the_other_optimizers_train_it_too(run, small_flux, optimizer, rate):
-    out, _ = run("--optimizer", *optimizer.split(), "--learning_rate", rate, "--cache_latents")
-    after, before = load_file(out / FINAL), untrained(small_flux)
+def test_the_other_optimizers_train_it_too(control, small_flux, tmp_path, optimizer, rate):
+    more = ["--optimizer", *optimizer.split(), "--learning_rate", rate, "--max_train_steps", 2]
+    after, before = load_file(control(tmp_path, "--cache_latents", *more) / FINAL), untrained(small_flux)
     assert not np.array_equal(after["controlnet_blocks.0.weight"], before["controlnet_blocks.0.weight"])
     assert all(np.isfinite(value).all() for value in after.values())
 
 
-def test_gradient_checkpointing_trains_the_same(run):
+def test_gradient_checkpointing_trains_the_same(control, finished_control, tmp_path):
     """In PyNative; for the graph see test_step.py."""
-    outs = [
-        run("--cache_latents", *more, name=name)[0]
-        for name, more in (("plain", []), ("saving", ["--gradient_checkpointing"]))
-    ]
+    plain = finished_control("--cache_latents")
+    recomputed = control(tmp_path, "--cache_latents", "--gradient_checkpointing")
     for key in ("loss", "grad_norm"):
-        np.testing.assert_allclose(*([line[key] for line in metrics(out)] for out in outs), rtol=1e-5)
+        np.testing.assert_allclose(logged(plain, key), logged(recomputed, key), rtol=1e-5)
 
 
-def test_warmup_and_scaled_rates_are_counted_in_updates(run):
-    more = [
-        "--lr_scheduler",
-        "linear",
-        "--lr_warmup_steps",
-        2,
-        "--gradient_accumulation_steps",
-        2,
-        "--scale_lr",
-        "--cache_latents",
-    ]
-    out, _ = run(*more, "--learning_rate", 1e-3, "--max_train_steps", 4)
-    np.testing.assert_allclose([line["lr"] for line in metrics(out)], np.array([0, 0.5, 1, 0.5]) * 2e-3)
+def test_warmup_and_scaled_rates_are_counted_in_updates(control, tmp_path):
+    schedule = ["--lr_scheduler", "linear", "--lr_warmup_steps", 2, "--scale_lr", "--learning_rate", 1e-3]
+    out = control(tmp_path, *schedule, "--gradient_accumulation_steps", 2, "--cache_latents", "--max_train_steps", 4)
+    np.testing.assert_allclose(logged(out, "lr"), np.array([0, 0.5, 1, 0.5]) * 2e-3)
 
 
 # ---- validation ----------------------------------------------------------------------------------
@@ -541,29 +437,18 @@ def test_warmup_and_scaled_rates_are_counted_in_updates(run):
     ],
     ids=["one image", "one prompt", "pairs"],
 )
-def test_validation_draws_prompts_and_conditions_together(
-    run, control_script, shapes, monkeypatch, prompts, numbers, rows
+def test_validation_samples_prompts_and_conditions_together(
+    control, shapes, monkeypatch, tmp_path, prompts, numbers, rows
 ):
-    drawn, real = [], control_script.grids.image_grid
-    monkeypatch.setattr(control_script.grids, "image_grid", lambda *given: drawn.append(given) or real(*given))
+    grids, image_grid = [], validation.image_grid
+    monkeypatch.setattr(validation, "image_grid", lambda *given: grids.append(given) or image_grid(*given))
     images = [outline(shapes, number) for number in numbers]
-    more = [
-        "--validation_prompt",
-        *prompts,
-        "--validation_image",
-        *images,
-        "--num_validation_images",
-        2,
-        "--num_inference_steps",
-        1,
-    ]
-    out, _ = run("--cache_latents", *more, "--max_train_steps", 1)
-    ((grid, labels),) = drawn
+    more = ["--validation_prompt", *prompts, "--validation_image", *images, "--num_validation_images", 2]
+    out = control(tmp_path, "--cache_latents", *more, "--num_inference_steps", 1, "--max_train_steps", 1)
+    ((grid, labels),) = grids
     assert labels == [prompt for prompt, _ in rows]
     for row, (_, number) in zip(grid, rows):
-        condition = np.asarray(
-            Image.open(outline(shapes, number)).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
-        )
-        np.testing.assert_array_equal(np.asarray(row[0]), condition)
+        condition = Image.open(outline(shapes, number)).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(np.asarray(row[0]), np.asarray(condition))
         assert len(row) == 3 and row[1].tobytes() != row[2].tobytes()  # each from its own noise
     assert Image.open(out / "samples" / "final.png").format == "PNG"

@@ -19,20 +19,26 @@ SIGMAS = (np.arange(1000, 0, -1) / 1000).astype(np.float32)
 ADDED = ("controlnet_x_embedder.", "controlnet_blocks.", "controlnet_single_blocks.")
 
 
-def make_step(script, flags, controlnet, transformer, *more, kind="no", optimizer=None):
-    args = script.parse_args(flags("unused", "--max_sequence_length", 5, *more))
+def make_step(script, flags, controlnet, transformer, *more, kind="no", optimizer=None, scaler=None):
+    args = script.parse_args(flags("unused", "--max_sequence_length", 5, "--mixed_precision", kind, *more))
     # Without a first moment's memory and without clipping, AdamW's first moment is the gradient.
     optimizer = optimizer or optimizers.AdamW(
         [{"params": controlnet.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0
     )
     return script.TrainStepForFluxControlNet(
-        controlnet, transformer, optimizer, ms.Tensor(SIGMAS), precision.resolve_precision(kind).compute, args,
-        {"scaling_factor": SCALE, "shift_factor": SHIFT}, loss_scaler=precision.loss_scaler(kind),
-    )  # fmt: skip
+        controlnet,
+        optimizer,
+        scaler or precision.loss_scaler(kind),
+        args,
+        transformer=transformer,
+        vae=None,
+        vae_config={"scaling_factor": SCALE, "shift_factor": SHIFT},
+        sigmas=SIGMAS,
+    )
 
 
 def make_batch(size, height=4, width=6):
-    """Moments with a log-variance that matters, not square, another index for every picture."""
+    """Moments with a log-variance that matters, not square, another index for every image."""
     moments = [rng.normal(1, name, shape=(size, 32, height, width)) for name in ("images", "conditions")]
     noises = [
         rng.normal(1, name, shape=(size, 16, height, width)) for name in ("posterior", "condition posterior", "noise")
@@ -128,10 +134,9 @@ def test_two_micro_batches_equal_one_batch_of_two(control_script, control_flags,
     gradients, batch = {}, make_batch(2)
     for accumulation in (1, 2):
         more = ["--gradient_accumulation_steps", accumulation, "--max_grad_norm", 0]
-        step = make_step(control_script, control_flags, LinearControl(), LinearFlux(), *more, kind=kind)
-        step.compute_dtype = (
-            ms.float32
-        )  # of fp16 only the scaling of the loss: the stand-ins have no layers to compute in half
+        # Of fp16 only the loss scale: the stand-ins have no layers to compute in half precision.
+        scaler = precision.loss_scaler(kind)
+        step = make_step(control_script, control_flags, LinearControl(), LinearFlux(), *more, scaler=scaler)
         for k in range(accumulation):
             rows = [part[k : k + 1] if accumulation == 2 else part for part in batch[:-1]]
             step(*map(ms.Tensor, (*rows, batch[-1])))
@@ -170,7 +175,7 @@ def make_models(root, kind="no", double=1, single=1, perturbed=True, recompute=F
 
 
 @pytest.fixture(scope="module")
-def first_update(control_script, small_flux):
+def first_update(control_script, control_flags, small_flux):
     """first_update(mode, kind, recompute): loss and every gradient at batch 2; every combination runs (and compiles) once."""
     done = {}
 
@@ -179,18 +184,7 @@ def first_update(control_script, small_flux):
             before = ms.get_context("mode")
             ms.set_context(mode=mode)
             controlnet, transformer = make_models(small_flux, kind, recompute=recompute)
-            flags = [
-                "--pretrained_model_name_or_path",
-                "x",
-                "--train_data_dir",
-                "x",
-                "--max_grad_norm",
-                "0",
-                "--output_dir",
-            ]
-            step = make_step(
-                control_script, lambda out, *more: [*flags, out, *map(str, more)], controlnet, transformer, kind=kind
-            )
+            step = make_step(control_script, control_flags, controlnet, transformer, "--max_grad_norm", 0, kind=kind)
             loss = float(step(*map(ms.Tensor, make_batch(2)))[1])
             gradients = {
                 name: moment.asnumpy()
@@ -378,13 +372,13 @@ def test_an_update_changes_the_controlnet_and_nothing_else(control_script, contr
 
 def test_an_overflow_in_fp16_skips_the_update_and_halves_the_scale(control_script, control_flags, mode):
     controlnet = LinearControl()
-    step = make_step(control_script, control_flags, controlnet, LinearFlux(), kind="fp16")
-    step.compute_dtype = ms.float32
+    scaler = precision.loss_scaler("fp16")
+    step = make_step(control_script, control_flags, controlnet, LinearFlux(), scaler=scaler)
     batch = list(make_batch(2))
     batch[1] = np.full_like(batch[1], 1e30)
     step(*map(ms.Tensor, batch))
     assert float(controlnet.gain) == np.float32(0.3)
-    assert float(step.grad_scaler.loss_scaler.scale_value) == 2.0**15
+    assert float(scaler.scale_value) == 2.0**15
     step(*map(ms.Tensor, make_batch(2)))
     assert float(controlnet.gain) != np.float32(0.3)
 

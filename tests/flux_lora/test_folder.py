@@ -1,4 +1,4 @@
-"""Whole runs on folders and data sets as people have them: trained on what is clear, and what is left out is said once."""
+"""Runs on folders and data sets as people have them: what is clear is trained on, what is left out is reported once."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ def smooth(seed, width=64, height=48):
 
 @pytest.fixture
 def ugly(tmp_path):
-    """Seven images of every origin among what phones, Windows, macOS and other tools leave beside them."""
+    """Seven images of many origins among the files that phones, Windows, macOS and other tools write."""
     folder = tmp_path / "ugly"
     (folder / "side views").mkdir(parents=True)
     exif = Image.Exif()
@@ -60,37 +60,22 @@ SAID = (
 )
 
 
-def test_an_ugly_folder_trains(train, ugly, tmp_path, monkeypatch):
-    """On a terminal that takes UTF-8 alone."""
+def test_an_ugly_folder_is_trained_on(train, ugly, tmp_path, monkeypatch):
+    """In a process whose terminal takes only UTF-8."""
     before = {path: path.read_bytes() for path in ugly.rglob("*") if path.is_file()}
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
     more = ["--max_train_steps", 2, "--train_batch_size", 2, "--validation_split", 0.3, "--cache_latents"]
     done = train(tmp_path / "out", "--instance_data_dir", ugly, *more, encoding="utf-8")
     assert [done.stdout.count(line) for line in SAID] == [1] * len(SAID), done.stdout
-    assert "Thumbs.db" not in done.stdout and "\n5 pictures, 2 held out" in done.stdout
+    assert "Thumbs.db" not in done.stdout and "\n5 samples per epoch, 2 held out" in done.stdout
     assert [line["step"] for line in metrics(tmp_path / "out") if "loss" in line] == [1, 2]
     assert len(json.loads((tmp_path / "out/run.json").read_text())["data"]["held_out"]) == 2
     assert {path: path.read_bytes() for path in ugly.rglob("*") if path.is_file()} == before
 
 
-def test_a_class_folder_of_litter_is_one_to_fill(lora_script, flags, tmp_path, capsys):
-    folder = tmp_path / "class"
-    folder.mkdir()
-    (folder / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
-    args = lora_script.parse_args(
-        flags(tmp_path / "out", "--with_prior_preservation", "--class_data_dir", folder, "--class_prompt", "a cat")
-    )
-    assert lora_script.class_samples(args, [(32, 32)], {0: 5})[0] == []
-    smooth(0).save(folder / "a.HEIC", format="HEIF")
-    (folder / "clip.mp4").write_bytes(b"x")
-    samples, _ = lora_script.class_samples(args, [(32, 32)], {0: 5})
-    assert [sample.caption for sample in samples] == ["a cat"] and "clip.mp4 (videos" in capsys.readouterr().out
-
-
 def saved(folder, cells):
-    datasets.Dataset.from_dict({"image": cells, "text": ["one", "two", ""]}).cast_column(
-        "image", datasets.Image()
-    ).save_to_disk(folder)
+    data = datasets.Dataset.from_dict({"image": cells, "text": ["one", "two", ""]})
+    data.cast_column("image", datasets.Image()).save_to_disk(folder)
 
 
 def plain(folder, cells):
@@ -100,10 +85,8 @@ def plain(folder, cells):
 
 def base64_text(folder, cells):
     folder.mkdir()
-    pq.write_table(
-        pa.table({"image": [base64.b64encode(cell["bytes"]).decode() for cell in cells], "text": ["one", "two", ""]}),
-        folder / "train.parquet",
-    )
+    images = [base64.b64encode(cell["bytes"]).decode() for cell in cells]
+    pq.write_table(pa.table({"image": images, "text": ["one", "two", ""]}), folder / "train.parquet")
 
 
 @pytest.mark.parametrize("write", [saved, plain, base64_text])
@@ -115,16 +98,8 @@ def test_a_data_set_of_any_form_gives_the_same_samples(lora_script, flags, tmp_p
         smooth(number).save(file, "PNG")
         cells.append({"bytes": file.getvalue(), "path": f"{number}.png"})
     write(tmp_path / "set", cells)
-    line = flags(
-        tmp_path / "out",
-        "--dataset_name",
-        tmp_path / "set",
-        "--caption_column",
-        "text",
-        "--cache_dir",
-        tmp_path / "cache",
-    )
-    place = line.index("--instance_data_dir")
-    samples = lora_script.load_samples(lora_script.parse_args(line[:place] + line[place + 2 :]), [(32, 32)])
+    source = ["--instance_data_dir", "", "--dataset_name", tmp_path / "set", "--caption_column", "text"]
+    args = lora_script.parse_args(flags(tmp_path / "out", *source, "--cache_dir", tmp_path / "cache"))
+    samples = lora_script.load_samples(args, [(32, 32)])
     assert [sample.read() for sample in samples] == [cell["bytes"] for cell in cells]
     assert [sample.caption for sample in samples] == ["one", "two", "a photo of sks cat"]

@@ -1,14 +1,17 @@
-"""Training that starts from a LoRA: the file's ranks, layers and weight changes, and nothing loaded for a file that does not fit."""
+"""Training that starts from a LoRA: it keeps the file's ranks, layers and weights; a file that does not fit is refused."""
 
-import json
+import functools
+import shutil
 
 import mindspore as ms
 import numpy as np
 import pytest
+from conftest import metrics
 from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
 from mindtune.models import lora_files
+from mindtune.models.lora_files import LORA_FILE
 from mindtune.models.weights import linear_layers
 from mindtune.run import checkpoint
 
@@ -26,22 +29,24 @@ CLIP = {
 }
 
 
-@pytest.fixture
-def saved(tiny_flux, tmp_path):
-    """saved(layers, layout, dtype): a trained LoRA of somebody, alpha 3 for every layer."""
+@pytest.fixture(scope="module")
+def saved(tiny_flux, tmp_path_factory):
+    """saved(clip, layout, dtype): the file of a trained LoRA, alpha 3 for every layer. `clip`: no, too or only."""
+    widths = {
+        f"{model}.{name}": width
+        for model in ("transformer", "text_encoder")
+        for name, width in linear_layers(tiny_flux, model).items()
+    }
 
-    def make(layers=LAYERS, layout="diffusers", dtype=None):
+    @functools.cache
+    def make(clip="no", layout="diffusers", dtype=None):
+        layers = {"no": LAYERS, "too": {**LAYERS, **CLIP}, "only": CLIP}[clip]
         rng, tensors = np.random.default_rng(0), {}
-        widths = {
-            f"{prefix}.{k}": v
-            for prefix in ("transformer", "text_encoder")
-            for k, v in linear_layers(tiny_flux, prefix).items()
-        }
         for layer, rank in layers.items():
             inputs, outputs = widths[layer]
             tensors[f"{layer}.lora_A.weight"] = 0.1 * rng.standard_normal((rank, inputs)).astype(np.float32)
             tensors[f"{layer}.lora_B.weight"] = 0.1 * rng.standard_normal((outputs, rank)).astype(np.float32)
-        path = tmp_path / f"before-{layout}.safetensors"
+        path = tmp_path_factory.mktemp("saved") / f"{layout}.safetensors"
         lora_files.write_lora(path, tensors, dict.fromkeys(layers, 3.0), layout, dtype)
         return path
 
@@ -49,15 +54,9 @@ def saved(tiny_flux, tmp_path):
 
 
 @pytest.fixture
-def run(lora_script, flags, tmp_path, monkeypatch):
-    """run(*flags, name): a run in this process; gives its output directory."""
-
-    def go(*more, name="run"):
-        monkeypatch.setattr(lora_script, "StopRequest", lambda: type("Never", (), {"exit_code": None})())
-        assert lora_script.main(flags(tmp_path / name, "--cache_latents", *more)) == 0
-        return tmp_path / name
-
-    return go
+def run(lora, tmp_path):
+    """run(*flags, name): a run with cached latents; its output directory."""
+    return lambda *more, name="run": lora(tmp_path / name, "--cache_latents", *more)
 
 
 def changes(path):
@@ -75,101 +74,84 @@ def changes(path):
 STILL = ["--learning_rate", 0, "--text_encoder_lr", 0, "--upcast_before_saving", "--max_train_steps", 2]
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "kohya", "comfyui"])
-@pytest.mark.parametrize("alpha", [[], ["--lora_alpha", 4]], ids=["scale 1", "alpha 4"])
-def test_at_rate_zero_it_ends_with_the_weight_changes_it_started_from(run, saved, capsys, layout, alpha):
+@pytest.mark.parametrize(
+    "layout, alpha",
+    [("diffusers", []), ("kohya", []), ("comfyui", []), ("diffusers", ["--lora_alpha", 4])],
+    ids=["diffusers", "kohya", "comfyui", "alpha 4"],
+)
+def test_at_rate_zero_it_ends_with_the_weight_changes_it_started_from(run, saved, finished_lora, capsys, layout, alpha):
+    """Its loss is the adapter's, not the base model's, and the same from every layout."""
     path = saved(layout=layout)
     out = run("--lora_model_name_or_path", path, *alpha, *STILL)
-    before, after = changes(path), changes(out / lora_files.LORA_FILE)
+    before, after = changes(path), changes(out / LORA_FILE)
     assert sorted(after) == sorted(before) == sorted(LAYERS)
     for layer, value in before.items():
         np.testing.assert_allclose(after[layer], value, rtol=1e-5, atol=1e-6 * np.abs(value).max(), err_msg=layer)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "going on from" in line]
-    sentence = "(transformer: 5 layers of rank 2, 3, 6): there --lora_rank and --lora_layers do nothing"
-    assert lines == [f"going on from {path} {sentence}"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "starting from" in line]
+    ranks = "(transformer: 5 layers of rank 2, 3, 6)"
+    assert lines == [f"starting from {path} {ranks}: --lora_rank and --lora_layers have no effect on what it adapts"]
 
-
-def test_the_first_loss_is_the_adapters_and_not_the_bases(run, saved):
-    """And the same from all layouts."""
-    losses = {}
-    for name, more in (
-        ("base", []),
-        *((layout, ["--lora_model_name_or_path", saved(layout=layout)]) for layout in ("diffusers", "kohya")),
-    ):
-        out = run(*more, *STILL, name=name)
-        losses[name] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose(losses["kohya"], losses["diffusers"], rtol=1e-5)
-    assert np.abs(np.array(losses["base"]) / losses["diffusers"] - 1).min() > 1e-3
+    losses = np.array([line["loss"] for line in metrics(out)])
+    base = np.array([line["loss"] for line in metrics(finished_lora("--cache_latents", *STILL))])
+    assert np.abs(base / losses - 1).min() > 1e-3
+    if not alpha:
+        first = finished_lora("--cache_latents", "--lora_model_name_or_path", saved(), *STILL)
+        np.testing.assert_allclose(losses, [line["loss"] for line in metrics(first)], rtol=1e-5)
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "fp16", "bf16"])
-def test_every_layer_of_the_file_trains_at_its_own_rank(run, saved, mixed_precision):
-    path = saved({**LAYERS, **CLIP}, dtype=ms.float16)
-    more = [
-        "--train_text_encoder",
-        "--text_encoder_lr",
-        1e-3,
-        "--learning_rate",
-        1e-3,
-        "--mixed_precision",
-        mixed_precision,
-    ]
-    out = run(
-        "--lora_model_name_or_path", path, "--lora_rank", 16, "--lora_layers", "to_v", *more, "--upcast_before_saving"
-    )
-    before, after = load_file(path), load_file(out / lora_files.LORA_FILE)
+def test_every_layer_of_the_file_is_trained_at_its_own_rank(run, saved, mixed_precision):
+    path = saved("too", dtype=ms.float16)
+    more = ["--train_text_encoder", "--text_encoder_lr", 1e-3, "--learning_rate", 1e-3, "--upcast_before_saving"]
+    more += ["--mixed_precision", mixed_precision, "--lora_rank", 16, "--lora_layers", "to_v"]
+    out = run("--lora_model_name_or_path", path, *more)
+    before, after = load_file(path), load_file(out / LORA_FILE)
     assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
     for name, value in before.items():
         assert 0 < np.abs(after[name] - value.astype(np.float32)).max() < 0.1, name
 
 
-def test_clip_starts_anew_beside_a_file_of_the_transformer_alone(run, saved):
+def test_clip_starts_anew_beside_a_file_of_the_transformer(run, saved):
     out = run("--lora_model_name_or_path", saved(), "--train_text_encoder", "--lora_rank", 2, *STILL)
-    tensors = load_file(out / lora_files.LORA_FILE)
+    tensors = load_file(out / LORA_FILE)
     clip = {name: value for name, value in tensors.items() if name.startswith("text_encoder.")}
     assert len(clip) == 2 * 8 and {value.shape[0] for name, value in clip.items() if ".lora_A." in name} == {2}
     assert not any(value.any() for name, value in clip.items() if ".lora_B." in name)
     assert len(tensors) == len(clip) + 2 * len(LAYERS)
 
 
-def test_the_transformer_starts_anew_beside_a_file_of_clip_alone(run, saved):
-    path = saved(CLIP)
-    out = run(
-        "--lora_model_name_or_path", path, "--train_text_encoder", "--lora_rank", 2, "--lora_layers", "to_v", *STILL
-    )
-    found = lora_files.read_adapters(out / lora_files.LORA_FILE, "")
+def test_the_transformer_starts_anew_beside_a_file_of_clip(run, saved):
+    path = saved("only")
+    more = ["--train_text_encoder", "--lora_rank", 2, "--lora_layers", "to_v"]
+    out = run("--lora_model_name_or_path", path, *more, *STILL)
+    found = lora_files.read_adapters(out / LORA_FILE, "")
     assert len(found["transformer"]) == 2 * 4 and len(found["text_encoder"]) == 2 * len(CLIP)
     for layer, value in changes(path).items():
-        np.testing.assert_allclose(changes(out / lora_files.LORA_FILE)[layer], value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(changes(out / LORA_FILE)[layer], value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_goes_on_from_the_directory_of_another(run):
+def test_a_run_starts_from_the_directory_of_another(run):
     first = run("--learning_rate", 1e-3, name="first")
     again = run("--lora_model_name_or_path", first, *STILL, name="again")
-    for layer, value in changes(first / lora_files.LORA_FILE).items():
-        np.testing.assert_allclose(changes(again / lora_files.LORA_FILE)[layer], value, rtol=1e-5, atol=1e-9)
+    for layer, value in changes(first / LORA_FILE).items():
+        np.testing.assert_allclose(changes(again / LORA_FILE)[layer], value, rtol=1e-5, atol=1e-9)
 
 
-def test_resuming_takes_the_checkpoints_numbers_and_names_another_file(run, saved, tmp_path, capsys):
-    """Two checkpoints: the run stopped after update 2 and resumed ends as the one left alone; its file may have moved."""
-    path = saved()
+def test_a_resumed_run_keeps_its_adapter_and_reports_another_file(run, saved, tmp_path, capsys):
+    """A run stopped after update 2 and resumed ends as the one that was not stopped. The LoRA's file may have moved."""
+    path = shutil.copy(saved(), tmp_path / "saved.safetensors")
     more = ["--learning_rate", 1e-3, "--lora_alpha", 12, "--checkpointing_steps", 2, "--lora_model_name_or_path"]
     whole = run(*more, path, "--max_train_steps", 4, name="whole")
     out = run(*more, path, "--max_train_steps", 2, name="stopped")
     moved = path.rename(tmp_path / "moved.safetensors")
     run(*more, moved, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", name="stopped")
     assert "not its exact continuation" not in capsys.readouterr().out
-    for file in (
-        lora_files.LORA_FILE,
-        "metrics.jsonl",
-        "checkpoint-4/training_state.safetensors",
-        f"checkpoint-4/{lora_files.LORA_FILE}",
-    ):
+    for file in ("metrics.jsonl", LORA_FILE, "checkpoint-4/training_state.safetensors", f"checkpoint-4/{LORA_FILE}"):
         assert (out / file).read_bytes() == (whole / file).read_bytes(), file
     assert checkpoint.damage(out / "checkpoint-4") is None
     other = saved(dtype=ms.float16)
     run(*more, other, "--max_train_steps", 5, "--resume_from_checkpoint", "latest", name="stopped")
-    assert "resuming with another lora_model than the checkpoint was made with" in capsys.readouterr().out
+    assert "resuming with another lora_model than the checkpoint" in capsys.readouterr().out
 
 
 # ---- files that do not fit -----------------------------------------------------------------------
@@ -215,7 +197,7 @@ REFUSED = {
     ),
     "CLIP's without training CLIP": (
         lambda path: foreign(path, "lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 32, 32),
-        ["adapts CLIP too, which would be lost. Add --train_text_encoder"],
+        ["also adapts CLIP, which would be lost. Add --train_text_encoder"],
     ),
 }
 
@@ -234,8 +216,8 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_loads(lora_script, 
     assert not (tmp_path / "out").exists()
 
 
-def test_the_file_may_not_lie_where_the_run_writes(run, lora_script, flags):
+def test_the_file_may_not_be_where_the_run_writes(run, lora_script, flags):
     out = run("--max_train_steps", 1)
-    with pytest.raises(UserError, match=r"lies in --output_dir, where this run writes. Name another output directory"):
+    with pytest.raises(UserError, match=r"is in --output_dir, where this run writes. Name another output directory"):
         lora_script.main(flags(out, "--lora_model_name_or_path", out, "--overwrite_output_dir"))
-    assert (out / lora_files.LORA_FILE).exists()
+    assert (out / LORA_FILE).exists()

@@ -1,7 +1,8 @@
-"""Whole runs on the tiny pipeline: what they leave behind, what they hold in memory, and what every flag changes."""
+"""Whole runs on the tiny pipeline: the files they write, the models they load, and what flags change."""
 
 import csv
 import json
+import shutil
 
 import mindspore as ms
 import numpy as np
@@ -13,49 +14,38 @@ from safetensors import safe_open
 
 from mindtune.data import crops, folders
 from mindtune.encode import encoder_stage
-from mindtune.models import loading, lora_files
+from mindtune.models import lora_files
+from mindtune.models.lora_files import LORA_FILE
 from mindtune.run import checkpoint
 
 
-@pytest.fixture
-def run(lora_script, flags, tmp_path, monkeypatch):
-    """run(*flags): a run in this process; gives its output directory and the names of the models that it loaded itself."""
-
-    def go(*more, name="run"):
-        loaded, real = [], loading.load_model
-        monkeypatch.setattr(
-            loading, "load_model", lambda root, part, *rest: loaded.append(part) or real(root, part, *rest)
-        )
-        monkeypatch.setattr(lora_script, "StopRequest", lambda: type("Never", (), {"exit_code": None})())
-        assert lora_script.main(flags(tmp_path / name, *more)) == 0
-        monkeypatch.setattr(loading, "load_model", real)
-        return tmp_path / name, loaded
-
-    return go
+def losses(out, key="loss"):
+    return [line[key] for line in metrics(out) if key in line]
 
 
-def test_a_run_leaves_adapter_checkpoints_curves_pictures_and_a_record(run):
-    looking = [
-        "--validation_prompt",
-        "a cat",
-        "a dog",
-        "--num_validation_images",
-        2,
-        "--validation_split",
-        0.2,
-        "--validation_epochs",
-        1,
-    ]
-    out, _ = run(
-        "--cache_latents", *looking, "--report_to", "tensorboard", "--max_train_steps", 5, "--checkpointing_steps", 2
-    )
+def lora_b(out, model):
+    """Every B matrix of a model's adapter."""
+    tensors = lora_files.read_lora(out / LORA_FILE, "")[0]
+    return [value for name, value in tensors.items() if name.startswith(f"{model}.") and ".lora_B." in name]
+
+
+def prior_preservation(folder, count):
+    flags = ["--with_prior_preservation", "--class_data_dir", folder, "--class_prompt", "a cat"]
+    return [*flags, "--num_class_images", count]
+
+
+# ---- what a run writes and loads -----------------------------------------------------------------
+
+
+def test_a_run_writes_adapter_checkpoints_curves_images_and_a_record(lora, tmp_path):
+    validation = ["--validation_prompt", "a cat", "a dog", "--num_validation_images", 2, "--validation_epochs", 1]
+    more = ["--validation_split", 0.2, "--report_to", "tensorboard", "--max_train_steps", 5, "--checkpointing_steps", 2]
+    out = lora(tmp_path, "--cache_latents", *validation, *more)
     assert [folder.name for folder in checkpoint.checkpoints(out)] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     assert all(checkpoint.damage(folder) is None for folder in checkpoint.checkpoints(out))
-    # Four pictures are trained on, so epoch 1 ends with update 4; two prompts, each without and with the adapter at the end.
-    assert Image.open(out / "samples" / "step-000004.png").size[0] == 2 * 192
-    assert (
-        Image.open(out / "samples" / "final.png").size[1] == 2 * Image.open(out / "samples" / "step-000004.png").size[1]
-    )
+    # Four images are trained on: epoch 1 ends with update 4. Two prompts, at the end without and with the adapter.
+    grid, final = (Image.open(out / "samples" / f"{name}.png") for name in ("step-000004", "final"))
+    assert grid.width == 2 * 192 and final.height == 2 * grid.height
     rows = list(csv.DictReader((out / "loss_by_timestep.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == ["0"] * 8 + ["4"] * 8 + ["5"] * 8
     assert sorted(float(row["sigma"]) for row in rows[:8]) == [float(row["sigma"]) for row in reversed(rows[:8])]
@@ -69,7 +59,7 @@ def test_a_run_leaves_adapter_checkpoints_curves_pictures_and_a_record(run):
 
 
 @pytest.mark.parametrize(
-    "more, held",
+    "more, expected",
     [
         (["--cache_latents"], ["transformer"]),
         (["--cache_latents", "--validation_prompt", "a cat", "--num_validation_images", 1], ["transformer", "vae"]),
@@ -77,197 +67,123 @@ def test_a_run_leaves_adapter_checkpoints_curves_pictures_and_a_record(run):
         ([], ["transformer", "vae"]),
     ],
 )
-def test_the_training_process_loads_only_what_it_needs(run, more, held):
-    """T5 never; CLIP if it trains; the VAE to draw, or to encode fresh crops."""
-    assert run(*more)[1] == held
-
-
-def test_every_picture_is_trained_under_its_own_caption(run, photos, tmp_path, monkeypatch, lora_script):
-    folder = tmp_path / "captioned"
-    folder.mkdir()
-    for path in sorted(photos.glob("*.png"))[:3]:
-        (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "0.txt").write_text("a red cat")
-    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "1.png", "text": "a blue cat"}) + "\n")
-    seen, real = [], lora_script.Batches._text
-    monkeypatch.setattr(lora_script.Batches, "_text", lambda self, caption: seen.append(caption) or real(self, caption))
-    run("--instance_data_dir", folder, "--cache_latents")
-    assert sorted(seen) == ["a blue cat", "a photo of sks cat", "a red cat"]
-
-
-def test_a_dataset_of_the_datasets_library_trains_as_its_folder_does(run, photos, tmp_path):
-    folder = tmp_path / "imagefolder"
-    folder.mkdir()
-    for path in photos.glob("*.png"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    rows = [json.dumps({"file_name": f"{n}.png", "text": f"picture {n}"}) for n in range(5)]
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-    from_folder, _ = run("--instance_data_dir", folder, "--cache_latents", name="folder")
-    from_dataset, _ = run(
-        "--instance_data_dir",
-        "",
-        "--dataset_name",
-        folder,
-        "--caption_column",
-        "text",
-        "--cache_latents",
-        name="dataset",
-    )
-    assert (from_folder / lora_files.LORA_FILE).read_bytes() == (from_dataset / lora_files.LORA_FILE).read_bytes()
-
-
-def test_class_pictures_are_made_once_and_used_again(run, tmp_path):
-    prior = [
-        "--with_prior_preservation",
-        "--class_data_dir",
-        tmp_path / "class",
-        "--class_prompt",
-        "a cat",
-        "--num_class_images",
-        3,
-    ]
-    prior += ["--cache_latents", "--sample_batch_size", 2, "--max_train_steps", 1]
-    run(*prior, name="first")
-    made = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
-    assert len(made) == 3 and len(set(made.values())) == 3
-    run(*prior, name="second")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == made
-
-
-@pytest.mark.parametrize("prior", [False, True], ids=["alone", "with class pictures"])
-def test_clip_and_transformer_train_together_at_batch_two(run, tmp_path, prior):
-    more = ["--train_text_encoder", "--text_encoder_lr", 1e-3, "--cache_latents", "--train_batch_size", 2]
-    more += ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a cat"] * prior
-    out, _ = run(*more, "--num_class_images", 2)
-    tensors = lora_files.read_lora(out / lora_files.LORA_FILE, "")[0]
-    for part, layers in (("transformer", 14), ("text_encoder", 8)):
-        moved = [
-            np.abs(value).max() > 0
-            for name, value in tensors.items()
-            if name.startswith(f"{part}.") and ".lora_B." in name
-        ]
-        assert moved == [True] * layers
-    assert [line["lr_text_encoder"] for line in metrics(out)] == [1e-3] * 3
-
-
-def test_text_and_latents_are_encoded_once(run, monkeypatch, tmp_path):
-    more = ["--cache_latents", "--random_flip", "--cache_dir", tmp_path / "cache", "--max_train_steps", 1]
-    run(*more, name="first")
-    # Five pictures, each twice, and one caption by each of two encoders.
-    assert len(list((tmp_path / "cache" / "mindtune").iterdir())) == 12
-    monkeypatch.setattr(encoder_stage, "_in_child", lambda job: pytest.fail("encoded again"))
-    run(*more, name="second")
-
-
-def test_a_damaged_cache_entry_is_encoded_again(run, tmp_path):
-    more = ["--cache_latents", "--cache_dir", tmp_path / "cache", "--max_train_steps", 1]
-    first, _ = run(*more, name="first")
-    for path in (tmp_path / "cache" / "mindtune").iterdir():
-        content = bytearray(path.read_bytes())
-        content[-3] ^= 0x40
-        path.write_bytes(content)
-    second, _ = run(*more, name="second")
-    assert (first / lora_files.LORA_FILE).read_bytes() == (second / lora_files.LORA_FILE).read_bytes()
-
-
-def test_cached_latents_and_pixels_give_the_same_run_with_centre_crops(run):
-    """The VAE inside the step or in the child process: the same numbers up to rounding."""
-    cached, _ = run("--cache_latents", name="cached")
-    inside, _ = run("--center_crop", name="inside")
-    np.testing.assert_allclose([m["loss"] for m in metrics(cached)], [m["loss"] for m in metrics(inside)], rtol=1e-4)
-
-
-def test_loader_threads_change_nothing(run):
-    outs = [
-        run("--random_flip", "--dataloader_num_workers", n, "--max_train_steps", 8, name=f"threads{n}")[0]
-        for n in (0, 3)
-    ]
-    assert (outs[0] / "metrics.jsonl").read_bytes() == (outs[1] / "metrics.jsonl").read_bytes()
-
-
-def test_batch_and_accumulation_make_the_same_update(run):
-    """Batch 2 and two steps of batch 1 see the same samples under the same draws."""
-    outs = [
-        run("--train_batch_size", b, "--gradient_accumulation_steps", a, "--cache_latents", name=f"b{b}")[0]
-        for b, a in ((2, 1), (1, 2))
-    ]
-    for key in ("loss", "grad_norm"):
-        np.testing.assert_allclose(*([line[key] for line in metrics(out)] for out in outs), rtol=1e-5)
-
-
-def test_warmup_and_scaled_rates_are_counted_in_updates(run):
-    more = [
-        "--lr_scheduler",
-        "linear",
-        "--lr_warmup_steps",
-        2,
-        "--gradient_accumulation_steps",
-        2,
-        "--scale_lr",
-        "--cache_latents",
-    ]
-    out, _ = run(*more, "--learning_rate", 1e-3, "--max_train_steps", 4)
-    np.testing.assert_allclose([line["lr"] for line in metrics(out)], np.array([0, 0.5, 1, 0.5]) * 2e-3)
+def test_the_training_process_loads_only_what_it_needs(lora, loaded, tmp_path, more, expected):
+    """Never T5; CLIP if it is trained; the VAE for validation images, or to encode crops in the step."""
+    lora(tmp_path, *more, "--max_train_steps", 1)
+    assert loaded == expected
 
 
 @pytest.mark.parametrize(
-    "mixed_precision, upcast, stored", [("bf16", False, "BF16"), ("fp16", False, "F16"), ("fp16", True, "F32")]
-)
-def test_the_final_adapter_is_in_the_type_of_computation_unless_upcast(run, mixed_precision, upcast, stored):
-    out, _ = run(
-        "--mixed_precision",
-        mixed_precision,
-        "--cache_latents",
-        "--max_train_steps",
-        1,
-        *(["--upcast_before_saving"] * upcast),
-    )
-    with safe_open(out / lora_files.LORA_FILE, framework="numpy") as file:
+    "mixed_precision, upcast, stored", [("bf16", [], "BF16"), ("fp16", [], "F16"), ("fp16", ["--upcast_before_saving"], "F32")]
+)  # fmt: skip
+def test_the_final_adapter_has_the_dtype_of_the_weights_unless_upcast(lora, tmp_path, mixed_precision, upcast, stored):
+    lora(tmp_path, "--mixed_precision", mixed_precision, "--cache_latents", "--max_train_steps", 1, *upcast)
+    with safe_open(tmp_path / LORA_FILE, framework="numpy") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {stored}
 
 
-def test_an_int8_base_trains_as_float32_does_within_a_hundredth(run, tmp_path):
-    """T5's states with int8 weights are entries of their own: five pictures, CLIP's caption once, T5's twice."""
-    more = ["--cache_latents", "--cache_dir", tmp_path / "cache"]
-    outs = [run(*more, *int8, name=f"run{len(int8)}")[0] for int8 in ([], ["--base_precision", "int8"])]
-    exact, found = (np.array([line["loss"] for line in metrics(out)]) for out in outs)
-    assert (found != exact).all()
-    np.testing.assert_allclose(found, exact, rtol=0.01)
-    assert len(list((tmp_path / "cache" / "mindtune").iterdir())) == 8
-
-
-def test_the_adapter_goes_to_the_hub_and_the_token_nowhere_else(run, fake_hub, capfd):
-    out, _ = run(
-        "--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "club/cat", "--cache_latents", "--max_train_steps", 1
-    )
-    assert (
-        fake_hub.repositories == ["club/cat"]
-        and fake_hub.files[lora_files.LORA_FILE] == (out / lora_files.LORA_FILE).read_bytes()
-    )
-    assert set(fake_hub.files) == {"README.md", lora_files.LORA_FILE, "run.json", "report.html"}
-    assert not [path for path in out.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+def test_the_adapter_goes_to_the_hub_and_the_token_nowhere_else(lora, fake_hub, tmp_path, capfd):
+    hub = ["--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "club/cat"]
+    lora(tmp_path, *hub, "--cache_latents", "--max_train_steps", 1)
+    assert fake_hub.repositories == ["club/cat"]
+    assert fake_hub.files[LORA_FILE] == (tmp_path / LORA_FILE).read_bytes()
+    assert set(fake_hub.files) == {"README.md", LORA_FILE, "run.json", "report.html"}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert TOKEN not in "".join(capfd.readouterr())
 
 
-def test_learning_rate_zero_learns_nothing_and_another_does(run):
-    still, _ = run("--learning_rate", 0, "--adam_weight_decay", 0, "--cache_latents", name="still")
-    moved, _ = run("--learning_rate", 1e-3, "--cache_latents", name="moved")
-    for out, moves in ((still, False), (moved, True)):
-        tensors = lora_files.read_lora(out / lora_files.LORA_FILE, "")[0]
-        assert any(np.abs(value).max() > 0 for name, value in tensors.items() if ".lora_B." in name) == moves
+def test_a_run_deletes_only_its_own_files(lora, tmp_path):
+    """The user's images beside the samples, and curves of other runs in a shared logging directory, stay."""
+    kept = tmp_path / "run" / "samples" / "holiday.png", tmp_path / "shared" / "events.out.tfevents.1.other"
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"kept")
+    more = ["--cache_latents", "--max_train_steps", 1, "--logging_dir", tmp_path / "shared"]
+    lora(tmp_path / "run", *more)
+    lora(tmp_path / "run", *more, "--overwrite_output_dir")
+    assert [path.read_bytes() for path in kept] == [b"kept"] * 2
 
 
-def test_held_out_loss_falls_with_training_and_stays_without(run):
-    """On the tiny transformer with random weights, 40 updates at a high rate: at least a tenth off, at every timestep."""
-    more = ["--cache_latents", "--validation_split", 0.2, "--max_train_steps", 40, "--lora_rank", 8]
-    for name, rate in (("learns", 3e-3), ("still", 0)):
-        out, _ = run(*more, "--learning_rate", rate, "--adam_weight_decay", 0, name=name)
-        rows = [float(row["loss"]) for row in csv.DictReader((out / "loss_by_timestep.csv").read_text().splitlines())]
-        before, after = np.array(rows[:8]), np.array(rows[-8:])
-        assert np.all(after < 0.9 * before) if name == "learns" else np.array_equal(before, after)
+# ---- data ----------------------------------------------------------------------------------------
 
 
-def test_pixels_reach_the_step_as_the_preprocessing_made_them(lora_script, flags, photos):
+def test_every_image_is_trained_under_its_own_caption(lora, lora_script, photos, tmp_path, monkeypatch):
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for path in sorted(photos.glob("*.png"))[:3]:
+        shutil.copy(path, folder)
+    (folder / "0.txt").write_text("a red cat")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "1.png", "text": "a blue cat"}) + "\n")
+    captions, text = [], lora_script.EncoderStage.text
+
+    def note(stage, caption):
+        captions.append(caption)
+        return text(stage, caption)
+
+    monkeypatch.setattr(lora_script.EncoderStage, "text", note)
+    lora(tmp_path / "run", "--instance_data_dir", folder, "--cache_latents")
+    assert sorted(captions) == ["a blue cat", "a photo of sks cat", "a red cat"]
+
+
+def test_a_data_set_trains_as_its_folder_does(lora, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "imagefolder")
+    rows = [json.dumps({"file_name": f"{n}.png", "text": f"picture {n}"}) for n in range(5)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    source = ["--instance_data_dir", "", "--dataset_name", folder, "--caption_column", "text"]
+    from_folder = lora(tmp_path / "folder", "--instance_data_dir", folder, "--cache_latents")
+    from_data_set = lora(tmp_path / "data set", *source, "--cache_latents")
+    assert (from_folder / LORA_FILE).read_bytes() == (from_data_set / LORA_FILE).read_bytes()
+
+
+def test_class_images_are_generated_once(lora, tmp_path):
+    folder = tmp_path / "class"
+    more = [*prior_preservation(folder, 3), "--cache_latents", "--sample_batch_size", 2, "--max_train_steps", 1]
+    lora(tmp_path / "first", *more)
+    generated = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(generated) == 3 and len(set(generated.values())) == 3
+    lora(tmp_path / "second", *more)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == generated
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "with class images"])
+def test_clip_and_transformer_are_trained_together_at_batch_size_2(lora, tmp_path, prior):
+    more = ["--train_text_encoder", "--text_encoder_lr", 1e-3, "--cache_latents", "--train_batch_size", 2]
+    lora(tmp_path / "run", *more, *(prior_preservation(tmp_path / "class", 2) if prior else []))
+    for model, layers in (("transformer", 14), ("text_encoder", 8)):
+        assert [value.any() for value in lora_b(tmp_path / "run", model)] == [True] * layers
+    assert losses(tmp_path / "run", "lr_text_encoder") == [1e-3] * 3
+
+
+def test_text_and_latents_are_encoded_once_and_again_if_damaged(lora, monkeypatch, tmp_path):
+    cache = tmp_path / "cache"
+    more = ["--cache_latents", "--random_flip", "--cache_dir", cache, "--max_train_steps", 1]
+    first = lora(tmp_path / "first", *more)
+    entries = list((cache / "mindtune").iterdir())
+    assert len(entries) == 12  # five images, two flips each, and a caption for each of two encoders
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder_stage, "_in_child", lambda job: pytest.fail("encoded again"))
+        lora(tmp_path / "second", *more)
+    for path in entries:
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 0x40
+        path.write_bytes(content)
+    third = lora(tmp_path / "third", *more)
+    assert (first / LORA_FILE).read_bytes() == (third / LORA_FILE).read_bytes()
+
+
+def test_cached_latents_and_pixels_give_the_same_run_with_center_crops(finished_lora):
+    """The VAE in the encoder stage or in the step: the same numbers up to rounding."""
+    cached, in_step = finished_lora("--cache_latents"), finished_lora("--center_crop")
+    np.testing.assert_allclose(losses(cached), losses(in_step), rtol=1e-4)
+
+
+def test_threads_that_prepare_batches_change_nothing(lora, tmp_path):
+    more = ["--random_flip", "--max_train_steps", 8, "--dataloader_num_workers"]
+    outs = [lora(tmp_path / f"{threads}", *more, threads) for threads in (0, 3)]
+    assert (outs[0] / "metrics.jsonl").read_bytes() == (outs[1] / "metrics.jsonl").read_bytes()
+
+
+def test_pixels_are_resized_and_cropped_as_by_pillow(photos):
     sample = folders.samples_in_folder(str(photos), "--instance_data_dir")[0]
     pixels = crops.pixel_values(sample.open(), 32, "lanczos")
     image = Image.open(sample.source).convert("RGB")
@@ -278,19 +194,48 @@ def test_pixels_reach_the_step_as_the_preprocessing_made_them(lora_script, flags
     np.testing.assert_array_equal(pixels, expected.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("overwrite", [False, True], ids=["fresh start", "overwriting"])
-def test_a_run_deletes_nothing_it_did_not_make(run, tmp_path, overwrite):
-    """The user's own pictures beside ours, and other runs' curves in a logging directory that is shared."""
-    mine, shared = tmp_path / "run" / "samples" / "holiday.png", tmp_path / "shared" / "events.out.tfevents.1.other"
-    for path in (mine, shared):
-        path.parent.mkdir(parents=True)
-        path.write_bytes(b"mine")
-    run(
-        "--cache_latents",
-        "--max_train_steps",
-        1,
-        "--logging_dir",
-        tmp_path / "shared",
-        *(["--overwrite_output_dir"] * overwrite),
-    )
-    assert mine.read_bytes() == shared.read_bytes() == b"mine"
+# ---- updates -------------------------------------------------------------------------------------
+
+
+def test_batch_size_and_accumulation_make_the_same_update(lora, tmp_path):
+    """Batch size 2 and two micro-batches of 1 have the same samples with the same draws."""
+    outs = [
+        lora(
+            tmp_path / f"{size}", "--cache_latents", "--train_batch_size", size, "--gradient_accumulation_steps", steps
+        )
+        for size, steps in ((2, 1), (1, 2))
+    ]
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose(losses(outs[0], key), losses(outs[1], key), rtol=1e-5)
+
+
+def test_warmup_and_scaled_rates_are_counted_in_updates(lora, tmp_path):
+    schedule = ["--lr_scheduler", "linear", "--lr_warmup_steps", 2, "--scale_lr", "--learning_rate", 1e-3]
+    lora(tmp_path, *schedule, "--gradient_accumulation_steps", 2, "--cache_latents", "--max_train_steps", 4)
+    np.testing.assert_allclose(losses(tmp_path, "lr"), np.array([0, 0.5, 1, 0.5]) * 2e-3)
+
+
+def test_an_int8_base_trains_as_float32_does_within_a_hundredth(finished_lora, lora, tmp_path):
+    """T5's states with int8 weights are entries of their own: 5 images, CLIP's caption once, T5's twice."""
+    more = ["--cache_latents", "--cache_dir", tmp_path / "cache"]
+    lora(tmp_path / "float32", *more, "--max_train_steps", 1)
+    int8 = np.array(losses(lora(tmp_path / "int8", *more, "--base_precision", "int8")))
+    exact = np.array(losses(finished_lora("--cache_latents")))
+    assert (int8 != exact).all()
+    np.testing.assert_allclose(int8, exact, rtol=0.01)
+    assert len(list((tmp_path / "cache" / "mindtune").iterdir())) == 8
+
+
+def test_held_out_loss_falls_with_training_and_stays_at_learning_rate_0(lora, tmp_path):
+    """On random weights, 40 updates at a high rate: by at least a tenth at every timestep."""
+    more = ["--cache_latents", "--validation_split", 0.2, "--adam_weight_decay", 0, "--lora_rank", 8]
+    before_and_after = {}
+    for name, rate, updates in (("trained", 3e-3, 40), ("still", 0, 3)):
+        out = lora(tmp_path / name, *more, "--learning_rate", rate, "--max_train_steps", updates)
+        rows = [float(row["loss"]) for row in csv.DictReader((out / "loss_by_timestep.csv").read_text().splitlines())]
+        before_and_after[name] = np.array(rows[:8]), np.array(rows[-8:])
+    before, after = before_and_after["trained"]
+    assert np.all(after < 0.9 * before)
+    assert np.array_equal(*before_and_after["still"])
+    assert any(value.any() for value in lora_b(tmp_path / "trained", "transformer"))
+    assert not any(value.any() for value in lora_b(tmp_path / "still", "transformer"))

@@ -37,24 +37,30 @@ class LinearFlux(nn.Cell):
         return (self.gain * hidden_states + (timestep + 0.01 * guidance + text).reshape((-1, 1, 1)),)
 
 
-def make_step(script, flags, transformer, *more, optimizer=None, **parts):
-    args = script.parse_args(flags("unused", *more))
-    optimizer = optimizer or optimizers.AdamW(
-        [{"params": transformer.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}]
-    )
-    vae_config = {"scaling_factor": SCALE, "shift_factor": SHIFT}
-    text_ids = ms.Tensor(np.zeros((5, 3), np.float32))
+def make_step(script, flags, transformer, *more, optimizer=None, scaler=None, text_encoder=None):
+    args = script.parse_args(flags("unused", "--max_sequence_length", 5, *more))
+    if optimizer is None:
+        optimizer = optimizers.AdamW([{"params": transformer.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}])
     return script.TrainStepForFluxDevDB(
-        transformer, optimizer, {"sigmas": ms.Tensor(SIGMAS)}, ms.float32, args, vae_config, text_ids, **parts
+        transformer,
+        optimizer,
+        scaler or precision.loss_scaler("no"),
+        args,
+        vae=None,
+        text_encoder=text_encoder,
+        vae_config={"scaling_factor": SCALE, "shift_factor": SHIFT},
+        sigmas=SIGMAS,
     )
 
 
 def make_batch(size, channels=16, text_dim=32, pooled_dim=32, height=4, width=6):
-    """Moments with a log-variance that matters, and a different index for every picture."""
+    """Moments with a log-variance that matters, and a different index for every image."""
     moments = rng.normal(1, "moments", shape=(size, 2 * channels, height, width))
-    posterior, noise = (rng.normal(1, name, shape=(size, channels, height, width)) for name in ("posterior", "noise"))
+    posterior = rng.normal(1, "posterior", shape=(size, channels, height, width))
+    noise = rng.normal(1, "noise", shape=(size, channels, height, width))
     indices = np.array([100, 900, 500, 300][:size], np.int32)
-    text, pooled = rng.normal(1, "text", shape=(size, 5, text_dim)), rng.normal(1, "pooled", shape=(size, pooled_dim))
+    text = rng.normal(1, "text", shape=(size, 5, text_dim))
+    pooled = rng.normal(1, "pooled", shape=(size, pooled_dim))
     return moments, posterior, noise, indices, text, pooled, flow.latent_image_ids(height, width)
 
 
@@ -84,16 +90,10 @@ def test_loss_of_every_weighting_is_the_formulas(lora_script, flags, mode, schem
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt"])
 def test_prior_preservation_weighs_every_half_with_its_own_sigmas(lora_script, flags, mode, tmp_path, scheme):
-    prior = [
-        "--with_prior_preservation",
-        "--class_data_dir",
-        tmp_path,
-        "--class_prompt",
-        "a cat",
-        "--prior_loss_weight",
-        0.3,
-    ]
-    step, batch = make_step(lora_script, flags, LinearFlux(), "--weighting_scheme", scheme, *prior), make_batch(4)
+    prior = ["--with_prior_preservation", "--class_data_dir", tmp_path, "--class_prompt", "a cat"]
+    more = [*prior, "--prior_loss_weight", 0.3, "--weighting_scheme", scheme]
+    step = make_step(lora_script, flags, LinearFlux(), *more)
+    batch = make_batch(4)
     assert float(step(*map(ms.Tensor, batch))[1]) == pytest.approx(
         numpy_loss(batch, scheme, prior_weight=0.3), rel=1e-5
     )
@@ -115,9 +115,7 @@ def test_two_micro_batches_equal_one_batch_of_two(lora_script, flags, mode, mixe
     for accumulation in (1, 2):
         transformer = LinearFlux()
         scaler = precision.loss_scaler(mixed_precision)
-        step = make_step(
-            lora_script, flags, transformer, "--gradient_accumulation_steps", accumulation, loss_scaler=scaler
-        )
+        step = make_step(lora_script, flags, transformer, "--gradient_accumulation_steps", accumulation, scaler=scaler)
         batch = make_batch(2)
         for k in range(accumulation):
             step(*(ms.Tensor(part[k : k + 1] if accumulation == 2 else part) for part in batch))
@@ -128,90 +126,87 @@ def test_two_micro_batches_equal_one_batch_of_two(lora_script, flags, mode, mixe
 # ---- the real transformer ------------------------------------------------------------------------
 
 
-def lora_step(script, flags, tiny_flux, *more, kind="no"):
+def lora_step(script, flags, tiny_flux, mixed_precision="no"):
     """A step on the tiny pipeline's transformer with a LoRA whose B is not zero, so that A has a gradient too."""
-    kind = precision.resolve_precision(kind)
-    transformer = load_model(tiny_flux, "transformer", kind)
+    dtypes = precision.resolve_precision(mixed_precision)
+    transformer = load_model(tiny_flux, "transformer", dtypes)
     precision.freeze_params(transformer)
-    lora.add_lora(transformer, 4, 4.0, 0.0, lora.TRANSFORMER_TARGETS, kind.compute)
+    lora.add_lora(transformer, 4, 4.0, 0.0, lora.TRANSFORMER_TARGETS, dtypes.compute)
     precision.cast_training_params([transformer])
     lora.init_lora(transformer, 4, seed=0)
     for name, parameter in lora.lora_parameters(transformer).items():
         if ".lora_B." in name:
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
-    return make_step(script, flags, transformer, *more), transformer
-
-
-def run_updates(script, flags, tiny_flux, mode, *more, recompute=False, updates=2):
-    """Losses, gradient norms and trained weights after a few updates at batch 2."""
-    before = ms.get_context("mode")
-    ms.set_context(mode=mode)
-    step, transformer = lora_step(script, flags, tiny_flux, *more)
-    if recompute:
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-            block.recompute()
-    batch = [ms.Tensor(part) for part in make_batch(2)]
-    seen = [(float(step(*batch)[1]), float(step.grad_clipper.norm)) for _ in range(updates)]
-    ms.set_context(mode=before)
-    return np.array(seen), {name: p.asnumpy() for name, p in lora.lora_parameters(transformer).items()}
+    return make_step(script, flags, transformer, "--mixed_precision", mixed_precision), transformer
 
 
 @pytest.fixture(scope="module")
-def graph_run(lora_script, tiny_flux, photos, tmp_path_factory):
-    """The same two updates in graph mode, compiled once for the tests below."""
-    names = [
-        "--pretrained_model_name_or_path",
-        tiny_flux,
-        "--instance_data_dir",
-        photos,
-        "--instance_prompt",
-        "x",
-        "--resolution",
-        32,
-    ]
-    return run_updates(lora_script, lambda out, *more: [str(n) for n in (*names, *more)], tiny_flux, 0)
+def two_updates(lora_script, flags, tiny_flux):
+    """two_updates(mode, recompute): losses and gradient norms [2, 2], and trained weights. Every combination runs once."""
+    done = {}
+
+    def run(mode, recompute=False):
+        if (mode, recompute) not in done:
+            before = ms.get_context("mode")
+            ms.set_context(mode=mode)
+            step, transformer = lora_step(lora_script, flags, tiny_flux)
+            for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks) * recompute:
+                block.recompute()
+            batch = [ms.Tensor(part) for part in make_batch(2)]
+            seen = [(float(step(*batch)[1]), float(step.grad_clipper.norm)) for _ in range(2)]
+            weights = {name: p.asnumpy() for name, p in lora.lora_parameters(transformer).items()}
+            ms.set_context(mode=before)
+            done[mode, recompute] = np.array(seen), weights
+        return done[mode, recompute]
+
+    return run
 
 
-def test_graph_equals_pynative(lora_script, flags, tiny_flux, graph_run):
-    seen, weights = run_updates(lora_script, flags, tiny_flux, 1)
-    np.testing.assert_allclose(seen, graph_run[0], rtol=1e-4)
+def test_graph_equals_pynative(two_updates):
+    seen, weights = two_updates(1)
+    graph_seen, graph_weights = two_updates(0)
+    np.testing.assert_allclose(seen, graph_seen, rtol=1e-4)
     for name, value in weights.items():
-        np.testing.assert_allclose(value, graph_run[1][name], atol=1e-4 * np.abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(value, graph_weights[name], atol=1e-4 * np.abs(value).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("mode", [0, 1], ids=["graph", "pynative"])
-def test_gradient_checkpointing_changes_no_gradient(lora_script, flags, tiny_flux, graph_run, mode):
-    """The gradients' norm in the second update depends on every gradient of the first."""
-    seen, _ = run_updates(lora_script, flags, tiny_flux, mode, recompute=True)
-    np.testing.assert_allclose(seen, graph_run[0], rtol=1e-5)
+def test_gradient_checkpointing_changes_no_gradient(two_updates, mode):
+    """The gradient norm of the second update depends on every gradient of the first."""
+    np.testing.assert_allclose(two_updates(mode, recompute=True)[0], two_updates(0)[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["no", "fp16", "bf16"])
-def test_frozen_parameters_keep_their_bits_and_every_trainable_moves(lora_script, flags, tiny_flux, kind):
+@pytest.mark.parametrize("mixed_precision", ["no", "fp16", "bf16"])
+def test_frozen_parameters_keep_their_bits_and_every_trainable_moves(
+    lora_script, flags, tiny_flux, two_updates, mixed_precision
+):
+    """Storage and computation in half precision change the loss by a few thousandths at most."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
-    step, transformer = lora_step(lora_script, flags, tiny_flux, kind=kind)
-    step.compute_dtype = precision.resolve_precision(kind).compute
+    step, transformer = lora_step(lora_script, flags, tiny_flux, mixed_precision)
     before = {name: np.array(p.to(ms.float32).asnumpy()) for name, p in transformer.parameters_and_names()}
-    for _ in range(2):
-        step(*map(ms.Tensor, make_batch(2)))
+    losses = [float(step(*map(ms.Tensor, make_batch(2)))[1]) for _ in range(2)]
+    assert losses[0] == pytest.approx(two_updates(0)[0][0, 0], rel=5e-3)
     for name, parameter in transformer.parameters_and_names():
         same = np.array_equal(before[name], parameter.to(ms.float32).asnumpy())
         assert same != parameter.requires_grad, name
-        assert parameter.dtype == (ms.float32 if parameter.requires_grad else precision.DTYPES[kind]), name
+        dtype = ms.float32 if parameter.requires_grad else precision.DTYPES[mixed_precision]
+        assert parameter.dtype == dtype, name
 
 
-@pytest.mark.parametrize("kind", ["fp16", "bf16"])
-def test_half_precision_loss_is_near_float32s(lora_script, flags, tiny_flux, graph_run, mode, kind):
-    """Storage and computation in half cost a few thousandths of the loss, in both modes."""
-    step, _ = lora_step(lora_script, flags, tiny_flux, kind=kind)
-    step.compute_dtype = precision.resolve_precision(kind).compute
-    assert float(step(*map(ms.Tensor, make_batch(2)))[1]) == pytest.approx(graph_run[0][0, 0], rel=5e-3)
+@pytest.mark.parametrize("mixed_precision", ["fp16", "bf16"])
+def test_half_precision_in_the_graph(lora_script, flags, tiny_flux, two_updates, mixed_precision):
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    step, _ = lora_step(lora_script, flags, tiny_flux, mixed_precision)
+    loss = float(step(*map(ms.Tensor, make_batch(2)))[1])
+    ms.set_context(mode=before)
+    assert loss == pytest.approx(two_updates(0)[0][0, 0], rel=5e-3)
 
 
 def test_an_overflow_in_fp16_skips_the_update_and_halves_the_scale(lora_script, flags, mode):
     transformer = LinearFlux()
     scaler = precision.loss_scaler("fp16")
-    step = make_step(lora_script, flags, transformer, loss_scaler=scaler)
+    step = make_step(lora_script, flags, transformer, scaler=scaler)
     batch = list(make_batch(2))
     batch[0] = np.full_like(batch[0], 1e30)
     step(*map(ms.Tensor, batch))
@@ -223,10 +218,10 @@ def test_an_overflow_in_fp16_skips_the_update_and_halves_the_scale(lora_script, 
 
 def test_clip_trains_with_its_own_rate_and_decay(lora_script, flags, tiny_flux, mode):
     """Batch 2 with CLIP inside the step: its LoRA moves by its own learning rate, CLIP's frozen weights do not."""
-    kind = precision.resolve_precision("no")
-    text_encoder = load_model(tiny_flux, "text_encoder", kind)
+    dtypes = precision.resolve_precision("no")
+    text_encoder = load_model(tiny_flux, "text_encoder", dtypes)
     precision.freeze_params(text_encoder)
-    lora.add_lora(text_encoder, 4, 4.0, 0.0, lora.TEXT_ENCODER_TARGETS, kind.compute)
+    lora.add_lora(text_encoder, 4, 4.0, 0.0, lora.TEXT_ENCODER_TARGETS, dtypes.compute)
     lora.init_lora(text_encoder, 4, seed=0)
     transformer = LinearFlux()
     optimizer = optimizers.AdamW(
@@ -242,7 +237,7 @@ def test_clip_trains_with_its_own_rate_and_decay(lora_script, flags, tiny_flux, 
     step(*map(ms.Tensor, (*make_batch(2)[:5], ids, make_batch(2)[6])))
     moved = {name: np.abs(p.asnumpy() - before[name]).max() for name, p in text_encoder.parameters_and_names()}
     assert all(distance == 0 for name, distance in moved.items() if ".lora_" not in name)
-    # Adam's first step is the learning rate, wherever the gradient is well above epsilon; B starts at 0, so A has no gradient yet.
+    # Adam's first step is the learning rate where the gradient is well above epsilon. B starts at 0: A has no gradient.
     largest = max(distance for name, distance in moved.items() if ".lora_B." in name)
     assert largest == pytest.approx(1e-3, rel=1e-2)
     assert abs(float(transformer.gain) - 0.5) == pytest.approx(1e-2, rel=1e-3)

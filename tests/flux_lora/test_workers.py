@@ -1,4 +1,4 @@
-"""The LoRA script with 2 and 3 real workers: the same run as with one, its checkpoints, and what happens when a worker is killed."""
+"""The LoRA script on 2 and 3 ranks: the same run as on one, its checkpoints, and what happens when a rank is killed."""
 
 import json
 import os
@@ -20,72 +20,42 @@ MORE += ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 2]
 
 
 @pytest.fixture
-def whole(flags, alone, tmp_path):
-    """A run of one worker whose updates have six samples, of a data set of five."""
-    out = tmp_path / "whole"
-    alone(SCRIPT, flags(out, *MORE, "--train_batch_size", 6, "--max_train_steps", 4))
-    return out
+def whole(finished_lora):
+    """A run of one rank whose updates have six samples, of a data set of five."""
+    return finished_lora(*MORE, "--train_batch_size", 6, "--max_train_steps", 4)
 
 
-def test_two_workers_then_three_then_one_are_one_run_of_one_worker(job, flags, alone, whole, tmp_path):
-    """ZeRO 1 with two workers, resumed with three, then without it and with one. Five samples, six an update: none lost, none twice."""
-    out, more = (
-        tmp_path / "shared",
-        [*MORE, "--max_train_steps", 4, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"],
-    )
-    cache = tmp_path / "cache"
-    two = job(
-        SCRIPT,
-        2,
-        out,
-        flags(out, *more, "--max_train_steps", 2, "--cache_dir", cache, "--train_batch_size", 3, "--zero_stage", 1),
-    )
+def test_two_ranks_then_three_then_one_are_the_run_of_one_rank(job, flags, lora, whole, tmp_path):
+    """ZeRO 1 and accumulation on two ranks in a graph, resumed on three in PyNative, and on one without ZeRO.
+
+    Five samples, six per update: none is lost, none is used twice.
+    """
+    out, cache = tmp_path / "shared", tmp_path / "cache"
+    more = [*MORE, "--cache_dir", cache, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
+    graph = ["--mindspore_mode", 0, "--gradient_accumulation_steps", 3, "--zero_stage", 1, "--max_train_steps", 2]
+    two = job(SCRIPT, 2, out, flags(out, *more, *graph))
     assert two.wait() == 0, two.said()[-6000:]
-    # A prompt for two encoders, five pictures with two flips each: 11 of them, of which each worker had its share.
-    assert "encode stage: 11 made, 0 already" in two.said() and len(list((cache / "mindtune").iterdir())) == 12
-    three = job(
-        SCRIPT,
-        3,
-        out,
-        flags(out, *more, "--max_train_steps", 3, "--cache_dir", cache, "--train_batch_size", 2, "--zero_stage", 1),
-    )
+    # A prompt for two encoders, five images with two flips each; each rank encodes its shard.
+    assert "encoder stage: 11 encoded" in two.said() and len(list((cache / "mindtune").iterdir())) == 12
+    three_flags = ["--max_train_steps", 3, "--train_batch_size", 2, "--zero_stage", 1]
+    three = job(SCRIPT, 3, out, flags(out, *more, *three_flags))
     assert three.wait() == 0, three.said()[-6000:]
     assert "resuming from checkpoint-2" in three.said() and "not its exact continuation" not in three.said()
-    alone(SCRIPT, flags(out, *more, "--cache_dir", cache, "--train_batch_size", 3, "--gradient_accumulation_steps", 2))
+    lora(out, *more, "--max_train_steps", 4, "--train_batch_size", 3, "--gradient_accumulation_steps", 2)
     assert_same_run(out, whole, 4)
     saved = load_file(checkpoints(whole)[-1] / "training_state.safetensors")
     state = [value.nbytes for name, value in saved.items() if name.startswith("optimizer.")]
-    for done, workers in ((two, 2), (three, 3)):
-        bytes_each = int(done.said().split("optimizer state: ")[1].split(" bytes")[0].replace(",", ""))
-        assert bytes_each == pytest.approx(
-            sum(state) / workers, abs=2 * max(state)
-        )  # a parameter's two moments stay together
+    for done, ranks in ((two, 2), (three, 3)):
+        bytes_per_rank = int(done.said().split("optimizer state: ")[1].split(" bytes")[0].replace(",", ""))
+        # The two moments of a parameter are on the same rank.
+        assert bytes_per_rank == pytest.approx(sum(state) / ranks, abs=2 * max(state))
     assert json.loads((out / "run.json").read_text())["workers"] == 1
 
 
-def test_in_the_graph_too_with_accumulation(job, flags, whole, tmp_path):
-    out = tmp_path / "graph"
-    more = [
-        "--train_batch_size",
-        1,
-        "--gradient_accumulation_steps",
-        3,
-        "--mindspore_mode",
-        0,
-        "--zero_stage",
-        1,
-        "--max_train_steps",
-        4,
-    ]
-    two = job(SCRIPT, 2, out, flags(out, *MORE, *more))
-    assert two.wait() == 0, two.said()[-6000:]
-    assert_same_run(out, whole, 4)
-
-
-def assert_ends(done, number, since):
-    """Within a minute, with the worker's number on the console, no process and no half checkpoint left."""
+def assert_ends(done, rank, since):
+    """Within a minute, with the rank's number on the console, and without processes or partial checkpoints."""
     assert done.wait(timeout=60) != 0 and time.monotonic() - since < 60
-    assert f"Error: rank {number} of 2 " in done.said()
+    assert f"Error: rank {rank} of 2 " in done.said()
     deadline = time.monotonic() + 10
     while (left := done.processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -93,8 +63,8 @@ def assert_ends(done, number, since):
     assert [damage(folder) for folder in checkpoints(done.out)] == [None] * len(checkpoints(done.out))
 
 
-def test_a_killed_worker_ends_the_job_and_the_same_command_goes_on(job, flags, alone, whole, tmp_path):
-    """Worker 1 in a step, worker 0 in a save (the first checkpoint's folder is there and has no name yet)."""
+def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(job, flags, lora, whole, tmp_path):
+    """Rank 1 in a step, rank 0 while it saves: the folder of its first checkpoint has no name yet."""
     out = tmp_path / "killed"
     more = [*MORE, "--train_batch_size", 3, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
     first = job(SCRIPT, 2, out, flags(out, *more, "--checkpointing_steps", 1))
@@ -102,18 +72,18 @@ def test_a_killed_worker_ends_the_job_and_the_same_command_goes_on(job, flags, a
     since = time.monotonic()
     os.kill(first.worker(1), signal.SIGKILL)
     assert_ends(first, 1, since)
-    had = len(checkpoints(out))
+    count = len(checkpoints(out))
     second = job(SCRIPT, 2, out, flags(out, *more, "--checkpointing_steps", 1))
     second.wait_for(lambda: list(out.glob(".checkpoint-*.partial")))
     since = time.monotonic()
     os.kill(second.worker(0), signal.SIGKILL)
     assert_ends(second, 0, since)
-    assert len(checkpoints(out)) >= had
-    alone(SCRIPT, flags(out, *more, "--train_batch_size", 6))
+    assert len(checkpoints(out)) >= count
+    lora(out, *more, "--train_batch_size", 6)
     assert_same_run(out, whole, 4)
 
 
-def test_sigterm_to_one_worker_stops_all_after_the_same_update(job, flags, tmp_path):
+def test_sigterm_to_one_rank_stops_all_after_the_same_update(job, flags, tmp_path):
     out = tmp_path / "stopped"
     two = job(SCRIPT, 2, out, flags(out, *MORE, "--max_train_steps", 10_000))
     two.wait_for(lambda: (out / "metrics.jsonl").is_file() and len(metrics(out)) >= 2)
@@ -125,20 +95,15 @@ def test_sigterm_to_one_worker_stops_all_after_the_same_update(job, flags, tmp_p
     assert json.loads((out / "run.json").read_text())["finished"] is False
 
 
-def test_a_worker_killed_while_it_encodes_leaves_its_part_to_the_next_start(job, flags, alone, tmp_path):
+def test_a_rank_killed_while_it_encodes_leaves_its_shard_to_the_next_start(job, flags, lora, tmp_path):
     out, cache = tmp_path / "run", tmp_path / "cache"
     more = [*MORE, "--cache_dir", cache, "--max_train_steps", 1, "--resume_from_checkpoint", "latest"]
     two = job(SCRIPT, 2, out, flags(out, *more))
-    two.wait_for(
-        lambda: any(
-            line.endswith(".safetensors")
-            for line in (os.listdir(cache / "mindtune") if (cache / "mindtune").is_dir() else [])
-        )
-    )
+    two.wait_for(lambda: list((cache / "mindtune").glob("*.safetensors")))
     since = time.monotonic()
     os.kill(two.worker(1), signal.SIGKILL)
     assert_ends(two, 1, since)
-    had = len(list((cache / "mindtune").glob("*.safetensors")))
-    alone(SCRIPT, flags(out, *more))
-    assert had < 12 == len(list((cache / "mindtune").glob("*.safetensors")))
+    count = len(list((cache / "mindtune").glob("*.safetensors")))
+    lora(out, *more)
+    assert count < 12 == len(list((cache / "mindtune").glob("*.safetensors")))
     assert (out / LORA_FILE).is_file()

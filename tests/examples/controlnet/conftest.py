@@ -1,19 +1,22 @@
-"""What the tests of the Stable Diffusion ControlNet scripts share: both kinds of pipeline in small, pairs, runs in this process."""
+"""What the tests of the Stable Diffusion ControlNet scripts share: small pipelines, pairs, and runs in this process."""
 
-import os
-import subprocess
+import functools
+from pathlib import Path
 from types import SimpleNamespace
 
-import mindspore as ms
 import pytest
-from conftest import command, load_script
+from conftest import command_line, load_script, run_here
 
 FINAL = "diffusion_pytorch_model.safetensors"
-# Two levels of either kind of block instead of four or three: half to compute and compile.
+# Two levels, one with attention and one without, instead of four or three: half to compute and compile.
 UNETS = {
-    "sd15": {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
+    "sd15": {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    },
     "sdxl": {
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
         "attention_head_dim": [2, 4], "transformer_layers_per_block": [1, 2],
     },
 }  # fmt: skip
@@ -48,11 +51,17 @@ def sdxl(pipelines):
     return of_kind("sdxl", pipelines)
 
 
-def of_kind(kind, pipelines):
+@functools.cache
+def scripts(kind):
+    """The training and the inference script as modules, and the path of the training script."""
     tail = "_sdxl" if kind == "sdxl" else ""
     names = [f"examples/controlnet/{what}_controlnet{tail}.py" for what in ("train", "infer")]
-    train, infer = map(load_script, names)
-    return SimpleNamespace(kind=kind, train=train, infer=infer, root=pipelines[kind], path=names[0])
+    return *map(load_script, names), names[0]
+
+
+def of_kind(kind, pipelines):
+    train, infer, path = scripts(kind)
+    return SimpleNamespace(kind=kind, train=train, infer=infer, root=pipelines[kind], path=path)
 
 
 @pytest.fixture(scope="session")
@@ -63,52 +72,48 @@ def shapes(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sd_flags(shapes, encoder_cache):
-    """sd_flags(sd, out, *more): the command line of a small PyNative run on the shapes; later flags win over earlier ones."""
+    """sd_flags(sd, out, *more): the command line of a small PyNative run on the shapes. Later flags win."""
 
     def make(sd, out, *more):
-        base = [
-            "--pretrained_model_name_or_path",
-            sd.root,
-            "--train_data_dir",
-            shapes,
-            "--output_dir",
-            out,
-            "--cache_dir",
-            encoder_cache,
-        ]
-        base += [
-            "--resolution",
-            64,
-            "--seed",
-            0,
-            "--train_batch_size",
-            1,
-            "--max_train_steps",
-            3,
-            "--learning_rate",
-            1e-3,
-        ]
-        base += ["--num_inference_steps", 2, "--num_validation_images", 1, "--mindspore_mode", 1, "--report_to", "none"]
-        return [str(part) for part in (*base, *more)]
+        values = {
+            "pretrained_model_name_or_path": sd.root,
+            "train_data_dir": shapes,
+            "output_dir": out,
+            "cache_dir": encoder_cache,
+            "resolution": 64,
+            "seed": 0,
+            "train_batch_size": 1,
+            "max_train_steps": 3,
+            "learning_rate": 1e-3,
+            "num_inference_steps": 2,
+            "num_validation_images": 1,
+            "mindspore_mode": 1,
+            "report_to": "none",
+        }
+        return command_line(values, *more)
 
     return make
 
 
-@pytest.fixture
-def run(sd_flags, monkeypatch):
-    """run(sd, out, *flags): trains in this process, which has everything imported: no signals, no exit."""
+@pytest.fixture(scope="session")
+def run(sd_flags):
+    """run(sd, out, *flags): trains in this process and returns `out`."""
 
     def go(sd, out, *more):
-        monkeypatch.setattr(sd.train, "StopRequest", lambda: type("Never", (), {"exit_code": None})())
-        assert sd.train.main(sd_flags(sd, out, *more)) == 0
-        ms.set_context(mode=ms.PYNATIVE_MODE)
+        run_here(sd.train, sd_flags(sd, out, *more))
+        return Path(out)
 
     return go
 
 
-def start(sd, arguments, log):
-    """The script in a process of its own."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command(sd.path, arguments), stdout=log, stderr=subprocess.STDOUT, env=environment)
+@pytest.fixture(scope="session")
+def finished(run, pipelines, tmp_path_factory):
+    """finished(kind, *flags): the output directory of a finished run, not to be changed. The same flags run once."""
+
+    @functools.cache
+    def go(kind, *more):
+        return run(of_kind(kind, pipelines), tmp_path_factory.mktemp("finished") / "run", *more)
+
+    return go

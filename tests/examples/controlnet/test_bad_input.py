@@ -12,9 +12,12 @@ from mindtune.cli import UserError
 @pytest.fixture
 def refused(sd, sd_flags, tmp_path, monkeypatch):
     """refused(*flags): what the training script says; nothing may have been loaded or written."""
-    monkeypatch.setattr(
-        sd.train.models, "load_model", lambda *a, **k: pytest.fail("a model was loaded before the input was checked")
-    )
+
+    def never(*_):
+        pytest.fail("a model was loaded before the input was checked")
+
+    monkeypatch.setattr("mindtune.models.loading.load_model", never)
+    monkeypatch.setattr("mindtune.encode.encoder_stage._in_child", never)
 
     def run(*more):
         with pytest.raises(UserError) as error:
@@ -27,8 +30,8 @@ def refused(sd, sd_flags, tmp_path, monkeypatch):
 
 FLAGS = {
     "a resolution that the VAE cannot halve": (["--resolution", 100], ["--resolution 100", "divisible by 8", "96"]),
-    "a resolution too small for the UNet": (["--resolution", 32], ["--resolution 32", "64 at least"]),
-    "no gamma": (["--snr_gamma", 0], ["--snr_gamma 0", "above 0", "5.0"]),
+    "a resolution too small for the UNet": (["--resolution", 32], ["--resolution 32", "at least 64"]),
+    "no gamma": (["--snr_gamma", 0], ["--snr_gamma 0", "above 0"]),
     "8-bit moments of another optimizer": (
         ["--use_8bit_adam", "--optimizer", "adafactor"], ["--use_8bit_adam with --optimizer adafactor", "leave one of the two out"],
     ),

@@ -5,14 +5,18 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from mindtune import diffusion, rng
+from mindtune import diffusion, flow, rng
 from mindtune.models import controlnets, loading, named_parameters, precision
 from mindtune.optim import optimizers
 
 SCALE = 0.18215
-ALPHAS = diffusion.alphas_cumprod(
-    {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-)
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
+ALPHAS = diffusion.alphas_cumprod(SCHEDULER)
 ADDED = ("controlnet_down_blocks.", "controlnet_mid_block.", "controlnet_cond_embedding.conv_out.")
 
 
@@ -28,33 +32,37 @@ def make_models(sd, kind="no", perturbed=True, recompute=False):
         if perturbed and name.startswith(ADDED):
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
     if recompute:
-        controlnets.recompute_unet(unet)
-        controlnets.recompute_unet(controlnet)
+        controlnets.recompute_unet(unet, controlnet)
     return controlnet, unet
 
 
-def make_step(sd, controlnet, unet, kind="no", predicted="epsilon", gamma=None, vae=None, **flags):
-    flags = [f"--{name}={value}" for name, value in {"max_grad_norm": 0, **flags}.items()]
-    args = sd.train.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", *flags])
-    # Without a first moment's memory and without clipping, AdamW's first moment is the gradient.
+def make_step(sd, controlnet, unet, kind="no", predicted="epsilon", vae_config=None, scaler=None, **flags):
+    flags = {"max_grad_norm": 0, "mixed_precision": kind, **flags}
+    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    args = sd.train.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", *words])
+    # Without a decaying first moment and without clipping, AdamW's first moment is the gradient.
     optimizer = optimizers.AdamW(
         [{"params": controlnet.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0
     )
-    weights = diffusion.min_snr_weights(ALPHAS, gamma, predicted)
+    more = {"vae_dtype": ms.float32} if sd.kind == "sdxl" else {}
     make = sd.train.TrainStepForControlNetSDXL if sd.kind == "sdxl" else sd.train.TrainStepForControlNet
     return make(
-        controlnet, unet, optimizer, ms.Tensor(ALPHAS, ms.float32), ms.Tensor(weights, ms.float32),
-        precision.resolve_precision(kind).compute, args, predicted,
-        vae or {"scaling_factor": SCALE}, None, ms.float32, precision.loss_scaler(kind),
-    )  # fmt: skip
+        controlnet,
+        optimizer,
+        scaler or precision.loss_scaler(kind),
+        args,
+        unet=unet,
+        vae=None,
+        vae_config=vae_config or {"scaling_factor": SCALE},
+        scheduler_config={**SCHEDULER, "prediction_type": predicted},
+        **more,
+    )
 
 
 def make_batch(sd, size, height=8, width=12):
-    """Moments with a log-variance that matters, not square, another timestep for every picture."""
-    images, condition = (
-        rng.normal(1, "images", shape=(size, 8, height, width)),
-        rng.normal(1, "c", shape=(size, 3, 8 * height, 8 * width)),
-    )
+    """Moments with a log-variance that matters, not square, another timestep for every image."""
+    images = rng.normal(1, "images", shape=(size, 8, height, width))
+    condition = rng.normal(1, "c", shape=(size, 3, 8 * height, 8 * width))
     posterior, noise = (rng.normal(1, name, shape=(size, 4, height, width)) for name in ("posterior", "noise"))
     timesteps = np.array([20, 900, 400][:size], np.int32)
     batch = images, 1 / (1 + np.exp(-condition)), posterior, noise, timesteps
@@ -123,15 +131,17 @@ def plain_prediction(sd):
     return plain_unet(*given, return_dict=False, **residuals, **more)[0].asnumpy().astype(np.float64), x, alphas
 
 
-def test_latents_of_a_vae_with_a_mean_and_a_spread_of_every_channel(sd):
-    """Playground 2.5's: (z - mean) scaling_factor / std."""
+def test_latents_of_a_vae_with_a_mean_and_a_standard_deviation_per_channel(sd):
+    """Playground 2.5's: (z - mean) scaling_factor / std. With velocity as target, sqrt(a) noise - sqrt(1 - a) latents."""
     mean, std = [-1.6, 1.9, -1.4, 2.5], [8.5, 5.9, 6.5, 5.2]
     vae = {"scaling_factor": 0.5, "shift_factor": None, "latents_mean": mean, "latents_std": std}
-    step, batch = make_step(sd, *make_models(sd), vae=vae), make_batch(sd, 2)
-    found = step.latents(ms.Tensor(batch[0], ms.float32), ms.Tensor(batch[2], ms.float32)).asnumpy()
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    step, batch = make_step(sd, *make_models(sd), predicted="v_prediction", vae_config=vae), make_batch(sd, 2)
+    target = step.predict(*map(ms.Tensor, batch))[1].asnumpy()
     z = batch[0][:, :4] + np.exp(0.5 * np.clip(batch[0][:, 4:], -30, 20)) * batch[2]
-    expected = (z - np.reshape(mean, (1, 4, 1, 1))) * 0.5 / np.reshape(std, (1, 4, 1, 1))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    latents = (z - np.reshape(mean, (1, 4, 1, 1))) * 0.5 / np.reshape(std, (1, 4, 1, 1))
+    alphas = ALPHAS[batch[4]].reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(target, np.sqrt(alphas) * batch[3] - np.sqrt(1 - alphas) * latents, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0])
@@ -142,7 +152,8 @@ def test_the_steps_loss_is_the_formulas(sd, plain_prediction, predicted, gamma):
     target = batch[3] if predicted == "epsilon" else np.sqrt(alphas) * batch[3] - np.sqrt(1 - alphas) * x
     snr = alphas / (1 - alphas)
     weight = 1.0 if gamma is None else np.minimum(snr, gamma) / (snr if predicted == "epsilon" else snr + 1)
-    loss = float(make_step(sd, *make_models(sd), predicted=predicted, gamma=gamma).forward(*map(ms.Tensor, batch))[1])
+    step = make_step(sd, *make_models(sd), predicted=predicted, snr_gamma=gamma)
+    loss = float(step.forward(*map(ms.Tensor, batch))[1])
     assert loss == pytest.approx(np.mean(weight * (prediction - target) ** 2), rel=1e-5)
 
 
@@ -189,7 +200,7 @@ def test_the_first_prediction_is_the_base_models_bit_for_bit(sd, kind, height, w
     step, batch = make_step(sd, controlnet, unet, kind), make_batch(sd, 2, height, width)
     predict = lambda: step.predict(*map(ms.Tensor, batch))[0].to(ms.float32).asnumpy()  # noqa: E731
     first = predict()
-    latents = step.latents(ms.Tensor(batch[0]), ms.Tensor(batch[2]))
+    latents = flow.sample_posterior(ms.Tensor(batch[0]), ms.Tensor(batch[2])) * SCALE
     alphas = ms.Tensor(ALPHAS[batch[4]].reshape(-1, 1, 1, 1), ms.float32)
     noisy = diffusion.add_noise(latents, ms.Tensor(batch[3]), alphas).to(compute)
     more = {}
@@ -250,13 +261,14 @@ def test_an_overflow_in_fp16_skips_the_update_and_halves_the_scale(sd):
     """Parameters and moments untouched; the next good batch trains."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     controlnet, unet = make_models(sd, "fp16")
-    step = make_step(sd, controlnet, unet, "fp16")
+    scaler = precision.loss_scaler("fp16")
+    step = make_step(sd, controlnet, unet, "fp16", scaler=scaler)
     everything = lambda: [p.asnumpy().copy() for p in (*controlnet.get_parameters(), *step.optimizer.get_parameters())]  # noqa: E731
     before, batch = everything(), list(make_batch(sd, 2))
     batch[3] = np.full_like(batch[3], 1e30)
     step(*map(ms.Tensor, batch))
     for value, untouched in zip(everything(), before):
         np.testing.assert_array_equal(value, untouched)
-    assert float(step.grad_scaler.loss_scaler.scale_value) == 2.0**15
+    assert float(scaler.scale_value) == 2.0**15
     step(*map(ms.Tensor, make_batch(sd, 2)))
     assert any(not np.array_equal(value, untouched) for value, untouched in zip(everything(), before))
