@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "models.md"
-sys.path[:0] = [str(HERE), str(HERE / "mindtune")]
+sys.path[:0] = [str(HERE), str(HERE / "mindtune" / "models")]
 
 from real.verdicts import CONTROLNETS, FILES, OWNERS, PIPELINES, VAES, Verdict
 
