@@ -9,8 +9,8 @@ import pytest
 from mindspore import nn, ops
 
 from mindtune.optim.adam8bit import BLOCK, MIN_SIZE, AdamW8bit, Quantiser, dynamic_codes
-from mindtune.optim.optimizers import AdamW, create_optimizer, optimizer_state, set_learning_rates
-from mindtune.optim.schedules import schedule_factor
+from mindtune.optim.optimizers import AdamW, Settings, create_optimizer, optimizer_state, set_learning_rates
+from mindtune.optim.schedules import Schedule
 from mindtune.run import checkpoint
 
 ms.runtime.launch_blocking()
@@ -28,7 +28,8 @@ def optimizer(values, eight_bit=True, rates=(1e-2, 1e-3), decays=(0.1, 0.0), bet
     """Over two groups, of every second parameter; and the parameters."""
     params = [ms.Parameter(ms.Tensor(np.asarray(value)), name=f"p{number}") for number, value in enumerate(values)]
     groups = [{"params": params[k::2], "lr": rates[k], "weight_decay": decays[k]} for k in range(2)]
-    return create_optimizer("adamw", groups, betas=betas, eps=1e-8, eight_bit=eight_bit), params
+    settings = Settings(use_8bit_adam=eight_bit, adam_beta1=betas[0], adam_beta2=betas[1])
+    return create_optimizer(settings, groups), params
 
 
 def update(cell, gradients):
@@ -150,7 +151,7 @@ def test_weights_follow_the_formula(mode, betas):
     cell, params = optimizer(arrays(), betas=betas)
     reference = NumpyAdamW8bit(arrays(), (1e-2, 1e-3), (0.1, 0.0), betas)
     for k in range(20):
-        rates = [rate * schedule_factor("cosine", k, 3, 20) for rate in (1e-2, 1e-3)]
+        rates = [rate * Schedule(1.0, 20, "cosine", 3).factor(k) for rate in (1e-2, 1e-3)]
         gradients = [g * np.float32(10.0 ** (k % 5 - 3)) for g in arrays(100 + k)]
         set_learning_rates(cell, rates)
         update(cell, gradients)
@@ -223,7 +224,7 @@ def test_five_updates_and_five_resumed_are_ten(mode, tmp_path):
 
     def go_on(cell, first, last):
         for k in range(first, last):
-            set_learning_rates(cell, [rate * schedule_factor("linear", k, 3, 12) for rate in (1e-2, 1e-3)])
+            set_learning_rates(cell, [rate * Schedule(1.0, 12, "linear", 3).factor(k) for rate in (1e-2, 1e-3)])
             update(cell, arrays(100 + k))
 
     def everything(cell, params):
@@ -265,13 +266,8 @@ class Student(nn.Cell):
 def last_loss(eight_bit, updates=200):
     draw, student = np.random.default_rng(1), Student()
     teacher = [draw.standard_normal(shape).astype(np.float32) / 8 for shape in ((64, 96), (96, 65))]
-    cell = create_optimizer(
-        "adamw",
-        [{"params": list(student.w), "lr": 3e-3, "weight_decay": 0.01}],
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        eight_bit=eight_bit,
-    )
+    groups = [{"params": list(student.w), "lr": 3e-3, "weight_decay": 0.01}]
+    cell = create_optimizer(Settings(use_8bit_adam=eight_bit), groups)
     step, losses = ms.value_and_grad(student, None, cell.parameters), []
     for _ in range(updates):
         x = draw.standard_normal((64, 64)).astype(np.float32)
@@ -292,16 +288,16 @@ GROWTH = """
 import sys
 from pathlib import Path
 import mindspore as ms, numpy as np
-from mindtune import models
-from mindtune.optim import create_optimizer
+from mindtune.models import execution
+from mindtune.optim import optimizers
 
 def own_memory():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) << 10
 
-models.set_up_device(graph_mode=sys.argv[1] == "0")
+execution.set_up_device(graph_mode=sys.argv[1] == "0")
 params = [ms.Parameter(ms.Tensor(np.ones((1024, 1024), np.float32)), name=f"p{n}") for n in range(int(sys.argv[2]))]
 group = {"params": params, "lr": 1e-3, "weight_decay": 0.01}
-optimizer = create_optimizer("adamw", [group], betas=(0.9, 0.999), eps=1e-8, eight_bit=True)
+optimizer = optimizers.create_optimizer(optimizers.Settings(use_8bit_adam=True), [group])
 gradients = tuple(ms.Tensor(np.full((1024, 1024), 0.5, np.float32)) for _ in params)
 before = own_memory()
 optimizer(gradients)

@@ -1,4 +1,4 @@
-"""Optimizers against float64 NumPy loops of the published formulas, schedules against closed forms."""
+"""Optimizers against float64 NumPy loops of the published formulas."""
 
 import math
 
@@ -13,18 +13,18 @@ from mindtune.optim.optimizers import (
     Adafactor,
     AdamW,
     Prodigy,
-    check_state_flags,
+    Settings,
+    check_settings,
     create_optimizer,
     optimizer_state,
     set_learning_rates,
 )
-from mindtune.optim.schedules import schedule_factor
+from mindtune.optim.schedules import Schedule
 
-# As the scripts do on a CPU: otherwise PyNative hands every operator to another thread, most of the time on a busy machine.
+# As the scripts do on a CPU: otherwise PyNative starts every operator in another thread.
 ms.runtime.launch_blocking()
 
 SHAPES = [(3, 5), (7,), (2, 2)]
-PRODIGY = {"beta3": None, "decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
 
 
 def arrays(seed=0):
@@ -42,18 +42,12 @@ def groups(params, rates=(1e-2, 1e-3), decays=(0.1, 0.0)):
     return [{"params": part, "lr": rate, "weight_decay": decay} for part, rate, decay in zip(parts, rates, decays)]
 
 
-def optimizer(name, values, **changes):
-    """An optimizer over two groups, and its parameters."""
+def optimizer(name, values, rates=(1e-2, 1e-3), decays=(0.1, 0.0), betas=(0.9, 0.999), eps=1e-8, **settings):
+    """An optimizer over two groups, and its parameters. `settings` are those of `Settings`."""
     params = parameters(values)
-    settings = {
-        "betas": (0.9, 0.999),
-        "eps": 1e-8,
-        **PRODIGY,
-        **{k: v for k, v in changes.items() if k not in ("rates", "decays")},
-    }
-    return create_optimizer(
-        name, groups(params, **{k: v for k, v in changes.items() if k in ("rates", "decays")}), **settings
-    ), params
+    beta1, beta2 = betas
+    chosen = Settings(optimizer=name, adam_beta1=beta1, adam_beta2=beta2, adam_epsilon=eps, **settings)
+    return create_optimizer(chosen, groups(params, rates, decays)), params
 
 
 def update(cell, gradients):
@@ -93,11 +87,11 @@ class NumpyAdamW:
 )
 def test_adamw_follows_torchs_formula_for_100_updates(mode, betas, eps, offload):
     """Two groups of other rates and decays, and rates that change every update, 0 included. With moments on the host it is the same."""
-    cell, params = optimizer("adamw", arrays(), betas=betas, eps=eps, offload=offload)
+    cell, params = optimizer("adamw", arrays(), betas=betas, eps=eps, offload_optimizer=offload)
     reference, rng = NumpyAdamW(arrays(), *betas, eps), np.random.default_rng(1)
     for k in range(100):
         gradients = [np.float32(rng.standard_normal(shape) * 10.0 ** (k % 5 - 3)) for shape in SHAPES]
-        factor = schedule_factor("cosine", k, 10, 100)
+        factor = Schedule(1.0, 100, "cosine", 10).factor(k)
         set_learning_rates(cell, [1e-2 * factor, 1e-3 * factor])
         update(cell, gradients)
         reference(gradients, [1e-2 * factor] * 2 + [1e-3 * factor], [0.1, 0.1, 0.0])
@@ -105,28 +99,21 @@ def test_adamw_follows_torchs_formula_for_100_updates(mode, betas, eps, offload)
     assert np.abs(reference.p[0] - arrays()[0]).mean() > 0.05  # it went somewhere
 
 
-@pytest.mark.parametrize(
-    "given, said",
-    [
-        (("prodigy", True, False, True), "--use_8bit_adam with --optimizer prodigy"),
-        (("adafactor", False, True, True), "--offload_optimizer with --optimizer adafactor"),
-        (("adamw", True, True, True), "--offload_optimizer with --use_8bit_adam"),
-        (("adamw", False, True, False), "--offload_optimizer with --mindspore_mode 1"),
-    ],
-)
-def test_where_moments_cannot_be_in_8_bits_or_on_the_host(given, said):
-    with pytest.raises(UserError, match=said):
-        check_state_flags(*given)
+@pytest.mark.parametrize("name", ["adamweightdecay", "prodigy", "adafactor"])
+def test_8_bit_moments_and_moments_on_the_host_are_of_adamw(name):
+    with pytest.raises(UserError, match=f"--use_8bit_adam with --optimizer {name}: .* leave one of the two out"):
+        check_settings(name, use_8bit_adam=True, offload_optimizer=False, graph_mode=True)
+    with pytest.raises(UserError, match=f"--offload_optimizer with --optimizer {name}: .* leave one of the two out"):
+        check_settings(name, use_8bit_adam=False, offload_optimizer=True, graph_mode=True)
 
 
-def test_where_they_can():
-    for eight_bit, offload, graph_mode in (
-        (True, False, True),
-        (True, False, False),
-        (False, True, True),
-        (False, False, False),
-    ):
-        check_state_flags("adamw", eight_bit, offload, graph_mode)
+def test_moments_are_in_8_bits_or_on_the_host_of_a_graph():
+    for eight_bit, offload, graph in ((True, False, True), (True, False, False), (False, True, True), (False,) * 3):
+        check_settings("adamw", use_8bit_adam=eight_bit, offload_optimizer=offload, graph_mode=graph)
+    with pytest.raises(UserError, match="--offload_optimizer with --use_8bit_adam: .* leave one of the two out"):
+        check_settings("adamw", use_8bit_adam=True, offload_optimizer=True, graph_mode=True)
+    with pytest.raises(UserError, match="--offload_optimizer with --mindspore_mode 1: .* use mode 0"):
+        check_settings("adamw", use_8bit_adam=False, offload_optimizer=True, graph_mode=False)
 
 
 @pytest.mark.parametrize("name, length", [("adamw", 1.0), ("adamweightdecay", 0.1 / math.sqrt(0.001))])
@@ -240,9 +227,10 @@ def run_prodigy(updates, rate_of, decays=(0.02, 0.0), gradient=quadratic, rtol=2
     The weights start near 0: the first steps are of 1e-6, which float32 would round off beside 1 in the reference package as well.
     """
     values = [a * np.float32(1e-4) for a in arrays()]
-    cell, params = optimizer("prodigy", values, rates=(1.0, 1.0), decays=decays, **changes)
+    settings = {name if name in ("betas", "eps") else f"prodigy_{name}": value for name, value in changes.items()}
+    cell, params = optimizer("prodigy", values, rates=(1.0, 1.0), decays=decays, **settings)
     renamed = {"use_bias_correction": "bias_correction", "safeguard_warmup": "safeguard"}
-    options = {renamed.get(k, k): v for k, v in {**PRODIGY, **changes}.items()}
+    options = {renamed.get(k, k): v for k, v in changes.items()}
     if "betas" in options:
         options["beta1"], options["beta2"] = options.pop("betas")
     reference, rng = NumpyProdigy(values, [decays[0]] * 2 + [decays[1]], **options), np.random.default_rng(2)
@@ -257,7 +245,7 @@ def run_prodigy(updates, rate_of, decays=(0.02, 0.0), gradient=quadratic, rtol=2
 
 
 def warm_up(k):
-    return schedule_factor("constant_with_warmup", k, 5, 60)
+    return Schedule(1.0, 60, "constant_with_warmup", 5).factor(k)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +291,7 @@ def test_prodigy_does_not_count_updates_before_the_first_gradient(mode):
 
 def test_prodigy_decays_only_the_group_that_says_so(mode):
     """Decoupled: by 1 - wd d lr; a zero gradient in that group leaves nothing else."""
-    cell, params = optimizer("prodigy", arrays(), rates=(1.0, 1.0), decays=(1e5, 0.0), use_bias_correction=False)
+    cell, params = optimizer("prodigy", arrays(), rates=(1.0, 1.0), decays=(1e5, 0.0), prodigy_use_bias_correction=False)
     update(cell, [np.zeros(SHAPES[0]), np.zeros(SHAPES[1]), np.ones(SHAPES[2])])
     assert_close(params[:2], [arrays()[0] * 0.9, arrays()[1] * 0.9])
     np.testing.assert_allclose(params[2].asnumpy(), arrays()[2] - 1e-6 * 0.1 / math.sqrt(0.001), rtol=1e-6)
@@ -350,7 +338,7 @@ def test_adafactor_follows_its_formula_for_100_updates(mode):
     reference = NumpyAdafactor(spread(0))
     for k in range(100):
         gradients = [g * np.float32(10.0 ** (k % 5 - 3) * (k != 50)) for g in spread(100 + k)]
-        factor = schedule_factor("cosine", k, 10, 100)
+        factor = Schedule(1.0, 100, "cosine", 10).factor(k)
         set_learning_rates(cell, [1e-2 * factor, 1e-3 * factor])
         update(cell, gradients)
         reference(gradients, [1e-2 * factor] * 2 + [1e-3 * factor] * 4, [0.1] * 2 + [0.0] * 4)
@@ -376,58 +364,9 @@ def test_the_length_of_adafactors_first_update(mode):
 # ---- learning rates ------------------------------------------------------------------------------
 
 
-def expected_factor(name, update, warmup, total, cycles, power, lr):
-    """As transformers' optimization.py writes them, with the division by the base rate that LambdaLR implies."""
-    if name == "constant":
-        return 1.0
-    if update < warmup:
-        return update / max(1, warmup)
-    progress = (update - warmup) / max(1, total - warmup)
-    return {
-        "constant_with_warmup": 1.0,
-        "linear": max(0.0, (total - update) / max(1, total - warmup)),
-        "cosine": max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress))),
-        "cosine_with_restarts": 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * ((cycles * progress) % 1.0))),
-        "polynomial": (1e-7 if update > total else (lr - 1e-7) * max(0.0, 1 - progress) ** power + 1e-7) / lr,
-    }[name]
-
-
-@pytest.mark.parametrize(
-    "name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-)
-@pytest.mark.parametrize("warmup, total", [(0, 100), (10, 100), (99, 100), (0, 1), (500, 3)])
-@pytest.mark.parametrize("cycles, power, lr", [(1, 1.0, 1e-4), (3, 2.0, 1.0)])
-def test_schedules_at_their_boundaries(name, warmup, total, cycles, power, lr):
-    updates = {0, 1, warmup - 1, warmup, warmup + 1, (warmup + total) // 2, total - 1, total}
-    for update in sorted(update for update in updates if 0 <= update <= total):
-        found = schedule_factor(name, update, warmup, total, cycles, power, lr)
-        assert found == pytest.approx(expected_factor(name, update, warmup, total, cycles, power, lr), abs=1e-12), (
-            update
-        )
-
-
-def test_schedules_by_hand():
-    assert [schedule_factor("linear", k, 4, 12) for k in (0, 1, 2, 4, 8, 12)] == [0.0, 0.25, 0.5, 1.0, 0.5, 0.0]
-    assert [schedule_factor("cosine", k, 0, 8) for k in (0, 4, 8)] == pytest.approx([1.0, 0.5, 0.0])
-    assert [schedule_factor("cosine_with_restarts", k, 0, 8, 2) for k in (0, 2, 4, 6, 8)] == pytest.approx(
-        [1.0, 0.5, 1.0, 0.5, 0.0]
-    )
-    assert [schedule_factor("polynomial", k, 0, 4, power=2.0, lr=1.0) for k in (0, 2, 4)] == pytest.approx(
-        [1.0, 0.25, 0.0], abs=1e-6
-    )
-
-
-def test_polynomial_ends_at_1e_7_whatever_the_rate():
-    assert 1e-4 * schedule_factor("polynomial", 50, 0, 50, lr=1e-4) == pytest.approx(1e-7)
-    assert schedule_factor("polynomial", 50, 0, 50, lr=1e-8) == 1.0
-    assert schedule_factor("polynomial", 25, 0, 50, lr=0.0) == 0.5
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="unknown schedule sine"):
-        schedule_factor("sine", 0, 0, 1)
+def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="unknown optimizer sgd"):
-        create_optimizer("sgd", groups(parameters(arrays())), betas=(0.9, 0.999), eps=1e-8)
+        create_optimizer(Settings(optimizer="sgd"), groups(parameters(arrays())))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamweightdecay", "prodigy", "adafactor"])
@@ -459,7 +398,7 @@ def test_five_updates_and_five_resumed_are_ten(mode, name):
 
     def go_on(cell, first, last):
         for k in range(first, last):
-            set_learning_rates(cell, [rate * schedule_factor("linear", k, 3, 12)] * 2)
+            set_learning_rates(cell, [rate * Schedule(1.0, 12, "linear", 3).factor(k)] * 2)
             update(cell, arrays(100 + k))
 
     straight, expected = optimizer(name, arrays(), rates=(rate, rate))

@@ -8,7 +8,7 @@ from mindspore import ops
 from mindtune.cli import UserError
 from mindtune.distributed import ranks
 from mindtune.optim import zero1
-from mindtune.optim.optimizers import create_optimizer, optimizer_state, set_learning_rates, state_bytes
+from mindtune.optim.optimizers import Settings, create_optimizer, optimizer_state, set_learning_rates, state_bytes
 
 
 def test_the_load_is_even():
@@ -55,8 +55,10 @@ def weights():
 def test_each_workers_part_is_what_the_whole_would_do(as_worker, name, eight_bit):
     """The parameters it owns, their state, its names in a checkpoint and its share of the bytes, after three updates."""
 
+    settings = Settings(name, eight_bit, adam_beta2=0.99, adam_epsilon=1e-6)
+
     def make(groups):
-        return create_optimizer(name, groups, betas=(0.9, 0.99), eps=1e-6, eight_bit=eight_bit)
+        return create_optimizer(settings, groups)
 
     def three_updates(optimizer):
         for update in range(3):
@@ -100,12 +102,12 @@ def test_a_group_of_which_a_worker_has_nothing(as_worker):
     as_worker(0, 2)
     parameters = [ms.Parameter(ms.Tensor(np.ones((4, size)), ms.float32), name=f"p{size}") for size in (9, 8)]
     groups = [{"params": [parameter], "lr": 0.5, "weight_decay": 0.0} for parameter in reversed(parameters)]
-    shared = zero1.ShardedOptimizer(lambda parts: create_optimizer("adamw", parts, betas=(0.9, 0.99), eps=1e-6), groups)
+    shared = zero1.ShardedOptimizer(lambda parts: create_optimizer(Settings(), parts), groups)
     set_learning_rates(shared, [0.25, 0.125])
     assert shared.own_indices == (1,) and float(shared.own.learning_rate[0]) == 0.125
 
 
 def test_more_workers_than_parameters_are_refused(as_worker):
     as_worker(0, 6)
-    with pytest.raises(UserError, match="5 parameters cannot be shared out over 6 workers"):
+    with pytest.raises(UserError, match="5 parameters cannot be sharded over 6"):
         zero1.ShardedOptimizer(lambda groups: None, weights()[1])
