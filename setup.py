@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="mindtune",
-    version="0.1.0",
+    version="0.2.0",
     description="Fine-tuning scripts for FLUX.1 and Stable Diffusion ControlNet on MindSpore",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

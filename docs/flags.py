@@ -34,17 +34,30 @@ def parser_of(script):
 
 
 def table(script):
-    """Markdown: flag, default, what --help says."""
-    rows = ["| flag | default | |", "| --- | --- | --- |"]
-    for action in parser_of(script)._actions:
-        if action.dest == "help":
-            continue
-        empty = action.default is None or action.default is False or action.default == []
-        default = "required" if action.required else "" if empty else f"`{action.default}`"
-        choices = f" One of {', '.join(map(str, action.choices))}." if action.choices else ""
-        text = (action.help % {"default": action.default} + choices).replace("|", "\\|").replace("<", "\\<")
-        rows.append(f"| {', '.join(f'`{name}`' for name in action.option_strings)} | {default} | {text} |")
+    """Markdown: every section with its flags, defaults, whether a resumed run may change them, and their meaning."""
+    parser = parser_of(script)
+    rows = ["| flag | default | on resume | |", "| --- | --- | --- | --- |"]
+    for section in parser._action_groups:
+        actions = [action for action in section._group_actions if action.dest != "help"]
+        if actions:
+            rows.append(f"| **{section.title}** | | | |")
+        rows += [row(action, parser.declared[action.dest]) for action in actions]
     return "\n".join(rows) + "\n"
+
+
+def row(action, flag):
+    """One line of the table from argparse's action and the rest of the declaration."""
+    empty = action.default is None or action.default is False or action.default == []
+    default = "required" if action.required else "" if empty else f"`{action.default}`"
+    text = action.help % {"default": action.default}
+    if action.choices:
+        text += f" One of {', '.join(map(str, action.choices))}."
+    bounds = (("at least", flag.minimum), ("above", flag.above), ("below", flag.below))
+    if limits := " and ".join(f"{words} {value}" for words, value in bounds if value is not None):
+        text += f" {limits[0].upper()}{limits[1:]}."
+    names = ", ".join(f"`{name}`" for name in action.option_strings)
+    text = text.replace("|", "\\|").replace("<", "\\<")
+    return f"| {names} | {default} | {'may change' if flag.may_change else 'fixed'} | {text} |"
 
 
 def filled(page):

@@ -10,52 +10,51 @@ of --json. The exit code is 0 if a run could start with this data, and 1 if not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from mindtune.cli import UserError, check_flags, indented_list, printable, run_script
+from mindtune.cli import UserError, indented_list, printable, run_script
 from mindtune.data.buckets import crop_sizes
-from mindtune.data.columns import Source
+from mindtune.data.columns import Source, check_source
 from mindtune.data.folders import holds_no_image, samples_in_folder
 from mindtune.data.image_sample import Sample
-from mindtune.data.pairs import check_source_flags, load_pairs
+from mindtune.data.pairs import load_pairs
 from mindtune.data.statistics import Item, Sizes, cropped_shares_by_bucket, duplicates, inspect_images, inspect_pairs
 from mindtune.data.tables import samples_in_dataset
 from mindtune.encode.estimate import cache_bytes, captions_too_long, read_encoders
 from mindtune.files import require_writable
+from mindtune.flags.parser import Parser, Values
 
 
-def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m mindtune.check_data", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--instance_data_dir", help="Directory of images for a LoRA.")
-    add("--class_data_dir", help="Directory of class images for a LoRA, checked too.")
-    add("--train_data_dir", help="Directory of pairs for a ControlNet.")
-    add("--jsonl_for_train", help="A .jsonl file of pairs.")
-    add("--dataset_name", help="A data set for the datasets library; of pairs if --conditioning_image_column is given.")
-    add("--dataset_config_name", help="Configuration of that data set. Default: its only one.")
-    add("--image_column", help="Column of images. Default: found by its name.")
-    add("--conditioning_image_column", help="Column of condition images. Default: found by its name.")
-    add("--caption_column", help="Column of captions. Default: for pairs found by its name; for images of a LoRA none.")
-    add("--instance_prompt", help="Prompt of images without a caption of their own.")
-    add("--class_prompt", help="Prompt of class images without a caption of their own.")
-    add("--max_train_samples", type=int, help="Number of images or pairs to check. Default: all.")
-    add("--resolution", type=int, default=512, help="Side of the square that is trained on, in pixels.")
-    add("--aspect_ratio_buckets", help='Instead of --resolution: heights and widths, such as "672,1568;1024,1024".')
-    add("--random_flip", action="store_true", help="Count the cached latents of mirrored images too.")
+def parse_args(argv: Optional[list[str]] = None) -> Values:
+    parser = Parser(__doc__)
+    parser.prog = "python -m mindtune.check_data"
+    add = parser.add
+    add("instance_data_dir", help="Directory of images for a LoRA.")
+    add("class_data_dir", help="Directory of class images for a LoRA, checked too.")
+    add("train_data_dir", help="Directory of pairs for a ControlNet.")
+    add("jsonl_for_train", help="A .jsonl file of pairs.")
+    add("dataset_name", help="A data set for the datasets library; of pairs if --conditioning_image_column is given.")
+    add("dataset_config_name", help="Configuration of that data set. Default: its only one.")
+    add("image_column", help="Column of images. Default: found by its name.")
+    add("conditioning_image_column", help="Column of condition images. Default: found by its name.")
+    add("caption_column", help="Column of captions. Default: for pairs found by its name; for images of a LoRA none.")
+    add("instance_prompt", help="Prompt of images without a caption of their own.")
+    add("class_prompt", help="Prompt of class images without a caption of their own.")
+    add("max_train_samples", type=int, minimum=1, help="Number of images or pairs to check. Default: all.")
+    add("resolution", type=int, default=512, help="Side of the square that is trained on, in pixels.")
+    add("aspect_ratio_buckets", help='Instead of --resolution: heights and widths, such as "672,1568;1024,1024".')
+    add("random_flip", default=False, help="Count the cached latents of mirrored images too.")
     add(
-        "--pretrained_model_name_or_path",
+        "pretrained_model_name_or_path",
         help="Pipeline whose tokenizers count tokens. Default: none, with the sizes of FLUX.1-dev.",
     )
-    add("--max_sequence_length", type=int, default=512, help="T5 tokens of a caption.")
-    add("--cache_dir", help="Directory of the datasets library's downloads. Default: a temporary directory.")
-    add("--dataloader_num_workers", type=int, default=2, help="Threads that read images.")
-    add("--json", help="Write the report to this file too. Default: none.")
+    add("max_sequence_length", type=int, default=512, minimum=1, help="T5 tokens of a caption.")
+    add("cache_dir", help="Directory of the datasets library's downloads. Default: a temporary directory.")
+    add("dataloader_num_workers", type=int, default=2, minimum=0, help="Threads that read images.")
+    add("json", help="Write the report to this file too. Default: none.")
     return parser.parse_args(argv)
 
 
@@ -118,9 +117,9 @@ def class_samples(folder: str, where: str, notes: list[str]) -> list[Sample]:
 
 def check_pairs(flags: dict, sizes: Sizes, cache_dir: str) -> Found:
     """Checks the pairs of a ControlNet."""
-    check_source_flags({**flags, "proportion_empty_prompts": 0.0, "streaming": False})
     source_flags = {name: flags[name] for name in Source._fields if name != "cache_dir"}
     source = Source(**source_flags, cache_dir=cache_dir)
+    check_source(source)
     notes: list[str] = []
     pairs = load_pairs(source, notes.append)
     count = min(flags["max_train_samples"] or len(pairs), len(pairs))
@@ -237,9 +236,7 @@ def format_report(report: dict) -> str:
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    flags = vars(parse_args(argv))
-    at_least = {"max_train_samples": 1, "max_sequence_length": 1, "dataloader_num_workers": 0}
-    check_flags(flags, accepted={}, at_least=at_least, below_one=())
+    flags = parse_args(argv).recorded()
     require_writable("--cache_dir", flags["cache_dir"])
     if flags["json"]:
         require_writable("--json", Path(flags["json"]).absolute().parent)

@@ -71,29 +71,6 @@ class StopRequest:
         os.write(2, b"\nstopping after this update; press Ctrl-C again to stop at once\n")
 
 
-def check_flags(values: dict, accepted: dict[str, str], at_least: dict[str, float], below_one: Iterable[str]) -> None:
-    """Checks the numeric bounds of flags. Raises UserError for a value out of bounds.
-
-    `values` holds all flags by name. `accepted` maps each flag that has no effect here to the reason, which is
-    printed if the flag is set. `at_least` maps flags to their smallest value; the flags in `below_one` must be below
-    1.
-    """
-    for name, reason in accepted.items():
-        if values[name]:
-            print(f"--{name}: {reason}")
-    for name, value in values.items():
-        if value == "" and name.endswith("_name_or_path"):
-            raise UserError(
-                f"--{name}: is empty, as if from a shell variable that is not set. Leave the flag out, or give a value."
-            )
-    for name, minimum in at_least.items():
-        if values[name] is not None and not values[name] >= minimum:
-            raise UserError(f"--{name} {values[name]}: must be at least {minimum}.")
-    for name in below_one:
-        if not values[name] < 1.0:
-            raise UserError(f"--{name} {values[name]}: must be below 1.")
-
-
 def matched(prompts: list[str], images: list[str], prompt_flag: str, image_flag: str) -> list[tuple[str, str]]:
     """(prompt, image) pairs: the n-th prompt with the n-th image, or a single prompt or image with all of the others.
 

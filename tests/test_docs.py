@@ -4,11 +4,14 @@ Also the form of the pages: width, languages of code blocks, and the length of t
 """
 
 import re
-import subprocess
-import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT, load_script, metrics
+from conftest import ROOT, command_line, load_script, metrics, run_here
+from PIL import Image
+from safetensors.numpy import load_file
+
+from mindtune.cli import UserError
 
 PAGES = {
     "flux_lora/train_dreambooth_lora_flux.py": "docs/flux_lora.md",
@@ -151,41 +154,82 @@ def test_quoted_errors_are_those_that_are_printed():
 
 @pytest.fixture(scope="module")
 def own_script(tmp_path_factory):
-    """The copy that docs/write_your_own.md makes, with its changes."""
-    page, path = text("docs/write_your_own.md"), tmp_path_factory.mktemp("own") / "my_lora.py"
-    source = text(re.search(r"^ *cp (\S+) my_lora\.py", page, re.MULTILINE)[1])
-    changes = re.findall(r"```diff\n--- my_lora\.py\n(.*?)```", page, re.DOTALL)
-    assert len(changes) == 4
-    for change in changes:
-        lines = change.splitlines()
-        before = "\n".join(line[1:] for line in lines if line[0] == " ")
-        assert source.count(before) == 1, before
-        source = source.replace(before, "\n".join(line[1:] for line in lines))
-    path.write_text(source)
-    return path
+    """own_script(name): the copy that docs/write_your_own.md makes under this name, with its changes, as a module."""
+    page, folder = text("docs/write_your_own.md"), tmp_path_factory.mktemp("own")
+
+    def make(name, changes):
+        source = text(re.search(rf"^cp (\S+) {name}\.py", page, re.MULTILINE)[1])
+        found = re.findall(rf"```diff\n--- {name}\.py\n(.*?)```", page, re.DOTALL)
+        assert len(found) == changes
+        for change in found:
+            lines = change.splitlines()
+            before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
+            assert source.count(before) == 1, before
+            source = source.replace(before, "\n".join(line[1:] for line in lines if not line.startswith("-")))
+        (folder / f"{name}.py").write_text(source)
+        return load_script(folder / f"{name}.py")
+
+    return make
 
 
-def losses(own_script, flags, out, *more):
-    line = [sys.executable, str(own_script), *flags(out, "--cache_latents", "--max_train_steps", 2, *more)]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [line["loss"] for line in metrics(out)]
+def test_another_loss(own_script, flags, tmp_path):
+    """A large delta is the squared error; a small one makes the loss near 2 delta |error|; graph mode agrees."""
+    script = own_script("my_lora", 3)
 
+    def losses(name, *more):
+        run_here(script, flags(tmp_path / name, "--cache_latents", "--max_train_steps", 2, *more))
+        return [line["loss"] for line in metrics(tmp_path / name)]
 
-@pytest.mark.parametrize("mode", [0, 1], ids=["graph", "pynative"])
-def test_the_script_with_another_loss_trains(own_script, flags, tmp_path, mode):
-    """A large delta is the squared error; a small one makes the loss near 2 delta |error|."""
-    squared, large, small = (
-        losses(own_script, flags, tmp_path / name, "--mindspore_mode", mode, *more)
-        for name, more in (("squared", []), ("large", ["--huber_delta", 1e3]), ("small", ["--huber_delta", 1e-3]))
-    )
+    squared, large = losses("squared"), losses("large", "--huber_delta", 1e3)
+    small = losses("small", "--huber_delta", 1e-3)
+    in_graph = losses("graph", "--huber_delta", 1e-3, "--mindspore_mode", 0)
     assert large == pytest.approx(squared, rel=1e-5)
     assert 0 < small[0] < 4e-3 * squared[0] ** 0.5
+    assert in_graph == pytest.approx(small, rel=1e-3)
+    with pytest.raises(UserError, match="--huber_delta 0.0: must be above 0"):
+        script.main(flags(tmp_path / "zero", "--huber_delta", 0))
+    assert not (tmp_path / "zero").exists()
 
 
-def test_the_script_with_another_loss_refuses_what_cannot_be(own_script, flags, tmp_path):
-    line = [sys.executable, str(own_script), *flags(tmp_path / "out", "--huber_delta", 0)]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert (
-        done.returncode == 2 and "--huber_delta 0.0: must be above 0" in done.stderr and not (tmp_path / "out").exists()
-    )
+def test_another_data_set(own_script, flags, tmp_path):
+    """Images from arrays train as the same images from files do."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 48, 3), dtype=np.uint8)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"image {number}")
+    arrays = tmp_path / "images.npz"
+    np.savez(arrays, images=images, captions=[f"image {number}" for number in range(3)])
+    script = own_script("my_data", 4)
+    for name, source in (("files", folder), ("arrays", arrays)):
+        run_here(script, flags(tmp_path / name, "--instance_data_dir", source, "--max_train_steps", 2))
+    assert metrics(tmp_path / "arrays") == metrics(tmp_path / "files")
+
+
+def test_another_model(own_script, encoder_cache, tmp_path):
+    """The UNet is trained, is saved under the names of the pipeline's, and what is not trained is not saved."""
+    root, pairs = tmp_path / "pipeline", tmp_path / "pairs"
+    load_script("examples/tiny/make_tiny_pipeline.py").make_sd15(root)
+    load_script("examples/tiny/shapes.py").make_folder(pairs, 4, 64, seed=0, split="train")
+    given = {
+        "pretrained_model_name_or_path": root,
+        "train_data_dir": pairs,
+        "output_dir": tmp_path / "out",
+        "cache_dir": encoder_cache,
+        "resolution": 64,
+        "train_batch_size": 1,
+        "max_train_steps": 2,
+        "mindspore_mode": 1,
+        "learning_rate": 1e-3,
+        "validation_split": 0.3,
+        "report_to": "none",
+        "seed": 0,
+    }
+    run_here(own_script("my_unet", 5), command_line(given))
+    start = load_file(root / "unet" / "diffusion_pytorch_model.safetensors")
+    trained = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    assert trained.keys() == start.keys()
+    changed = [name for name in start if not np.array_equal(trained[name], start[name].astype(np.float32))]
+    assert len(changed) > 0.9 * len(start)
+    assert "held_out__loss" in metrics(tmp_path / "out")[-1]

@@ -51,6 +51,19 @@ class Source(NamedTuple):
         return str(root) if root.is_dir() else None
 
 
+def check_source(source: Source) -> None:
+    """Raises UserError for no or several data sets, and for --dataset_config_name without --dataset_name."""
+    names = ("dataset_name", "train_data_dir", "jsonl_for_train")
+    given = [f"--{name}" for name in names if getattr(source, name)]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise UserError(f"give one of --dataset_name, --train_data_dir and --jsonl_for_train, not {found}.")
+    if source.dataset_config_name and not source.dataset_name:
+        raise UserError(
+            f"--dataset_config_name {source.dataset_config_name}: needs --dataset_name. Add that, or leave it out."
+        )
+
+
 COLUMN_FLAGS = Columns("--image_column", "--conditioning_image_column", "--caption_column")
 # The `datasets` library gives folders without metadata the columns image, label or text, which are not what the user
 # meant.

@@ -1,4 +1,4 @@
-"""Which samples train and which are held out, and making batches ahead of the step."""
+"""The split into training and held-out samples, and batches: prepared in advance, and stacked from rows."""
 
 from __future__ import annotations
 
@@ -13,23 +13,21 @@ from mindtune.rng import generator
 
 
 def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """(training, held out): a seeded choice of `share` of the ids below `count`, at least one if the share is above 0.
+    """(training ids, held-out ids): holds out a seeded choice of a fraction `share` of `count` ids, at least one.
 
     Raises UserError if none would be left to train on.
     """
     if not share:
         return list(range(count)), []
-    wanted = max(1, round(share * count))
-    if wanted >= count:
-        raise UserError(
-            f"--validation_split {share}: would keep out {wanted} of {count} pictures; use a smaller share."
-        )
-    out = set(generator(seed, "held out").permutation(count)[:wanted].tolist())
+    held = max(1, round(share * count))
+    if held >= count:
+        raise UserError(f"--validation_split {share}: would hold out {held} of {count} samples; use a smaller share.")
+    out = set(generator(seed, "held out").permutation(count)[:held].tolist())
     return [i for i in range(count) if i not in out], sorted(out)
 
 
 def prefetch(make: Callable[[int], Any], positions: range, workers: int) -> Iterator[Any]:
-    """make(p) for every position in order; with `workers` threads that many (and two more) are made ahead."""
+    """make(p) for every position in order. `workers` threads prepare up to workers + 2 results in advance."""
     if workers < 1:
         yield from map(make, positions)
         return

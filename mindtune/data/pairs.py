@@ -110,34 +110,6 @@ def _image_name(dataset_name: str, row: int, path: Optional[str]) -> str:
     return printable(path) if is_file else f"{printable(dataset_name)}[{row}]"
 
 
-def check_source_flags(values: dict) -> None:
-    """Checks the flags of a ControlNet script that name its data; `values` maps flags to values.
-
-    Raises UserError for no or several sources, and for flags that cannot be combined.
-    """
-    sources = [name for name in ("dataset_name", "train_data_dir", "jsonl_for_train") if values[name]]
-    if len(sources) != 1:
-        found = " and ".join(f"--{name}" for name in sources) or "none"
-        raise UserError(f"give one of --dataset_name, --train_data_dir and --jsonl_for_train, not {found}.")
-    if values["dataset_config_name"] and not values["dataset_name"]:
-        raise UserError(
-            f"--dataset_config_name {values['dataset_config_name']}: needs --dataset_name. Add that, or leave it out."
-        )
-    if values["proportion_empty_prompts"] > 1.0:
-        value = values["proportion_empty_prompts"]
-        raise UserError(f"--proportion_empty_prompts {value}: must be in [0, 1].")
-    if values["streaming"]:
-        _check_streaming_flags(values)
-
-
-def _check_streaming_flags(values: dict) -> None:
-    if not values["max_train_steps"]:
-        raise UserError("--streaming needs --max_train_steps: the length of a stream is unknown.")
-    for name in ("max_train_samples", "validation_split", "aspect_ratio_buckets", "skip_bad_images"):
-        if values[name]:
-            raise UserError(f"--{name} with --streaming: needs all pairs in advance; leave one of the two out.")
-
-
 def load_pairs(source: Source, say: Callable[[str], None] = print) -> Pairs:
     """The pairs of a data set: its split train, or its only split.
 

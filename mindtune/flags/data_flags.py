@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mindtune.cli import UserError
 from mindtune.data import metadata
+from mindtune.data.columns import Source, check_source
 from mindtune.data.crops import INTERPOLATIONS
 from mindtune.flags.parser import Parser, Values
 
@@ -50,13 +51,7 @@ def pairs(parser: Parser) -> None:
 
 
 def _check_pairs(args: Values) -> None:
-    names = ("dataset_name", "train_data_dir", "jsonl_for_train")
-    given = [name for name in names if getattr(args, name)]
-    if len(given) != 1:
-        found = " and ".join(given) or "none"
-        raise UserError(f"give one of --dataset_name, --train_data_dir and --jsonl_for_train, not {found}.")
-    if args.dataset_config_name and not args.dataset_name:
-        raise UserError(f"--dataset_config_name {args.dataset_config_name}: needs --dataset_name; leave it out.")
+    check_source(args.select(Source))
     if args.proportion_empty_prompts > 1.0:
         raise UserError(f"--proportion_empty_prompts {args.proportion_empty_prompts}: must be between 0 and 1.")
     if args.streaming and not args.max_train_steps:

@@ -43,7 +43,7 @@ class TrainStep(library.TrainStep):
 
 
 def train_all_weights(model: nn.Cell, compute: ms.Type) -> dict[str, ms.Parameter]:
-    """Makes every weight of a float32 model trainable, computing in `compute`. Returns them by their names in weight files.
+    """Makes every weight of a float32 model trainable, computing in `compute`. Returns the weights by name.
 
     The weights stay float32 in mixed precision: MindSpore's optimizers update in the dtype of the parameter.
     """

@@ -7,7 +7,7 @@ from PIL import Image
 learning = load_script("benchmarks/learning.py")
 demo = load_script("examples/demo_flux_controlnet.py")
 evaluator = load_script("examples/tiny/evaluate_shapes.py")
-UPDATES = 180
+UPDATES = 250
 
 
 def test_generated_shapes_follow_the_outline(tmp_path):

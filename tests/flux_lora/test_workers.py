@@ -55,7 +55,7 @@ def test_two_ranks_then_three_then_one_are_the_run_of_one_rank(job, flags, lora,
 def assert_ends(done, rank, since):
     """Within a minute, with the rank's number on the console, and without processes or partial checkpoints."""
     assert done.wait(timeout=60) != 0 and time.monotonic() - since < 60
-    assert f"rank {rank} of 2 " in done.said()
+    assert f"Error: rank {rank} of 2 " in done.said()
     deadline = time.monotonic() + 10
     while (left := done.processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
