@@ -27,6 +27,12 @@ from mindtune.models import controlnets, execution, loading
 execution.set_up_device(graph_mode=False)  # before the first operator: blocking launches cannot be had later
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAINING_SCRIPTS = [
+    "flux_lora/train_dreambooth_lora_flux.py",
+    "flux_controlnet/train_controlnet_flux.py",
+    "examples/controlnet/train_controlnet.py",
+    "examples/controlnet/train_controlnet_sdxl.py",
+]
 
 
 def load_script(relative):

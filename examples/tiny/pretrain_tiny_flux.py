@@ -185,9 +185,9 @@ def main(argv=None):
         parameter.requires_grad = True
     print(precision.parameter_table(cells, full), flush=True)
     trained = [p for cell in cells.values() for p in cell.trainable_params()]
-    optimizer = optimizers.create_optimizer(
-        "adamw", [{"params": trained, "lr": args.learning_rate, "weight_decay": 0.01}], betas=(0.9, 0.99), eps=1e-8
-    )
+    groups = [{"params": trained, "lr": args.learning_rate, "weight_decay": 0.01}]
+    optimizer = optimizers.create_optimizer(optimizers.Settings(adam_beta2=0.99), groups)
+    schedule = schedules.Schedule(args.learning_rate, args.steps, "cosine", lr_warmup_steps=300)
     # Shifted towards noise, where colours, position and shape are decided; low noise levels are details of the VAE.
     sigmas = flow.shift_sigmas(loading.load_scheduler(root).sigmas.asnumpy(), 2.5)
     step = PretrainStep(*cells.values(), optimizer, configs.read_config(root, "vae"), sigmas)
@@ -217,8 +217,7 @@ def main(argv=None):
     for number in range(first, args.steps):
         ids = [stream.at(k)[0] for k in range(number * args.batch_size, (number + 1) * args.batch_size)]
         batch = make_batch(data, ids, rng.generator(args.seed, "pretrain draws", number), len(sigmas))
-        factor = schedules.schedule_factor("cosine", number, 300, args.steps, cycles=1)
-        optimizers.set_learning_rates(optimizer, [args.learning_rate * factor])
+        optimizers.set_learning_rates(optimizer, [schedule.rate(number)])
         losses.append(float(step(*map(ms.Tensor, batch))[1]))
         done = number + 1
         if done % AVERAGE_EVERY == 0:

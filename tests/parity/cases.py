@@ -26,19 +26,19 @@ import train_controlnet_sdxl
 import train_dreambooth_lora_flux
 from shapes import render, render_outline, sample_scene
 
-from mindtune import diffusion, flow, rng
+from mindtune import flow, rng
 from mindtune.data import conditions, crops
 from mindtune.encode import encoder_stage, text_encoders
 from mindtune.models import (
     configs,
     controlnets,
     execution,
-    flux_blocks,
     loading,
     lora,
     named_parameters,
     precision,
     sampling,
+    shared_blocks,
     tokenization,
 )
 from mindtune.optim import optimizers
@@ -300,7 +300,7 @@ class Ours:
             elif self.settings.get("existing"):  # differs from the base
                 parameter.set_data(ms.Tensor(parameter.asnumpy() + 0.02 * rng.normal(0, name, shape=parameter.shape)))
         for model in (controlnet, self.base):
-            flux_blocks.bind(model)
+            shared_blocks.use_shared_blocks(model)
         self.cells = {"controlnet": controlnet, **self.cells}
         self.trained = {f"controlnet.{name}": p for name, p in named_parameters.model_parameters(controlnet).items()}
 
@@ -320,58 +320,45 @@ class Ours:
             own = [p for name, p in self.trained.items() if name.startswith(f"{prefix}.")]
             groups.append({"params": own, "lr": rate if train else 0.0, "weight_decay": decay})
         optimizer = optimizers.AdamW(groups, beta1=0.9 if train else 0.0, eps=settings["eps"])
+        scaler = precision.loss_scaler("no")
         flags = ["--pretrained_model_name_or_path=x", f"--max_grad_norm={1.0 if train else 0.0}"]
         if kind.startswith("flux"):
             flags += [f"--weighting_scheme={settings['scheme']}", f"--max_sequence_length={settings['length']}"]
-            sigmas = loading.load_scheduler(self.root).sigmas
-            vae = configs.read_config(self.root, "vae")
+            more = {
+                "vae": None,
+                "vae_config": configs.read_config(self.root, "vae"),
+                "sigmas": loading.load_scheduler(self.root).sigmas.asnumpy(),
+            }
         if kind == "flux_lora":
             flags.append("--instance_data_dir=x")
             if weight := settings.get("prior_weight"):
                 flags += ["--with_prior_preservation", "--class_data_dir=x", "--class_prompt=x"]
                 flags.append(f"--prior_loss_weight={weight}")
+            args = train_dreambooth_lora_flux.parse_args(flags)
             return train_dreambooth_lora_flux.TrainStepForFluxDevDB(
-                self.base,
-                optimizer,
-                {"sigmas": sigmas},
-                ms.float32,
-                train_dreambooth_lora_flux.parse_args(flags),
-                vae,
-                ms.Tensor(np.zeros((settings["length"], 3), np.float32)),
-                text_encoder=self.cells.get("text_encoder"),
-                loss_scaler=precision.loss_scaler("no"),
+                self.base, optimizer, scaler, args, text_encoder=self.cells.get("text_encoder"), **more
             )
         flags.append("--train_data_dir=x")
         if kind == "flux_controlnet":
+            args = train_controlnet_flux.parse_args(flags)
             return train_controlnet_flux.TrainStepForFluxControlNet(
-                self.cells["controlnet"],
-                self.base,
-                optimizer,
-                sigmas,
-                ms.float32,
-                train_controlnet_flux.parse_args(flags),
-                vae,
-                loss_scaler=precision.loss_scaler("no"),
+                self.cells["controlnet"], optimizer, scaler, args, transformer=self.base, **more
             )
         script = train_controlnet_sdxl if kind == "sdxl" else train_controlnet
         make = script.TrainStepForControlNetSDXL if kind == "sdxl" else script.TrainStepForControlNet
-        latent_config = {"scaling_factor": settings["scaling_factor"]}
-        predicted = settings["prediction_type"]
-        alphas = diffusion.alphas_cumprod(configs.read_config(self.root, "scheduler"))
-        weights = diffusion.min_snr_weights(alphas, settings["snr_gamma"], predicted)
+        if settings["snr_gamma"]:
+            flags.append(f"--snr_gamma={settings['snr_gamma']}")
+        more = {"vae_dtype": ms.float32} if kind == "sdxl" else {}
         return make(
             self.cells["controlnet"],
-            self.base,
             optimizer,
-            ms.Tensor(alphas, ms.float32),
-            ms.Tensor(weights, ms.float32),
-            ms.float32,
+            scaler,
             script.parse_args(flags),
-            predicted,
-            latent_config,
-            None,
-            ms.float32,
-            precision.loss_scaler("no"),
+            unet=self.base,
+            vae=None,
+            vae_config={"scaling_factor": settings["scaling_factor"]},
+            scheduler_config=configs.read_config(self.root, "scheduler"),
+            **more,
         )
 
     def gradients(self, step):

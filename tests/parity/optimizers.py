@@ -65,26 +65,22 @@ def run(setting, given):
         for part, w in zip((params[:2], params[2:]), setting["decay"])
     ]
     name = setting["optimizer"]
-    optimizer = optimizers.create_optimizer(
-        name.replace("8bit", ""),
-        groups,
-        betas=setting["betas"],
-        eps=setting["eps"],
-        eight_bit=name == "adamw8bit",
-        beta3=setting.get("beta3"),
-        decouple=True,
-        use_bias_correction=True,
-        safeguard_warmup=True,
+    settings = optimizers.Settings(
+        optimizer=name.replace("8bit", ""),
+        use_8bit_adam=name == "adamw8bit",
+        adam_beta1=setting["betas"][0],
+        adam_beta2=setting["betas"][1],
+        adam_epsilon=setting["eps"],
+        prodigy_beta3=setting.get("beta3"),
     )
+    optimizer = optimizers.create_optimizer(settings, groups)
+    schedule = schedules.Schedule(setting["lr"], UPDATES, setting["schedule"], SCHEDULE["warmup"])
     for k in range(UPDATES):
         gradients = []
         for i, rows in enumerate(SHAPES.values()):
             away = (params[i].asnumpy() - given[f"bottom {i}"]).reshape(rows, -1)
             gradients.append(ms.Tensor((given[f"matrix {i}"] @ away).reshape(params[i].shape) + given[f"noise {i}"][k]))
-        rate = setting["lr"] * schedules.schedule_factor(
-            setting["schedule"], k, SCHEDULE["warmup"], UPDATES, lr=setting["lr"]
-        )
-        optimizers.set_learning_rates(optimizer, [rate, rate])
+        optimizers.set_learning_rates(optimizer, [schedule.rate(k)] * 2)
         optimizer(tuple(gradients))
     return [p.asnumpy() for p in params], float(optimizer.d) if name == "prodigy" else 0.0
 
@@ -121,10 +117,8 @@ def compare(work: Path, reference: str) -> dict:
                 )
         for name in schedules.SCHEDULES:
             s = SCHEDULE
-            ours = [
-                schedules.schedule_factor(name, k, s["warmup"], UPDATES, s["cycles"], s["power"], s["lr"])
-                for k in range(UPDATES + 1)
-            ]
+            schedule = schedules.Schedule(s["lr"], UPDATES, name, s["warmup"], s["cycles"], s["power"])
+            ours = [schedule.factor(k) for k in range(UPDATES + 1)]
             found[f"schedule {name}"] = float(np.abs(ours - left[f"schedule/{name}"]).max()), 1e-6
     return found
 

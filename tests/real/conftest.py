@@ -1,21 +1,18 @@
 """What the tests on published pipelines share: each in small, pairs, and the training scripts in this process."""
 
-import io
+import functools
 import json
-import os
-import pickle
 import shutil
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import mindspore as ms
+import conftest
 import pytest
 import real_pipelines
-from conftest import load_script, metrics
+from conftest import metrics, run_here
 
 from mindtune.cli import UserError
-from mindtune.encode import child, encoder_stage
+from mindtune.encode import encoder_stage
+from mindtune.models import loading
 
 SCRIPTS = {
     "flux_lora": "flux_lora/train_dreambooth_lora_flux.py", "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
@@ -50,16 +47,13 @@ def pairs(tmp_path_factory):
     return folder
 
 
+load_script = functools.cache(conftest.load_script)
+
+
 @pytest.fixture
 def encode_here(monkeypatch):
-    """The encode stage in this process, which has everything imported; its job is pickled as for the child."""
-
-    def work(job):
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(pickle.dumps((os.getppid(), *job)))))
-        child.main()
-
-    monkeypatch.setattr(child, "_end_with_parent", lambda parent: None)
-    monkeypatch.setattr(encoder_stage, "_in_child", work)
+    """The encoder stage in this process, which has imported everything."""
+    monkeypatch.setattr(encoder_stage, "_in_child", conftest.encode_here)
 
 
 @pytest.fixture
@@ -104,14 +98,11 @@ def line(pairs, photos, encoder_cache):
 
 
 @pytest.fixture
-def run(line, encode_here, monkeypatch):
-    """run(script, root, out, *more): trains in this process, no signals, no exit; gives the losses that the run has written."""
+def run(line):
+    """run(script, root, out, *more): trains in this process and returns the losses that the run has logged."""
 
     def go(script, root, out, *more):
-        module = load_script(SCRIPTS[script])
-        monkeypatch.setattr(module, "StopRequest", lambda: type("Never", (), {"exit_code": None})())
-        assert module.main(line(script, root, out, *more)) == 0
-        ms.set_context(mode=ms.PYNATIVE_MODE)
+        run_here(load_script(SCRIPTS[script]), line(script, root, out, *more))
         return [row["loss"] for row in metrics(out) if "loss" in row]
 
     return go
@@ -148,8 +139,8 @@ def refused(line, tmp_path, monkeypatch):
         return str(error.value)
 
     def go(script, root, words, *more, dry=True):
-        module, out = load_script(SCRIPTS[script]), tmp_path / "out"
-        for owner, name in ((module.loading, "load_model"), (encoder_stage, "_in_child")):
+        out = tmp_path / "out"
+        for owner, name in ((loading, "load_model"), (encoder_stage, "_in_child")):
             monkeypatch.setattr(
                 owner, name, lambda *a, **k: pytest.fail("something was loaded before the input was checked")
             )

@@ -4,24 +4,28 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from mindtune.optim.optimizers import create_optimizer, optimizer_state, set_learning_rates
-from mindtune.optim.schedules import schedule_factor
+from mindtune.optim.optimizers import Settings, create_optimizer, optimizer_state, set_learning_rates
+from mindtune.optim.schedules import Schedule
 
 # As the scripts do on the CPU: otherwise PyNative runs every operator in another thread, slow on a busy machine.
 ms.runtime.launch_blocking()
 
-PRODIGY = {"beta3": None, "decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
+NAMES = {"eight_bit": "use_8bit_adam", "offload": "offload_optimizer", "eps": "adam_epsilon"}
 _created = {}
 
 
-def create(name, groups, betas=(0.9, 0.999), eps=1e-8, **settings):
-    """The optimizer as scripts create it; `groups` are dicts with params, lr and weight_decay."""
-    return create_optimizer(name, groups, betas=betas, eps=eps, **{**PRODIGY, **settings})
+def create(name, groups, betas=(0.9, 0.999), **settings):
+    """The optimizer as scripts create it; `groups` are dicts with params, lr and weight_decay.
+
+    `settings` are those of `Settings` by the short NAMES, those of Prodigy without prodigy_.
+    """
+    flags = {NAMES.get(key, f"prodigy_{key}"): value for key, value in settings.items()}
+    return create_optimizer(Settings(name, adam_beta1=betas[0], adam_beta2=betas[1], **flags), groups)
 
 
 def factor(schedule, update, warmup, total):
     """The learning rate of an update divided by the base rate."""
-    return schedule_factor(schedule, update, warmup, total)
+    return Schedule(1.0, total, schedule, warmup).factor(update)
 
 
 def two_groups(params, rates, decays):

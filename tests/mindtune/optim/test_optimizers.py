@@ -13,7 +13,7 @@ from mindtune.optim.optimizers import (
     Adafactor,
     AdamW,
     Prodigy,
-    check_state_flags,
+    check_settings,
     optimizer_state,
     set_learning_rates,
 )
@@ -71,28 +71,21 @@ def test_adamw_follows_torchs_formula_for_100_updates(mode, betas, eps, offload)
     assert np.abs(reference.p[0] - arrays()[0]).mean() > 0.05  # the weights have moved
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (("prodigy", True, False, True), "--use_8bit_adam with --optimizer prodigy"),
-        (("adafactor", False, True, True), "--offload_optimizer with --optimizer adafactor"),
-        (("adamw", True, True, True), "--offload_optimizer with --use_8bit_adam"),
-        (("adamw", False, True, False), "--offload_optimizer with --mindspore_mode 1"),
-    ],
-)
-def test_flags_of_the_state_that_do_not_work_together_are_refused(flags, message):
-    with pytest.raises(UserError, match=message):
-        check_state_flags(*flags)
+@pytest.mark.parametrize("name", ["adamweightdecay", "prodigy", "adafactor"])
+def test_8_bit_moments_and_moments_on_the_host_are_of_adamw(name):
+    with pytest.raises(UserError, match=f"--use_8bit_adam with --optimizer {name}: .* leave one of the two out"):
+        check_settings(name, use_8bit_adam=True, offload_optimizer=False, graph_mode=True)
+    with pytest.raises(UserError, match=f"--offload_optimizer with --optimizer {name}: .* leave one of the two out"):
+        check_settings(name, use_8bit_adam=False, offload_optimizer=True, graph_mode=True)
 
 
-def test_flags_of_the_state_that_work_together_are_accepted():
-    for eight_bit, offload, graph_mode in (
-        (True, False, True),
-        (True, False, False),
-        (False, True, True),
-        (False, False, False),
-    ):
-        check_state_flags("adamw", eight_bit, offload, graph_mode)
+def test_moments_are_in_8_bits_or_on_the_host_of_a_graph():
+    for eight_bit, offload, graph in ((True, False, True), (True, False, False), (False, True, True), (False,) * 3):
+        check_settings("adamw", use_8bit_adam=eight_bit, offload_optimizer=offload, graph_mode=graph)
+    with pytest.raises(UserError, match="--offload_optimizer with --use_8bit_adam: .* leave one of the two out"):
+        check_settings("adamw", use_8bit_adam=True, offload_optimizer=True, graph_mode=True)
+    with pytest.raises(UserError, match="--offload_optimizer with --mindspore_mode 1: .* use mode 0"):
+        check_settings("adamw", use_8bit_adam=False, offload_optimizer=True, graph_mode=False)
 
 
 @pytest.mark.parametrize("name, length", [("adamw", 1.0), ("adamweightdecay", 0.1 / math.sqrt(0.001))])

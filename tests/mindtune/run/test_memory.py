@@ -29,7 +29,7 @@ def test_bytes_of_frozen_weights_and_lora_layers_are_exact(tiny_flux, flags):
     assert plan.parts[2].size == bytes_of(loading.load_model(tiny_flux, "vae", dtypes).get_parameters())
     for eight_bit in (False, True):
         groups = [{"params": trained, "lr": 1.0, "weight_decay": 0.0}]
-        optimizer = optimizers.create_optimizer("adamw", groups, betas=(0.9, 0.9), eps=1.0, eight_bit=eight_bit)
+        optimizer = optimizers.create_optimizer(optimizers.Settings(use_8bit_adam=eight_bit), groups)
         state = [p for key, p in optimizers.optimizer_state(optimizer).items() if "exp_avg" in key]
         assert memory.optimizer_bytes([p.shape for p in trained], "adamw", eight_bit) == bytes_of(state)
 
