@@ -32,18 +32,7 @@ import make_tiny_pipeline
 import steps
 
 from mindtune import cli
-from mindtune.models import (
-    configs,
-    controlnets,
-    execution,
-    flux_blocks,
-    library,
-    loading,
-    lora,
-    named_parameters,
-    pipelines,
-    precision,
-)
+from mindtune.models import configs, controlnets, execution, flux_blocks, library, loading, lora, named_parameters, pipelines, precision
 from mindtune.models.weights import weight_files
 from mindtune.run import tracking
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mindtune import diffusion, flow, rng
 from mindtune.models import configs, controlnets, loading, lora, named_parameters, precision
-from mindtune.optim import optimizers
+from mindtune.optim import adamw
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGMAS = ms.Tensor((np.arange(1000, 0, -1) / 1000).astype(np.float32))
@@ -33,7 +33,7 @@ def normal(what, *shape):
 
 def adam(parameters):
     """AdamW with beta1 0: without clipping its first moment is the gradient."""
-    return optimizers.AdamW([{"params": parameters, "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
+    return adamw.AdamW([{"params": parameters, "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
 
 
 def give_values(parameters):
