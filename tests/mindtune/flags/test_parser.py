@@ -70,7 +70,14 @@ def test_recorded_fixed_and_selected_values(parser):
         other: int = 7
 
     args = parser.parse_args(["--hub_token", "hf_secret", "--rank", "2"])
-    everything = {"rank": 2, "alpha": None, "dropout": 0.0, "model_name_or_path": None, "hub_token": None, "fast": False}
+    everything = {
+        "rank": 2,
+        "alpha": None,
+        "dropout": 0.0,
+        "model_name_or_path": None,
+        "hub_token": None,
+        "fast": False,
+    }
     assert args.recorded() == everything
     assert args.fixed() == {"rank": 2, "alpha": None, "model_name_or_path": None, "fast": False}
     assert args.select(Settings, root="here") == Settings("here", 2, None)
@@ -94,7 +101,14 @@ def test_checks_of_several_flags_and_sections(parser, capsys):
 
 
 def test_booleans():
-    assert [boolean(word) for word in ("true", "No", "1", "FALSE", "yes", "0")] == [True, False, True, False, True, False]
+    assert [boolean(word) for word in ("true", "No", "1", "FALSE", "yes", "0")] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     with pytest.raises(Exception, match="perhaps is neither true nor false"):
         boolean("perhaps")
 
