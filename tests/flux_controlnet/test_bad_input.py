@@ -76,7 +76,7 @@ BAD_VALUES = [
     (["--aspect_ratio_buckets", "32,40"], ["--aspect_ratio_buckets", "32,40", "multiples of 16"]),
     (["--aspect_ratio_buckets", "32,48;32,48"], ["--aspect_ratio_buckets", "32,48", "twice"]),
     (["--aspect_ratio_buckets", ";"], ["--aspect_ratio_buckets ';'", "no bucket"]),
-    (["--validation_split", 0.95], ["--validation_split 0.95", "of 6"]),
+    (["--validation_split", 0.95], ["--validation_split 0.95", "6 of 6 samples", "smaller share"]),
 ]
 CONFLICTS = [
     (["--dataset_name", "some/pairs"], ["--dataset_name", "--train_data_dir", "--jsonl_for_train", "give one of"]),

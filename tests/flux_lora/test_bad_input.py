@@ -89,7 +89,7 @@ BAD_VALUES = [
     (["--text_encoder_lr", -1], ["--text_encoder_lr -1", "at least 0"]),
     (["--num_class_images", 0], ["--num_class_images 0", "at least 1"]),
     (["--repeats", 0], ["--repeats 0", "at least 1"]),
-    (["--validation_split", 0.95], ["--validation_split 0.95", "of 5 images"]),
+    (["--validation_split", 0.95], ["--validation_split 0.95", "5 of 5 samples", "smaller share"]),
     (["--lora_layers", "to_qq,to_k"], ["--lora_layers to_qq", "no linear layer", "Similar names: ", "to_q"]),
     (["--lora_layers", "to_out.7"], ["--lora_layers to_out.7", "no linear layer", "Similar names: ", "to_out.0"]),
 ]
@@ -457,14 +457,26 @@ def test_ctrl_c_saves_and_says_how_to_resume(flags, lora, tmp_path, capfd):
     assert [line["step"] for line in metrics(out)] == list(range(1, updates + 2)) and (out / LORA_FILE).is_file()
 
 
+def command_of(pid):
+    """The command line of a process; empty if it has ended."""
+    try:
+        return Path("/proc", pid, "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def test_ctrl_c_before_the_first_update_has_nothing_to_save(flags, tmp_path):
     """The child process of the encoder stage ends, too. --lora_layers makes MindSpore compute before, in this process."""
     out, log = tmp_path / "out", tmp_path / "log"
     with open(log, "w") as file:
         process = start(SCRIPT, flags(out, "--cache_dir", tmp_path / "cache", "--lora_layers", "to_q"), file)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        wait_until(lambda: out.is_dir() and children.read_text().split(), process, log)
-        child = Path("/proc", children.read_text().split()[0], "stat")
+
+        def encoding():
+            return [pid for pid in children.read_text().split() if b"encode.child" in command_of(pid)]
+
+        wait_until(encoding, process, log)
+        child = Path("/proc", encoding()[0], "stat")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
     printed = log.read_text()

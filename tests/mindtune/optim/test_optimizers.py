@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn
-from shared_optimizers import PRODIGY, factor, new_optimizer, optimizer, update
+from shared_optimizers import factor, new_optimizer, optimizer, update
 
 from mindtune.cli import UserError
 from mindtune.optim.adafactor import Adafactor
@@ -191,7 +191,7 @@ def run_prodigy(updates, rate_of, decays=(0.02, 0.0), gradient=quadratic, rtol=2
     values = [a * np.float32(1e-4) for a in arrays()]
     cell, params = optimizer("prodigy", values, rates=(1.0, 1.0), decays=decays, **changes)
     renamed = {"use_bias_correction": "bias_correction", "safeguard_warmup": "safeguard"}
-    options = {renamed.get(k, k): v for k, v in {**PRODIGY, **changes}.items()}
+    options = {renamed.get(k, k): v for k, v in changes.items()}
     if "betas" in options:
         options["beta1"], options["beta2"] = options.pop("betas")
     reference, rng = NumpyProdigy(values, [decays[0]] * 2 + [decays[1]], **options), np.random.default_rng(2)
