@@ -94,10 +94,8 @@ class Run:
         self.data = data
         self.batches_per_update = settings.gradient_accumulation_steps * ranks.world_size()
         self.samples_per_update = settings.train_batch_size * self.batches_per_update
-        epochs = settings.num_train_epochs
-        self.max_train_steps = settings.max_train_steps or math.ceil(
-            epochs * data.epoch_length / self.samples_per_update
-        )
+        updates = settings.num_train_epochs * data.epoch_length / self.samples_per_update
+        self.max_train_steps = settings.max_train_steps or math.ceil(updates)
 
     def resume(self, fixed: dict[str, Any], base: str, state: dict[str, ms.Parameter]) -> None:
         """Loads `state` from the checkpoint, if there is one. Raises UserError if the checkpoint has another state.
@@ -280,10 +278,9 @@ class Run:
 
     def _push(self) -> None:
         if self.hub_id:
-            settings = self.settings
-            prompts = list(settings.validation_prompt)
-            base = settings.pretrained_model_name_or_path
-            address = hub.push(self.hub_id, self.output_dir, base, prompts, settings.hub_token)
+            base, token = self.settings.pretrained_model_name_or_path, self.settings.hub_token
+            prompts = list(self.settings.validation_prompt)
+            address = hub.push(self.hub_id, self.output_dir, base, prompts, token)
             print(f"on the hub: {address}")
 
     def _write_run_json(self, finished: bool) -> None:

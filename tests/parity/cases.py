@@ -144,7 +144,7 @@ def all_settings(case, root):
 def make_stage(settings, root, folder):
     """The encoder stage of a case, with its cache in `folder`."""
     kind = settings["kind"].split("_")[0].replace("sd15", "sd")
-    return encoder_stage.EncoderStage(root, None, "no", folder, settings["length"], kind=kind)
+    return encoder_stage.EncoderStage(root, None, "no", folder, settings["length"], system=kind)
 
 
 def scene(number, position):
