@@ -61,11 +61,10 @@ def train(way, work, mode):
 
     def in_process(job):
         """Does the job of the child in this process; every encoder that is loaded is kept in `kept`."""
-        stage, captions, images, _ = job
         real = child.load_model
         encoder_stage.load_model = child.load_model = lambda *a, **k: kept.append(real(*a, **k)) or kept[-1]
-        child.encode_captions(stage, captions)
-        child.encode_images(stage, images)
+        child.encode_captions(job.stage, job.captions)
+        child.encode_images(job.stage, job.images)
         encoder_stage.load_model = child.load_model = real
         if way == "deleted":
             for cell in kept:

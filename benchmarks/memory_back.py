@@ -55,6 +55,7 @@ def run(kind, mode, work, updates, every):
     import importlib
 
     from mindtune.encode import encoder_stage
+    from mindtune.run import checkpoint, record
 
     script = importlib.import_module(SCRIPTS[kind])
     notes = []
@@ -74,9 +75,9 @@ def run(kind, mode, work, updates, every):
         setattr(owner, name, call)
 
     watch_calls(encoder_stage.EncoderStage, "prepare", "encoding")
-    watch_calls(script.Painter, "rows" if kind == "lora" else "draw", "validation")
-    watch_calls(script.checkpoint, "save_checkpoint", "saving")
-    watch_calls(script.execution, "free_memory", "freeing")
+    watch_calls(script.ValidationSampler, "sample", "validation")
+    watch_calls(checkpoint, "save_checkpoint", "saving")
+    watch_calls(record, "free_memory", "freeing")
     words = [*flags(kind, work, updates, every), "--output_dir", work / f"out-{kind}-{mode}"]
     words += ["--mindspore_mode", mode, "--overwrite_output_dir"]
     script.main([str(word) for word in words])

@@ -26,7 +26,7 @@ from mindspore import nn
 from shapes import render, sample_scene
 from step_mindspore import load_plainly, memory, require_plain, use_mindone_plainly
 
-from mindtune.data import folders, order
+from mindtune.data import folders, image_data
 from mindtune.encode import child, encoder_stage, text_encoders
 from mindtune.models import execution, precision, tokenization
 
@@ -47,7 +47,7 @@ class WatchedStep(script.TrainStepForFluxDevDB):
 
 def watch_data():
     """Records how long the training loop waits for each batch."""
-    prefetch = order.prefetch
+    prefetch = image_data.prefetch
 
     def watched(*arguments, **options):
         batches = prefetch(*arguments, **options)
@@ -60,7 +60,7 @@ def watch_data():
             WAITS.append(time.perf_counter() - began)
             yield batch
 
-    order.prefetch = watched
+    image_data.prefetch = watched
 
 
 class WithText(nn.Cell):
@@ -122,11 +122,13 @@ def give_token_ids():
     root = ROOT / "examples/tiny/flux-shapes"
     clip, t5 = (tokenization.load_tokenizer(root / name) for name in ("tokenizer", "tokenizer_2"))
 
-    def text(batches, caption):
-        ids = (t5, batches.args.max_sequence_length), (clip, clip.model_max_length)
-        return tuple(text_encoders.token_ids(tokenizer, caption, length).astype(np.int32) for tokenizer, length in ids)
+    def text(stage, caption):
+        return {
+            "prompt_embeds": text_encoders.token_ids(t5, caption, stage.max_sequence_length).astype(np.int32),
+            "pooled_prompt_embeds": text_encoders.token_ids(clip, caption, clip.model_max_length).astype(np.int32),
+        }
 
-    script.Batches._text = text
+    encoder_stage.EncoderStage.text = text
 
 
 def train(job):

@@ -1,7 +1,4 @@
-"""The real FLUX.1-dev has exactly the parameters that its checkpoint has, and the adapters those that the paper tables give.
-
-Through mindone's classes and our `add_lora`, on parameters that are never allocated: the transformer would need 48 GB.
-"""
+"""Parameter counts of FLUX.1-dev and its adapters, without allocating them: the transformer would need 48 GB."""
 
 import resource
 
@@ -49,7 +46,7 @@ def make_clip():
 
 
 def gigabytes():
-    """The peak of this process so far."""
+    """The peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
 
 

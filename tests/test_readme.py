@@ -152,7 +152,9 @@ def test_the_chinese_readme_has_the_same_commands_links_and_numbers():
     assert fences("README.md", "python") == fences("README_zh.md", "python")
 
     def links(text):
-        return sorted(set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README_zh.md"})
+        # Headings are translated, so links within the page differ; tests/test_docs.py checks that they lead to one.
+        found = {re.sub("^#.*", "#", link) for link in re.findall(r"\]\(([^)]+)\)", text)}
+        return sorted(found - {"README.md", "README_zh.md"})
 
     assert links(english) == links(chinese)
     assert numbers(english) == numbers(chinese)

@@ -28,7 +28,7 @@ from mindtune.data.crops import pixel_values
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
 from mindtune.encode.cache import Cache, encoder_fingerprint, key_of
-from mindtune.encode.text_encoders import ENCODERS, t5_entry
+from mindtune.encode.text_encoders import ENCODERS, long_captions_message, t5_entry
 from mindtune.models.loading import load_model
 from mindtune.models.precision import resolve_precision
 from mindtune.models.tokenization import CLIP_LENGTH, load_tokenizer
@@ -286,19 +286,3 @@ def _in_child(job: EncodeJob) -> None:
             f"the encoder stage {reason}. Its message is above; if there is none, it probably ran out of memory: T5 "
             "alone needs 10 GB in half precision."
         )
-
-
-def long_captions_message(lengths: Iterable[int], limit: int, encoder: str, flag: Optional[str] = None) -> list[str]:
-    """One message if any of `lengths`, in tokens, is above `limit`, else [].
-
-    `flag` is the flag that raises the limit.
-    """
-    too_long = [length for length in lengths if length > limit]
-    if not too_long:
-        return []
-    count = f"{len(too_long)} captions are" if len(too_long) > 1 else "1 caption is"
-    advice = f"Raise {flag}, or shorten them." if flag else "Put what matters first, or shorten them."
-    return [
-        f"{count} longer than {encoder} reads: {limit} tokens, the longest has {max(too_long)}. The rest is cut off. "
-        f"{advice}"
-    ]

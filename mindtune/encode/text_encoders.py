@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -63,3 +64,19 @@ def token_ids(tokenizer: Any, caption: str, length: int) -> np.ndarray:
     """Token ids int64 [length], padded or truncated."""
     ids = tokenizer(caption, padding="max_length", max_length=length, truncation=True).input_ids
     return np.asarray(ids, dtype=np.int64)
+
+
+def long_captions_message(lengths: Iterable[int], limit: int, encoder: str, flag: Optional[str] = None) -> list[str]:
+    """One message if any of `lengths`, in tokens, is above `limit`, else [].
+
+    `flag` is the flag that raises the limit.
+    """
+    too_long = [length for length in lengths if length > limit]
+    if not too_long:
+        return []
+    count = f"{len(too_long)} captions are" if len(too_long) > 1 else "1 caption is"
+    advice = f"Raise {flag}, or shorten them." if flag else "Put what matters first, or shorten them."
+    return [
+        f"{count} longer than {encoder} reads: {limit} tokens, the longest has {max(too_long)}. The rest is cut off. "
+        f"{advice}"
+    ]

@@ -10,13 +10,12 @@ process ends. So this module multiplies by reciprocals, and by ones where a shap
 
 from __future__ import annotations
 
-import math
-
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
 from mindtune.models.fast_ops import ON_CPU, matmul, ones
+from mindtune.optim.adamw import log_beta
 
 # An outlier makes the codes of its whole block coarse. The paper's blocks of 2048 need 2.004 bytes per parameter,
 # these 2.031.
@@ -95,7 +94,7 @@ class AdamW8bit(nn.Optimizer):
         # Not computed from float32 betas, which would make 0.001 wrong by 5e-5 of its value.
         self.complement1 = 1 - beta1
         self.complement2 = 1 - beta2
-        self.log_beta1, self.log_beta2 = (math.log(max(beta, 1e-300)) for beta in (beta1, beta2))
+        self.log_beta1, self.log_beta2 = log_beta(beta1), log_beta(beta2)
         self.decay = tuple(ms.Tensor(float(w), ms.float32) for w in self.weight_decay)
         self.signed, self.unsigned = Quantiser(signed=True), Quantiser(signed=False)
         self.quantised = tuple(p.size >= MIN_SIZE for p in self.parameters)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
 from functools import partial
 from typing import NamedTuple, Optional
 
 import mindspore as ms
-import numpy as np
 from mindspore import nn, ops
 from mindspore.amp import DynamicLossScaler
 
 from mindtune.cli import UserError
 from mindtune.optim import zero1
+from mindtune.optim.adafactor import Adafactor
 from mindtune.optim.adam8bit import AdamW8bit
+from mindtune.optim.adamw import AdamW
+from mindtune.optim.prodigy import Prodigy
 
 
 class Settings(NamedTuple):
@@ -127,186 +128,3 @@ def logged_values(optimizer: nn.Cell, scaler: nn.Cell) -> dict[str, float]:
 def state_bytes(optimizer: nn.Optimizer) -> int:
     """Bytes of the optimizer state on this device."""
     return sum(p.nbytes for p in optimizer_state(optimizer).values())
-
-
-class AdamW(nn.Optimizer):
-    """Adam with decoupled weight decay and bias correction, torch.optim.AdamW's formula.
-
-    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2. The fused
-    operator of MindSpore computes p -= lr' (m / (sqrt(v) + eps') + wd' p) without correction; with c1 = 1 -
-    beta1^t, c2 = 1 - beta2^t, lr' = lr sqrt(c2) / c1, eps' = eps sqrt(c2) and wd' = wd lr / lr' make it the
-    corrected formula.
-
-    With `offload` the moments are in the host's memory and updated there, by the operator that MindSpore's Adam has
-    for this (use_offload, graph mode); the device gets the change. What that saves and costs on Ascend was not
-    measured by us.
-    """
-
-    def __init__(
-        self, groups: list[dict], beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, offload: bool = False
-    ):
-        super().__init__(groups[0]["lr"], groups)
-        self.change = _adamw_on_host if offload else _adamw
-        self.beta1, self.beta2, self.eps = (ms.Tensor(v, ms.float32) for v in (beta1, beta2, eps))
-        self.log_beta1, self.log_beta2 = _log(beta1), _log(beta2)
-        self.exp_avg = self.parameters.clone(prefix="exp_avg", init="zeros")
-        self.exp_avg_sq = self.parameters.clone(prefix="exp_avg_sq", init="zeros")
-        self.decay = tuple(ms.Tensor(float(w), ms.float32) for w in self.weight_decay)
-        ends = np.cumsum([len(group["params"]) for group in groups]).tolist()
-        self.bounds = tuple(zip([0, *ends], ends))
-        self.hyper_map = ops.HyperMap()
-
-    def construct(self, gradients):
-        self.assignadd(self.global_step, self.global_step_increase_tensor)
-        step = self.global_step[0].to(ms.float32)
-        # -expm1(t log beta) is 1 - beta^t without losing the first steps' digits.
-        correction1 = -ops.expm1(step * self.log_beta1)
-        root2 = ops.sqrt(-ops.expm1(step * self.log_beta2))
-        rate = root2 / correction1
-        # HyperMap over a group compiles in a tenth of the time of a loop: 380 parameters in one second instead of ten.
-        for start, end in self.bounds:
-            lr, decay = self.learning_rate[start] * rate, self.decay[start] / rate
-            update = ops.partial(self.change, self.beta1, self.beta2, lr, self.eps * root2, decay)
-            group = slice(start, end)
-            self.hyper_map(
-                update, self.parameters[group], self.exp_avg[group], self.exp_avg_sq[group], gradients[group]
-            )
-        return True
-
-
-_fused_adamw = ops.operations.AdamWeightDecay()
-
-
-def _adamw(beta1, beta2, lr, eps, decay, parameter, exp_avg, exp_avg_sq, gradient):
-    return _fused_adamw(parameter, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, decay, gradient.to(parameter.dtype))
-
-
-_host_adam = ops.AdamNoUpdateParam().set_device("CPU")
-_zero = ms.Tensor(0.0, ms.float32)
-
-
-def _adamw_on_host(beta1, beta2, lr, eps, decay, parameter, exp_avg, exp_avg_sq, gradient):
-    # Powers of the betas as zero: their corrections are in lr and eps already.
-    change = _host_adam(exp_avg, exp_avg_sq, _zero, _zero, lr, beta1, beta2, eps, gradient.to(ms.float32))
-    return ops.assign_add(parameter, change - lr * decay * parameter)
-
-
-class Prodigy(nn.Optimizer):
-    """Adam whose step size is estimated while training; use a learning rate around 1.
-
-    Source: Mishchenko & Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner" (arXiv 2306.06101),
-    algorithm 4, with d0 = 1e-6. `decouple` decays weights as AdamW does; `safeguard_warmup` keeps the learning rate
-    out of d's denominator so that a warm-up does not overestimate it; `beta3` None means sqrt(beta2).
-    """
-
-    def __init__(
-        self,
-        groups,
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        beta3=None,
-        decouple=True,
-        use_bias_correction=True,
-        safeguard_warmup=True,
-    ):
-        super().__init__(groups[0]["lr"], groups)
-        self.betas = (beta1, beta2, beta3 if beta3 is not None else math.sqrt(beta2))
-        self.log_beta1, self.log_beta2 = _log(beta1), _log(beta2)
-        self.eps, self.d0 = eps, 1e-6
-        self.decouple, self.use_bias_correction, self.safeguard_warmup = decouple, use_bias_correction, safeguard_warmup
-        self.decay = tuple(float(w.asnumpy()) for w in self.weight_decay)
-        self.exp_avg = self.parameters.clone(prefix="exp_avg", init="zeros")
-        self.exp_avg_sq = self.parameters.clone(prefix="exp_avg_sq", init="zeros")
-        self.s = self.parameters.clone(prefix="s", init="zeros")
-        self.start = self.parameters.clone(prefix="start", init="same")
-        self.d = ms.Parameter(ms.Tensor(self.d0, ms.float32), name="d")
-        self.d_numerator = ms.Parameter(ms.Tensor(0.0, ms.float32), name="d_numerator")
-
-    def construct(self, gradients):
-        beta1, beta2, beta3 = self.betas
-        lr = self.learning_rate[0]
-        # An update at rate 0 (the first of a warm-up) changes nothing, not even the moments: `on` is 0 then.
-        on = (lr > 0).to(ms.float32)
-        d, rate = self.d + 0.0, self.d * lr
-        if self.use_bias_correction:
-            step = (self.global_step[0] + 1).to(ms.float32)
-            rate = rate * ops.sqrt(-ops.expm1(step * self.log_beta2)) / -ops.expm1(step * self.log_beta1)
-        weight = d if self.safeguard_warmup else rate
-        numerator, denominator = self.d_numerator * beta3, ms.Tensor(0.0, ms.float32)
-        for i in range(len(self.parameters)):
-            parameter, grad = self.parameters[i], gradients[i].to(ms.float32)
-            if self.decay[i] > 0 and not self.decouple:
-                grad = grad + self.decay[i] * parameter
-            numerator = numerator + d / self.d0 * rate * (grad * (self.start[i] - parameter)).sum()
-            ops.assign_add(self.exp_avg[i], on * (1 - beta1) * (d * grad - self.exp_avg[i]))
-            ops.assign_add(self.exp_avg_sq[i], on * (1 - beta2) * (ops.square(d * grad) - self.exp_avg_sq[i]))
-            ops.assign_add(self.s[i], on * ((beta3 - 1) * self.s[i] + d / self.d0 * weight * grad))
-            denominator = denominator + self.s[i].abs().sum()
-        found = on * (denominator > 0).to(ms.float32)
-        new_d = ops.maximum(d, found * numerator / (denominator + (1 - found)))
-        ops.assign_add(self.d_numerator, on * (numerator - self.d_numerator))
-        for i in range(len(self.parameters)):
-            update = self.exp_avg[i] / (ops.sqrt(self.exp_avg_sq[i]) + new_d * self.eps + (1 - found))
-            if self.decay[i] > 0 and self.decouple:
-                update = update + self.decay[i] * self.parameters[i]
-            ops.assign_sub(self.parameters[i], found * rate * update)
-        ops.assign(self.d, new_d)
-        # Before the first gradient there is nothing to correct: such an update does not count.
-        self.assignadd(self.global_step, found.to(ms.int32).reshape((1,)))
-        return True
-
-
-class Adafactor(nn.Optimizer):
-    """Second moments of a matrix as the means of its rows and columns, and no first moments.
-
-    Source: Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost" (arXiv 1804.04235),
-    algorithms 4 and 5, with the rate as given: neither relative to the update's number nor to the size of the
-    weights. beta2 is 1 - t^-0.8 (section 7.2), an update above 1 in root mean square is scaled down to 1 (section
-    6), squares are kept above 1e-30. Weight decay is decoupled: lr wd p. More than two axes are matrices of the
-    last two; fewer keep whole second moments.
-    """
-
-    def __init__(self, groups: list[dict]):
-        super().__init__(groups[0]["lr"], groups)
-        self.decay = tuple(float(w.asnumpy()) for w in self.weight_decay)
-        matrix = [p.ndim > 1 for p in self.parameters]
-        self.column_of = tuple(sum(matrix[:i]) if matrix[i] else -1 for i in range(len(matrix)))
-        # Means over the last axis; of a parameter with fewer than two the whole second moments.
-        self.row = _zeros("row", [(p, p.shape[:-1] if p.ndim > 1 else p.shape) for p in self.parameters])
-        self.column = _zeros("column", [(p, p.shape[:-2] + p.shape[-1:]) for p in self.parameters if p.ndim > 1])
-
-    def construct(self, gradients):
-        self.assignadd(self.global_step, self.global_step_increase_tensor)
-        share = ops.pow(self.global_step[0].to(ms.float32), -0.8)  # 1 - beta2, 1 at first
-        for i in range(len(self.parameters)):
-            grad = gradients[i].to(ms.float32)
-            squares = ops.square(grad) + 1e-30
-            row = self.row[i]
-            if self.column_of[i] < 0:
-                ops.assign_add(row, share * (squares - row))
-                update = grad * ops.rsqrt(row)
-            else:
-                column = self.column[self.column_of[i]]
-                ops.assign_add(row, share * (squares.mean(-1) - row))
-                ops.assign_add(column, share * (squares.mean(-2) - column))
-                update = (
-                    grad
-                    * ops.rsqrt(row / row.mean(-1, keep_dims=True)).expand_dims(-1)
-                    * ops.rsqrt(column).expand_dims(-2)
-                )
-            update = update / ops.maximum(ops.sqrt(ops.square(update).mean()), 1.0)
-            ops.assign_sub(self.parameters[i], self.learning_rate[i] * (update + self.decay[i] * self.parameters[i]))
-        return True
-
-
-def _zeros(name: str, shapes: list) -> ms.ParameterTuple:
-    """A float32 state of a shape for each (parameter, shape)."""
-    return ms.ParameterTuple(
-        [ms.Parameter(ops.zeros(shape, ms.float32), name=f"{name}.{p.name}") for p, shape in shapes]
-    )
-
-
-def _log(beta: float) -> float:
-    """log(beta), finite for 0 too, where exp(t log(beta)) is 0 as beta^t is."""
-    return math.log(max(beta, 1e-300))

@@ -16,14 +16,13 @@ from typing import Any, Callable, NamedTuple, Optional
 
 import mindspore as ms
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from mindtune.cli import StopRequest, UserError
-from mindtune.data.grids import save_image
 from mindtune.distributed import ranks
 from mindtune.models.execution import free_memory
 from mindtune.run import checkpoint, hub, memory, plan, report, tracking
+from mindtune.run.progress import Progress
 
 # What every run writes besides its result, checkpoints and samples.
 FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv", "loss_by_timestep.png")
@@ -82,11 +81,10 @@ class Run:
         seed = settings.seed if settings.seed is not None else self.state.get("seed", secrets.randbelow(2**31))
         self.seed = ranks.all_gather(seed)[0]
         self.step = self.state.get("global_step", 0)
-        self.seconds: list[float] = []
+        self.progress = Progress()
         self.skipped = 0
         self.tracker: Optional[tracking.Tracker] = None
         self.curve: Optional[tracking.LossByTimestep] = None
-        self.bar: Optional[tqdm] = None
 
     # ---- before the loop ---------------------------------------------------------------------
 
@@ -96,10 +94,8 @@ class Run:
         self.data = data
         self.batches_per_update = settings.gradient_accumulation_steps * ranks.world_size()
         self.samples_per_update = settings.train_batch_size * self.batches_per_update
-        epochs = settings.num_train_epochs
-        self.max_train_steps = settings.max_train_steps or math.ceil(
-            epochs * data.epoch_length / self.samples_per_update
-        )
+        updates = settings.num_train_epochs * data.epoch_length / self.samples_per_update
+        self.max_train_steps = settings.max_train_steps or math.ceil(updates)
 
     def resume(self, fixed: dict[str, Any], base: str, state: dict[str, ms.Parameter]) -> None:
         """Loads `state` from the checkpoint, if there is one. Raises UserError if the checkpoint has another state.
@@ -187,15 +183,9 @@ class Run:
 
     def stopped(self) -> bool:
         """Whether Ctrl-C or SIGTERM has asked any rank to stop."""
-        if self.bar is None:
-            self.bar = self._progress_bar()
         stopped = any(ranks.all_gather(self.stop_request.exit_code))
-        self._began = time.perf_counter()
+        self.progress.begin(self.step, self.max_train_steps)
         return stopped
-
-    def _progress_bar(self) -> tqdm:
-        hidden = not ranks.is_main_process()
-        return tqdm(total=self.max_train_steps, initial=self.step, unit="update", dynamic_ncols=True, disable=hidden)
 
     def update(self, losses: list[float], *, lr: float, grad_norm: Any, **values: float) -> None:
         """Counts and logs an update from the losses of this rank's micro-batches.
@@ -211,10 +201,7 @@ class Run:
             logged = {name: value for name, value in logged.items() if math.isfinite(value)}
         if self.tracker:
             self.tracker.log(self.step, **logged)
-        self.seconds.append(time.perf_counter() - self._began)
-        median = np.median(self.seconds[-20:])
-        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", s=f"{median:.2f}", refresh=False)
-        self.bar.update()
+        self.progress.end(loss, lr)
 
     def _skip(self, logged: dict[str, float]) -> None:
         """An overflow in fp16 skips the update and halves the scale. At a scale of 1 it is no overflow."""
@@ -222,7 +209,7 @@ class Run:
         if logged.get("loss_scale", 0.0) > 1.0:
             tqdm.write(f"update {self.step}: overflow in fp16, skipped; loss scale {logged['loss_scale']:g}")
             return
-        self.bar.close()
+        self.progress.close()
         # The checkpoint of the update before has the weights that gave this loss: it may be bad too.
         good = [p for p in checkpoint.checkpoints(self.output_dir) if checkpoint.step_of(p) < self.step - 1]
         last = good[-1] if good else "(none yet)"
@@ -243,8 +230,8 @@ class Run:
         free_memory()  # PyNative leaves many small blocks
 
     def _save(self, state: dict[str, np.ndarray]) -> None:
-        if self.step >= self.max_train_steps and self.bar is not None:
-            self.bar.close()
+        if self.step >= self.max_train_steps:
+            self.progress.close()
         self.tracker.flush()
 
         def write(folder: Path) -> None:
@@ -256,31 +243,12 @@ class Run:
         limit = self.settings.checkpoints_total_limit
         self.saved = checkpoint.save_checkpoint(self.output_dir, self.step, write, limit)
 
-    # ---- validation --------------------------------------------------------------------------
-
-    def needs_held_out(self) -> bool:
-        """Whether held-out losses of this update are still to be measured."""
-        return bool(self.data.held_out) and not self.curve.has(self.step)
-
-    def log_held_out(self, places: dict[int, float], losses: list[float]) -> None:
-        """The held-out loss at timesteps; `places` maps each timestep to its place from 0 (image) to 1 (noise)."""
-        self.curve.add(self.step, list(places.values()), losses)
-        labels = [f"{place:.3f}" if self.axis == "sigma" else str(index) for index, place in places.items()]
-        by_timestep = {f"held_out__loss_at_{label}": loss for label, loss in zip(labels, losses)}
-        self.tracker.log(self.step, held_out__loss=float(np.mean(losses)), **by_timestep)
-
-    def log_images(self, grid: Image.Image, final: bool) -> Path:
-        """Logs a grid of validation images and writes it to samples/."""
-        self.tracker.image(self.step, "validation", grid)
-        name = "final" if final else f"step-{self.step:06d}"
-        return save_image(grid, self.output_dir / "samples" / f"{name}.png")
-
     # ---- after the loop ----------------------------------------------------------------------
 
     def stop(self) -> int:
         """Ends a run that was interrupted, after `save`. Returns the exit code 130, as a shell reports Ctrl-C."""
         if ranks.is_main_process():
-            self.bar.close()
+            self.progress.close()
             self._write_run_json(finished=False)
             report.write_report(self.output_dir)
             command = "the same command with --resume_from_checkpoint latest"
@@ -310,23 +278,22 @@ class Run:
 
     def _push(self) -> None:
         if self.hub_id:
-            settings = self.settings
-            prompts = list(settings.validation_prompt)
-            base = settings.pretrained_model_name_or_path
-            address = hub.push(self.hub_id, self.output_dir, base, prompts, settings.hub_token)
+            base, token = self.settings.pretrained_model_name_or_path, self.settings.hub_token
+            prompts = list(self.settings.validation_prompt)
+            address = hub.push(self.hub_id, self.output_dir, base, prompts, token)
             print(f"on the hub: {address}")
 
     def _write_run_json(self, finished: bool) -> None:
-        steady = self.seconds[2:] or self.seconds
+        seconds = self.progress.median()
         tracking.write_run_json(
             self.output_dir / "run.json",
             **self.record,
             finished=finished,
             updates=self.step,
             skipped_updates=self.skipped,
-            seconds_per_step=float(np.median(steady)) / self.settings.gradient_accumulation_steps if steady else None,
+            seconds_per_step=seconds and seconds / self.settings.gradient_accumulation_steps,
             seconds_total=time.time() - self.started,
-            seconds_to_first_update=self.seconds[0] if self.seconds else None,
+            seconds_to_first_update=self.progress.first(),
             peak_memory_mb=tracking.peak_memory_mb(),
             memory=plan.measured(self.memory_settings),
         )

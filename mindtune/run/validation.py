@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+import numpy as np
 from mindspore import nn
 from PIL import Image
 
 from mindtune.cli import matched
 from mindtune.data.conditions import condition_image, require_condition
-from mindtune.data.grids import image_grid
+from mindtune.data.grids import image_grid, save_image
 from mindtune.distributed import ranks
 from mindtune.files import write_files_atomically
 from mindtune.models.execution import free_memory
@@ -55,20 +56,31 @@ class Validation:
         if not ranks.is_main_process():
             return None
         with self.weights():
-            if run.needs_held_out():
+            if run.data.held_out and not run.curve.has(run.step):
                 losses = held_out_loss(self.step, self.models, self._held_out_batch, len(run.data.held_out))
-                run.log_held_out(self.places, losses)
+                self._log_held_out(losses)
             if not self.sampler.prompts or not run.step:
                 return None
             rows, labels = self.sampler.sample(final)
         free_memory()  # of a VAE that was loaded for the images
-        return run.log_images(image_grid(rows, labels), final)
+        grid = image_grid(rows, labels)
+        run.tracker.image(run.step, "validation", grid)
+        name = "final" if final else f"step-{run.step:06d}"
+        return save_image(grid, run.output_dir / "samples" / f"{name}.png")
 
     def write_result(self, write: Callable[[Path], Any]) -> None:
         """Puts the files that `write(folder)` makes of the validated weights into the output directory."""
         if ranks.is_main_process():
             with self.weights():
                 write_files_atomically(self.run.output_dir, write)
+
+    def _log_held_out(self, losses: list[float]) -> None:
+        """The loss at each timestep: in the curve by its place, in the logs by sigma or by the timestep's number."""
+        run = self.run
+        run.curve.add(run.step, list(self.places.values()), losses)
+        labels = [f"{place:.3f}" if run.axis == "sigma" else str(index) for index, place in self.places.items()]
+        by_timestep = {f"held_out__loss_at_{label}": loss for label, loss in zip(labels, losses)}
+        run.tracker.log(run.step, held_out__loss=float(np.mean(losses)), **by_timestep)
 
     def _held_out_batch(self, sample_id: int, timestep: int) -> tuple:
         return self.make_batch([self.run.data.held_out_use(sample_id, timestep)])

@@ -36,7 +36,6 @@ from mindtune.models import (
     configs,
     controlnets,
     execution,
-    flux_blocks,
     library,
     loading,
     lora,
@@ -44,6 +43,7 @@ from mindtune.models import (
     pipelines,
     precision,
 )
+from mindtune.models.shared_blocks import SharedBlockCell
 from mindtune.models.weights import weight_files
 from mindtune.run import tracking
 
@@ -372,7 +372,7 @@ def check_attributes(work):
         "CLIP's layers": len(clip.text_model.encoder.layers) == 2,
         "T5's layers in float32": "wo" in t5._keep_in_fp32_modules,
         "the scheduler's sigmas": scheduler.sigmas.shape == (1000,),
-        "FLUX's blocks bound": sum(isinstance(cell, flux_blocks.Bound) for _, cell in flux.cells_and_names()) == 5,
+        "shared FLUX blocks": sum(isinstance(cell, SharedBlockCell) for _, cell in flux.cells_and_names()) == 5,
         "FLUX's sinusoids replaced": any(type(cell).__name__ == "Timesteps" for cell in replaced),
         "a UNet's blocks to recompute": {"ResnetBlock2D", "BasicTransformerBlock"} <= unet_kinds,
         "inference without a graph": hasattr(library.pynative_no_grad(), "__enter__"),

@@ -8,9 +8,9 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
-from mindtune import diffusion, flow, rng
+from mindtune import flow, rng
 from mindtune.models import configs, controlnets, loading, lora, named_parameters, precision
-from mindtune.optim import optimizers
+from mindtune.optim import adamw
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGMAS = ms.Tensor((np.arange(1000, 0, -1) / 1000).astype(np.float32))
@@ -33,7 +33,7 @@ def normal(what, *shape):
 
 def adam(parameters):
     """AdamW with beta1 0: without clipping its first moment is the gradient."""
-    return optimizers.AdamW([{"params": parameters, "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
+    return adamw.AdamW([{"params": parameters, "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
 
 
 def give_values(parameters):
@@ -56,31 +56,31 @@ def recompute_flux(*trained):
             block.recompute()
 
 
-def flux_lora(work, kind="no", recompute=False):
+def flux_lora(work, mixed_precision="no", recompute=False):
     """DreamBooth LoRA, batch 2, not square."""
-    kind = precision.resolve_precision(kind)
+    dtypes = precision.resolve_precision(mixed_precision)
     script = load_script("flux_lora/train_dreambooth_lora_flux.py")
-    args = script.parse_args(
-        ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x", "--max_grad_norm=0"]
-    )
-    transformer = loading.load_model(work / "flux", "transformer", kind)
+    flags = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x"]
+    flags += ["--max_grad_norm=0", "--max_sequence_length=5", f"--mixed_precision={mixed_precision}"]
+    args = script.parse_args(flags)
+    transformer = loading.load_model(work / "flux", "transformer", dtypes)
     precision.freeze_params(transformer)
-    lora.add_lora(transformer, 4, 4.0, 0.0, lora.TRANSFORMER_TARGETS, kind.compute)
+    lora.add_lora(transformer, 4, 4.0, 0.0, lora.TRANSFORMER_TARGETS, dtypes.compute)
     precision.cast_training_params([transformer])
     lora.init_lora(transformer, 4, seed=0)
     trained = lora.lora_parameters(transformer)
     give_values({name: parameter for name, parameter in trained.items() if ".lora_B." in name})
     if recompute:
         recompute_flux(transformer)
-    text_ids = ms.Tensor(np.zeros((5, 3), np.float32))
     step = script.TrainStepForFluxDevDB(
         transformer.set_train(True),
         adam(list(trained.values())),
-        {"sigmas": SIGMAS},
-        kind.compute,
+        precision.loss_scaler("no"),
         args,
-        LATENTS,
-        text_ids,
+        vae=None,
+        text_encoder=None,
+        vae_config=LATENTS,
+        sigmas=SIGMAS,
     )
     batch = normal("moments", 2, 32, 4, 6), normal("posterior", 2, 16, 4, 6), normal("noise", 2, 16, 4, 6)
     batch += (
@@ -92,22 +92,28 @@ def flux_lora(work, kind="no", recompute=False):
     return one_step(step, batch, trained)
 
 
-def flux_controlnet(work, kind="no", recompute=False):
+def flux_controlnet(work, mixed_precision="no", recompute=False):
     """FLUX ControlNet of one double and one single block."""
-    kind = precision.resolve_precision(kind)
+    dtypes = precision.resolve_precision(mixed_precision)
     script = load_script("flux_controlnet/train_controlnet_flux.py")
-    args = script.parse_args(
-        ["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_sequence_length=5", "--max_grad_norm=0"]
-    )
-    transformer = loading.load_model(work / "flux", "transformer", kind)
+    flags = ["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_sequence_length=5"]
+    args = script.parse_args([*flags, "--max_grad_norm=0", f"--mixed_precision={mixed_precision}"])
+    transformer = loading.load_model(work / "flux", "transformer", dtypes)
     precision.freeze_params(transformer)
-    controlnet = precision.set_compute_dtype(controlnets.flux_controlnet(work / "flux", 1, 1), kind.compute)
+    controlnet = precision.set_compute_dtype(controlnets.flux_controlnet(work / "flux", 1, 1), dtypes.compute)
     trained = named_parameters.model_parameters(controlnet)
     give_values({name: parameter for name, parameter in trained.items() if name.startswith("controlnet_")})
     if recompute:
         recompute_flux(transformer, controlnet)
     step = script.TrainStepForFluxControlNet(
-        controlnet.set_train(True), transformer, adam(list(trained.values())), SIGMAS, kind.compute, args, LATENTS
+        controlnet.set_train(True),
+        adam(list(trained.values())),
+        precision.loss_scaler("no"),
+        args,
+        transformer=transformer,
+        vae=None,
+        vae_config=LATENTS,
+        sigmas=SIGMAS,
     )
     batch = [normal(name, 2, 32, 4, 6) for name in ("moments", "condition")]
     batch += [normal(name, 2, 16, 4, 6) for name in ("posterior", "condition posterior", "noise")]
@@ -120,35 +126,32 @@ def flux_controlnet(work, kind="no", recompute=False):
     return one_step(step, batch, trained)
 
 
-def sd_controlnet(work, kind="no", base="sd15", recompute=False):
+def sd_controlnet(work, mixed_precision="no", base="sd15", recompute=False):
     """ControlNet on the UNet of `base`, sd15 or sdxl."""
-    kind = precision.resolve_precision(kind)
+    dtypes = precision.resolve_precision(mixed_precision)
     sdxl = base == "sdxl"
     script = load_script("examples/controlnet/train_controlnet" + ("_sdxl.py" if sdxl else ".py"))
-    args = script.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_grad_norm=0"])
-    unet = loading.load_model(work / base, "unet", kind)
+    flags = ["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_grad_norm=0"]
+    args = script.parse_args([*flags, f"--mixed_precision={mixed_precision}"])
+    unet = loading.load_model(work / base, "unet", dtypes)
     precision.freeze_params(unet)
-    controlnet = precision.set_compute_dtype(controlnets.unet_controlnet(unet, 0), kind.compute)
+    controlnet = precision.set_compute_dtype(controlnets.unet_controlnet(unet, 0), dtypes.compute)
     trained = named_parameters.model_parameters(controlnet)
     added = ("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")
     give_values({name: parameter for name, parameter in trained.items() if name.startswith(added)})
     for model in (unet, controlnet) if recompute else ():
         controlnets.recompute_unet(model)
-    alphas = diffusion.alphas_cumprod(configs.read_config(work / base, "scheduler"))
     make = script.TrainStepForControlNetSDXL if sdxl else script.TrainStepForControlNet
     step = make(
         controlnet.set_train(True),
-        unet,
         adam(list(trained.values())),
-        ms.Tensor(alphas, ms.float32),
-        ms.Tensor(np.ones(1000, np.float32)),
-        kind.compute,
-        args,
-        "epsilon",
-        {"scaling_factor": 0.18215},
-        None,
-        ms.float32,
         precision.loss_scaler("no"),
+        args,
+        unet=unet,
+        vae=None,
+        vae_config={"scaling_factor": 0.18215},
+        scheduler_config=configs.read_config(work / base, "scheduler"),
+        **({"vae_dtype": ms.float32} if sdxl else {}),
     )
     width = unet.config["cross_attention_dim"]
     more = []
@@ -187,10 +190,10 @@ STEPS = {
     "FLUX ControlNet step": flux_controlnet,
     "SD 1.5 ControlNet step": sd_controlnet,
     "SDXL ControlNet step": partial(sd_controlnet, base="sdxl"),
-    "FLUX LoRA step, fp16": partial(flux_lora, kind="fp16"),
-    "FLUX ControlNet step, fp16": partial(flux_controlnet, kind="fp16"),
-    "SD 1.5 ControlNet step, fp16": partial(sd_controlnet, kind="fp16"),
-    "SDXL ControlNet step, fp16": partial(sd_controlnet, kind="fp16", base="sdxl"),
+    "FLUX LoRA step, fp16": partial(flux_lora, mixed_precision="fp16"),
+    "FLUX ControlNet step, fp16": partial(flux_controlnet, mixed_precision="fp16"),
+    "SD 1.5 ControlNet step, fp16": partial(sd_controlnet, mixed_precision="fp16"),
+    "SDXL ControlNet step, fp16": partial(sd_controlnet, mixed_precision="fp16", base="sdxl"),
     "FLUX LoRA step, recomputed": partial(flux_lora, recompute=True),
     "FLUX ControlNet step, recomputed": partial(flux_controlnet, recompute=True),
     "SDXL ControlNet step, recomputed": partial(sd_controlnet, base="sdxl", recompute=True),

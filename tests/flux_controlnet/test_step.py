@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from mindtune import flow, rng
 from mindtune.models import controlnets, loading, named_parameters, precision, replaced_layers
 from mindtune.models.weights import weight_files
-from mindtune.optim import optimizers
+from mindtune.optim import adamw
 
 SHIFT, SCALE = 0.1159, 0.3611
 SIGMAS = (np.arange(1000, 0, -1) / 1000).astype(np.float32)
@@ -22,7 +22,7 @@ ADDED = ("controlnet_x_embedder.", "controlnet_blocks.", "controlnet_single_bloc
 def make_step(script, flags, controlnet, transformer, *more, kind="no", optimizer=None, scaler=None):
     args = script.parse_args(flags("unused", "--max_sequence_length", 5, "--mixed_precision", kind, *more))
     # Without a first moment's memory and without clipping, AdamW's first moment is the gradient.
-    optimizer = optimizer or optimizers.AdamW(
+    optimizer = optimizer or adamw.AdamW(
         [{"params": controlnet.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0
     )
     return script.TrainStepForFluxControlNet(

@@ -8,7 +8,7 @@ from mindspore import nn
 from mindtune import flow, rng
 from mindtune.models import configs, lora, precision
 from mindtune.models.loading import load_model
-from mindtune.optim import optimizers
+from mindtune.optim import adamw
 
 SHIFT, SCALE = 0.1159, 0.3611
 SIGMAS = (np.arange(1000, 0, -1) / 1000).astype(np.float32)
@@ -40,7 +40,7 @@ class LinearFlux(nn.Cell):
 def make_step(script, flags, transformer, *more, optimizer=None, scaler=None, text_encoder=None):
     args = script.parse_args(flags("unused", "--max_sequence_length", 5, *more))
     if optimizer is None:
-        optimizer = optimizers.AdamW([{"params": transformer.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}])
+        optimizer = adamw.AdamW([{"params": transformer.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}])
     return script.TrainStepForFluxDevDB(
         transformer,
         optimizer,
@@ -224,7 +224,7 @@ def test_clip_trains_with_its_own_rate_and_decay(lora_script, flags, tiny_flux, 
     lora.add_lora(text_encoder, 4, 4.0, 0.0, lora.TEXT_ENCODER_TARGETS, dtypes.compute)
     lora.init_lora(text_encoder, 4, seed=0)
     transformer = LinearFlux()
-    optimizer = optimizers.AdamW(
+    optimizer = adamw.AdamW(
         [
             {"params": transformer.trainable_params(), "lr": 1e-2, "weight_decay": 0.0},
             {"params": text_encoder.trainable_params(), "lr": 1e-3, "weight_decay": 0.0},

@@ -13,30 +13,30 @@ SD15 = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_sta
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_the_schedule_is_the_library_s(schedule):
+def test_schedules_match_mindone(schedule):
     from mindone.diffusers import DDPMScheduler
 
     config = {**SD15, "beta_schedule": schedule}
-    theirs = DDPMScheduler(**config).alphas_cumprod.asnumpy()
-    np.testing.assert_allclose(diffusion.alphas_cumprod(config), theirs, rtol=2e-4, atol=1e-9)
+    expected = DDPMScheduler(**config).alphas_cumprod.asnumpy()
+    np.testing.assert_allclose(diffusion.alphas_cumprod(config), expected, rtol=2e-4, atol=1e-9)
 
 
-def test_a_step_of_the_scaled_schedule_by_hand():
-    ours = diffusion.alphas_cumprod({**SD15, "num_train_timesteps": 3})
+def test_the_scaled_linear_schedule_by_hand():
+    found = diffusion.alphas_cumprod({**SD15, "num_train_timesteps": 3})
     roots = [math.sqrt(0.00085), (math.sqrt(0.00085) + math.sqrt(0.012)) / 2, math.sqrt(0.012)]
-    np.testing.assert_allclose(ours, np.cumprod([1 - root**2 for root in roots]), rtol=1e-12)
+    np.testing.assert_allclose(found, np.cumprod([1 - root**2 for root in roots]), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
     "change", [{"beta_schedule": "sigmoid"}, {"rescale_betas_zero_snr": True}, {"trained_betas": [0.1]}]
 )
-def test_an_unknown_schedule_is_refused(change):
+def test_an_unknown_schedule_is_rejected(change):
     with pytest.raises(UserError, match="not supported"):
         diffusion.alphas_cumprod({**SD15, **change})
 
 
 def test_min_snr_weights():
-    alphas = np.array([0.99, 0.9, 0.5, 0.1])  # signal to noise 99, 9, 1, 1/9
+    alphas = np.array([0.99, 0.9, 0.5, 0.1])  # SNR 99, 9, 1, 1/9
     np.testing.assert_allclose(diffusion.min_snr_weights(alphas, 5.0, "epsilon"), [5 / 99, 5 / 9, 1, 1])
     np.testing.assert_allclose(
         diffusion.min_snr_weights(alphas, 5.0, "v_prediction"), [5 / 100, 5 / 10, 1 / 2, (1 / 9) / (1 / 9 + 1)]
@@ -45,8 +45,8 @@ def test_min_snr_weights():
 
 
 @pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
-def test_noise_and_velocity_turn_by_one_angle(mode):
-    """With a = cos^2: noisy = cos x + sin n and v = cos n - sin x, so x = cos noisy - sin v and n = sin noisy + cos v."""
+def test_noise_and_velocity(mode):
+    """With a = cos^2: noisy = cos x + sin n, v = cos n - sin x; so x = cos noisy - sin v and n = sin noisy + cos v."""
     ms.set_context(mode=mode)
     rng = np.random.default_rng(0)
     x, n = rng.standard_normal((2, 3, 4, 5, 7)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The mathematics of rectified flow, against loops, closed forms and hand-computed numbers."""
+"""The mathematics of rectified flow against loops, closed forms and values computed by hand."""
 
 import math
 
@@ -63,20 +63,20 @@ def pack_by_loops(latents):
 
 
 @pytest.mark.parametrize("shape", LATENTS)
-def test_pack_puts_every_2x2_patch_into_one_token(mode, shape):
+def test_pack_latents(mode, shape):
     latents = random(*shape)
     np.testing.assert_array_equal(Call(flow.pack_latents)(ms.Tensor(latents)).asnumpy(), pack_by_loops(latents))
 
 
 @pytest.mark.parametrize("shape", LATENTS)
-def test_unpack_puts_every_token_back(mode, shape):
+def test_unpack_latents(mode, shape):
     latents = random(*shape)
     tokens = ms.Tensor(pack_by_loops(latents))
     np.testing.assert_array_equal(Call(flow.unpack_latents, *shape[2:])(tokens).asnumpy(), latents)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packing_keeps_the_type(dtype):
+def test_packing_keeps_the_dtype(dtype):
     latents = ms.Tensor(random(2, 4, 4, 6)).to(dtype)
     packed = flow.pack_latents(latents)
     back = flow.unpack_latents(packed, 4, 6)
@@ -90,8 +90,8 @@ def test_image_ids_are_zero_row_column_in_token_order():
     assert ids.tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
 
 
-def test_image_ids_name_the_place_of_each_packed_token():
-    """Packing a latent that holds its own row and column gives the ids, on a non-square latent."""
+def test_image_ids_match_the_packed_tokens():
+    """Packing a non-square latent that contains its rows and columns gives the ids."""
     h, w = 6, 10
     rows, columns = np.mgrid[0:h, 0:w].astype(np.float32) // 2
     tokens = flow.pack_latents(ms.Tensor(np.stack([rows, columns])[None])).asnumpy()[0]
@@ -110,24 +110,24 @@ def test_get_sigmas_looks_up_by_index(mode, n_dim):
 
 
 def test_a_fixed_shift_moves_sigmas_towards_noise():
-    """3 * 0.5 / (1 + 2 * 0.5) = 0.75; the ends stay where they are."""
+    """3 * 0.5 / (1 + 2 * 0.5) = 0.75; 0 and 1 do not change."""
     np.testing.assert_allclose(flow.shift_sigmas(np.array([0.0, 0.5, 1.0]), 3.0), [0.0, 0.75, 1.0], rtol=1e-15)
 
 
-def test_shift_one_changes_nothing():
+def test_a_shift_of_one_has_no_effect():
     sigmas = np.linspace(0, 1, 7)
     np.testing.assert_array_equal(flow.shift_sigmas(sigmas, 1.0), sigmas)
 
 
-def test_shift_is_a_shift_of_the_logit():
-    """Equation 23 of arXiv 2403.03206 says: logit(sigma') = logit(sigma) + log(shift)."""
+def test_the_shift_moves_the_logit():
+    """Equation 23 of arXiv 2403.03206: logit(sigma') = logit(sigma) + log(shift)."""
     sigmas = np.array([0.01, 0.3, 0.99])
     shifted = flow.shift_sigmas(sigmas, 4.5)
     np.testing.assert_allclose(np.log(shifted / (1 - shifted)), np.log(sigmas / (1 - sigmas)) + np.log(4.5), rtol=1e-12)
 
 
 @pytest.mark.parametrize("tokens, mu", [(256, 0.5), (4096, 1.15), (2176, 0.825), (1024, 0.63)])
-def test_resolution_shift_is_linear_in_tokens_between_flux_anchors(tokens, mu):
+def test_resolution_shift(tokens, mu):
     assert flow.resolution_shift(tokens, SCHEDULER) == pytest.approx(math.exp(mu), rel=1e-12)
 
 
@@ -135,7 +135,7 @@ def test_resolution_shift_is_linear_in_tokens_between_flux_anchors(tokens, mu):
 
 
 class Dice:
-    """A generator that throws what it is told."""
+    """A generator that returns given values."""
 
     def __init__(self, u):
         self.u = u
@@ -159,7 +159,7 @@ def test_other_schemes_draw_uniformly(scheme):
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 0.7), (1.0, 2.0)])
 def test_logit_normal_quantiles(mean, std):
-    """The median is sigmoid(mean); one deviation off lies sigmoid(mean +- std)."""
+    """The median is sigmoid(mean); one deviation away it is sigmoid(mean +- std)."""
     expected = 1 / (1 + np.exp(-(mean + std * np.array([-1.0, 0.0, 1.0]))))
     np.testing.assert_allclose(
         np.quantile(draws("logit_normal", mean, std), [0.158655, 0.5, 0.841345]), expected, atol=0.012
@@ -226,7 +226,7 @@ def test_posterior_clamps_the_log_variance(mode):
 
 
 def weights(scheme, sigmas):
-    """Float64 weights of numerics.md."""
+    """The weights in float64."""
     sigmas = np.asarray(sigmas, np.float64)
     if scheme == "sigma_sqrt":
         return sigmas**-2.0
@@ -236,7 +236,7 @@ def weights(scheme, sigmas):
 
 
 def squared_error(prediction, target, weight):
-    """Mean over a sample, then over the batch, in float64."""
+    """The mean over each sample and then over the batch, in float64."""
     return np.mean(
         [w * np.mean((p.astype(np.float64) - t) ** 2) for p, t, w in zip(prediction, target, np.ravel(weight))]
     )
@@ -255,7 +255,7 @@ def test_weight_of_every_scheme_for_a_batch(mode, scheme):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weighted_mse_in_float32_whatever_the_prediction(mode, dtype):
+def test_weighted_mse_is_computed_in_float32(mode, dtype):
     prediction, target, weight = (
         ms.Tensor(random(3, 2, 4, 6)).to(dtype),
         random(3, 2, 4, 6, seed=1),
@@ -277,7 +277,7 @@ def test_weighted_mse_does_not_overflow_in_fp16():
 
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
-def test_prior_preservation_weighs_each_half_with_its_own_sigmas(mode, scheme):
+def test_prior_preservation_weights_each_half_by_its_sigmas(mode, scheme):
     prediction, target, sigmas = random(4, 2, 4, 6), random(4, 2, 4, 6, seed=1), np.array([0.1, 0.7, 0.9, 0.3])
     weight = weights(scheme, sigmas)
     tensors = ms.Tensor(prediction), ms.Tensor(target), column(*weight)
@@ -287,8 +287,8 @@ def test_prior_preservation_weighs_each_half_with_its_own_sigmas(mode, scheme):
     assert float(Call(flow.prior_preservation_mse, 0.25)(*tensors)) == pytest.approx(expected, rel=5e-6)
 
 
-def test_a_class_sigma_never_weighs_an_instance_error():
-    """Class pictures predicted perfectly add nothing, whatever their sigma."""
+def test_class_sigmas_do_not_weight_instance_errors():
+    """Class images that are predicted exactly add nothing, for any sigma."""
     prediction, target = random(2, 1, 4, 4), random(2, 1, 4, 4, seed=1)
     prediction[1] = target[1]
     losses = [
@@ -314,7 +314,7 @@ def test_a_graph_reads_wrapped_flags(mode, double, scheme, expected):
 
 
 def test_the_scale_of_latents():
-    """One shift and scale for all channels, or one for each: (z - mean) scaling_factor / std."""
+    """One shift and scale for all channels, or one per channel: (z - mean) * scaling_factor / std."""
     assert flow.latent_scale({"scaling_factor": 0.18215}) == (0.0, 0.18215)
     assert flow.latent_scale({"scaling_factor": 0.3611, "shift_factor": 0.1159, "latents_mean": None}) == (
         0.1159,

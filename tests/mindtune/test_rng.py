@@ -1,4 +1,4 @@
-"""Random numbers as a function of what they are for."""
+"""Random numbers by key, and the order of samples."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -9,24 +9,24 @@ import pytest
 from mindtune.rng import SampleStream, generator, normal
 
 
-def test_the_same_key_gives_the_same_numbers():
+def test_equal_keys_give_equal_numbers():
     np.testing.assert_array_equal(normal(3, "noise", 1, 2, shape=(4, 5)), normal(3, "noise", 1, 2, shape=(4, 5)))
 
 
 @pytest.mark.parametrize(
     "other", [(4, "noise", 1, 23), (3, "crop", 1, 23), (3, "noise", 12, 3), (3, "noise", 1), (3, "noise", 1, 24)]
 )
-def test_another_key_gives_other_numbers(other):
-    """Including (12, 3) against (1, 23), which would be one key if the ids were written without a separator."""
+def test_other_keys_give_other_numbers(other):
+    """Also (12, 3) and (1, 23), which would be equal without a separator between the ids."""
     assert np.abs(normal(3, "noise", 1, 23, shape=(50,)) - normal(*other, shape=(50,))).min() > 0
 
 
-def test_numpy_ids_and_python_ids_are_one_key():
+def test_numpy_and_python_ids_are_equal():
     assert generator(0, "x", np.int64(7)).random() == generator(0, "x", 7).random()
 
 
-def test_the_numbers_of_this_scheme_never_change():
-    """A change here breaks the resuming of every run that exists: it needs a new name, not new numbers."""
+def test_the_numbers_never_change():
+    """A change would break resuming existing runs: another scheme needs new names."""
     assert generator(0, "noise").random(3).tolist() == [0.044808053403812, 0.401198620485268, 0.6440272161009764]
     assert generator(2**31, "u", 1).integers(0, 1000, 6).tolist() == [889, 895, 966, 621, 611, 515]
     expected = [-2.6218574, -0.24229954, 0.2116946, 0.37157357]
@@ -50,7 +50,7 @@ def test_different_keys_are_uncorrelated():
 
 
 @pytest.mark.parametrize("count, repeats", [(1, 1), (5, 1), (5, 3), (1, 4)])
-def test_every_sample_comes_exactly_repeats_times_a_pass(count, repeats):
+def test_a_pass_uses_every_sample_repeats_times(count, repeats):
     stream = SampleStream(0, "instance", count, repeats)
     for number in range(4):
         seen = Counter(stream.at(number * count * repeats + i)[0] for i in range(count * repeats))
@@ -58,7 +58,7 @@ def test_every_sample_comes_exactly_repeats_times_a_pass(count, repeats):
 
 
 @pytest.mark.parametrize("count, repeats", [(1, 1), (5, 1), (5, 3), (3, 7)])
-def test_the_use_count_is_how_often_the_sample_came_before(count, repeats):
+def test_the_use_count(count, repeats):
     stream, used = SampleStream(0, "instance", count, repeats), Counter()
     for position in range(4 * count * repeats):
         sample, use = stream.at(position)
@@ -66,13 +66,13 @@ def test_the_use_count_is_how_often_the_sample_came_before(count, repeats):
         used[sample] += 1
 
 
-def test_every_pass_is_shuffled_anew():
+def test_every_pass_has_another_order():
     stream = SampleStream(0, "instance", 20)
     passes = {tuple(stream.at(20 * number + i)[0] for i in range(20)) for number in range(6)}
     assert len(passes) == 6 and tuple(range(20)) not in passes
 
 
-def test_the_first_place_is_fair():
+def test_every_sample_can_be_first():
     firsts = Counter(SampleStream(seed, "instance", 4).at(0)[0] for seed in range(400))
     assert all(60 < firsts[sample] < 140 for sample in range(4))
 
@@ -84,8 +84,8 @@ def test_seed_and_purpose_change_the_order():
     assert order(0, "instance") != order(1, "instance") and order(0, "instance") != order(0, "class")
 
 
-def test_batches_do_not_change_what_an_update_sees():
-    """Twelve positions as 12 x 1, 4 x 3 or 2 x 6, read in any order, by streams of their own."""
+def test_the_batch_size_does_not_change_the_order():
+    """Twelve positions as 12 x 1, 4 x 3 or 2 x 6, read in reverse by separate streams."""
     expected = [SampleStream(0, "instance", 5, 2).at(i) for i in range(12)]
     for size in (1, 3, 6):
         found = {}
@@ -95,8 +95,8 @@ def test_batches_do_not_change_what_an_update_sees():
         assert [pair for batch in sorted(found) for pair in found[batch]] == expected
 
 
-def test_threads_read_what_one_thread_reads():
-    """Over more passes than the stream remembers, in random order."""
+def test_threads_read_the_same_stream():
+    """In random order, over more passes than are cached."""
     stream = SampleStream(0, "instance", 6, 2)
     expected = [stream.at(i) for i in range(12 * 30)]
     positions = np.random.default_rng(0).permutation(np.repeat(np.arange(12 * 30), 4)).tolist()
@@ -106,6 +106,6 @@ def test_threads_read_what_one_thread_reads():
 
 
 @pytest.mark.parametrize("count, repeats", [(0, 1), (3, 0)])
-def test_an_empty_stream_is_refused(count, repeats):
+def test_an_empty_stream_is_rejected(count, repeats):
     with pytest.raises(ValueError, match="at least one"):
         SampleStream(0, "instance", count, repeats)

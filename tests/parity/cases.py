@@ -29,19 +29,8 @@ from shapes import render, render_outline, sample_scene
 from mindtune import flow, rng
 from mindtune.data import conditions, crops
 from mindtune.encode import encoder_stage, text_encoders
-from mindtune.models import (
-    configs,
-    controlnets,
-    execution,
-    loading,
-    lora,
-    named_parameters,
-    precision,
-    sampling,
-    shared_blocks,
-    tokenization,
-)
-from mindtune.optim import optimizers
+from mindtune.models import configs, controlnets, execution, loading, lora, named_parameters, precision, sampling, shared_blocks, tokenization
+from mindtune.optim import adamw
 
 UPDATES = 50
 FULL = precision.Precision(ms.float32, ms.float32)
@@ -155,7 +144,7 @@ def all_settings(case, root):
 def make_stage(settings, root, folder):
     """The encoder stage of a case, with its cache in `folder`."""
     kind = settings["kind"].split("_")[0].replace("sd15", "sd")
-    return encoder_stage.EncoderStage(root, None, "no", folder, settings["length"], kind=kind)
+    return encoder_stage.EncoderStage(root, None, "no", folder, settings["length"], system=kind)
 
 
 def scene(number, position):
@@ -319,7 +308,7 @@ class Ours:
         for prefix, (rate, decay) in settings["rates"].items():
             own = [p for name, p in self.trained.items() if name.startswith(f"{prefix}.")]
             groups.append({"params": own, "lr": rate if train else 0.0, "weight_decay": decay})
-        optimizer = optimizers.AdamW(groups, beta1=0.9 if train else 0.0, eps=settings["eps"])
+        optimizer = adamw.AdamW(groups, beta1=0.9 if train else 0.0, eps=settings["eps"])
         scaler = precision.loss_scaler("no")
         flags = ["--pretrained_model_name_or_path=x", f"--max_grad_norm={1.0 if train else 0.0}"]
         if kind.startswith("flux"):

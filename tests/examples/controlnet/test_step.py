@@ -7,7 +7,7 @@ import pytest
 
 from mindtune import diffusion, flow, rng
 from mindtune.models import controlnets, loading, named_parameters, precision
-from mindtune.optim import optimizers
+from mindtune.optim import adamw
 
 SCALE = 0.18215
 SCHEDULER = {
@@ -41,7 +41,7 @@ def make_step(sd, controlnet, unet, kind="no", predicted="epsilon", vae_config=N
     words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     args = sd.train.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", *words])
     # Without a decaying first moment and without clipping, AdamW's first moment is the gradient.
-    optimizer = optimizers.AdamW(
+    optimizer = adamw.AdamW(
         [{"params": controlnet.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0
     )
     more = {"vae_dtype": ms.float32} if sd.kind == "sdxl" else {}

@@ -10,7 +10,7 @@ import pytest
 from mindtune.cli import UserError
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
-from mindtune.encode import encoder_stage
+from mindtune.encode import encoder_stage, text_encoders
 from mindtune.models import tokenization
 
 
@@ -102,7 +102,7 @@ def test_long_captions_are_counted_once_each_by_the_tokenizer(stage, tiny_flux):
 
 
 def test_the_message_about_long_captions():
-    message = encoder_stage.long_captions_message
+    message = text_encoders.long_captions_message
     assert message([3, 77, 20], 77, "CLIP") == []
     (text,) = message([78, 5, 120], 77, "CLIP")
     assert text.startswith("2 captions are longer than CLIP reads: 77 tokens, the longest has 120.")

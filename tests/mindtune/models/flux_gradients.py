@@ -1,4 +1,4 @@
-"""What the tests of FLUX's blocks and of int8 share: inputs for the tiny FLUX, adapters, and comparing losses and gradients."""
+"""Inputs, adapters, losses and gradients of the tiny FLUX, for the tests of its blocks and of int8."""
 
 import mindspore as ms
 import numpy as np

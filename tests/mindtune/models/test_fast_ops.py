@@ -1,12 +1,11 @@
-"""The layers' mathematics against float64 in NumPy, in both modes, and by the operators for other devices where the CPU has them."""
+"""Layer functions against NumPy in float64, in both modes, also with other devices' operators that the CPU has."""
 
 import mindspore as ms
 import numpy as np
 import pytest
-from mindone.diffusers.models import embeddings
 from mindspore import nn, ops
 
-from mindtune.models import fast_ops, loading, precision, replaced_layers
+from mindtune.models import fast_ops
 
 
 def values(*shape, seed=0, scale=1.0):
@@ -33,7 +32,7 @@ def device(request, monkeypatch):
     monkeypatch.setattr(fast_ops, "ON_CPU", request.param)
 
 
-def test_tanh_gelu_is_the_published_formula_far_into_both_tails(mode):
+def test_tanh_gelu_matches_the_formula_in_both_tails(mode):
     x = np.concatenate([values(500, scale=4), np.array([-40.0, -12.0, 0.0, 12.0, 40.0], np.float32)]).astype(np.float64)
     expected = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     np.testing.assert_allclose(call(fast_ops.tanh_gelu, x.astype(np.float32)), expected, rtol=1e-5, atol=1e-6)
@@ -41,7 +40,7 @@ def test_tanh_gelu_is_the_published_formula_far_into_both_tails(mode):
 
 @pytest.mark.parametrize("dtype, rtol", [(ms.float32, 1e-5), (ms.float16, 2e-3)])
 def test_modulated_norm_of_a_large_mean(mode, device, dtype, rtol):
-    """The mean is four hundred times the deviation in the first row: squares must be taken after it is subtracted."""
+    """In the first row the mean is 400 times the deviation, so it must be subtracted before squaring."""
     x = values(2, 5, 8, scale=0.25)
     x[:, 0] += 100.0
     scale, shift = values(2, 1, 8, seed=1), values(2, 1, 8, seed=2)
@@ -52,7 +51,7 @@ def test_modulated_norm_of_a_large_mean(mode, device, dtype, rtol):
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=20 * rtol)
 
 
-def test_rms_norm_of_a_half_precision_input_works_in_float32(mode):
+def test_rms_norm_of_half_precision_computes_in_float32(mode):
     x, weight = values(2, 3, 5, 8, scale=300.0), 1 + 0.1 * values(8, seed=1)  # squares that overflow in fp16
     found = Function(fast_ops.rms_norm)(ms.Tensor(x, ms.float16), ms.Tensor(weight))
     assert found.dtype == ms.float32
@@ -74,7 +73,7 @@ def adapted_linear(x, *layer):
     return fast_ops.adapted_linear(x, layer)
 
 
-def test_rotate_turns_pairs_of_channels_as_complex_numbers(mode):
+def test_rotate_multiplies_pairs_of_channels_as_complex_numbers(mode):
     x, angles = values(2, 5, 3, 8), values(5, 1, 4, seed=1, scale=3.0)
     tables = [np.tile(np.repeat(f(angles), 2, axis=-1), (1, 3, 1)) for f in (np.cos, np.sin)]
     found = call(rotate, x, *tables)
@@ -102,14 +101,14 @@ def test_the_sum_of_squares_of_any_shape(mode, device, shape):
     np.testing.assert_allclose(call(fast_ops.square_sum, x), np.square(x.astype(np.float64)).sum(), rtol=2e-6)
 
 
-def test_a_gate_of_its_own_for_every_element_of_the_batch(mode, device):
+def test_every_sample_has_its_own_gate(mode, device):
     x, gate, y = values(3, 5, 4), values(3, 1, 4, seed=1), values(3, 5, 4, seed=2)
     np.testing.assert_allclose(call(fast_ops.add_gated, x, gate, y), x + gate * y, atol=1e-6)
 
 
 @pytest.mark.parametrize("keys", [7, 5])
-def test_attention_and_its_gradients_are_the_softmaxs(mode, keys):
-    """Gradients through the softmax's whole Jacobian, diag(p) - p pᵀ, in float64; over as many keys as queries, and fewer."""
+def test_attention_and_its_gradients(mode, keys):
+    """Against the full Jacobian of softmax, diag(p) - p pᵀ, in float64. With as many keys as queries, and fewer."""
     q, dout = values(2, 3, 7, 4), values(2, 3, 7, 4, seed=1)
     k, v = values(2, 3, keys, 4, seed=2), values(2, 3, keys, 4, seed=3)
     q64, k64, v64, dout64 = (a.astype(np.float64) for a in (q, k, v, dout))
@@ -124,57 +123,3 @@ def test_attention_and_its_gradients_are_the_softmaxs(mode, keys):
     gradient = ops.GradOperation(get_all=True, sens_param=True)(Function(fast_ops.attention))
     for found, right in zip(gradient(*map(ms.Tensor, (q, k, v, dout))), expected):
         np.testing.assert_allclose(found.asnumpy(), right, atol=5e-6)
-
-
-@pytest.mark.parametrize("channels, cosine_first, shift", [(256, True, 0), (32, False, 1)])
-def test_sinusoids_of_large_timesteps_are_exact(mode, channels, cosine_first, shift):
-    """To float32's rounding of an angle of up to a thousand, 6e-5."""
-    plain = embeddings.Timesteps(channels, cosine_first, shift)
-    timesteps = np.array([0.0, 1.5, 123.4, 999.0], np.float32)
-    angles = timesteps[:, None].astype(np.float64) / 10000 ** (np.arange(channels // 2) / (channels // 2 - shift))
-    waves = [np.cos(angles), np.sin(angles)] if cosine_first else [np.sin(angles), np.cos(angles)]
-    found = replaced_layers.Timesteps(plain)(ms.Tensor(timesteps))
-    assert found.dtype == ms.float32
-    np.testing.assert_allclose(found.asnumpy(), np.concatenate(waves, axis=1), atol=8e-5)
-
-
-# ---- T5's positions and activation ---------------------------------------------------------------
-
-
-def test_t5s_buckets_begin_where_they_should():
-    """16 buckets a sign: 8 for one distance each, 8 that grow by 16^(1/8), so that 16, 32 and 64 begin one (with MindSpore's log not)."""
-    distances = np.arange(-600, 601)
-    found = replaced_layers.relative_position_bucket(ms.Tensor(distances)).asnumpy()
-    for distance, bucket in zip(np.abs(distances).tolist(), found % 16):
-        # In whole numbers: the largest k with distance >= 8 * 16^(k / 8), that is distance^2 >= 2^(6 + k).
-        grown = next(k for k in range(7, -1, -1) if distance**2 >= 2 ** (6 + k)) if distance >= 8 else 0
-        assert bucket == (distance if distance < 8 else 8 + grown), distance
-    np.testing.assert_array_equal(found >= 16, distances > 0)
-    assert found.dtype == np.int64
-
-
-def test_t5_has_the_hosts_buckets_and_an_exact_activation(tiny_flux):
-    t5 = loading.load_model(tiny_flux, "text_encoder_2", precision.resolve_precision("no"))
-    first = t5.encoder.block[0].layer[0].SelfAttention
-    bias, table = first.compute_bias(512, 512).asnumpy()[0], first.relative_attention_bias.embedding_table.asnumpy()
-    for distance, bucket in ((16, 26), (32, 28), (64, 30), (-16, 10), (-32, 12), (-64, 14), (0, 0), (7, 23), (511, 31)):
-        query = max(0, -distance)
-        np.testing.assert_array_equal(bias[:, query, query + distance], table[bucket])
-    x = values(1000, scale=4)
-    expected = (
-        0.5 * x.astype(np.float64) * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x.astype(np.float64) ** 3)))
-    )
-    found = t5.encoder.block[0].layer[1].DenseReluDense.act(ms.Tensor(x)).asnumpy()
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)  # ops.tanh errs by 1e-4
-
-
-def test_attention_in_float32_where_a_config_asks_for_it():
-    """Stable Diffusion 2.1's upcast_attention: scores beyond 65,504 are no infinity."""
-    q, k, v = (values(1, 2, 5, 16, seed=n) for n in range(3))
-    q, k = 400 * q, 400 * k
-    scores = q.astype(np.float16).astype(np.float64) @ k.astype(np.float16).astype(np.float64).swapaxes(2, 3) / 4
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    expected = weights / weights.sum(-1, keepdims=True) @ v.astype(np.float16).astype(np.float64)
-    found = replaced_layers.float32_attention(*(ms.Tensor(x, ms.float16) for x in (q, k, v)), None)
-    assert found.dtype == ms.float16
-    np.testing.assert_allclose(found.asnumpy(), expected, atol=2e-3)

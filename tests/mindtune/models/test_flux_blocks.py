@@ -1,4 +1,4 @@
-"""FLUX with shared block functions computes what mindone's FLUX does: outputs, gradients, adapters, recomputation, fp16."""
+"""FLUX with shared block functions against mindone's FLUX: losses, gradients, adapters, recomputation, fp16."""
 
 import mindone.diffusers
 import mindspore as ms

@@ -138,8 +138,8 @@ print(own_memory() - before)
 def test_dequantised_weights_are_released(mode, tmp_path):
     """The memory of a forward and backward pass grows by less than one float32 weight (4 MB) per additional layer.
 
-    It would grow by that much if the weights of the forward pass were kept for the backward pass. MindSpore's memory pool
-    keeps what a pass allocates, so each depth needs a new process.
+    It would grow by that much if the weights of the forward pass were kept for the backward pass. MindSpore's memory
+    pool keeps what a pass allocates, so each depth needs a new process.
     """
     script = tmp_path / "growth.py"
     script.write_text(MEMORY_GROWTH)

@@ -1,4 +1,4 @@
-"""Models from their files: what is loaded, under which names, in which types, and what does not fit."""
+"""Loading models: values, names and dtypes of the parameters, and files that do not fit."""
 
 import copy
 import ctypes
@@ -50,8 +50,8 @@ def test_the_class_of_an_unknown_text_encoder(pipeline):
 
 
 @pytest.mark.parametrize("name", ["transformer", "vae", "text_encoder", "text_encoder_2"])
-def test_a_loaded_model_has_the_files_numbers(tiny_flux, name):
-    """Every tensor of the file arrives in a parameter, bit for bit, under MindSpore's name for it."""
+def test_a_loaded_model_has_the_values_of_its_file(tiny_flux, name):
+    """Every tensor of the file equals a parameter, bit for bit."""
     (path,) = weight_files(tiny_flux, name)
     model = load_model(tiny_flux, name, resolve_precision("no"))
     found = sorted((p.asnumpy() for p in model.get_parameters()), key=lambda a: (a.size, a.tobytes()))
@@ -62,7 +62,7 @@ def test_a_loaded_model_has_the_files_numbers(tiny_flux, name):
 
 
 @pytest.mark.parametrize("name, dtype", [("fp16", ms.float16), ("bf16", ms.bfloat16)])
-def test_a_loaded_model_is_stored_as_asked(tiny_flux, name, dtype):
+def test_the_storage_dtype(tiny_flux, name, dtype):
     assert {p.dtype for p in load_model(tiny_flux, "transformer", resolve_precision(name)).get_parameters()} == {dtype}
 
 
@@ -73,7 +73,7 @@ PARTS += ["flux/controlnet", "sdxl/controlnet"]
 
 @pytest.fixture(scope="module")
 def roots(tiny_flux, tmp_path_factory):
-    """Folders with PARTS, all of random numbers: each in one file, and each in two."""
+    """Two folders with PARTS, with random values: each component in one file, and in two."""
     one, two = tmp_path_factory.mktemp("parts") / "1", tmp_path_factory.mktemp("parts") / "2"
     maker = load_script("examples/tiny/make_tiny_pipeline.py")
     shutil.copytree(tiny_flux, one / "flux")
@@ -97,7 +97,7 @@ def load_part(root, part, name):
 
 
 def by_mindone(folder, name):
-    """The same by mindone's own loader."""
+    """The model from mindone's own loader."""
     config, precision = json.loads((folder / "config.json").read_text()), resolve_precision(name)
     library = mindone.diffusers if "_class_name" in config else mindone.transformers
     cls = getattr(library, config.get("_class_name") or config["architectures"][0])
@@ -107,7 +107,7 @@ def by_mindone(folder, name):
 
 
 def parameters_of(model):
-    """Of every parameter in their order: both names, type, shape, whether it trains, bytes."""
+    """Names, dtype, shape, requires_grad and bytes of every parameter, in order."""
     return [
         (name, p.name, p.dtype, p.shape, p.requires_grad, p.asnumpy().tobytes())
         for name, p in model.parameters_and_names()
@@ -115,7 +115,7 @@ def parameters_of(model):
 
 
 def other_tensors(model):
-    """Bytes of what is no parameter, but for the random table that MindSpore's Embedding starts with and keeps (`init_tensor`)."""
+    """Bytes of all tensors but parameters, without `init_tensor`: the random values that an Embedding keeps."""
     found = {
         f"{name}.{key}": value
         for name, cell in model.cells_and_names()
@@ -132,32 +132,32 @@ def other_tensors(model):
 
 @pytest.mark.parametrize("name", ["no", "fp16", "bf16"])
 @pytest.mark.parametrize("part", PARTS)
-def test_a_model_is_the_one_that_mindone_loads(roots, part, name):
-    """To the bit, from one file and from two; in evaluation mode; its config, with the folder that it came from."""
+def test_models_equal_those_that_mindone_loads(roots, part, name):
+    """Equal bit for bit, from one file and from two, with its config, in evaluation mode."""
     expected = by_mindone(roots[0] / part, name)
     for root in roots:
         found = load_part(root, part, name)
         assert type(found) is type(expected) and parameters_of(found) == parameters_of(expected)
-        assert other_tensors(expected).items() <= other_tensors(found).items()  # operators of our own bring some
+        assert other_tensors(expected).items() <= other_tensors(found).items()  # replaced layers have some
         assert vars(found.config) == {**vars(expected.config), "_name_or_path": str(root / part)}
         assert not any(cell.training for _, cell in found.cells_and_names()) and found.phase == expected.phase
 
 
-def test_position_ids_are_there(tiny_flux):
-    """What a model computes when it is made, though its parameters are not made."""
+def test_position_ids_are_computed(tiny_flux):
+    """Tensors that a model computes in its constructor exist, although its parameters are not initialised."""
     found = other_tensors(load_model(tiny_flux, "text_encoder", resolve_precision("fp16")))
     assert found["text_model.embeddings.position_ids"] == (ms.int64, (1, 77), np.arange(77).tobytes())
 
 
 def rounded_to_bfloat16(value):
-    """float32 to the nearest number whose lower 16 bits are zero, ties to even."""
+    """float32 rounded to values whose lower 16 bits are zero, ties to even."""
     bits = value.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
 
 
 @pytest.mark.parametrize("name", ["no", "fp16", "bf16"])
 @pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
-def test_weights_of_any_floating_type_load_as_any_other(pipeline, stored, name):
+def test_every_stored_dtype_loads_in_every_precision(pipeline, stored, name):
     (path,) = weight_files(pipeline, "vae")
     file = {key: value.astype(stored) for key, value in load_file(path).items()}
     save_file(file, path, metadata={"format": "pt"})
@@ -169,8 +169,8 @@ def test_weights_of_any_floating_type_load_as_any_other(pipeline, stored, name):
         np.testing.assert_array_equal(found, rounded_to_bfloat16(value) if name == "bf16" else value.astype(np.float32))
 
 
-def test_what_overflows_in_half_keeps_its_bits(tiny_flux):
-    """T5's `wo` stays in float32 in fp16; a number beyond half's range becomes infinite anywhere else."""
+def test_t5s_wo_stays_in_float32(tiny_flux):
+    """In fp16 it would overflow. All other tensors are float16."""
     (path,) = weight_files(tiny_flux, "text_encoder_2")
     file, found = load_file(path), model_parameters(load_model(tiny_flux, "text_encoder_2", resolve_precision("fp16")))
     for key, parameter in found.items():
@@ -179,7 +179,7 @@ def test_what_overflows_in_half_keeps_its_bits(tiny_flux):
         np.testing.assert_array_equal(parameter.asnumpy(), expected)
 
 
-def test_numbers_too_large_for_half_become_infinite(pipeline, recwarn):
+def test_values_beyond_float16_become_infinite(pipeline, recwarn):
     (path,) = weight_files(pipeline, "vae")
     file = load_file(path)
     file["encoder.conv_in.bias"][:2] = 7e4, -7e4
@@ -190,8 +190,8 @@ def test_numbers_too_large_for_half_become_infinite(pipeline, recwarn):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_names_of_old_files(pipeline, sharded):
-    """The VAE of Stable Diffusion 1.5 calls its attention's layers query, key, value and proj_attn."""
+def test_legacy_names(pipeline, sharded):
+    """In the VAE of Stable Diffusion 1.5 the attention layers are called query, key, value and proj_attn."""
     (path,) = weight_files(pipeline, "vae")
     new, file = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}, load_file(path)
     old = {
@@ -206,8 +206,8 @@ def test_names_of_old_files(pipeline, sharded):
         np.testing.assert_array_equal(parameter.asnumpy(), file[key])
 
 
-def test_names_that_the_model_does_not_know_are_passed_over(pipeline):
-    """Position ids of old CLIPs; a second name of T5's table, which is not looked at."""
+def test_known_extra_tensors_are_ignored(pipeline):
+    """Position ids of older CLIP files, and the second name of T5's embedding."""
     for name, key in (
         ("text_encoder", "text_model.embeddings.position_ids"),
         ("text_encoder_2", "encoder.embed_tokens.weight"),
@@ -223,7 +223,7 @@ def test_names_that_the_model_does_not_know_are_passed_over(pipeline):
 
 
 @pytest.mark.parametrize("names", [["encoder.embed_tokens.weight"], ["encoder.embed_tokens.weight", "shared.weight"]])
-def test_both_names_of_t5s_table(pipeline, names):
+def test_both_names_of_t5s_embedding(pipeline, names):
     (path,) = weight_files(pipeline, "text_encoder_2")
     file = load_file(path)
     table = file.pop("shared.weight")
@@ -234,7 +234,10 @@ def test_both_names_of_t5s_table(pipeline, names):
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_linear_layers_stored_as_1x1_convolutions(pipeline, int8):
-    """A VAE's attention in single-file checkpoints; the other way round in Stable Diffusion 1's proj_in saved by newer versions."""
+    """As in a VAE's attention in single-file checkpoints.
+
+    Stable Diffusion 1's proj_in in newer files is the reverse.
+    """
     for part, key in (("vae", "encoder.mid_block.attentions.0.to_q.weight"), ("transformer", "x_embedder.weight")):
         (path,) = weight_files(pipeline, part)
         file = load_file(path)
@@ -244,7 +247,7 @@ def test_linear_layers_stored_as_1x1_convolutions(pipeline, int8):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_tensors_that_a_model_does_not_know_are_named(pipeline, capsys):
+def test_unknown_tensors_are_reported(pipeline, capsys):
     check_files(pipeline, ["transformer", "vae", "tokenizer", "tokenizer_2", "scheduler"])
     assert capsys.readouterr().out == ""
     (path,) = weight_files(pipeline, "transformer")
@@ -259,27 +262,27 @@ def test_tensors_that_a_model_does_not_know_are_named(pipeline, capsys):
     assert capsys.readouterr().out == f"{pipeline / 'transformer'}: {expected}\n"
 
 
-def test_files_of_another_model_say_what_they_have(pipeline):
+def test_files_of_another_model_are_rejected_with_their_names(pipeline):
     (path,) = weight_files(pipeline, "transformer")
     save_file({f"module.{key}": value for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match="They have others, such as module.context_embedder.bias"):
         check_files(pipeline, ["transformer"])
 
 
-def test_files_that_do_not_fit_are_found_before_anything_is_loaded(pipeline):
+def test_files_that_do_not_fit_are_rejected_before_loading(pipeline):
     edit(pipeline / "vae" / "config.json", layers_per_block=2)
     with pytest.raises(UserError, match="the weight files lack"):
         check_files(pipeline, ["transformer", "vae"])
 
 
 def test_a_parameter_can_be_copied(tiny_flux):
-    """Its value, not the random start that it would have had in a new model."""
+    """The copy has the loaded value, not the initial value of a new model."""
     parameter = load_model(tiny_flux, "vae", resolve_precision("no")).encoder.conv_in.weight
     for again in (copy.copy(parameter), copy.deepcopy(parameter)):
         np.testing.assert_array_equal(again.asnumpy(), parameter.asnumpy())
 
 
-def test_a_loaded_model_does_not_need_its_files(pipeline):
+def test_a_loaded_model_is_independent_of_its_files(pipeline):
     (path,) = weight_files(pipeline, "vae")
     file, model = load_file(path), load_model(pipeline, "vae", resolve_precision("no"))
     path.write_bytes(bytes(path.stat().st_size))
@@ -287,10 +290,10 @@ def test_a_loaded_model_does_not_need_its_files(pipeline):
         np.testing.assert_array_equal(parameter.asnumpy(), file[key])
 
 
-# ---- weights that do not fit ---------------------------------------------------------------------
+# ---- files that do not fit ---------------------------------------------------------------------
 
 
-def refused(root, name):
+def error_message(root, name):
     with pytest.raises(UserError) as error:
         load_model(root, name, resolve_precision("no"))
     return str(error.value)
@@ -306,49 +309,49 @@ def refused(root, name):
     ],
 )
 def test_a_file_without_a_tensor(pipeline, name, missed, sharded):
-    """mindone would start it at random and only warn, of a sharded transformer not even that."""
+    """mindone would initialise it at random and only warn, and not even that for a sharded transformer."""
     (path,) = weight_files(pipeline, name)
     file = load_file(path)
     save_file({key: value for key, value in file.items() if key != missed}, path, metadata={"format": "pt"})
     if sharded:
         shard(pipeline / name, "model" if name.startswith("text") else "diffusion_pytorch_model")
-    assert refused(pipeline, name).splitlines() == [
+    assert error_message(pipeline, name).splitlines() == [
         f"{pipeline / name}: the weight files lack 1 tensors:", f"  {missed}", "Copy or download them again."
     ]  # fmt: skip
 
 
 def test_a_tensor_of_another_shape(pipeline):
     edit(pipeline / "vae" / "config.json", latent_channels=8)
-    head, *lines, tail = refused(pipeline, "vae").splitlines()
+    head, *lines, tail = error_message(pipeline, "vae").splitlines()
     assert head == f"{pipeline / 'vae'}: 3 tensors of the weight files do not fit the model that config.json describes:"
     assert (
-        "  diffusion_pytorch_model.safetensors: decoder.conv_in.weight is [16, 16, 3, 3] of F32, the model's is [16, 8, 3, 3]"
-        in lines
+        "  diffusion_pytorch_model.safetensors: decoder.conv_in.weight is [16, 16, 3, 3] of F32, "
+        "the model's is [16, 8, 3, 3]" in lines
     )
     assert tail.startswith("Give the config.json that belongs to the weights")
 
 
-def test_a_tensor_of_whole_numbers(pipeline):
-    """Weights that were quantised: their bytes mean something else."""
+def test_a_tensor_of_integers(pipeline):
+    """Quantised weights."""
     (path,) = weight_files(pipeline, "transformer")
     file = load_file(path)
     save_file({**file, "proj_out.bias": file["proj_out.bias"].astype(np.int8)}, path, metadata={"format": "pt"})
-    message = refused(pipeline, "transformer")
+    message = error_message(pipeline, "transformer")
     assert f"{path.name}: proj_out.bias is [64] of I8, the model's is [64]" in message
     assert message.endswith("weights of F64, F32, F16, BF16.")
 
 
-def test_a_file_torn_since_it_was_checked(pipeline):
+def test_a_file_truncated_after_the_check(pipeline):
     (path,) = weight_files(pipeline, "vae")
     path.write_bytes(path.read_bytes()[:-10])
-    assert refused(pipeline, "vae").startswith(f"{pipeline}: vae/{path.name} has {path.stat().st_size:,} bytes")
+    assert error_message(pipeline, "vae").startswith(f"{pipeline}: vae/{path.name} has {path.stat().st_size:,} bytes")
 
 
 # ---- memory --------------------------------------------------------------------------------------
 
 
 def own_memory():
-    """Bytes that only this process has: pages of mapped files, which the system takes back at will, do not count."""
+    """Private memory in bytes, without the pages of mapped files, which the system can reclaim."""
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
@@ -369,12 +372,11 @@ def wide(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, size", [("no", 4), ("bf16", 2), ("int8", 1)])
-def test_loading_takes_the_weights_and_a_little_more(wide, name, size):
-    """From float32; at most 1.2 times. mindone takes 2 times for float32 and 3 times for bf16. At full size: benchmarks/loading.py."""
+def test_loading_needs_little_more_memory_than_the_weights(wide, name, size):
+    """At most 1.2 times the weights. mindone needs 2 times (float32) or 3 times (bf16); see benchmarks/loading.py."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # what earlier tests freed goes back to the system, or it would be used again and not seen to grow
+    # Returns memory that earlier tests freed: if it were reused, loading would not show.
+    ctypes.CDLL(None).malloc_trim(0)
     before, readings, done = own_memory(), [], threading.Event()
 
     def watch():
@@ -388,7 +390,7 @@ def test_loading_takes_the_weights_and_a_little_more(wide, name, size):
     done.set()
     thread.join()
     weights = size * sum(parameter.size for parameter in model.get_parameters())
-    # At least 0.7: some of it goes where earlier tests have left room.
+    # At least 0.7: some of it reuses memory of earlier tests.
     assert 0.7 * weights < max(readings) - before < 1.2 * weights
 
 
@@ -402,52 +404,10 @@ def test_tokenizers_and_scheduler(tiny_flux):
     assert read_config(tiny_flux, "scheduler")["max_shift"] == 1.15
 
 
-def test_a_clip_tokenizer_without_a_limit(pipeline):
-    """transformers then says 1e30; CLIP has 77 positions."""
-    path = pipeline / "tokenizer" / "tokenizer_config.json"
-    path.write_text(
-        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "model_max_length"})
-    )
-    assert load_tokenizer(pipeline / "tokenizer").model_max_length == 77
-
-
-@pytest.mark.parametrize("limit", [0, -1, 8192])
-def test_a_clip_tokenizer_with_a_limit_that_cannot_be(pipeline, limit):
-    edit(pipeline / "tokenizer" / "tokenizer_config.json", model_max_length=limit)
-    assert load_tokenizer(pipeline / "tokenizer").model_max_length == 77
-
-
-def test_a_tokenizer_with_more_tokens_than_the_text_encoder(pipeline):
-    """Saved after add_tokens: its new ids have no embedding."""
-    tokenizer = load_tokenizer(pipeline / "tokenizer")
-    tokenizer.add_tokens("<sks>")
-    tokenizer.save_pretrained(pipeline / "tokenizer")
-    with pytest.raises(
-        UserError,
-        match=f"has {len(tokenizer)} tokens, but vocab_size in text_encoder/config.json is {len(tokenizer) - 1}",
-    ):
-        check_files(pipeline, ["tokenizer"])
-
-
-def test_a_spiece_model_that_is_none(pipeline):
-    edit(pipeline / "tokenizer_2" / "tokenizer_config.json", add_prefix_space=True)
-    (pipeline / "tokenizer_2" / "spiece.model").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="tokenizer_2: "):
-        load_tokenizer(pipeline / "tokenizer_2")
-
-
-def test_a_t5_tokenizer_as_flux_has_it_without_spiece_model(pipeline):
-    """add_prefix_space would make the tokenizer anew from spiece.model; the ids are those of tokenizer.json."""
-    expected = load_tokenizer(pipeline / "tokenizer_2")("a red circle, two cats").input_ids
-    edit(pipeline / "tokenizer_2" / "tokenizer_config.json", add_prefix_space=True)
-    (pipeline / "tokenizer_2" / "spiece.model").unlink()
-    assert load_tokenizer(pipeline / "tokenizer_2")("a red circle, two cats").input_ids == expected
-
-
-def test_the_skeleton_has_the_real_names_at_a_toy_width(tiny_flux):
+def test_the_narrow_transformer_has_the_real_names(tiny_flux):
     def layers(model):
         return {name for name, _ in model.cells_and_names()}
 
-    skeleton = narrow_transformer(tiny_flux)
-    assert layers(skeleton) == layers(load_model(tiny_flux, "transformer", resolve_precision("no")))
-    assert sum(p.size for p in skeleton.get_parameters()) < 20_000
+    narrow = narrow_transformer(tiny_flux)
+    assert layers(narrow) == layers(load_model(tiny_flux, "transformer", resolve_precision("no")))
+    assert sum(p.size for p in narrow.get_parameters()) < 20_000

@@ -1,4 +1,4 @@
-"""A FLUX LoRA by other tools' names: the same change of every weight, and back again to the same numbers."""
+"""A FLUX LoRA in the layouts of other tools: equal changes of the weights, and conversion back to equal values."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from mindtune.models.weights import linear_layers
 D = 8  # a model's width; its MLPs have 4 D
 OTHERS = ["kohya", "comfyui"]
 
-# Written by hand from black-forest-labs/flux `model.py` and `layers.py`: layer there, and those of diffusers whose rows it holds.
+# By hand from `model.py` and `layers.py` of black-forest-labs/flux: native layer -> the diffusers layers in its rows.
 NATIVE = {
     "img_in": ["x_embedder"],
     "txt_in": ["context_embedder"],
@@ -99,7 +99,7 @@ def native_change(tensors, layer, layout):
 
 
 def expected_change(tensors, native):
-    """Of the native weight: the layers' one below the other, zeros for those that are not adapted."""
+    """The change of a native weight: those of its layers stacked, with zeros for layers that are not adapted."""
     parts = [(layer, change(tensors, f"transformer.{layer}")) for layer in NATIVE[native]]
     if all(part is None for _, part in parts):
         return None
@@ -108,7 +108,7 @@ def expected_change(tensors, native):
 
 
 def assert_same(found, expected):
-    """The same entries with the same bytes in the same type."""
+    """Equal names, dtypes and bytes."""
     assert sorted(found) == sorted(expected)
     for name, value in expected.items():
         assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
@@ -120,7 +120,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_every_native_weight_changes_as_its_layers_do(layout, case):
+def test_native_weights_change_like_their_layers(layout, case):
     tensors = ADAPTERS[case]
     found = from_diffusers(tensors, layout)
     adapted = 0
@@ -135,12 +135,12 @@ def test_every_native_weight_changes_as_its_layers_do(layout, case):
 
 @pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_there_and_back_gives_the_same_tensors(layout, case):
+def test_the_round_trip_gives_equal_tensors(layout, case):
     assert_same(to_diffusers(from_diffusers(ADAPTERS[case], layout)), ADAPTERS[case])
 
 
 def test_kohyas_names_and_shapes():
-    """As sd-scripts lists them for FLUX.1: rank times 3, B block-diagonal, alpha the rank of the whole."""
+    """As in sd-scripts for FLUX.1: three times the rank, a block-diagonal B, and the total rank as alpha."""
     found = from_diffusers(adapter(dict.fromkeys(QKV, 4)), "kohya")
     prefix = "lora_unet_double_blocks_1_img_attn_qkv"
     shapes = {f"{prefix}.lora_down.weight": (12, D), f"{prefix}.lora_up.weight": (3 * D, 12), f"{prefix}.alpha": ()}
@@ -150,8 +150,8 @@ def test_kohyas_names_and_shapes():
     assert float(found[f"{prefix}.alpha"]) == 12
 
 
-def test_blocks_are_equal_and_filled_up_with_zeros():
-    """sd-scripts and diffusers cut A and B into as many equal parts as the weight holds layers."""
+def test_blocks_are_padded_to_equal_sizes():
+    """sd-scripts and diffusers split A and B into equal parts, one per layer."""
     tensors = adapter({LINEAR1[0]: 2, LINEAR1[2]: 5})
     found = from_diffusers(tensors, "kohya")
     down, up, alpha = (
@@ -165,7 +165,7 @@ def test_blocks_are_equal_and_filled_up_with_zeros():
         assert not np.delete(up[rows], range(block.start, block.stop), axis=1).any()
 
 
-def test_clip_has_its_own_prefix_in_every_layout():
+def test_the_prefix_of_clip_in_every_layout():
     names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
     tensors = adapter({f"text_model.encoder.layers.11.{name}": 2 for name in names}, prefix="text_encoder")
     kohya, comfyui = (from_diffusers(tensors, layout) for layout in OTHERS)
@@ -194,7 +194,7 @@ def test_every_linear_layer_of_the_model_has_a_name(tiny_flux, layout):
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["an A for each", "one A"])
-def test_alphas_that_differ_within_one_weight_go_into_b(shared):
+def test_different_alphas_in_one_weight_are_multiplied_into_b(shared):
     tensors = adapter(dict.fromkeys(QKV, 4), {QKV[0]: 1.0, QKV[1]: 8.0})
     if shared:
         tensors.update(
@@ -210,13 +210,13 @@ def test_alphas_that_differ_within_one_weight_go_into_b(shared):
 
 
 def fused(rank, native="single_blocks.12.linear1", rows=7 * D, alpha=2.0):
-    """What kohya trains: one A and one full B for the whole native weight."""
+    """One A and one full B for the whole native weight, as kohya trains it."""
     rng, name = np.random.default_rng(1), "lora_unet_" + native.replace(".", "_")
     a, b = rng.standard_normal((rank, D)).astype(np.float32), rng.standard_normal((rows, rank)).astype(np.float32)
     return {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": np.array(alpha, np.float32)}
 
 
-def test_a_fused_lora_gives_each_layer_its_a_and_its_rows_of_b():
+def test_a_fused_lora_is_split_by_rows_of_b():
     tensors = fused(rank=4)
     found = to_diffusers(tensors)
     assert set(lora_layouts.ranks(found).values()) == {4} and len(found) == 3 * 4
@@ -225,7 +225,7 @@ def test_a_fused_lora_gives_each_layer_its_a_and_its_rows_of_b():
     assert_same(from_diffusers(found, "kohya"), tensors)  # and not with four times the rank
 
 
-def test_comfyui_files_may_say_down_and_up():
+def test_comfyui_files_with_lora_down_and_lora_up():
     tensors = {
         name.replace("lora_unet_single_blocks_12_", "diffusion_model.single_blocks.12."): v
         for name, v in fused(rank=4).items()
@@ -234,7 +234,7 @@ def test_comfyui_files_may_say_down_and_up():
     assert_same(to_diffusers(tensors), to_diffusers(fused(rank=4)))
 
 
-def test_columns_that_a_layer_does_not_use_go_with_their_rows_of_a():
+def test_unused_columns_are_removed_with_their_rows_of_a():
     tensors = fused(rank=4)
     b = tensors["lora_unet_single_blocks_12_linear1.lora_up.weight"]
     b[:D, 1:] = 0  # q has the first column only
@@ -252,15 +252,15 @@ def test_columns_that_a_layer_does_not_use_go_with_their_rows_of_a():
 
 
 @pytest.mark.parametrize("rank, each", [(8, 2), (6, 6)])
-def test_an_untrained_lora_of_others_is_shared_out_evenly_or_given_to_all(rank, each):
-    """B is zero: nothing says which layer a row of A is for, and no weight changes."""
+def test_an_untrained_lora_is_split_evenly_or_copied(rank, each):
+    """B is zero, so nothing shows which layer a row of A belongs to, and no weight changes."""
     tensors = fused(rank)
     tensors["lora_unet_single_blocks_12_linear1.lora_up.weight"][:] = 0
     assert lora_layouts.ranks(to_diffusers(tensors)) == {f"transformer.{layer}": each for layer in LINEAR1}
 
 
-def test_a_column_of_zeros_in_a_layers_own_block_stays():
-    """As training in fp16 may leave it; only with a row of zeros in A it fills up."""
+def test_a_column_of_zeros_in_its_own_block_is_kept():
+    """fp16 training can produce one. It is padding only if the row of A is zero too."""
     tensors = adapter(ALL)
     tensors[f"transformer.{QKV[0]}.lora_B.weight"][:, 1] = 0
     tensors[f"transformer.{LINEAR1[1]}.lora_B.weight"][:] = 0
@@ -279,7 +279,7 @@ def test_a_column_of_zeros_in_a_layers_own_block_stays():
         ([], None),
     ],
 )
-def test_layouts_are_told_by_their_names(names, layout):
+def test_layouts_are_recognised_by_names(names, layout):
     assert lora_names.layout_of(names) == layout
 
 
@@ -291,7 +291,7 @@ def halves(name, a=(4, D), b=(D, 4)):
 
 
 @pytest.mark.parametrize(
-    "tensors, sentence",
+    "tensors, message",
     [
         (
             halves("lora_unet_down_blocks_0_attentions_0_proj_in"),
@@ -315,14 +315,14 @@ def halves(name, a=(4, D), b=(D, 4)):
         (fused(4, rows=6 * D), "B of lora_unet_single_blocks_12_linear1 has 48 rows, expected 56 for 8 inputs"),
     ],
 )
-def test_files_that_cannot_be_read_name_the_layer(tensors, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_unreadable_files_are_rejected_with_the_layer(tensors, message):
+    with pytest.raises(ValueError, match=message):
         to_diffusers(tensors)
 
 
 @pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.parametrize(
-    "tensors, sentence",
+    "tensors, message",
     [
         (
             halves("transformer.controlnet_x_embedder"),
@@ -335,8 +335,8 @@ def test_files_that_cannot_be_read_name_the_layer(tensors, sentence):
         (halves("text_encoder_2.encoder.layer.0"), "no name for the layer text_encoder_2"),
     ],
 )
-def test_layers_without_a_counterpart_are_named(layout, tensors, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_layers_without_a_name_in_the_layout_are_rejected(layout, tensors, message):
+    with pytest.raises(ValueError, match=message):
         from_diffusers(tensors, layout)
 
 
@@ -368,13 +368,17 @@ AB, DOWN_UP = (".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora
 NAMED = (".lora_A.default.weight", ".lora_B.default.weight")
 OLD_ENDS, X_ENDS = ("_lora.down.weight", "_lora.up.weight"), (".down.weight", ".up.weight")
 
-# Tool -> layout, ends of A and B, prefix of the transformer's layers, layers as the tool names them, CLIP's prefix (or none), _ for dots.
+# Tool -> layout, endings of A and B, prefix of the transformer, names of its layers, prefix of CLIP (or None), _ for
+# dots.
 TOOLS = {
     "diffusers": ("diffusers", AB, "transformer.", LAYERS, "text_encoder.", False),
     "diffusers, before peft": ("diffusers", OLD_ENDS, "transformer.", OLD, "text_encoder.", False),
-    "diffusers, .lora.down": ("diffusers", (".lora.down.weight", ".lora.up.weight"), "transformer.", LAYERS, None, False),
+    "diffusers, .lora.down": (
+        "diffusers", (".lora.down.weight", ".lora.up.weight"), "transformer.", LAYERS, None, False,
+    ),
     "diffusers, text encoders before peft": (
-        "diffusers", (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"), "transformer.", LAYERS, "text_encoder.", False
+        "diffusers", (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"), "transformer.", LAYERS,
+        "text_encoder.", False,
     ),
     "diffusers, of a compiled model": ("diffusers", AB, "transformer._orig_mod.", LAYERS, "text_encoder.", False),
     "ai-toolkit": ("diffusers", AB, "transformer.", LAYERS, None, False),
@@ -390,8 +394,12 @@ TOOLS = {
     "kohya's layout with diffusers' names": ("kohya", DOWN_UP, "lora_unet_", LAYERS, "lora_te1_", True),
     "SimpleTuner (LyCORIS, algo=lora)": ("lycoris", DOWN_UP, "lycoris_", LAYERS, None, True),
     "ComfyUI": ("comfyui", AB, "diffusion_model.", NATIVE, "text_encoders.clip_l.transformer.", False),
-    "ComfyUI, lora_down and lora_up": ("comfyui", DOWN_UP, "model.diffusion_model.", NATIVE, "text_encoders.clip_l.", False),
-    "ComfyUI, USO": ("comfyui", DOWN_UP, "diffusion_model.", {"single_blocks.12.linear1_qkv": LINEAR1[:3]}, None, False),
+    "ComfyUI, lora_down and lora_up": (
+        "comfyui", DOWN_UP, "model.diffusion_model.", NATIVE, "text_encoders.clip_l.", False,
+    ),
+    "ComfyUI, USO": (
+        "comfyui", DOWN_UP, "diffusion_model.", {"single_blocks.12.linear1_qkv": LINEAR1[:3]}, None, False,
+    ),
     "OneTrainer": ("onetrainer", DOWN_UP, "lora_transformer_", LAYERS, "lora_te1_", True),
     "OneTrainer, with dots": ("onetrainer", DOWN_UP, "lora_transformer.", LAYERS, "lora_te1.", False),
     "OneTrainer, OMI": ("omi", DOWN_UP, "transformer.", OMI, "clip_l.", False),
@@ -406,7 +414,7 @@ def rows_of(layers):
 
 
 def tool_file(tool, dtype=np.float32, alpha=None):
-    """What the tool writes, rank 2, and alpha / rank * B A of every layer in diffusers' names, computed from it here."""
+    """A file of the tool, rank 2, and its weight changes, alpha / rank * B A of every layer by diffusers' names."""
     _, ends, prefix, layers, clip, underscores = TOOLS[tool]
     rng, tensors, changes = np.random.default_rng(7), {}, {}
     parts = [("transformer", prefix, layers)] + ([("text_encoder", clip, CLIP_LAYERS)] if clip else [])
@@ -436,7 +444,7 @@ CODES.update(
 
 
 def write(path, tensors):
-    """A safetensors file by the format's description, in any type; the library writes no float8."""
+    """Writes a safetensors file in any dtype; the library cannot write float8."""
     header, data = {}, b""
     for name, value in tensors.items():
         raw = np.ascontiguousarray(value).tobytes()
@@ -452,7 +460,7 @@ def write(path, tensors):
 
 
 def changes_of(path):
-    """B A of every layer, as the scripts take it from the file."""
+    """B A of every layer, as the scripts read it."""
     parts = lora_files.read_adapters(path, "--lora")
     both = {
         f"{model}.{name}": value.astype(np.float64) for model, part in parts.items() for name, value in part.items()
@@ -469,7 +477,7 @@ def assert_same_changes(found, expected, rtol=1e-6):
 
 @pytest.mark.parametrize("alpha", [None, np.float32(1.0)], ids=["no alpha", "alpha 1"])
 @pytest.mark.parametrize("tool", TOOLS)
-def test_every_tools_file_changes_the_weights_as_the_tool_does(tmp_path, tool, alpha):
+def test_files_of_every_tool_change_the_weights_equally(tmp_path, tool, alpha):
     tensors, changes = tool_file(tool, alpha=alpha)
     assert lora_names.layout_of(tensors) == TOOLS[tool][0]
     assert_same_changes(changes_of(write(tmp_path / "f", tensors)), changes)
@@ -479,15 +487,15 @@ def test_every_tools_file_changes_the_weights_as_the_tool_does(tmp_path, tool, a
 @pytest.mark.parametrize(
     "tool", ["diffusers", "kohya's sd-scripts", "ComfyUI", "OneTrainer", "OneTrainer, OMI", "x-flux (XLabs)"]
 )
-def test_files_of_every_type_are_read(tmp_path, tool, kind):
-    """float8 too, which NumPy does not have."""
+def test_files_of_every_dtype(tmp_path, tool, kind):
+    """Also float8, which NumPy does not have."""
     tensors, changes = tool_file(tool, TYPES[kind])
     assert_same_changes(changes_of(write(tmp_path / "f", tensors)), changes)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya", "comfyui"])
 @pytest.mark.parametrize("tool", TOOLS)
-def test_every_file_that_is_read_is_exported(tmp_path, tool, layout):
+def test_every_supported_file_can_be_exported(tmp_path, tool, layout):
     tensors, changes = tool_file(tool, ml_dtypes.float8_e4m3fn, alpha=np.float32(4.0))
     lora_files.write_lora(tmp_path / "g", *lora_files.read_lora(write(tmp_path / "f", tensors), "--lora"), layout)
     assert_same_changes(changes_of(tmp_path / "g"), changes)
@@ -501,12 +509,12 @@ def test_every_file_that_is_read_is_exported(tmp_path, tool, layout):
     ],
     ids=["scalar", "one", "four equal", "int matrix", "fp16", "bf16", "fp8"],
 )  # fmt: skip
-def test_alpha_may_have_any_shape_and_type(tmp_path, alpha):
+def test_alpha_of_any_shape_and_dtype(tmp_path, alpha):
     tensors, changes = tool_file("kohya's sd-scripts", alpha=alpha)
     assert_same_changes(changes_of(write(tmp_path / "f", tensors)), changes)
 
 
-def test_an_alpha_of_zero_switches_a_layer_off(tmp_path):
+def test_an_alpha_of_zero_disables_a_layer(tmp_path):
     tensors, _ = tool_file("OneTrainer", alpha=np.float32(0))
     assert not any(change_of_weight.any() for change_of_weight in changes_of(write(tmp_path / "f", tensors)).values())
 
@@ -524,10 +532,14 @@ def pair(module, ends=DOWN_UP):
     return values(module + ends[0], module + ends[1])
 
 
-# Tool or kind -> entries, and what the sentence names.
-REFUSED = {
-    "LyCORIS LoHa": (values(*(f"{PAIR}.hada_{w}" for w in ("w1_a", "w1_b", "w2_a", "w2_b")), f"{PAIR}.alpha"), "LoHa of LyCORIS"),
-    "LyCORIS LoKr": (values(f"{PAIR}.lokr_w1", f"{PAIR}.lokr_w2_a", f"{PAIR}.lokr_w2_b", f"{PAIR}.alpha"), "LoKr of LyCORIS"),
+# Tool or type of file -> entries, and words of the message.
+REJECTED = {
+    "LyCORIS LoHa": (
+        values(*(f"{PAIR}.hada_{w}" for w in ("w1_a", "w1_b", "w2_a", "w2_b")), f"{PAIR}.alpha"), "LoHa of LyCORIS",
+    ),
+    "LyCORIS LoKr": (
+        values(f"{PAIR}.lokr_w1", f"{PAIR}.lokr_w2_a", f"{PAIR}.lokr_w2_b", f"{PAIR}.alpha"), "LoKr of LyCORIS",
+    ),
     "LyCORIS LoKr of SimpleTuner": (values("lycoris_transformer_blocks_0_attn_to_q.lokr_w1"), "LoKr of LyCORIS"),
     "LyCORIS GLoRA": (values(*(f"{PAIR}.{x}.weight" for x in ("a1", "a2", "b1", "b2"))), "GLoRA"),
     "OFT": (values(f"{PAIR}.oft_blocks", f"{PAIR}.alpha"), "OFT"),
@@ -543,25 +555,35 @@ REFUSED = {
     "LyCORIS norms": ({**pair(PAIR), **values("lora_unet_double_blocks_0_img_norm.w_norm", shape=(4,))}, "norms"),
     "LoRA with biases": ({**pair(NEXT, AB), **values(f"{NEXT}.lora_B.bias", shape=(4,))}, "biases"),
     "Black Forest Labs' control LoRA": (
-        {**pair("img_in", AB), **values("img_in.lora_B.bias", "double_blocks.0.img_attn.norm.query_norm.scale", shape=(4,))}, "control LoRA"
+        {
+            **pair("img_in", AB),
+            **values("img_in.lora_B.bias", "double_blocks.0.img_attn.norm.query_norm.scale", shape=(4,)),
+        },
+        "control LoRA",
     ),
     "control LoRA by diffusers' names": (
         {**pair(NEXT, AB), **values("transformer.transformer_blocks.0.attn.norm_q.weight", shape=(4,))}, "control LoRA"
     ),
     "OneTrainer with embeddings": ({**pair(PAIR), **values("bundle_emb.cat.clip_l", shape=(1, 4))}, "embeddings"),
-    "peft with embeddings": ({**pair(NEXT, AB), **values("text_encoder.token_embedding.lora_embedding_A")}, "embedding"),
+    "peft with embeddings": (
+        {**pair(NEXT, AB), **values("text_encoder.token_embedding.lora_embedding_A")}, "embedding",
+    ),
     "kohya with T5": ({**pair(PAIR), **pair("lora_te3_encoder_block_0_layer_0_SelfAttention_q")}, "T5"),
     "OneTrainer with T5": (pair("lora_te2_encoder_block_0_layer_1_DenseReluDense_wo"), "T5"),
     "OneTrainer (OMI) with T5": (pair("t5.encoder.block.3.layer.0.SelfAttention.o"), "T5"),
     "ComfyUI with T5": (pair("text_encoders.t5xxl.transformer.encoder.block.3.layer.0.SelfAttention.o", AB), "T5"),
     "diffusers with T5": (pair("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q", AB), "T5"),
-    "Stable Diffusion 1.5 of kohya": (pair("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"), "Stable Diffusion 1"),
+    "Stable Diffusion 1.5 of kohya": (
+        pair("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"), "Stable Diffusion 1",
+    ),
     "SDXL of kohya": (pair("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k"), "SDXL"),
     "SDXL's second text encoder": (pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "SDXL"),
     "SDXL of diffusers": (pair("unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", AB), "SDXL"),
     "SDXL LoHa": (values("lora_unet_output_blocks_0_1_proj_in.hada_w1_a"), "SDXL"),
     "Stable Diffusion 3": (pair("lora_unet_joint_blocks_0_x_block_attn_qkv"), "Stable Diffusion 3"),
-    "Stable Diffusion 3 of diffusers": (pair("transformer.transformer_blocks.23.attn.to_q", AB), "it has 19 of these blocks"),
+    "Stable Diffusion 3 of diffusers": (
+        pair("transformer.transformer_blocks.23.attn.to_q", AB), "it has 19 of these blocks",
+    ),
     "Wan": (pair("diffusion_model.blocks.0.self_attn.q", AB), "Wan"),
     "Wan of kohya": (pair("lora_unet_blocks_0_cross_attn_k"), "Wan"),
     "HunyuanVideo": (pair("diffusion_model.double_blocks.0.img_mlp.fc1", AB), "HunyuanVideo"),
@@ -573,8 +595,12 @@ REFUSED = {
     "AuraFlow": (pair("transformer.joint_transformer_blocks.0.attn.to_q", AB), "AuraFlow"),
     "LTX-Video": (pair("transformer.transformer_blocks.0.attn1.to_q", AB), "LTX-Video"),
     "a language model": (pair("base_model.model.model.layers.0.self_attn.q_proj", AB), "a language model"),
-    "IP-Adapter of x-flux": (values("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"), "full weights"),
-    "a checkpoint of FLUX.1": (values("double_blocks.0.img_attn.qkv.weight", "img_in.bias"), "full weights .*double_blocks.0"),
+    "IP-Adapter of x-flux": (
+        values("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"), "full weights",
+    ),
+    "a checkpoint of FLUX.1": (
+        values("double_blocks.0.img_attn.qkv.weight", "img_in.bias"), "full weights .*double_blocks.0",
+    ),
     "a checkpoint of diffusers": (values("transformer_blocks.0.attn.norm_q.weight", "x_embedder.bias"), "full weights"),
     "a checkpoint of SDXL": (values("model.diffusion_model.input_blocks.0.0.weight"), "full weights"),
     "textual inversion": (values("clip_l", "t5xxl"), "textual inversion"),
@@ -584,10 +610,12 @@ REFUSED = {
 
 
 def adapter_rows(folder=None):
-    """(tool or kind, an entry of its file, "read" or the sentence that refuses it), by reading a small file of each."""
+    """(tool or type, an entry of its file, "read" or the error message), from reading a small file of each."""
     with tempfile.TemporaryDirectory() as nowhere:
         path = Path(folder or nowhere) / "lora.safetensors"
-        files = {tool: tool_file(tool)[0] for tool in TOOLS} | {kind: tensors for kind, (tensors, _) in REFUSED.items()}
+        files = {tool: tool_file(tool)[0] for tool in TOOLS} | {
+            kind: tensors for kind, (tensors, _) in REJECTED.items()
+        }
         rows = []
         for tool, tensors in files.items():
             try:
@@ -599,15 +627,15 @@ def adapter_rows(folder=None):
     return rows
 
 
-def test_every_file_is_read_or_refused_by_name(tmp_path):
+def test_every_file_is_read_or_rejected_by_name(tmp_path):
     rows = {tool: verdict for tool, _, verdict in adapter_rows(tmp_path)}
     assert {tool for tool, verdict in rows.items() if verdict == "read"} == set(TOOLS)
-    for kind, (_, words) in REFUSED.items():
+    for kind, (_, words) in REJECTED.items():
         assert re.search(words, rows[kind]), (kind, rows[kind])
         assert re.search(r"\. (Give|Save|Only|Keep) [^.]", rows[kind]), rows[kind]  # what to do
 
 
-def test_every_layout_and_kind_that_is_known_has_a_file():
+def test_every_known_layout_and_adapter_has_a_file():
     assert {layout for layout, *_ in TOOLS.values()} == {layout.name for layout in lora_names.LAYOUTS_READ}
     for layout in lora_names.LAYOUTS_READ:
         assert lora_names.layout_of([layout.example]) == layout.name
@@ -620,7 +648,7 @@ A, B = (f"{PAIR}{end}" for end in DOWN_UP)
 
 
 @pytest.mark.parametrize(
-    "tensors, sentence",
+    "tensors, message",
     [
         ({A: np.ones((2, D))}, rf"A and B of {PAIR} are \(2, 8\) and nothing, .*Give a LoRA of FLUX.1"),
         ({f"{PAIR}.alpha": np.ones(1), **pair(NEXT, AB)}, rf"A and B of {PAIR} are nothing and nothing"),
@@ -633,17 +661,32 @@ A, B = (f"{PAIR}{end}" for end in DOWN_UP)
         ({**pair(PAIR), f"{PAIR}.alpha": np.float32("inf")}, f"alpha of {PAIR} is inf"),
         ({**pair(PAIR), f"{PAIR}.alpha": np.array([1.0, 2.0])}, f"alpha of {PAIR} is .*expected one finite number"),
         ({**pair(PAIR), f"{PAIR}.alpha": np.zeros(0)}, f"alpha of {PAIR} is .*expected one"),
-        ({**pair(PAIR), **pair("diffusion_model.double_blocks.0.img_attn.proj", AB)}, f"{PAIR} and diffusion_model.* both adapt"),
+        (
+            {**pair(PAIR), **pair("diffusion_model.double_blocks.0.img_attn.proj", AB)},
+            f"{PAIR} and diffusion_model.* both adapt",
+        ),
         ({**pair(PAIR), **pair(PAIR, AB)}, "are the same half of one LoRA"),
-        ({**pair(NEXT, NAMED), **pair(NEXT, (".lora_A.style.weight", ".lora_B.style.weight"))}, r"several adapters \(default, style\)"),
-        (pair("transformer.transformer_blocks.19.attn.to_q", AB), "FLUX.1 has no layer transformer.transformer_blocks.19.*19"),
-        (pair("transformer.transformer_blocks.0.attn.to_x", AB), "FLUX.1 has no layer transformer.transformer_blocks.0.attn.to_x"),
+        (
+            {**pair(NEXT, NAMED), **pair(NEXT, (".lora_A.style.weight", ".lora_B.style.weight"))},
+            r"several adapters \(default, style\)",
+        ),
+        (
+            pair("transformer.transformer_blocks.19.attn.to_q", AB),
+            "FLUX.1 has no layer transformer.transformer_blocks.19.*19",
+        ),
+        (
+            pair("transformer.transformer_blocks.0.attn.to_x", AB),
+            "FLUX.1 has no layer transformer.transformer_blocks.0.attn.to_x",
+        ),
         (pair("text_encoder.text_projection", AB), "FLUX.1 has no layer text_encoder.text_projection"),
-        ({"": np.ones(2), ".lora_A.weight": np.ones((2, 2)), ".alpha": np.ones(())}, "is neither A nor B nor alpha|holds no lora"),
+        (
+            {"": np.ones(2), ".lora_A.weight": np.ones((2, 2)), ".alpha": np.ones(())},
+            "is neither A nor B nor alpha|holds no lora",
+        ),
     ],
 )  # fmt: skip
-def test_odd_entries_get_a_sentence(tmp_path, tensors, sentence):
-    with pytest.raises(UserError, match=rf"--lora .*f: .*{sentence}"):
+def test_invalid_entries_are_rejected(tmp_path, tensors, message):
+    with pytest.raises(UserError, match=rf"--lora .*f: .*{message}"):
         lora_files.read_adapters(
             write(tmp_path / "f", {name: np.asarray(value) for name, value in tensors.items()}), "--lora"
         )

@@ -1,4 +1,4 @@
-"""Types of storage and computation, what trains, and the clipping of gradients."""
+"""Storage and compute dtypes, trainable parameters, loss scaling, and gradient clipping."""
 
 import mindspore as ms
 import ml_dtypes
@@ -21,7 +21,7 @@ FLOATS = {"no": ms.float32, "fp32": ms.float32, "fp16": ms.float16, "bf16": ms.b
 
 
 class Net(nn.Cell):
-    """Two layers, a normalisation, and a table of integers."""
+    """Two linear layers, a norm, and integers."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Net(nn.Cell):
 
 
 class Sinusoid(nn.Cell):
-    """Computes in float32 on purpose, as FLUX does with its timestep, and has a parameter of its own."""
+    """Computes in float32 on purpose, as FLUX does for its timestep, and has a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Sinusoid(nn.Cell):
         return ops.sin(t.to(ms.float32) * 1000.3).to(self.scale.dtype)
 
 
-class Clips(nn.Cell):
+class Clip(nn.Cell):
     def __init__(self, clipper):
         super().__init__()
         self.clipper = clipper
@@ -52,7 +52,7 @@ class Clips(nn.Cell):
         return self.clipper.clip_grad_norm(grads)
 
 
-# ---- types ---------------------------------------------------------------------------------------
+# ---- dtypes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,17 +60,17 @@ class Clips(nn.Cell):
     [("no", "no", "no"), ("fp32", "no", "no"), ("fp16", "fp16", "fp16"), ("bf16", "bf16", "no")],
 )
 def test_precisions_on_the_cpu(name, storage, compute):
-    """The CPU multiplies no bf16 matrices: stored in bf16, computed in fp32."""
+    """MindSpore has no bf16 matrix product on the CPU: bf16 is stored in bf16 and computed in fp32."""
     assert resolve_precision(name) == Precision(FLOATS[storage], FLOATS[compute])
 
 
-def test_bf16_elsewhere_is_bf16_throughout(monkeypatch):
+def test_bf16_on_other_devices(monkeypatch):
     monkeypatch.setattr(ms, "get_context", lambda name: "Ascend")
     assert resolve_precision("bf16") == Precision(ms.bfloat16, ms.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["no", "fp16", "bf16"])
-def test_cast_cell_casts_floats_and_leaves_integers(name):
+def test_cast_cell_casts_floats_only(name):
     cell = cast_cell(Net(), resolve_precision(name))
     types = {p.name: p.dtype for p in cell.get_parameters()}
     assert types.pop("table") == ms.int32 and set(types.values()) == {FLOATS[name]}
@@ -87,7 +87,7 @@ def test_cast_cell_rounds_weights_to_the_nearest(name, numpy_type):
 
 @pytest.mark.parametrize("input_type", [ms.float32, ms.bfloat16])
 def test_a_bf16_stored_layer_computes_in_fp32(mode, input_type):
-    """Against float64 with the rounded weights: an error of 1e-6, where bf16 products would leave 1e-2."""
+    """Against float64 with the rounded weights: an error of 1e-6, where products in bf16 have 1e-2."""
     cell = cast_cell(nn.Dense(64, 3), resolve_precision("bf16"))
     weight, bias = (p.to(ms.float32).asnumpy().astype(np.float64) for p in (cell.weight, cell.bias))
     x = ms.Tensor(np.random.default_rng(0).standard_normal((2, 64)), ms.float32).to(input_type)
@@ -115,8 +115,8 @@ def test_an_fp16_layer_computes_in_fp16(mode):
 
 
 @pytest.mark.parametrize("name, tolerance", [("fp16", 1e-3), ("bf16", 1e-3)])
-def test_what_is_computed_in_fp32_on_purpose_stays_so(mode, name, tolerance):
-    """A sinusoid of 1000 t in fp16 would be off by tenths."""
+def test_float32_computations_are_not_narrowed(mode, name, tolerance):
+    """In fp16 the sine of 1000 t would be off by tenths."""
     precision = resolve_precision(name)
     t = ms.Tensor([0.0123, 0.4567, 0.987], precision.compute)
     expected = np.sin(t.to(ms.float32).asnumpy().astype(np.float64) * 1000.3)
@@ -124,17 +124,17 @@ def test_what_is_computed_in_fp32_on_purpose_stays_so(mode, name, tolerance):
     np.testing.assert_allclose(found.to(ms.float32).asnumpy(), expected, atol=tolerance)
 
 
-# ---- what trains ---------------------------------------------------------------------------------
+# ---- trainable parameters ---------------------------------------------------------------------------------
 
 
-def test_nothing_trains_in_a_frozen_cell():
+def test_freeze_params():
     cell = Net()
     assert len(cell.trainable_params()) == 5
     freeze_params(cell)
     assert cell.trainable_params() == []
 
 
-def test_what_trains_is_stored_in_float32():
+def test_cast_training_params():
     cells = [cast_cell(Net(), resolve_precision("fp16")) for _ in range(2)]
     for cell in cells:
         freeze_params(cell)
@@ -147,7 +147,7 @@ def test_what_trains_is_stored_in_float32():
         }
 
 
-def test_the_parameter_table_counts():
+def test_the_parameter_table():
     """Net: 5*4+4 and 4+4 and 4*3 floats, 3 integers; Dense: 200*10."""
     net, frozen = Net(), cast_cell(nn.Dense(200, 10, has_bias=False), resolve_precision("bf16"))
     freeze_params(frozen)
@@ -181,7 +181,7 @@ def test_the_fp16_scale_halves_on_overflow_and_doubles_after_2000_good_updates()
 
 
 @pytest.mark.parametrize("name", ["no", "bf16"])
-def test_other_types_need_no_scale(name):
+def test_other_precisions_have_no_scale(name):
     scaler = loss_scaler(name)
     scaler.adjust(ms.Tensor(False))
     assert float(scaler.scale(ms.Tensor(3.0))) == 3.0
@@ -191,7 +191,7 @@ def test_other_types_need_no_scale(name):
 
 
 def gradients(norm):
-    """Three arrays whose norm, all together, is `norm`."""
+    """Three arrays with a global norm of `norm`."""
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(shape) for shape in ((3, 5), (7,), ())]
     length = np.sqrt(sum((a**2).sum() for a in arrays))
@@ -199,10 +199,10 @@ def gradients(norm):
 
 
 @pytest.mark.parametrize("norm, limit", [(10.0, 1.0), (0.5, 1.0), (10.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1e-7, 1e-7)])
-def test_gradients_are_clipped_by_torchs_formula(mode, norm, limit):
-    """min(1, limit / (norm + 1e-6)); a limit of 0 only measures."""
+def test_clipping_matches_pytorch(mode, norm, limit):
+    """The factor is min(1, limit / (norm + 1e-6)); a limit of 0 only measures."""
     clipper, grads = GradNormClipper(limit), gradients(norm)
-    found = Clips(clipper)(*map(ms.Tensor, grads))
+    found = Clip(clipper)(*map(ms.Tensor, grads))
     factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
     assert float(clipper.norm) == pytest.approx(norm, rel=1e-5)
     for clipped, grad in zip(found, grads):
@@ -210,25 +210,25 @@ def test_gradients_are_clipped_by_torchs_formula(mode, norm, limit):
         np.testing.assert_allclose(clipped.asnumpy(), grad * factor, rtol=1e-5)
 
 
-def test_the_norm_is_that_of_the_last_call(mode):
+def test_the_norm_is_from_the_last_call(mode):
     clipper = GradNormClipper(1.0)
-    cell = Clips(clipper)
+    cell = Clip(clipper)
     for norm in (3.0, 0.25):
         cell(*map(ms.Tensor, gradients(norm)))
         assert float(clipper.norm) == pytest.approx(norm, rel=1e-5)
 
 
-def test_the_norm_of_half_precision_gradients_is_taken_in_float32(mode):
-    """300^2 is above float16's largest number; types come back as they were, mixed ones too. (The CPU has no bf16 product.)"""
+def test_the_norm_of_half_precision_gradients_is_computed_in_float32(mode):
+    """300^2 overflows in float16. The gradients keep their dtypes. (The CPU has no bf16 product.)"""
     clipper = GradNormClipper(1.0)
-    found = Clips(clipper)(ms.Tensor([300.0, -400.0], ms.float16), ms.Tensor([1200.0], ms.float32))
+    found = Clip(clipper)(ms.Tensor([300.0, -400.0], ms.float16), ms.Tensor([1200.0], ms.float32))
     assert float(clipper.norm) == pytest.approx(1300.0, rel=1e-6)
     assert [g.dtype for g in found] == [ms.float16, ms.float32]
     np.testing.assert_allclose(found[0].to(ms.float32).asnumpy(), [300 / 1300, -400 / 1300], rtol=1e-2)
     np.testing.assert_allclose(found[1].asnumpy(), [1200 / 1300], rtol=1e-5)
 
 
-def test_an_infinite_gradient_shows_in_the_norm(mode):
+def test_an_infinite_gradient_gives_an_infinite_norm(mode):
     clipper = GradNormClipper(1.0)
-    Clips(clipper)(ms.Tensor([np.inf, 1.0], ms.float32), ms.Tensor([1.0], ms.float32))
+    Clip(clipper)(ms.Tensor([np.inf, 1.0], ms.float32), ms.Tensor([1.0], ms.float32))
     assert float(clipper.norm) == np.inf

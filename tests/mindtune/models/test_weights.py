@@ -1,16 +1,14 @@
-"""Which files hold a component's weights, and what is said when they are not there."""
+"""The names of a component's weight files, and the message when they are missing."""
 
 import pytest
 from conftest import shard
 
 from mindtune.models.weights import missing_file_problem, weight_files
 
-# ---- where weights are ---------------------------------------------------------------------------
-
 
 def test_weight_files_of_one_file_and_of_a_variant(tiny_flux):
     assert weight_files(tiny_flux, "vae") == [tiny_flux / "vae" / "diffusion_pytorch_model.safetensors"]
-    # Without files of the variant the plain ones are read; without any, the variant's are what is missing.
+    # Without files of the variant those without a variant are used; without any, those of the variant are missing.
     assert weight_files(tiny_flux, "text_encoder_2", "fp16") == [tiny_flux / "text_encoder_2" / "model.safetensors"]
     assert weight_files(tiny_flux, "tokenizer", "fp16") == [
         tiny_flux / "tokenizer" / "diffusion_pytorch_model.fp16.safetensors"
@@ -26,7 +24,7 @@ def test_weight_files_of_one_file_and_of_a_variant(tiny_flux):
     ],
 )
 def test_weight_files_of_an_index(pipeline, variant, index, middle):
-    """Under both names that libraries give a variant's index; an absent shard is named too."""
+    """Libraries use two names for the index of a variant. A missing shard is listed too."""
     folder = pipeline / "text_encoder_2"
     names = shard(folder, "model", index, middle)
     (folder / names[0]).unlink()
@@ -36,7 +34,7 @@ def test_weight_files_of_an_index(pipeline, variant, index, middle):
 
 
 @pytest.mark.parametrize(
-    "there, said",
+    "existing, expected",
     [
         ([], ""),
         (["model.fp16.safetensors"], "; there are files of the variant fp16: add --variant fp16"),
@@ -47,6 +45,7 @@ def test_weight_files_of_an_index(pipeline, variant, index, middle):
         (["pytorch_model.bin", "config.json"], "; text_encoder/pytorch_model.bin is a pickle, which can run code"),
     ],
 )
-def test_what_is_said_of_a_missing_file(tmp_path, there, said):
-    found = missing_file_problem("text_encoder", tmp_path / "text_encoder" / "model.safetensors", there)
-    assert found.startswith("text_encoder/model.safetensors is missing" + said) and bool(said) == (";" in found)
+def test_the_message_for_a_missing_file(tmp_path, existing, expected):
+    found = missing_file_problem("text_encoder", tmp_path / "text_encoder" / "model.safetensors", existing)
+    assert found.startswith("text_encoder/model.safetensors is missing" + expected)
+    assert bool(expected) == (";" in found)

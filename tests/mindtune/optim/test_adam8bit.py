@@ -13,7 +13,8 @@ from mindspore import nn, ops
 from shared_optimizers import factor, update
 
 from mindtune.optim.adam8bit import BLOCK, MIN_SIZE, AdamW8bit, Quantiser, dynamic_codes
-from mindtune.optim.optimizers import AdamW, optimizer_state, set_learning_rates
+from mindtune.optim.adamw import AdamW
+from mindtune.optim.optimizers import optimizer_state, set_learning_rates
 from mindtune.run import checkpoint
 
 # The first group has a tensor of whole blocks and one that is too small for 8 bits. The second has odd sizes of one

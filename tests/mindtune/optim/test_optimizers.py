@@ -9,14 +9,10 @@ from mindspore import nn
 from shared_optimizers import factor, new_optimizer, optimizer, update
 
 from mindtune.cli import UserError
-from mindtune.optim.optimizers import (
-    Adafactor,
-    AdamW,
-    Prodigy,
-    check_settings,
-    optimizer_state,
-    set_learning_rates,
-)
+from mindtune.optim.adafactor import Adafactor
+from mindtune.optim.adamw import AdamW
+from mindtune.optim.optimizers import check_settings, optimizer_state, set_learning_rates
+from mindtune.optim.prodigy import Prodigy
 
 SHAPES = [(3, 5), (7,), (2, 2)]
 
