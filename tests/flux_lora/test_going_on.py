@@ -190,7 +190,7 @@ def mkdir(path):
 
 
 REFUSED = {
-    "no such file": (lambda path: None, ["no such file. Give the .safetensors file, or the directory"]),
+    "no such file": (lambda path: None, ["no such file. Give a .safetensors file, or the directory"]),
     "an empty directory": (mkdir, ["in.safetensors/pytorch_lora_weights.safetensors: no such file"]),
     "torn": (torn, ["cannot be read as safetensors"]),
     "no LoRA": (
