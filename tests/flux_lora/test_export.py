@@ -197,7 +197,7 @@ def truncated(path):
         (truncated, r"--lora .*in.safetensors: cannot be read as safetensors"),
         (
             lambda path: path.mkdir(),
-            r"--lora .*pytorch_lora_weights.safetensors: no such file. Give the .safetensors file, or the directory",
+            r"--lora .*pytorch_lora_weights.safetensors: no such file. Give a .safetensors file, or the directory",
         ),
         (lambda path: None, r"--lora .*in.safetensors: no such file"),
     ],
