@@ -1,4 +1,4 @@
-"""What the tests share: a tiny FLUX pipeline, photographs, and the training script as a module and as a command."""
+"""What the tests share: a tiny FLUX pipeline, photographs, and the LoRA script as a module and as a command."""
 
 import functools
 import importlib.util
@@ -49,7 +49,7 @@ def edit(path, **changes):
 
 
 def shard(folder, stem="diffusion_pytorch_model", index=None, middle=""):
-    """Splits a component's weights into two files with an index, as large models come."""
+    """Splits a component's weights into two files with an index, as those of large models are."""
     single = folder / f"{stem}.safetensors"
     tensors = sorted(load_file(single).items())
     names = [f"{stem}{middle}-{number:05d}-of-00002.safetensors" for number in (1, 2)]
@@ -71,9 +71,20 @@ def tiny_flux(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def small_flux(tiny_flux, tmp_path_factory):
+    """The tiny pipeline with one block of each kind in its transformer: half to compute and compile, the same encoders."""
+    folder = shutil.copytree(tiny_flux, tmp_path_factory.mktemp("pipeline") / "small") / "transformer"
+    edit(folder / "config.json", num_layers=1, num_single_layers=1)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    tensors = {name: value for name, value in load_file(weights).items() if "transformer_blocks.1." not in name}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return folder.parent
+
+
 @pytest.fixture
 def pipeline(tiny_flux, tmp_path):
-    """A copy that a test may spoil."""
+    """A copy that a test may change."""
     return shutil.copytree(tiny_flux, tmp_path / "flux")
 
 

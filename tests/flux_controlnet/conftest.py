@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from conftest import StageWithoutEncoders, command_line, load_script, run_command, run_here
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 from mindtune.data import columns, pair_data, pairs
 from mindtune.encode import encoder_stage
@@ -31,17 +29,6 @@ def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes") / "pairs"
     load_script("examples/tiny/shapes.py").make_folder(folder, 6, 48, seed=0, split="train")
     return folder
-
-
-@pytest.fixture(scope="session")
-def small_flux(tiny_flux, tmp_path_factory):
-    """The tiny pipeline with one block of either kind in its transformer: half to compute and compile, the same encoders."""
-    folder = shutil.copytree(tiny_flux, tmp_path_factory.mktemp("pipeline") / "small") / "transformer"
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_layers": 1, "num_single_layers": 1}))
-    tensors = {name: value for name, value in load_file(folder / FINAL).items() if "transformer_blocks.1." not in name}
-    save_file(tensors, folder / FINAL, metadata={"format": "pt"})
-    return folder.parent
 
 
 def write_pairs(folder, images, conditions, captions):

@@ -36,8 +36,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_killed_twice_and_resumed_equals_not_killed(lora, flags, tmp_path, capfd, case):
-    more = [*CASES[case], "--max_train_steps", 12, "--checkpointing_steps", 2]
+def test_killed_twice_and_resumed_equals_not_killed(lora, flags, small_flux, tmp_path, capfd, case):
+    more = [*CASES[case], "--pretrained_model_name_or_path", small_flux]
+    more += ["--max_train_steps", 8, "--checkpointing_steps", 2]
     if "prior" in case:
         more += ["--class_data_dir", tmp_path / "class", "--class_prompt", "a photo of a cat", "--num_class_images", 3]
     lora(tmp_path / "whole", *more)

@@ -126,10 +126,10 @@ def test_two_micro_batches_equal_one_batch_of_two(lora_script, flags, mode, mixe
 # ---- the real transformer ------------------------------------------------------------------------
 
 
-def lora_step(script, flags, tiny_flux, mixed_precision="no"):
-    """A step on the tiny pipeline's transformer with a LoRA whose B is not zero, so that A has a gradient too."""
+def lora_step(script, flags, small_flux, mixed_precision="no"):
+    """A step on the small pipeline's transformer with a LoRA whose B is not zero, so that A has a gradient too."""
     dtypes = precision.resolve_precision(mixed_precision)
-    transformer = load_model(tiny_flux, "transformer", dtypes)
+    transformer = load_model(small_flux, "transformer", dtypes)
     precision.freeze_params(transformer)
     lora.add_lora(transformer, 4, 4.0, 0.0, lora.TRANSFORMER_TARGETS, dtypes.compute)
     precision.cast_training_params([transformer])
@@ -141,7 +141,7 @@ def lora_step(script, flags, tiny_flux, mixed_precision="no"):
 
 
 @pytest.fixture(scope="module")
-def two_updates(lora_script, flags, tiny_flux):
+def two_updates(lora_script, flags, small_flux):
     """two_updates(mode, recompute): losses and gradient norms [2, 2], and trained weights. Every combination runs once."""
     done = {}
 
@@ -149,7 +149,7 @@ def two_updates(lora_script, flags, tiny_flux):
         if (mode, recompute) not in done:
             before = ms.get_context("mode")
             ms.set_context(mode=mode)
-            step, transformer = lora_step(lora_script, flags, tiny_flux)
+            step, transformer = lora_step(lora_script, flags, small_flux)
             for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks) * recompute:
                 block.recompute()
             batch = [ms.Tensor(part) for part in make_batch(2)]
@@ -178,11 +178,11 @@ def test_gradient_checkpointing_changes_no_gradient(two_updates, mode):
 
 @pytest.mark.parametrize("mixed_precision", ["no", "fp16", "bf16"])
 def test_frozen_parameters_keep_their_bits_and_every_trainable_moves(
-    lora_script, flags, tiny_flux, two_updates, mixed_precision
+    lora_script, flags, small_flux, two_updates, mixed_precision
 ):
     """Storage and computation in half precision change the loss by a few thousandths at most."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
-    step, transformer = lora_step(lora_script, flags, tiny_flux, mixed_precision)
+    step, transformer = lora_step(lora_script, flags, small_flux, mixed_precision)
     before = {name: np.array(p.to(ms.float32).asnumpy()) for name, p in transformer.parameters_and_names()}
     losses = [float(step(*map(ms.Tensor, make_batch(2)))[1]) for _ in range(2)]
     assert losses[0] == pytest.approx(two_updates(0)[0][0, 0], rel=5e-3)
@@ -194,10 +194,10 @@ def test_frozen_parameters_keep_their_bits_and_every_trainable_moves(
 
 
 @pytest.mark.parametrize("mixed_precision", ["fp16", "bf16"])
-def test_half_precision_in_the_graph(lora_script, flags, tiny_flux, two_updates, mixed_precision):
+def test_half_precision_in_the_graph(lora_script, flags, small_flux, two_updates, mixed_precision):
     before = ms.get_context("mode")
     ms.set_context(mode=ms.GRAPH_MODE)
-    step, _ = lora_step(lora_script, flags, tiny_flux, mixed_precision)
+    step, _ = lora_step(lora_script, flags, small_flux, mixed_precision)
     loss = float(step(*map(ms.Tensor, make_batch(2)))[1])
     ms.set_context(mode=before)
     assert loss == pytest.approx(two_updates(0)[0][0, 0], rel=5e-3)

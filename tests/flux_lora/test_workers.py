@@ -20,18 +20,20 @@ MORE += ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 2]
 
 
 @pytest.fixture
-def whole(finished_lora):
+def whole(finished_lora, small_flux):
     """A run of one rank whose updates have six samples, of a data set of five."""
-    return finished_lora(*MORE, "--train_batch_size", 6, "--max_train_steps", 4)
+    model = ["--pretrained_model_name_or_path", small_flux]
+    return finished_lora(*MORE, *model, "--train_batch_size", 6, "--max_train_steps", 4)
 
 
-def test_two_ranks_then_three_then_one_are_the_run_of_one_rank(job, flags, lora, whole, tmp_path):
+def test_two_ranks_then_three_then_one_are_the_run_of_one_rank(job, flags, lora, whole, small_flux, tmp_path):
     """ZeRO 1 and accumulation on two ranks in a graph, resumed on three in PyNative, and on one without ZeRO.
 
     Five samples, six per update: none is lost, none is used twice.
     """
     out, cache = tmp_path / "shared", tmp_path / "cache"
-    more = [*MORE, "--cache_dir", cache, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
+    more = [*MORE, "--pretrained_model_name_or_path", small_flux, "--cache_dir", cache]
+    more += ["--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
     graph = ["--mindspore_mode", 0, "--gradient_accumulation_steps", 3, "--zero_stage", 1, "--max_train_steps", 2]
     two = job(SCRIPT, 2, out, flags(out, *more, *graph))
     assert two.wait() == 0, two.said()[-6000:]
@@ -63,10 +65,11 @@ def assert_ends(done, rank, since):
     assert [damage(folder) for folder in checkpoints(done.out)] == [None] * len(checkpoints(done.out))
 
 
-def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(job, flags, lora, whole, tmp_path):
+def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(job, flags, lora, whole, small_flux, tmp_path):
     """Rank 1 in a step, rank 0 while it saves: the folder of its first checkpoint has no name yet."""
     out = tmp_path / "killed"
-    more = [*MORE, "--train_batch_size", 3, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
+    more = [*MORE, "--pretrained_model_name_or_path", small_flux, "--train_batch_size", 3]
+    more += ["--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
     first = job(SCRIPT, 2, out, flags(out, *more, "--checkpointing_steps", 1))
     first.wait_for(lambda: checkpoints(out))
     since = time.monotonic()

@@ -29,7 +29,18 @@ from shapes import render, render_outline, sample_scene
 from mindtune import flow, rng
 from mindtune.data import conditions, crops
 from mindtune.encode import encoder_stage, text_encoders
-from mindtune.models import configs, controlnets, execution, loading, lora, named_parameters, precision, sampling, shared_blocks, tokenization
+from mindtune.models import (
+    configs,
+    controlnets,
+    execution,
+    loading,
+    lora,
+    named_parameters,
+    precision,
+    sampling,
+    shared_blocks,
+    tokenization,
+)
 from mindtune.optim import adamw
 
 UPDATES = 50
