@@ -30,7 +30,7 @@ from mindtune.models.train_step import TrainStep, train_all_weights
 from mindtune.optim import advice, averaging, optimizers, schedules
 from mindtune.run import checkpoint, memory, plan, record, validation
 
-FOLDER = "flux_controlnet"  # of the ControlNet in a checkpoint, as in diffusers
+FOLDER = "flux_controlnet"  # the folder of the ControlNet in a checkpoint, as in diffusers
 
 # ---- flags (yours to change) ---------------------------------------------------------------------
 
@@ -62,18 +62,20 @@ def parse_args(argv=None):
 
 
 def find_models(args):
-    """(pipeline, existing ControlNet or None), checked. Raises UserError."""
+    """Returns (pipeline directory, directory of an existing ControlNet or None), after checks. Raises UserError."""
     weights = not args.dry_run
     name, revision, variant = args.pretrained_model_name_or_path, args.revision, args.variant
     root = resolve.pipeline(name, revision, variant, args.cache_dir, pipelines.FLUX_COMPONENTS, weights=weights)
     base = configs.read_config(root, "transformer")
     existing = resolve.controlnet(args.controlnet_model_name_or_path, args.cache_dir, base, weights=weights)
     if existing:
-        print("--controlnet_model_name_or_path: --num_double_layers and --num_single_layers have no effect with it")
+        print("--num_double_layers and --num_single_layers have no effect with --controlnet_model_name_or_path")
         return root, existing
     for flag, key in (("num_double_layers", "num_layers"), ("num_single_layers", "num_single_layers")):
         if getattr(args, flag) > base[key]:
-            raise UserError(f"--{flag} {getattr(args, flag)}: the transformer has only {base[key]} of these blocks.")
+            raise UserError(
+                f"--{flag} {getattr(args, flag)}: the transformer has only {base[key]} of these blocks. Give fewer."
+            )
     return root, None
 
 
@@ -81,11 +83,11 @@ def find_models(args):
 
 
 class Batches:
-    """Makes batches from uses of pairs.
+    """Makes the inputs of the training step for a batch of pairs.
 
-    images and conditions [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]); posterior noise of both
-    and noise [B, C, h, w]; indices of timesteps [B]; prompt_embeds [B, L, D]; pooled_prompt_embeds [B, P]; and image
-    ids [T, 3].
+    images and conditions [B, 2C, h, w] (the VAE's mean and log-variance, from the cache) or [B, 3, H, W] (pixels in
+    [-1, 1]); posterior noise of both and noise [B, C, h, w]; indices of timesteps [B]; prompt_embeds [B, L, D];
+    pooled_prompt_embeds [B, P]; and image ids [T, 3].
     """
 
     def __init__(self, args, stage, vae_config, num_train_timesteps):
@@ -95,26 +97,27 @@ class Batches:
         self.num_train_timesteps = num_train_timesteps
 
     def make(self, uses):
-        """The arrays of a batch, whose uses all have one size."""
+        """The arrays of a batch, from its `PairUse`s, which all have the same size."""
         _, height, width = self.latent_shape(uses[0].size)
         return *order.stack([self.row(*use) for use in uses]), flow.latent_image_ids(height, width)
 
     def latent_shape(self, size):
+        """(C, h, w) of the latents of a crop of `size` (height, width) in pixels."""
         return self.channels, size[0] // self.factor, size[1] // self.factor
 
     def row(self, pair, size, draws):
-        """The inputs of the step for one pair, in training and in held-out evaluation."""
+        """The inputs of the training step for one pair, for training and for the held-out loss alike."""
         args, shape = self.args, self.latent_shape(size)
         # The image and its condition are cropped and flipped alike.
-        given = {
+        options = {
             "crop": draws.crop(args.center_crop),
             "flip": draws.flip(args.random_flip),
             "cached": args.cache_latents,
         }
         text = self.stage.text(draws.caption(pair.caption, args.proportion_empty_prompts))
         return (
-            self.stage.image(pair.image, size, **given),
-            self.stage.image(pair.condition, size, **given),
+            self.stage.image(pair.image, size, **options),
+            self.stage.image(pair.condition, size, **options),
             draws.normal("posterior", shape),
             draws.normal("condition posterior", shape),
             draws.normal("noise", shape),
@@ -124,7 +127,7 @@ class Batches:
         )
 
     def timestep(self, generator):
-        """The index of a timestep, from the distribution of --weighting_scheme."""
+        """Draws the index of a timestep from the distribution of --weighting_scheme."""
         args = self.args
         u = flow.sample_density(generator, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
         return flow.density_to_index(u, self.num_train_timesteps)
@@ -136,8 +139,8 @@ class Batches:
 class TrainStepForFluxControlNet(TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update of the ControlNet.
 
-    A pure function of its inputs. `sigmas` is a table over the timesteps [N]. `vae` is given if the images come as
-    pixels. Returns (scaled loss, loss), scalars.
+    It draws no random numbers. `sigmas` [N] has the sigma of every timestep index. `vae` is None if the latents are
+    cached. Returns (scaled loss, loss), scalars.
     """
 
     def __init__(self, controlnet, optimizer, scaler, args, *, transformer, vae, vae_config, sigmas):
@@ -153,7 +156,7 @@ class TrainStepForFluxControlNet(TrainStep):
         self.vae = vae
         self.sigmas = ms.Tensor(sigmas, ms.float32)
         self.compute_dtype = precision.resolve_precision(args.mixed_precision).compute
-        # Configs are dicts, whose entries a graph cannot read as attributes.
+        # Read here, because a graph cannot read a dict such as a config.
         self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
         self.controlnet_guidance = controlnet.config["guidance_embeds"]
         self.transformer_guidance = transformer.config["guidance_embeds"]
@@ -161,6 +164,7 @@ class TrainStepForFluxControlNet(TrainStep):
         self.args = flow.AttrJitWrapper(weighting_scheme=args.weighting_scheme, guidance_scale=args.guidance_scale)
 
     def latents(self, images, posterior_noise):
+        """Scaled latents [B, C, h, w], float32, of pixels or of the VAE's mean and log-variance."""
         if self.vae is not None:
             images = self.vae.encode(images.to(self.compute_dtype))[0]
         return (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
@@ -168,12 +172,12 @@ class TrainStepForFluxControlNet(TrainStep):
     def predict(
         self, images, conditions, posterior_noise, condition_noise, noise, indices, prompt_embeds, pooled, image_ids
     ):
-        """Prediction and target [B, C, h, w] float32, and sigmas [B, 1, 1, 1]."""
+        """Returns the prediction in the compute dtype and its float32 target, [B, C, h, w], and sigmas [B, 1, 1, 1]."""
         latents = self.latents(images, posterior_noise)
         condition = flow.pack_latents(self.latents(conditions, condition_noise)).to(self.compute_dtype)
         sigmas = flow.get_sigmas(self.sigmas, indices)
         noisy = flow.pack_latents(sigmas * noise + (1.0 - sigmas) * latents).to(self.compute_dtype)
-        timestep = sigmas.reshape((-1,))  # the models take t / 1000, which is sigma
+        timestep = sigmas.reshape((-1,))  # FLUX takes t / 1000, which equals sigma
         guidance = ops.full((1,), self.args.guidance_scale, dtype=ms.float32).broadcast_to((noise.shape[0],))
         pooled, text = pooled.to(self.compute_dtype), prompt_embeds.to(self.compute_dtype)
         blocks, single_blocks = self.controlnet(
@@ -215,7 +219,7 @@ class TrainStepForFluxControlNet(TrainStep):
 
 
 class ValidationSampler:
-    """Samples images for `prompts`, pairs of a prompt and a condition image, always from the same noise."""
+    """Samples images for `prompts`, (prompt, condition image) pairs, from the same noise in every validation."""
 
     def __init__(self, args, prompts, root, stage, seed, models):
         self.args = args
@@ -227,8 +231,8 @@ class ValidationSampler:
         self.scheduler_config = configs.read_config(root, "scheduler")
         self.dtypes = precision.resolve_precision(args.mixed_precision)
 
-    def sample(self, final):
-        """A row per pair: the condition image and --num_validation_images samples. The label is the prompt."""
+    def sample(self, final):  # the final validation has no other images
+        """Returns a row per pair, the condition image and --num_validation_images images, and the prompts as labels."""
         vae = self.models["vae"]
         if vae is None:
             vae = loading.load_model(self.root, "vae", self.dtypes, self.args.variant)
@@ -237,6 +241,7 @@ class ValidationSampler:
         return rows, [prompt for prompt, _ in self.prompts]
 
     def images(self, vae, prompt, condition):
+        """Yields the images for one pair; the number of an image determines its noise."""
         args, text = self.args, self.stage.text(prompt)
         condition_latents = sampling.encode_image(vae, condition, self.dtypes.compute)
         for number in range(args.num_validation_images):
@@ -305,22 +310,21 @@ def main(argv=None):
         controlnet = controlnets.flux_controlnet(root, args.num_double_layers, args.num_single_layers, args.variant)
     weights = train_all_weights(controlnet, dtypes.compute)
     for model in (transformer, controlnet):
-        use_shared_blocks(model)  # again, now that it is known which weights are trained
-        for block in (
-            (*model.transformer_blocks, *model.single_transformer_blocks) if args.gradient_checkpointing else ()
-        ):
+        use_shared_blocks(model)  # again after loading, because it depends on which weights are trained
+        blocks = (*model.transformer_blocks, *model.single_transformer_blocks)
+        for block in blocks if args.gradient_checkpointing else ():
             block.recompute()
     models = {"transformer": transformer, "controlnet": controlnet, "vae": vae}
     print(precision.parameter_table(models, dtypes))
 
     # ---- step and optimizer ----
     vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
-    sigmas = flow.training_sigmas(
-        loading.load_scheduler(root).sigmas.asnumpy(),
-        args.timestep_shift,
-        max(height * width for height, width in data.sizes) // (2 * configs.latent_layout(vae_config)[1]) ** 2,
-        scheduler_config,
+    # A token is a patch of 2x2 latents. The largest crop decides the shift of --timestep_shift auto.
+    image_tokens = (
+        max(height * width for height, width in data.sizes) // (2 * configs.latent_layout(vae_config)[1]) ** 2
     )
+    sigmas = loading.load_scheduler(root).sigmas.asnumpy()
+    sigmas = flow.training_sigmas(sigmas, args.timestep_shift, image_tokens, scheduler_config)
     groups = [{"params": list(weights.values()), "lr": schedule.base, "weight_decay": args.adam_weight_decay}]
     optimizer = optimizers.create_optimizer(args.select(optimizers.Settings), groups)
     scaler = precision.loss_scaler(args.mixed_precision)
@@ -339,7 +343,7 @@ def main(argv=None):
 
     # ---- resume ----
     state = optimizers.training_state(optimizer, scaler, ema=dict(zip(weights, ema.averages)) if ema else {})
-    if run.checkpoint:
+    if run.checkpoint:  # the weights have a file of their own, which diffusers can load
         checkpoint.load_state(run.checkpoint / FOLDER / loading.WEIGHTS, weights)
     run.resume(args.fixed(), component_fingerprint(root, "transformer", args.variant), state)
 
@@ -367,7 +371,7 @@ def main(argv=None):
         if run.due(args.validation_steps):
             validate()
         if run.due(args.checkpointing_steps):
-            run.save()  # after the validation, which a run that is resumed here would miss
+            run.save()  # after validation, because a run that is resumed from here does not repeat it
 
     # ---- finish ----
     run.save()

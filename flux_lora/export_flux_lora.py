@@ -1,9 +1,9 @@
-"""Converts a FLUX.1 LoRA to the layout of kohya's sd-scripts, ComfyUI or diffusers.
+"""Converts a FLUX.1 LoRA to the layout of diffusers, kohya's sd-scripts or ComfyUI.
 
     python export_flux_lora.py --lora out/pytorch_lora_weights.safetensors --format kohya --output dog_kohya.safetensors
 
-Reads these layouts and more (docs/flux_lora.md) and writes one file. The adapter computes the same in every layout, up
-to the rounding of --dtype.
+Reads these layouts and those that docs/flux_lora.md lists, and writes one file. The LoRA computes the same in every
+layout, up to the rounding of --dtype.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from mindtune.models import lora_files, lora_layouts, precision
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--lora", required=True, help="The adapter: a .safetensors file or its directory.")
+    add("--lora", required=True, help="The LoRA, a .safetensors file or its directory.")
     add("--format", required=True, choices=lora_layouts.LAYOUTS, help="Layout to write.")
     add("--output", required=True, help="The .safetensors file to write.")
     add(
         "--dtype",
         choices=["fp32", "fp16", "bf16"],
-        help="Dtype of the weights. Default: that of the adapter; fp16 for 8-bit weights.",
+        help="Dtype of the weights to write. Default: that of the LoRA, or fp16 for 8-bit weights.",
     )
     add("--overwrite", action="store_true", help="Replace an existing file.")
     return parser.parse_args(argv)
@@ -37,11 +37,11 @@ def parse_args(argv=None):
 def check_output(output, overwrite):
     """Raises UserError if the file cannot be written or would replace another one."""
     if output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: other tools look for .safetensors; give a name with that ending.")
+        raise UserError(f"--output {output}: other tools expect .safetensors. Give a name that ends with it.")
     if output.exists() and not overwrite:
         raise UserError(f"--output {output}: is already there. Name another file or add --overwrite.")
     if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: there is no directory {output.parent}. Make it first.")
+        raise UserError(f"--output {output}: the directory {output.parent} does not exist. Create it first.")
     files.require_writable("--output", output.absolute().parent)
 
 

@@ -1,12 +1,11 @@
-"""Generates images with FLUX.1 and a LoRA of train_dreambooth_lora_flux.py or of another tool.
+"""Generates images with FLUX.1 and a LoRA from train_dreambooth_lora_flux.py or another tool.
 
     python infer_flux_lora.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\
         --lora out/pytorch_lora_weights.safetensors --prompt "a photo of sks dog on a beach" --seed 0 \\
         --mixed_precision bf16 --output dog.png
 
-Several prompts or --num_images_per_prompt above 1 save the images as dog-1.png, dog-2.png ... and a labelled grid as
-dog.png. --compare adds a row without the adapter for every prompt, from the same noise. docs/flux_lora.md lists the
-layouts of other tools that are read.
+Several images are saved as dog-1.png, dog-2.png ... and in a labelled grid, dog.png. --compare adds a row without the
+LoRA for every prompt, from the same noise. docs/flux_lora.md lists the layouts of other tools that are supported.
 """
 
 import argparse
@@ -28,37 +27,47 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="Directory or hub id of a FLUX.1 pipeline.")
     add("--revision", help="Branch, tag or commit on the hub. Default: main.")
-    add("--variant", help="Variant of the weight files, such as fp16. Default: the plain files.")
+    add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add(
         "--cache_dir",
-        help="Directory for hub downloads and encoded prompts. Default: the hub's cache; prompts are not kept.",
+        help="Directory for hub downloads and encoded prompts. Default: the hub's cache, prompts are not kept.",
     )
-    add("--lora", help="The adapter: a .safetensors file or its directory. Default: none, the base model alone.")
-    add("--lora_scale", type=float, default=1.0, help="Strength of the adapter. Default: 1, as trained.")
+    add("--lora", help="The LoRA, a .safetensors file or its directory. Default: none, the base model alone.")
+    add("--lora_scale", type=float, default=1.0, help="Strength of the LoRA. Default: 1, as in training.")
     add("--prompt", nargs="+", required=True, help="One or more prompts.")
-    add("--num_images_per_prompt", type=int, default=1, help="Images per prompt, each from its own noise. Default: 1.")
-    add("--compare", action="store_true", help="Also generate every image without the adapter.")
+    add(
+        "--num_images_per_prompt",
+        type=int,
+        default=1,
+        help="Number of images per prompt, each from other noise. Default: 1.",
+    )
+    add("--compare", action="store_true", help="Also generate every image without the LoRA.")
     add("--height", type=int, default=512, help="Height in pixels, a multiple of 16. Default: 512.")
     add("--width", type=int, default=512, help="Width in pixels, a multiple of 16. Default: 512.")
-    add("--num_inference_steps", type=int, default=28, help="Denoising steps. Default: 28.")
+    add("--num_inference_steps", type=int, default=28, help="Number of denoising steps. Default: 28.")
     add(
         "--guidance_scale",
         type=float,
         default=3.5,
-        help="Guidance, an input of guidance-distilled models. Default: 3.5.",
+        help="Guidance input of a guidance-distilled transformer. Default: 3.5.",
     )
-    add("--max_sequence_length", type=int, default=512, help="T5 tokens per prompt, at most 512. Default: 512.")
+    add(
+        "--max_sequence_length",
+        type=int,
+        default=512,
+        help="Number of T5 tokens per prompt, at most 512. Default: 512.",
+    )
     add(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
         default="no",
-        help="Dtype of weights and compute. Default: no, float32.",
+        help="Dtype of the weights and of the computation. Default: no, which is fp32.",
     )
     add(
         "--base_precision",
         choices=["same", "int8"],
         default="same",
-        help="int8: the transformer and T5 in int8. Default: same, as --mixed_precision.",
+        help="Weights of the transformer and T5. int8: quantized. Default: same, the dtype of --mixed_precision.",
     )
     add("--seed", type=int, default=0, help="Seed of the noise. Default: 0.")
     add("--output", default="flux-lora.png", help="PNG file for the image or the grid. Default: flux-lora.png.")
@@ -70,7 +79,7 @@ def parse_args(argv=None):
 
 
 def check_flags(args):
-    """Raises UserError for values out of bounds."""
+    """Raises UserError for a value that is not allowed."""
     inference.require_side("--height", args.height, multiple=16, least=16)
     inference.require_side("--width", args.width, multiple=16, least=16)
     inference.require_positive(
@@ -89,38 +98,38 @@ def main(argv=None):
     check_flags(args)
     count = len(args.prompt) * args.num_images_per_prompt * (2 if args.compare else 1)
     output, singles = grids.output_files(args.output, count, args.overwrite)
-    adapter = lora_files.find_lora(args.lora, "--lora") if args.lora else None
-    parts = lora_files.read_adapters(adapter, "--lora") if adapter else {}
+    lora_path = lora_files.find_lora(args.lora, "--lora") if args.lora else None
+    adapters = lora_files.read_adapters(lora_path, "--lora") if lora_path else {}
     execution.set_up_device(graph_mode=False)
     root = inference.find_pipeline(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
     )
-    if adapter:
+    if lora_path:
         layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
-        lora_files.check_adapters(adapter, "--lora", parts, layers)
-    adapts_clip = "text_encoder" in parts
+        lora_files.check_adapters(lora_path, "--lora", adapters, layers)
+    adapts_clip = "text_encoder" in adapters
 
-    # Encode the prompts, in a child process: its memory is free before the transformer loads.
-    weights = precision.resolve_precision(args.mixed_precision)
+    # Encode the prompts in a child process. Its memory is freed before the transformer loads.
+    dtypes = precision.resolve_precision(args.mixed_precision)
     int8 = args.base_precision == "int8"
     with inference.prompt_cache(args.cache_dir) as folder:
         stage = EncoderStage(root, args.variant, args.mixed_precision, folder, args.max_sequence_length, int8=int8)
         stage.prepare(args.prompt, [])
         texts = {prompt: stage.text(prompt) for prompt in args.prompt}
 
-    # Load the models, add the adapter.
-    models = {"transformer": loading.load_model(root, "transformer", weights, args.variant, int8)}
+    # Load the models and add the LoRA.
+    models = {"transformer": loading.load_model(root, "transformer", dtypes, args.variant, int8)}
     if adapts_clip:
-        models["text_encoder"] = loading.load_model(root, "text_encoder", weights, args.variant)
+        models["text_encoder"] = loading.load_model(root, "text_encoder", dtypes, args.variant)
         tokenizer = tokenization.load_tokenizer(root / "tokenizer")
-    if adapter:
-        lora.load_lora(adapter, models, weights.compute, scale=args.lora_scale)
-    vae = loading.load_model(root, "vae", weights, args.variant)
+    if lora_path:
+        lora.load_lora(lora_path, models, dtypes.compute, scale=args.lora_scale)
+    vae = loading.load_model(root, "vae", dtypes, args.variant)
     scheduler = configs.read_config(root, "scheduler")
 
     # Generate and save the images.
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    shape = (1, vae.config["latent_channels"], args.height // factor, args.width // factor)
+    channels, factor = configs.latent_layout(vae.config)
+    shape = (1, channels, args.height // factor, args.width // factor)
 
     def generate(prompt, number):
         text = texts[prompt]
@@ -135,9 +144,9 @@ def main(argv=None):
             noise=rng.normal(args.seed, "validation", number, shape=shape),
             steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            compute=weights.compute,
+            compute=dtypes.compute,
         )
-        return sampling.decode_latents(vae, latents, weights.compute)[0]
+        return sampling.decode_latents(vae, latents, dtypes.compute)[0]
 
     rows = []
     with execution.pynative():

@@ -43,7 +43,7 @@ def parse_args(argv=None):
     add(
         "lora_model_name_or_path",
         may_change=True,
-        help="File or directory of a LoRA to start from. Default: a new one.",
+        help="File or directory of a LoRA to start from. Default: a new LoRA.",
     )
     data_flags.instance_images(parser)
     data_flags.images(parser, sample="image", multiple=16, smallest=16)
@@ -51,36 +51,36 @@ def parse_args(argv=None):
     data_flags.prior_preservation(parser)
     parser.section("LoRA")
     add("lora_rank", "rank", type=int, default=4, minimum=1, help="Rank of the LoRA matrices.")
-    add("lora_alpha", type=float, above=0, help="The LoRA is scaled by alpha / rank. Default: the rank.")
+    add("lora_alpha", type=float, above=0, help="The LoRA is scaled by alpha / rank. Default: the rank, so by 1.")
     add(
         "lora_dropout",
         type=float,
         default=0.0,
         minimum=0,
         below=1,
-        help="Dropout probability of LoRA inputs. Above 0, a resumed run draws other masks.",
+        help="Dropout probability of the LoRA layers. Above 0, a resumed run is not exact. 0: no dropout.",
     )
     targets = ",".join(lora.TRANSFORMER_TARGETS)
-    add("lora_layers", help=f"Layers to adapt, by the ends of their names, separated by commas. Default: {targets}.")
-    add("train_text_encoder", default=False, help="Also adapt CLIP. T5 stays frozen.")
+    add("lora_layers", help=f"Comma-separated ends of the names of the layers to adapt. Default: {targets}.")
+    add("train_text_encoder", default=False, help="Also train a LoRA of the CLIP text encoder. T5 stays frozen.")
     training_flags.flux(parser, weighting_scheme="none")
     training_flags.step(parser, sample="image")
 
     training_flags.optimizer(parser, learning_rate=1e-4, adam_weight_decay=1e-4)
-    add("text_encoder_lr", type=float, default=5e-6, minimum=0, help="Learning rate of CLIP.")
-    add("adam_weight_decay_text_encoder", type=float, default=1e-3, help="Weight decay of CLIP.")
-    add("prodigy_beta3", type=float, help="Decay rate of prodigy's step size estimate. Default: the root of beta2.")
-    add("prodigy_decouple", type=boolean, default=True, help="Decoupled weight decay, as in AdamW.")
-    add("prodigy_use_bias_correction", type=boolean, default=True, help="Bias correction, as in Adam.")
+    add("text_encoder_lr", type=float, default=5e-6, minimum=0, help="Learning rate of the CLIP LoRA, unless prodigy.")
+    add("adam_weight_decay_text_encoder", type=float, default=1e-3, help="Weight decay of the CLIP LoRA.")
+    add("prodigy_beta3", type=float, help="Decay rate of prodigy's step size estimate. Default: sqrt(--adam_beta2).")
+    add("prodigy_decouple", type=boolean, default=True, help="prodigy: decoupled weight decay, as in AdamW.")
+    add("prodigy_use_bias_correction", type=boolean, default=True, help="prodigy: bias correction, as in Adam.")
     add(
         "prodigy_safeguard_warmup",
         type=boolean,
         default=True,
-        help="Keep the small rates of the warm-up out of the step size estimate.",
+        help="prodigy: leave the learning rate out of the denominator of the step size estimate, for warm-up.",
     )
     training_flags.schedule(parser)
     output_flags.output(parser, output_dir="flux-dreambooth-lora")
-    add("upcast_before_saving", default=False, may_change=True, help="Save the final adapter in fp32.")
+    add("upcast_before_saving", default=False, may_change=True, help="Save the final LoRA in fp32.")
     output_flags.validation(parser, num_inference_steps=28)
     add(
         "validation_epochs",
@@ -100,7 +100,7 @@ def parse_args(argv=None):
 
 
 def find_pipeline(args):
-    """The directory of the pipeline, checked. Raises UserError."""
+    """Returns the directory of the pipeline, after checking it. Raises UserError."""
     return resolve.pipeline(
         args.pretrained_model_name_or_path,
         args.revision,
@@ -112,11 +112,11 @@ def find_pipeline(args):
 
 
 def find_targets(args, root, initial_lora):
-    """The names of the layers to adapt per model, checked against the transformer. Raises UserError."""
+    """Returns the ends of the names of the layers to adapt, per model. Raises UserError if nothing has such a name."""
     layers = lora.TRANSFORMER_TARGETS
     if args.lora_layers:
         layers = [name.strip() for name in args.lora_layers.split(",")]
-        if "transformer" not in initial_lora:
+        if "transformer" not in initial_lora:  # which has layers of its own
             lora.check_targets(loading.narrow_transformer(root), layers, "--lora_layers")
     targets = {"transformer": layers}
     if args.train_text_encoder:
@@ -125,9 +125,9 @@ def find_targets(args, root, initial_lora):
 
 
 def find_initial_lora(args, root):
-    """The adapters that --lora_model_name_or_path names, by model, and the hash of its file; ({}, None) without it.
+    """Returns (adapters by model, hash of the file) for --lora_model_name_or_path; ({}, None) without the flag.
 
-    Raises UserError for a file that this run cannot start from.
+    Raises UserError if the run cannot start from this file.
     """
     flag = "--lora_model_name_or_path"
     if not args.lora_model_name_or_path:
@@ -139,9 +139,11 @@ def find_initial_lora(args, root):
     layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
     lora_files.check_adapters(path, flag, adapters, layers)
     if "text_encoder" in adapters and not args.train_text_encoder:
-        raise UserError(f"{flag} {path}: also adapts CLIP, which would be lost. Add --train_text_encoder.")
-    described = lora_files.describe_adapters(adapters)
-    print(f"starting from {path} ({described}): --lora_rank and --lora_layers have no effect on what it adapts")
+        raise UserError(f"{flag} {path}: has a LoRA of CLIP, which would be lost. Add --train_text_encoder.")
+    description = lora_files.describe_adapters(adapters)
+    print(
+        f"starting from {path} ({description}): its layers keep their ranks, --lora_rank and --lora_layers do not apply"
+    )
     return adapters, files.file_digest(path)
 
 
@@ -149,7 +151,7 @@ def find_initial_lora(args, root):
 
 
 def load_samples(args, sizes):
-    """Every usable instance image with its caption, decoded and checked. Raises UserError."""
+    """Returns the usable instance images with their captions, after decoding all of them. Raises UserError."""
     if args.dataset_name:
         flag = f"--dataset_name {printable(args.dataset_name)}"
         samples = tables.samples_in_dataset(args.select(columns.Source))
@@ -159,10 +161,11 @@ def load_samples(args, sizes):
     samples = samples[: args.max_train_samples]
     threads = args.dataloader_num_workers
     samples = checks.preflight(samples, buckets.min_size(sizes), flag, args.skip_bad_images, threads)
-    bare = [sample.name for sample in samples if sample.caption is None]
-    if bare and args.instance_prompt is None:
+    uncaptioned = [sample.name for sample in samples if sample.caption is None]
+    if uncaptioned and args.instance_prompt is None:
         raise UserError(
-            f"{len(bare)} images have no caption ({bare[0]} ...): give --instance_prompt, or a .txt file per image."
+            f"{len(uncaptioned)} images have no caption ({uncaptioned[0]} ...): give --instance_prompt, or a .txt file "
+            "per image."
         )
     for sample in samples:
         sample.caption = args.instance_prompt if sample.caption is None else sample.caption
@@ -170,11 +173,11 @@ def load_samples(args, sizes):
 
 
 class Batches:
-    """Makes batches from uses of images; with prior preservation, [instance images; class images].
+    """Makes the inputs of the training step for a batch. With prior preservation, class images are the second half.
 
-    images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels), posterior noise and noise [B, C, h, w], indices of
-    timesteps [B], prompt_embeds [B, L, D], pooled_prompt_embeds [B, P] or, to train CLIP, its token ids [B, 77], and
-    image ids [T, 3].
+    images [B, 2C, h, w] (the VAE's mean and log-variance, from the cache) or [B, 3, H, W] (pixels in [-1, 1]),
+    posterior noise and noise [B, C, h, w], indices of timesteps [B], prompt_embeds [B, L, D], pooled_prompt_embeds
+    [B, P] (with `tokenizer`, to train CLIP: token ids [B, 77]), and image ids [T, 3].
     """
 
     def __init__(self, args, stage, vae_config, num_train_timesteps, tokenizer=None):
@@ -185,15 +188,16 @@ class Batches:
         self.tokenizer = tokenizer
 
     def make(self, uses):
-        """The arrays of a batch, whose uses all have one size."""
+        """The arrays of a batch, from its `ImageUse`s, which all have the same size."""
         image_ids = flow.latent_image_ids(*self.latent_shape(uses[0].size)[1:])
         return *order.stack([self.row(*use) for use in uses]), image_ids
 
     def latent_shape(self, size):
+        """(C, h, w) of the latents of a crop of `size` (height, width) in pixels."""
         return self.channels, size[0] // self.factor, size[1] // self.factor
 
     def row(self, sample, size, draws):
-        """The inputs of the step for one image, in training and in held-out evaluation."""
+        """The inputs of the training step for one image, for training and for the held-out loss alike."""
         args, shape = self.args, self.latent_shape(size)
         crop, flip = draws.crop(args.center_crop), draws.flip(args.random_flip)
         image = self.stage.image(sample, size, crop=crop, flip=flip, cached=args.cache_latents)
@@ -212,7 +216,7 @@ class Batches:
         )
 
     def timestep(self, generator):
-        """The index of a timestep, from the distribution of --weighting_scheme."""
+        """Draws the index of a timestep from the distribution of --weighting_scheme."""
         args = self.args
         u = flow.sample_density(generator, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
         return flow.density_to_index(u, self.num_train_timesteps)
@@ -224,8 +228,8 @@ class Batches:
 class TrainStepForFluxDevDB(TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update of the adapter.
 
-    A pure function of its inputs. `sigmas` is a table over the timesteps [N]. `vae` is given if the images come as
-    pixels, `text_encoder` if CLIP is trained. Returns (scaled loss, loss), scalars.
+    It draws no random numbers. `sigmas` [N] has the sigma of every timestep index. `vae` is None if the latents are
+    cached, `text_encoder` is None unless CLIP is trained. Returns (scaled loss, loss), scalars.
     """
 
     def __init__(self, transformer, optimizer, scaler, args, *, vae, text_encoder, vae_config, sigmas):
@@ -241,7 +245,7 @@ class TrainStepForFluxDevDB(TrainStep):
         self.text_encoder = text_encoder
         self.sigmas = ms.Tensor(sigmas, ms.float32)
         self.compute_dtype = precision.resolve_precision(args.mixed_precision).compute
-        # Configs are dicts, whose entries a graph cannot read as attributes.
+        # Read here, because a graph cannot read a dict such as a config.
         self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
         self.guidance_embeds = transformer.config["guidance_embeds"]
         self.text_ids = ms.Tensor(np.zeros((args.max_sequence_length, 3), np.float32))
@@ -253,7 +257,7 @@ class TrainStepForFluxDevDB(TrainStep):
         )
 
     def predict(self, images, posterior_noise, noise, indices, prompt_embeds, pooled, image_ids):
-        """Prediction and target [B, C, h, w] float32, and sigmas [B, 1, 1, 1]."""
+        """Returns the prediction in the compute dtype and its float32 target, [B, C, h, w], and sigmas [B, 1, 1, 1]."""
         if self.vae is not None:
             images = self.vae.encode(images.to(self.compute_dtype))[0]
         latents = (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
@@ -266,7 +270,7 @@ class TrainStepForFluxDevDB(TrainStep):
             guidance = ops.full((1,), self.args.guidance_scale, dtype=ms.float32).broadcast_to((noise.shape[0],))
         prediction = self.transformer(
             hidden_states=flow.pack_latents(noisy_latents).to(self.compute_dtype),
-            timestep=sigmas.reshape((-1,)),  # the transformer takes t / 1000, which is sigma
+            timestep=sigmas.reshape((-1,)),  # FLUX takes t / 1000, which equals sigma
             guidance=guidance,
             pooled_projections=pooled.to(self.compute_dtype),
             encoder_hidden_states=prompt_embeds.to(self.compute_dtype),
@@ -292,7 +296,7 @@ class TrainStepForFluxDevDB(TrainStep):
 
 
 class ValidationSampler:
-    """Samples images for `prompts`, always from the same noise."""
+    """Samples images for `prompts`, from the same noise in every validation."""
 
     def __init__(self, args, root, stage, seed, latent_shape, models, tokenizer):
         self.args = args
@@ -307,24 +311,26 @@ class ValidationSampler:
         self.dtypes = precision.resolve_precision(args.mixed_precision)
 
     def sample(self, final):
-        """A row of --num_validation_images samples per prompt. `final` adds a row of the base model before each."""
+        """Returns a row of --num_validation_images images per prompt, and the label of every row.
+
+        With `final`, a row of the base model comes before that of the adapter.
+        """
         vae = self.models["vae"]
         if vae is None:
             vae = loading.load_model(self.root, "vae", self.dtypes, self.args.variant)
         adapted = [model for name, model in self.models.items() if name != "vae"]
-        rows, labels = {}, []
+        rows, labels = [], []
         with execution.eval_mode(*adapted):
-            for enabled in (False, True) if final else (True,):  # the adapter stays enabled
-                for model in adapted:
-                    lora.enable_lora(model, enabled)
-                for number, prompt in enumerate(self.prompts):
-                    rows[number, enabled] = [self.image(vae, prompt, n) for n in range(self.args.num_validation_images)]
-        for number, enabled in sorted(rows):
-            prompt = self.prompts[number]
-            labels.append(f"{prompt} ({'adapter' if enabled else 'base'})" if final else prompt)
-        return [rows[key] for key in sorted(rows)], labels
+            for prompt in self.prompts:
+                for enabled in (False, True) if final else (True,):  # True last: training needs the adapter
+                    for model in adapted:
+                        lora.enable_lora(model, enabled)
+                    rows.append([self.image(vae, prompt, number) for number in range(self.args.num_validation_images)])
+                    labels.append(f"{prompt} ({'adapter' if enabled else 'base'})" if final else prompt)
+        return rows, labels
 
     def image(self, vae, prompt, number):
+        """Samples one image; `number` determines its noise."""
         text = self.stage.text(prompt)
         pooled = text["pooled_prompt_embeds"]
         if "text_encoder" in self.models:
@@ -375,14 +381,14 @@ def main(argv=None):
         interpolation=args.image_interpolation_mode,
         int8=args.base_precision == "int8",
     )
-    priors = ClassImages([], np.array([], int))
+    prior_images = ClassImages([], np.array([], int))  # none without prior preservation
     if args.with_prior_preservation:
         settings = args.select(class_images.Settings)
-        priors = class_images.load_or_generate(settings, stage, run.seed, sizes, bucket_ids)
+        prior_images = class_images.load_or_generate(settings, stage, run.seed, sizes, bucket_ids)
     data = ImageData(
         samples,
         bucket_ids,
-        priors,
+        prior_images,
         sizes=sizes,
         seed=run.seed,
         batch_size=args.train_batch_size,
@@ -395,7 +401,7 @@ def main(argv=None):
     stage.encode(data.captions(args.validation_prompt), data.images(args.random_flip) if args.cache_latents else ())
 
     # ---- load, freeze, cast ----
-    ms.set_seed((run.seed + run.step + ranks.rank()) % 2**32)  # of --lora_dropout; nothing else draws on the device
+    ms.set_seed((run.seed + run.step + ranks.rank()) % 2**32)  # --lora_dropout alone draws on the device
     dtypes = precision.resolve_precision(args.mixed_precision)
     transformer = loading.load_model(root, "transformer", dtypes, args.variant, args.base_precision == "int8")
     adapted = {"transformer": transformer}
@@ -416,7 +422,7 @@ def main(argv=None):
         else:
             lora.add_lora(model, args.lora_rank, alpha, args.lora_dropout, targets[name], dtypes.compute)
         model.set_train(True)
-    # MindSpore's optimizers update in the dtype of the parameter, so LoRA weights are float32 in mixed precision too.
+    # MindSpore's optimizers update in the dtype of the parameter, so the LoRA is float32 in mixed precision too.
     precision.cast_training_params(adapted.values(), ms.float32)
     for name in adapted.keys() - initial_lora.keys():
         lora.init_lora(adapted[name], args.lora_rank, run.seed)
@@ -428,10 +434,12 @@ def main(argv=None):
 
     # ---- step and optimizer ----
     vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
+    # A token is a patch of 2x2 latents. The largest crop decides the shift of --timestep_shift auto.
     image_tokens = max(height * width for height, width in sizes) // (2 * configs.latent_layout(vae_config)[1]) ** 2
     sigmas = loading.load_scheduler(root).sigmas.asnumpy()
     sigmas = flow.training_sigmas(sigmas, args.timestep_shift, image_tokens, scheduler_config)
-    # prodigy has one step size for all groups; diffusers trains CLIP at the transformer's rate then.
+    # The second rate and decay are CLIP's, and unused unless it is trained. prodigy has one step size for all groups:
+    # as in diffusers, CLIP then has the rate of the transformer.
     base_rates = [schedule.base, schedule.base if args.optimizer == "prodigy" else args.text_encoder_lr]
     decays = [args.adam_weight_decay, args.adam_weight_decay_text_encoder]
     groups = [
@@ -458,8 +466,8 @@ def main(argv=None):
         trainable={name: sum(p.size for p in model.trainable_params()) for name, model in adapted.items()},
         write_weights=lambda folder: lora.save_lora(folder / lora_files.LORA_FILE, adapted, ms.float32),
     )
-    shape = batches.latent_shape(sizes[0])
-    sampler = ValidationSampler(args, root, stage, run.seed, shape, models, tokenizer)
+    latent_shape = batches.latent_shape(sizes[0])
+    sampler = ValidationSampler(args, root, stage, run.seed, latent_shape, models, tokenizer)
     validate = validation.Validation(run, step, list(adapted.values()), batches.make, sigmas, sampler)
     updates_per_epoch = data.epoch_length / run.samples_per_update
     if not run.checkpoint:
@@ -477,7 +485,7 @@ def main(argv=None):
         if run.due(args.validation_epochs * updates_per_epoch):
             validate()
         if run.due(args.checkpointing_steps):
-            run.save()  # after the validation, which a run that is resumed here would miss
+            run.save()  # after validation, because a run that is resumed from here does not repeat it
 
     # ---- finish ----
     run.save()

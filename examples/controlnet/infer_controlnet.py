@@ -1,12 +1,12 @@
-"""Generates images with Stable Diffusion 1.5 or 2 and a ControlNet of train_controlnet.py.
+"""Generates images with Stable Diffusion 1.5 or 2 and a ControlNet from train_controlnet.py.
 
     python infer_controlnet.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --controlnet out --prompt "red circle with blue background" --control_image outline.png --seed 0 \\
         --mixed_precision fp16 --output circle.png
 
-Prompts and condition images are matched as for validation in training: one image for all prompts, one prompt for all
-images, or pairs. More than one result is saved as circle-1.png, circle-2.png ... and a labelled grid as circle.png,
-whose rows start with their condition.
+Prompts and condition images are matched as in validation during training: one image for all prompts, one prompt for
+all images, or pairs. Several images are saved as circle-1.png, circle-2.png ... and in a labelled grid, circle.png. A
+row of the grid starts with its condition image.
 """
 
 import argparse
@@ -29,30 +29,30 @@ def parse_args(argv=None):
         help="Directory or hub id of a Stable Diffusion 1 or 2 pipeline.",
     )
     add("--revision", help="Branch, tag or commit on the hub. Default: main.")
-    add("--variant", help="Variant of the weight files, such as fp16. Default: the plain files.")
+    add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add(
         "--cache_dir",
-        help="Directory for hub downloads and encoded prompts. Default: the hub's cache; prompts are not kept.",
+        help="Directory for hub downloads and encoded prompts. Default: the hub's cache, prompts are not kept.",
     )
     add("--controlnet", required=True, help="Directory of a ControlNet (config.json and weights), or a hub id.")
     add(
         "--controlnet_conditioning_scale",
         type=float,
         default=1.0,
-        help="Strength of the ControlNet; 0: the base model alone. Default: 1, as trained.",
+        help="Strength of the ControlNet. 0: the base model alone. Default: 1, as in training.",
     )
     add("--prompt", nargs="+", required=True, help="One or more prompts.")
     add(
         "--control_image",
         nargs="+",
         required=True,
-        help="Condition images: one for all prompts, one per prompt, or several for one prompt.",
+        help="Paths of condition images: one per prompt, one for all prompts, or several for one prompt.",
     )
     add(
         "--num_images_per_prompt",
         type=int,
         default=1,
-        help="Images per prompt and condition, each from its own noise. Default: 1.",
+        help="Number of images per prompt and condition, each from other noise. Default: 1.",
     )
     add(
         "--resolution",
@@ -60,18 +60,18 @@ def parse_args(argv=None):
         default=512,
         help="Shorter side of the images in pixels, a multiple of 8, at least 64. Default: 512.",
     )
-    add("--num_inference_steps", type=int, default=20, help="Denoising steps. Default: 20.")
+    add("--num_inference_steps", type=int, default=20, help="Number of denoising steps. Default: 20.")
     add(
         "--guidance_scale",
         type=float,
         default=7.5,
-        help="Scale of classifier-free guidance; 1: no guidance. Default: 7.5.",
+        help="Scale of classifier-free guidance. 1: no guidance. Default: 7.5.",
     )
     add(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
         default="no",
-        help="Dtype of weights and compute. Default: no, float32.",
+        help="Dtype of the weights and of the computation. Default: no, which is fp32.",
     )
     add("--seed", type=int, default=0, help="Seed of the noise. Default: 0.")
     add("--output", default="controlnet.png", help="PNG file for the image or the grid. Default: controlnet.png.")
@@ -83,7 +83,7 @@ def parse_args(argv=None):
 
 
 def check_flags(args):
-    """Raises UserError for values out of bounds."""
+    """Raises UserError for a value that is not allowed."""
     inference.require_side("--resolution", args.resolution, multiple=8, least=64)
     inference.require_positive(
         num_images_per_prompt=args.num_images_per_prompt, num_inference_steps=args.num_inference_steps
@@ -112,7 +112,7 @@ def main(argv=None):
         conditioning_scale=args.controlnet_conditioning_scale,
     )
 
-    # Encode the prompts, in a child process: its memory is free before the UNet loads.
+    # Encode the prompts in a child process. Its memory is freed before the UNet loads.
     with inference.prompt_cache(args.cache_dir) as folder:
         stage = EncoderStage(root, args.variant, args.mixed_precision, folder, max_sequence_length=77, system="sd")
         texts, unconditional = inference.encode_for_unet(stage, args.prompt)

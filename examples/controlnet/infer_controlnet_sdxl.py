@@ -1,12 +1,12 @@
-"""Generates images with Stable Diffusion XL and a ControlNet of train_controlnet_sdxl.py.
+"""Generates images with Stable Diffusion XL and a ControlNet from train_controlnet_sdxl.py.
 
     python infer_controlnet_sdxl.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
         --controlnet out --prompt "red circle with blue background" --control_image outline.png --seed 0 \\
         --mixed_precision fp16 --output circle.png
 
-Prompts and condition images are matched as for validation in training: one image for all prompts, one prompt for all
-images, or pairs. More than one result is saved as circle-1.png, circle-2.png ... and a labelled grid as circle.png,
-whose rows start with their condition.
+Prompts and condition images are matched as in validation during training: one image for all prompts, one prompt for
+all images, or pairs. Several images are saved as circle-1.png, circle-2.png ... and in a labelled grid, circle.png. A
+row of the grid starts with its condition image.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import argparse
 from mindtune.cli import run_script
 from mindtune.data import grids
 from mindtune.encode.encoder_stage import EncoderStage
-from mindtune.models import execution, loading, pipelines
+from mindtune.models import execution, pipelines, resolve
 from mindtune.run import inference
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -25,34 +25,34 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="Directory or hub id of a Stable Diffusion XL pipeline.")
     add("--revision", help="Branch, tag or commit on the hub. Default: main.")
-    add("--variant", help="Variant of the weight files, such as fp16. Default: the plain files.")
+    add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add(
         "--pretrained_vae_model_name_or_path",
-        help="Directory or hub id of another VAE. Default: the pipeline's, in float32.",
+        help="Directory or hub id of another VAE. Default: the pipeline's, in fp32.",
     )
     add(
         "--cache_dir",
-        help="Directory for hub downloads and encoded prompts. Default: the hub's cache; prompts are not kept.",
+        help="Directory for hub downloads and encoded prompts. Default: the hub's cache, prompts are not kept.",
     )
     add("--controlnet", required=True, help="Directory of a ControlNet (config.json and weights), or a hub id.")
     add(
         "--controlnet_conditioning_scale",
         type=float,
         default=1.0,
-        help="Strength of the ControlNet; 0: the base model alone. Default: 1, as trained.",
+        help="Strength of the ControlNet. 0: the base model alone. Default: 1, as in training.",
     )
     add("--prompt", nargs="+", required=True, help="One or more prompts.")
     add(
         "--control_image",
         nargs="+",
         required=True,
-        help="Condition images: one for all prompts, one per prompt, or several for one prompt.",
+        help="Paths of condition images: one per prompt, one for all prompts, or several for one prompt.",
     )
     add(
         "--num_images_per_prompt",
         type=int,
         default=1,
-        help="Images per prompt and condition, each from its own noise. Default: 1.",
+        help="Number of images per prompt and condition, each from other noise. Default: 1.",
     )
     add(
         "--resolution",
@@ -60,18 +60,18 @@ def parse_args(argv=None):
         default=1024,
         help="Shorter side of the images in pixels, a multiple of 8, at least 64. Default: 1024.",
     )
-    add("--num_inference_steps", type=int, default=20, help="Denoising steps. Default: 20.")
+    add("--num_inference_steps", type=int, default=20, help="Number of denoising steps. Default: 20.")
     add(
         "--guidance_scale",
         type=float,
         default=5.0,
-        help="Scale of classifier-free guidance; 1: no guidance. Default: 5.0.",
+        help="Scale of classifier-free guidance. 1: no guidance. Default: 5.0.",
     )
     add(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
         default="no",
-        help="Dtype of weights and compute. Default: no, float32.",
+        help="Dtype of the weights and of the computation. Default: no, which is fp32.",
     )
     add("--seed", type=int, default=0, help="Seed of the noise. Default: 0.")
     add("--output", default="controlnet.png", help="PNG file for the image or the grid. Default: controlnet.png.")
@@ -83,20 +83,11 @@ def parse_args(argv=None):
 
 
 def check_flags(args):
-    """Raises UserError for values out of bounds."""
+    """Raises UserError for a value that is not allowed."""
     inference.require_side("--resolution", args.resolution, multiple=8, least=64)
     inference.require_positive(
         num_images_per_prompt=args.num_images_per_prompt, num_inference_steps=args.num_inference_steps
     )
-
-
-def find_vae(name, root, cache_dir):
-    """The directory of a VAE, local or from the hub, that fits the pipeline in `root`; None without a name."""
-    if not name:
-        return None
-    folder = pipelines.resolve_vae(name, "--pretrained_vae_model_name_or_path", cache_dir, root, "unet")
-    loading.check_files(folder.parent, [folder.name])
-    return folder
 
 
 # ---- inference -----------------------------------------------------------------------------------
@@ -111,7 +102,7 @@ def main(argv=None):
     root = inference.find_pipeline(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SDXL_COMPONENTS
     )
-    vae_folder = find_vae(args.pretrained_vae_model_name_or_path, root, args.cache_dir)
+    vae_folder = resolve.vae(args.pretrained_vae_model_name_or_path, args.cache_dir, root)
     vae_precision = "no" if pipelines.vae_overflows(vae_folder, args.mixed_precision) else args.mixed_precision
     controlnet_folder = inference.find_controlnet(args.controlnet, args.cache_dir, root, base="unet")
 
@@ -123,13 +114,13 @@ def main(argv=None):
         conditioning_scale=args.controlnet_conditioning_scale,
     )
 
-    # Encode the prompts, in a child process: its memory is free before the UNet loads.
+    # Encode the prompts in a child process. Its memory is freed before the UNet loads.
     with inference.prompt_cache(args.cache_dir) as folder:
         stage = EncoderStage(
             root,
             variant=args.variant,
             precision=args.mixed_precision,
-            folder=folder,
+            cache_dir=folder,
             max_sequence_length=77,
             system="sdxl",
             vae=vae_folder,

@@ -29,7 +29,7 @@ from mindtune.models.train_step import TrainStep, train_all_weights
 from mindtune.optim import advice, averaging, optimizers, schedules
 from mindtune.run import checkpoint, memory, plan, record, validation
 
-FOLDER = "controlnet"  # of the ControlNet in a checkpoint, as in diffusers
+FOLDER = "controlnet"  # the folder of the ControlNet in a checkpoint, as in diffusers
 
 # ---- flags (yours to change) ---------------------------------------------------------------------
 
@@ -52,7 +52,7 @@ def parse_args(argv=None):
             type=int,
             default=0,
             minimum=0,
-            help=f"{'Top' if side == 'h' else 'Left'} edge of the crop, in pixels, that SDXL is conditioned on.",
+            help=f"{'Top' if side == 'h' else 'Left'} coordinate of the crop, in pixels, that SDXL is conditioned on.",
         )
     parser.add("snr_gamma", type=float, above=0, help="gamma of Min-SNR weighting, such as 5.0. Default: no weighting.")
     training_flags.step(parser, sample="pair")
@@ -71,8 +71,10 @@ def parse_args(argv=None):
 
 
 def find_models(args):
-    """(pipeline, VAE or None, existing ControlNet or None, tokenizer or None),
-    checked. Raises UserError."""
+    """Returns the directories (pipeline, VAE or None, existing ControlNet or None, tokenizer or None), after checks.
+
+    Raises UserError.
+    """
     root = resolve.pipeline(
         args.pretrained_model_name_or_path,
         args.revision,
@@ -92,9 +94,10 @@ def find_models(args):
 
 
 class Batches:
-    """Makes batches from uses of pairs.
+    """Makes the inputs of the training step for a batch of pairs.
 
-    images [B, 2C, h, w] (cached moments) or [B, 3, H, W] (pixels in [-1, 1]), conditions [B, 3, H, W] in [0, 1],
+    images [B, 2C, h, w] (the VAE's mean and log-variance, from the cache) or [B, 3, H, W] (pixels in [-1, 1]),
+    conditions [B, 3, H, W] in [0, 1],
     posterior noise and noise [B, C, h, w], timesteps [B], prompt_embeds [B, L, D],
     pooled_prompt_embeds [B, P], time_ids [B, 6].
     """
@@ -106,14 +109,14 @@ class Batches:
         self.num_train_timesteps = num_train_timesteps
 
     def make(self, uses):
-        """The arrays of a batch, in the order that `predict` takes them."""
+        """The arrays of a batch, from its `PairUse`s: the inputs of `predict`."""
         return order.stack([self.row(*use) for use in uses])
 
     def row(self, pair, size, draws):
-        """The inputs of the step for one pair with its size conditioning, in training and in held-out evaluation."""
+        """The inputs of the training step for one pair, with SDXL's size conditioning, also for the held-out loss."""
         args = self.args
         flip = draws.flip(args.random_flip)
-        crop = draws.crop(args.center_crop or args.cache_latents)
+        crop = draws.crop(args.center_crop or args.cache_latents)  # cached latents are those of the center crop
         image = self.stage.image(pair.image, size, crop=crop, flip=flip, cached=args.cache_latents)
         condition = self.stage.image(pair.condition, size, crop=crop, flip=flip, cached=False)
         text = self.stage.text(draws.caption(pair.caption, args.proportion_empty_prompts))
@@ -137,10 +140,10 @@ class Batches:
 
 
 class TrainStepForControlNetSDXL(TrainStep):
-    """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update.
+    """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update of the ControlNet.
 
-    A pure function of its inputs. `vae` is given if the images come as pixels,
-    and computes in `vae_dtype`. Returns (scaled loss, loss), scalars.
+    It draws no random numbers. `vae`, which computes in `vae_dtype`, is None if the latents are cached. Returns
+    (scaled loss, loss), scalars.
     """
 
     def __init__(self, controlnet, optimizer, scaler, args, *, unet, vae, vae_dtype, vae_config, scheduler_config):
@@ -159,14 +162,14 @@ class TrainStepForControlNetSDXL(TrainStep):
         self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
         alphas = diffusion.alphas_cumprod(scheduler_config)
         self.prediction_type = diffusion.prediction_type(scheduler_config)
-        # Tables over the timesteps [N].
+        # Tables [N] over the timesteps, read by `get_sigmas`: the noise schedule and the weights of the loss.
         self.alphas = ms.Tensor(alphas, ms.float32)
         self.weights = ms.Tensor(diffusion.min_snr_weights(alphas, args.snr_gamma, self.prediction_type), ms.float32)
 
     def predict(
         self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids
     ):
-        """Prediction and target [B, C, h, w], and weights [B, 1, 1, 1]."""
+        """Returns prediction and target [B, C, h, w], and the weights of the loss [B, 1, 1, 1]."""
         if self.vae is not None:
             images = self.vae.encode(images.to(self.vae_dtype))[0]
         latents = (flow.sample_posterior(images, posterior_noise) - self.latent_shift) * self.latent_scale
@@ -208,7 +211,7 @@ class TrainStepForControlNetSDXL(TrainStep):
 
 
 class ValidationSampler:
-    """Samples images for `prompts`, pairs of a prompt and a condition image, always from the same noise."""
+    """Samples images for `prompts`, (prompt, condition image) pairs, from the same noise in every validation."""
 
     def __init__(self, args, prompts, stage, seed, models, vae_dtype, scheduler_config):
         self.args = args
@@ -219,14 +222,15 @@ class ValidationSampler:
         self.scheduler_config = scheduler_config
         self.vae_dtype = vae_dtype
 
-    def sample(self, final):
-        """A row per pair: the condition image and --num_validation_images samples. The label is the prompt."""
+    def sample(self, final):  # the final validation has no other images
+        """Returns a row per pair, the condition image and --num_validation_images images, and the prompts as labels."""
         vae = self.stage.load_vae() if self.models["vae"] is None else self.models["vae"]
         with execution.eval_mode(self.models["controlnet"]):
             rows = [[condition, *self.images(vae, prompt, condition)] for prompt, condition in self.prompts]
         return rows, [prompt for prompt, _ in self.prompts]
 
     def images(self, vae, prompt, condition):
+        """Yields the images for one pair; the number of an image determines its noise."""
         empty = self.stage.unconditional()  # zeros, unless model_index.json says otherwise
         args = self.args
         compute_dtype = precision.resolve_precision(args.mixed_precision).compute
@@ -286,7 +290,7 @@ def main(argv=None):
         tokenizer=tokenizer,
         vae_precision="no" if pipelines.vae_overflows(vae_folder, args.mixed_precision) else None,
     )
-    empty = [""] if args.proportion_empty_prompts or prompts else []
+    empty = [""] if args.proportion_empty_prompts or prompts else []  # validation needs it for guidance
     captions = data.captions(args.validation_prompt + empty)
     images = data.images(args.random_flip, conditions=False) if args.cache_latents else ()
     stage.encode(captions, images, args.streaming)
@@ -327,7 +331,7 @@ def main(argv=None):
 
     # ---- resume ----
     state = optimizers.training_state(optimizer, scaler, ema=dict(zip(weights, ema.averages)) if ema else {})
-    if run.checkpoint:
+    if run.checkpoint:  # the weights have a file of their own, which diffusers can load
         checkpoint.load_state(run.checkpoint / FOLDER / loading.WEIGHTS, weights)
     run.resume(args.fixed(), component_fingerprint(root, "unet", args.variant), state)
 
@@ -340,7 +344,7 @@ def main(argv=None):
         axis="timestep",
     )
     sampler = ValidationSampler(args, prompts, stage, run.seed, models, vae_dtype, scheduler_config)
-    places = np.arange(num_train_timesteps) / num_train_timesteps
+    places = np.arange(num_train_timesteps) / num_train_timesteps  # on the axis of the held-out plot
     validate = validation.Validation(run, step, [controlnet], batches.make, places, sampler, ema)
     if not run.checkpoint:
         validate()
@@ -357,7 +361,7 @@ def main(argv=None):
         if run.due(args.validation_steps):
             validate()
         if run.due(args.checkpointing_steps):
-            run.save()  # after the validation, which a run that is resumed here would miss
+            run.save()  # after validation, because a run that is resumed from here does not repeat it
 
     # ---- finish ----
     run.save()

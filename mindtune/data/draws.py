@@ -1,4 +1,4 @@
-"""The random draws of one use of a sample, in training and in held-out evaluation."""
+"""The random numbers for one use of a sample in a batch, in training and for the held-out loss."""
 
 from __future__ import annotations
 
@@ -10,55 +10,59 @@ from mindtune import rng
 
 
 class TrainingDraws:
-    """Draws of use number `use` of a sample.
+    """The random numbers for one use of a sample in training; `use` counts the earlier uses of that sample.
 
-    They are functions of (seed, purpose, sample, use) alone, so a resumed run repeats them.
-
-    `group` separates the draws of instance images, class images and pairs.
+    They depend only on (seed, purpose, sample, use), so a resumed run repeats them. `group` is instance, class or pair:
+    samples of different groups may have the same id.
     """
 
     def __init__(self, seed: int, group: str, sample_id: int, use: int) -> None:
-        self.seed, self.group, self.key = seed, group, (sample_id, use)
+        self.seed = seed
+        self.group = group
+        self.key = (sample_id, use)
         self._crop_and_flip = rng.generator(seed, f"{group} crop and flip", *self.key).random(3)
 
     def crop(self, centered: bool) -> Optional[tuple[float, float]]:
-        """Where to crop, as fractions (x, y) of the free space in [0, 1), or None for the center."""
+        """The position of the crop: fractions (x, y) in [0, 1) of the space around it, or None for the center."""
         return None if centered else (self._crop_and_flip[0], self._crop_and_flip[1])
 
     def flip(self, enabled: bool) -> bool:
-        """Whether to flip this use horizontally: half of the uses if `enabled`."""
+        """Whether to flip the image horizontally: with probability 0.5 if `enabled`."""
         return bool(enabled and self._crop_and_flip[2] < 0.5)
 
     def timestep(self, draw: Callable[[np.random.Generator], int]) -> int:
-        """The timestep that `draw` takes from the generator of this use."""
+        """The timestep that `draw` returns for the generator of this use."""
         return draw(rng.generator(self.seed, f"{self.group} timestep", *self.key))
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> np.ndarray:
         """Standard normal float32 of `shape`; `purpose` is posterior, condition posterior or noise."""
+        # Only pairs have conditions, so that key needs no group.
         purpose = purpose if purpose == "condition posterior" else f"{self.group} {purpose}"
         return rng.normal(self.seed, purpose, *self.key, shape=shape)
 
     def caption(self, caption: str, proportion_empty: float) -> str:
-        """The caption, or an empty one for a `proportion_empty` of the uses."""
+        """The caption, or an empty one with probability `proportion_empty`."""
         empty = rng.generator(self.seed, "empty prompt", *self.key).random() < proportion_empty
         return "" if empty else caption
 
 
 class HeldOutDraws:
-    """Draws for the loss of a held-out sample at a timestep, the same at every evaluation.
+    """The random numbers for the loss of a held-out sample at a timestep, the same in every evaluation.
 
-    Held-out samples are center-cropped, not flipped, and keep their caption.
+    Has the methods of `TrainingDraws`. Held-out samples are center-cropped, not flipped, and keep their captions.
     """
 
     def __init__(self, seed: int, sample_id: int, timestep: int) -> None:
-        self.seed, self.sample_id, self._timestep = seed, sample_id, timestep
+        self.seed = seed
+        self.sample_id = sample_id
+        self._timestep = timestep
 
     def crop(self, centered: bool) -> None:
-        """The center."""
+        """None, for the center."""
         return None
 
     def flip(self, enabled: bool) -> bool:
-        """No."""
+        """False: no flip."""
         return False
 
     def timestep(self, draw: Callable[[np.random.Generator], int]) -> int:
@@ -71,5 +75,5 @@ class HeldOutDraws:
         return rng.normal(self.seed, f"held-out {purpose}", *key, shape=shape)
 
     def caption(self, caption: str, proportion_empty: float) -> str:
-        """The caption."""
+        """The caption, unchanged."""
         return caption

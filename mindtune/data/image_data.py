@@ -1,4 +1,4 @@
-"""The images of a LoRA run and its batches by position. `pair_data` is its twin for ControlNet."""
+"""The images of a LoRA run, and its batches by their numbers. `pair_data` does the same for ControlNet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mindtune.files import text_digest
 
 
 class ImageUse(NamedTuple):
-    """One use of an image: what a script makes a row of a batch from. `size` is (height, width) of the crop."""
+    """One use of an image: a script makes a row of a batch from it. `size` is the crop's (height, width) in pixels."""
 
     sample: Sample
     size: tuple[int, int]
@@ -32,10 +32,11 @@ class ClassImages(NamedTuple):
 
 
 class ImageData:
-    """Training images, held-out images, class images, and the uses of images that make up batch number k.
+    """Training images, held-out images and class images, and which of them make up the batch of a given number.
 
     A batch has `batch_size` instance images of one bucket and, with class images, as many class images of that bucket.
-    An epoch uses every instance image `repeats` times. `bucket_ids` are those of `samples`, int [N].
+    An epoch uses every instance image `repeats` times, and is longer if there are more class images than that.
+    `bucket_ids` are those of `samples`, int [N].
     """
 
     def __init__(
@@ -58,15 +59,15 @@ class ImageData:
         self.class_images = class_images
         self.sizes = sizes
         self.seed = seed
-        # The names of the streams are part of what a checkpoint resumes.
-        stream = "{} {}" if len(sizes) > 1 else "{}"
-        self.order = BucketOrder(seed, self.bucket_ids, batch_size, stream.format("instance", "{}"), repeats)
+        # These names are keys of random numbers: with others, a resumed run would have another order of samples.
+        instance_stream, class_stream = ("instance {}", "class {}") if len(sizes) > 1 else ("instance", "class")
+        self.order = BucketOrder(seed, self.bucket_ids, batch_size, instance_stream, repeats)
         self.class_ids = {}
         self.class_streams = {}
         for bucket in self.order.buckets if class_images.samples else ():
             self.class_ids[bucket] = np.flatnonzero(class_images.bucket_ids == bucket)
             self.class_streams[bucket] = rng.SampleStream(
-                seed, stream.format("class", bucket), len(self.class_ids[bucket])
+                seed, class_stream.format(bucket), len(self.class_ids[bucket])
             )
         self.epoch_length = max(self.order.epoch_length, len(class_images.samples))
 
@@ -77,7 +78,7 @@ class ImageData:
         return prefetch(lambda number: make_batch(self.uses(number)), ranks.shard(range(first, last)), threads)
 
     def uses(self, number: int) -> list[ImageUse]:
-        """The uses of batch `number`: instance images, then class images."""
+        """The images of batch `number`: instance images, then class images."""
         place, position = self.order.place(number)
         bucket = self.order.buckets[place]
         size = self.sizes[bucket]
@@ -99,7 +100,7 @@ class ImageData:
         return [sample.caption for sample in (*self.train, *self.held_out, *self.class_images.samples)] + more
 
     def images(self, random_flip: bool) -> list[tuple[Sample, tuple[int, int], bool]]:
-        """Every (image, size, flip) of the run, as the encoder stage takes them."""
+        """Every (image, size, flip) of the run, for `EncoderStage.encode`."""
         flips = [False, True] if random_flip else [False]
         used = [*zip(self.train, self.bucket_ids), *zip(*self.class_images)]
         held_out = zip(self.held_out, self.held_out_bucket_ids)

@@ -1,4 +1,4 @@
-"""The pairs of a ControlNet run and its batches by position. `image_data` is its twin for LoRA."""
+"""The pairs of a ControlNet run, and its batches by their numbers. `image_data` does the same for LoRA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mindtune.files import text_digest
 
 
 class Settings(NamedTuple):
-    """How a run reads its pairs, by the names of the flags."""
+    """How a run reads its pairs. The fields have the names of the flags."""
 
     train_batch_size: int
     resolution: int
@@ -37,7 +37,7 @@ class Settings(NamedTuple):
 
 
 class PairUse(NamedTuple):
-    """One use of a pair: what a script makes a row of a batch from. `size` is (height, width) of the crop."""
+    """One use of a pair: a script makes a row of a batch from it. `size` is the crop's (height, width) in pixels."""
 
     sample: Pair
     size: tuple[int, int]
@@ -45,9 +45,10 @@ class PairUse(NamedTuple):
 
 
 class PairData:
-    """Training pairs, held-out pairs, and the uses of pairs that make up batch number k.
+    """Training pairs and held-out pairs, and which of them make up the batch of a given number.
 
-    `check_pairs` checks every pair of a stream when it is used; otherwise the encoder stage has done it.
+    With `check_pairs` every pair of a stream is checked when it is used. Without it `PairImages` checks them, when the
+    encoder stage reads the stream.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class PairData:
         self.streaming = isinstance(train, PairStream)
         self.check_pairs = check_pairs and self.streaming
         self.background = train.background
-        # The epoch of a stream is unknown: the whole run counts as one.
+        # The length of a stream is not known, so an epoch is the whole run.
         self.epoch_length = train.count if self.streaming else len(train)
         self.bucket_ids = None if self.streaming else bucket_ids((pair.image for pair in train), sizes)
         self.held_out_bucket_ids = bucket_ids((pair.image for pair in held_out), sizes)
@@ -82,7 +83,7 @@ class PairData:
         return prefetch(lambda number: make_batch(self.uses(number)), ranks.shard(range(first, last)), threads)
 
     def uses(self, number: int) -> list[PairUse]:
-        """The uses of batch `number`."""
+        """The pairs of batch `number`."""
         bucket, uses = self.order.at(number)
         size = self.sizes[bucket]
         return [PairUse(self.train[i], size, TrainingDraws(self.seed, "pair", i, use)) for i, use in uses]
@@ -97,11 +98,11 @@ class PairData:
         return PairCaptions(self, more)
 
     def images(self, random_flip: bool, conditions: bool) -> PairImages:
-        """Every image of the run, and with `conditions` every condition image, as the encoder stage takes them."""
+        """Every (image, size, flip) of the run, for `EncoderStage.encode`; with `conditions` condition images too."""
         return PairImages(self, random_flip, conditions)
 
     def fingerprint(self) -> str:
-        """A hash of the contents of every pair, or of nothing for a stream, which is not read twice."""
+        """A hash of the contents of all training pairs. All streams have the same: they are not read in advance."""
         pairs = () if self.streaming else self.train
         return text_digest(pair.image.digest + pair.condition.digest + pair.caption for pair in pairs)
 
@@ -114,7 +115,7 @@ class PairData:
         }
 
     def _stream(self, first: int, last: int) -> Iterator[list[PairUse]]:
-        """The position in the stream stands for the sample's id."""
+        """The batches `first` to `last` - 1 of a stream. The id of a pair is its position in the stream."""
         start = first * self.batch_size
         pairs = enumerate(self.train.from_position(start), start)
         for _ in range(first, last):
@@ -130,9 +131,9 @@ class PairData:
 
 
 def load(source: Source, settings: Settings, seed: int) -> PairData:
-    """The pairs of a source, checked and split by `seed`; those of a stream are checked when they are read.
+    """Loads the pairs of a source, checks them, and splits them by `seed`. A stream is checked as it is read.
 
-    Raises UserError that lists every problem.
+    Raises UserError that lists all problems.
     """
     sizes = crop_sizes(settings.aspect_ratio_buckets, settings.resolution)
     if settings.streaming:
@@ -195,7 +196,7 @@ class PairImages:
         train_ids = itertools.repeat(0) if data.streaming else data.bucket_ids
         for pair, bucket in zip(data.train, train_ids):
             if data.streaming:
-                require_usable(pair, data.sizes)
+                require_usable(pair, min_size(data.sizes))
             yield from self._images(pair, data.sizes[bucket], [False, True] if self.random_flip else [False])
 
     def _images(

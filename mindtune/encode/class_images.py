@@ -15,7 +15,7 @@ from mindtune.encode.encoder_stage import ClassImageRequest, EncoderStage
 
 
 class Settings(NamedTuple):
-    """Class images, by the names of the flags."""
+    """How class images are loaded and generated. The fields have the names of the flags."""
 
     class_data_dir: str
     class_prompt: str
@@ -28,7 +28,7 @@ class Settings(NamedTuple):
 
 
 def class_quota(num_class_images: int, bucket_ids: np.ndarray) -> dict[int, int]:
-    """The number of class images per bucket: divided as the instance images, whose buckets are `bucket_ids` [N]."""
+    """The number of class images per bucket, in proportion to the instance images, in the buckets `bucket_ids` [N]."""
     found, counts = np.unique(bucket_ids, return_counts=True)
     return {int(b): max(1, round(num_class_images * n / len(bucket_ids))) for b, n in zip(found, counts)}
 
@@ -46,7 +46,7 @@ def load_or_generate(
         used = settings.prior_generation_precision or stage.precision
         stage = replace(stage, precision=used, vae=None, vae_precision=None)
         generate(settings, stage, seed, sizes, quota, images.bucket_ids)
-        images = load(settings, sizes, quota, say=lambda message: None)  # its messages have been printed
+        images = load(settings, sizes, quota, say=lambda message: None)  # the first call printed its messages
     return images
 
 
@@ -56,7 +56,7 @@ def load(
     quota: dict[int, int],
     say: Callable[[str], None] = print,
 ) -> ClassImages:
-    """The usable images in --class_data_dir, at most `quota` per bucket; maybe none."""
+    """The usable images in --class_data_dir, at most `quota[bucket]` of a bucket. There may be none yet."""
     folder, flag = settings.class_data_dir, "--class_data_dir"
     if folders.holds_no_image(Path(folder), flag):
         return ClassImages([], np.array([], int))
@@ -84,14 +84,15 @@ def generate(
     quota: dict[int, int],
     bucket_ids: np.ndarray,
 ) -> None:
-    """Generates missing images in a child process. An image's number determines its noise and is never reused."""
+    """Generates the missing images in a child process. An image's number determines its noise and is not reused."""
     folder = Path(settings.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for bucket, wanted in quota.items():
-        found, size = int(np.count_nonzero(bucket_ids == bucket)), sizes[bucket]
-        if found >= wanted:
+    for bucket, count in quota.items():
+        size = sizes[bucket]
+        missing = count - int(np.count_nonzero(bucket_ids == bucket))
+        if missing <= 0:
             continue
-        print(f"class images of {size[1]}x{size[0]}: {found} of {wanted} in {folder}; generating {wanted - found}")
+        print(f"class images of {size[1]}x{size[0]}: {count - missing} of {count} in {folder}; generating {missing}")
         numbers = [int(path.name[:5]) for path in folder.glob("[0-9]" * 5 + "-*.png")]
         start = max(numbers, default=-1) + 1
         stage.generate(
@@ -99,7 +100,7 @@ def generate(
                 folder=folder,
                 prompt=settings.class_prompt,
                 start=start,
-                stop=start + wanted - found,
+                stop=start + missing,
                 batch_size=settings.sample_batch_size,
                 seed=seed,
                 size=size,

@@ -1,4 +1,4 @@
-"""The encoder stage: text encoders, VAE and class images run in a child process before training.
+"""The encoder stage: before training, a child process encodes captions and images and generates class images.
 
 When the child process ends, the encoders' memory is free on every backend; deleting a Cell that a graph has used does
 not free it. The results are on disk (`mindtune.encode.cache`), one entry per caption or image.
@@ -36,8 +36,8 @@ from mindtune.models.weights import read_json, weight_files
 
 Size = Union[int, tuple[int, int]]  # side of a square, or (height, width), in pixels
 MINDONE = version("mindone")  # read once: a call takes 0.5 ms, and every cache key contains it
-CAPTIONS_TO_MEASURE = 20_000
-SHARED_FILES_SECONDS = 60  # how long a file system that several machines share may take to show another rank's files
+CAPTIONS_TO_MEASURE = 20_000  # tokenizing all captions of a large data set would take minutes
+SHARED_FILES_SECONDS = 60  # how long to wait until a shared file system shows the files of another rank
 
 
 @dataclass
@@ -117,10 +117,8 @@ class EncoderStage:
     def text_key(self, encoder: str, caption: str) -> str:
         """The cache key of a caption's output of one text encoder."""
         made_by = self._made_by(self.precision) + ["int8"] * self.is_int8(encoder)
-        if (
-            ENCODERS[self.system][encoder] is t5_entry
-        ):  # version 0.1.0 computed T5's position buckets wrongly on the CPU
-            made_by.append("exact buckets")
+        if ENCODERS[self.system][encoder] is t5_entry:
+            made_by.append("exact buckets")  # version 0.1.0 computed T5's position buckets wrongly on the CPU
         return key_of(
             kind=f"{self.system} {encoder}",
             caption=caption,
@@ -163,7 +161,7 @@ class EncoderStage:
     def image(
         self, sample: Sample, size: Size, *, crop: Optional[tuple[float, float]], flip: bool, cached: bool
     ) -> np.ndarray:
-        """What the training step takes of an image: `moments` if `cached`, otherwise pixels [3, H, W] in [-1, 1]."""
+        """The input of the training step for an image: `moments` if `cached`, otherwise pixels [3, H, W] in [-1, 1]."""
         if cached:
             return self.moments(sample, size, flip)
         return pixel_values(sample.open(), size, self.interpolation, crop, flip)
@@ -171,16 +169,16 @@ class EncoderStage:
     def encode(
         self, captions: Iterable[str], images: Iterable[tuple[Sample, Size, bool]], streaming: bool = False
     ) -> None:
-        """`prepare`, with messages. The captions of a stream are not measured, because that would read it once more."""
+        """Calls `prepare` and prints messages. With `streaming`, does not read all captions to find long ones."""
         if images:
             print("--cache_latents: every image is center-cropped, and with --random_flip cached twice")
         if not streaming:
             print_lines(self.long_captions(captions))
         encoded = self.prepare(captions, images)
-        print(f"encoder stage: {encoded} encoded, the rest was in {self.cache_dir}")
+        print(f"encoder stage: {encoded} captions and images encoded, all others were in {self.cache_dir}")
 
     def long_captions(self, captions: Iterable[str]) -> list[str]:
-        """A message if captions are longer than the text encoder reads: T5 for FLUX, CLIP otherwise.
+        """A message if captions have more tokens than the text encoder reads: T5 for FLUX, CLIP otherwise.
 
         Only the first CAPTIONS_TO_MEASURE captions count.
         """
@@ -197,7 +195,7 @@ class EncoderStage:
     # ---- encoding --------------------------------------------------------------------------------
 
     def prepare(self, captions: Iterable[str], images: Iterable[tuple[Sample, Size, bool]]) -> int:
-        """Encodes in a child process what the cache lacks.
+        """Encodes captions and images that are not in the cache, in a child process.
 
         Returns how many captions and images that was, over all ranks. `captions` and `images` are iterated twice, here
         and in the child, which receives them pickled. Pass lists, or objects that create their items in each iteration
@@ -243,7 +241,7 @@ class EncoderStage:
         """Generates this rank's shard of class images in a child process; returns when all ranks are done."""
         ranks.all_gather()  # nobody writes before all ranks have counted the existing images
         if ranks.world_size() > 1:
-            self.prepare([request.prompt], [])  # encoded once; with one rank its child encodes the prompt itself
+            self.prepare([request.prompt], [])  # encoded once for all ranks; a single rank's child does it itself
         indices = ranks.shard(range(request.start, request.stop))
         if indices:
             _in_child(EncodeJob(self, [], [], class_images=replace(request, indices=indices)))
@@ -251,10 +249,7 @@ class EncoderStage:
 
 
 class EncodeJob(NamedTuple):
-    """What the child process has to do.
-
-    `image_keys` limits the images to those with one of these cache keys; None: all.
-    """
+    """The work of the child process. `image_keys` are the cache keys of the images to encode; None: all images."""
 
     stage: EncoderStage
     captions: Iterable[str]
@@ -274,7 +269,7 @@ def _read_entry(cache: Cache, key: str) -> dict[str, np.ndarray]:
 
 
 def _in_child(job: EncodeJob) -> None:
-    # Without MS_ROLE: MindSpore would take the child for a worker of the job. DEVICE_ID gives it this process's device.
+    # Without MS_ROLE, because MindSpore would make the child a rank of the job. DEVICE_ID, its device, is inherited.
     environment = {name: value for name, value in os.environ.items() if name != "MS_ROLE"}
     command = [sys.executable, "-m", "mindtune.encode.child"]
     code = subprocess.run(command, input=pickle.dumps((os.getpid(), *job)), env=environment).returncode

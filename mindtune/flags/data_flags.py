@@ -12,15 +12,15 @@ from mindtune.flags.parser import Parser, Values
 
 
 def dataset(parser: Parser, image: str) -> None:
-    """A data set for the datasets library. `image` names the default image column."""
+    """A data set that the datasets library reads. `image` describes the default of --image_column."""
     add = parser.add
-    add("dataset_name", may_change=True, help="Hub id or directory of a data set for the datasets library.")
-    add("dataset_config_name", help="Configuration of the data set. Default: its only one.")
+    add("dataset_name", may_change=True, help="Hub id or directory of a data set that the datasets library can load.")
+    add("dataset_config_name", help="Configuration of the data set. Default: the only one it has.")
     add("image_column", help=f"Column of the images. Default: {image}.")
 
 
 def pairs(parser: Parser) -> None:
-    """Pairs of an image and a condition image, from one of three sources, or streamed."""
+    """Pairs of an image and a condition image, from one of three sources, loaded or streamed."""
     add = parser.add
     parser.section("data")
     dataset(parser, image="image, or the first image column")
@@ -35,17 +35,18 @@ def pairs(parser: Parser) -> None:
         help="Instead of --dataset_name: a .jsonl file whose lines have image, conditioning_image (paths) and text.",
     )
     add(
-        "conditioning_image_column", help="Column of the condition images. Default: the one that begins with condition."
+        "conditioning_image_column",
+        help="Column of the condition images. Default: the first that starts with condition.",
     )
     add("caption_column", help="Column of the captions. Default: text, caption or prompt.")
-    add("streaming", default=False, help="Read the data set while training. Needs --max_train_steps.")
-    add("shuffle_buffer_size", type=int, default=1000, minimum=1, help="Number of samples that --streaming shuffles.")
+    add("streaming", default=False, help="Read the data set during training, not before it. Needs --max_train_steps.")
+    add("shuffle_buffer_size", type=int, default=1000, minimum=1, help="Size of the shuffle buffer of --streaming.")
     add(
         "proportion_empty_prompts",
         type=float,
         default=0.0,
         minimum=0,
-        help="Fraction of uses of a pair with an empty caption, drawn anew for every use.",
+        help="Probability of an empty caption instead of the pair's own, drawn each time a pair is used.",
     )
     parser.checks.append(_check_pairs)
 
@@ -62,7 +63,7 @@ def _check_pairs(args: Values) -> None:
 
 
 def images(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
-    """How images are checked, cropped and encoded. `sample` is image or pair.
+    """How images are checked, cropped and encoded. `sample` is the word for a sample in help lines: image or pair.
 
     --resolution must be a multiple of `multiple` and at least `smallest` pixels.
     """
@@ -72,7 +73,7 @@ def images(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
         "skip_bad_images",
         default=False,
         may_change=True,
-        help=f"Train without {sample}s that cannot be used, and list them. Default: stop.",
+        help=f"List {sample}s that cannot be used and train without them. Default: stop with an error.",
     )
     add(
         "validation_split",
@@ -80,7 +81,7 @@ def images(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
         default=0.0,
         minimum=0,
         below=1,
-        help=f"Fraction of the {sample}s held out of training to measure the loss on. 0: none.",
+        help=f"Fraction of the {sample}s held out of training for the held-out loss. 0: none.",
     )
     add(
         "resolution",
@@ -90,20 +91,20 @@ def images(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
     )
     add(
         "aspect_ratio_buckets",
-        help=f'Instead of --resolution: "height,width;height,width"; each {sample} goes to the nearest ratio.',
+        help=f'Instead of --resolution: sizes "height,width;height,width". A {sample} gets the nearest aspect ratio.',
     )
-    add("center_crop", default=False, help="Crop the center. Default: a random crop for every use.")
-    add("random_flip", default=False, help="Flip half of the uses horizontally, at random.")
+    add("center_crop", default=False, help="Crop at the center. Default: a new random crop each time an image is used.")
+    add("random_flip", default=False, help="Flip images horizontally with probability 0.5.")
     add(
         "image_interpolation_mode",
         choices=sorted(INTERPOLATIONS),
         default="lanczos",
-        help="Interpolation for resizing.",
+        help="Interpolation method for resizing.",
     )
     add(
         "cache_latents",
         default=False,
-        help=f"Encode every {sample} once before training, center-cropped (twice with --random_flip).",
+        help=f"Encode the center crop of every {sample} before training; with --random_flip also its flip.",
     )
     add(
         "dataloader_num_workers",
@@ -111,7 +112,7 @@ def images(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
         default=1,
         minimum=0,
         may_change=True,
-        help="Threads that prepare batches in advance. 0: none.",
+        help="Number of threads that prepare batches. 0: the main thread does.",
     )
 
     def check(args: Values) -> None:
@@ -132,14 +133,12 @@ def instance_images(parser: Parser) -> None:
     add(
         "instance_data_dir",
         may_change=True,
-        help="Directory of the subject's images; captions in metadata.jsonl or .csv, or a .txt per image.",
+        help="Directory of instance images; captions in metadata.jsonl, metadata.csv or a .txt file per image.",
     )
     dataset(parser, image="the first image column")
-    add(
-        "caption_column", help="Column of the captions, also in metadata. Default: text in metadata, --instance_prompt."
-    )
-    add("instance_prompt", help="Caption of every image without one, with a rare word for the subject.")
-    add("repeats", type=int, default=1, minimum=1, help="Number of uses of every image per epoch.")
+    add("caption_column", help="Column of the captions. Default: text in a metadata file, none in a data set.")
+    add("instance_prompt", help="Caption of images without one; contains a rare word for the subject, such as sks.")
+    add("repeats", type=int, default=1, minimum=1, help="Number of times every image is used per epoch.")
     parser.checks.append(_check_instance_images)
 
 
@@ -157,16 +156,20 @@ def _check_instance_images(args: Values) -> None:
 
 
 def prior_preservation(parser: Parser) -> None:
-    """Class images of prior preservation."""
+    """Prior preservation and its class images."""
     add = parser.add
     parser.section("prior preservation")
-    add("with_prior_preservation", default=False, help="Also train on class images, so that the class keeps its look.")
+    add(
+        "with_prior_preservation",
+        default=False,
+        help="Also train on images of the class, so that the model does not forget the class.",
+    )
     add(
         "class_data_dir",
         may_change=True,
         help="Directory of the class images; the base model generates those that are missing.",
     )
-    add("class_prompt", help="Caption of every class image without one.")
+    add("class_prompt", help="Prompt to generate class images, and caption of those without one.")
     add("num_class_images", type=int, default=100, minimum=1, help="Number of class images.")
     add("prior_loss_weight", type=float, default=1.0, help="Weight of the loss on class images.")
     add(
@@ -181,7 +184,7 @@ def prior_preservation(parser: Parser) -> None:
         "prior_generation_precision",
         choices=["no", "fp32", "fp16", "bf16"],
         may_change=True,
-        help="Precision for generating class images. Default: that of --mixed_precision.",
+        help="Dtype for generating class images. Default: the dtype of --mixed_precision.",
     )
     parser.checks.append(_check_prior_preservation)
 

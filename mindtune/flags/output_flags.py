@@ -14,22 +14,26 @@ def output(parser: Parser, output_dir: str) -> None:
     def add(name: str, **settings: Any) -> None:
         parser.add(name, may_change=True, **settings)
 
-    add("output_dir", default=output_dir, help="Directory of everything that the run writes.")
-    add("overwrite_output_dir", default=False, help="Remove the files of another run there first.")
+    add("output_dir", default=output_dir, help="Directory for everything that the run writes.")
+    add(
+        "overwrite_output_dir",
+        default=False,
+        help="Delete the files of an earlier run in --output_dir. Default: stop with an error.",
+    )
     add("checkpointing_steps", type=int, default=500, minimum=1, help="Number of updates between checkpoints.")
-    add("checkpoints_total_limit", type=int, minimum=1, help="Number of checkpoints to keep, the newest. Default: all.")
+    add("checkpoints_total_limit", type=int, minimum=1, help="Keep only the newest N checkpoints. Default: all.")
     add(
         "resume_from_checkpoint",
-        help="latest, the name of a checkpoint in --output_dir, or a path. Default: start anew.",
+        help="Checkpoint to resume from: latest, a name in --output_dir, or a path. Default: a new run.",
     )
     add("logging_dir", default="logs", help="Directory of the TensorBoard files, inside --output_dir.")
     add(
         "report_to",
         choices=["tensorboard", "wandb", "swanlab", "all", "none"],
         default="tensorboard",
-        help="Where to log, besides metrics.jsonl. all: every service that is installed and logged in.",
+        help="Logging service, besides metrics.jsonl. all: every one that is installed and logged in.",
     )
-    add("push_to_hub", default=False, help="Upload the result with a model card at the end.")
+    add("push_to_hub", default=False, help="Upload the result and a model card to the hub at the end.")
     add("hub_token", help="Token with write access, never written to a file. Default: HF_TOKEN, or the last login.")
     add("hub_model_id", help="Repository to upload to. Default: the name of --output_dir, in your account.")
     add("dry_run", default=False, help="Print the memory plan and stop. Reads configs only and writes nothing.")
@@ -38,30 +42,35 @@ def output(parser: Parser, output_dir: str) -> None:
         type=float,
         default=64,
         minimum=1,
-        help="Device memory that the plan is compared with, such as 64 or 32 on Ascend.",
+        help="Device memory in GB that --dry_run compares the plan with, such as 32 or 64 on Ascend.",
     )
 
 
 def validation(parser: Parser, num_inference_steps: int) -> None:
-    """Images that are sampled while training and at the end."""
+    """Images that are sampled during training and at the end."""
     parser.section("validation")
 
     def add(name: str, **settings: Any) -> None:
         parser.add(name, may_change=True, **settings)
 
-    add("validation_prompt", nargs="+", default=[], help="Prompts to sample images of. Default: none.")
+    add(
+        "validation_prompt",
+        nargs="+",
+        default=[],
+        help="Prompts to sample validation images for. Default: none, no images.",
+    )
     add("num_validation_images", type=int, default=4, minimum=1, help="Number of images per prompt.")
     add(
         "num_inference_steps",
         type=int,
         default=num_inference_steps,
         minimum=1,
-        help="Number of denoising steps.",
+        help="Number of denoising steps per sampled image.",
     )
 
 
 def controlnet_validation(parser: Parser, num_inference_steps: int) -> None:
-    """The same for a ControlNet, with condition images."""
+    """Images of a ControlNet, sampled during training and at the end."""
     validation(parser, num_inference_steps)
 
     def add(name: str, **settings: Any) -> None:
@@ -71,9 +80,9 @@ def controlnet_validation(parser: Parser, num_inference_steps: int) -> None:
         "validation_image",
         nargs="+",
         default=[],
-        help="Condition images: one per prompt, one for all prompts, or several for one prompt.",
+        help="Paths of condition images: one per prompt, one for all prompts, or several for one prompt.",
     )
-    add("controlnet_conditioning_scale", type=float, default=1.0, help="Strength of the ControlNet.")
+    add("controlnet_conditioning_scale", type=float, default=1.0, help="Strength of the ControlNet in validation.")
     add("validation_steps", type=int, default=100, minimum=1, help="Number of updates between validations.")
 
 
@@ -95,13 +104,13 @@ def saved_dtype(parser: Parser) -> None:
         choices=["fp32", "fp16", "bf16"],
         default="fp32",
         may_change=True,
-        help="dtype of the final weights.",
+        help="Dtype of the final weights.",
     )
     parser.add("upcast_before_saving", default=False, may_change=True, help="Same as --save_weight_dtype fp32.")
 
 
 def no_effect(parser: Parser, *names: str) -> None:
-    """Flags of diffusers' commands that are accepted and change nothing."""
+    """Flags of diffusers' scripts that are accepted and have no effect."""
     parser.section("accepted without effect")
     for name in names:
         parser.add(name, default=False, may_change=True, help=f"No effect: {NO_EFFECT[name]}.")

@@ -18,7 +18,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from mindtune.cli import UserError
 
-# Flags of diffusers' commands that change nothing here, and why.
+# Flags of diffusers' scripts that have no effect here, and why.
 NO_EFFECT = {
     "allow_tf32": "a CUDA setting; matrix products run in the dtype that --mixed_precision names",
     "enable_xformers_memory_efficient_attention": "a CUDA kernel; on Ascend mindone uses its own flash attention",
@@ -28,7 +28,7 @@ NO_EFFECT = {
 
 
 class Flag(NamedTuple):
-    """What is declared of a flag besides argparse's own settings. A bound of None is no bound."""
+    """The bounds of a flag (None: no bound), and whether a resumed run may change its value."""
 
     minimum: Optional[float]
     above: Optional[float]
@@ -46,7 +46,7 @@ class Values(argparse.Namespace):
         raise AttributeError(f"args.{name}: flags are never changed; use a local variable")
 
     def select(self, cls: type, **more: Any) -> Any:
-        """An instance of `cls` whose arguments are the flags of the same names, and `more`."""
+        """An instance of `cls` from `more` and the flags with the names of its parameters; the others keep defaults."""
         names = [name for name in inspect.signature(cls).parameters if name in self._declared and name not in more]
         return cls(**{name: getattr(self, name) for name in names}, **more)
 
@@ -55,21 +55,30 @@ class Values(argparse.Namespace):
         return {name: None if name == "hub_token" else getattr(self, name) for name in self._declared}
 
     def fixed(self) -> dict[str, Any]:
-        """The flags that must keep their values when the run is resumed."""
+        """The flags that must have the same values when the run is resumed, for an exact continuation."""
         return {name: getattr(self, name) for name, flag in self._declared.items() if not flag.may_change}
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds the default value to help lines that do not describe it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        is_unset = default is None or default is False or default == [] or default == argparse.SUPPRESS
+        return action.help if is_unset or "Default:" in action.help else f"{action.help} Default: %(default)s."
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with sections, bounds and checks of several flags together. `doc` is the script's docstring."""
+    """argparse with sections, bounds, and checks that read several flags. `doc` is the script's docstring."""
 
     def __init__(self, doc: str) -> None:
-        super().__init__(description=doc.split("\n")[0], allow_abbrev=False)
+        super().__init__(description=doc.split("\n")[0], formatter_class=_HelpFormatter, allow_abbrev=False)
         self.declared: dict[str, Flag] = {}
         self.checks: list[Callable[[Values], None]] = []
         self._section: Any = self
 
     def section(self, title: str) -> None:
-        """Flags that are added from here on stand under `title` in --help."""
+        """Starts a section of --help, with the flags that are added after it."""
         self._section = self.add_argument_group(title)
 
     def add(
@@ -93,7 +102,7 @@ class Parser(argparse.ArgumentParser):
         self.declared[name] = Flag(minimum, above, below, may_change)
 
     def parse_args(self, args: Optional[Sequence[str]] = None, namespace: None = None) -> Values:
-        """The values, after every check. Raises UserError."""
+        """The values of all flags, after all checks. Raises UserError."""
         values = Values(vars(super().parse_args(args)), self.declared)
         for name, why in NO_EFFECT.items():
             if getattr(values, name, False):

@@ -11,7 +11,7 @@ from mindtune.optim import optimizers, schedules, zero1
 
 
 def model(parser: Parser, pipeline: str) -> None:
-    """The base model. `pipeline` names what is expected, such as FLUX.1."""
+    """The base model. `pipeline` names the supported pipeline in help lines, such as FLUX.1."""
     add = parser.add
     parser.section("model")
     add(
@@ -21,7 +21,7 @@ def model(parser: Parser, pipeline: str) -> None:
         help=f"Directory or hub id of a {pipeline} pipeline.",
     )
     add("revision", may_change=True, help="Branch, tag or commit on the hub. Default: main.")
-    add("variant", help="Variant of the weight files, such as fp16. Default: none.")
+    add("variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add(
         "cache_dir",
         may_change=True,
@@ -37,7 +37,7 @@ def model(parser: Parser, pipeline: str) -> None:
 
 
 def controlnet(parser: Parser, copied: str) -> None:
-    """The ControlNet to start from. `copied` says which layers a new one copies."""
+    """The ControlNet to start from. `copied` names the layers that a new one copies, in help lines."""
     parser.add(
         "controlnet_model_name_or_path",
         may_change=True,
@@ -60,27 +60,27 @@ def flux(parser: Parser, weighting_scheme: str) -> None:
         "weighting_scheme",
         choices=WEIGHTING_SCHEMES,
         default=weighting_scheme,
-        help="Distribution of the timesteps and weighting of the loss.",
+        help="Timestep distribution and loss weighting, as in Stable Diffusion 3. none: uniform, unweighted.",
     )
-    add("logit_mean", type=float, default=0.0, help="Mean of logit_normal.")
-    add("logit_std", type=float, default=1.0, help="Standard deviation of logit_normal.")
-    add("mode_scale", type=float, default=1.29, help="Scale of mode.")
+    add("logit_mean", type=float, default=0.0, help="Mean of the logit_normal distribution.")
+    add("logit_std", type=float, default=1.0, help="Standard deviation of the logit_normal distribution.")
+    add("mode_scale", type=float, default=1.29, help="Scale of the mode distribution.")
     add(
         "timestep_shift",
         default="1",
-        help="Shift of the timesteps towards noise: a number, or auto for that of the resolution. 1: no shift.",
+        help="Shift of the sigmas towards noise: a number, or auto to compute it from the image size. 1: no shift.",
     )
     add(
         "guidance_scale",
         type=float,
         default=3.5,
-        help="Guidance given to a guidance-distilled transformer, in training and validation.",
+        help="Guidance input of a guidance-distilled transformer, in training and validation.",
     )
     add(
         "base_precision",
         choices=["same", "int8"],
         default="same",
-        help="int8: store the frozen transformer and T5 in int8. same: in the dtype of --mixed_precision.",
+        help="Weights of the frozen transformer and T5. int8: quantized. same: the dtype of --mixed_precision.",
     )
     parser.checks.append(_check_flux)
 
@@ -99,18 +99,18 @@ def _check_flux(args: Values) -> None:
 
 
 def step(parser: Parser, sample: str) -> None:
-    """Precision, batch, length of the run and devices. `sample` is image or pair."""
+    """Precision, batch size, length of the run and devices. `sample` is image or pair, for help lines."""
     add = parser.add
     add(
         "mixed_precision",
         choices=["no", "fp16", "bf16"],
         default="no",
-        help="dtype of the frozen weights and of the computation. no: fp32.",
+        help="Dtype of the frozen weights and of the computation; trained weights are fp32. no: fp32.",
     )
     add(
         "gradient_checkpointing",
         default=False,
-        help="Recompute the blocks in the backward pass to save memory.",
+        help="Recompute activations in the backward pass to save memory.",
     )
     add(
         "train_batch_size",
@@ -118,7 +118,7 @@ def step(parser: Parser, sample: str) -> None:
         default=4,
         minimum=1,
         may_change=True,
-        help=f"Number of {sample}s per device and micro-batch.",
+        help=f"Number of {sample}s in a micro-batch, per device.",
     )
     add(
         "gradient_accumulation_steps",
@@ -126,7 +126,7 @@ def step(parser: Parser, sample: str) -> None:
         default=1,
         minimum=1,
         may_change=True,
-        help="Number of micro-batches per update.",
+        help="Number of micro-batches per update (optimizer step).",
     )
     add(
         "num_train_epochs",
@@ -134,14 +134,14 @@ def step(parser: Parser, sample: str) -> None:
         default=1,
         minimum=1,
         may_change=True,
-        help=f"Number of passes over the {sample}s.",
+        help=f"Number of epochs (passes over the {sample}s). Not used with --max_train_steps.",
     )
     add(
         "max_train_steps",
         type=int,
         minimum=1,
         may_change=True,
-        help="Number of updates of the whole run. Default: what --num_train_epochs takes.",
+        help="Total number of updates, also those before a resume. Default: given by --num_train_epochs.",
     )
     add(
         "seed",
@@ -155,13 +155,13 @@ def step(parser: Parser, sample: str) -> None:
         choices=[0, 1, 2, 3],
         default=0,
         may_change=True,
-        help="1: partition the optimizer state over the devices (ZeRO). 0: every device has all of it.",
+        help="ZeRO stage. 0: off. 1: shard the optimizer state over the devices. 2, 3: not supported.",
     )
     add(
         "distributed",
         default=False,
         may_change=True,
-        help="Train on several devices; msrun starts one process per device.",
+        help="Train on several devices. Start the script with msrun, one process per device.",
     )
 
 
@@ -174,15 +174,21 @@ def optimizer(parser: Parser, learning_rate: float, adam_weight_decay: float) ->
         type=str.lower,
         choices=["adamw", "adamweightdecay", "prodigy", "adafactor"],
         default="adamw",
-        help="adamweightdecay: MindSpore's AdamW without bias correction. adafactor ignores the adam_ betas.",
+        help="Optimizer. adamweightdecay: MindSpore's, without bias correction. adafactor: no betas and epsilon.",
     )
-    add("use_8bit_adam", default=False, help="AdamW with 8-bit moments: 2 bytes per parameter instead of 8.")
+    add("use_8bit_adam", default=False, help="AdamW with 8-bit moments: 2 bytes of state per parameter instead of 8.")
     add(
         "offload_optimizer",
         default=False,
         help="Keep AdamW's moments in host memory and update them there. Graph mode only.",
     )
-    add("learning_rate", type=float, default=learning_rate, minimum=0, help="Learning rate. About 1 for prodigy.")
+    add(
+        "learning_rate",
+        type=float,
+        default=learning_rate,
+        minimum=0,
+        help="Learning rate after warm-up; about 1 for prodigy.",
+    )
     add(
         "scale_lr",
         default=False,
@@ -190,8 +196,8 @@ def optimizer(parser: Parser, learning_rate: float, adam_weight_decay: float) ->
     )
     add("adam_beta1", type=float, default=0.9, minimum=0, below=1, help="Decay rate of the first moment.")
     add("adam_beta2", type=float, default=0.999, minimum=0, below=1, help="Decay rate of the second moment.")
-    add("adam_epsilon", type=float, default=1e-8, help="Added to the root of the second moment.")
-    add("adam_weight_decay", type=float, default=adam_weight_decay, help="Decoupled weight decay.")
+    add("adam_epsilon", type=float, default=1e-8, help="Term added to the square root of the second moment.")
+    add("adam_weight_decay", type=float, default=adam_weight_decay, help="Weight decay, decoupled as in AdamW.")
     add(
         "max_grad_norm",
         type=float,
@@ -221,7 +227,7 @@ def schedule(parser: Parser) -> None:
         type=int,
         default=500,
         minimum=0,
-        help="Number of warm-up updates of every schedule but constant.",
+        help="Number of warm-up updates. constant has no warm-up.",
     )
     add(
         "lr_schedule_steps",
@@ -230,8 +236,8 @@ def schedule(parser: Parser) -> None:
         may_change=True,
         help="Length of the schedule in updates, warm-up included. Default: the length of the run.",
     )
-    add("lr_num_cycles", type=float, default=1, help="Number of cycles of cosine_with_restarts.")
-    add("lr_power", type=float, default=1.0, help="Power of polynomial.")
+    add("lr_num_cycles", type=float, default=1, help="Number of cycles of the cosine_with_restarts schedule.")
+    add("lr_power", type=float, default=1.0, help="Power of the polynomial schedule.")
 
 
 def ema(parser: Parser) -> None:
@@ -239,6 +245,13 @@ def ema(parser: Parser) -> None:
     parser.add(
         "use_ema",
         default=False,
-        help="Keep a moving average of the weights, for validation and as the result.",
+        help="Validate and save an exponential moving average of the weights.",
     )
-    parser.add("ema_decay", type=float, default=0.9999, minimum=0, below=1, help="Largest decay of the moving average.")
+    parser.add(
+        "ema_decay",
+        type=float,
+        default=0.9999,
+        minimum=0,
+        below=1,
+        help="Decay rate of the moving average, lower at first.",
+    )

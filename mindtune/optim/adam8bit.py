@@ -2,7 +2,7 @@
 
 Source: Dettmers, Lewis, Shleifer, Zettlemoyer, "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861):
 block-wise quantisation (section 2.1), dynamic codes (section 1.3 and appendix). A tensor's moments are float32 only
-while it is updated. We ran this on the CPU only; the operators are documented for Ascend too.
+while it is updated. We tested it on the CPU only; its operators are documented for Ascend too.
 
 In a graph, the CPU kernels for division and for operands of different shapes keep 16 bytes per element until the
 process ends. So this module multiplies by reciprocals, and by ones where a shape has to be expanded.
@@ -83,9 +83,9 @@ def _expand(column):
 
 
 class AdamW8bit(nn.Optimizer):
-    """AdamW with bias correction and decoupled weight decay, as `optimizers.AdamW`, with block-wise 8-bit moments.
+    """AdamW with bias correction and decoupled weight decay, as `adamw.AdamW`, with block-wise 8-bit moments.
 
-    Tensors of fewer than MIN_SIZE elements keep float32 moments and are updated as in `optimizers.AdamW`.
+    Tensors of fewer than MIN_SIZE elements keep float32 moments and are updated as in `adamw.AdamW`.
     """
 
     def __init__(self, groups: list[dict], beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8):
@@ -118,7 +118,7 @@ class AdamW8bit(nn.Optimizer):
     def construct(self, gradients):
         self.assignadd(self.global_step, self.global_step_increase_tensor)
         step = self.global_step[0].to(ms.float32)
-        # As in optimizers.AdamW: p -= lr' (m / (sqrt(v) + eps') + wd' p).
+        # As in adamw.AdamW: p -= lr' (m / (sqrt(v) + eps') + wd' p).
         root2 = ops.sqrt(-ops.expm1(step * self.log_beta2))
         rate = root2 / -ops.expm1(step * self.log_beta1)
         eps = self.eps * root2
@@ -126,7 +126,7 @@ class AdamW8bit(nn.Optimizer):
         for i in range(len(self.parameters)):
             lr, decay = self.learning_rate[i] * rate, self.decay[i] / rate
             if self.quantised[i]:
-                # Each after the one before: otherwise a graph starts all at once and holds the float32 moments of all.
+                # One after another: otherwise a graph computes all at once, with the float32 moments of all in memory.
                 previous = self._update(i, ops.depend(gradients[i], previous), lr, eps, decay)
             else:
                 grad = gradients[i].to(self.parameters[i].dtype)
@@ -144,7 +144,7 @@ class AdamW8bit(nn.Optimizer):
         return True
 
     def _update(self, i, gradient, lr, eps, decay):
-        """Updates one tensor, with its moments before they are rounded. Returns a value that depends on the update."""
+        """Updates one tensor by its unrounded moments, then rounds them. Returns a value that depends on the update."""
         parameter = self.parameters[i]
         padding = self.exp_avg[i].size - parameter.size
         grad = gradient.to(ms.float32).reshape(-1)

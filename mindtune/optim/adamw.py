@@ -13,13 +13,13 @@ class AdamW(nn.Optimizer):
     """Adam with decoupled weight decay and bias correction, torch.optim.AdamW's formula.
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2. The fused
-    operator of MindSpore computes p -= lr' (m / (sqrt(v) + eps') + wd' p) without correction; with c1 = 1 -
-    beta1^t, c2 = 1 - beta2^t, lr' = lr sqrt(c2) / c1, eps' = eps sqrt(c2) and wd' = wd lr / lr' make it the
-    corrected formula.
+    operator of MindSpore has no bias correction: it computes p -= lr' (m / (sqrt(v) + eps') + wd' p). This is the
+    corrected formula for lr' = lr sqrt(c2) / c1, eps' = eps sqrt(c2) and wd' = wd lr / lr', where c1 = 1 - beta1^t and
+    c2 = 1 - beta2^t.
 
-    With `offload` the moments are in the host's memory and updated there, by the operator that MindSpore's Adam has
-    for this (use_offload, graph mode); the device gets the change. What that saves and costs on Ascend was not
-    measured by us.
+    With `offload` the moments are kept and updated in host memory, by the operator of MindSpore's Adam with
+    use_offload; only the change of the weights is copied to the device. It needs graph mode. We have not measured it
+    on Ascend.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class AdamW(nn.Optimizer):
     def construct(self, gradients):
         self.assignadd(self.global_step, self.global_step_increase_tensor)
         step = self.global_step[0].to(ms.float32)
-        # -expm1(t log beta) is 1 - beta^t without losing the first steps' digits.
+        # -expm1(t log beta) is 1 - beta^t without cancellation in the first steps.
         correction1 = -ops.expm1(step * self.log_beta1)
         root2 = ops.sqrt(-ops.expm1(step * self.log_beta2))
         rate = root2 / correction1
@@ -68,7 +68,7 @@ _zero = ms.Tensor(0.0, ms.float32)
 
 
 def _adamw_on_host(beta1, beta2, lr, eps, decay, parameter, exp_avg, exp_avg_sq, gradient):
-    # Powers of the betas as zero: their corrections are in lr and eps already.
+    # Zero for the powers of the betas: lr and eps contain the bias correction already.
     change = _host_adam(exp_avg, exp_avg_sq, _zero, _zero, lr, beta1, beta2, eps, gradient.to(ms.float32))
     return ops.assign_add(parameter, change - lr * decay * parameter)
 

@@ -1,4 +1,4 @@
-"""Messages about optimizer settings that will not train well. They are printed; the run continues."""
+"""Warnings about learning rates and schedules that will not train well. The run continues."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from mindtune.optim.schedules import DECAYING, Schedule
 
 
 def on_schedule(optimizer: str, schedule: Schedule, max_train_steps: int, resumed: dict) -> list[str]:
-    """The messages about a run. `resumed` is the trainer_state.json of its checkpoint, or empty."""
+    """The warnings for a run. `resumed` is the trainer_state.json of its checkpoint, or empty for a new run."""
     messages = on_settings(optimizer, schedule, max_train_steps)
     return messages + on_resume(schedule, resumed.get("lr_schedule_steps"), resumed.get("global_step", 0))
 
 
 def on_settings(optimizer: str, schedule: Schedule, max_train_steps: int) -> list[str]:
-    """A message per setting that will not train well."""
+    """A warning per setting that will not train well."""
     messages = []
     rate, warmup = schedule.base, schedule.lr_warmup_steps
     if optimizer == "prodigy" and rate <= 0.1:
@@ -41,7 +41,7 @@ def on_settings(optimizer: str, schedule: Schedule, max_train_steps: int) -> lis
 
 
 def on_resume(schedule: Schedule, length_before: Optional[int], update: int) -> list[str]:
-    """A message if the schedule had another length (None: unknown), which changes the rate after `update` updates."""
+    """A warning if the schedule had another length (None: unknown), so that the rate jumps after `update` updates."""
     if schedule.lr_scheduler not in DECAYING or length_before in (None, schedule.length):
         return []
     before = schedule._replace(length=length_before)

@@ -34,7 +34,7 @@ class EMA(nn.Cell):
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """A context in which the parameters have their averages as values."""
+        """In this context the parameters have the values of their averages."""
         live_values = [p.asnumpy().copy() for p in self.live]
         for parameter, average in zip(self.live, self.averages):
             parameter.set_data(ms.Tensor(average.asnumpy(), parameter.dtype))

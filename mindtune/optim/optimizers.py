@@ -19,7 +19,7 @@ from mindtune.optim.prodigy import Prodigy
 
 
 class Settings(NamedTuple):
-    """The optimizer and its hyperparameters, by the names of the flags. adafactor ignores betas and epsilon."""
+    """The optimizer and its hyperparameters. The fields have the names of the flags. adafactor has no betas."""
 
     optimizer: str = "adamw"
     use_8bit_adam: bool = False
@@ -55,7 +55,7 @@ def check_settings(name: str, *, use_8bit_adam: bool, offload_optimizer: bool, g
 
 
 def create_optimizer(settings: Settings, groups: list[dict]) -> nn.Cell:
-    """The optimizer of `groups`, dicts with params (a list), lr and weight_decay. With ZeRO 1, this rank's part of it.
+    """The optimizer for `groups`, dicts with params (a list), lr and weight_decay. With ZeRO 1, its shard on this rank.
 
     Raises UserError for betas of 0 with adamweightdecay.
     """
@@ -99,14 +99,14 @@ def set_learning_rates(optimizer: nn.Optimizer, rates: list[float]) -> None:
 
 
 def optimizer_state(optimizer: nn.Optimizer) -> dict[str, ms.Parameter]:
-    """The state that the optimizer keeps between updates, by name, without weights and learning rate."""
+    """The state of the optimizer by name, without weights and learning rates."""
     own = {id(p) for p in optimizer.parameters} | {id(p) for p in optimizer.learning_rate}
     # A shard of the state (`zero1.ShardedOptimizer`) has the same names as the whole.
     return {re.sub(r"^(optimizer\.)?own\.", r"\1", p.name): p for p in optimizer.get_parameters() if id(p) not in own}
 
 
 def training_state(optimizer: nn.Cell, scaler: nn.Cell, **more: dict[str, ms.Parameter]) -> dict[str, ms.Parameter]:
-    """The state of a checkpoint: optimizer, fp16's loss scale, and `more`, whose names get the keyword as prefix."""
+    """The parameters that a checkpoint saves: optimizer state, fp16's loss scale, and `more` as <keyword>.<name>."""
     state = {f"optimizer.{name}": parameter for name, parameter in optimizer_state(optimizer).items()}
     for prefix, parameters in more.items():
         state.update({f"{prefix}.{name}": parameter for name, parameter in parameters.items()})

@@ -1,4 +1,4 @@
-"""Prodigy: Adam whose step size is estimated during training."""
+"""Prodigy: an Adam that estimates its step size during training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mindtune.optim.adamw import log_beta
 
 
 class Prodigy(nn.Optimizer):
-    """Adam whose step size is estimated while training; use a learning rate around 1.
+    """Adam that estimates its step size d during training. Use a learning rate around 1.
 
     Source: Mishchenko & Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner" (arXiv 2306.06101),
-    algorithm 4, with d0 = 1e-6. `decouple` decays weights as AdamW does; `safeguard_warmup` keeps the learning rate
-    out of d's denominator so that a warm-up does not overestimate it; `beta3` None means sqrt(beta2).
+    algorithm 4, with d0 = 1e-6. `decouple` decays weights as AdamW does. `safeguard_warmup` keeps the learning rate
+    out of the denominator of d, so that a warm-up does not overestimate d. `beta3` None means sqrt(beta2).
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Prodigy(nn.Optimizer):
     def construct(self, gradients):
         beta1, beta2, beta3 = self.betas
         lr = self.learning_rate[0]
-        # An update at rate 0 (the first of a warm-up) changes nothing, not even the moments: `on` is 0 then.
-        on = (lr > 0).to(ms.float32)
+        # An update at rate 0 (the first of a warm-up) changes nothing, not even the moments: `active` is 0 then.
+        active = (lr > 0).to(ms.float32)
         d, rate = self.d + 0.0, self.d * lr
         if self.use_bias_correction:
             step = (self.global_step[0] + 1).to(ms.float32)
@@ -58,19 +58,19 @@ class Prodigy(nn.Optimizer):
             if self.decay[i] > 0 and not self.decouple:
                 grad = grad + self.decay[i] * parameter
             numerator = numerator + d / self.d0 * rate * (grad * (self.start[i] - parameter)).sum()
-            ops.assign_add(self.exp_avg[i], on * (1 - beta1) * (d * grad - self.exp_avg[i]))
-            ops.assign_add(self.exp_avg_sq[i], on * (1 - beta2) * (ops.square(d * grad) - self.exp_avg_sq[i]))
-            ops.assign_add(self.s[i], on * ((beta3 - 1) * self.s[i] + d / self.d0 * weight * grad))
+            ops.assign_add(self.exp_avg[i], active * (1 - beta1) * (d * grad - self.exp_avg[i]))
+            ops.assign_add(self.exp_avg_sq[i], active * (1 - beta2) * (ops.square(d * grad) - self.exp_avg_sq[i]))
+            ops.assign_add(self.s[i], active * ((beta3 - 1) * self.s[i] + d / self.d0 * weight * grad))
             denominator = denominator + self.s[i].abs().sum()
-        found = on * (denominator > 0).to(ms.float32)
-        new_d = ops.maximum(d, found * numerator / (denominator + (1 - found)))
-        ops.assign_add(self.d_numerator, on * (numerator - self.d_numerator))
+        has_gradient = active * (denominator > 0).to(ms.float32)
+        new_d = ops.maximum(d, has_gradient * numerator / (denominator + (1 - has_gradient)))
+        ops.assign_add(self.d_numerator, active * (numerator - self.d_numerator))
         for i in range(len(self.parameters)):
-            update = self.exp_avg[i] / (ops.sqrt(self.exp_avg_sq[i]) + new_d * self.eps + (1 - found))
+            update = self.exp_avg[i] / (ops.sqrt(self.exp_avg_sq[i]) + new_d * self.eps + (1 - has_gradient))
             if self.decay[i] > 0 and self.decouple:
                 update = update + self.decay[i] * self.parameters[i]
-            ops.assign_sub(self.parameters[i], found * rate * update)
+            ops.assign_sub(self.parameters[i], has_gradient * rate * update)
         ops.assign(self.d, new_d)
-        # Before the first gradient there is nothing to correct: such an update does not count.
-        self.assignadd(self.global_step, found.to(ms.int32).reshape((1,)))
+        # The bias correction counts updates from the first gradient that is not zero.
+        self.assignadd(self.global_step, has_gradient.to(ms.int32).reshape((1,)))
         return True

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions of the update's number. The host sets the rate before every update."""
+"""Learning-rate schedules: functions of the number of the update. Scripts set the rate before every update."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Schedule(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Learning rate and schedule, by the names of the flags."""
+    """Learning rate and schedule. The fields have the names of the flags."""
 
     learning_rate: float
     scale_lr: bool = False

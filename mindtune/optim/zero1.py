@@ -2,8 +2,8 @@
 
 Each rank keeps the state of its shard of the parameters, updates that shard, and sends it to the other ranks.
 Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (arXiv 1910.02054),
-section 5.1. A shard consists of whole parameters. So every optimizer works that updates each tensor independently, and
-checkpoints have the same names and shapes as without ZeRO.
+section 5.1. A shard consists of whole parameters. Therefore it works with every optimizer that updates each tensor
+independently, and checkpoints have the same names and shapes as without ZeRO.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_flags(stage: int, distributed: bool, optimizer: str) -> None:
 
 
 def partition(sizes: list[int], world_size: int) -> list[int]:
-    """The rank that owns each of `sizes`: from the largest on, each goes to the rank with the smallest sum so far."""
+    """The rank that owns each parameter: the largest of `sizes` first, each goes to the rank with the smallest sum."""
     owners = [0] * len(sizes)
     load = [0] * world_size
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -47,7 +47,7 @@ def partition(sizes: list[int], world_size: int) -> list[int]:
 
 
 class ShardedOptimizer(nn.Cell):
-    """The optimizer create(groups) with its state sharded over the ranks. `groups` are dicts with "params", a list.
+    """The optimizer `create(groups)` with its state sharded over the ranks. `groups` are dicts with "params", a list.
 
     Raises UserError if there are more ranks than parameters.
     """
@@ -77,12 +77,12 @@ class ShardedOptimizer(nn.Cell):
         for i in self.own_indices:
             own += (gradients[i],)
         self.own(own)
-        # All ranks send the parameters in the same order: the first when all gradients have arrived, each other after
-        # the one before.
+        # All ranks send the parameters in the same order: the first after all gradients have arrived, every other
+        # after its predecessor.
         previous = gradients
         for i in range(len(self.parameters)):
-            # Of a copy, because a graph runs a collective as soon as its input is ready: it would send the old first
-            # parameter.
+            # A copy, because a graph runs a collective as soon as its input is ready: it would send the first
+            # parameter before its update.
             updated = ops.deepcopy(ops.depend(self.parameters[i], previous))
             value = self.broadcasts[self.owners[i]]((updated,))[0]
             previous = ops.assign(self.parameters[i], value)

@@ -19,7 +19,7 @@ from mindtune.files import require_writable
 from mindtune.models import configs, execution, loading, pipelines, sampling
 from mindtune.models.precision import resolve_precision
 
-Text = dict[str, np.ndarray]  # the embeddings of a prompt, as `Stage.text` returns them
+Text = dict[str, np.ndarray]  # the embeddings of a prompt, as `EncoderStage.text` returns them
 T5_LENGTH = 512  # tokens that FLUX.1 was trained with
 
 
@@ -117,7 +117,7 @@ class Settings(NamedTuple):
 class UNetSampler:
     """Samples with the UNet of `stage`'s pipeline and the ControlNet in the directory `controlnet`.
 
-    `unconditional` are the text embeddings of the unconditional prediction (`Stage.unconditional`).
+    `unconditional` are the text embeddings of the unconditional prediction (`EncoderStage.unconditional`).
     """
 
     def __init__(self, stage: EncoderStage, controlnet: Path, unconditional: Text, settings: Settings) -> None:
@@ -132,7 +132,7 @@ class UNetSampler:
         self.settings = settings
 
     def sample(self, text: Text, condition: Image.Image) -> list[Image.Image]:
-        """The images for one prompt (`Stage.text`) and condition image; their noise depends on the seed alone."""
+        """The images for one prompt (`EncoderStage.text`) and condition image. Their noise depends only on the seed."""
         settings = self.settings
         pixels = conditions.condition_pixels(condition)
         shape = sampling.latent_shape(self.vae, pixels)

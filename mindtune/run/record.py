@@ -29,7 +29,7 @@ FILES = ("run.json", report.REPORT_FILE, "metrics.jsonl", "loss_by_timestep.csv"
 
 
 class Settings(NamedTuple):
-    """Where and how a run is recorded, by the names of the flags."""
+    """Where and how a run is recorded. The fields have the names of the flags."""
 
     output_dir: str
     pretrained_model_name_or_path: str
@@ -52,9 +52,11 @@ class Settings(NamedTuple):
 class Run:
     """One run, new or resumed.
 
-    `flags` are recorded in run.json; `results` are the names of the files that a finished run leaves in the output
-    directory. Creating a `Run` checks the output directory, the logging services and the hub, and writes nothing.
-    Raises UserError.
+    Call order: `set_data`, `resume`, `start`; in the loop `stopped`, `update`, `due`, `save`; `stop` or `finish`.
+
+    `flags` are recorded in run.json. `results` are the names of the files that a finished run leaves in the output
+    directory; the last of them marks it as finished. Creating a `Run` checks the output directory, the logging services
+    and the hub, and writes nothing. Raises UserError.
     """
 
     def __init__(self, settings: Settings, flags: dict[str, Any], results: tuple[str, ...]) -> None:
@@ -89,7 +91,7 @@ class Run:
     # ---- before the loop ---------------------------------------------------------------------
 
     def set_data(self, data: Any) -> None:
-        """Fixes the length of the run. `data` is an ImageData or PairData."""
+        """Computes the length of the run from its data, an ImageData or PairData."""
         settings = self.settings
         self.data = data
         self.batches_per_update = settings.gradient_accumulation_steps * ranks.world_size()
@@ -98,10 +100,10 @@ class Run:
         self.max_train_steps = settings.max_train_steps or math.ceil(updates)
 
     def resume(self, fixed: dict[str, Any], base: str, state: dict[str, ms.Parameter]) -> None:
-        """Loads `state` from the checkpoint, if there is one. Raises UserError if the checkpoint has another state.
+        """Loads the parameters `state` from the checkpoint, if there is one. Raises UserError if it has others.
 
-        `fixed` are the flags that must not change and `base` is a hash of the base model: for an exact continuation
-        both are the same as before. What differs is printed.
+        `fixed` are the flags with `may_change=False`, and `base` is a hash of the base model. The run continues exactly
+        only if both are as before; those that differ are printed.
         """
         self.training_state = state
         self.identity = {
@@ -111,7 +113,7 @@ class Run:
             "samples_per_update": self.samples_per_update,
             **fixed,
         }
-        if len(self.data.sizes) > 1:  # a batch is of one bucket, so its size decides what an update sees
+        if len(self.data.sizes) > 1:  # the samples of a batch are of one bucket, so its size decides which
             self.identity["batch_size"] = self.settings.train_batch_size
         if not self.checkpoint:
             return
@@ -119,9 +121,9 @@ class Run:
         checkpoint.load_state(self.checkpoint / "training_state.safetensors", state, other_ranks)
         changed = [name for name, value in self.identity.items() if self.state.get(name) != value]
         if changed:
-            print(f"resuming with another {', '.join(changed)} than the checkpoint: not its exact continuation")
+            print(f"resuming with other values of {', '.join(changed)} than the checkpoint: not its exact continuation")
         for path in ranks.on_main_process(checkpoint.set_aside_later, self.output_dir, self.checkpoint) or ():
-            print(f"a later checkpoint is kept as {path.name}")
+            print(f"a checkpoint after this one was renamed to {path.name}")
         print(f"resuming from {self.checkpoint.name} after update {self.step}")
 
     def start(
@@ -132,10 +134,11 @@ class Run:
         write_weights: Callable[[Path], Any],
         axis: str = "sigma",
     ) -> None:
-        """Opens the logs.
+        """Prints a summary, opens the logs, and handles Ctrl-C from here on.
 
-        `trainable` is the number of trained parameters per model. `write_weights(folder)` writes the weights of a
-        checkpoint. `axis` is what held-out losses are plotted over: sigma or timestep.
+        `settings` are those of the memory plan, for run.json. `trainable` is the number of trained parameters per
+        model. `write_weights(folder)` writes the weights of a checkpoint. `axis` names the x axis of the plot of
+        held-out losses: sigma or timestep.
         """
         self.memory_settings = settings
         self.schedule_length = schedule_length
@@ -156,7 +159,7 @@ class Run:
         self.stop_request = StopRequest()
 
     def batch_range(self) -> tuple[int, int]:
-        """The numbers of the first batch of all ranks still to train on, and of the one after the last."""
+        """(first, end): the numbers of the batches left to train on, of all ranks; `end` is not included."""
         return self.step * self.batches_per_update, self.max_train_steps * self.batches_per_update
 
     def _print_summary(self) -> None:
@@ -182,16 +185,15 @@ class Run:
     # ---- in the loop -------------------------------------------------------------------------
 
     def stopped(self) -> bool:
-        """Whether Ctrl-C or SIGTERM has asked any rank to stop."""
+        """Whether Ctrl-C or SIGTERM has asked any rank to stop. Also starts the clock of the next update."""
         stopped = any(ranks.all_gather(self.stop_request.exit_code))
         self.progress.begin(self.step, self.max_train_steps)
         return stopped
 
     def update(self, losses: list[float], *, lr: float, grad_norm: Any, **values: float) -> None:
-        """Counts and logs an update from the losses of this rank's micro-batches.
+        """Counts an update and logs `values` and the mean of `losses`, one per micro-batch of this rank.
 
-        A loss scale among `values` means fp16, where a gradient that overflows is skipped until the scale is 1.
-        Raises UserError if loss or gradient norm are not finite otherwise.
+        Raises UserError if the loss or gradient norm is not finite, unless it is an overflow: a loss_scale above 1.
         """
         loss = float(np.mean(ranks.all_gather(losses)))
         self.step += 1
@@ -204,13 +206,13 @@ class Run:
         self.progress.end(loss, lr)
 
     def _skip(self, logged: dict[str, float]) -> None:
-        """An overflow in fp16 skips the update and halves the scale. At a scale of 1 it is no overflow."""
+        """Counts an update that fp16's loss scaler skipped. Raises UserError if the loss scale is not the cause."""
         self.skipped += 1
         if logged.get("loss_scale", 0.0) > 1.0:
             tqdm.write(f"update {self.step}: overflow in fp16, skipped; loss scale {logged['loss_scale']:g}")
             return
         self.progress.close()
-        # The checkpoint of the update before has the weights that gave this loss: it may be bad too.
+        # A checkpoint of the previous update has the weights that gave this loss, so it may be bad too.
         good = [p for p in checkpoint.checkpoints(self.output_dir) if checkpoint.step_of(p) < self.step - 1]
         last = good[-1] if good else "(none yet)"
         raise UserError(
@@ -219,15 +221,15 @@ class Run:
         )
 
     def due(self, every: float) -> bool:
-        """Whether a multiple of `every` updates has just been reached. The end of the run has its own steps."""
+        """Whether the last update reached a multiple of `every`. Never at the end of the run, which always saves."""
         return self.step < self.max_train_steps and self.step // every > (self.step - 1) // every
 
     def save(self) -> None:
-        """Writes a checkpoint of this update."""
+        """Writes a checkpoint after this update. All ranks must call it."""
         state = ranks.gather_parameters(self.training_state)
         if self.tracker is not None:
             self._save(state)
-        free_memory()  # PyNative leaves many small blocks
+        free_memory()  # saving leaves many small free blocks
 
     def _save(self, state: dict[str, np.ndarray]) -> None:
         if self.step >= self.max_train_steps:
@@ -246,18 +248,17 @@ class Run:
     # ---- after the loop ----------------------------------------------------------------------
 
     def stop(self) -> int:
-        """Ends a run that was interrupted, after `save`. Returns the exit code 130, as a shell reports Ctrl-C."""
+        """Ends a run that was interrupted, after `save`. Returns 130, the exit code that shells use for Ctrl-C."""
         if ranks.is_main_process():
             self.progress.close()
             self._write_run_json(finished=False)
             report.write_report(self.output_dir)
-            command = "the same command with --resume_from_checkpoint latest"
-            print(f"saved {self.saved} after update {self.step}. Resume it by {command}")
+            print(f"saved {self.saved} after update {self.step}. To continue, add --resume_from_checkpoint latest")
         ranks.finish()
         return 130
 
     def finish(self, name: str, result: Path, images: Optional[Path]) -> int:
-        """Ends a complete run: plot, report, upload. `name` says what `result` is. Returns the exit code 0."""
+        """Ends a finished run: plot, report, upload. `name` describes `result` in messages. Returns the exit code 0."""
         if ranks.is_main_process():
             plot = self.curve.plot()
             self.tracker.close()
@@ -281,7 +282,7 @@ class Run:
             base, token = self.settings.pretrained_model_name_or_path, self.settings.hub_token
             prompts = list(self.settings.validation_prompt)
             address = hub.push(self.hub_id, self.output_dir, base, prompts, token)
-            print(f"on the hub: {address}")
+            print(f"uploaded to {address}")
 
     def _write_run_json(self, finished: bool) -> None:
         seconds = self.progress.median()

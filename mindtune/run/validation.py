@@ -25,11 +25,11 @@ Rows = Sequence[Sequence[Image.Image]]
 
 
 class Validation:
-    """Validates the trained models of a run on the main process. The other ranks wait at their next exchange.
+    """Validates the trained models of a run on the main process. The other ranks wait at the next `all_gather`.
 
-    `make_batch(uses)` makes the inputs of `step.predict`. `places` gives each timestep's place, from 0 (image) to 1
-    (noise). `sampler.sample(final)` returns rows of images and a label per row, for `sampler.prompts`. With `ema`
-    the averaged weights are validated.
+    `make_batch(uses)` makes the inputs of `step.predict`. `places` [N] is the position of every timestep index on the
+    x axis of the held-out losses, from 0 (image) to 1 (noise). `sampler.sample(final)` returns rows of images and a
+    label per row, for `sampler.prompts`. With `ema` the averaged weights are validated.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Validation:
         self.weights = ema.averaged if ema else contextlib.nullcontext
 
     def __call__(self, final: bool = False) -> Optional[Path]:
-        """Logs the held-out loss and, after the first update, images. Returns the path of the image grid."""
+        """Logs the held-out loss and, after the first update, images. Returns the path of the image grid, or None."""
         run = self.run
         if not ranks.is_main_process():
             return None
@@ -62,20 +62,20 @@ class Validation:
             if not self.sampler.prompts or not run.step:
                 return None
             rows, labels = self.sampler.sample(final)
-        free_memory()  # of a VAE that was loaded for the images
+        free_memory()  # a VAE may have been loaded for the images
         grid = image_grid(rows, labels)
         run.tracker.image(run.step, "validation", grid)
         name = "final" if final else f"step-{run.step:06d}"
         return save_image(grid, run.output_dir / "samples" / f"{name}.png")
 
     def write_result(self, write: Callable[[Path], Any]) -> None:
-        """Puts the files that `write(folder)` makes of the validated weights into the output directory."""
+        """Puts the files that `write(folder)` writes into the output directory, from the weights that are validated."""
         if ranks.is_main_process():
             with self.weights():
                 write_files_atomically(self.run.output_dir, write)
 
     def _log_held_out(self, losses: list[float]) -> None:
-        """The loss at each timestep: in the curve by its place, in the logs by sigma or by the timestep's number."""
+        """Adds the loss at each timestep to the curve, and logs it under its sigma or timestep index."""
         run = self.run
         run.curve.add(run.step, list(self.places.values()), losses)
         labels = [f"{place:.3f}" if run.axis == "sigma" else str(index) for index, place in self.places.items()]

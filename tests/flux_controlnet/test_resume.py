@@ -112,6 +112,6 @@ def test_another_size_is_refused_and_another_batch_size_reported(control, tiny_f
     with pytest.raises(UserError, match=r"ema\..*: the checkpoint has no such state"):
         control(out, *more, 2, "--use_ema")
     control(out, *more, 2, "--train_batch_size", 2, "--proportion_empty_prompts", 0.5)
-    message = "resuming with another samples_per_update, proportion_empty_prompts than the checkpoint"
+    message = "resuming with other values of samples_per_update, proportion_empty_prompts than the checkpoint"
     assert message in capfd.readouterr().out
     assert json.loads((out / "run.json").read_text())["finished"] is True

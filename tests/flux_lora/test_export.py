@@ -212,8 +212,8 @@ def test_bad_adapters_are_refused_and_nothing_is_written(export, tmp_path, make,
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("dog.pt", r"--output dog.pt: other tools look for .safetensors"),
-        ("no/where.safetensors", r"there is no directory no. Make it"),
+        ("dog.pt", r"--output dog.pt: other tools expect .safetensors"),
+        ("no/where.safetensors", r"the directory no does not exist. Create it"),
     ],
 )
 def test_bad_outputs_are_refused(script, adapter, name, message):

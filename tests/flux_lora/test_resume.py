@@ -87,7 +87,10 @@ def test_another_rank_is_refused_and_another_batch_size_reported(finished_lora, 
     with pytest.raises(UserError, match="has shape"):
         lora(out, *again, "--lora_rank", 8)
     lora(out, *again, "--train_batch_size", 2, "--weighting_scheme", "cosmap")
-    assert "resuming with another samples_per_update, weighting_scheme than the checkpoint" in capfd.readouterr().out
+    assert (
+        "resuming with other values of samples_per_update, weighting_scheme than the checkpoint"
+        in capfd.readouterr().out
+    )
     assert json.loads((out / "run.json").read_text())["finished"] is True
 
 

@@ -46,6 +46,6 @@ def test_another_gamma_or_tokenizer_is_reported(sd15, sdxl, run, tmp_path, capfd
     run(sd15, tmp_path, "--max_train_steps", 1)
     more = ["--snr_gamma", 5, "--tokenizer_name", sdxl.root / "tokenizer_2"]
     run(sd15, tmp_path, "--max_train_steps", 2, *more, "--resume_from_checkpoint", "latest")
-    assert "resuming with another tokenizer_name, snr_gamma than the checkpoint" in capfd.readouterr().out
+    assert "resuming with other values of tokenizer_name, snr_gamma than the checkpoint" in capfd.readouterr().out
     with pytest.raises(Exception, match="holds another run"):
         run(sd15, tmp_path)

@@ -100,6 +100,13 @@ def test_checks_of_several_flags_and_sections(parser, capsys):
     assert "Does a job." in help_text and help_text.index("--fast") < help_text.index("more:")
 
 
+def test_help_states_the_default_of_a_flag_unless_its_line_describes_it(parser):
+    parser.add("shift", default="1", help="Shift. Default: one.")
+    text = " ".join(parser.format_help().split())
+    assert "Rank. Default: 4. --alpha ALPHA Alpha. --dropout DROPOUT Dropout. Default: 0.0. --model" in text
+    assert text.endswith("--fast Fast. --shift SHIFT Shift. Default: one.")
+
+
 def test_booleans():
     assert [boolean(word) for word in ("true", "No", "1", "FALSE", "yes", "0")] == [
         True,

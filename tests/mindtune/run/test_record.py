@@ -159,7 +159,7 @@ def test_resuming_reports_what_differs(tmp_path, capfd):
     assert "resuming from checkpoint-1 after update 1" in printed and "exact continuation" not in printed
     np.testing.assert_array_equal(same.weight.asnumpy(), [5.0, 6.0])
     Start(tmp_path, fixed={"rank": 8}, train_batch_size=2, resume_from_checkpoint="latest")
-    message = "resuming with another samples_per_update, rank than the checkpoint: not its exact continuation"
+    message = "resuming with other values of samples_per_update, rank than the checkpoint: not its exact continuation"
     assert message in capfd.readouterr().out
 
 
