@@ -74,8 +74,9 @@ def test_the_training_process_loads_only_what_it_needs(lora, loaded, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "mixed_precision, upcast, stored", [("bf16", [], "BF16"), ("fp16", [], "F16"), ("fp16", ["--upcast_before_saving"], "F32")]
-)  # fmt: skip
+    "mixed_precision, upcast, stored",
+    [("bf16", [], "BF16"), ("fp16", [], "F16"), ("fp16", ["--upcast_before_saving"], "F32")],
+)
 def test_the_final_adapter_has_the_dtype_of_the_weights_unless_upcast(lora, tmp_path, mixed_precision, upcast, stored):
     lora(tmp_path, "--mixed_precision", mixed_precision, "--cache_latents", "--max_train_steps", 1, *upcast)
     with safe_open(tmp_path / LORA_FILE, framework="numpy") as file:

@@ -15,14 +15,17 @@ from mindtune.encode import encoder_stage
 from mindtune.models import loading
 
 SCRIPTS = {
-    "flux_lora": "flux_lora/train_dreambooth_lora_flux.py", "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
-    "sd": "examples/controlnet/train_controlnet.py", "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
-}  # fmt: skip
+    "flux_lora": "flux_lora/train_dreambooth_lora_flux.py",
+    "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
+    "sd": "examples/controlnet/train_controlnet.py",
+    "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
+}
+load_script = functools.cache(conftest.load_script)
 
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory):
-    """real(name, **options): the folder of a small published pipeline, VAE or ControlNet, made once. Not to be changed."""
+    """real(name, **options): the folder of a small published pipeline, VAE or ControlNet, not to be changed."""
     made = {}
 
     def get(name, **options):
@@ -45,9 +48,6 @@ def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes") / "pairs"
     load_script("examples/tiny/shapes.py").make_folder(folder, 3, 80, seed=0, split="train")
     return folder
-
-
-load_script = functools.cache(conftest.load_script)
 
 
 @pytest.fixture
@@ -128,9 +128,9 @@ def trains(run, pairs, tmp_path):
 
 @pytest.fixture
 def refused(line, tmp_path, monkeypatch):
-    """refused(script, root, words, *more): the script ends with a UserError that has all words; nothing is encoded, loaded or written.
+    """refused(script, root, words, *more): the message of a UserError that has all words. Nothing is loaded or written.
 
-    --dry_run has to say the same; `dry` False: what only weight files and tokenizers tell, which it does not read. Gives the message.
+    --dry_run refuses it, too, unless `dry` is False: it reads neither weight files nor tokenizers.
     """
 
     def message(script, words, arguments):

@@ -43,8 +43,10 @@ def test_t5s_embedding_by_either_name(names, real, encode_here, tmp_path):
 
 
 def test_without_its_sentencepiece_model(run, plain_losses, real, tmp_path):
-    """tokenizer_config.json has add_prefix_space, for which transformers makes the tokenizer from spiece.model; tokenizer.json has the
-    same tokens, and does where that is missing."""
+    """Because of add_prefix_space transformers makes the tokenizer from spiece.model.
+
+    Without that file, tokenizer.json gives the same tokens.
+    """
     root = copy(real("FLUX.1-dev"), tmp_path)
     whole = tokenization.load_tokenizer(root / "tokenizer_2")
     (root / "tokenizer_2" / "spiece.model").unlink()

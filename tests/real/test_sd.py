@@ -57,7 +57,7 @@ def test_what_else_lies_on_the_hub_is_left_alone(run, real, tmp_path):
 
 
 def test_tensors_that_the_model_does_not_have_are_named(run, real, tmp_path, capfd):
-    """Nothing of a file is left out in silence; but for names known to carry nothing, such as the position ids of old CLIPs."""
+    """Except those that are known to be unused, such as the position ids of old CLIPs."""
     root = copy(real("stable-diffusion-v1-5"), tmp_path)
     added = {
         "unet": "down_blocks.0.attentions.0.extra.weight",
@@ -99,7 +99,9 @@ def test_a_tokenizer_that_does_not_say_its_length(plain_losses, real):
 
 
 LINSPACE, LEADING, TRAILING = (
-    [999, 874, 749, 624, 500, 375, 250, 125], [889, 778, 667, 556, 445, 334, 223, 112], [999, 874, 749, 624, 499, 374, 249, 124],
+    [999, 874, 749, 624, 500, 375, 250, 125],
+    [889, 778, 667, 556, 445, 334, 223, 112],
+    [999, 874, 749, 624, 499, 374, 249, 124],
 )  # fmt: skip
 
 
@@ -108,8 +110,11 @@ LINSPACE, LEADING, TRAILING = (
     ("stable-diffusion-xl-base-1.0", LEADING), ("RealVisXL_V5.0", LEADING), ("sdxl-turbo", TRAILING),
 ])  # fmt: skip
 def test_images_are_drawn_at_the_timesteps_of_diffusers(name, timesteps, real):
-    """Of diffusers 0.35's UniPCMultistepScheduler.from_config(pipeline.scheduler.config), eight steps: where a file does not say
-    timestep_spacing, UniPC's default counts and not that of the scheduler which the file is of (PNDM's and DDIM's is "leading")."""
+    """Those of UniPCMultistepScheduler.from_config(pipeline.scheduler.config) in diffusers 0.35, eight steps.
+
+    Where a file has no timestep_spacing, UniPC's default counts, not that of the scheduler which the file is of ("leading"
+    for PNDM and DDIM).
+    """
     sampler = loading.create_unipc(configs.read_config(real(name), "scheduler"))
     sampler.set_timesteps(8)
     assert sampler.timesteps.asnumpy().tolist() == timesteps

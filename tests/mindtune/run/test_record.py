@@ -16,9 +16,10 @@ from mindtune.run.record import Run, Settings
 class Data:
     """Stands in for a run's data: ten samples."""
 
-    epoch_length = 10
-    sizes = [(32, 32)]
-    held_out = ["a", "b"]
+    def __init__(self):
+        self.epoch_length = 10
+        self.sizes = [(32, 32)]
+        self.held_out = ["a", "b"]
 
     def fingerprint(self):
         return "data"
