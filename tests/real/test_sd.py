@@ -112,7 +112,7 @@ LINSPACE, LEADING, TRAILING = (
 def test_images_are_drawn_at_the_timesteps_of_diffusers(name, timesteps, real):
     """Those of UniPCMultistepScheduler.from_config(pipeline.scheduler.config) in diffusers 0.35, eight steps.
 
-    Where a file has no timestep_spacing, UniPC's default counts, not that of the scheduler which the file is of ("leading"
+    Where a file has no timestep_spacing, the default of UniPC counts, not that of the scheduler of the file ("leading"
     for PNDM and DDIM).
     """
     sampler = loading.create_unipc(configs.read_config(real(name), "scheduler"))

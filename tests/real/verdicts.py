@@ -8,7 +8,7 @@ LORA, FLUX, SD, SDXL = "flux_lora", "flux_controlnet", "sd", "sdxl"
 
 
 class Verdict(NamedTuple):
-    """`scripts` train it. Without any, `script` refuses it with a message that has all `words`; `why` is for the page."""
+    """`scripts` train it. Without any, `script` refuses it with a message of all `words`; `why` is for the page."""
 
     scripts: tuple[str, ...] = ()
     script: str = ""
