@@ -228,10 +228,10 @@ def test_an_int8_base_trains_as_float32_does_within_a_hundredth(finished_lora, l
 
 
 def test_held_out_loss_falls_with_training_and_stays_at_learning_rate_0(lora, tmp_path):
-    """On random weights, 40 updates at a high rate: by at least a tenth at every timestep."""
+    """On random weights, 8 updates at a high rate: by at least a tenth at every timestep."""
     more = ["--cache_latents", "--validation_split", 0.2, "--adam_weight_decay", 0, "--lora_rank", 8]
     before_and_after = {}
-    for name, rate, updates in (("trained", 3e-3, 40), ("still", 0, 3)):
+    for name, rate, updates in (("trained", 2e-2, 8), ("still", 0, 2)):
         out = lora(tmp_path / name, *more, "--learning_rate", rate, "--max_train_steps", updates)
         rows = [float(row["loss"]) for row in csv.DictReader((out / "loss_by_timestep.csv").read_text().splitlines())]
         before_and_after[name] = np.array(rows[:8]), np.array(rows[-8:])
