@@ -97,6 +97,7 @@ def test_the_shards_of_all_ranks_are_the_batches_of_one_rank(as_rank, pairs_of_t
 # ---- two real ranks ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_real_ranks(two_ranks):
     assert two_ranks.wait() == 0, two_ranks.said()[-6000:]
     assert two_ranks.said().count("all checks passed") == 2
