@@ -18,10 +18,11 @@ demo: venv
 demo-controlnet: venv
 	$(BIN)/python examples/demo_flux_controlnet.py
 
-# The fast tier, for every commit: lint, unit tests and bad input, in at most three minutes on two cores.
+# The fast tier, for every commit: lint, and unit tests and bad input that are not marked slow, in at most three
+# minutes on two cores.
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/mindtune $(wildcard tests/*/test_bad_input.py tests/*/*/test_bad_input.py) \
-		-n auto --maxprocesses 4 --dist loadfile
+		-m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 # A process a core, each with one thread: compiling takes one, and learning tests side by side would crowd each other.
 test: venv

@@ -73,7 +73,7 @@ def tiny_flux(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_flux(tiny_flux, tmp_path_factory):
-    """The tiny pipeline with one block of each kind in its transformer: half to compute and compile, the same encoders."""
+    """The tiny pipeline with one transformer block of each kind: half to compute and compile, the same encoders."""
     folder = shutil.copytree(tiny_flux, tmp_path_factory.mktemp("pipeline") / "small") / "transformer"
     edit(folder / "config.json", num_layers=1, num_single_layers=1)
     weights = folder / "diffusion_pytorch_model.safetensors"
@@ -138,7 +138,7 @@ def fake_hub(monkeypatch):
 
 @pytest.fixture(scope="session")
 def flags(tiny_flux, photos, encoder_cache):
-    """flags(out, *more): the command line of a small PyNative run on the photographs. Later flags win over earlier ones."""
+    """flags(out, *more): the command line of a small PyNative run on the photographs. Later flags win."""
 
     def make(out, *more):
         values = {

@@ -151,14 +151,21 @@ def test_damaged_weights_are_named_before_anything_loads(pipeline, seed):
 
 
 CONFIGS = [
-    "model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json",
-    "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokenizer_2/tokenizer.json",
-]  # fmt: skip
+    "model_index.json",
+    "transformer/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "text_encoder_2/config.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer_2/tokenizer.json",
+]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_damaged_configs_end_in_a_sentence(pipeline, name):
-    """Checked, and if that has nothing against them the part is built: by then weights are there to be compared with."""
+    """Checked; if nothing is found, the component is built, whose weights are then compared."""
     random, path = np.random.default_rng(len(name)), pipeline / name
     for case, content in damaged_json(path.read_bytes(), random).items():
         path.write_bytes(content)

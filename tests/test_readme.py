@@ -17,7 +17,6 @@ SMALL = {
     "--mindspore_mode 1 --num_inference_steps 1 --num_validation_images 1 --gradient_accumulation_steps 1",
     "flux_controlnet/launch/train_1_device.sh": "--resolution 64 --max_train_steps 2 --max_sequence_length 16 "
     "--mindspore_mode 1 --num_double_layers 1 --gradient_accumulation_steps 1",
-    "flux_controlnet/train_controlnet_flux.py": "--num_double_layers 1",
     "flux_lora/infer_flux_lora.py": "--height 32 --width 32 --num_inference_steps 1 --max_sequence_length 16",
     "flux_controlnet/infer_flux_controlnet.py": "--resolution 64 --num_inference_steps 1 --max_sequence_length 16",
     "mindtune.check_data": "--resolution 64",

@@ -49,14 +49,14 @@ def write_pairs(folder, images, conditions, captions):
 
 
 def marked(number, height, width):
-    """uint8 [height, width, 3] that tells where it came from: red is the column, green the row, blue the picture."""
+    """uint8 [height, width, 3]: red is the column, green the row, blue the number of the image."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x, y, np.full_like(x, 40 * number)], axis=2).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")
 def oblong(tmp_path_factory):
-    """Six pairs, wide (48x32) and tall (32x48) by turns, the condition the picture's negative: both show where they were cropped."""
+    """Six pairs, wide (48x32) and tall (32x48) in turn. The condition is the image's negative: both show the crop."""
     images = [marked(number, *((32, 48) if number % 2 == 0 else (48, 32))) for number in range(6)]
     folder = tmp_path_factory.mktemp("oblong") / "pairs"
     return write_pairs(

@@ -199,20 +199,28 @@ def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def config(**changes):
+    return lambda controlnet: edit_json(controlnet / "config.json", **changes)
+
+
 BROKEN_CONTROLNETS = {
     "no config": (lambda c: (c / "config.json").unlink(), ["config.json is missing"]),
     "half a config": (lambda c: cut_in_half(c / "config.json"), ["config.json", "not JSON"]),
     "no weights": (lambda c: (c / FINAL).unlink(), [f"{FINAL} is missing"]),
     "half the weights": (lambda c: cut_in_half(c / FINAL), [FINAL, "its header says"]),
-    "another class": (lambda c: edit_json(c / "config.json", _class_name="SD3ControlNetModel"),
-                      ["the class is SD3ControlNetModel, expected FluxControlNetModel"]),
-    "another width": (lambda c: edit_json(c / "config.json", attention_head_dim=128), ["attention_head_dim is 128", "the base model's is 16"]),
-    "other channels": (lambda c: edit_json(c / "config.json", in_channels=128), ["in_channels is 128", "the base model's is 64"]),
-    "another text encoder": (lambda c: edit_json(c / "config.json", joint_attention_dim=4096), ["joint_attention_dim is 4096"]),
-    "union": (lambda c: edit_json(c / "config.json", num_mode=10), ["union ControlNet (num_mode 10)", "Give one for a single condition"]),
-    "condition as pixels": (lambda c: edit_json(c / "config.json", conditioning_embedding_channels=16),
-                            ["conditioning_embedding_channels", "not supported"]),
-}  # fmt: skip
+    "another class": (
+        config(_class_name="SD3ControlNetModel"),
+        ["the class is SD3ControlNetModel, expected FluxControlNetModel"],
+    ),
+    "another width": (config(attention_head_dim=128), ["attention_head_dim is 128", "the base model's is 16"]),
+    "other channels": (config(in_channels=128), ["in_channels is 128", "the base model's is 64"]),
+    "another text encoder": (config(joint_attention_dim=4096), ["joint_attention_dim is 4096"]),
+    "union": (config(num_mode=10), ["union ControlNet (num_mode 10)", "Give one for a single condition"]),
+    "condition as pixels": (
+        config(conditioning_embedding_channels=16),
+        ["conditioning_embedding_channels", "not supported"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BROKEN_CONTROLNETS)
@@ -283,8 +291,14 @@ def test_unpaired_pictures_are_all_listed(refused, bad_pairs):
     for number in (0, 2, 5):
         (bad_pairs / f"conditioning/{number}.png").unlink()
     message = refused("--train_data_dir", bad_pairs)
-    says(message, "--train_data_dir", "3 files named in metadata.jsonl are missing", "conditioning/0.png (line 1)", "conditioning/2.png",
-         "conditioning/5.png (line 6)")  # fmt: skip
+    says(
+        message,
+        "--train_data_dir",
+        "3 files named in metadata.jsonl are missing",
+        "conditioning/0.png (line 1)",
+        "conditioning/2.png",
+        "conditioning/5.png (line 6)",
+    )
 
 
 @pytest.mark.parametrize(
@@ -313,14 +327,18 @@ def test_the_bad_pairs_of_another_run_leave_it_as_it_is(refused, bad_pairs, tmp_
     says(refused(), "holds another run", "run.json", "--overwrite_output_dir")
 
 
-STREAMED = {"other size": (1, "40x48"), "no picture": (2, "its condition: not an image"), "too small": (3, "smaller than"),
-            "cut off": (4, "damaged|not an image")}  # fmt: skip
+STREAMED = {
+    "other size": (1, "40x48"),
+    "no image": (2, "its condition: not an image"),
+    "too small": (3, "smaller than"),
+    "cut off": (4, "damaged|not an image"),
+}
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["fresh", "cached"])
 @pytest.mark.parametrize("case", STREAMED)
 def test_a_bad_pair_in_a_stream_stops_it_with_a_sentence(control, bad_pairs, tmp_path, case, cached):
-    """A stream cannot be checked beforehand: what the preflight refuses is refused when it is reached, before it is trained on."""
+    """A stream is checked pair by pair: a bad one is refused when it is read, before it is trained on."""
     line, found = STREAMED[case]
     lines = (bad_pairs / "metadata.jsonl").read_text().splitlines()
     (bad_pairs / "metadata.jsonl").write_text("\n".join([lines[0], lines[line]]) + "\n")

@@ -27,7 +27,8 @@ CASES = {
         "--cache_latents", "--use_ema", "--lr_scheduler", "cosine", "--lr_warmup_steps", 2,
     ],
     "stream, accumulation, empty captions": [
-        "--streaming", "--shuffle_buffer_size", 3, "--gradient_accumulation_steps", 2, "--proportion_empty_prompts", 0.3,
+        "--streaming", "--shuffle_buffer_size", 3, "--gradient_accumulation_steps", 2,
+        "--proportion_empty_prompts", 0.3,
     ],
     "fp16, buckets, flips": [
         "--mixed_precision", "fp16", "--aspect_ratio_buckets", "32,48;48,32", "--random_flip", "--cache_latents",

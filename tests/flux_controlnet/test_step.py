@@ -1,4 +1,4 @@
-"""The training step: its loss against NumPy and plain model calls, both modes against each other, what it may and may not change."""
+"""The training step: its loss against NumPy and plain model calls, both modes, and what an update changes."""
 
 import json
 
@@ -157,7 +157,7 @@ def test_only_the_model_with_a_guidance_embedding_is_given_one(control_script, c
 
 
 def make_models(root, kind="no", double=1, single=1, perturbed=True, recompute=False):
-    """ControlNet and frozen transformer as `main` makes them; `perturbed` gives the zero projections values, so that all train."""
+    """ControlNet and frozen transformer as in `main`. `perturbed`: projections that are not 0: all train."""
     kind = precision.resolve_precision(kind)
     transformer = loading.load_model(root, "transformer", kind)
     precision.freeze_params(transformer)
@@ -176,7 +176,7 @@ def make_models(root, kind="no", double=1, single=1, perturbed=True, recompute=F
 
 @pytest.fixture(scope="module")
 def first_update(control_script, control_flags, small_flux):
-    """first_update(mode, kind, recompute): loss and every gradient at batch 2; every combination runs (and compiles) once."""
+    """first_update(mode, kind, recompute): loss and every gradient at batch size 2. Every combination runs once."""
     done = {}
 
     def run(mode, kind="no", recompute=False):
@@ -206,7 +206,7 @@ def close(gradients, others, rtol):
 
 
 def packed(latents):
-    """[B, C, H, W] to tokens [B, H/2 * W/2, 4C] by slicing: the four corners of every square of two by two, channels outermost."""
+    """[B, C, H, W] to tokens [B, H/2 * W/2, 4C] by slicing: the corners of 2x2 squares, channels outermost."""
     corners = np.stack([latents[:, :, y::2, x::2] for y in (0, 1) for x in (0, 1)], axis=2)
     return corners.reshape(*corners.shape[:1], -1, corners.shape[3] * corners.shape[4]).transpose(0, 2, 1)
 
@@ -222,7 +222,7 @@ def unpacked(tokens, height, width):
 def test_the_steps_loss_is_that_of_mindones_models_called_plainly(
     control_script, control_flags, small_flux, first_update
 ):
-    """mindone's classes without our operators but the exact sinusoids, under the same draws; the error in float64, in every weighting."""
+    """mindone's classes with exact sinusoids, without our other operators; the error in float64, every weighting."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     controlnet, transformer = make_models(small_flux)
     plain_flux = mindone.diffusers.FluxTransformer2DModel.from_pretrained(str(small_flux / "transformer"))
@@ -239,10 +239,16 @@ def test_the_steps_loss_is_that_of_mindones_models_called_plainly(
 
     def call(model, **more):
         return model(
-            hidden_states=ms.Tensor(packed(sigma * noise + (1 - sigma) * x).astype(np.float32)), timestep=ms.Tensor(SIGMAS[batch[5]]),
-            guidance=ms.Tensor([3.5, 3.5], ms.float32), pooled_projections=ms.Tensor(pooled), encoder_hidden_states=ms.Tensor(text),
-            txt_ids=ms.Tensor(np.zeros((5, 3), np.float32)), img_ids=ms.Tensor(ids), return_dict=False, **more,
-        )  # fmt: skip
+            hidden_states=ms.Tensor(packed(sigma * noise + (1 - sigma) * x).astype(np.float32)),
+            timestep=ms.Tensor(SIGMAS[batch[5]]),
+            guidance=ms.Tensor([3.5, 3.5], ms.float32),
+            pooled_projections=ms.Tensor(pooled),
+            encoder_hidden_states=ms.Tensor(text),
+            txt_ids=ms.Tensor(np.zeros((5, 3), np.float32)),
+            img_ids=ms.Tensor(ids),
+            return_dict=False,
+            **more,
+        )
 
     blocks, single_blocks = call(plain_control, controlnet_cond=ms.Tensor(packed(condition).astype(np.float32)))
     tokens = call(plain_flux, controlnet_block_samples=blocks, controlnet_single_block_samples=single_blocks)[0]

@@ -164,27 +164,45 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 BROKEN_PIPELINES = {
     "no vae": (lambda p: shutil.rmtree(p / "vae"), ["vae/ is missing"]),
     "no transformer weights": (lambda p: (p / "transformer" / WEIGHTS).unlink(), [f"transformer/{WEIGHTS} is missing"]),
-    "half the transformer": (lambda p: cut_in_half(p / "transformer" / WEIGHTS), [f"transformer/{WEIGHTS} has 276,460 bytes", "552,920"]),
+    "half the transformer": (
+        lambda p: cut_in_half(p / "transformer" / WEIGHTS),
+        [f"transformer/{WEIGHTS} has 276,460 bytes", "552,920"],
+    ),
     "empty weights": (lambda p: (p / "vae" / WEIGHTS).write_bytes(b""), [f"vae/{WEIGHTS} is truncated (0 bytes)"]),
-    "weights of zeros": (lambda p: (p / "vae" / WEIGHTS).write_bytes(bytes(4096)), [f"vae/{WEIGHTS}", "not safetensors"]),
+    "weights of zeros": (
+        lambda p: (p / "vae" / WEIGHTS).write_bytes(bytes(4096)),
+        [f"vae/{WEIGHTS}", "not safetensors"],
+    ),
     "second shard missing": (lambda p: shard(p / "transformer"), ["transformer/two.safetensors is missing"]),
     "no config": (lambda p: (p / "text_encoder_2/config.json").unlink(), ["text_encoder_2/config.json is missing"]),
     "half a config": (lambda p: cut_in_half(p / "vae/config.json"), ["vae/config.json"]),
     "no merges": (lambda p: (p / "tokenizer/merges.txt").unlink(), ["tokenizer/merges.txt is missing"]),
     "half a vocabulary": (lambda p: cut_in_half(p / "tokenizer/vocab.json"), ["tokenizer/vocab.json"]),
-    "no T5 tokenizer": (lambda p: [f.unlink() for f in (p / "tokenizer_2").glob("*i*e*.*") if f.stem in ("spiece", "tokenizer")],
-                        ["tokenizer_2/spiece.model is missing"]),
-    "another transformer": (lambda p: edit_json(p / "transformer/config.json", _class_name="SD3Transformer2DModel"),
-                            ["transformer/config.json", "SD3Transformer2DModel", "expected FluxTransformer2DModel"]),
-    "another T5": (lambda p: edit_json(p / "text_encoder_2/config.json", architectures=["UMT5EncoderModel"]),
-                   ["text_encoder_2/config.json", "UMT5EncoderModel", "expected T5EncoderModel"]),
-    "another scheduler": (lambda p: edit_json(p / "scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
-                          ["scheduler/scheduler_config.json", "DDIMScheduler", "expected FlowMatchEulerDiscreteScheduler"]),
-    "another tokenizer": (lambda p: edit_json(p / "model_index.json", tokenizer=["transformers", "BertTokenizer"]),
-                          ["model_index.json", "BertTokenizer", "expected CLIPTokenizer"]),
-    "two defects at once": (lambda p: [shutil.rmtree(p / "vae"), (p / "tokenizer/vocab.json").unlink()],
-                            ["vae/ is missing", "tokenizer/vocab.json is missing"]),
-}  # fmt: skip
+    "no T5 tokenizer": (
+        lambda p: [(p / "tokenizer_2" / name).unlink(missing_ok=True) for name in ("spiece.model", "tokenizer.json")],
+        ["tokenizer_2/spiece.model is missing"],
+    ),
+    "another transformer": (
+        lambda p: edit_json(p / "transformer/config.json", _class_name="SD3Transformer2DModel"),
+        ["transformer/config.json", "SD3Transformer2DModel", "expected FluxTransformer2DModel"],
+    ),
+    "another T5": (
+        lambda p: edit_json(p / "text_encoder_2/config.json", architectures=["UMT5EncoderModel"]),
+        ["text_encoder_2/config.json", "UMT5EncoderModel", "expected T5EncoderModel"],
+    ),
+    "another scheduler": (
+        lambda p: edit_json(p / "scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
+        ["scheduler/scheduler_config.json", "DDIMScheduler", "expected FlowMatchEulerDiscreteScheduler"],
+    ),
+    "another tokenizer": (
+        lambda p: edit_json(p / "model_index.json", tokenizer=["transformers", "BertTokenizer"]),
+        ["model_index.json", "BertTokenizer", "expected CLIPTokenizer"],
+    ),
+    "two defects at once": (
+        lambda p: [shutil.rmtree(p / "vae"), (p / "tokenizer/vocab.json").unlink()],
+        ["vae/ is missing", "tokenizer/vocab.json is missing"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BROKEN_PIPELINES)
@@ -231,7 +249,7 @@ def test_all_bad_images_are_listed_at_once(refused, bad_photos):
     }
 
 
-def test_a_image_is_measured_after_its_exif_rotation(refused, tmp_path):
+def test_an_image_is_measured_after_its_exif_rotation(refused, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     write_image(tmp_path / "in/turned.jpg", size=(100, 20), exif=exif)
@@ -423,7 +441,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_update(lora, good_run):
 
 
 def test_a_disk_that_fills_up_leaves_the_checkpoints_before_whole(train, good_run):
-    """A limit on the size of files stands for the full disk: the adapter (18 KB) fits, the optimizer state (55 KB) not."""
+    """A limit on file sizes stands for the full disk: the adapter (18 KB) fits, the optimizer state (55) not."""
     before = tree(good_run / "checkpoint-1", good_run / "checkpoint-2")
     before[str(good_run / LORA_FILE)] = tree(good_run)[str(good_run / LORA_FILE)]
 
@@ -466,7 +484,7 @@ def command_of(pid):
 
 
 def test_ctrl_c_before_the_first_update_has_nothing_to_save(flags, tmp_path):
-    """The child process of the encoder stage ends, too. --lora_layers makes MindSpore compute before, in this process."""
+    """The encoder stage's child process ends, too. --lora_layers makes the training process compute before."""
     out, log = tmp_path / "out", tmp_path / "log"
     with open(log, "w") as file:
         process = start(SCRIPT, flags(out, "--cache_dir", tmp_path / "cache", "--lora_layers", "to_q"), file)

@@ -1,4 +1,4 @@
-"""Training that starts from a LoRA: it keeps the file's ranks, layers and weights; a file that does not fit is refused."""
+"""Training that starts from a LoRA keeps its ranks, layers and weights; a file that does not fit is refused."""
 
 import functools
 import shutil

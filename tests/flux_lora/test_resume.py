@@ -20,7 +20,9 @@ def end_state(out):
 
 
 CASES = {
-    "cached latents and cosine": ["--cache_latents", "--random_flip", "--lr_scheduler", "cosine", "--lr_warmup_steps", 2],
+    "cached latents and cosine": [
+        "--cache_latents", "--random_flip", "--lr_scheduler", "cosine", "--lr_warmup_steps", 2,
+    ],
     "random crops, accumulation and adafactor": [
         "--random_flip", "--gradient_accumulation_steps", 2, "--optimizer", "adafactor",
     ],

@@ -74,8 +74,9 @@ def test_the_training_process_loads_only_what_it_needs(lora, loaded, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "mixed_precision, upcast, stored", [("bf16", [], "BF16"), ("fp16", [], "F16"), ("fp16", ["--upcast_before_saving"], "F32")]
-)  # fmt: skip
+    "mixed_precision, upcast, stored",
+    [("bf16", [], "BF16"), ("fp16", [], "F16"), ("fp16", ["--upcast_before_saving"], "F32")],
+)
 def test_the_final_adapter_has_the_dtype_of_the_weights_unless_upcast(lora, tmp_path, mixed_precision, upcast, stored):
     lora(tmp_path, "--mixed_precision", mixed_precision, "--cache_latents", "--max_train_steps", 1, *upcast)
     with safe_open(tmp_path / LORA_FILE, framework="numpy") as file:
@@ -227,10 +228,10 @@ def test_an_int8_base_trains_as_float32_does_within_a_hundredth(finished_lora, l
 
 
 def test_held_out_loss_falls_with_training_and_stays_at_learning_rate_0(lora, tmp_path):
-    """On random weights, 40 updates at a high rate: by at least a tenth at every timestep."""
+    """On random weights, 8 updates at a high rate: by at least a tenth at every timestep."""
     more = ["--cache_latents", "--validation_split", 0.2, "--adam_weight_decay", 0, "--lora_rank", 8]
     before_and_after = {}
-    for name, rate, updates in (("trained", 3e-3, 40), ("still", 0, 3)):
+    for name, rate, updates in (("trained", 2e-2, 8), ("still", 0, 2)):
         out = lora(tmp_path / name, *more, "--learning_rate", rate, "--max_train_steps", updates)
         rows = [float(row["loss"]) for row in csv.DictReader((out / "loss_by_timestep.csv").read_text().splitlines())]
         before_and_after[name] = np.array(rows[:8]), np.array(rows[-8:])

@@ -142,7 +142,7 @@ def lora_step(script, flags, small_flux, mixed_precision="no"):
 
 @pytest.fixture(scope="module")
 def two_updates(lora_script, flags, small_flux):
-    """two_updates(mode, recompute): losses and gradient norms [2, 2], and trained weights. Every combination runs once."""
+    """two_updates(mode, recompute): losses and gradient norms [2, 2], and trained weights. Each runs once."""
     done = {}
 
     def run(mode, recompute=False):

@@ -10,6 +10,7 @@ from mindtune import plan
 from mindtune.cli import UserError
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_dry_run_prints(tiny_flux, lora_script, capsys):
     flags = ["--pretrained_model_name_or_path", str(tiny_flux), "--instance_data_dir", "x", "--instance_prompt", "y"]
     lora_script.main([*flags, "--dry_run"])

@@ -8,21 +8,24 @@ from pathlib import Path
 import conftest
 import pytest
 import real_pipelines
-from conftest import metrics, run_here
+from conftest import command_line, metrics, run_here
 
 from mindtune.cli import UserError
 from mindtune.encode import encoder_stage
 from mindtune.models import loading
 
 SCRIPTS = {
-    "flux_lora": "flux_lora/train_dreambooth_lora_flux.py", "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
-    "sd": "examples/controlnet/train_controlnet.py", "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
-}  # fmt: skip
+    "flux_lora": "flux_lora/train_dreambooth_lora_flux.py",
+    "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
+    "sd": "examples/controlnet/train_controlnet.py",
+    "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
+}
+load_script = functools.cache(conftest.load_script)
 
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory):
-    """real(name, **options): the folder of a small published pipeline, VAE or ControlNet, made once. Not to be changed."""
+    """real(name, **options): the folder of a small published pipeline, VAE or ControlNet, not to be changed."""
     made = {}
 
     def get(name, **options):
@@ -47,42 +50,29 @@ def pairs(tmp_path_factory):
     return folder
 
 
-load_script = functools.cache(conftest.load_script)
-
-
 @pytest.fixture
 def encode_here(monkeypatch):
     """The encoder stage in this process, which has imported everything."""
     monkeypatch.setattr(encoder_stage, "_in_child", conftest.encode_here)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def line(pairs, photos, encoder_cache):
     """line(script, root, out, *more): the command line of a run of one update; later flags win over earlier ones."""
 
     def make(script, root, out, *more):
-        words = [
-            "--pretrained_model_name_or_path",
-            root,
-            "--output_dir",
-            out,
-            "--cache_dir",
-            encoder_cache,
-            "--seed",
-            0,
-        ]
-        words += [
-            "--train_batch_size",
-            1,
-            "--max_train_steps",
-            1,
-            "--learning_rate",
-            1e-3,
-            "--mindspore_mode",
-            1,
-            "--report_to",
-            "none",
-        ]
+        values = {
+            "pretrained_model_name_or_path": root,
+            "output_dir": out,
+            "cache_dir": encoder_cache,
+            "seed": 0,
+            "train_batch_size": 1,
+            "max_train_steps": 1,
+            "learning_rate": 1e-3,
+            "mindspore_mode": 1,
+            "report_to": "none",
+        }
+        words = command_line(values)
         words += ["--resolution", 32 if script.startswith("flux") else 64, "--num_inference_steps", 2]
         if script.startswith("flux"):
             words += ["--max_sequence_length", 16]
@@ -97,7 +87,7 @@ def line(pairs, photos, encoder_cache):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(line):
     """run(script, root, out, *more): trains in this process and returns the losses that the run has logged."""
 
@@ -108,18 +98,29 @@ def run(line):
     return go
 
 
+@pytest.fixture(scope="session")
+def plain_losses(run, tmp_path_factory):
+    """plain_losses(script, root): the losses of a run without more flags. Each runs once."""
+    return functools.cache(lambda script, root: run(script, root, tmp_path_factory.mktemp("plain") / "out"))
+
+
 @pytest.fixture
 def trains(run, pairs, tmp_path):
-    """trains(script, name, root, *more): one update, a validation image, a second update from the checkpoint. The losses are finite."""
+    """trains(script, root, *more): one update and a validation image; its losses are finite.
 
-    def go(script, root, *more):
-        out, drawn = tmp_path / script, ["--validation_prompt", "a red circle", "--num_validation_images", 1]
+    With `resume`, a second update from the checkpoint.
+    """
+
+    def go(script, root, *more, resume=False):
+        out = tmp_path / script
+        validation = ["--validation_prompt", "a red circle", "--num_validation_images", 1]
         if script != "flux_lora":
-            drawn += ["--validation_image", pairs / "conditioning" / "000000.png"]
-        run(script, root, out, *drawn, *more)
+            validation += ["--validation_image", pairs / "conditioning" / "000000.png"]
+        losses = run(script, root, out, *validation, *more)
         assert list((out / "samples").glob("final*.png")), "no validation image"
-        losses = run(script, root, out, "--max_train_steps", 2, "--resume_from_checkpoint", "latest", *more)
-        assert len(losses) == 2 and all(0 < loss < 100 for loss in losses), losses
+        if resume:
+            losses = run(script, root, out, "--max_train_steps", 2, "--resume_from_checkpoint", "latest", *more)
+        assert len(losses) == 1 + resume and all(0 < loss < 100 for loss in losses), losses
         return out
 
     return go
@@ -127,9 +128,9 @@ def trains(run, pairs, tmp_path):
 
 @pytest.fixture
 def refused(line, tmp_path, monkeypatch):
-    """refused(script, root, words, *more): the script ends with a UserError that has all words; nothing is encoded, loaded or written.
+    """refused(script, root, words, *more): the message of a UserError that has all words. Nothing is loaded or written.
 
-    --dry_run has to say the same; `dry` False: what only weight files and tokenizers tell, which it does not read. Gives the message.
+    --dry_run refuses it, too, unless `dry` is False: it reads neither weight files nor tokenizers.
     """
 
     def message(script, words, arguments):

@@ -85,7 +85,8 @@ def test_guidance_is_in_dev_and_not_in_schnell(real):
 
 
 @pytest.mark.parametrize("name, old", [
-    ("stable-diffusion-v1-4", True), ("stable-diffusion-2-1", True), ("Realistic_Vision_V5.1_noVAE", True), ("sdxl-turbo", False),
+    ("stable-diffusion-v1-4", True), ("stable-diffusion-2-1", True), ("Realistic_Vision_V5.1_noVAE", True),
+    ("sdxl-turbo", False),
     ("stable-diffusion-xl-base-1.0", False),
 ])  # fmt: skip
 def test_old_names_of_the_vaes_attention(name, old, real):

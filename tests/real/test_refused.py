@@ -41,8 +41,10 @@ def test_a_model_that_takes_more_than_latents(name, script, cls, channels, refus
 
 
 OTHER_SCRIPTS = [
-    ("stable-diffusion-xl-base-1.0", SD, "StableDiffusionXLPipeline"), ("stable-diffusion-v1-5", SDXL, "StableDiffusionPipeline"),
-    ("FLUX.1-dev", SD, "FluxPipeline"), ("FLUX.1-schnell", SDXL, "FluxPipeline"), ("stable-diffusion-2-1", LORA, "StableDiffusionPipeline"),
+    ("stable-diffusion-xl-base-1.0", SD, "StableDiffusionXLPipeline"),
+    ("stable-diffusion-v1-5", SDXL, "StableDiffusionPipeline"),
+    ("FLUX.1-dev", SD, "FluxPipeline"), ("FLUX.1-schnell", SDXL, "FluxPipeline"),
+    ("stable-diffusion-2-1", LORA, "StableDiffusionPipeline"),
     ("stable-diffusion-xl-base-1.0", FLUX, "StableDiffusionXLPipeline"),
 ]  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""At their published sizes the configs describe the published files, to the byte where the hub gives an index of shards.
+"""At their published sizes the configs describe the published files: to the byte where the hub has an index of shards.
 
-Through mindone's classes on parameters that are never allocated. Sizes are those of the files on the hub: 8 bytes, a header, the data.
+Through mindone's classes on parameters that are never allocated. A file has 8 bytes, a header and the data.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What becomes of each published pipeline, VAE and ControlNet: the tests hold the scripts to it, docs/models.md lists it."""
+"""Which published pipelines, VAEs and ControlNets are trained or refused: tested here, listed in docs/models.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LORA, FLUX, SD, SDXL = "flux_lora", "flux_controlnet", "sd", "sdxl"
 
 
 class Verdict(NamedTuple):
-    """`scripts` train it. If there are none, `script` refuses it: its message has all of `words`; `why` is the page's text."""
+    """`scripts` train it. Without any, `script` refuses it with a message of all `words`; `why` is for the page."""
 
     scripts: tuple[str, ...] = ()
     script: str = ""
@@ -116,9 +116,13 @@ BASES = {
 FILES = {
     "fp16 files beside or instead of the plain ones": ("read with `--variant fp16`", "test_sd.py::test_its_fp16_files"),
     "a variant that one part lacks": (
-        "the plain file is read, and the run says so", "test_sd.py::test_the_variant_where_one_part_has_only_the_plain_file",
+        "the plain file is read, and the run says so",
+        "test_sd.py::test_the_variant_where_one_part_has_only_the_plain_file",
     ),
-    "only fp16 files, without the flag": ("refused: add `--variant fp16`", "test_refused.py::test_only_fp16_files_without_the_flag"),
+    "only fp16 files, without the flag": (
+        "refused: add `--variant fp16`",
+        "test_refused.py::test_only_fp16_files_without_the_flag",
+    ),
     "shards with their index": ("read", "test_sd.py::test_shards"),
     "VAE attention named query, key, value, proj_attn, [C, C] or [C, C, 1, 1]": (
         "read", "test_sd.py::test_attention_of_the_vae_as_convolutions",
@@ -131,7 +135,10 @@ FILES = {
     ),
     "fp8 tensors": ("refused", "test_refused.py::test_fp8_tensors"),
     "bitsandbytes, 4 bits": ("refused", "test_refused.py::test_bitsandbytes_in_4_bits"),
-    "one file instead of a folder (GGUF, .safetensors, .ckpt)": ("refused", "test_refused.py::test_one_file_instead_of_a_folder"),
+    "one file instead of a folder (GGUF, .safetensors, .ckpt)": (
+        "refused",
+        "test_refused.py::test_one_file_instead_of_a_folder",
+    ),
     "pickles (.bin) alone": ("refused: reading one runs what is written in it", "test_refused.py::test_pickles_alone"),
     "weights of Flax alone": ("refused", "test_refused.py::test_weights_of_flax_alone"),
     "FLUX.1 without tokenizer_2/spiece.model": (

@@ -17,7 +17,7 @@ UNETS = {
     "sdxl": {
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "attention_head_dim": [2, 4], "transformer_layers_per_block": [1, 2],
+        "attention_head_dim": [2, 4], "transformer_layers_per_block": [1, 1],
     },
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything loads: the flag or file, what was found, what to do."""
+"""Bad input: a message that names the flag or file, what was found and what to do; nothing is written or loaded."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from mindtune.cli import UserError
 
 @pytest.fixture
 def refused(sd, sd_flags, tmp_path, monkeypatch):
-    """refused(*flags): what the training script says; nothing may have been loaded or written."""
+    """refused(*flags): the message of the UserError. Nothing was loaded or written."""
 
     def never(*_):
         pytest.fail("a model was loaded before the input was checked")
@@ -33,16 +33,27 @@ FLAGS = {
     "a resolution too small for the UNet": (["--resolution", 32], ["--resolution 32", "at least 64"]),
     "no gamma": (["--snr_gamma", 0], ["--snr_gamma 0", "above 0"]),
     "8-bit moments of another optimizer": (
-        ["--use_8bit_adam", "--optimizer", "adafactor"], ["--use_8bit_adam with --optimizer adafactor", "leave one of the two out"],
+        ["--use_8bit_adam", "--optimizer", "adafactor"],
+        ["--use_8bit_adam with --optimizer adafactor", "leave one of the two out"],
     ),
     "two sources": (["--dataset_name", "x"], ["--dataset_name", "--train_data_dir", "give one of"]),
     "a stream without end": (["--streaming", "--max_train_steps", 0], ["--max_train_steps 0"]),
-    "pictures without prompts": (["--validation_image", "a.png"], ["--validation_prompt has 0", "--validation_image 1"]),
-    "two pictures for three prompts": (
-        ["--validation_image", "a", "b", "--validation_prompt", "x", "y", "z"], ["--validation_prompt has 3", "--validation_image 2"],
+    "images without prompts": (
+        ["--validation_image", "a.png"],
+        ["--validation_prompt has 0", "--validation_image 1"],
     ),
-    "a condition that is not there": (["--validation_image", "absent.png", "--validation_prompt", "x"], ["--validation_image absent.png"]),
-    "a tokenizer that is not there": (["--tokenizer_name", "./absent"], ["--tokenizer_name ./absent", "no such directory"]),
+    "two images for three prompts": (
+        ["--validation_image", "a", "b", "--validation_prompt", "x", "y", "z"],
+        ["--validation_prompt has 3", "--validation_image 2"],
+    ),
+    "a missing condition": (
+        ["--validation_image", "absent.png", "--validation_prompt", "x"],
+        ["--validation_image absent.png"],
+    ),
+    "a missing tokenizer": (
+        ["--tokenizer_name", "./absent"],
+        ["--tokenizer_name ./absent", "no such directory"],
+    ),
 }  # fmt: skip
 
 

@@ -28,14 +28,14 @@ VAE_CONFIG = {"latent_channels": 4, "block_out_channels": [1, 1, 1, 1]}
 
 
 def marked(number, height, width):
-    """uint8 [height, width, 3] that tells where it came from: red is the column, green the row, blue the picture."""
+    """uint8 [height, width, 3]: red is the column, green the row, blue the number of the image."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x, y, np.full_like(x, 40 * number)], axis=2).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def oblong(tmp_path_factory):
-    """Four pairs, wide (112x80) and tall (80x112) by turns, the condition the picture's negative: both show where they were cropped."""
+    """Four pairs, wide (112x80) and tall (80x112) in turn. The condition is the negative: both show the crop."""
     folder, rows = tmp_path_factory.mktemp("oblong"), []
     for number in range(4):
         pixels = marked(number, *((80, 112) if number % 2 == 0 else (112, 80)))
@@ -105,7 +105,7 @@ def test_timesteps_are_uniform_and_every_use_draws_anew(sd, batches):
 
 
 def test_the_final_controlnet_is_in_the_output_directory_and_checkpoints_have_it_alone(sd, run, shapes, tmp_path):
-    """In diffusers' layout and with its names, without the frozen UNet. mindone's class loads both. Samples are there."""
+    """In diffusers' layout and with its names, without the frozen UNet. mindone's class loads both. With samples."""
     images = [shapes / "conditioning" / f"00000{number}.png" for number in (0, 1)]
     more = ["--validation_prompt", "a red circle", "--validation_image", *images, "--validation_steps", 2]
     run(sd, tmp_path, *more, "--checkpointing_steps", 2, "--save_weight_dtype", "fp16")
@@ -216,12 +216,13 @@ def test_every_memory_recipe_runs(sd15, run, tmp_path, flags):
 
 
 LAUNCH = """--pretrained_model_name_or_path=sd15 --output_dir=out --dataset_name=fusing/fill50k --resolution=512
---learning_rate=1e-5 --validation_image a.png b.png --validation_prompt "red circle with blue background" "cyan circle with brown floral background"
+--learning_rate=1e-5 --validation_image a.png b.png
+--validation_prompt "red circle with blue background" "cyan circle with brown floral background"
 --train_batch_size=1 --gradient_accumulation_steps=4 --push_to_hub"""
 
 
 def test_the_guides_launch_command(sd15, shapes, fake_hub, tmp_path):
-    """As it is written there, but for small pictures and few steps of drawing: a local pipeline, a local data set, a hub of our own."""
+    """As it is written there, with small images and few denoising steps: a local pipeline, data set and hub."""
     for path, target in (
         ("sd15", sd15.root),
         ("fusing/fill50k", shapes),

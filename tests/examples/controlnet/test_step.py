@@ -1,4 +1,4 @@
-"""The training step: its loss against plain model calls and float64, both modes against each other, what it may and may not change."""
+"""The training step: its loss against plain model calls in float64, both modes, and what an update changes."""
 
 import mindone.diffusers
 import mindspore as ms
@@ -21,7 +21,7 @@ ADDED = ("controlnet_down_blocks.", "controlnet_mid_block.", "controlnet_cond_em
 
 
 def make_models(sd, kind="no", perturbed=True, recompute=False):
-    """ControlNet and frozen UNet as `main` makes them; `perturbed` gives the zero projections values, so that all train."""
+    """ControlNet and frozen UNet as in `main`. `perturbed`: with projections that are not 0: all train."""
     kind = precision.resolve_precision(kind)
     unet = loading.load_model(sd.root, "unet", kind)
     precision.freeze_params(unet)
@@ -41,9 +41,7 @@ def make_step(sd, controlnet, unet, kind="no", predicted="epsilon", vae_config=N
     words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     args = sd.train.parse_args(["--pretrained_model_name_or_path=x", "--train_data_dir=x", *words])
     # Without a decaying first moment and without clipping, AdamW's first moment is the gradient.
-    optimizer = adamw.AdamW(
-        [{"params": controlnet.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0
-    )
+    optimizer = adamw.AdamW([{"params": controlnet.trainable_params(), "lr": 1e-2, "weight_decay": 0.0}], beta1=0.0)
     more = {"vae_dtype": ms.float32} if sd.kind == "sdxl" else {}
     make = sd.train.TrainStepForControlNetSDXL if sd.kind == "sdxl" else sd.train.TrainStepForControlNet
     return make(
@@ -79,7 +77,7 @@ def first_updates():
 
 @pytest.fixture
 def first_update(sd, first_updates):
-    """first_update(mode, kind, recompute): loss and every gradient at batch 2; every combination runs (and compiles) once."""
+    """first_update(mode, kind, recompute): loss and every gradient at batch size 2. Every combination runs once."""
 
     def run(mode, kind="no", recompute=False):
         key = sd.kind, mode, kind, recompute
@@ -107,7 +105,7 @@ def close(gradients, others, rtol):
 
 @pytest.fixture
 def plain_prediction(sd):
-    """mindone's classes as they come, called plainly on what the formulas make of a batch: (prediction, latents, alphas) in float64."""
+    """mindone's own classes on the inputs that the formulas give: (prediction, latents, alphas) in float64."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     controlnet, _ = make_models(sd)
     plain_unet = mindone.diffusers.UNet2DConditionModel.from_pretrained(str(sd.root / "unet"))
@@ -132,7 +130,7 @@ def plain_prediction(sd):
 
 
 def test_latents_of_a_vae_with_a_mean_and_a_standard_deviation_per_channel(sd):
-    """Playground 2.5's: (z - mean) scaling_factor / std. With velocity as target, sqrt(a) noise - sqrt(1 - a) latents."""
+    """Playground 2.5's: (z - mean) scaling_factor / std. The target is sqrt(a) noise - sqrt(1 - a) latents."""
     mean, std = [-1.6, 1.9, -1.4, 2.5], [8.5, 5.9, 6.5, 5.2]
     vae = {"scaling_factor": 0.5, "shift_factor": None, "latents_mean": mean, "latents_std": std}
     ms.set_context(mode=ms.PYNATIVE_MODE)
@@ -193,7 +191,7 @@ def test_two_micro_batches_equal_one_batch_of_two(sd, first_update):
 @pytest.mark.parametrize("height, width", [(8, 8), (9, 13)])
 @pytest.mark.parametrize("kind", ["no", "fp16", "bf16"])
 def test_the_first_prediction_is_the_base_models_bit_for_bit(sd, kind, height, width):
-    """Zero projections add zeros, also where a side is odd on every level; once they are not zero, the condition shows."""
+    """Zero projections add zeros, also if a side is odd on every level. Once they are not zero, the condition shows."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     controlnet, unet = make_models(sd, kind, perturbed=False)
     compute = precision.resolve_precision(kind).compute

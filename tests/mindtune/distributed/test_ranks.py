@@ -73,10 +73,8 @@ def pairs_of_two_sizes(tmp_path):
 
 
 def batches_of(data, first, last):
-    """Per batch its [(caption, sample id, use), ...] and its size."""
-    return list(
-        data.iterate(first, last, lambda batch, size: ([(pair.caption, *rest) for pair, *rest in batch], size), 1)
-    )
+    """Per batch its [(caption, (sample id, use), size), ...]."""
+    return list(data.iterate(first, last, lambda uses: [(use[0].caption, use[2].key, use[1]) for use in uses], 1))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -84,7 +82,8 @@ def test_the_shards_of_all_ranks_are_the_batches_of_one_rank(as_rank, pairs_of_t
     """In order and without a gap, for buckets and for a stream; no world size here divides the 7 pairs."""
     source, buckets = pairs_of_two_sizes
     found = pair_stream.PairStream(source, 0, 3) if streaming else pairs.load_pairs(source)
-    data = pair_data.PairData(found, [], buckets[:1] if streaming else buckets, 0, 2)
+    sizes = buckets[:1] if streaming else buckets
+    data = pair_data.PairData(found, [], sizes=sizes, seed=0, batch_size=2)
     expected = batches_of(data, 6, 18)
     for world_size in (2, 3):
         shards = []
@@ -98,6 +97,7 @@ def test_the_shards_of_all_ranks_are_the_batches_of_one_rank(as_rank, pairs_of_t
 # ---- two real ranks ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_real_ranks(two_ranks):
     assert two_ranks.wait() == 0, two_ranks.said()[-6000:]
     assert two_ranks.said().count("all checks passed") == 2

@@ -38,6 +38,7 @@ def own_kilobytes():
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_validation_leaves_no_memory_behind():
     """With a model that TrainStep has marked for gradients. Outside eval_mode every call keeps 5 kB of a graph."""

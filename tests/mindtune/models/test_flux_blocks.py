@@ -7,6 +7,8 @@ from flux_gradients import FLOAT16, FLOAT32, add_adapter, assert_close, loss_and
 
 from mindtune.models import loading, lora, replaced_layers
 
+pytestmark = pytest.mark.slow
+
 
 def mindone_flux(root):
     """mindone's own model. Only the timestep embeddings are exact: mindone's are off by more than the tolerance."""

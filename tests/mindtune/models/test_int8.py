@@ -107,6 +107,8 @@ import mindspore as ms, numpy as np
 from mindspore import nn, ops
 from mindtune.models import execution, fast_ops
 
+pytestmark = pytest.mark.slow
+
 class Chain(nn.Cell):
     def __init__(self, depth):
         super().__init__()

@@ -153,10 +153,10 @@ def test_the_parameter_table():
     freeze_params(frozen)
     freeze_params(net)
     net.second.weight.requires_grad = True
-    rows = [
-        line.split("  ")
-        for line in parameter_table({"net": net, "frozen": frozen}, resolve_precision("bf16")).splitlines()
-    ]
+    models = {"net": net, "frozen": frozen, "vae": None}
+    *lines, note = parameter_table(models, resolve_precision("bf16")).splitlines()
+    assert note.startswith("bf16 on the CPU: weights are stored in bf16 and computed in fp32")
+    rows = [line.split("  ") for line in lines]
     assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
         ["module", "stored", "computed", "parameters", "trainable"],
         ["net", "float32+int32", "float32", "35", "0"],

@@ -33,6 +33,7 @@ def test_a_disabled_adapter_has_no_effect(flux, expected_loss):
     assert loss_of(model) == with_adapter != expected_loss
 
 
+@pytest.mark.slow
 def test_blocks_with_dropout_keep_mindones_code(flux, expected_loss, mode):
     """mindone's cells draw the masks. Dropout does nothing outside training."""
     precision.freeze_params(flux)

@@ -289,6 +289,7 @@ for count in map(int, sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
 def test_float32_moments_exist_for_one_tensor_at_a_time(mode, monkeypatch):
     """Each further tensor adds its state (2 bytes per element) and little else to the memory of an update.
 
@@ -340,6 +341,7 @@ def first_and_last_loss(eight_bit, updates=200):
     return losses[0], float(np.mean(losses[-20:]))
 
 
+@pytest.mark.slow
 def test_it_learns_as_well_as_adamw(graph_mode):
     """The loss after 200 updates is within 2% of float32 AdamW's, and far below the first."""
     (first, full), (_, eight) = first_and_last_loss(False), first_and_last_loss(True)

@@ -25,25 +25,30 @@ class Step(nn.Cell):
 
 
 class FakeRun:
-    """Notes what a validation logs."""
+    """A run that is its own curve and tracker, and notes what is logged."""
 
-    def __init__(self, step=1, held_out=2):
+    def __init__(self, output_dir, step=1, held_out=2, axis="sigma"):
         self.step = step
-        self.output_dir = None
+        self.output_dir = output_dir
+        self.axis = axis
+        self.points = []
         self.logged = []
+        self.curve = self.tracker = self
         self.data = SimpleNamespace(
             held_out=[None] * held_out, held_out_use=lambda sample_id, timestep: (sample_id, timestep)
         )
 
-    def needs_held_out(self):
-        return bool(self.data.held_out)
+    def has(self, step):
+        return bool(self.points)
 
-    def log_held_out(self, places, losses):
-        self.logged.append((places, losses))
+    def add(self, step, places, losses):
+        self.points += zip(places, losses)
 
-    def log_images(self, grid, final):
-        self.logged.append((grid.size, final))
-        return "path"
+    def log(self, step, **values):
+        self.logged.append(values)
+
+    def image(self, step, name, grid):
+        self.logged.append(grid.size)
 
 
 class Sampler:
@@ -68,26 +73,33 @@ def make_validation(run, sampler, ema=None):
     return Validation(run, Step(), [], make_batch, PLACES, sampler, ema)
 
 
-def test_held_out_loss_is_the_mean_over_samples_at_each_timestep():
-    run = FakeRun(step=0)
-    assert make_validation(run, Sampler())() is None  # no images before the first update
-    ((places, losses),) = run.logged
-    assert places == {index: pytest.approx(PLACES[index]) for index in HELD_OUT_INDICES}
+@pytest.mark.parametrize("axis", ["sigma", "timestep"])
+def test_held_out_loss_is_the_mean_over_samples_at_each_timestep(tmp_path, axis):
+    run = FakeRun(tmp_path, step=0, axis=axis)
+    validate = make_validation(run, Sampler())
+    assert validate() is None  # no images before the first update
     expected = [np.mean([(index / 1000 - sample) ** 2 for sample in (0, 1)]) for index in HELD_OUT_INDICES]
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(run.points, list(zip(PLACES[HELD_OUT_INDICES], expected)), rtol=1e-5)
+    (logged,) = run.logged
+    assert logged.pop("held_out__loss") == pytest.approx(np.mean(expected))
+    labels = [f"{PLACES[index]:.3f}" if axis == "sigma" else str(index) for index in HELD_OUT_INDICES]
+    assert list(logged) == [f"held_out__loss_at_{label}" for label in labels]
+    validate()
+    assert len(run.logged) == 1  # measured once per update
 
 
-def test_images_are_sampled_for_prompts_after_the_first_update():
-    run, sampler = FakeRun(held_out=0), Sampler()
-    assert make_validation(run, sampler)() == "path"
-    assert make_validation(run, sampler)(final=True) == "path"
-    assert sampler.calls == [False, True] and [final for _, final in run.logged] == [False, True]
+def test_images_are_sampled_for_prompts_after_the_first_update(tmp_path):
+    run, sampler = FakeRun(tmp_path, held_out=0), Sampler()
+    assert make_validation(run, sampler)() == tmp_path / "samples" / "step-000001.png"
+    assert make_validation(run, sampler)(final=True) == tmp_path / "samples" / "final.png"
+    assert sampler.calls == [False, True] and len(run.logged) == 2
+    assert Image.open(tmp_path / "samples" / "final.png").size == run.logged[1]
     assert make_validation(run, Sampler(prompts=()))() is None
 
 
 def test_other_ranks_validate_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(ranks, "_rank", 1)
-    run, sampler = FakeRun(), Sampler()
+    run, sampler = FakeRun(tmp_path), Sampler()
     validate = make_validation(run, sampler)
     assert validate() is None
     validate.write_result(lambda folder: pytest.fail("written by rank 1"))
@@ -110,13 +122,12 @@ def test_everything_is_done_with_the_averaged_weights(tmp_path):
             seen.append(float(weight[0]))
             return super().sample(final)
 
-    run = FakeRun(held_out=0)
-    run.output_dir = tmp_path
+    run = FakeRun(tmp_path, held_out=0)
     validate = make_validation(run, NotingSampler(), EMA())
     validate()
     validate.write_result(lambda folder: (folder / "weights.txt").write_text(str(float(weight[0]))))
     assert seen == [5.0] and (tmp_path / "weights.txt").read_text() == "5.0" and float(weight[0]) == 1.0
-    assert [path.name for path in tmp_path.iterdir()] == ["weights.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "weights.txt"]
 
 
 def test_prompts_and_condition_images_are_matched(tmp_path):
@@ -135,8 +146,8 @@ def test_prompts_and_condition_images_are_matched(tmp_path):
     assert prompt == "x" and image.size == (64, 32)  # the shorter side is the resolution
 
 
-def test_memory_of_a_vae_loaded_for_the_images_is_freed(monkeypatch):
+def test_memory_of_a_vae_loaded_for_the_images_is_freed(monkeypatch, tmp_path):
     freed = []
     monkeypatch.setattr(validation, "free_memory", lambda: freed.append(True))
-    make_validation(FakeRun(held_out=0), Sampler())()
+    make_validation(FakeRun(tmp_path, held_out=0), Sampler())()
     assert freed == [True]
