@@ -350,25 +350,40 @@ def test_a_batch_of_a_bucket_has_its_shape_and_its_own_images(batches, oblong):
     assert [found.count(number) for number in range(6)] == [4] * 6  # 24 uses, four epochs
 
 
-def test_two_buckets_train_in_one_run_cached_or_not_and_in_the_graph(control, oblong, tmp_path):
-    """Batches of two, of both shapes; the VAE in the encoder stage or in the step; a graph per shape.
+def assert_logged_alike(out, other, evaluations):
+    for key in ("loss", "grad_norm", "held_out__loss"):
+        expected = logged(other, key)
+        assert len(set(expected)) == (evaluations if key == "held_out__loss" else len(metrics(other)) - evaluations)
+        np.testing.assert_allclose(logged(out, key), expected, rtol=1e-4, err_msg=key)
+
+
+def test_two_buckets_train_in_one_run_cached_or_not(control, oblong, tmp_path):
+    """Batches of two, of both shapes; the VAE in the encoder stage or in the step.
 
     In between the held-out loss is measured with the averaged weights, which must leave the weights as they were.
     """
     more = ["--train_data_dir", oblong, "--aspect_ratio_buckets", "32,48;48,32", "--train_batch_size", 2]
     more += ["--max_train_steps", 4, "--use_ema", "--validation_split", 0.2, "--validation_steps", 2]
     more += ["--num_single_layers", 0]
-    kinds = {
-        "cached": ["--cache_latents"],
-        "in the step": ["--center_crop"],
-        "graph": ["--cache_latents", "--mindspore_mode", 0],
-    }
-    cached, *others = (control(tmp_path / name, *more, *kind) for name, kind in kinds.items())
-    for key in ("loss", "grad_norm", "held_out__loss"):
-        expected = logged(cached, key)
-        assert len(set(expected)) == (3 if key == "held_out__loss" else 4)
-        for out in others:
-            np.testing.assert_allclose(logged(out, key), expected, rtol=1e-4, err_msg=key)
+    cached = control(tmp_path / "cached", *more, "--cache_latents")
+    in_the_step = control(tmp_path / "in the step", *more, "--center_crop")
+    assert_logged_alike(in_the_step, cached, evaluations=3)
+
+
+def test_the_graph_trains_as_pynative_does(control, finished_control, tmp_path):
+    """With held-out losses of averaged weights in PyNative in between."""
+    more = [
+        "--cache_latents",
+        "--use_ema",
+        "--validation_split",
+        0.2,
+        "--validation_steps",
+        2,
+        "--num_single_layers",
+        0,
+    ]
+    graph = control(tmp_path, *more, "--mindspore_mode", 0)
+    assert_logged_alike(graph, finished_control(*more), evaluations=3)
 
 
 # ---- updates -------------------------------------------------------------------------------------
