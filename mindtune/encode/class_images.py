@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     dataloader_num_workers: int = 1
     sample_batch_size: int = 4
     num_inference_steps: int = 28
+    guidance_scale: float = 3.5
     prior_generation_precision: Optional[str] = None
 
 
@@ -105,5 +106,6 @@ def generate(
                 seed=seed,
                 size=size,
                 steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
             )
         )

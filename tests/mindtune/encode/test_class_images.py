@@ -70,12 +70,13 @@ def test_missing_images_get_new_numbers_and_their_bucket_s_size(tmp_path):
     save(folder / f"00004-{'0' * 12}.png")
     save(folder / "mine.png")
     stage = Stage()
-    options = settings(folder, sample_batch_size=2, num_inference_steps=3)
+    options = settings(folder, sample_batch_size=2, num_inference_steps=3, guidance_scale=2.0)
     class_images.generate(options, stage, 7, SIZES, {0: 4, 1: 2}, np.array([0, 0]))
     first, second = stage.requests
     assert (first.start, first.stop, first.size) == (5, 7, (32, 32))
     assert (second.start, second.stop, second.size) == (7, 9, (32, 48))
     assert (first.prompt, first.batch_size, first.seed, first.steps) == ("a cat", 2, 7, 3)
+    assert first.guidance_scale == 2.0
     stage = Stage()
     class_images.generate(options, stage, 7, SIZES, {0: 4, 1: 2}, np.array([0, 0, 0, 0, 1, 1]))
     assert stage.requests == []
