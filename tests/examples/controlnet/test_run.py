@@ -276,10 +276,10 @@ def held_out(out):
     return [np.mean([loss for at, loss in rows if at == step]) for step in sorted({at for at, _ in rows})]
 
 
-def test_held_out_loss_falls_with_training_and_stays_at_learning_rate_0(sd, run, world, tmp_path):
-    """On random weights, 20 updates at a high rate: below 0.9 of what it was."""
+def test_held_out_loss_falls_with_training_and_stays_at_learning_rate_0(sd15, run, world, tmp_path):
+    """On random weights, 40 updates at a high rate: below 0.8 of what it was."""
     more = ["--train_data_dir", world, "--train_batch_size", 4, "--cache_latents", "--validation_split", 0.05]
-    first, last = held_out(run(sd, tmp_path / "trained", *more, "--max_train_steps", 20, "--learning_rate", 4e-3))
-    assert last < first * 0.9
-    still = held_out(run(sd, tmp_path / "still", *more, "--max_train_steps", 2, "--learning_rate", 0))
+    first, last = held_out(run(sd15, tmp_path / "trained", *more, "--max_train_steps", 40, "--learning_rate", 4e-3))
+    assert last < first * 0.8
+    still = held_out(run(sd15, tmp_path / "still", *more, "--max_train_steps", 2, "--learning_rate", 0))
     assert still == [first, first]
