@@ -192,7 +192,7 @@ def truncated(path):
         (
             no_lora,
             r"--lora .*in.safetensors: holds no lora_A/lora_B or lora_down/lora_up weights, "
-            r"but whole weights .*img_in.weight",
+            r"but full weights .*img_in.weight",
         ),
         (truncated, r"--lora .*in.safetensors: cannot be read as safetensors"),
         (

@@ -25,6 +25,8 @@ from mindtune.cli import UserError
 from mindtune.models import fast_ops, int8, loading, named_parameters, precision
 from mindtune.models.weights import weight_files
 
+pytestmark = pytest.mark.slow
+
 # black-forest-labs/FLUX.1-dev's transformer; the other values are defaults of the class.
 FLUX_DEV = {
     "guidance_embeds": True,
@@ -106,8 +108,6 @@ from pathlib import Path
 import mindspore as ms, numpy as np
 from mindspore import nn, ops
 from mindtune.models import execution, fast_ops
-
-pytestmark = pytest.mark.slow
 
 class Chain(nn.Cell):
     def __init__(self, depth):
