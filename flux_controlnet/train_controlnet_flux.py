@@ -68,6 +68,8 @@ def find_models(args):
     root = resolve.pipeline(name, revision, variant, args.cache_dir, pipelines.FLUX_COMPONENTS, weights=weights)
     base = configs.read_config(root, "transformer")
     existing = resolve.controlnet(args.controlnet_model_name_or_path, args.cache_dir, base, weights=weights)
+    if args.dry_run:  # the plan is for any number of blocks
+        return root, existing
     if existing:
         print("--num_double_layers and --num_single_layers have no effect with --controlnet_model_name_or_path")
         return root, existing

@@ -370,6 +370,7 @@ def main(argv=None):
     sizes = buckets.crop_sizes(args.aspect_ratio_buckets, args.resolution)
     samples = load_samples(args, sizes)
     bucket_ids = buckets.bucket_ids(samples, sizes)
+    order.split(len(samples), args.validation_split, run.seed)  # checks the flag before class images are generated
 
     # ---- encode ----
     stage = EncoderStage(
@@ -466,8 +467,7 @@ def main(argv=None):
         trainable={name: sum(p.size for p in model.trainable_params()) for name, model in adapted.items()},
         write_weights=lambda folder: lora.save_lora(folder / lora_files.LORA_FILE, adapted, ms.float32),
     )
-    latent_shape = batches.latent_shape(sizes[0])
-    sampler = ValidationSampler(args, root, stage, run.seed, latent_shape, models, tokenizer)
+    sampler = ValidationSampler(args, root, stage, run.seed, batches.latent_shape(sizes[0]), models, tokenizer)
     validate = validation.Validation(run, step, list(adapted.values()), batches.make, sigmas, sampler)
     updates_per_epoch = data.epoch_length / run.samples_per_update
     if not run.checkpoint:

@@ -86,7 +86,7 @@ def find_models(args):
     vae = resolve.vae(args.pretrained_vae_model_name_or_path, args.cache_dir, root, weights=not args.dry_run)
     unet = configs.read_config(root, "unet")
     existing = resolve.controlnet(args.controlnet_model_name_or_path, args.cache_dir, unet, weights=not args.dry_run)
-    tokenizer = resolve.tokenizer(args.tokenizer_name, args.cache_dir)
+    tokenizer = None if args.dry_run else resolve.tokenizer(args.tokenizer_name, args.cache_dir)
     return root, vae, existing, tokenizer
 
 

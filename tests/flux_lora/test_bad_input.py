@@ -316,6 +316,11 @@ def test_bad_class_images_are_refused_as_early_as_the_others(refused, tmp_path):
     says(message, f"--class_data_dir {tmp_path / 'class'}: 1 of 2 files", "torn.png: damaged", "--skip_bad_images")
 
 
+def test_a_validation_split_of_everything_is_refused_before_class_images_are_generated(refused, tmp_path):
+    prior = ["--with_prior_preservation", "--class_prompt", "a cat", "--class_data_dir", tmp_path / "class"]
+    says(refused(*prior, "--validation_split", 0.95), "--validation_split 0.95", "5 of 5 samples", "smaller share")
+
+
 def test_a_file_as_class_directory(refused, tmp_path):
     write_image(tmp_path / "class.png")
     message = refused(
