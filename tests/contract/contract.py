@@ -364,7 +364,9 @@ def check_attributes(work):
     scheduler = loading.load_scheduler(work / "flux")
     vae_keys = {"scaling_factor", "shift_factor", "latent_channels", "block_out_channels"}
     unet_kinds = {type(cell).__name__ for _, cell in unet.cells_and_names()}
-    replaced = [cell for _, cell in flux.cells_and_names() if type(cell).__module__ == "mindtune.models.fast_ops"]
+    replaced = [
+        cell for _, cell in flux.cells_and_names() if type(cell).__module__ == "mindtune.models.replaced_layers"
+    ]
     checks = {
         "FLUX's blocks": len(flux.transformer_blocks) == len(flux.single_transformer_blocks) == 2,
         "config by key": flux.config["guidance_embeds"] and unet.config["addition_embed_type"] == "text_time",
