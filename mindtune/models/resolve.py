@@ -27,14 +27,16 @@ def pipeline(
 
 
 def controlnet(
-    name: Optional[str], cache_dir: Optional[str], base_config: dict, weights: bool = True
+    name: Optional[str],
+    cache_dir: Optional[str],
+    base_config: dict,
+    weights: bool = True,
+    flag: str = "--controlnet_model_name_or_path",
 ) -> Optional[Path]:
-    """The directory of --controlnet_model_name_or_path, which must fit the base model, or None."""
+    """The directory of the ControlNet that `flag` names, which must fit the base model, or None."""
     if not name:
         return None
-    folder = pipelines.resolve_controlnet(
-        name, "--controlnet_model_name_or_path", cache_dir, base_config, weights=weights
-    )
+    folder = pipelines.resolve_controlnet(name, flag, cache_dir, base_config, weights=weights)
     if weights:
         loading.check_files(folder.parent, [folder.name])
     return folder

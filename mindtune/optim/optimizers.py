@@ -123,8 +123,3 @@ def logged_values(optimizer: nn.Cell, scaler: nn.Cell) -> dict[str, float]:
     if isinstance(scaler, DynamicLossScaler):
         values["loss_scale"] = float(scaler.scale_value)
     return values
-
-
-def state_bytes(optimizer: nn.Optimizer) -> int:
-    """Bytes of the optimizer state on this device."""
-    return sum(p.nbytes for p in optimizer_state(optimizer).values())

@@ -16,7 +16,7 @@ from mindtune.cli import UserError, matched
 from mindtune.data import conditions, grids
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.files import require_writable
-from mindtune.models import configs, execution, loading, pipelines, sampling
+from mindtune.models import configs, execution, loading, resolve, sampling
 from mindtune.models.precision import resolve_precision
 
 Text = dict[str, np.ndarray]  # the embeddings of a prompt, as `EncoderStage.text` returns them
@@ -57,9 +57,7 @@ def find_pipeline(
     Raises UserError if the pipeline is incomplete or not supported, and if nothing can be written to `cache_dir`.
     """
     require_writable("--cache_dir", cache_dir)
-    root = pipelines.resolve_pipeline(name, revision, variant, cache_dir, components)
-    loading.check_files(root, components, variant)
-    return root
+    return resolve.pipeline(name, revision, variant, cache_dir, components)
 
 
 def find_controlnet(name: str, cache_dir: Optional[str], root: Path, base: str) -> Path:
@@ -67,9 +65,7 @@ def find_controlnet(name: str, cache_dir: Optional[str], root: Path, base: str) 
 
     Raises UserError if it is incomplete, not supported, or made for another model.
     """
-    folder = pipelines.resolve_controlnet(name, "--controlnet", cache_dir, configs.read_config(root, base))
-    loading.check_files(folder.parent, [folder.name])
-    return folder
+    return resolve.controlnet(name, cache_dir, configs.read_config(root, base), flag="--controlnet")
 
 
 def pair_conditions(
