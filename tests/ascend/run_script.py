@@ -1,0 +1,106 @@
+"""Runs a training script on the simulated device, and writes what every update cost as JSON.
+
+    python tests/ascend/run_script.py UPDATES.json [--rank 1 --world_size 8] script.py flags ...
+
+The file has a list with a dict per update: bytes of the step's inputs, bytes copied from host to device and back since
+the last update, and bytes of device memory after it. Works for inference scripts too: then the list is empty. The last
+item is for the time after the last update. The record of operators (ASCEND_RECORD) gets a line "update" after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import mindspore as ms
+from mindspore.communication import init
+
+from mindtune.distributed import ranks
+from mindtune.models.train_step import TrainStep
+from mindtune.run.record import Run
+
+STAND_INS = ctypes.CDLL(str(Path(os.environ["ASCEND_HOME_PATH"], "lib64", "libcannstub.so")))
+STAND_INS.copied_bytes.restype = ctypes.c_uint64
+TO_DEVICE, TO_HOST = 1, 2
+
+
+class Meter:
+    """Counts bytes between updates."""
+
+    def __init__(self):
+        self.updates = []
+        self.inputs = 0
+        self.start = self.copied()
+
+    def copied(self):
+        return [STAND_INS.copied_bytes(kind) for kind in (TO_DEVICE, TO_HOST)]
+
+    def update(self):
+        """Ends an update."""
+        now = self.copied()
+        self.updates.append({
+            "inputs": self.inputs,
+            "to_device": now[0] - self.start[0],
+            "to_host": now[1] - self.start[1],
+            "memory": ms.runtime.memory_allocated(),
+            "peak": ms.runtime.max_memory_allocated(),
+        })  # fmt: skip
+        STAND_INS.record_mark(b"update")
+        self.start, self.inputs = now, 0
+
+
+def measure(meter):
+    """Makes the loop of a training script report to `meter`."""
+    call, update = TrainStep.__call__, Run.update
+
+    def counted_call(self, *inputs):
+        meter.inputs += sum(value.nbytes for value in inputs)
+        return call(self, *inputs)
+
+    def counted_update(self, *values, **named):
+        update(self, *values, **named)
+        meter.update()
+
+    TrainStep.__call__, Run.update = counted_call, counted_update
+
+
+def be_rank(rank, world_size):
+    """Makes `ranks.set_up` join a job whose other ranks say what this one says."""
+
+    def set_up(distributed):
+        init()
+        ranks._rank, ranks._world_size = rank, world_size
+        ms.set_auto_parallel_context(parallel_mode="data_parallel", gradients_mean=True)
+
+    ranks.set_up = set_up
+    ranks.all_gather = lambda value=None: [value] * world_size
+    ranks.gather_parameters = lambda parameters: {}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Runs a script on the simulated device.")
+    parser.add_argument("updates", type=Path)
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--world_size", type=int)
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    if args.rank is not None:
+        be_rank(args.rank, args.world_size)
+    meter = Meter()
+    measure(meter)
+    script, *flags = args.command
+    sys.argv = [script, *flags]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        meter.update()
+        args.updates.write_text(json.dumps(meter.updates))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Python runs this at its start in every process of a rehearsal: names the chip before MindSpore is asked for it."""
+
+import ctypes
+import os
+from pathlib import Path
+
+import mindspore as ms
+from mindspore._c_expression import MSContext
+
+MSContext.get_instance().get_ascend_soc_version()
+ctypes.CDLL(str(Path(os.environ["ASCEND_HOME_PATH"], "lib64", "libchip.so"))).name_chip()
+# With fewer than five threads, which is what MindSpore takes on a machine of two cores, trained state is copied to the
+# host at every step, and small graphs fail.
+ms.runtime.dispatch_threads_num(5)
