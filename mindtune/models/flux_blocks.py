@@ -25,17 +25,19 @@ from mindtune.models.fast_ops import (
     modulated_norm,
     rms_norm,
     rotate,
+    split,
+    split_tokens,
     tanh_gelu,
 )
 
 
 def modulation(embedded, count):
     """Splits a projected timestep embedding [B, count d] into `count` modulations [B, 1, d]."""
-    return ops.Split(2, count)(embedded.expand_dims(1))
+    return split(embedded.expand_dims(1), count)
 
 
 def normed_heads(q, k, v, norm_q, norm_k):
-    """Splits q, k and v [B, T, heads dim] into [B, T, heads, dim] and normalises q and k, which become float32."""
+    """Splits q, k and v [B, T, heads dim] into [B, T, heads, dim] and normalises q and k."""
     shape = q.shape[:2] + (-1, norm_q.shape[0])
     return rms_norm(q.reshape(shape), norm_q), rms_norm(k.reshape(shape), norm_k), v.reshape(shape)
 
@@ -43,7 +45,7 @@ def normed_heads(q, k, v, norm_q, norm_k):
 def attend(q, k, v, rotary):
     """Attention with rotary positions over q, k and v [B, T, heads, dim]. Returns [B, T, heads dim]."""
     q, k = rotate(q, rotary).astype(v.dtype), rotate(k, rotary).astype(v.dtype)
-    out = attention(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)).swapaxes(1, 2)
+    out = attention(q, k, v)
     return out.reshape(out.shape[:2] + (-1,))
 
 
@@ -91,9 +93,9 @@ class DoubleBlock(Block):
         q_c, k_c, v_c = normed_heads(self.q_c(x_c, q_c), self.k_c(x_c, k_c), self.v_c(x_c, v_c), norm_q_c, norm_k_c)
         q, k, v = normed_heads(self.q(x, q), self.k(x, k), self.v(x, v), norm_q, norm_k)
         attended = attend(ops.cat((q_c, q), 1), ops.cat((k_c, k), 1), ops.cat((v_c, v), 1), rotary)
-        length = context.shape[1]
-        context = add_gated(context, gate1_c, self.out_c(attended[:, :length], out_c))
-        hidden = add_gated(hidden, gate1, self.out(attended[:, length:], out))
+        attended_c, attended = split_tokens(attended, context.shape[1])
+        context = add_gated(context, gate1_c, self.out_c(attended_c, out_c))
+        hidden = add_gated(hidden, gate1, self.out(attended, out))
         x_c, x = modulated_norm(context, scale2_c, shift2_c), modulated_norm(hidden, scale2, shift2)
         context = add_gated(context, gate2_c, self.down_c(tanh_gelu(self.up_c(x_c, up_c)), down_c))
         hidden = add_gated(hidden, gate2, self.down(tanh_gelu(self.up(x, up)), down))

@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import nn
 
 from mindtune.cli import UserError, indented_list
+from mindtune.models.fast_ops import ON_CPU
 from mindtune.models.int8 import quantise
 from mindtune.models.precision import LINEAR_LAYERS, NUMPY_DTYPES
 from mindtune.models.weights import FILE_DTYPES, StoredTensor
@@ -80,8 +81,8 @@ def check_tensors(
 def fill_parameter(parameter: ms.Parameter, tensor: StoredTensor, scale: Optional[ms.Parameter] = None) -> None:
     """Reads a tensor into a parameter that has no value yet, in the parameter's dtype.
 
-    An int8 parameter also gets its `scale`. The parameter's memory is the only copy: the file is mapped only during the
-    call. Raises ValueError for int8 if a weight is not finite.
+    An int8 parameter also gets its `scale`. The parameter's memory, on the device, is the only copy: the file is mapped
+    only during the call. Raises ValueError for int8 if a weight is not finite.
     """
     mapped = np.memmap(tensor.path, FILE_DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
     if scale is None:
@@ -91,5 +92,10 @@ def fill_parameter(parameter: ms.Parameter, tensor: StoredTensor, scale: Optiona
         values = [(parameter, np.empty(parameter.shape, np.int8)), (scale, np.empty(scale.shape, np.float32))]
         quantise(mapped, *(value for _, value in values))
     for target, value in values:
-        target.set_data(ms.Tensor.from_numpy(value))
+        target.set_data(_on_device(ms.Tensor.from_numpy(value)))
         target.init_mode = None  # otherwise copy.copy and pickle would copy the initial value that was never made
+
+
+def _on_device(tensor: ms.Tensor) -> ms.Tensor:
+    """Moves a tensor to the NPU. In PyNative, `stop_gradient` of a parameter in host memory copies it at every call."""
+    return tensor if ON_CPU else tensor.move_to("Ascend")

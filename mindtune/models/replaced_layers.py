@@ -8,6 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
+from mindtune.models.ascend_ops import ascend_class
 from mindtune.models.fast_ops import ON_CPU, attention, tanh_gelu
 
 
@@ -68,30 +69,61 @@ def relative_position_bucket(relative_position, bidirectional=True, num_buckets=
     return bucket + count * (relative_position > 0).astype(ms.int64) if bidirectional else bucket
 
 
-def _unmasked_attention(query, key, value, attn_mask):
-    """`attention` with the signature that mindone's cells call. The models trained here pass no mask."""
-    return attention(query, key, value)
+@ms.jit_class
+class AttentionProcessor:
+    """Computes a mindone `Attention` cell of a UNet or VAE by `fast_ops.attention`.
 
-
-def float32_attention(query, key, value, attn_mask):
-    """Attention computed in float32.
-
-    Stable Diffusion 2.1 asks for it (upcast_attention): its scores overflow in fp16.
+    `in_float32`: Stable Diffusion 2.1 asks for it (upcast_attention), because its scores overflow in fp16. The models
+    that are trained here pass no mask.
     """
-    wide = attention(query.astype(ms.float32), key.astype(ms.float32), value.astype(ms.float32))
-    return wide.astype(query.dtype)
+
+    def __init__(self, in_float32):
+        self.in_float32 = in_float32
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        """hidden_states is [B, T, d], or [B, d, h, w] as in a VAE. Attends to encoder_hidden_states [B, S, D] or itself."""
+        x = hidden_states
+        if attn.group_norm is not None:
+            x = attn.group_norm(x)
+        if x.ndim == 4:
+            x = x.reshape(x.shape[:2] + (-1,)).swapaxes(1, 2)
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = self.heads(attn, attn.to_q(x)), self.heads(attn, attn.to_k(context)), self.heads(attn, attn.to_v(context))
+        if self.in_float32:
+            out = attention(q.astype(ms.float32), k.astype(ms.float32), v.astype(ms.float32)).astype(q.dtype)
+        else:
+            out = attention(q, k, v)
+        out = attn.to_out[1](attn.to_out[0](out.reshape(x.shape[:2] + (-1,))))
+        if hidden_states.ndim == 4:
+            out = out.swapaxes(1, 2).reshape(hidden_states.shape)
+        if attn.residual_connection:
+            out = out + hidden_states
+        return out / attn.rescale_output_factor if attn.rescale_output_factor != 1.0 else out
+
+    def heads(self, attn, x):
+        """[B, T, heads dim] as [B, T, heads, dim]."""
+        return x.reshape(x.shape[:2] + (attn.heads, -1))
+
+
+def _attention_of_heads(query, key, value, attn_mask):
+    """`fast_ops.attention` of [B, heads, T, dim], with the signature that mindone's cells call, without a mask."""
+    return attention(query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def use_fast_ops(model: nn.Cell) -> nn.Cell:
     """Replaces layers of `model` in place and returns it.
 
-    Replaced are sinusoidal embeddings, T5's position buckets, the tanh GELU, and on the CPU the attention.
+    Replaced are sinusoidal embeddings, T5's position buckets, the tanh GELU and attention, and on Ascend linear layers,
+    convolutions and layer norms.
     """
     for _, cell in list(model.cells_and_names()):
-        if ON_CPU and hasattr(cell, "math_attention_op"):
-            cell.math_attention_op = (
-                float32_attention if getattr(cell, "upcast_attention", False) else _unmasked_attention
-            )
+        if not ON_CPU:
+            cell.__class__ = ascend_class(type(cell))
+        if hasattr(cell, "math_attention_op"):
+            cell.math_attention_op = _attention_of_heads
+            cell.set_flash_attention_force_cast_dtype(None)  # mindone computes float32 attention in float16 otherwise
+            if type(cell.processor).__name__ in ("AttnProcessor", "AttnProcessor2_0"):
+                cell.set_processor(AttentionProcessor(in_float32=bool(cell.upcast_attention)))
         if hasattr(cell, "_relative_position_bucket"):
             cell._relative_position_bucket = relative_position_bucket
         for name, child in cell.name_cells().items():

@@ -93,6 +93,7 @@ def sample_unet_latents(
         added["added_cond_kwargs"] = {"text_embeds": ms.Tensor(pooled).to(compute), "time_ids": ms.Tensor(time_ids)}
     sampler = create_unipc(scheduler)
     sampler.set_timesteps(steps)
+    sampler.set_begin_index(0)  # otherwise it looks the first timestep up on the device and waits for the answer
     latents = ms.Tensor(noise, ms.float32)
     for timestep in sampler.timesteps:
         model_input = ops.cat([latents] * len(texts)).to(compute)

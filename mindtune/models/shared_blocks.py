@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 
 import mindspore as ms
+import numpy as np
 from mindspore import nn, ops
 
-from mindtune.models.fast_ops import ON_CPU
+from mindtune.models.fast_ops import look_up, rotary_table, split, split_tokens
 from mindtune.models.flux_blocks import DoubleBlock, OutputNorm, SingleBlock, shared_block
+
+POSITIONS = 4096  # images of 65,536 pixels
 
 _cast = ops.Cast()
 
@@ -67,9 +70,9 @@ def construct_single_from_two(
     self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
 ):
     """mindone 0.5's single blocks take and return text and image tokens separately."""
-    both, length = ops.cat((encoder_hidden_states, hidden_states), 1), encoder_hidden_states.shape[1]
+    both = ops.cat((encoder_hidden_states, hidden_states), 1)
     both = self.shared_block(both, temb, image_rotary_emb, as_tensors(self.weights, self.frozen, both.dtype))
-    return both[:, :length], both[:, length:]
+    return split_tokens(both, encoder_hidden_states.shape[1])
 
 
 def construct_output_norm(self, x, conditioning_embedding):
@@ -78,22 +81,32 @@ def construct_output_norm(self, x, conditioning_embedding):
 
 
 class RotaryTables(nn.Cell):
-    """Cosines and sines of positions for `fast_ops.rotate`, float32 [T, heads or 1, dim].
+    """Cosines and sines of positions `ids` [T, axes], in the shape that `fast_ops.rotate` takes.
 
-    Replaces a model's `pos_embed`.
+    Replaces a model's `pos_embed`, which computes them in float64 on the device. Here they are computed once on the
+    host, for every position of every axis, and looked up. Positions are integers below POSITIONS.
     """
 
     def __init__(self, pos_embed, heads):
         super().__init__()
-        self.pos_embed, self.heads = pos_embed, heads if ON_CPU else 1
+        self.pos_embed, self.heads = pos_embed, heads
+        self.waves = tuple([_waves(dim, pos_embed.theta) for dim in pos_embed.axes_dim])
 
     def construct(self, ids):
-        cos, sin = self.pos_embed(ids)
-        return self.table(cos), self.table(sin)
+        columns = split(ids.astype(ms.int32), len(self.waves))
+        rows = [look_up(waves, column) for waves, column in zip(self.waves, columns)]
+        return self.table([row[0] for row in rows]), self.table([row[1] for row in rows])
 
-    def table(self, wave):
+    def table(self, waves):
         # PyNative does not recompute a block that gets a tuple of inputs which may have a gradient.
-        return ops.stop_gradient(ops.tile(wave.astype(ms.float32).expand_dims(1), (1, self.heads, 1)))
+        return ops.stop_gradient(rotary_table(ops.cat(waves, 1), self.heads))
+
+
+def _waves(dim, theta):
+    """(cosines, sines) of an axis, float32 [POSITIONS, dim]: each frequency theta^(-2i / dim) twice."""
+    frequencies = 1.0 / theta ** (np.arange(0, dim, 2) / dim)
+    angles = np.repeat(np.outer(np.arange(POSITIONS), frequencies), 2, axis=1)
+    return ms.Tensor(np.cos(angles), ms.float32), ms.Tensor(np.sin(angles), ms.float32)
 
 
 # ---- the weights of the cells --------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mindspore as ms
 from mindspore import nn
+from mindspore.amp import StaticLossScaler
 
 from mindtune.models import library, precision
 from mindtune.models.named_parameters import model_parameters
@@ -40,6 +41,26 @@ class TrainStep(library.TrainStep):
             gradient_accumulation_kwargs={"sync_with_dataloader": False},
         )
         self.grad_clipper = precision.GradNormClipper(max_grad_norm)
+        if isinstance(loss_scaler, StaticLossScaler):
+            self.grad_scaler = NoScaling()
+
+
+@ms.jit_class
+class NoScaling:
+    """Takes the place of mindone's `GradScaler` for the loss scale 1, which would multiply every gradient by 1."""
+
+    def scale(self, inputs):
+        return inputs
+
+    def unscale(self, inputs):
+        return inputs
+
+    def step(self, optimizer, gradients):
+        optimizer(gradients)
+        return True
+
+    def update(self):
+        return True
 
 
 def train_all_weights(model: nn.Cell, compute: ms.Type) -> dict[str, ms.Parameter]:

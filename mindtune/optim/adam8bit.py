@@ -14,7 +14,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from mindtune.models.fast_ops import ON_CPU, matmul, ones
+from mindtune.models.cpu_ops import matmul, ones
+from mindtune.models.fast_ops import ON_CPU
 from mindtune.optim.adamw import log_beta
 
 # An outlier makes the codes of its whole block coarse. The paper's blocks of 2048 need 2.004 bytes per parameter,

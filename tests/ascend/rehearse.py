@@ -197,6 +197,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Rehearses every script on a simulated Ascend 910B.")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--updates", type=int)
     parser.add_argument("--stand_ins", type=Path, default=ROOT / "build" / "ascend")
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp())
@@ -205,12 +206,14 @@ def main() -> int:
         make_inputs(work)
     for case in training_cases() + inference_cases():
         if any(name in case.name for name in args.names):
+            if args.updates:
+                case = case._replace(updates=args.updates)
             if case.infers:
                 result = run(case.name, INFERENCE[case.system], inference_flags(case, work, 4), work, args.stand_ins)
             else:
                 result = run(case.name, SCRIPTS[case.system], training_flags(case, work), work, args.stand_ins)
             print(case.name, result.code, f"{result.seconds:.0f} s", result.record.old_operators())
-            for i in range(len(result.updates)):
+            for i in [*range(min(5, len(result.updates))), *range(max(5, len(result.updates) - 2), len(result.updates))]:
                 print(result.updates[i], result.record.count(i))
 
 

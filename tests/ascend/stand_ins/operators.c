@@ -20,7 +20,7 @@ void *aclCreateTensor(const int64_t *dims, uint64_t rank, int type) { return new
 
 static int append_argument(char *text, int end, uint64_t argument) {
   const void *pointer = (const void *)argument;
-  if (!is_tensor(pointer)) return end;
+  if (!is_kept(pointer)) return end;
   if (*(const uint64_t *)pointer == TENSOR_MAGIC) return append_tensor(text, end, pointer);
   if (*(const uint64_t *)pointer != LIST_MAGIC) return end;
   const struct list *list = pointer;
@@ -41,7 +41,7 @@ void prepare_aclnn(const char *name, const uint64_t *registers, const uint64_t *
   char text[LINE + 64];
   int end = snprintf(text, 256, "%s", name);
   for (int i = 0; i < 26; i++) end = append_argument(text, end, i < 6 ? registers[i] : stack[i - 6]);
-  struct executor *executor = malloc(sizeof *executor + end + 1);
+  struct executor *executor = keep(sizeof *executor + end + 1);
   executor->magic = EXECUTOR_MAGIC;
   memcpy(executor->line, text, end + 1);
   uint64_t previous = 0;
@@ -57,7 +57,7 @@ void prepare_aclnn(const char *name, const uint64_t *registers, const uint64_t *
 
 int launch_aclnn(void *workspace, uint64_t size, const struct executor *executor, void *stream, const char *name) {
   FILE *file = record_file();
-  int known = executor && executor->magic == EXECUTOR_MAGIC;
+  int known = is_kept(executor) && executor->magic == EXECUTOR_MAGIC;
   if (file) fprintf(file, "%s\n", known ? executor->line : name);
   return 0;
 }

@@ -1,6 +1,7 @@
 #include "record.h"
 
 #include <string.h>
+#include <sys/mman.h>
 
 /* aclDataType, by its numbers. */
 static const char *const TYPES[] = {
@@ -31,19 +32,31 @@ int append_tensor(char *text, int end, const struct tensor *tensor) {
   return end;
 }
 
-/* Tensors are never freed, because simulations are short. All lie between `lowest` and `highest`. */
-static uintptr_t lowest = UINTPTR_MAX, highest;
+/* Nothing is freed, because simulations are short. One reservation holds all of it, so that any address within the part
+ * in use can be read: the arguments of operators are looked at without knowing what they are. */
+static char *pool;
+static uint64_t used;
+enum { ALIGNMENT = 16 };
+#define POOL_SIZE ((size_t)256 << 30)
 
-static void *allocate(size_t size) {
-  void *pointer = calloc(1, size);
-  uintptr_t address = (uintptr_t)pointer;
-  if (address < lowest) lowest = address;
-  if (address > highest) highest = address;
-  return pointer;
+__attribute__((constructor)) static void reserve_pool(void) {
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  pool = mmap(NULL, POOL_SIZE, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (pool == MAP_FAILED) abort();
+}
+
+void *keep(size_t size) {
+  uint64_t rounded = (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+  return pool + __atomic_fetch_add(&used, rounded, __ATOMIC_RELAXED);
+}
+
+int is_kept(const void *pointer) {
+  uintptr_t address = (uintptr_t)pointer, start = (uintptr_t)pool;
+  return address >= start && address < start + used && address % ALIGNMENT == 0;
 }
 
 struct tensor *new_tensor(int type, uint64_t rank, const int64_t *dims) {
-  struct tensor *tensor = allocate(sizeof *tensor);
+  struct tensor *tensor = keep(sizeof *tensor);
   tensor->magic = TENSOR_MAGIC;
   tensor->type = type;
   tensor->rank = rank > MAX_RANK ? MAX_RANK : (int)rank;
@@ -52,16 +65,11 @@ struct tensor *new_tensor(int type, uint64_t rank, const int64_t *dims) {
 }
 
 void *aclCreateTensorList(struct tensor *const *items, uint64_t count) {
-  struct list *list = allocate(sizeof *list);
+  struct list *list = keep(sizeof *list);
   list->magic = LIST_MAGIC;
   list->count = count > MAX_ITEMS ? MAX_ITEMS : count;
   memcpy(list->items, items, sizeof *items * list->count);
   return list;
-}
-
-int is_tensor(const void *pointer) {
-  uintptr_t address = (uintptr_t)pointer;
-  return address >= lowest && address <= highest && address % 8 == 0;
 }
 
 /* Writes a line of the caller's. */

@@ -26,5 +26,7 @@ FILE *record_file(void);
 /* Appends " f32[2,3]" to `text` at `end` and returns the new end. */
 int append_tensor(char *text, int end, const struct tensor *tensor);
 struct tensor *new_tensor(int type, uint64_t rank, const int64_t *dims);
-int is_tensor(const void *pointer);
+/* Zeros that are never freed, and whether a pointer leads to something that was made by `keep`. */
+void *keep(size_t size);
+int is_kept(const void *pointer);
 #endif
