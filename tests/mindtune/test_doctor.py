@@ -34,9 +34,7 @@ def case(name):
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def test_it_passes_on_the_cpu_and_reports_everything(monkeypatch, tmp_path, capsys):
-    """All operators, and an update of one script; all four take a minute of compiling even in PyNative."""
-    monkeypatch.setattr(training, "SCRIPTS", {"FLUX LoRA": training.SCRIPTS["FLUX LoRA"]})
+def test_it_passes_on_the_cpu_and_reports_everything(no_scripts, tmp_path, capsys):
     path = tmp_path / "report.json"
     assert doctor.main(["--mindspore_mode", "1", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
@@ -51,7 +49,16 @@ def test_it_passes_on_the_cpu_and_reports_everything(monkeypatch, tmp_path, caps
     assert checked == expected and len(checked) > 50
     for row in report["operators"]:
         assert 0 <= row["error"] <= row["bound"] and row["milliseconds"] > 0, row
-    (update,) = report["updates"]
+    assert report["updates"] == []
+
+
+@pytest.mark.slow
+def test_an_update_of_a_script(monkeypatch, tmp_path):
+    """One of the four; together they take two minutes."""
+    monkeypatch.setattr(training, "SCRIPTS", {"FLUX LoRA": training.SCRIPTS["FLUX LoRA"]})
+    path = tmp_path / "report.json"
+    assert doctor.main(["--mindspore_mode", "1", "--only", "FLUX LoRA", "--json", str(path)]) == 0
+    (update,) = json.loads(path.read_text())["updates"]
     assert update["name"] == "FLUX LoRA" and 0 < update["loss"] < 10 and update["problem"] is None
 
 
@@ -158,7 +165,7 @@ def test_bounds_come_from_the_dtype_and_the_length_of_the_sum():
     assert compare.error_bound(product, ms.bfloat16, on_cpu=False) == pytest.approx(8 * half + 10 * single)
     # CANN's default for float32 convolutions is HF32. Only those may have its error, and only there.
     convolution = product._replace(hf32=True)
-    assert compare.error_bound(convolution, ms.float32, on_cpu=False) == pytest.approx(half + 10 * single)
+    assert compare.error_bound(convolution, ms.float32, on_cpu=False) == pytest.approx(half / 2 + 10 * single)
     assert compare.error_bound(convolution, ms.float32, on_cpu=True) == pytest.approx(single + 10 * single)
 
 
