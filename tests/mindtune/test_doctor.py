@@ -1,6 +1,7 @@
 """python -m mindtune.doctor: it passes on the CPU, it names an operator that is wrong, and its references are right."""
 
 import json
+import os
 
 import mindspore as ms
 import numpy as np
@@ -169,12 +170,17 @@ def test_bounds_come_from_the_dtype_and_the_length_of_the_sum():
     assert compare.error_bound(convolution, ms.float32, on_cpu=True) == pytest.approx(single + 10 * single)
 
 
-def test_cann_and_its_missing_wheels_are_reported(monkeypatch, tmp_path):
+def test_cann_its_missing_wheels_and_the_driver_are_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
     assert machine.cann_version() is None
     (tmp_path / "compiler").mkdir()
     (tmp_path / "compiler" / "version.info").write_text("Timestamp=1\nVersion=8.3.0.1.200\n")
     assert machine.cann_version() == "8.3.0.1.200 (version.info)"
+    stub = tmp_path / "npu-smi"
+    stub.write_text("#!/bin/sh\necho '| npu-smi 25.3.rc1          Version: 25.3.rc1          |'\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert machine.driver_version() == "25.3.rc1"
     notes = doctor.notes({"CANN": "8.3", "te": None, "hccl": "0.1"}, on_cpu=False)
     assert notes == ["the wheel te of CANN is not installed (docs/ascend.md)"]
 
