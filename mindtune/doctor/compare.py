@@ -68,7 +68,7 @@ def error_bound(case: Case, dtype: ms.Type, on_cpu: bool) -> float:
 
     Each rounding adds at most half an epsilon. Sums are computed in float32, also those of half precision, and their
     error grows with the square root of the number of terms (Higham and Mary, "A New Approach to Probabilistic Rounding
-    Error Analysis", 2019). Nothing here was measured.
+    Error Analysis", 2019).
     """
     epsilon = HF32_EPSILON if case.hf32 and dtype == ms.float32 and not on_cpu else EPSILONS[dtype]
     return case.roundings * epsilon / 2 + case.terms**0.5 * EPSILONS[ms.float32]
