@@ -34,19 +34,37 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
+def printed_by(script, tmp_path, command, **names):
+    """The lines that a launch script prints if msrun is a program that runs `command` of bash."""
+    stub = tmp_path / "bin" / "msrun"
+    stub.parent.mkdir(exist_ok=True)
+    stub.write_text(f"#!/usr/bin/env bash\n{command}\n")
+    stub.chmod(0o755)
+    names = {**os.environ, "PATH": f"{stub.parent}{os.pathsep}{os.environ['PATH']}", **names}
+    names.update(PHOTOS="photos", PROMPT="a photo of sks dog", DATA="some/data", OUT=str(tmp_path / "out"))
+    line = [ROOT / LAUNCH[script], "--seed", "7"]
+    done = subprocess.run(line, env=names, capture_output=True, text=True, check=True)
+    return done.stdout.split("\n")[:-1]
+
+
+@pytest.mark.parametrize("script", LAUNCH)
+def test_the_environment_of_the_ranks(script, tmp_path, monkeypatch):
+    """A time-out that waits for a slow rank, and an equal share of the cores; values of the user's own win."""
+    for name in ("HCCL_CONNECT_TIMEOUT", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    command = 'printf "%s\\n" "$HCCL_CONNECT_TIMEOUT" "$OMP_NUM_THREADS"'
+    cores = len(os.sched_getaffinity(0))
+    assert printed_by(script, tmp_path, command, DEVICES="2") == ["1800", str(max(1, cores // 2))]
+    assert printed_by(script, tmp_path, command, DEVICES="1000") == ["1800", "1"]
+    own = {"HCCL_CONNECT_TIMEOUT": "300", "OMP_NUM_THREADS": "5"}
+    assert printed_by(script, tmp_path, command, DEVICES="2", **own) == ["300", "5"]
+
+
 @pytest.mark.parametrize("script", LAUNCH)
 def test_the_call_of_msrun_on_several_machines(script, tmp_path):
     """On the third of four machines with eight devices each; the script accepts its flags."""
-    stub = tmp_path / "bin" / "msrun"
-    stub.parent.mkdir()
-    stub.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
-    stub.chmod(0o755)
-    names = {**os.environ, "PATH": f"{stub.parent}{os.pathsep}{os.environ['PATH']}"}
-    names.update(PHOTOS="photos", PROMPT="a photo of sks dog", DATA="some/data", OUT=str(tmp_path / "out"))
-    names.update(DEVICES="8", NODES="4", NODE_RANK="2", MASTER="10.0.0.1")
-    line = [ROOT / LAUNCH[script], "--seed", "7"]
-    done = subprocess.run(line, env=names, capture_output=True, text=True, check=True)
-    words = done.stdout.split("\n")[:-1]
+    names = {"DEVICES": "8", "NODES": "4", "NODE_RANK": "2", "MASTER": "10.0.0.1"}
+    words = printed_by(script, tmp_path, 'printf "%s\\n" "$@"', **names)
     index = words.index(script)
     expected = {"--worker_num=32", "--local_worker_num=8", "--node_rank=2", "--master_addr=10.0.0.1"}
     expected |= {"--join=True", "--bind_core=True", f"--log_dir={tmp_path}/out/workers"}

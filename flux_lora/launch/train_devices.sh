@@ -19,6 +19,11 @@ LAUNCHER+=" --master_addr=${MASTER:-127.0.0.1} --master_port=${PORT:-8118} --clu
 LAUNCHER+=" --join=True --bind_core=${BIND:-True} --log_dir=$OUT/workers"
 export LAUNCHER OUT
 
+# docs/ascend.md says why. Your own values win.
+cores=$(nproc)
+export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-1800}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > DEVICES ? cores / DEVICES : 1))}"
+
 # In its own session, so that Ctrl-C does not reach msrun, which would kill the ranks. SIGTERM to one rank makes all
 # of them save a checkpoint and stop.
 setsid "$(dirname "$0")/train_1_device.sh" --distributed "$@" &

@@ -84,6 +84,12 @@ CALLS = {
 # ControlNets' condition embedding differ by up to 6%.
 BOUNDS = {"fp16": (2e-3, 2e-3, 0.1), "": (1e-5, 1e-5, 1e-4)}
 
+# Where requirements-ascend.txt has to be installable from wheels: glibc 2.28 is the oldest that pyarrow 21 supports.
+MACHINES = ("x86_64", "aarch64")
+TAGS = [f"manylinux_2_{minor}" for minor in (28, 27, 26, 24, 17, 12, 5)] + ["manylinux2014", "manylinux1"]
+# On 3.9, mindone's omegaconf needs antlr4-python3-runtime, which is published as (pure Python) source only.
+PYTHONS = {"3.9": ["--no-deps"], "3.10": [], "3.11": []}
+
 rows: list[tuple[str, int, str, list[str]]] = []  # check, count, remark, problems
 
 
@@ -427,6 +433,35 @@ def check_steps(work):
         rows.append((name, len(errors), remark, problems))
 
 
+# ---- requirements --------------------------------------------------------------------------------
+
+
+def resolved(machine, python, flags, work):
+    """The wheels that pip would install on such a machine, without installing; or a line that says what has none."""
+    platforms = [f"--platform={tag}_{machine}" for tag in TAGS]
+    line = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--only-binary=:all:"]
+    line += [*platforms, f"--python-version={python}", "--implementation=cp", f"--target={work / 'nowhere'}", *flags]
+    report = work / "wheels.json"
+    line += ["--disable-pip-version-check", f"--report={report}", "-r", str(ROOT / "requirements-ascend.txt")]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        return [], f"{machine}, CPython {python}: {(errors or ['pip failed'])[-1]}"
+    found = json.loads(report.read_text())["install"]
+    return [item["download_info"]["url"].rsplit("/", 1)[-1] for item in found], None
+
+
+def check_requirements(work):
+    problems, wheels = [], set()
+    for machine in MACHINES:
+        for python, flags in PYTHONS.items():
+            found, problem = resolved(machine, python, flags, work)
+            wheels.update(found)
+            problems += [problem] if problem else []
+    pairs = f"{', '.join(MACHINES)}; CPython {', '.join(PYTHONS)}"
+    rows.append(("requirements-ascend.txt resolves to wheels", len(wheels), pairs, problems))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--reference", help="Python interpreter with requirements.txt.")
@@ -451,6 +486,7 @@ def main():
             check_controlnets,
             check_attributes,
             check_steps,
+            check_requirements,
         ):
             given = (work, written["shapes"])[: len(inspect.signature(check).parameters)]
             try:
