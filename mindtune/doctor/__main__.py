@@ -46,7 +46,7 @@ def check_operators(graph_mode: bool, on_cpu: bool, only: Optional[str]) -> list
         for dtype in case.dtypes if is_selected(case.name, only) else ():
             if dtype == "bfloat16" and on_cpu:  # MindSpore has no bfloat16 matrix product for the CPU
                 continue
-            rows.append(compare.check(case, dtype, on_cpu))
+            rows.append(compare.check(case, dtype))
             print(format_row(rows[-1]), flush=True)
     return rows
 

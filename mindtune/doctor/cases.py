@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import nn, ops
 
 from mindtune.doctor import references
-from mindtune.models import fast_ops, int8
+from mindtune.models import ascend_ops, fast_ops, int8
 from mindtune.models.replaced_layers import Timesteps
 from mindtune.optim.adam8bit import BLOCK, AdamW8bit, Quantiser, dynamic_codes
 from mindtune.optim.adamw import AdamW
@@ -31,9 +31,8 @@ class Case(NamedTuple):
     """An operator with its inputs.
 
     Float64 inputs are converted to the dtype that is checked, others keep their dtype. `roundings` counts the roundings
-    that an entry of the output or of a gradient passes through, `terms` is the length of its sums. CANN computes
-    `hf32` operators in HF32 when their inputs are float32. A function that is `compiled` runs as a graph in graph mode;
-    the others create cells that do.
+    that an entry of the output or of a gradient passes through, `terms` is the length of its sums. A function that is
+    `compiled` runs as a graph in graph mode; the others create cells that do.
     """
 
     name: str
@@ -43,7 +42,6 @@ class Case(NamedTuple):
     roundings: int
     terms: int = 1
     dtypes: tuple[str, ...] = ALL
-    hf32: bool = False
     compiled: bool = True
 
 
@@ -75,7 +73,9 @@ def rms_norm(x, weight):
 
 
 def rotate(x, cos, sin):
-    return fast_ops.rotate(x, (cos, sin))
+    """The tables are [T, 1, dim]."""
+    heads = x.shape[2]
+    return fast_ops.rotate(x, (fast_ops.rotary_table(cos[:, 0], heads), fast_ops.rotary_table(sin[:, 0], heads)))
 
 
 def add_gated(x, gate, y):
@@ -83,7 +83,8 @@ def add_gated(x, gate, y):
 
 
 def attention(q, k, v):
-    return fast_ops.attention(q, k, v)
+    """Heads before tokens, as in the reference."""
+    return fast_ops.attention(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def square_sum(x):
@@ -99,7 +100,9 @@ def gelu(x):
 
 
 def convolution(x, weight, bias):
-    return ops.conv2d(x, weight, bias, stride=references.STRIDE, pad_mode="pad", padding=1)
+    if fast_ops.ON_CPU:
+        return ops.conv2d(x, weight, bias, stride=references.STRIDE, pad_mode="pad", padding=1)
+    return ascend_ops.convolution(x, weight, bias, references.STRIDE, 1, 1, 1)
 
 
 _layer_norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=1e-5)
@@ -110,7 +113,9 @@ def group_norm(x, weight, bias):
 
 
 def layer_norm(x, weight, bias):
-    return _layer_norm(x, weight, bias)[0]
+    if fast_ops.ON_CPU:
+        return _layer_norm(x, weight, bias)[0]
+    return ascend_ops.layer_norm(x, weight.shape, weight, bias, 1e-5)[0]
 
 
 class Encode(nn.Cell):
@@ -208,7 +213,7 @@ def table(graph_mode: bool) -> list[Case]:
         Case("GELU", gelu, ref.gelu, [x], 4 + 6),
         Case("layer norm", layer_norm, ref.layer_norm, [x, 1 + row[0][0, 0], row[1][0, 0]], 8, 154),
         Case("group norm", group_norm, ref.group_norm, [image, *channels], 8, 484),
-        Case("convolution", convolution, ref.convolution, [image, kernel, bias], 3, 144, hf32=True),
+        Case("convolution", convolution, ref.convolution, [image, kernel, bias], 3, 144),
         # An angle of up to 999 is rounded to float32: its sine has the error of 999 roundings.
         Case("timesteps", Timesteps(clock), ref.timesteps, [np.array([0, 1, 499, 999.0])], 999 + 4, **single),
         Case("8-bit encode", Encode(), ref.encode, [moments(8)], 1, **single),

@@ -21,7 +21,6 @@ DTYPES = {
     "bfloat16": (ms.bfloat16, ml_dtypes.bfloat16),
 }
 EPSILONS = {ms.float32: 2.0**-23, ms.float16: 2.0**-10, ms.bfloat16: 2.0**-7}
-HF32_EPSILON = 2.0**-11  # CANN computes float32 convolutions in HF32 by default; see docs/ascend.md
 
 
 class Row(NamedTuple):
@@ -63,15 +62,14 @@ class Backward(nn.Cell):
         return self.gradient(self.forward)(*inputs)
 
 
-def error_bound(case: Case, dtype: ms.Type, on_cpu: bool) -> float:
+def error_bound(case: Case, dtype: ms.Type) -> float:
     """The error that a case may have in a result of this dtype, relative to its largest entry.
 
     Each rounding adds at most half an epsilon. Sums are computed in float32, also those of half precision, and their
     error grows with the square root of the number of terms (Higham and Mary, "A New Approach to Probabilistic Rounding
     Error Analysis", 2019).
     """
-    epsilon = HF32_EPSILON if case.hf32 and dtype == ms.float32 and not on_cpu else EPSILONS[dtype]
-    return case.roundings * epsilon / 2 + case.terms**0.5 * EPSILONS[ms.float32]
+    return case.roundings * EPSILONS[dtype] / 2 + case.terms**0.5 * EPSILONS[ms.float32]
 
 
 def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
@@ -79,16 +77,16 @@ def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.abs(found.astype(np.float64) - exact).max() / max(np.abs(exact).max(), 1e-30))
 
 
-def check(case: Case, dtype: str, on_cpu: bool) -> Row:
+def check(case: Case, dtype: str) -> Row:
     """The row of a case. What the operator raises becomes the row's problem."""
     try:
-        return _check(case, dtype, on_cpu)
+        return _check(case, dtype)
     except Exception as error:  # whatever the device or the compiler raises; the other cases still run
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         return Row(case.name, dtype, problem=f"{type(error).__name__}: {printable(lines[0])}")
 
 
-def _check(case: Case, dtype: str, on_cpu: bool) -> Row:
+def _check(case: Case, dtype: str) -> Row:
     tensors = [_tensor(array, dtype) for array in case.inputs]
     exact_inputs = [_numpy(tensor).astype(np.float64) for tensor in tensors]
     forward = Forward(case.function) if case.compiled else case.function
@@ -104,7 +102,7 @@ def _check(case: Case, dtype: str, on_cpu: bool) -> Row:
     if backward:
         names = [f"gradient of {name}" for name in list(inspect.signature(case.reference).parameters)[1:]]
         results += zip(names, backward(*tensors, sens), exact_gradients)
-    found = [_compared(case, *result, on_cpu) for result in results if result[2] is not None]
+    found = [_compared(case, *result) for result in results if result[2] is not None]
 
     start = time.perf_counter()
     last = backward(*tensors, sens)[0] if backward else None
@@ -120,11 +118,11 @@ def _check(case: Case, dtype: str, on_cpu: bool) -> Row:
     return Row(case.name, dtype, error, bound, where, milliseconds, problem)
 
 
-def _compared(case: Case, where: str, found: ms.Tensor, exact: Any, on_cpu: bool) -> tuple[str, float, float]:
+def _compared(case: Case, where: str, found: ms.Tensor, exact: Any) -> tuple[str, float, float]:
     """(where, error, bound) of a result. Raises ValueError if it has another shape than it should."""
     if found.shape != exact.shape:
         raise ValueError(f"the {where} has the shape {found.shape} instead of {exact.shape}")
-    return where, relative_error(_numpy(found), exact), error_bound(case, found.dtype, on_cpu)
+    return where, relative_error(_numpy(found), exact), error_bound(case, found.dtype)
 
 
 def _tensor(array: np.ndarray, dtype: str) -> ms.Tensor:

@@ -19,15 +19,16 @@ FLASH_CHANNELS = 16  # flash attention wants a multiple of this many channels pe
 
 _dense = auto_generate.Dense()
 _gelu = auto_generate.GeluExt()
-_layer_norm = auto_generate.LayerNormExt()
+layer_norm = auto_generate.LayerNormExt()
 _rms_norm = auto_generate.RmsNorm(EPS)
 _rotary = auto_generate.RotaryPositionEmbedding()
 _addcmul = auto_generate.AddcmulExt()
 _split = auto_generate.SplitTensor()
 _split_with_size = auto_generate.SplitWithSize()
 _index_select = auto_generate.IndexSelect()
-_convolution = auto_generate.Conv2DExt()
+convolution = auto_generate.Conv2DExt()
 _pad = auto_generate.ConstantPadND()
+_flash_attention = ops.flash_attention_score
 _matmul = ops.MatMul()
 _matmul_transposed_b = ops.MatMul(transpose_b=True)
 _depend = ops.Depend()
@@ -77,7 +78,7 @@ def tanh_gelu(x):
 def modulated_norm(x, scale, shift):
     width = x.shape[-1]
     one, zero = cpu_ops.ones(width).astype(x.dtype), 0.0 * cpu_ops.ones(width).astype(x.dtype)
-    return _addcmul(shift, _layer_norm(x, (width,), one, zero, EPS)[0], 1.0 + scale)
+    return _addcmul(shift, layer_norm(x, (width,), one, zero, EPS)[0], 1.0 + scale)
 
 
 def rms_norm(x, weight):
@@ -104,7 +105,7 @@ def attention(q, k, v):
     extra = -channels % FLASH_CHANNELS
     if extra:
         q, k, v = _pad(q, (0, extra), 0.0), _pad(k, (0, extra), 0.0), _pad(v, (0, extra), 0.0)
-    out = ops.flash_attention_score(q, k, v, q.shape[2], scalar_value=channels**-0.5, input_layout="BSND")
+    out = _flash_attention(q, k, v, q.shape[2], scalar_value=channels**-0.5, input_layout="BSND")
     return _split_with_size(out, (channels, extra), 3)[0] if extra else out
 
 
@@ -131,7 +132,7 @@ def construct_dense(self, x):
 def construct_convolution(self, x):
     bias = self.bias.astype(x.dtype) if self.has_bias else None
     padding = self.padding if isinstance(self.padding, tuple) else (self.padding,) * 4
-    return _convolution(
+    return convolution(
         x, self.weight.astype(x.dtype), bias, self.stride, (padding[0], padding[2]), self.dilation, self.group
     )
 
@@ -140,13 +141,25 @@ def construct_layer_norm(self, x):
     weight, bias = self.weight, self.bias
     if weight is None:
         weight, bias = cpu_ops.ones(*self.normalized_shape), 0.0 * cpu_ops.ones(*self.normalized_shape)
-    return _layer_norm(x, self.normalized_shape, weight.astype(x.dtype), bias.astype(x.dtype), self.eps)[0]
+    return layer_norm(x, self.normalized_shape, weight.astype(x.dtype), bias.astype(x.dtype), self.eps)[0]
+
+
+def construct_mindspores_layer_norm(self, x):
+    weight, bias = self.gamma.astype(x.dtype), self.beta.astype(x.dtype)
+    return layer_norm(x, self.normalized_shape, weight, bias, self.epsilon)[0]
+
+
+CONSTRUCTS = {
+    nn.Dense: construct_dense,
+    nn.Conv2d: construct_convolution,
+    nn.LayerNorm: construct_mindspores_layer_norm,
+}
 
 
 @lru_cache(None)
 def ascend_class(cls):
     """A class of cells that computes as `cls` does; `cls` itself if MindSpore's operators for it are good."""
-    construct = {nn.Dense: construct_dense, nn.Conv2d: construct_convolution}.get(cls)
+    construct = CONSTRUCTS.get(cls)
     if cls.__name__ == "LayerNorm" and cls.__module__.startswith("mindone."):  # mindone 0.5 has mint's
         construct = construct_layer_norm
     return cls if construct is None else type(cls.__name__, (cls,), {"construct": construct})

@@ -81,14 +81,18 @@ class AttentionProcessor:
         self.in_float32 = in_float32
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        """hidden_states is [B, T, d], or [B, d, h, w] as in a VAE. Attends to encoder_hidden_states [B, S, D] or itself."""
+        """hidden_states [B, T, d], in a VAE [B, d, h, w], attends to encoder_hidden_states [B, S, D] or to itself."""
         x = hidden_states
         if attn.group_norm is not None:
             x = attn.group_norm(x)
         if x.ndim == 4:
             x = x.reshape(x.shape[:2] + (-1,)).swapaxes(1, 2)
         context = x if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = self.heads(attn, attn.to_q(x)), self.heads(attn, attn.to_k(context)), self.heads(attn, attn.to_v(context))
+        q, k, v = (
+            self.heads(attn, attn.to_q(x)),
+            self.heads(attn, attn.to_k(context)),
+            self.heads(attn, attn.to_v(context)),
+        )
         if self.in_float32:
             out = attention(q.astype(ms.float32), k.astype(ms.float32), v.astype(ms.float32)).astype(q.dtype)
         else:

@@ -39,18 +39,42 @@ RETURNS_POINTER = re.compile(
 )
 RETURNS_TEXT = {"aclrtGetSocName": "Ascend910B3", "aclGetRecentErrMsg": ""}
 # CANN's library of operators has these beside the operators; the first group must return a pointer.
-OPERATOR_MAKERS = (
-    "aclCreateScalar aclCreateIntArray aclCreateFloatArray aclCreateBoolArray aclCreateScalarList "
-    "aclCreateAclOpExecutor"
-).split()
-OPERATOR_HELPERS = (
-    "InitHugeMemThreadLocal UnInitHugeMemThreadLocal ReleaseHugeMem InitPTACacheThreadLocal SetPTAHashKey "
-    "CanUsePTACache PTAGetExecCache PTAFindExecCache AddTensorAddrToCachedList aclDestroyTensor aclDestroyScalar "
-    "aclDestroyIntArray aclDestroyFloatArray aclDestroyBoolArray aclDestroyTensorList aclDestroyScalarList "
-    "aclDestroyAclOpExecutor aclSetAclOpExecutorRepeatable aclSetTensorAddr aclSetDynamicTensorAddr "
-    "aclSetInputTensorAddr aclSetOutputTensorAddr aclSetDynamicInputTensorAddr aclSetDynamicOutputTensorAddr "
-    "aclSetRawTensorAddr aclGetViewShape"
-).split()
+OPERATOR_MAKERS = [
+    "aclCreateScalar",
+    "aclCreateIntArray",
+    "aclCreateFloatArray",
+    "aclCreateBoolArray",
+    "aclCreateScalarList",
+    "aclCreateAclOpExecutor",
+]
+OPERATOR_HELPERS = [
+    "InitHugeMemThreadLocal",
+    "UnInitHugeMemThreadLocal",
+    "ReleaseHugeMem",
+    "InitPTACacheThreadLocal",
+    "SetPTAHashKey",
+    "CanUsePTACache",
+    "PTAGetExecCache",
+    "PTAFindExecCache",
+    "AddTensorAddrToCachedList",
+    "aclDestroyTensor",
+    "aclDestroyScalar",
+    "aclDestroyIntArray",
+    "aclDestroyFloatArray",
+    "aclDestroyBoolArray",
+    "aclDestroyTensorList",
+    "aclDestroyScalarList",
+    "aclDestroyAclOpExecutor",
+    "aclSetAclOpExecutorRepeatable",
+    "aclSetTensorAddr",
+    "aclSetDynamicTensorAddr",
+    "aclSetInputTensorAddr",
+    "aclSetOutputTensorAddr",
+    "aclSetDynamicInputTensorAddr",
+    "aclSetDynamicOutputTensorAddr",
+    "aclSetRawTensorAddr",
+    "aclGetViewShape",
+]
 # Libraries that MindSpore looks for beside those that it links to.
 MORE_LIBRARIES = {"libacl_op_compiler", "libacl_tdt_channel", "libacl_tdt_queue"}
 SYSTEM_LIBRARY = re.compile(r"lib(stdc|m$|gomp|gcc|pthread|c$|dl$|rt$)")

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -28,12 +28,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "examples" / "tiny")]
 
+from record import FLASH, Record
+
 import build
-from record import Record
 
 PROCESSES = 2  # side by side
 STEADY_UPDATES = 60
 SETTLED = 10  # updates after which memory must not grow
+PAGE = ROOT / "docs" / "ascend.md"
+BEGIN, END = "<!-- rehearsal: begin -->", "<!-- rehearsal: end -->"
+COUNTED = ("kernels", "casts", "transposes", "old", "flash")
 OLD_OPERATORS = HERE / "old_operators.txt"
 LORA, FLUX_CONTROLNET = "flux_lora/train_dreambooth_lora_flux.py", "flux_controlnet/train_controlnet_flux.py"
 SD_CONTROLNET = "examples/controlnet/train_controlnet.py"
@@ -46,12 +50,32 @@ INFERENCE = {
     "sdxl": "examples/controlnet/infer_controlnet_sdxl.py",
 }
 MODES = {"graph": 0, "pynative": 1}
-# Bytes that may be copied per update beside the step's inputs: learning rates and what is logged.
-SCALARS = 64
+# Bytes that may be copied per update beside the step's inputs: learning rates, constants, and what is logged.
+SCALARS = 256
+STEP_BYTES = 1024  # and per denoising step: its sigma, and constants
+INFERENCE_STEPS = (2, 6)
+FALLBACKS = ("backoff CPU kernel",)
+# precision -> dtypes that no operator may have
+FORBIDDEN = {"no": ("f64", "f16", "bf16"), "fp16": ("f64", "bf16"), "bf16": ("f64", "f16")}
+# What run_script.py can break -> words of the problem that must then be found.
+BREAKS = {
+    "float64": "f64 in",
+    "half": "f16 in",
+    "fallback": "backoff CPU kernel",
+    "copies": "go to the device",
+    "back": "come back",
+    "memory": "memory grows",
+    "old operator": "old operators",
+    "attention": "not flash attention",
+}
 
 
 class Case(NamedTuple):
-    """A run of a script. `system` is a key of SCRIPTS; `after` names the case that must have run before."""
+    """A run of a script.
+
+    `system` is a key of SCRIPTS. `after` names the training run whose result an inference run uses. `breaks`, a key of
+    BREAKS, makes it a negative control.
+    """
 
     name: str
     system: str
@@ -61,6 +85,7 @@ class Case(NamedTuple):
     updates: int = 3
     rank: Optional[int] = None
     after: Optional[str] = None
+    breaks: Optional[str] = None
 
     @property
     def infers(self) -> bool:
@@ -82,7 +107,7 @@ def training_cases() -> list[Case]:
         "adafactor": (("flux_cn",), ("--optimizer", "adafactor"), ("graph",)),
         "offload": (("flux_cn",), ("--offload_optimizer",), ("graph",)),
         "EMA": (("sd", "flux_cn"), ("--use_ema",), MODES),
-        "buckets": (("lora",), ("--aspect_ratio_buckets", "32x32,32x48,48x32"), MODES),
+        "buckets": (("lora",), ("--aspect_ratio_buckets", "32,32;32,48;48,32"), MODES),
         "CLIP trained": (("lora",), ("--train_text_encoder",), MODES),
         "accumulation": (("lora",), ("--gradient_accumulation_steps", "2"), MODES),
     }
@@ -100,6 +125,19 @@ def inference_cases() -> list[Case]:
         Case(f"infer {system} {precision}", system, precision, after=f"{system} {precision} graph")
         for system in SCRIPTS for precision in ("bf16", "fp16", "no")
     ]  # fmt: skip
+
+
+def negative_controls() -> list[Case]:
+    """Runs in which something is broken on purpose, to see that the checks can fail."""
+    return [
+        Case(f"control: {name}", "lora", "no" if name == "half" else "bf16", mode="pynative", breaks=name,
+             updates=SETTLED + 6 if name == "memory" else 4)
+        for name in BREAKS
+    ]  # fmt: skip
+
+
+def all_cases() -> list[Case]:
+    return training_cases() + inference_cases() + negative_controls()
 
 
 # ---- what a run is started with ------------------------------------------------------------------
@@ -181,7 +219,7 @@ class Result(NamedTuple):
 def run(name: str, script: str, flags: list[str], work: Path, stand_ins: Path, *options: str) -> Result:
     """Runs a script on the simulated device."""
     record, updates = work / f"{name}.record", work / f"{name}.json"
-    command = [sys.executable, str(HERE / "run_script.py"), str(updates), *options, str(ROOT / script), *flags]
+    command = [sys.executable, str(HERE / "run_script.py"), *options, str(updates), str(ROOT / script), *flags]
     environment = {**os.environ, **build.environment(stand_ins), "ASCEND_RECORD": str(record), "GLOG_v": "2"}
     record.write_text("")
     began = time.time()
@@ -193,28 +231,153 @@ def run(name: str, script: str, flags: list[str], work: Path, stand_ins: Path, *
     return Result(done.returncode, done.stdout, costs, Record(record), time.time() - began)
 
 
+# ---- what must be true of a run ------------------------------------------------------------------
+
+
+def problems(case: Case, result: Result) -> list[str]:
+    """What is wrong with a run, in words; nothing if all is well."""
+    if result.code != 0:
+        return [f"exit code {result.code}"]
+    record = result.record
+    found = [f"{word} in the log" for word in FALLBACKS if word in result.printed]
+    for dtype in FORBIDDEN[case.precision]:
+        if names := record.names_with(dtype):
+            found.append(f"{dtype} in {', '.join(names)}")
+    if unknown := record.old_operators() - set(OLD_OPERATORS.read_text().split()):
+        found.append(f"old operators {', '.join(sorted(unknown))}")
+    if not case.infers:
+        found += problems_of_updates(case, result)
+    return found
+
+
+def problems_of_updates(case: Case, result: Result) -> list[str]:
+    """What is wrong with copies, memory and attention in the updates after the first and before the checkpoint."""
+    steady, found = result.updates[1:-2], []
+    allowed = SCALARS
+    if "--offload_optimizer" in case.flags:  # gradients and changes of weights cross the bus
+        allowed += steady[0]["trained"]
+    if (extra := max(update["to_device"] - update["inputs"] for update in steady)) > allowed:
+        found.append(f"{extra:,} bytes more than the batch go to the device at an update")
+    if (extra := max(update["to_host"] for update in steady)) > allowed:
+        found.append(f"{extra:,} bytes come back at an update")
+    settled = [update["memory"] for update in steady[SETTLED:]]
+    if settled and max(settled) > min(settled):
+        found.append(f"device memory grows by {max(settled) - min(settled):,} bytes in {len(settled)} updates")
+    names = {call.name for calls in result.record.updates[1:-2] for call in calls}
+    if case.precision == "no" and any(name.startswith(FLASH) for name in names):
+        found.append("flash attention in float32")
+    if case.precision != "no" and (not any(name.startswith(FLASH) for name in names) or "aclnnSoftmax" in names):
+        found.append("attention that is not flash attention")
+    return found
+
+
+def problems_of_inference(few: Result, many: Result, steps: int) -> list[str]:
+    """What is wrong with the copies of a denoising step, from two runs that differ by `steps` steps."""
+    extra = (many.updates[-1]["to_device"] - few.updates[-1]["to_device"]) / steps
+    return [f"{extra:,.0f} bytes go to the device at a denoising step"] if extra > STEP_BYTES else []
+
+
+# ---- the rehearsal -------------------------------------------------------------------------------
+
+
+def rehearse(case: Case, work: Path, stand_ins: Path) -> tuple[Result, list[str]]:
+    """Runs a case. Returns its result and what is wrong with it."""
+    if case.infers:
+        script = INFERENCE[case.system]
+        few, many = (
+            run(f"{case.name} {steps}", script, inference_flags(case, work, steps), work, stand_ins)
+            for steps in INFERENCE_STEPS
+        )
+        found = problems(case, few) + problems(case, many)
+        if few.code == many.code == 0:
+            found += problems_of_inference(few, many, INFERENCE_STEPS[1] - INFERENCE_STEPS[0])
+        return many, found
+    options = ["--rank", str(case.rank), "--world_size", "8"] if case.rank is not None else []
+    options += ["--break", case.breaks] if case.breaks else []
+    result = run(case.name, SCRIPTS[case.system], training_flags(case, work), work, stand_ins, *options)
+    return result, problems(case, result)
+
+
+def judge(case: Case, found: list[str]) -> bool:
+    """Whether a case went as it must: without a problem, or for a negative control with the one that was put in."""
+    return any(BREAKS[case.breaks] in problem for problem in found) if case.breaks else not found
+
+
+def describe(case: Case, result: Result, found: list[str]) -> str:
+    counts = ""
+    if not case.infers and len(result.updates) > 3:
+        update = result.record.count(2)
+        counts = ", ".join(f"{count:,} {name}" for name, count in update.items())
+    verdict = "ok" if judge(case, found) else "FAILED"
+    return f"{verdict:6} {case.name:45} {result.seconds:4.0f} s  {counts} {'; '.join(found)}"
+
+
+# ---- docs ----------------------------------------------------------------------------------------
+
+
+def write(results: dict[Case, tuple[Result, list[str]]], old: set[str]) -> None:
+    """Puts the tables between the markers of docs/ascend.md, and the old operators into their list."""
+    OLD_OPERATORS.write_text("".join(f"{name}\n" for name in sorted(old)))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mindspore", "mindone"))
+    lines = [
+        BEGIN,
+        "",
+        f"Written by `make rehearse` with {versions}, for a simulated Ascend 910B3. {len(results)} cases:",
+        "",
+        "| run | kernels | casts | transposes | old | flash | to the device, beside the batch | back |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    others = []
+    for case, (result, found) in results.items():
+        verdict = "" if judge(case, found) else f" **{'; '.join(found)}**"
+        if case.infers or case.breaks or len(result.updates) < 4:
+            others.append(f"{case.name}{verdict}")
+            continue
+        count, cost = result.record.count(2), result.updates[2]
+        cells = [f"{case.name}{verdict}", *(f"{count[name]:,}" for name in COUNTED)]
+        cells += [f"{cost['to_device'] - cost['inputs']:,} B", f"{cost['to_host']:,} B"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Without an update to count: {'; '.join(others)}.", ""]
+    lines += [f"Operators of the older kind (aclop) in all of them: {', '.join(sorted(old))}.", "", END]
+    text = PAGE.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(before + "\n".join(lines) + after)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Rehearses every script on a simulated Ascend 910B.")
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--updates", type=int)
-    parser.add_argument("--stand_ins", type=Path, default=ROOT / "build" / "ascend")
+    parser.add_argument("names", nargs="*", help="Run only cases whose names contain one of these.")
+    parser.add_argument("--write", action="store_true", help="Write docs/ascend.md and old_operators.txt.")
+    parser.add_argument("--work", type=Path, help="Keep the runs in this directory.")
     args = parser.parse_args()
-    work = args.work or Path(tempfile.mkdtemp())
-    work.mkdir(exist_ok=True)
-    if not (work / "photos").exists():
-        make_inputs(work)
-    for case in training_cases() + inference_cases():
-        if any(name in case.name for name in args.names):
-            if args.updates:
-                case = case._replace(updates=args.updates)
-            if case.infers:
-                result = run(case.name, INFERENCE[case.system], inference_flags(case, work, 4), work, args.stand_ins)
-            else:
-                result = run(case.name, SCRIPTS[case.system], training_flags(case, work), work, args.stand_ins)
-            print(case.name, result.code, f"{result.seconds:.0f} s", result.record.old_operators())
-            for i in [*range(min(5, len(result.updates))), *range(max(5, len(result.updates) - 2), len(result.updates))]:
-                print(result.updates[i], result.record.count(i))
+    if missing := build.missing_tools():
+        print(f"error: the rehearsal needs {', '.join(missing)}", file=sys.stderr)
+        return 2
+    stand_ins = ROOT / "build" / "ascend"
+    build.build(stand_ins, Path(importlib.util.find_spec("mindspore").origin).parent)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        if not (work / "photos").exists():
+            make_inputs(work)
+        cases = [case for case in all_cases() if not args.names or any(name in case.name for name in args.names)]
+        began = time.time()
+        results = {}
+        for group in (  # inference needs what training has left
+            [case for case in cases if not case.infers],
+            [case for case in cases if case.infers and (work / case.after.replace(" ", "-")).exists()],
+        ):
+            with ThreadPoolExecutor(PROCESSES) as pool:
+                for case, (result, found) in zip(group, pool.map(lambda c: rehearse(c, work, stand_ins), group)):
+                    results[case] = result, found
+                    print(describe(case, result, found), flush=True)
+    failed = [case.name for case, (_, found) in results.items() if not judge(case, found)]
+    old = set().union(*(result.record.old_operators() for case, (result, _) in results.items() if not case.breaks))
+    if not args.names and old != set(OLD_OPERATORS.read_text().split()):
+        failed.append(f"{OLD_OPERATORS.name} is not the list of old operators that were called")
+    print(f"{len(results)} cases in {time.time() - began:.0f} s; {len(failed)} failed: {', '.join(failed) or 'none'}")
+    if args.write:
+        write(results, old)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Runs a training script on the simulated device, and writes what every update cost as JSON.
 
-    python tests/ascend/run_script.py UPDATES.json [--rank 1 --world_size 8] script.py flags ...
+    python tests/ascend/run_script.py [--rank 1 --world_size 8] [--break NAME] UPDATES.json script.py flags ...
 
 The file has a list with a dict per update: bytes of the step's inputs, bytes copied from host to device and back since
 the last update, and bytes of device memory after it. Works for inference scripts too: then the list is empty. The last
@@ -18,9 +18,12 @@ import sys
 from pathlib import Path
 
 import mindspore as ms
+import numpy as np
+from mindspore import ops
 from mindspore.communication import init
 
 from mindtune.distributed import ranks
+from mindtune.models import ascend_ops, cpu_ops
 from mindtune.models.train_step import TrainStep
 from mindtune.run.record import Run
 
@@ -34,7 +37,7 @@ class Meter:
 
     def __init__(self):
         self.updates = []
-        self.inputs = 0
+        self.inputs = self.trained = 0
         self.start = self.copied()
 
     def copied(self):
@@ -48,18 +51,20 @@ class Meter:
             "to_device": now[0] - self.start[0],
             "to_host": now[1] - self.start[1],
             "memory": ms.runtime.memory_allocated(),
-            "peak": ms.runtime.max_memory_allocated(),
+            "trained": self.trained,
         })  # fmt: skip
         STAND_INS.record_mark(b"update")
         self.start, self.inputs = now, 0
 
 
-def measure(meter):
-    """Makes the loop of a training script report to `meter`."""
+def measure(meter, broken):
+    """Makes the loop of a training script report to `meter`, and call `broken` before every step."""
     call, update = TrainStep.__call__, Run.update
 
     def counted_call(self, *inputs):
         meter.inputs += sum(value.nbytes for value in inputs)
+        meter.trained = sum(parameter.nbytes for parameter in self.optimizer.parameters)
+        broken()
         return call(self, *inputs)
 
     def counted_update(self, *values, **named):
@@ -82,17 +87,39 @@ def be_rank(rank, world_size):
     ranks.gather_parameters = lambda parameters: {}
 
 
+# ---- negative controls ----
+
+
+def attend_without_flash(q, k, v):
+    return cpu_ops.attention(q, k, v)
+
+
+kept = []
+IMAGE = np.ones((64, 64), np.float32)
+BREAKS = {
+    "float64": lambda: ops.square(ms.Tensor(IMAGE, ms.float64)),
+    "half": lambda: ops.square(ms.Tensor(IMAGE, ms.float16)),
+    "fallback": lambda: ops.bessel_j0(ms.Tensor(IMAGE)),
+    "copies": lambda: ops.square(ms.Tensor(IMAGE)),
+    "back": lambda: ops.square(ms.Tensor(1.0)).broadcast_to((64, 64)).asnumpy(),
+    "memory": lambda: kept.append(ops.square(ms.Tensor(1.0)).broadcast_to((64, 64)) + 1.0),
+    "old operator": lambda: ops.NPUGetFloatStatusV2(),
+    "attention": lambda: setattr(ascend_ops, "attention", attend_without_flash),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description="Runs a script on the simulated device.")
     parser.add_argument("updates", type=Path)
     parser.add_argument("--rank", type=int)
     parser.add_argument("--world_size", type=int)
+    parser.add_argument("--break", dest="broken", choices=BREAKS)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     if args.rank is not None:
         be_rank(args.rank, args.world_size)
     meter = Meter()
-    measure(meter)
+    measure(meter, BREAKS.get(args.broken, lambda: None))
     script, *flags = args.command
     sys.argv = [script, *flags]
     try:

@@ -4,6 +4,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindone.diffusers.models import embeddings
+from mindone.diffusers.models.attention_processor import Attention
+from mindspore import nn
 from test_fast_ops import values
 
 from mindtune.models import loading, precision, replaced_layers
@@ -48,13 +50,46 @@ def test_t5_uses_the_buckets_and_the_exact_activation(tiny_flux):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)  # ops.tanh has an error of 1e-4
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 8, 3, 4)], ids=["UNet", "VAE"])
+def test_attention_cells_compute_as_mindones(mode, shape):
+    """Cross attention over [B, T, d], and the attention of a VAE, which has a group norm and adds its input."""
+    if len(shape) == 3:
+        cell, context = Attention(8, cross_attention_dim=6, heads=2, dim_head=4), [ms.Tensor(values(2, 7, 6, seed=1))]
+    else:
+        cell, context = Attention(8, heads=1, dim_head=8, norm_num_groups=4, bias=True, residual_connection=True), []
+    x = ms.Tensor(values(*shape))
+    expected = cell(x, *context).asnumpy()
+    found = replaced_layers.use_fast_ops(nn.CellList([cell]))[0](x, *context)
+    assert isinstance(cell.processor, replaced_layers.AttentionProcessor)
+    np.testing.assert_allclose(found.asnumpy(), expected, atol=2e-6)
+
+
 def test_float32_attention():
     """upcast_attention of Stable Diffusion 2.1: scores beyond 65,504 are not infinite."""
-    q, k, v = (values(1, 2, 5, 16, seed=n) for n in range(3))
-    q, k = 400 * q, 400 * k
-    scores = q.astype(np.float16).astype(np.float64) @ k.astype(np.float16).astype(np.float64).swapaxes(2, 3) / 4
+    cell = Attention(16, heads=2, dim_head=8, upcast_attention=True)
+    replaced_layers.use_fast_ops(nn.CellList([cell]))
+    x, heads = ms.Tensor(values(1, 5, 16)), []
+    for name in ("to_q", "to_k", "to_v"):
+        getattr(cell, name).weight.set_data(ms.Tensor(values(16, 16, seed=len(heads), scale=1 if "v" in name else 100)))
+        heads.append(getattr(cell, name)(x).astype(ms.float16))
+    cell.to_q, cell.to_k, cell.to_v = (Given(head) for head in heads)
+    cell.to_out[0] = Given(None)
+    found = cell(x.astype(ms.float16))
+    q, k, v = (head.asnumpy().astype(np.float64).reshape(1, 5, 2, 8) for head in heads)
+    scores = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
+    assert np.abs(scores).max() > 65504
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    expected = weights / weights.sum(-1, keepdims=True) @ v.astype(np.float16).astype(np.float64)
-    found = replaced_layers.float32_attention(*(ms.Tensor(x, ms.float16) for x in (q, k, v)), None)
+    expected = np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), v)
     assert found.dtype == ms.float16
-    np.testing.assert_allclose(found.asnumpy(), expected, atol=2e-3)
+    np.testing.assert_allclose(found.asnumpy(), expected.reshape(1, 5, 16), atol=2e-3)
+
+
+class Given(nn.Cell):
+    """Returns what it was made with, or without that its input."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def construct(self, x):
+        return x if self.output is None else self.output
