@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo demo-controlnet check test bench parity contract lint clean
+.PHONY: venv demo demo-controlnet check test bench parity contract rehearse lint clean
 
 venv: .venv/made
 .venv/made: requirements.txt setup.py
@@ -51,6 +51,10 @@ parity: venv .venv-parity/made
 
 contract: venv .venv-contract/made
 	.venv-contract/bin/python tests/contract/contract.py --reference $(BIN)/python
+
+# Every script on a simulated Ascend 910B; needs x86-64 Linux, gcc, g++ and binutils, and says so.
+rehearse: venv
+	$(BIN)/python tests/ascend/rehearse.py --write
 
 lint: venv
 	$(BIN)/ruff check .

@@ -182,7 +182,7 @@ def training_flags(case: Case, work: Path) -> list[str]:
     if case.system in ("lora", "flux_cn"):
         flags.update(max_sequence_length=16)
     words = [word for name, value in flags.items() for word in (f"--{name}", value) if word is not None]
-    return [*map(str, words), *case.flags]
+    return [*map(str, words), "--overwrite_output_dir", *case.flags]
 
 
 def inference_flags(case: Case, work: Path, steps: int) -> list[str]:
@@ -200,7 +200,7 @@ def inference_flags(case: Case, work: Path, steps: int) -> list[str]:
         flags.update(lora=trained, height=64, width=64)
     else:
         flags.update(controlnet=trained, control_image=work / "pairs/conditioning/000000.png", resolution=64)
-    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    return [*(str(word) for name, value in flags.items() for word in (f"--{name}", value)), "--overwrite"]
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -221,6 +221,7 @@ def run(name: str, script: str, flags: list[str], work: Path, stand_ins: Path, *
     record, updates = work / f"{name}.record", work / f"{name}.json"
     command = [sys.executable, str(HERE / "run_script.py"), *options, str(updates), str(ROOT / script), *flags]
     environment = {**os.environ, **build.environment(stand_ins), "ASCEND_RECORD": str(record), "GLOG_v": "2"}
+    environment["OMP_NUM_THREADS"] = "1"
     record.write_text("")
     began = time.time()
     done = subprocess.run(
