@@ -221,7 +221,6 @@ def run(name: str, script: str, flags: list[str], work: Path, stand_ins: Path, *
     record, updates = work / f"{name}.record", work / f"{name}.json"
     command = [sys.executable, str(HERE / "run_script.py"), *options, str(updates), str(ROOT / script), *flags]
     environment = {**os.environ, **build.environment(stand_ins), "ASCEND_RECORD": str(record), "GLOG_v": "2"}
-    environment["OMP_NUM_THREADS"] = "1"
     record.write_text("")
     began = time.time()
     done = subprocess.run(

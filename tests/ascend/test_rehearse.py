@@ -3,10 +3,11 @@
 import importlib.util
 from pathlib import Path
 
-import build
 import pytest
 import rehearse
 from record import Record
+
+import build
 
 UPDATES = 5  # the first compiles, the last two save
 
@@ -52,7 +53,8 @@ def test_a_record_is_read(tmp_path):
     path = tmp_path / "record"
     path.write_text(
         "copy1 u8[8]\naclnnCast f32[2,3] bf16[2,3]\nupdate\n"
-        "aclnnCat ( f16[2] f16[2]) f16[4]\naclopAddN f32[1] f32[1] f32[1]\naclnnFlashAttentionScoreGrad bf16[2]\nupdate\n"
+        "aclnnCat ( f16[2] f16[2]) f16[4]\naclopAddN f32[1] f32[1] f32[1]\n"
+        "aclnnFlashAttentionScoreGrad bf16[2]\nupdate\n"
     )
     record = Record(path)
     assert [len(update) for update in record.updates] == [1, 3, 0]

@@ -4,6 +4,8 @@ import ctypes
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when MindSpore is imported; OpenMP's threads wait actively
+
 import mindspore as ms
 from mindspore._c_expression import MSContext
 
