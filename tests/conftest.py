@@ -1,6 +1,7 @@
 """What the tests share: a tiny FLUX pipeline, photographs, and the LoRA script as a module and as a command."""
 
 import functools
+import gc
 import importlib.util
 import io
 import json
@@ -170,6 +171,12 @@ def command_line(values, *more):
 # ---- runs ----------------------------------------------------------------------------------------
 
 
+def pytest_collection_finish():
+    """Keeps the garbage collector, which every run calls, off what stays to the end anyway: modules and tests."""
+    gc.collect()
+    gc.freeze()
+
+
 class NoStopRequest:
     """Stands in for `cli.StopRequest` in runs inside of pytest, which keeps its own signal handlers."""
 
@@ -198,8 +205,12 @@ def encode_here(job):
 
 
 def run_here(script, arguments):
-    """Runs a training script, a module, to its end in this process, which has imported everything."""
+    """Runs a training script, a module, to its end in this process, which has imported everything.
+
+    The report has no curves: they take half a second, and test_report.py and runs in processes of their own draw them.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mindtune.run.report._plot", lambda *_: "")
         if encoder_stage._in_child is _in_child:  # and not what a test put there
             patch.setattr(encoder_stage, "_in_child", encode_here)
         try:
