@@ -205,7 +205,7 @@ def encode_here(job):
 
 
 def run_here(script, arguments):
-    """Runs a training script, a module, to its end in this process, which has imported everything.
+    """Runs a script, a module, to its end in this process, which has imported everything.
 
     The report has no curves: they take half a second, and test_report.py and runs in processes of their own draw them.
     """

@@ -15,7 +15,6 @@ from mindtune.run.checkpoint import checkpoints, damage
 
 from .conftest import FINAL, TRAIN
 
-
 # What must be equal to the byte, besides the last checkpoint: the ControlNet and the logged values.
 RESULTS = FINAL, "config.json", "metrics.jsonl"
 

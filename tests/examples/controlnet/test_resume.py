@@ -19,7 +19,8 @@ CASES = {
 
 def test_killed_and_resumed_equals_not_killed(sd, run, tmp_path, capfd):
     train = lambda out, *more: run(sd, out, *more)  # noqa: E731
-    assert_resumes_exactly(train, CASES[sd.kind], tmp_path, (FINAL, "config.json", "metrics.jsonl"), capfd)
+    kills = 1 if sd.kind == "sdxl" else 2  # fp16 is slow on a CPU
+    assert_resumes_exactly(train, CASES[sd.kind], tmp_path, (FINAL, "config.json", "metrics.jsonl"), capfd, kills)
 
 
 def test_another_gamma_or_tokenizer_is_reported(sd15, sdxl, run, tmp_path, capfd):
