@@ -34,6 +34,29 @@ TRAINING_SCRIPTS = [
     "examples/controlnet/train_controlnet.py",
     "examples/controlnet/train_controlnet_sdxl.py",
 ]
+# These take a minute or more: `make test` starts with them, so that no core waits for the last of them alone.
+SLOW_FILES = [
+    "examples/controlnet/test_run.py",
+    "examples/test_control_learning.py",
+    "real/test_sd.py",
+    "flux_controlnet/test_run.py",
+    "flux_lora/test_workers.py",
+    "test_readme.py",
+    "parity/test_golden.py",
+    "real/test_sdxl.py",
+    "flux_lora/test_resume.py",
+    "flux_lora/test_run.py",
+    "flux_controlnet/test_resume.py",
+    "examples/controlnet/test_resume.py",
+    "examples/test_learning.py",
+    "test_launch.py",
+    "examples/controlnet/test_infer.py",
+    "flux_controlnet/test_step.py",
+    "mindtune/models/test_int8.py",
+    "mindtune/distributed/test_ranks.py",
+    "examples/controlnet/test_workers.py",
+    "examples/test_pretrain.py",
+]
 
 
 def load_script(relative):
@@ -169,6 +192,12 @@ def command_line(values, *more):
 
 
 # ---- runs ----------------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the tests of SLOW_FILES first."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_collection_finish():
