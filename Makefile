@@ -25,8 +25,9 @@ check: lint
 		-m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 # A process a core, each with one thread: compiling takes one, and learning tests side by side would crowd each other.
+# Files are started in the order of tests/conftest.py, the slowest first, and not by their number of tests.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: venv .venv-parity/made
 	$(BIN)/python benchmarks/speed.py --torch .venv-parity/bin/python

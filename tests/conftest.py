@@ -1,6 +1,7 @@
 """What the tests share: a tiny FLUX pipeline, photographs, and the LoRA script as a module and as a command."""
 
 import functools
+import gc
 import importlib.util
 import io
 import json
@@ -32,6 +33,29 @@ TRAINING_SCRIPTS = [
     "flux_controlnet/train_controlnet_flux.py",
     "examples/controlnet/train_controlnet.py",
     "examples/controlnet/train_controlnet_sdxl.py",
+]
+# These take a minute or more: `make test` starts with them, so that no core waits for the last of them alone.
+SLOW_FILES = [
+    "examples/controlnet/test_run.py",
+    "examples/test_control_learning.py",
+    "real/test_sd.py",
+    "flux_controlnet/test_run.py",
+    "flux_lora/test_workers.py",
+    "test_readme.py",
+    "parity/test_golden.py",
+    "real/test_sdxl.py",
+    "flux_lora/test_resume.py",
+    "flux_lora/test_run.py",
+    "flux_controlnet/test_resume.py",
+    "examples/controlnet/test_resume.py",
+    "examples/test_learning.py",
+    "test_launch.py",
+    "examples/controlnet/test_infer.py",
+    "flux_controlnet/test_step.py",
+    "mindtune/models/test_int8.py",
+    "mindtune/distributed/test_ranks.py",
+    "examples/controlnet/test_workers.py",
+    "examples/test_pretrain.py",
 ]
 
 
@@ -170,6 +194,18 @@ def command_line(values, *more):
 # ---- runs ----------------------------------------------------------------------------------------
 
 
+def pytest_collection_modifyitems(items):
+    """Puts the tests of SLOW_FILES first."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish():
+    """Keeps the garbage collector, which every run calls, off what stays to the end anyway: modules and tests."""
+    gc.collect()
+    gc.freeze()
+
+
 class NoStopRequest:
     """Stands in for `cli.StopRequest` in runs inside of pytest, which keeps its own signal handlers."""
 
@@ -198,8 +234,12 @@ def encode_here(job):
 
 
 def run_here(script, arguments):
-    """Runs a training script, a module, to its end in this process, which has imported everything."""
+    """Runs a script, a module, to its end in this process, which has imported everything.
+
+    The report has no curves: they take half a second, and test_report.py and runs in processes of their own draw them.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mindtune.run.report._plot", lambda *_: "")
         if encoder_stage._in_child is _in_child:  # and not what a test put there
             patch.setattr(encoder_stage, "_in_child", encode_here)
         try:

@@ -1,21 +1,40 @@
 """Training the ControlNet demo for fewer updates fills outlines. benchmarks/learning.py shuffles them, too."""
 
+import functools
+
+import mindspore as ms
 import numpy as np
 from conftest import ROOT, load_script
 from PIL import Image
 
+from mindtune.models import execution, loading, precision, sampling
+
 learning = load_script("benchmarks/learning.py")
 demo = load_script("examples/demo_flux_controlnet.py")
 evaluator = load_script("examples/tiny/evaluate_shapes.py")
+PIPELINE = ROOT / "examples/tiny/flux-shapes"
 UPDATES = 250
 
 
-def test_generated_shapes_follow_the_outline(tmp_path):
-    """Mean intersection over union with the outlined shape on held-out pairs, with and without the ControlNet."""
+def test_generated_shapes_follow_the_outline(tmp_path, monkeypatch):
+    """Mean intersection over union with the outlined shape on held-out pairs, with and without the ControlNet.
+
+    All images are generated at once, which takes a tenth of the time of the inference script.
+    """
     learning.make_pairs(tmp_path)
     learning.train_controlnet(tmp_path, UPDATES)
-    _, targets, prompts = demo.held_out(tmp_path)
-    images = evaluator.generate(ROOT / "examples/tiny/flux-shapes", prompts)
-    base = np.mean([evaluator.overlap(image, Image.open(target)) for image, target in zip(images, targets)])
-    controlled = learning.mean_overlap(tmp_path, "controlled", 1.0)
+    outlines, targets, prompts = demo.held_out(tmp_path)
+
+    def overlap():
+        images = evaluator.generate(PIPELINE, prompts)
+        return np.mean([evaluator.overlap(image, Image.open(target)) for image, target in zip(images, targets)])
+
+    base = overlap()
+    full = precision.resolve_precision("no")
+    vae, controlnet = (loading.load_model(*where, full) for where in ((PIPELINE, "vae"), (tmp_path, "controlnet")))
+    with execution.pynative():
+        latents = [sampling.encode_image(vae, Image.open(path).convert("RGB"), ms.float32) for path in outlines]
+    control = controlnet, np.concatenate(latents), 1.0
+    monkeypatch.setattr(sampling, "sample_latents", functools.partial(sampling.sample_latents, control=control))
+    controlled = overlap()
     assert controlled >= 0.58 and controlled >= base + 0.25

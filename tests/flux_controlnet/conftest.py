@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import StageWithoutEncoders, command_line, load_script, run_command, run_here
+from conftest import StageWithoutEncoders, command_line, encode_here, load_script, run_command, run_here
 from PIL import Image
 
 from mindtune.data import columns, pair_data, pairs
@@ -66,7 +66,7 @@ def oblong(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def warm_cache(encoder_cache, control_script, tiny_flux, shapes, oblong):
-    """The session's encoder cache, filled in one child process with what most runs here need."""
+    """The session's encoder cache, filled at once with what most runs here need."""
     stage = encoder_stage.EncoderStage(tiny_flux, None, "no", encoder_cache / "mindtune", 16)
     captions, images = ["", "x", "a red circle", "a blue star"], []
     for folder, sizes in ((shapes, [(32, 32)]), (oblong, [(32, 48), (48, 32)])):
@@ -74,7 +74,9 @@ def warm_cache(encoder_cache, control_script, tiny_flux, shapes, oblong):
         data = pair_data.PairData(found, [], sizes=sizes, seed=0, batch_size=1)
         captions += [pair.caption for pair in found]
         images += data.images(random_flip=True, conditions=True)
-    stage.prepare(captions, images)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder_stage, "_in_child", encode_here)
+        stage.prepare(captions, images)
     return encoder_cache
 
 

@@ -5,7 +5,7 @@ import shlex
 import mindspore as ms
 import numpy as np
 import pytest
-from conftest import load_script
+from conftest import load_script, run_here
 from PIL import Image
 
 from mindtune import rng
@@ -41,7 +41,7 @@ def trained(control_script, small_flux, shapes, warm_cache, tmp_path_factory):
     flags += shlex.split("--use_ema --cache_latents --learning_rate 1e-2 --train_batch_size 2 --max_train_steps 3")
     flags += shlex.split("--num_validation_images 2 --num_inference_steps 2 --controlnet_conditioning_scale 0.7")
     flags += ["--validation_prompt", "a red circle", "--validation_image", outline(shapes, 0), outline(shapes, 1)]
-    control_script.main([str(flag) for flag in flags])
+    run_here(control_script, flags)
     return out
 
 
@@ -53,7 +53,7 @@ def infer(script, small_flux, shapes, warm_cache, trained, tmp_path):
         base = ["--pretrained_model_name_or_path", small_flux, "--cache_dir", warm_cache, "--controlnet", trained]
         base += ["--prompt", "a red circle", "--control_image", outline(shapes, 0), "--output", tmp_path / "x.png"]
         base += shlex.split("--resolution 32 --num_inference_steps 2 --max_sequence_length 16")
-        script.main([str(word) for word in (*base, *more)])
+        run_here(script, [*base, *more])
         return tmp_path / "x.png"
 
     return run

@@ -59,20 +59,20 @@ def untrained(small_flux):
 def test_a_run_writes_controlnet_checkpoints_curves_images_and_a_record(control, shapes, small_flux, tmp_path):
     more = ["--validation_prompt", "a red circle", "--validation_image", outline(shapes, 0), "--validation_steps", 2]
     more += ["--num_validation_images", 2, "--validation_split", 0.2, "--report_to", "tensorboard"]
-    out = control(tmp_path, "--cache_latents", *more, "--max_train_steps", 5, "--checkpointing_steps", 2)
+    out = control(tmp_path, "--cache_latents", *more, "--max_train_steps", 3, "--checkpointing_steps", 2)
     folders = checkpoint.checkpoints(out)
-    assert [folder.name for folder in folders] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert [folder.name for folder in folders] == ["checkpoint-2", "checkpoint-3"]
     assert all(checkpoint.damage(folder) is None for folder in folders)
     samples = sorted(path.name for path in (out / "samples").iterdir())
-    assert samples == ["final.png", "step-000002.png", "step-000004.png"]
+    assert samples == ["final.png", "step-000002.png"]
     assert Image.open(out / "samples" / "final.png").width == 3 * 192  # the condition and two samples, enlarged
     rows = list(csv.DictReader((out / "loss_by_timestep.csv").read_text().splitlines()))
-    assert [row["step"] for row in rows] == ["0"] * 8 + ["2"] * 8 + ["4"] * 8 + ["5"] * 8
+    assert [row["step"] for row in rows] == ["0"] * 8 + ["2"] * 8 + ["3"] * 8
     assert Image.open(out / "loss_by_timestep.png").format == "PNG"
     assert list((out / "logs").glob("events.out.tfevents*"))
-    assert [line["step"] for line in metrics(out) if "loss" in line] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in metrics(out) if "loss" in line] == [1, 2, 3]
     record, final = json.loads((out / "run.json").read_text()), load_file(out / FINAL)
-    assert record["finished"] and record["updates"] == 5 and record["flags"]["num_double_layers"] == 1
+    assert record["finished"] and record["updates"] == 3 and record["flags"]["num_double_layers"] == 1
     assert record["data"]["samples"] == 5 and len(record["data"]["held_out"]) == 1
     assert record["trainable"]["controlnet"] == sum(value.size for value in final.values())
     assert record["versions"]["mindspore"] == ms.__version__ and record["peak_memory_mb"]["training_process"] > 0
@@ -249,17 +249,17 @@ def test_a_stream_gives_every_pair_once_per_pass_whole_and_with_its_caption(batc
 
 @pytest.mark.parametrize("more", [[], ["--cache_latents", "--random_flip"]], ids=["crops", "cached"])
 def test_threads_that_prepare_batches_change_nothing(control, tmp_path, more):
-    more = [*more, "--proportion_empty_prompts", 0.3, "--max_train_steps", 6, "--dataloader_num_workers"]
+    more = [*more, "--proportion_empty_prompts", 0.3, "--max_train_steps", 4, "--dataloader_num_workers"]
     outs = [control(tmp_path / f"{threads}", *more, threads) for threads in (0, 3)]
     assert (outs[0] / "metrics.jsonl").read_bytes() == (outs[1] / "metrics.jsonl").read_bytes()
 
 
 def test_a_stream_of_shards_trains_the_same_with_threads_and_with_cached_latents(control, sources, tmp_path):
-    more = [*sources["shards"], "--streaming", "--shuffle_buffer_size", 3, "--max_train_steps", 4]
+    more = [*sources["shards"], "--streaming", "--shuffle_buffer_size", 3, "--max_train_steps", 3]
     more += ["--train_batch_size", 2]
     kinds = {"plain": [], "threads": ["--dataloader_num_workers", 3], "cached": ["--cache_latents"]}
     plain, threads, cached = (control(tmp_path / name, *more, *kind) for name, kind in kinds.items())
-    assert (threads / FINAL).read_bytes() == (plain / FINAL).read_bytes() and len(metrics(plain)) == 4
+    assert (threads / FINAL).read_bytes() == (plain / FINAL).read_bytes() and len(metrics(plain)) == 3
     for key in ("loss", "grad_norm"):  # the shapes are square: every crop is the central one
         np.testing.assert_allclose(logged(plain, key), logged(cached, key), rtol=1e-4)
 
@@ -363,8 +363,7 @@ def test_two_buckets_train_in_one_run_cached_or_not(control, oblong, tmp_path):
     In between the held-out loss is measured with the averaged weights, which must leave the weights as they were.
     """
     more = ["--train_data_dir", oblong, "--aspect_ratio_buckets", "32,48;48,32", "--train_batch_size", 2]
-    more += ["--max_train_steps", 4, "--use_ema", "--validation_split", 0.2, "--validation_steps", 2]
-    more += ["--num_single_layers", 0]
+    more += ["--use_ema", "--validation_split", 0.2, "--validation_steps", 2, "--num_single_layers", 0]
     cached = control(tmp_path / "cached", *more, "--cache_latents")
     in_the_step = control(tmp_path / "in the step", *more, "--center_crop")
     assert_logged_alike(in_the_step, cached, evaluations=3)
@@ -407,7 +406,8 @@ def test_learning_rate_0_leaves_the_weights_and_another_moves_them(control, smal
     """And the held-out loss, which has the same draws in every evaluation."""
     before = untrained(small_flux)
     for name, rate in (("still", 0), ("moved", 1e-3)):
-        out = control(tmp_path / name, "--learning_rate", rate, "--cache_latents", "--validation_split", 0.2)
+        more = ["--cache_latents", "--validation_split", 0.2, "--max_train_steps", 2]
+        out = control(tmp_path / name, "--learning_rate", rate, *more)
         after = load_file(out / FINAL)
         same = {key: np.array_equal(value, before[key]) for key, value in after.items()}
         losses = [row["loss"] for row in csv.DictReader((out / "loss_by_timestep.csv").read_text().splitlines())]

@@ -5,7 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import load_script
+from conftest import load_script, run_here
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -152,7 +152,7 @@ def test_images_of_kohyas_and_comfyuis_files_are_those_of_ours(export, adapter, 
         words += ["--height", 32, "--width", 32, "--num_inference_steps", 2, "--max_sequence_length", 16]
         words += ["--output", tmp_path / f"{layout}.png"]
         words += [] if layout == "base" else ["--lora", export(adapter, layout, name=layout)]
-        infer.main([str(word) for word in words])
+        run_here(infer, words)
         images[layout] = np.asarray(Image.open(tmp_path / f"{layout}.png")).astype(int)
     for layout in ("kohya", "comfyui"):
         assert np.abs(images[layout] - images["diffusers"]).max() <= 1

@@ -4,7 +4,7 @@ import shlex
 
 import numpy as np
 import pytest
-from conftest import load_script
+from conftest import load_script, run_here
 from PIL import Image
 
 from mindtune.cli import UserError
@@ -24,7 +24,7 @@ def infer(script, tiny_flux, encoder_cache, tmp_path):
         base = ["--pretrained_model_name_or_path", tiny_flux, "--cache_dir", encoder_cache, "--prompt", "a cat"]
         base += shlex.split("--height 32 --width 48 --num_inference_steps 2 --max_sequence_length 16")
         base += ["--output", tmp_path / "x.png"]
-        script.main([str(word) for word in (*base, *more)])
+        run_here(script, [*base, *more])
         return tmp_path / "x.png"
 
     return run
@@ -40,7 +40,7 @@ def trained(lora_script, tiny_flux, photos, encoder_cache, tmp_path_factory):
     flags += shlex.split("--train_text_encoder --learning_rate 1e-2 --text_encoder_lr 1e-2 --max_train_steps 5")
     flags += shlex.split("--lora_alpha 8 --upcast_before_saving --report_to none --train_batch_size 2")
     flags += shlex.split("--num_validation_images 1 --num_inference_steps 2")
-    lora_script.main([str(flag) for flag in flags])
+    run_here(lora_script, flags)
     return out
 
 

@@ -77,21 +77,13 @@ def test_one_bucket_is_the_resolution_bit_for_bit(finished_lora, lora, tmp_path,
 
 
 def test_graph_and_pynative_agree_in_every_bucket(lora, small_flux, tmp_path):
-    more = ["--pretrained_model_name_or_path", small_flux]
-    more += [
-        "--aspect_ratio_buckets",
-        text(BUCKETS),
-        "--cache_latents",
-        "--train_batch_size",
-        2,
-        "--max_train_steps",
-        6,
-    ]
+    more = ["--pretrained_model_name_or_path", small_flux, "--aspect_ratio_buckets", text(BUCKETS[:2])]
+    more += ["--cache_latents", "--train_batch_size", 2, "--max_train_steps", 4]
     more += ["--validation_split", 0.2, "--timestep_shift", "auto"]
     found = [metrics(lora(tmp_path / f"mode {mode}", *more, "--mindspore_mode", mode)) for mode in (0, 1)]
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in found]
     held_out = [[line["held_out__loss"] for line in lines if "held_out__loss" in line] for lines in found]
-    assert len(losses[0]) == 6 and len(held_out[0]) == 2
+    assert len(losses[0]) == 4 and len(held_out[0]) == 2
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     np.testing.assert_allclose(held_out[0], held_out[1], rtol=1e-5)
 

@@ -1,11 +1,10 @@
 """A run that is killed and resumed ends with the same bytes as one that was left alone."""
 
 import json
-import random
 import shutil
 
 import pytest
-from killed_runs import kill_somewhere, last_state
+from killed_runs import assert_resumes_exactly, kill_somewhere, last_state
 
 from mindtune.cli import UserError
 from mindtune.models.lora_files import LORA_FILE
@@ -38,22 +37,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_killed_twice_and_resumed_equals_not_killed(lora, flags, small_flux, tmp_path, capfd, case):
+def test_killed_and_resumed_equals_not_killed(lora, small_flux, tmp_path, capfd, case):
     more = [*CASES[case], "--pretrained_model_name_or_path", small_flux]
-    more += ["--max_train_steps", 8, "--checkpointing_steps", 2]
     if "prior" in case:
         more += ["--class_data_dir", tmp_path / "class", "--class_prompt", "a photo of a cat", "--num_class_images", 3]
-    lora(tmp_path / "whole", *more)
-    out, chance = tmp_path / "killed", random.Random()
-    resumed = [*more, "--resume_from_checkpoint", "latest"]
-    # The first kill may come before the first checkpoint; the run then starts over.
-    kill_somewhere(SCRIPT, flags(out, *more), chance, after=(out / "metrics.jsonl").exists)
-    count = len(checkpoints(out))
-    kill_somewhere(SCRIPT, flags(out, *resumed), chance, after=lambda: len(checkpoints(out)) > count)
-    capfd.readouterr()
-    lora(out, *resumed)
-    assert "resuming from checkpoint-" in capfd.readouterr().out
-    assert end_state(out) == end_state(tmp_path / "whole")
+    kills = 1 if "graph" in case or "fp16" in case else 2  # every start compiles, and fp16 is slow on a CPU
+    assert_resumes_exactly(lora, more, tmp_path, (LORA_FILE, "metrics.jsonl"), capfd, kills)
+
+
+def test_a_process_that_is_killed_and_resumed_equals_one_that_is_not(lora, flags, small_flux, tmp_path):
+    more = ["--cache_latents", "--pretrained_model_name_or_path", small_flux]
+    more += ["--max_train_steps", 6, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
+    out = tmp_path / "killed"
+    kill_somewhere(SCRIPT, flags(out, *more), after=lambda: checkpoints(out))
+    assert end_state(lora(out, *more)) == end_state(lora(tmp_path / "whole", *more))
 
 
 def test_resume_by_name_and_by_path_and_from_before_a_truncated_checkpoint(finished_lora, lora, tmp_path, capfd):

@@ -73,7 +73,7 @@ def line(pairs, photos, encoder_cache):
             "report_to": "none",
         }
         words = command_line(values)
-        words += ["--resolution", 32 if script.startswith("flux") else 64, "--num_inference_steps", 2]
+        words += ["--resolution", 32 if script.startswith("flux") else 64, "--num_inference_steps", 1]
         if script.startswith("flux"):
             words += ["--max_sequence_length", 16]
         if script == "flux_lora":

@@ -25,7 +25,7 @@ def draw(encode_here, encoder_cache, pairs, tmp_path):
             "--output",
             out,
         ]
-        words += ["--num_inference_steps", 2, *more]
+        words += ["--num_inference_steps", 1, *more]
         load_script(script).main([str(word) for word in words])
         return np.asarray(Image.open(out))
 

@@ -4,12 +4,13 @@ import mindone.diffusers
 import mindspore as ms
 import numpy as np
 import pytest
+from conftest import encode_here, run_here
 from PIL import Image
 
 from mindtune import rng
 from mindtune.cli import UserError
 from mindtune.data import conditions
-from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.encode import encoder_stage
 from mindtune.models import configs, controlnets, loading, named_parameters, precision, sampling
 
 from .conftest import FINAL
@@ -38,7 +39,7 @@ def infer(sd, perturbed, shapes, encoder_cache, tmp_path):
         base += ["--cache_dir", encoder_cache, "--prompt", "a red circle", "--resolution", 64]
         base += ["--control_image", shapes / "conditioning" / "000000.png", "--num_inference_steps", 2]
         base += ["--output", tmp_path / f"{name}.png"]
-        assert sd.infer.main([str(part) for part in (*base, *more)]) == 0
+        run_here(sd.infer, [*base, *more])
         return (tmp_path / f"{name}.png").read_bytes()
 
     return run
@@ -66,12 +67,13 @@ def test_a_grid_of_images_that_are_not_square_in_fp16(infer, tmp_path):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 6.0])
-def test_the_latents_are_those_of_mindones_pipeline(sd, perturbed, shapes, encoder_cache, guidance):
+def test_the_latents_are_those_of_mindones_pipeline(sd, perturbed, shapes, encoder_cache, monkeypatch, guidance):
     """mindone's own pipeline with its text encoders, UniPC and the same noise; errors relative to the largest entry."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     full = precision.resolve_precision("no")
     kind = "sd" if sd.kind == "sd15" else "sdxl"
-    stage = EncoderStage(sd.root, None, "no", encoder_cache / "mindtune", 77, system=kind)
+    stage = encoder_stage.EncoderStage(sd.root, None, "no", encoder_cache / "mindtune", 77, system=kind)
+    monkeypatch.setattr(encoder_stage, "_in_child", encode_here)
     stage.prepare(["a red circle", ""], [])
     unet = loading.load_model(sd.root, "unet", full)
     controlnet = loading.load_model(perturbed[sd.kind].parent, sd.kind, full)

@@ -175,20 +175,20 @@ def load_dequantised(root, name="transformer"):
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_flux):
+def expected(small_flux):
     """Loss and gradients of a LoRA on the dequantised model, in PyNative."""
-    return loss_and_gradients(add_adapter(load_dequantised(tiny_flux)))
+    return loss_and_gradients(add_adapter(load_dequantised(small_flux)))
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_lora_on_int8_matches_lora_on_the_dequantised_model(tiny_flux, expected, mode, recomputed):
+def test_lora_on_int8_matches_lora_on_the_dequantised_model(small_flux, expected, mode, recomputed):
     """Loss and every gradient, with adapters on every type of layer."""
-    model = add_adapter(load_int8(tiny_flux))
+    model = add_adapter(load_int8(small_flux))
     assert_close(loss_and_gradients(recompute(model) if recomputed else model), expected, 2e-5)
 
 
-def test_int8_in_half_precision(tiny_flux, expected, mode):
-    model = add_adapter(load_int8(tiny_flux, FLOAT16), compute=ms.float16)
+def test_int8_in_half_precision(small_flux, expected, mode):
+    model = add_adapter(load_int8(small_flux, FLOAT16), compute=ms.float16)
     assert loss_of(model, ms.float16) == pytest.approx(expected[0], rel=3e-3)
 
 
