@@ -25,6 +25,7 @@ from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.flags import data_flags, output_flags, training_flags
 from mindtune.flags.parser import NO_EFFECT, Parser
 from mindtune.models import configs, controlnets, execution, loading, pipelines, precision, resolve, sampling
+from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.shared_blocks import use_shared_blocks
 from mindtune.models.train_step import TrainStep, train_all_weights
 from mindtune.optim import advice, averaging, optimizers, schedules
@@ -271,13 +272,15 @@ def main(argv=None):
     if args.dry_run:
         root, existing = find_models(args)
         settings = args.select(memory.Settings, system="flux_controlnet", root=root, controlnet=existing)
-        print(plan.describe(settings, args.device_memory_gb))
+        print(plan.describe(settings))
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)
     run = record.Run(args.select(record.Settings), args.recorded(), results=("config.json", loading.WEIGHTS))
     files.require_writable("--cache_dir", args.cache_dir)
     root, existing = find_models(args)
+    settings = args.select(memory.Settings, system="flux_controlnet", root=root, controlnet=existing)
+    plan.check_fit(settings)
     pairs = validation.match_conditions(args.validation_prompt, args.validation_image)
     data = pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), run.seed)
     run.set_data(data)
@@ -313,9 +316,7 @@ def main(argv=None):
     weights = train_all_weights(controlnet, dtypes.compute)
     for model in (transformer, controlnet):
         use_shared_blocks(model)  # again after loading, because it depends on which weights are trained
-        blocks = (*model.transformer_blocks, *model.single_transformer_blocks)
-        for block in blocks if args.gradient_checkpointing else ():
-            block.recompute()
+    recompute_blocks(memory.recomputed_blocks(settings), controlnet, transformer)
     models = {"transformer": transformer, "controlnet": controlnet, "vae": vae}
     print(precision.parameter_table(models, dtypes))
 
@@ -351,7 +352,7 @@ def main(argv=None):
 
     # ---- train ----
     run.start(
-        args.select(memory.Settings, system="flux_controlnet", root=root, controlnet=existing),
+        settings,
         schedule.length,
         trainable={"controlnet": sum(parameter.size for parameter in weights.values())},
         write_weights=lambda folder: loading.save_model(controlnet, folder / FOLDER, ms.float32),

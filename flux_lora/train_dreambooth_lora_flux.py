@@ -27,6 +27,7 @@ from mindtune.encode.text_encoders import clip_pooled, token_ids
 from mindtune.flags import data_flags, output_flags, training_flags
 from mindtune.flags.parser import Parser, boolean
 from mindtune.models import configs, execution, loading, lora, lora_files, pipelines, precision, resolve, sampling
+from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.tokenization import load_tokenizer
 from mindtune.models.train_step import TrainStep
 from mindtune.models.weights import linear_layers
@@ -357,7 +358,7 @@ def main(argv=None):
     # ---- check ----
     if args.dry_run:
         settings = args.select(memory.Settings, system="flux_lora", root=find_pipeline(args))
-        print(plan.describe(settings, args.device_memory_gb))
+        print(plan.describe(settings))
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)
@@ -365,6 +366,8 @@ def main(argv=None):
     files.require_writable("--cache_dir", args.cache_dir)
     files.require_writable("--class_data_dir", args.class_data_dir)
     root = find_pipeline(args)
+    settings = args.select(memory.Settings, system="flux_lora", root=root)
+    plan.check_fit(settings)
     initial_lora, lora_digest = find_initial_lora(args, root)
     targets = find_targets(args, root, initial_lora)
     sizes = buckets.crop_sizes(args.aspect_ratio_buckets, args.resolution)
@@ -427,10 +430,7 @@ def main(argv=None):
     precision.cast_training_params(adapted.values(), ms.float32)
     for name in adapted.keys() - initial_lora.keys():
         lora.init_lora(adapted[name], args.lora_rank, run.seed)
-    if args.gradient_checkpointing:
-        clip_layers = text_encoder.text_model.encoder.layers if args.train_text_encoder else ()
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks, *clip_layers):
-            block.recompute()
+    recompute_blocks(memory.recomputed_blocks(settings), *adapted.values())
     print(precision.parameter_table(models, dtypes))
 
     # ---- step and optimizer ----
@@ -462,7 +462,7 @@ def main(argv=None):
 
     # ---- train ----
     run.start(
-        args.select(memory.Settings, system="flux_lora", root=root),
+        settings,
         schedule.length,
         trainable={name: sum(p.size for p in model.trainable_params()) for name, model in adapted.items()},
         write_weights=lambda folder: lora.save_lora(folder / lora_files.LORA_FILE, adapted, ms.float32),

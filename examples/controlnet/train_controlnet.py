@@ -25,6 +25,7 @@ from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.flags import data_flags, output_flags, training_flags
 from mindtune.flags.parser import NO_EFFECT, Parser
 from mindtune.models import configs, controlnets, execution, loading, pipelines, precision, resolve, sampling
+from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.train_step import TrainStep, train_all_weights
 from mindtune.optim import advice, averaging, optimizers, schedules
 from mindtune.run import checkpoint, memory, plan, record, validation
@@ -223,13 +224,15 @@ def main(argv=None):
     if args.dry_run:
         root, existing, _ = find_models(args)
         settings = args.select(memory.Settings, system="controlnet", root=root, controlnet=existing)
-        print(plan.describe(settings, args.device_memory_gb))
+        print(plan.describe(settings))
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)
     run = record.Run(args.select(record.Settings), args.recorded(), results=("config.json", loading.WEIGHTS))
     files.require_writable("--cache_dir", args.cache_dir)
     root, existing, tokenizer = find_models(args)
+    settings = args.select(memory.Settings, system="controlnet", root=root, controlnet=existing)
+    plan.check_fit(settings)
     scheduler_config = configs.read_config(root, "scheduler")
     num_train_timesteps = len(diffusion.alphas_cumprod(scheduler_config))
     pairs = validation.match_conditions(args.validation_prompt, args.validation_image)
@@ -264,8 +267,7 @@ def main(argv=None):
     # ---- add what is trained ----
     controlnet = controlnets.load_controlnet(existing) if existing else controlnets.unet_controlnet(unet, run.seed)
     weights = train_all_weights(controlnet, dtypes.compute)
-    if args.gradient_checkpointing:
-        controlnets.recompute_unet(unet, controlnet)
+    recompute_blocks(memory.recomputed_blocks(settings), controlnet, unet)
     models = {"unet": unet, "controlnet": controlnet, "vae": vae}
     print(precision.parameter_table(models, dtypes))
 
@@ -295,7 +297,7 @@ def main(argv=None):
 
     # ---- train ----
     run.start(
-        args.select(memory.Settings, system="controlnet", root=root, controlnet=existing),
+        settings,
         schedule.length,
         trainable={"controlnet": sum(parameter.size for parameter in weights.values())},
         write_weights=lambda folder: loading.save_model(controlnet, folder / FOLDER, ms.float32),

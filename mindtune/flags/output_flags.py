@@ -42,7 +42,7 @@ def output(parser: Parser, output_dir: str) -> None:
         type=float,
         default=64,
         minimum=1,
-        help="Device memory in GB that --dry_run compares the plan with, such as 32 or 64 on Ascend.",
+        help="Device memory in GB that --dry_run and --fit compare the plan with, such as 32 or 64 on Ascend.",
     )
 
 

@@ -113,6 +113,19 @@ def step(parser: Parser, sample: str) -> None:
         help="Recompute activations in the backward pass to save memory.",
     )
     add(
+        "gradient_checkpointing_blocks",
+        type=int,
+        minimum=1,
+        may_change=True,
+        help="With --gradient_checkpointing, recompute only the first N blocks of the model. Default: all blocks.",
+    )
+    add(
+        "fit",
+        default=False,
+        may_change=True,
+        help="Recompute only as many blocks as the memory plan needs to fit in --device_memory_gb.",
+    )
+    add(
         "train_batch_size",
         type=int,
         default=4,
@@ -163,6 +176,17 @@ def step(parser: Parser, sample: str) -> None:
         may_change=True,
         help="Train on several devices. Start the script with msrun, one process per device.",
     )
+    parser.checks.append(_check_step)
+
+
+def _check_step(args: Values) -> None:
+    if args.gradient_checkpointing_blocks is None:
+        return
+    flag = f"--gradient_checkpointing_blocks {args.gradient_checkpointing_blocks}"
+    if args.fit:
+        raise UserError(f"{flag}: --fit chooses the number of blocks; leave one of the two flags out.")
+    if not args.gradient_checkpointing:
+        raise UserError(f"{flag}: has no effect without --gradient_checkpointing; add it.")
 
 
 def optimizer(parser: Parser, learning_rate: float, adam_weight_decay: float) -> None:

@@ -28,7 +28,6 @@ _split_with_size = auto_generate.SplitWithSize()
 _index_select = auto_generate.IndexSelect()
 convolution = auto_generate.Conv2DExt()
 _pad = auto_generate.ConstantPadND()
-_flash_attention = ops.flash_attention_score
 _matmul = ops.MatMul()
 _matmul_transposed_b = ops.MatMul(transpose_b=True)
 _depend = ops.Depend()
@@ -98,15 +97,25 @@ def add_gated(x, gate, y):
 
 
 def attention(q, k, v):
-    """Flash attention in half precision. Channels of zeros, which change no score, fill up the last multiple of 16."""
-    if q.dtype == ms.float32:
-        return cpu_ops.attention(q, k, v)
+    """Flash attention in half precision."""
+    # Not if statements: where a block is recomputed, MindSpore cannot differentiate them.
+    return cpu_ops.attention(q, k, v) if q.dtype == ms.float32 else _half_attention(q, k, v)
+
+
+def _half_attention(q, k, v):
+    return _padded_attention(q, k, v) if q.shape[-1] % FLASH_CHANNELS else _flash_attention(q, k, v, q.shape[-1])
+
+
+def _padded_attention(q, k, v):
+    """Channels of zeros, which change no score, fill up the last multiple of 16."""
     channels = q.shape[-1]
     extra = -channels % FLASH_CHANNELS
-    if extra:
-        q, k, v = _pad(q, (0, extra), 0.0), _pad(k, (0, extra), 0.0), _pad(v, (0, extra), 0.0)
-    out = _flash_attention(q, k, v, q.shape[2], scalar_value=channels**-0.5, input_layout="BSND")
-    return _split_with_size(out, (channels, extra), 3)[0] if extra else out
+    q, k, v = _pad(q, (0, extra), 0.0), _pad(k, (0, extra), 0.0), _pad(v, (0, extra), 0.0)
+    return _split_with_size(_flash_attention(q, k, v, channels), (channels, extra), 3)[0]
+
+
+def _flash_attention(q, k, v, channels):
+    return ops.flash_attention_score(q, k, v, q.shape[2], scalar_value=channels**-0.5, input_layout="BSND")
 
 
 def split(x, count):

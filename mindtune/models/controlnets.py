@@ -97,14 +97,3 @@ def controlnet_shapes(root: Path, base: str, num_layers: int = 0, num_single_lay
 def load_controlnet(folder: Path) -> nn.Cell:
     """An existing ControlNet in float32, to be trained on."""
     return load_model(folder.parent, folder.name, resolve_precision("no"))
-
-
-def recompute_unet(*models: nn.Cell) -> None:
-    """Recomputes the activations of UNets' or ControlNets' residual and transformer blocks in the backward pass.
-
-    mindone's own gradient checkpointing leaves out the first residual block of every level and all attention.
-    """
-    for model in models:
-        for _, cell in model.cells_and_names():
-            if type(cell).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
-                cell.recompute()

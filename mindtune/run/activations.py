@@ -1,6 +1,6 @@
-"""How much memory a model's blocks need for activations: what the backward pass keeps from the forward pass.
+"""The blocks of a model that a gradient passes, and their sizes, from configs alone.
 
-The factors in KEPT were measured on the CPU. On an NPU we measured none of them.
+What the backward pass keeps of a block is in `cpu_memory` and `ascend_memory`.
 """
 
 from __future__ import annotations
@@ -8,28 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Union
 
-# Per block type: how many tensors of the size of its output the backward pass keeps, in graph mode and in PyNative,
-# and how many tensors of attention weights (heads x tokens x tokens). "condition" stands for the layers of a UNet's
-# ControlNet that read the condition image.
-KEPT = {
-    "double":    (25.0, 35.0, 1.0),
-    "single":    (25.0, 35.0, 1.0),
-    "residual":  (16.0, 16.0, 0.0),
-    "attention": (16.0, 16.0, 2.5),
-    "condition": (23.0, 23.0, 0.0),
-}  # fmt: skip
-
 
 class Block(NamedTuple):
-    """A block that a gradient passes: its key in KEPT, the elements of its output and of its attention weights."""
+    """A block that a gradient passes: the elements of its output and of its attention weights (heads x tokens x tokens).
+
+    `type` is double or single (FLUX), clip (a layer of CLIP), residual or attention (a UNet), or condition: the layers
+    of a UNet's ControlNet that read the condition image. `trained`: its weights are trained, not only a LoRA in it.
+    """
 
     type: str
     output: int
     attention_weights: int = 0
+    trained: bool = False
 
 
 def flux_blocks(
-    config: dict[str, Any], layers: tuple[int, int], batch: int, image_tokens: int, text_tokens: int
+    config: dict[str, Any], layers: tuple[int, int], batch: int, image_tokens: int, text_tokens: int, trained: bool
 ) -> list[Block]:
     """The (double, single) `layers` of a FLUX transformer or ControlNet; `config` is the transformer's."""
     double, single = layers
@@ -37,7 +31,14 @@ def flux_blocks(
     heads = config["num_attention_heads"]
     output = batch * tokens * heads * config["attention_head_dim"]
     weights = batch * heads * tokens * tokens
-    return [Block("double", output, weights)] * double + [Block("single", output, weights)] * single
+    return [Block("double", output, weights, trained)] * double + [Block("single", output, weights, trained)] * single
+
+
+def clip_blocks(config: dict[str, Any], batch: int) -> list[Block]:
+    """The layers of a CLIP text encoder."""
+    tokens, heads = config["max_position_embeddings"], config["num_attention_heads"]
+    block = Block("clip", batch * tokens * config["hidden_size"], batch * heads * tokens * tokens)
+    return [block] * config["num_hidden_layers"]
 
 
 class _UNet:
@@ -86,7 +87,7 @@ class _UNet:
     def up(self) -> list[Block]:
         blocks = []
         last = len(self.channels) - 1
-        for number in range(len(self.channels)):
+        for number in range(last, -1, -1):
             attention = self.config["up_block_types"][last - number].startswith("CrossAttn")
             blocks += self.level(number, self.layers[number] + 1, self.up_depth[last - number], attention)
         return blocks
@@ -97,30 +98,17 @@ def unet_controlnet_blocks(
 ) -> list[Block]:
     """The blocks that a gradient of a UNet's ControlNet passes. Sizes are (height, width).
 
-    They are the ControlNet itself (the UNet's middle and down blocks, and the layers that read the condition image),
-    then the frozen UNet's middle and up blocks.
+    They are the ControlNet's down and middle blocks, the frozen UNet's up blocks, and last the ControlNet's layers that
+    read the condition image, which are never recomputed.
     """
     unet = _UNet(config, batch, *latent_size, text_tokens)
     height, width = image_size
-    condition = Block("condition", 64 * batch * height * width)  # its layers' outputs together: 64 elements per pixel
-    return [*unet.middle(), *unet.down(), condition, *unet.middle(), *unet.up()]
+    controlnet = [block._replace(trained=True) for block in (*unet.down(), *unet.middle())]
+    # The outputs of the layers that read the image together: 64 elements per pixel.
+    condition = Block("condition", 64 * batch * height * width, trained=True)
+    return [*controlnet, *unet.up(), condition]
 
 
-def kept_bytes(blocks: Iterable[Block], itemsize: int, graph_mode: bool, fused: bool) -> tuple[int, int]:
-    """Bytes kept for the backward pass, (without gradient checkpointing, with it).
-
-    With gradient checkpointing only the blocks' inputs are kept. `fused` attention keeps no attention weights.
-    """
-    kept = inputs = 0.0
-    for block in blocks:
-        in_graph, in_pynative, weights = KEPT[block.type]
-        elements = block.output * (in_graph if graph_mode else in_pynative)
-        size = itemsize * (elements + (0 if fused else weights * block.attention_weights))
-        kept += size
-        inputs += size if block.type == "condition" else itemsize * block.output
-    return int(kept), int(inputs)
-
-
-def largest_block_bytes(blocks: Iterable[Block], itemsize: int, fused: bool) -> int:
-    """Bytes that the largest block keeps while gradient checkpointing computes it again, in graph mode."""
-    return max(kept_bytes([block], itemsize, True, fused)[0] for block in blocks)
+def recomputable(blocks: Iterable[Block]) -> int:
+    """How many of the blocks gradient checkpointing can recompute."""
+    return sum(block.type != "condition" for block in blocks)

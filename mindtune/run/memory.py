@@ -1,8 +1,8 @@
 """How much memory a run needs, computed from configs and flags: no weights are read, and none are allocated.
 
-Weights, gradients and optimizer state are counted exactly. Activations (activations.py) and what the CPU runtime adds
-(CPU) are estimates; benchmarks/memory_plan.py compares the plan with measured peaks. On an NPU we measured nothing of
-this.
+Weights, gradients and optimizer state are counted exactly. Activations and what the CPU runtime adds are estimates, in
+`cpu_memory` and `ascend_memory`; benchmarks/memory_plan.py compares the plan with peaks that were measured on a CPU and
+simulated for Ascend. On an NPU we measured nothing of this.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import mindspore as ms
 
@@ -23,22 +23,12 @@ from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models.named_parameters import ParameterShape
 from mindtune.models.precision import DTYPES
 from mindtune.optim.adam8bit import BLOCK, MIN_SIZE
-from mindtune.run.activations import Block, flux_blocks, kept_bytes, largest_block_bytes, unet_controlnet_blocks
+from mindtune.run import ascend_memory, cpu_memory
+from mindtune.run.activations import Block, clip_blocks, flux_blocks, recomputable, unet_controlnet_blocks
 
-MB = 1 << 20
+MB, GB = 1 << 20, 1 << 30
 ITEMSIZE = {"no": 4, "fp32": 4, "fp16": 2, "bf16": 2}
 CLIP_TOKENS = 77
-
-# What the CPU runtime adds, fitted to the runs of benchmarks/memory_plan.py. Pairs are (graph mode, PyNative).
-CPU = {
-    "process":    528 * MB,    # the process with its libraries
-    "flux graph": 600 * MB,    # a graph of FLUX, and each call of a block in it
-    "flux call":  6 * MB,
-    "unet block": 54 * MB,     # each block in a UNet's graph
-    "copies":     (6.2, 5.5),  # copies of trained parameters: shared between functions, clipped, saved
-    "outputs":    (17.0, 0.0), # while a FLUX block is computed: tensors of the size of its output,
-    "weights":    (4.2, 7.3),  # and of its attention weights
-}  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -58,6 +48,9 @@ class Settings(NamedTuple):
     train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    gradient_checkpointing_blocks: Optional[int] = None
+    fit: bool = False
+    device_memory_gb: float = 64
     cache_latents: bool = False
     optimizer: str = "adamw"
     use_8bit_adam: bool = False
@@ -102,8 +95,9 @@ class Part(NamedTuple):
 class Plan(NamedTuple):
     """The memory of a run in bytes.
 
-    `kept` and `recomputed` are the activations without and with gradient checkpointing, `activations` those of this
-    run. `loading` is the host's peak while models are loaded, `runtime` what the CPU runtime adds.
+    `kept` and `recomputed` are the activations without gradient checkpointing and with all of the `blocks` recomputed,
+    `activations` those of this run, which recomputes `recomputed_blocks`. `loading` is the host's peak while models are
+    loaded, `runtime` what the CPU runtime adds.
     """
 
     parts: list[Part]
@@ -114,6 +108,8 @@ class Plan(NamedTuple):
     kept: int
     recomputed: int
     activations: int
+    blocks: int
+    recomputed_blocks: int
     loading: int
     runtime: int
 
@@ -192,7 +188,6 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
     precision = settings.mixed_precision
     graph_mode = settings.mindspore_mode == 0
     itemsize = 4 if on_cpu and precision == "bf16" else ITEMSIZE[precision]
-    fused = not on_cpu and itemsize == 2
 
     trained = _trained_shapes(settings)
     count = sum(map(math.prod, trained))
@@ -204,9 +199,9 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
         parts.append(_frozen_part(settings, "vae"))
 
     blocks = _blocks(settings)
-    kept, recomputed = kept_bytes(blocks, itemsize, graph_mode, fused)
-    if not on_cpu:  # there it is part of what the runtime adds
-        recomputed += largest_block_bytes(blocks, itemsize, fused)
+    activations = (cpu_memory if on_cpu else ascend_memory).activation_bytes
+    everything, chosen = recomputable(blocks), recomputed_blocks(settings)
+    kept, recomputed, this_run = (activations(blocks, n, itemsize, graph_mode) for n in (0, everything, chosen))
     state = optimizer_bytes(trained, settings.optimizer, settings.use_8bit_adam)
     return Plan(
         parts=parts,
@@ -216,10 +211,27 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
         average=4 * count if settings.use_ema else 0,
         kept=kept,
         recomputed=recomputed,
-        activations=recomputed if settings.gradient_checkpointing else kept,
+        activations=this_run,
+        blocks=everything,
+        recomputed_blocks=chosen,
         loading=int(1.01 * sum(part.size for part in parts)),
         runtime=_cpu_runtime(settings, blocks, itemsize, count) if on_cpu else 0,
     )
+
+
+def recomputed_blocks(settings: Settings) -> int:
+    """How many blocks are recomputed. With `fit`, as few as fit in `device_memory_gb`, or all if nothing fits."""
+    count = recomputable(_blocks(settings))
+    if settings.fit:
+        limit = settings.device_memory_gb * GB
+        return next((n for n in range(count) if make_plan(_recompute(settings, n)).device() <= limit), count)
+    if not settings.gradient_checkpointing:
+        return 0
+    return min(count, settings.gradient_checkpointing_blocks or count)
+
+
+def _recompute(settings: Settings, count: int) -> Settings:
+    return settings._replace(fit=False, gradient_checkpointing=count > 0, gradient_checkpointing_blocks=count or None)
 
 
 def encode_peak(settings: Settings) -> int:
@@ -234,7 +246,7 @@ def encode_peak(settings: Settings) -> int:
     elements = 6 * math.prod(settings.largest_crop()) * read_config(root, "vae")["block_out_channels"][0]
     itemsize = 4 if on_cpu else ITEMSIZE[settings.mixed_precision]
     sizes.append(_frozen_part(settings, "vae").size + itemsize * elements)
-    return max(sizes) + (CPU["process"] if on_cpu else 0)
+    return max(sizes) + (cpu_memory.PROCESS if on_cpu else 0)
 
 
 def _blocks(settings: Settings) -> list[Block]:
@@ -249,27 +261,21 @@ def _blocks(settings: Settings) -> list[Block]:
     tokens = {"image_tokens": rows * columns // 4, "text_tokens": settings.max_sequence_length}
     layers = (config["num_layers"], config["num_single_layers"])
     if settings.system == "flux_lora":
-        return flux_blocks(config, layers, 2 * batch if settings.with_prior_preservation else batch, **tokens)
+        batch = 2 * batch if settings.with_prior_preservation else batch
+        blocks = flux_blocks(config, layers, batch, **tokens, trained=False)
+        if settings.train_text_encoder:
+            blocks += clip_blocks(read_config(settings.root, "text_encoder"), batch)
+        return blocks
     own = (settings.num_double_layers, settings.num_single_layers)
     if settings.controlnet:
         existing = read_config(settings.controlnet.parent, settings.controlnet.name)
         own = (existing["num_layers"], existing["num_single_layers"])
     frozen = (max(0, layers[0] - 1), layers[1])  # the ControlNet's residuals enter after the first block
-    return flux_blocks(config, own, batch, **tokens) + flux_blocks(config, frozen, batch, **tokens)
+    controlnet = flux_blocks(config, own, batch, **tokens, trained=True)
+    return controlnet + flux_blocks(config, frozen, batch, **tokens, trained=False)
 
 
 def _cpu_runtime(settings: Settings, blocks: list[Block], itemsize: int, trained: int) -> int:
-    """What the CPU runtime adds, in bytes, with `trained` elements that training changes."""
-    mode = settings.mindspore_mode
-    blocks = [block for block in blocks if block.type != "condition"]
-    size: Any = CPU["process"] + 4 * CPU["copies"][mode] * trained
-    if settings.int8:  # the largest linear layer, three times in float32
-        layers = _shapes(settings.root, settings.base)
-        size += 3 * 4 * max(math.prod(shape.shape) for shape in layers if shape.linear)
-    if mode == 0:
-        size += CPU["flux graph"] + CPU["flux call"] * len(blocks) if settings.flux else CPU["unet block"] * len(blocks)
-    if settings.flux:
-        output = max(block.output for block in blocks)
-        weights = max(block.attention_weights for block in blocks)
-        size += itemsize * (CPU["outputs"][mode] * output + CPU["weights"][mode] * weights)
-    return int(size)
+    layers = _shapes(settings.root, settings.base) if settings.int8 else ()
+    largest = max((math.prod(shape.shape) for shape in layers if shape.linear), default=0)
+    return cpu_memory.runtime_bytes(blocks, itemsize, settings.mindspore_mode, settings.flux, trained, largest)

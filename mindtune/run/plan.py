@@ -6,7 +6,8 @@ from typing import NamedTuple, Union
 
 import mindspore as ms
 
-from mindtune.run.memory import MB, Plan, Settings, encode_peak, make_plan
+from mindtune.cli import UserError
+from mindtune.run.memory import GB, MB, Plan, Settings, encode_peak, make_plan
 from mindtune.run.tracking import peak_memory_mb
 
 
@@ -70,7 +71,19 @@ def suggestions(settings: Settings, limit: int) -> tuple[list[str], int]:
     return lines, needed
 
 
-def describe(settings: Settings, device_memory_gb: float) -> str:
+def check_fit(settings: Settings) -> None:
+    """Raises UserError if --fit cannot make the run fit: with all blocks recomputed it needs too much memory."""
+    if not settings.fit:
+        return
+    needed, limit = make_plan(settings).device(), settings.device_memory_gb * GB
+    if needed > limit:
+        raise UserError(
+            f"--fit: the run needs {_size(needed)} with all blocks recomputed, and --device_memory_gb is "
+            f"{settings.device_memory_gb:g}. --dry_run lists flags that need less memory."
+        )
+
+
+def describe(settings: Settings) -> str:
     """The plan as a table, whether it fits a device of `device_memory_gb` (2^30 bytes), and if not the flags to add."""
     plan = make_plan(settings)
     rows = _rows(plan)
@@ -82,14 +95,28 @@ def describe(settings: Settings, device_memory_gb: float) -> str:
         f"{name:{widths[0]}}  {count:>{widths[1]}}  {dtype:{widths[2]}}  {size:>{widths[3]}}"
         for name, count, dtype, size in rows
     ]
-    limit = int(device_memory_gb * (1 << 30))
+    limit = int(settings.device_memory_gb * GB)
     if plan.device() <= limit:
-        return "\n".join([*lines, f"fits a device of {device_memory_gb:g} GB"])
+        lines.append(f"fits a device of {settings.device_memory_gb:g} GB")
+    else:
+        lines += _advice(settings, limit)
+    return "\n".join(lines)
+
+
+def _advice(settings: Settings, limit: int) -> list[str]:
+    """What to change if the run does not fit in `limit` bytes."""
     flags, needed = suggestions(settings, limit)
-    lines.append(f"does not fit a device of {device_memory_gb:g} GB. Add these flags, in this order:")
+    lines = [f"does not fit a device of {settings.device_memory_gb:g} GB. Add these flags, in this order:"]
     lines += [f"  {flag}" for flag in flags]
     lines.append(f"with them a device needs {_size(needed)}" + ("" if needed <= limit else ", which is still too much"))
-    return "\n".join(lines)
+    fitting = settings._replace(fit=True, gradient_checkpointing_blocks=None)
+    plan = make_plan(fitting)
+    if not settings.fit and plan.device() <= limit:
+        lines.append(
+            f"--fit alone is enough: it recomputes {plan.recomputed_blocks} of {plan.blocks} blocks, and a device needs "
+            f"{_size(plan.device())}"
+        )
+    return lines
 
 
 def _rows(plan: Plan) -> list[tuple[str, str, str, str]]:
@@ -102,11 +129,13 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str]]:
         rows.append(("optimizer state", "", "", _size(plan.optimizer)))
     if plan.average:
         rows.append(("moving average", "", "float32", _size(plan.average)))
-    chosen = " (this run)"
-    kept = "activations, kept" + chosen * (plan.activations == plan.kept)
-    recomputed = "activations, recomputed" + chosen * (plan.activations != plan.kept)
-    rows.append((kept, "", "", _size(plan.kept)))
-    rows.append((recomputed, "", "", _size(plan.recomputed)))
+    sizes = {0: plan.kept, plan.recomputed_blocks: plan.activations, plan.blocks: plan.recomputed}
+    for count, size in sorted(sizes.items()):
+        name = (
+            "recomputed" if count == plan.blocks else f"{count} of {plan.blocks} blocks recomputed" if count else "kept"
+        )
+        chosen = " (this run)" if count == plan.recomputed_blocks else ""
+        rows.append((f"activations, {name}{chosen}", "", "", _size(size)))
     rows.append(("Ascend device", "", "", _size(plan.device())))
     for world_size in (2, 8):
         size = plan.device(world_size, zero_stage=1)
@@ -120,9 +149,14 @@ def _size(size: float) -> str:
 
 
 def measured(settings: Settings) -> dict[str, float]:
-    """For run.json: planned and measured peak so far in MB, of this process on the CPU, of the device on an NPU."""
+    """For run.json: planned and measured peak so far in MB, of this process on the CPU, of the device on an NPU.
+
+    And the number of blocks that are recomputed.
+    """
     on_cpu = ms.get_context("device_target") == "CPU"
     plan = make_plan(settings, on_cpu)
     if on_cpu:
-        return {"predicted_mb": plan.process() / MB, "measured_mb": peak_memory_mb()["training_process"]}
-    return {"predicted_mb": plan.device() / MB, "measured_mb": ms.runtime.max_memory_allocated() / MB}
+        predicted, peak = plan.process() / MB, peak_memory_mb()["training_process"]
+    else:
+        predicted, peak = plan.device() / MB, ms.runtime.max_memory_allocated() / MB
+    return {"predicted_mb": predicted, "measured_mb": peak, "recomputed_blocks": plan.recomputed_blocks}

@@ -94,8 +94,11 @@ def _time_and_memory(record: dict) -> list[tuple[str, str]]:
         ("whole run", "seconds_total"),
     ]
     rows = [(label, f"{record[key]:,.3g} s") for label, key in times if record.get(key) is not None]
-    memory = {key.removesuffix("_mb"): value for key, value in (record.get("memory") or {}).items()}
-    rows += [(f"memory, {name}", f"{value:,.0f} MB") for name, value in memory.items() if value is not None]
+    memory = dict(record.get("memory") or {})
+    if blocks := memory.pop("recomputed_blocks", 0):
+        rows.append(("recomputed blocks", str(blocks)))
+    memory = {key.removesuffix("_mb"): value for key, value in memory.items() if value is not None}
+    rows += [(f"memory, {name}", f"{value:,.0f} MB") for name, value in memory.items()]
     peaks = record.get("peak_memory_mb") or {}
     return rows + [(f"peak, {process.replace('_', ' ')}", f"{value:,} MB") for process, value in peaks.items()]
 

@@ -10,9 +10,11 @@ import numpy as np
 
 from mindtune import flow, rng
 from mindtune.models import configs, controlnets, loading, lora, named_parameters, precision
+from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.optim import adamw
 
 ROOT = Path(__file__).resolve().parents[2]
+ALL = 1000  # blocks to recompute
 SIGMAS = ms.Tensor((np.arange(1000, 0, -1) / 1000).astype(np.float32))
 LATENTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 
@@ -49,13 +51,6 @@ def one_step(step, batch, names):
     return {"loss": np.array(loss), "norm": np.array(float(step.grad_clipper.norm)), **gradients}
 
 
-def recompute_flux(*trained):
-    """Recomputes all blocks, as --gradient_checkpointing does."""
-    for model in trained:
-        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-            block.recompute()
-
-
 def flux_lora(work, mixed_precision="no", recompute=False):
     """DreamBooth LoRA, batch 2, not square."""
     dtypes = precision.resolve_precision(mixed_precision)
@@ -71,7 +66,7 @@ def flux_lora(work, mixed_precision="no", recompute=False):
     trained = lora.lora_parameters(transformer)
     give_values({name: parameter for name, parameter in trained.items() if ".lora_B." in name})
     if recompute:
-        recompute_flux(transformer)
+        recompute_blocks(ALL, transformer)
     step = script.TrainStepForFluxDevDB(
         transformer.set_train(True),
         adam(list(trained.values())),
@@ -104,7 +99,7 @@ def flux_controlnet(work, mixed_precision="no", recompute=False):
     trained = named_parameters.model_parameters(controlnet)
     give_values({name: parameter for name, parameter in trained.items() if name.startswith("controlnet_")})
     if recompute:
-        recompute_flux(transformer, controlnet)
+        recompute_blocks(ALL, controlnet, transformer)
     step = script.TrainStepForFluxControlNet(
         controlnet.set_train(True),
         adam(list(trained.values())),
@@ -139,8 +134,8 @@ def sd_controlnet(work, mixed_precision="no", base="sd15", recompute=False):
     trained = named_parameters.model_parameters(controlnet)
     added = ("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")
     give_values({name: parameter for name, parameter in trained.items() if name.startswith(added)})
-    for model in (unet, controlnet) if recompute else ():
-        controlnets.recompute_unet(model)
+    if recompute:
+        recompute_blocks(ALL, controlnet, unet)
     make = script.TrainStepForControlNetSDXL if sdxl else script.TrainStepForControlNet
     step = make(
         controlnet.set_train(True),

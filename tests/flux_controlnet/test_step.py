@@ -11,11 +11,13 @@ from safetensors.numpy import load_file
 
 from mindtune import flow, rng
 from mindtune.models import controlnets, loading, named_parameters, precision, replaced_layers
+from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.weights import weight_files
 from mindtune.optim import adamw
 
 SHIFT, SCALE = 0.1159, 0.3611
 SIGMAS = (np.arange(1000, 0, -1) / 1000).astype(np.float32)
+ALL = 1000  # blocks to recompute
 ADDED = ("controlnet_x_embedder.", "controlnet_blocks.", "controlnet_single_blocks.")
 
 
@@ -156,7 +158,7 @@ def test_only_the_model_with_a_guidance_embedding_is_given_one(control_script, c
 # ---- the real models -----------------------------------------------------------------------------
 
 
-def make_models(root, kind="no", double=1, single=1, perturbed=True, recompute=False):
+def make_models(root, kind="no", double=1, single=1, perturbed=True, recomputed=0):
     """ControlNet and frozen transformer as in `main`. `perturbed`: projections that are not 0: all train."""
     kind = precision.resolve_precision(kind)
     transformer = loading.load_model(root, "transformer", kind)
@@ -167,32 +169,29 @@ def make_models(root, kind="no", double=1, single=1, perturbed=True, recompute=F
         parameter.requires_grad = True
         if perturbed and name.startswith(ADDED):
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
-    if recompute:
-        for model in (transformer, controlnet):
-            for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-                block.recompute()
+    recompute_blocks(recomputed, controlnet, transformer)
     return controlnet, transformer
 
 
 @pytest.fixture(scope="module")
 def first_update(control_script, control_flags, small_flux):
-    """first_update(mode, kind, recompute): loss and every gradient at batch size 2. Every combination runs once."""
+    """first_update(mode, kind, recomputed): loss and every gradient at batch size 2. Every combination runs once."""
     done = {}
 
-    def run(mode, kind="no", recompute=False):
-        if (mode, kind, recompute) not in done:
+    def run(mode, kind="no", recomputed=0):
+        if (mode, kind, recomputed) not in done:
             before = ms.get_context("mode")
             ms.set_context(mode=mode)
-            controlnet, transformer = make_models(small_flux, kind, recompute=recompute)
+            controlnet, transformer = make_models(small_flux, kind, recomputed=recomputed)
             step = make_step(control_script, control_flags, controlnet, transformer, "--max_grad_norm", 0, kind=kind)
             loss = float(step(*map(ms.Tensor, make_batch(2)))[1])
             gradients = {
                 name: moment.asnumpy()
                 for name, moment in zip(named_parameters.model_parameters(controlnet), step.optimizer.exp_avg)
             }
-            done[mode, kind, recompute] = loss, gradients
+            done[mode, kind, recomputed] = loss, gradients
             ms.set_context(mode=before)
-        return done[mode, kind, recompute]
+        return done[mode, kind, recomputed]
 
     return run
 
@@ -267,10 +266,11 @@ def test_gradients_of_the_graph_are_pynatives(first_update):
 
 
 @pytest.mark.parametrize("mode", [0, 1], ids=["graph", "pynative"])
-def test_gradient_checkpointing_changes_no_gradient(first_update, mode):
-    """Against the same mode without: recomputing repeats the forward pass to the bit, or nearly."""
-    close(first_update(mode)[1], first_update(mode, recompute=True)[1], rtol=1e-5)
-    assert first_update(mode, recompute=True)[0] == pytest.approx(first_update(mode)[0], rel=1e-5)
+@pytest.mark.parametrize("recomputed", [1, 3, ALL])
+def test_gradient_checkpointing_changes_no_gradient(first_update, mode, recomputed):
+    """Against the same mode without, with blocks of the ControlNet alone and of both models."""
+    close(first_update(mode)[1], first_update(mode, recomputed=recomputed)[1], rtol=1e-5)
+    assert first_update(mode, recomputed=recomputed)[0] == first_update(mode)[0]
 
 
 class Forward(nn.Cell):

@@ -7,6 +7,7 @@ import pytest
 
 from mindtune import diffusion, flow, rng
 from mindtune.models import controlnets, loading, named_parameters, precision
+from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.optim import adamw
 
 SCALE = 0.18215
@@ -17,10 +18,11 @@ SCHEDULER = {
     "beta_end": 0.012,
 }
 ALPHAS = diffusion.alphas_cumprod(SCHEDULER)
+ALL = 1000  # blocks to recompute
 ADDED = ("controlnet_down_blocks.", "controlnet_mid_block.", "controlnet_cond_embedding.conv_out.")
 
 
-def make_models(sd, kind="no", perturbed=True, recompute=False):
+def make_models(sd, kind="no", perturbed=True, recomputed=0):
     """ControlNet and frozen UNet as in `main`. `perturbed`: with projections that are not 0: all train."""
     kind = precision.resolve_precision(kind)
     unet = loading.load_model(sd.root, "unet", kind)
@@ -31,8 +33,7 @@ def make_models(sd, kind="no", perturbed=True, recompute=False):
         parameter.requires_grad = True
         if perturbed and name.startswith(ADDED):
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
-    if recompute:
-        controlnets.recompute_unet(unet, controlnet)
+    recompute_blocks(recomputed, controlnet, unet)
     return controlnet, unet
 
 
@@ -77,14 +78,14 @@ def first_updates():
 
 @pytest.fixture
 def first_update(sd, first_updates):
-    """first_update(mode, kind, recompute): loss and every gradient at batch size 2. Every combination runs once."""
+    """first_update(mode, kind, recomputed): loss and every gradient at batch size 2. Every combination runs once."""
 
-    def run(mode, kind="no", recompute=False):
-        key = sd.kind, mode, kind, recompute
+    def run(mode, kind="no", recomputed=0):
+        key = sd.kind, mode, kind, recomputed
         if key not in first_updates:
             before = ms.get_context("mode")
             ms.set_context(mode=mode)
-            controlnet, unet = make_models(sd, kind, recompute=recompute)
+            controlnet, unet = make_models(sd, kind, recomputed=recomputed)
             step = make_step(sd, controlnet, unet, kind)
             loss = float(step(*map(ms.Tensor, make_batch(sd, 2)))[1])
             names = named_parameters.model_parameters(controlnet)
@@ -160,8 +161,10 @@ def test_loss_and_gradients_of_the_graph_are_pynatives(first_update):
     close(first_update(1)[1], first_update(0)[1], rtol=1e-4)
 
 
-def test_gradient_checkpointing_changes_no_gradient(first_update):
-    close(first_update(1)[1], first_update(1, recompute=True)[1], rtol=1e-5)
+@pytest.mark.parametrize("recomputed", [3, ALL])
+def test_gradient_checkpointing_changes_no_gradient(first_update, recomputed):
+    close(first_update(1)[1], first_update(1, recomputed=recomputed)[1], rtol=1e-5)
+    assert first_update(1, recomputed=recomputed)[0] == first_update(1)[0]
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])

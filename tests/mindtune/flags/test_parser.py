@@ -181,6 +181,8 @@ def test_flags_without_effect_print_why(script, capsys):
 
 def test_combinations_that_training_scripts_refuse(script):
     for words, message in (
+        (["--gradient_checkpointing_blocks", "3"], "^--gradient_checkpointing_blocks 3: .* add it"),
+        (["--gradient_checkpointing_blocks", "3", "--fit"], "^--gradient_checkpointing_blocks 3: --fit chooses"),
         (["--use_8bit_adam", "--optimizer=prodigy"], "--use_8bit_adam with --optimizer prodigy"),
         (["--offload_optimizer", "--mindspore_mode=1"], "--offload_optimizer with --mindspore_mode 1"),
         (["--distributed", "--zero_stage=2"], "--zero_stage 2: .* Use --zero_stage 1"),

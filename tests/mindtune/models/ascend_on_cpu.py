@@ -64,10 +64,10 @@ def index_select(table, axis, index):
     return ops.gather(table, index, axis)
 
 
-def flash_attention(q, k, v, heads, scalar_value, input_layout):
-    assert input_layout == "BSND" and heads == q.shape[2] and q.shape[3] % 16 == 0
+def flash_attention(q, k, v, channels):
+    assert q.shape[3] % 16 == 0
     wide, dtype = [x.astype(ms.float32).swapaxes(1, 2) for x in (q, k, v)], q.dtype
-    weights = _softmax(_batch_matmul_transposed(wide[0], wide[1]) * scalar_value)
+    weights = _softmax(_batch_matmul_transposed(wide[0], wide[1]) * channels**-0.5)
     return _batch_matmul(weights, wide[2]).swapaxes(1, 2).astype(dtype)
 
 

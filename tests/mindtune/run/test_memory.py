@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import load_script
 
 from mindtune.models import loading, lora, precision
 from mindtune.optim import optimizers
@@ -76,3 +77,52 @@ def test_moving_average_accumulation_and_offloaded_state(flux_dev):
     trained = plan.parts[1].size
     assert (plan.average, plan.gradients) == (trained, 2 * trained)
     assert (plan.optimizer, plan.host_optimizer) == (0, 2 * trained)
+
+
+# ---- recomputing some of the blocks --------------------------------------------------------------
+
+
+GB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def pipelines(flux_dev, tmp_path_factory):
+    """The pipeline of each system."""
+    sdxl = tmp_path_factory.mktemp("pipeline") / "sdxl"
+    load_script("examples/tiny/make_tiny_pipeline.py").make_sdxl(sdxl)
+    return {"flux_lora": flux_dev, "flux_controlnet": flux_dev, "controlnet_sdxl": sdxl}
+
+
+def device_with(settings, count):
+    """The plan of a run that recomputes `count` blocks."""
+    return memory.make_plan(
+        settings._replace(gradient_checkpointing=count > 0, gradient_checkpointing_blocks=count or None)
+    ).device()
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["graph", "pynative"])
+@pytest.mark.parametrize("system", ["flux_lora", "flux_controlnet", "controlnet_sdxl"])
+def test_every_recomputed_block_lowers_the_plan_or_leaves_it(pipelines, system, mode):
+    settings = Settings(system, pipelines[system], mixed_precision="bf16", train_batch_size=1, mindspore_mode=mode)
+    count = memory.make_plan(settings).blocks
+    plans = [device_with(settings, n) for n in range(count + 1)]
+    assert plans == sorted(plans, reverse=True) and plans[-1] < plans[0]
+    assert device_with(settings, count + 1) == plans[-1]  # no more than all
+
+
+@pytest.mark.parametrize("system", ["flux_lora", "flux_controlnet", "controlnet_sdxl"])
+def test_fit_recomputes_the_fewest_blocks_that_fit(pipelines, system):
+    settings = Settings(system, pipelines[system], mixed_precision="bf16", train_batch_size=1)
+    count = memory.make_plan(settings).blocks
+    for wanted in (0, 1, count // 2, count):
+        room = device_with(settings, wanted) / GB
+        fitting = settings._replace(fit=True, device_memory_gb=room)
+        chosen = memory.recomputed_blocks(fitting)
+        assert device_with(settings, chosen) <= room * GB
+        assert chosen == 0 or device_with(settings, chosen - 1) > room * GB
+        assert memory.make_plan(fitting).recomputed_blocks == chosen
+
+
+def test_all_blocks_are_recomputed_if_nothing_fits(flux_dev):
+    settings = Settings("flux_lora", flux_dev, fit=True, device_memory_gb=1)
+    assert memory.recomputed_blocks(settings) == 57

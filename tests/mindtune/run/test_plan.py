@@ -40,14 +40,14 @@ def pipelines(tmp_path_factory):
 
 
 def test_flux_dev_fits_32_gb_with_the_suggested_flags(flux_dev):
-    settings = Settings("flux_lora", flux_dev, mixed_precision="bf16", train_batch_size=1)
+    settings = Settings("flux_lora", flux_dev, mixed_precision="bf16", train_batch_size=1, resolution=1024)
     assert memory.make_plan(settings).device() > 32 * GB
     lines, needed = plan.suggestions(settings, 32 * GB)
     assert lines[-1].startswith("--gradient_checkpointing") and needed < 32 * GB
-    text = plan.describe(settings, 32)
+    text = plan.describe(settings._replace(device_memory_gb=32))
     assert "does not fit a device of 32 GB. Add these flags, in this order:" in text and "11,901,408,320" in text
-    assert "fits a device of 400 GB" in plan.describe(settings, 400)
-    assert "which is still too much" in plan.describe(settings, 5)
+    assert "fits a device of 400 GB" in plan.describe(settings._replace(device_memory_gb=400))
+    assert "which is still too much" in plan.describe(settings._replace(device_memory_gb=5))
 
 
 def suggested(settings):
@@ -63,6 +63,26 @@ def test_only_flags_that_the_script_has_are_suggested(pipelines, system):
     flags = script.parse_args(["--pretrained_model_name_or_path", "x", *data]).recorded()
     found = suggested(Settings(system, pipelines[system]))
     assert found and set(found) <= set(flags)
+
+
+def test_fit_is_suggested_with_the_number_of_blocks_that_it_chooses(flux_dev):
+    settings = Settings(
+        "flux_lora", flux_dev, mixed_precision="bf16", train_batch_size=1, resolution=1024, cache_latents=True
+    )
+    count = memory.recomputed_blocks(settings._replace(fit=True, device_memory_gb=32))
+    assert 0 < count < 57
+    advised = plan.describe(settings._replace(device_memory_gb=32)).splitlines()[-1]
+    assert advised.startswith(f"--fit alone is enough: it recomputes {count} of 57 blocks")
+    fitting = plan.describe(settings._replace(fit=True, device_memory_gb=32))
+    assert f"activations, {count} of 57 blocks recomputed (this run)" in fitting and "fits a device of 32 GB" in fitting
+
+
+def test_fit_refuses_a_run_that_cannot_fit(flux_dev):
+    settings = Settings("flux_lora", flux_dev, mixed_precision="bf16", train_batch_size=1, fit=True)
+    plan.check_fit(settings._replace(device_memory_gb=64))
+    plan.check_fit(settings._replace(device_memory_gb=8, fit=False))
+    with pytest.raises(UserError, match=r"--fit: the run needs 2\d\.\d\d GB .* --device_memory_gb is 8\."):
+        plan.check_fit(settings._replace(device_memory_gb=8))
 
 
 def test_flags_that_clash_with_the_run_are_not_suggested(flux_dev):
@@ -108,4 +128,4 @@ def test_run_json_has_the_planned_and_the_measured_memory(finished_lora):
     """How close they are is measured by benchmarks/memory_plan.py; this measures the test process."""
     out = finished_lora("--cache_latents", "--max_train_steps", 1)
     recorded = json.loads((out / "run.json").read_text())["memory"]
-    assert recorded["predicted_mb"] > 500 and recorded["measured_mb"] > 100
+    assert recorded["predicted_mb"] > 500 and recorded["measured_mb"] > 100 and recorded["recomputed_blocks"] == 0
