@@ -46,21 +46,31 @@ class _Int8MatMul(nn.Cell):
     """As `cpu_ops._Int8MatMul`.
 
     In bfloat16 codes are exact, so the scales multiply the product and not the weights, and nothing of the weights'
-    size is float32. Float16 would overflow: there the weights are scaled, in float32.
+    size is float32. Float16 would overflow: there the weights are scaled, in float32. No if statements: where a block
+    is recomputed, MindSpore cannot differentiate them.
     """
 
     def construct(self, x, codes, scale):
-        if x.dtype == ms.bfloat16:
-            return _matmul_transposed_b(x, _depend(codes, x).astype(x.dtype)) * scale.reshape((1, -1)).astype(x.dtype)
+        half = x.dtype == ms.bfloat16
+        return self.scale_product(x, codes, scale) if half else self.scale_weights(x, codes, scale)
+
+    def scale_product(self, x, codes, scale):
+        return _matmul_transposed_b(x, _depend(codes, x).astype(x.dtype)) * scale.reshape((1, -1)).astype(x.dtype)
+
+    def scale_weights(self, x, codes, scale):
         return _matmul_transposed_b(x, self.dequantise(codes, scale, x))
 
     def bprop(self, x, codes, scale, out, gradient):
-        if gradient.dtype == ms.bfloat16:
-            scaled = gradient * scale.reshape((1, -1)).astype(gradient.dtype)
-            dx = _matmul(scaled, _depend(codes, gradient).astype(gradient.dtype))
-        else:
-            dx = _matmul(gradient, self.dequantise(codes, scale, gradient))
+        half = gradient.dtype == ms.bfloat16
+        dx = self.scale_gradient(gradient, codes, scale) if half else self.weigh_gradient(gradient, codes, scale)
         return dx, _zeros_like(codes), _zeros_like(scale)
+
+    def scale_gradient(self, gradient, codes, scale):
+        scaled = gradient * scale.reshape((1, -1)).astype(gradient.dtype)
+        return _matmul(scaled, _depend(codes, gradient).astype(gradient.dtype))
+
+    def weigh_gradient(self, gradient, codes, scale):
+        return _matmul(gradient, self.dequantise(codes, scale, gradient))
 
     def dequantise(self, codes, scale, factor):
         # Depends on the other factor: otherwise a graph computes the weights of all layers at its start and holds them.
@@ -97,8 +107,7 @@ def add_gated(x, gate, y):
 
 
 def attention(q, k, v):
-    """Flash attention in half precision."""
-    # Not if statements: where a block is recomputed, MindSpore cannot differentiate them.
+    """Flash attention in half precision. No if statements: see `_Int8MatMul`."""
     return cpu_ops.attention(q, k, v) if q.dtype == ms.float32 else _half_attention(q, k, v)
 
 

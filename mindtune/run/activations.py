@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Union
 
 
 class Block(NamedTuple):
-    """A block that a gradient passes: the elements of its output and of its attention weights (heads x tokens x tokens).
+    """A block that a gradient passes: elements of its output and of its attention weights (heads x tokens x tokens).
 
     `type` is double or single (FLUX), clip (a layer of CLIP), residual or attention (a UNet), or condition: the layers
     of a UNet's ControlNet that read the condition image. `trained`: its weights are trained, not only a LoRA in it.

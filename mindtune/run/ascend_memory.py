@@ -6,10 +6,6 @@ The numbers are fitted to a simulated device: MindSpore's own Ascend backend, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from mindtune.run.activations import Block
-
 # What the backward pass keeps of a block, by name, in tensors of the size of its output, in half precision. A FLUX
 # block computes an MLP of four times its width.
 DOUBLE = {
