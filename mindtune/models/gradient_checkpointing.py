@@ -1,4 +1,4 @@
-"""Gradient checkpointing: blocks compute their activations again in the backward pass (Chen et al., arXiv 1604.06174)."""
+"""Gradient checkpointing: blocks compute their activations again in the backward pass (arXiv 1604.06174)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _all_blocks(model: nn.Cell) -> list[nn.Cell]:
 
 
 def _unet_blocks(levels: Iterable[nn.Cell]) -> list[nn.Cell]:
-    """The blocks of a UNet's levels. A middle level may be None; it ends in a residual block, the others in attention."""
+    """The blocks of a UNet's levels, of which the middle one may be None. It has a residual block after its attention."""
     blocks = []
     for level in levels:
         resnets = level.resnets if level is not None else ()
