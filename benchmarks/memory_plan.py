@@ -1,15 +1,22 @@
 """Compares the memory plan (--dry_run) with the measured peak of training runs.
 
     python benchmarks/memory_plan.py [--only TEXT]
+    python benchmarks/memory_plan.py --ascend [--only TEXT]
 
 Expect twenty minutes on two cores, with 7 GB of memory. Every setting is a run of three updates on random weights;
 prediction and measured peak (VmHWM of the training process) are in its run.json. `mid` and `wide` are sizes of
 benchmarks/workload.py; wide has blocks of FLUX.1-dev's width. Prints the errors, their median and the worst, and writes
 benchmarks/results/memory_plan.json.
+
+With --ascend the peak is that of a simulated Ascend device (ascend_peak.py), for models of the published sizes, without
+weights. Expect an hour, with 8 GB of memory; the stand-ins for CANN's libraries must be in build/ascend (python
+tests/ascend/build.py build/ascend). Writes benchmarks/results/memory_plan_ascend.json and the table in docs/memory.md.
 """
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,11 +26,14 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "examples/tiny")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "examples/tiny", "tests/ascend")]
 
 import workload
 from make_tiny_pipeline import make_flux, make_sd15, make_sdxl
+from published import write_pipeline
 from shapes import make_folder
+
+import build
 
 SCRIPTS = {
     "lora": "flux_lora/train_dreambooth_lora_flux.py",
@@ -59,6 +69,35 @@ SETTINGS = [
     ("sd", "sd15", "--resolution 256"),
     ("sd", "sd15", "--resolution 512 --mindspore_mode 1"),
 ]
+# With --ascend: script, pipeline of published.py, flags.
+SYSTEMS = {"lora": "flux_lora", "controlnet": "flux_controlnet", "sd": "controlnet", "sdxl": "controlnet_sdxl"}
+CHECKPOINTED = "--gradient_checkpointing"
+ASCEND_SETTINGS = [
+    ("lora", "19 38 4 0", "--resolution 512"),
+    ("lora", "19 38 4 0", "--resolution 1024"),
+    ("lora", "19 38 4 0", f"--resolution 1024 {CHECKPOINTED}"),
+    ("lora", "19 38 4 0", "--resolution 1024 --fit --device_memory_gb 32"),
+    ("lora", "19 38 4 0", "--resolution 1024 --base_precision int8"),
+    ("lora", "19 38 4 0", f"--resolution 1024 --base_precision int8 {CHECKPOINTED}"),
+    ("lora", "19 38 4 0", "--resolution 512 --mindspore_mode 1"),
+    ("lora", "19 38 4 0", "--resolution 1024 --mindspore_mode 1"),
+    ("lora", "19 38 4 0", f"--resolution 1024 --mindspore_mode 1 {CHECKPOINTED}"),
+    ("lora", "19 38 4 0", f"--resolution 1024 --mindspore_mode 1 --base_precision int8 {CHECKPOINTED}"),
+    ("controlnet", "19 38 4 0", "--resolution 512"),
+    ("controlnet", "19 38 4 0", f"--resolution 1024 {CHECKPOINTED}"),
+    ("controlnet", "19 38 4 0", f"--resolution 512 {CHECKPOINTED} --use_8bit_adam --base_precision int8"),
+    ("controlnet", "19 38 4 0", "--resolution 512 --mindspore_mode 1"),
+    ("controlnet", "19 38 4 0", f"--resolution 1024 --mindspore_mode 1 {CHECKPOINTED}"),
+    ("sd", "sd15", "--resolution 512"),
+    ("sd", "sd15", f"--resolution 512 {CHECKPOINTED} --use_8bit_adam"),
+    ("sd", "sd15", "--resolution 512 --mindspore_mode 1"),
+    ("sd", "sd15", "--resolution 1024 --mindspore_mode 1"),
+    ("sd", "sd15", f"--resolution 1024 --mindspore_mode 1 {CHECKPOINTED}"),
+    ("sdxl", "sdxl", "--resolution 1024"),
+    ("sdxl", "sdxl", f"--resolution 1024 {CHECKPOINTED} --use_8bit_adam"),
+    ("sdxl", "sdxl", "--resolution 1024 --mindspore_mode 1"),
+    ("sdxl", "sdxl", f"--resolution 1024 --mindspore_mode 1 {CHECKPOINTED}"),
+]
 
 
 def make(work, name):
@@ -93,6 +132,34 @@ def measure(work, script, pipeline, flags):
     return memory["predicted_mb"], memory["measured_mb"]
 
 
+def simulate(work, script, pipeline, flags):
+    """(predicted, peak) of a step on a simulated Ascend device, in MB."""
+    folder = work / pipeline.replace(" ", "-")
+    write_pipeline(folder, pipeline)
+    words = [sys.executable, ROOT / "benchmarks" / "ascend_peak.py", SYSTEMS[script], folder]
+    words += ["--mixed_precision", "bf16", "--train_batch_size", 1, *flags.split()]
+    environment = {**os.environ, **build.environment(ROOT / "build" / "ascend"), "MS_SIMULATION_LEVEL": "1"}
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, cwd=work)
+    if done.returncode:
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["predicted_mb"], found["peak_mb"]
+
+
+def write_table(found):
+    """Puts the settings of --ascend into docs/memory.md."""
+    rows = [
+        "| script | flags, beside `--mixed_precision bf16 --train_batch_size 1` | planned, MB | simulated, MB | error |"
+    ]
+    rows.append("| --- | --- | --- | --- | --- |")
+    for row in found:
+        sizes = f"{row['predicted_mb']:,.0f} | {row['measured_mb']:,.0f} | {100 * row['error']:+.1f} %"
+        rows.append(f"| {row['script']} | `{row['flags']}` | {sizes} |")
+    page = ROOT / "docs" / "memory.md"
+    marked = re.compile("(<!-- simulated peaks -->\n).*?(<!-- end -->)", re.DOTALL)
+    page.write_text(marked.sub(lambda match: match[1] + "\n".join(rows) + "\n" + match[2], page.read_text()))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -100,24 +167,29 @@ def main():
         default="",
         help="Run only settings that contain this text, and save no result. Default: all settings.",
     )
-    only = parser.parse_args().only
+    parser.add_argument("--ascend", action="store_true", help="Compare with peaks of a simulated Ascend device.")
+    args = parser.parse_args()
+    settings, run = (ASCEND_SETTINGS, simulate) if args.ascend else (SETTINGS, measure)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_folder(work / "pairs", 4, 512, seed=0, split="train")
-        for script, pipeline, flags in SETTINGS:
-            if only in f"{script} {pipeline} {flags}":
-                predicted, measured = measure(work, script, pipeline, flags)
+        for script, pipeline, flags in settings:
+            if args.only in f"{script} {pipeline} {flags}":
+                predicted, measured = run(work, script, pipeline, flags)
                 row = {"script": script, "size": pipeline, "flags": flags}
                 row.update(predicted_mb=predicted, measured_mb=measured, error=predicted / measured - 1)
                 found.append(row)
                 sizes = f"{predicted:6.0f} of {measured:6.0f} MB ({100 * row['error']:+5.1f}%)"
-                print(f"{script:10s} {pipeline:5s} {sizes}  {flags}", flush=True)
+                print(f"{script:10s} {pipeline:9s} {sizes}  {flags}", flush=True)
     errors = np.abs([row["error"] for row in found])
     print(f"{len(found)} settings: median error {100 * np.median(errors):.1f}%, worst {100 * errors.max():.1f}%")
-    if not only:
+    if not args.only:
         result = {"date": time.strftime("%Y-%m-%d"), "settings": found}
-        (ROOT / "benchmarks" / "results" / "memory_plan.json").write_text(json.dumps(result, indent=1) + "\n")
+        name = "memory_plan_ascend.json" if args.ascend else "memory_plan.json"
+        (ROOT / "benchmarks" / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+        if args.ascend:
+            write_table(found)
 
 
 if __name__ == "__main__":

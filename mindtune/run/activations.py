@@ -5,15 +5,16 @@ What the backward pass keeps of a block is in `cpu_memory` and `ascend_memory`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Union
 
 
 class Block(NamedTuple):
-    """A block that a gradient passes: elements of its output and of its attention weights (heads x tokens x tokens).
+    """A block that a gradient passes, and the elements of its output and of its attention weights.
 
-    `type` is double or single (FLUX), clip (a layer of CLIP), residual or attention (a UNet), or condition: the layers
-    of a UNet's ControlNet that read the condition image. `trained`: its weights are trained, not only a LoRA in it.
+    Attention weights are heads x tokens x tokens. `type` is double or single (FLUX), clip (a layer of CLIP), residual
+    or attention (a UNet), or condition: the layers of a UNet's ControlNet that read the condition image. `trained`: its
+    weights are trained, not only a LoRA in it.
     """
 
     type: str
@@ -98,17 +99,25 @@ def unet_controlnet_blocks(
 ) -> list[Block]:
     """The blocks that a gradient of a UNet's ControlNet passes. Sizes are (height, width).
 
-    They are the ControlNet's down and middle blocks, the frozen UNet's up blocks, and last the ControlNet's layers that
-    read the condition image, which are never recomputed.
+    They are the ControlNet's layers that read the condition image, its down and middle blocks, and the frozen UNet's up
+    blocks.
     """
     unet = _UNet(config, batch, *latent_size, text_tokens)
     height, width = image_size
     controlnet = [block._replace(trained=True) for block in (*unet.down(), *unet.middle())]
     # The outputs of the layers that read the image together: 64 elements per pixel.
     condition = Block("condition", 64 * batch * height * width, trained=True)
-    return [*controlnet, *unet.up(), condition]
+    return [condition, *controlnet, *unet.up()]
 
 
 def recomputable(blocks: Iterable[Block]) -> int:
-    """How many of the blocks gradient checkpointing can recompute."""
+    """How many of the blocks gradient checkpointing can recompute: all but those that read the condition image."""
     return sum(block.type != "condition" for block in blocks)
+
+
+def with_recomputed(blocks: Iterable[Block], count: int) -> Iterator[tuple[Block, bool]]:
+    """Every block, and whether it is recomputed if the first `count` are."""
+    for block in blocks:
+        recomputed = block.type != "condition" and count > 0
+        count -= recomputed
+        yield block, recomputed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mindtune.run.activations import Block
+from mindtune.run.activations import Block, with_recomputed
 
 MB = 1 << 20
 # Per block type: how many tensors of the size of its output the backward pass keeps, in graph mode and in PyNative, and
@@ -36,10 +36,10 @@ def activation_bytes(blocks: Sequence[Block], recomputed: int, itemsize: int, gr
     What a block needs while it is recomputed is part of `runtime_bytes`.
     """
     size = 0.0
-    for number, block in enumerate(blocks):
+    for block, is_recomputed in with_recomputed(blocks, recomputed):
         in_graph, in_pynative, weights = KEPT[block.type]
         elements = block.output * (in_graph if graph_mode else in_pynative) + weights * block.attention_weights
-        size += itemsize * (block.output if number < recomputed else elements)
+        size += itemsize * (block.output if is_recomputed else elements)
     return int(size)
 
 

@@ -199,9 +199,14 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
         parts.append(_frozen_part(settings, "vae"))
 
     blocks = _blocks(settings)
-    activations = (cpu_memory if on_cpu else ascend_memory).activation_bytes
     everything, chosen = recomputable(blocks), recomputed_blocks(settings)
-    kept, recomputed, this_run = (activations(blocks, n, itemsize, graph_mode) for n in (0, everything, chosen))
+    if on_cpu:
+        sizes = [cpu_memory.activation_bytes(blocks, n, itemsize, graph_mode) for n in (0, everything, chosen)]
+    else:
+        step = ascend_memory.Step(
+            itemsize, graph_mode, [math.prod(shape) for shape in trained], _largest_int8_weight(settings)
+        )
+        sizes = [ascend_memory.activation_bytes(blocks, n, step) for n in (0, everything, chosen)]
     state = optimizer_bytes(trained, settings.optimizer, settings.use_8bit_adam)
     return Plan(
         parts=parts,
@@ -209,13 +214,17 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
         optimizer=0 if settings.offload_optimizer else state,
         host_optimizer=state if settings.offload_optimizer else 0,
         average=4 * count if settings.use_ema else 0,
-        kept=kept,
-        recomputed=recomputed,
-        activations=this_run,
+        kept=sizes[0],
+        recomputed=sizes[1],
+        activations=sizes[2],
         blocks=everything,
         recomputed_blocks=chosen,
         loading=int(1.01 * sum(part.size for part in parts)),
-        runtime=_cpu_runtime(settings, blocks, itemsize, count) if on_cpu else 0,
+        runtime=cpu_memory.runtime_bytes(
+            blocks, itemsize, settings.mindspore_mode, settings.flux, count, _largest_int8_weight(settings)
+        )
+        if on_cpu
+        else 0,
     )
 
 
@@ -275,7 +284,7 @@ def _blocks(settings: Settings) -> list[Block]:
     return controlnet + flux_blocks(config, frozen, batch, **tokens, trained=False)
 
 
-def _cpu_runtime(settings: Settings, blocks: list[Block], itemsize: int, trained: int) -> int:
+def _largest_int8_weight(settings: Settings) -> int:
+    """The elements of the largest linear layer that is int8, 0 without int8."""
     layers = _shapes(settings.root, settings.base) if settings.int8 else ()
-    largest = max((math.prod(shape.shape) for shape in layers if shape.linear), default=0)
-    return cpu_memory.runtime_bytes(blocks, itemsize, settings.mindspore_mode, settings.flux, trained, largest)
+    return max((math.prod(shape.shape) for shape in layers if shape.linear), default=0)

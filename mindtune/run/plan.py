@@ -112,10 +112,8 @@ def _advice(settings: Settings, limit: int) -> list[str]:
     fitting = settings._replace(fit=True, gradient_checkpointing_blocks=None)
     plan = make_plan(fitting)
     if not settings.fit and plan.device() <= limit:
-        lines.append(
-            f"--fit alone is enough: it recomputes {plan.recomputed_blocks} of {plan.blocks} blocks, and a device needs "
-            f"{_size(plan.device())}"
-        )
+        blocks = f"{plan.recomputed_blocks} of {plan.blocks} blocks"
+        lines.append(f"--fit alone is enough: it recomputes {blocks}, and a device needs {_size(plan.device())}")
     return lines
 
 
