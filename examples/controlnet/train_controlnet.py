@@ -286,8 +286,8 @@ def main(argv=None):
         vae_config=vae_config,
         scheduler_config=scheduler_config,
     )
-    batches = Batches(args, stage, vae_config, num_train_timesteps)
     ema = averaging.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
+    batches = Batches(args, stage, vae_config, num_train_timesteps)
 
     # ---- resume ----
     state = optimizers.training_state(optimizer, scaler, ema=dict(zip(weights, ema.averages)) if ema else {})
@@ -299,8 +299,8 @@ def main(argv=None):
     run.start(
         settings,
         schedule.length,
-        trainable={"controlnet": sum(parameter.size for parameter in weights.values())},
         write_weights=lambda folder: loading.save_model(controlnet, folder / FOLDER, ms.float32),
+        trainable={"controlnet": sum(parameter.size for parameter in weights.values())},
         axis="timestep",
     )
     sampler = ValidationSampler(args, prompts, stage, run.seed, models, scheduler_config)
