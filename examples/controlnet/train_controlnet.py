@@ -286,8 +286,8 @@ def main(argv=None):
         vae_config=vae_config,
         scheduler_config=scheduler_config,
     )
-    ema = averaging.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
     batches = Batches(args, stage, vae_config, num_train_timesteps)
+    ema = averaging.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
 
     # ---- resume ----
     state = optimizers.training_state(optimizer, scaler, ema=dict(zip(weights, ema.averages)) if ema else {})
