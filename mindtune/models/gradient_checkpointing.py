@@ -39,7 +39,7 @@ def _all_blocks(model: nn.Cell) -> list[nn.Cell]:
 
 
 def _unet_blocks(levels: Iterable[nn.Cell]) -> list[nn.Cell]:
-    """The blocks of a UNet's levels, of which the middle one may be None. It has a residual block after its attention."""
+    """The blocks of a UNet's levels. The middle one may be None; it has a residual block after its attention."""
     blocks = []
     for level in levels:
         resnets = level.resnets if level is not None else ()
