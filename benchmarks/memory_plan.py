@@ -162,10 +162,7 @@ def simulate(work, script, pipeline, flags):
 
 def write_table(found):
     """Puts the settings of --ascend into docs/memory.md."""
-    rows = [
-        "| script | flags, beside `--mixed_precision bf16 --train_batch_size 1` | planned, MB | simulated, MB | error |"
-    ]
-    rows.append("| --- | --- | --- | --- | --- | --- |")
+    rows = ["| script | size | flags | planned, MB | simulated, MB | error |", "| --- | --- | --- | --- | --- | --- |"]
     for row in found:
         sizes = f"{row['predicted_mb']:,.0f} | {row['measured_mb']:,.0f} | {100 * row['error']:+.1f} %"
         rows.append(f"| {row['script']} | {row['size']} | `{row['flags']}` | {sizes} |")
