@@ -71,32 +71,46 @@ SETTINGS = [
 ]
 # With --ascend: script, pipeline of published.py, flags.
 SYSTEMS = {"lora": "flux_lora", "controlnet": "flux_controlnet", "sd": "controlnet", "sdxl": "controlnet_sdxl"}
-CHECKPOINTED = "--gradient_checkpointing"
 ASCEND_SETTINGS = [
-    ("lora", "19 38 4 0", "--resolution 512"),
-    ("lora", "19 38 4 0", "--resolution 1024"),
-    ("lora", "19 38 4 0", f"--resolution 1024 {CHECKPOINTED}"),
+    ("lora", "1 1 1 0", "--resolution 1024 --lora_rank 16"),
+    ("lora", "1 1 1 0", "--resolution 1024 --lora_rank 16 --gradient_checkpointing"),
+    ("lora", "1 1 1 0", "--resolution 1024 --lora_rank 16 --mindspore_mode 1"),
+    ("lora", "1 1 1 0", "--resolution 512 --lora_rank 16"),
+    ("lora", "1 1 1 0", "--resolution 512 --lora_rank 16 --gradient_checkpointing"),
+    ("lora", "1 1 1 0", "--resolution 512 --lora_rank 16 --mindspore_mode 1"),
+    ("lora", "1 2 1 0", "--resolution 512 --lora_rank 16"),
+    ("lora", "2 1 1 0", "--resolution 1024 --lora_rank 16"),
+    ("lora", "2 1 1 0", "--resolution 512 --lora_rank 16"),
+    ("lora", "2 1 1 0", "--resolution 512 --lora_rank 16 --mindspore_mode 1"),
+    ("lora", "2 4 1 0", "--resolution 1024 --lora_rank 16 --base_precision int8"),
+    ("lora", "2 4 1 0", "--resolution 1024 --lora_rank 16 --gradient_checkpointing --gradient_checkpointing_blocks 3"),
+    ("lora", "2 4 1 0", "--resolution 1024 --lora_rank 16 --mindspore_mode 1 --gradient_checkpointing"),
+    ("lora", "2 4 1 0", "--resolution 512 --lora_rank 16 --base_precision int8 --gradient_checkpointing"),
+    ("lora", "2 4 1 0", "--resolution 512 --lora_rank 16 --gradient_checkpointing"),
+    ("lora", "2 4 1 0", "--resolution 512 --lora_rank 16 --mindspore_mode 1"),
+    ("lora", "2 4 1 0", "--resolution 512 --lora_rank 16 --mindspore_mode 1 --base_precision int8"),
+    ("lora", "2 4 1 0", "--resolution 512 --lora_rank 16 --mindspore_mode 1 --gradient_checkpointing"),
     ("lora", "19 38 4 0", "--resolution 1024 --fit --device_memory_gb 32"),
-    ("lora", "19 38 4 0", "--resolution 1024 --base_precision int8"),
-    ("lora", "19 38 4 0", f"--resolution 1024 --base_precision int8 {CHECKPOINTED}"),
-    ("lora", "19 38 4 0", "--resolution 512 --mindspore_mode 1"),
-    ("lora", "19 38 4 0", "--resolution 1024 --mindspore_mode 1"),
-    ("lora", "19 38 4 0", f"--resolution 1024 --mindspore_mode 1 {CHECKPOINTED}"),
-    ("lora", "19 38 4 0", f"--resolution 1024 --mindspore_mode 1 --base_precision int8 {CHECKPOINTED}"),
-    ("controlnet", "19 38 4 0", "--resolution 512"),
-    ("controlnet", "19 38 4 0", f"--resolution 1024 {CHECKPOINTED}"),
-    ("controlnet", "19 38 4 0", f"--resolution 512 {CHECKPOINTED} --use_8bit_adam --base_precision int8"),
-    ("controlnet", "19 38 4 0", "--resolution 512 --mindspore_mode 1"),
-    ("controlnet", "19 38 4 0", f"--resolution 1024 --mindspore_mode 1 {CHECKPOINTED}"),
-    ("sd", "sd15", "--resolution 512"),
-    ("sd", "sd15", f"--resolution 512 {CHECKPOINTED} --use_8bit_adam"),
-    ("sd", "sd15", "--resolution 512 --mindspore_mode 1"),
+    (
+        "lora",
+        "19 38 4 0",
+        "--resolution 1024 --lora_rank 16 --gradient_checkpointing --gradient_checkpointing_blocks 28",
+    ),
+    ("lora", "19 38 4 0", "--resolution 1024 --lora_rank 16 --mindspore_mode 1"),
+    ("lora", "19 38 4 0", "--resolution 512 --lora_rank 16 --mindspore_mode 1 --gradient_checkpointing"),
+    ("controlnet", "2 1 1 0", "--resolution 1024 --mindspore_mode 1"),
+    ("controlnet", "2 1 1 0", "--resolution 512"),
+    ("controlnet", "2 1 2 0", "--resolution 1024"),
+    ("controlnet", "2 1 2 0", "--resolution 1024 --mindspore_mode 1"),
+    ("controlnet", "2 1 2 0", "--resolution 512"),
+    ("controlnet", "2 1 2 0", "--resolution 512 --mindspore_mode 1"),
+    ("controlnet", "19 38 4 0", "--resolution 1024 --mindspore_mode 1"),
+    ("sd", "sd15", "--resolution 1024"),
     ("sd", "sd15", "--resolution 1024 --mindspore_mode 1"),
-    ("sd", "sd15", f"--resolution 1024 --mindspore_mode 1 {CHECKPOINTED}"),
-    ("sdxl", "sdxl", "--resolution 1024"),
-    ("sdxl", "sdxl", f"--resolution 1024 {CHECKPOINTED} --use_8bit_adam"),
+    ("sd", "sd15", "--resolution 1024 --mindspore_mode 1 --gradient_checkpointing"),
+    ("sd", "sd15", "--resolution 512 --mindspore_mode 1"),
     ("sdxl", "sdxl", "--resolution 1024 --mindspore_mode 1"),
-    ("sdxl", "sdxl", f"--resolution 1024 --mindspore_mode 1 {CHECKPOINTED}"),
+    ("sdxl", "sdxl", "--resolution 1024 --mindspore_mode 1 --gradient_checkpointing"),
 ]
 
 
@@ -148,13 +162,10 @@ def simulate(work, script, pipeline, flags):
 
 def write_table(found):
     """Puts the settings of --ascend into docs/memory.md."""
-    rows = [
-        "| script | flags, beside `--mixed_precision bf16 --train_batch_size 1` | planned, MB | simulated, MB | error |"
-    ]
-    rows.append("| --- | --- | --- | --- | --- |")
+    rows = ["| script | size | flags | planned, MB | simulated, MB | error |", "| --- | --- | --- | --- | --- | --- |"]
     for row in found:
         sizes = f"{row['predicted_mb']:,.0f} | {row['measured_mb']:,.0f} | {100 * row['error']:+.1f} %"
-        rows.append(f"| {row['script']} | `{row['flags']}` | {sizes} |")
+        rows.append(f"| {row['script']} | {row['size']} | `{row['flags']}` | {sizes} |")
     page = ROOT / "docs" / "memory.md"
     marked = re.compile("(<!-- simulated peaks -->\n).*?(<!-- end -->)", re.DOTALL)
     page.write_text(marked.sub(lambda match: match[1] + "\n".join(rows) + "\n" + match[2], page.read_text()))

@@ -23,7 +23,7 @@ PROCESS = 528 * MB  # the process with its libraries
 RUNTIME = {
     "flux graph": 600 * MB,    # a graph of FLUX, and each call of a block in it
     "flux call":  6 * MB,
-    "unet block": 54 * MB,     # each block in a UNet's graph
+    "unet block": 62 * MB,     # each block in a UNet's graph
     "copies":     (6.2, 5.5),  # copies of trained parameters: shared between functions, clipped, saved
     "outputs":    (17.0, 0.0), # while a FLUX block is computed: tensors of the size of its output,
     "weights":    (4.2, 7.3),  # and of its attention weights
