@@ -30,7 +30,7 @@ LEFT = (
     "out/dog/report.html", "out/dog/pytorch_lora_weights.safetensors", "out/dog/logs", "dog.png", "dog.safetensors",
     "out/outlines/diffusion_pytorch_model.safetensors", "circle.png",
 )  # fmt: skip
-MAKE_TARGETS = ["demo", "demo-controlnet", "venv", "check", "test", "bench", "parity", "contract"]
+MAKE_TARGETS = ["demo", "demo-controlnet", "venv", "check", "test", "bench", "parity", "contract", "rehearse"]
 # Commands that are checked without running them: they install or download, or run everything.
 NOT_RUN = ("make ", "source ", "pip ", "huggingface-cli ")
 
