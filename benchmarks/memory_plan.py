@@ -106,6 +106,7 @@ ASCEND_SETTINGS = [
     ("controlnet", "2 1 2 0", "--resolution 512 --mindspore_mode 1"),
     ("controlnet", "19 38 4 0", "--resolution 1024 --mindspore_mode 1"),
     ("sd", "sd15", "--resolution 1024"),
+    ("sd", "sd15", "--resolution 1024 --gradient_checkpointing"),
     ("sd", "sd15", "--resolution 1024 --mindspore_mode 1"),
     ("sd", "sd15", "--resolution 1024 --mindspore_mode 1 --gradient_checkpointing"),
     ("sd", "sd15", "--resolution 512 --mindspore_mode 1"),

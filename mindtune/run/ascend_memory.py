@@ -43,8 +43,8 @@ GRAPH = {
     "double": Kept(sum(DOUBLE.values()), 31.0),
     "single": Kept(sum(SINGLE.values()), 26.0),
     "clip": Kept(16.0, 16.0),  # not simulated
-    "residual": Kept(12.0, 12.0, 8.0),
-    "attention": Kept(40.0, 40.0, 8.0),
+    "residual": Kept(12.0, 12.0, 10.5),
+    "attention": Kept(40.0, 40.0, 10.5),
     "condition": Kept(3.0, 3.0),
 }
 # PyNative also keeps what gradients need that nothing asks for, such as query and key in float32, as rotation takes
