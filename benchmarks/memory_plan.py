@@ -28,12 +28,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "examples/tiny", "tests/ascend")]
 
+import build
 import workload
 from make_tiny_pipeline import make_flux, make_sd15, make_sdxl
 from published import write_pipeline
 from shapes import make_folder
-
-import build
 
 SCRIPTS = {
     "lora": "flux_lora/train_dreambooth_lora_flux.py",

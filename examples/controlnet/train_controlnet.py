@@ -297,7 +297,7 @@ def main(argv=None):
 
     # ---- train ----
     run.start(
-        args.select(memory.Settings, system="controlnet", root=root, controlnet=existing),
+        settings,
         schedule.length,
         write_weights=lambda folder: loading.save_model(controlnet, folder / FOLDER, ms.float32),
         trainable={"controlnet": sum(parameter.size for parameter in weights.values())},

@@ -339,7 +339,7 @@ def main(argv=None):
 
     # ---- train ----
     run.start(
-        args.select(memory.Settings, system="controlnet_sdxl", root=root, controlnet=existing),
+        settings,
         schedule.length,
         trainable={"controlnet": sum(parameter.size for parameter in weights.values())},
         write_weights=lambda folder: loading.save_model(controlnet, folder / FOLDER, ms.float32),

@@ -3,7 +3,7 @@
     python tests/ascend/rehearse.py [NAME ...] [--write]
 
 `make rehearse` runs this. MindSpore's own Ascend backend compiles, chooses kernels and plans memory; the libraries of
-CANN below it are stand-ins that compute nothing (build.py). Prints a line per case and exits with 1 if a check fails.
+CANN below it are stand-ins that compute nothing (build_stand_ins.py). Prints a line per case and exits with 1 if a check fails.
 With NAMEs, only the cases whose names contain one of them. --write puts the tables into docs/ascend.md, and the old
 operators that were found into old_operators.txt.
 """
@@ -28,9 +28,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "examples" / "tiny")]
 
+import build_stand_ins
 from record import FLASH, Record
-
-import build
 
 PROCESSES = 2  # side by side
 STEADY_UPDATES = 60
@@ -220,7 +219,7 @@ def run(name: str, script: str, flags: list[str], work: Path, stand_ins: Path, *
     """Runs a script on the simulated device."""
     record, updates = work / f"{name}.record", work / f"{name}.json"
     command = [sys.executable, str(HERE / "run_script.py"), *options, str(updates), str(ROOT / script), *flags]
-    environment = {**os.environ, **build.environment(stand_ins), "ASCEND_RECORD": str(record), "GLOG_v": "2"}
+    environment = {**os.environ, **build_stand_ins.environment(stand_ins), "ASCEND_RECORD": str(record), "GLOG_v": "2"}
     record.write_text("")
     began = time.time()
     done = subprocess.run(
@@ -350,11 +349,11 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="Write docs/ascend.md and old_operators.txt.")
     parser.add_argument("--work", type=Path, help="Keep the runs in this directory.")
     args = parser.parse_args()
-    if missing := build.missing_tools():
+    if missing := build_stand_ins.missing_tools():
         print(f"error: the rehearsal needs {', '.join(missing)}", file=sys.stderr)
         return 2
     stand_ins = ROOT / "build" / "ascend"
-    build.build(stand_ins, Path(importlib.util.find_spec("mindspore").origin).parent)
+    build_stand_ins.build(stand_ins, Path(importlib.util.find_spec("mindspore").origin).parent)
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         if not (work / "photos").exists():

@@ -3,21 +3,20 @@
 import importlib.util
 from pathlib import Path
 
+import build_stand_ins
 import pytest
 import rehearse
 from record import Record
-
-import build
 
 UPDATES = 5  # the first compiles, the last two save
 
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    if missing := build.missing_tools():
+    if missing := build_stand_ins.missing_tools():
         pytest.skip(f"stand-ins for CANN's libraries need {', '.join(missing)}")
     out = tmp_path_factory.mktemp("ascend")
-    build.build(out, Path(importlib.util.find_spec("mindspore").origin).parent)
+    build_stand_ins.build(out, Path(importlib.util.find_spec("mindspore").origin).parent)
     return out
 
 

@@ -1,7 +1,7 @@
 /* Operators: they compute nothing, and write down their name, and the dtypes and shapes of their tensors.
  *
  * aclnn operators come in pairs: aclnnXGetWorkspaceSize(inputs and outputs ..., uint64_t *size, executor **) and
- * aclnnX(workspace, size, executor, stream). build.py makes every first function jump to `prepare_aclnn` and every
+ * aclnnX(workspace, size, executor, stream). build_stand_ins.py makes every first function jump to `prepare_aclnn` and every
  * second one to `launch_aclnn`, with the operator's name. MindSpore may launch an executor many times. Older operators
  * go through aclopCompileAndExecute.
  */

@@ -1,6 +1,6 @@
 """Builds stand-ins for CANN's libraries, so that MindSpore's Ascend backend runs on a machine without an NPU.
 
-    python tests/ascend/build.py build/ascend
+    python tests/ascend/build_stand_ins.py build/ascend
 
 MindSpore's wheel for Linux has the whole Ascend backend; it looks for CANN's libraries when it is imported. This script
 reads from MindSpore's libraries which functions they ask for, and makes libraries in which each of them returns 0. The
