@@ -387,8 +387,8 @@ def main(argv=None):
     )
     prior_images = ClassImages([], np.array([], int))  # none without prior preservation
     if args.with_prior_preservation:
-        settings = args.select(class_images.Settings)
-        prior_images = class_images.load_or_generate(settings, stage, run.seed, sizes, bucket_ids)
+        class_settings = args.select(class_images.Settings)
+        prior_images = class_images.load_or_generate(class_settings, stage, run.seed, sizes, bucket_ids)
     data = ImageData(
         samples,
         bucket_ids,
