@@ -3,7 +3,7 @@
     python tests/ascend/rehearse.py [NAME ...] [--write]
 
 `make rehearse` runs this. MindSpore's own Ascend backend compiles, chooses kernels and plans memory; the libraries of
-CANN below it are stand-ins that compute nothing (build_stand_ins.py). Prints a line per case and exits with 1 if a check
+CANN below it are stand-ins that compute nothing (build_stand_ins.py). Prints a line per case. Exits with 1 if a check
 fails. With NAMEs, only the cases whose names contain one of them. --write puts the tables into docs/ascend.md, and the
 old operators that were found into old_operators.txt.
 """
