@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import mindspore as ms
@@ -505,4 +506,15 @@ def test_ctrl_c_before_the_first_update_has_nothing_to_save(flags, tmp_path):
     printed = log.read_text()
     assert "nothing to save" in printed and "Traceback" not in printed, printed
     assert not checkpoint.checkpoints(out)
-    assert not child.exists() or child.read_text().split()[2] == "Z"  # ended, if perhaps not yet reaped
+    deadline = time.monotonic() + 30  # it was killed, but may still be giving back its memory
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(stat):
+    """Whether the process of a /proc/PID/stat file runs: it has not ended, nor waits only to be reaped."""
+    try:
+        return stat.read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
