@@ -97,6 +97,20 @@ def last_state(out, *names):
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
+def assert_a_killed_process_resumes(script, make_flags, run, flags, folder, names):
+    """A run in a process of its own that SIGKILL ends after a checkpoint, and that is resumed, ends as one that is not.
+
+    `make_flags(out, *flags)` is the command line, `run(out, *flags)` trains in this process, and `names` are those of
+    `assert_resumes_exactly`.
+    """
+    flags = [*flags, "--max_train_steps", 6, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
+    killed, whole = folder / "killed", folder / "whole"
+    kill_somewhere(script, make_flags(killed, *flags), after=lambda: checkpoint.checkpoints(killed))
+    run(killed, *flags)
+    run(whole, *flags)
+    assert last_state(killed, *names) == last_state(whole, *names)
+
+
 def assert_resumes_exactly(run, flags, folder, names, capfd, kills=2):
     """A run of six updates with checkpoints after every second that is killed ends as one that is left alone.
 

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 from conftest import metrics
-from killed_runs import assert_resumes_exactly, last_state, start, wait_until
+from killed_runs import assert_a_killed_process_resumes, assert_resumes_exactly, last_state, start, wait_until
 from safetensors.numpy import load_file
 
 from mindtune.cli import UserError
@@ -38,6 +38,10 @@ CASES = {
 def test_killed_and_resumed_equals_not_killed(control, oblong, tmp_path, capfd, case):
     more = [*CASES[case], *(["--train_data_dir", oblong] if "buckets" in case else [])]
     assert_resumes_exactly(control, more, tmp_path, RESULTS, capfd, kills=1 if "fp16" in case else 2)
+
+
+def test_a_process_that_is_killed_and_resumed_equals_one_that_is_not(control, control_flags, tmp_path):
+    assert_a_killed_process_resumes(TRAIN, control_flags, control, ["--cache_latents"], tmp_path, RESULTS)
 
 
 def test_the_state_of_everything_is_in_a_checkpoint(control, tmp_path):

@@ -4,18 +4,15 @@ import json
 import shutil
 
 import pytest
-from killed_runs import assert_resumes_exactly, kill_somewhere, last_state
+from killed_runs import assert_a_killed_process_resumes, assert_resumes_exactly, last_state
 
 from mindtune.cli import UserError
 from mindtune.models.lora_files import LORA_FILE
 from mindtune.run.checkpoint import checkpoints, damage
 
 SCRIPT = "flux_lora/train_dreambooth_lora_flux.py"
-
-
-def end_state(out):
-    """What must be equal to the byte: the adapter, the last checkpoint and the logged values."""
-    return last_state(out, LORA_FILE, "metrics.jsonl")
+# What must be equal to the byte, besides the last checkpoint: the adapter and the logged values.
+RESULTS = LORA_FILE, "metrics.jsonl"
 
 
 CASES = {
@@ -42,15 +39,12 @@ def test_killed_and_resumed_equals_not_killed(lora, small_flux, tmp_path, capfd,
     if "prior" in case:
         more += ["--class_data_dir", tmp_path / "class", "--class_prompt", "a photo of a cat", "--num_class_images", 3]
     kills = 1 if "graph" in case or "fp16" in case else 2  # every start compiles, and fp16 is slow on a CPU
-    assert_resumes_exactly(lora, more, tmp_path, (LORA_FILE, "metrics.jsonl"), capfd, kills)
+    assert_resumes_exactly(lora, more, tmp_path, RESULTS, capfd, kills)
 
 
 def test_a_process_that_is_killed_and_resumed_equals_one_that_is_not(lora, flags, small_flux, tmp_path):
     more = ["--cache_latents", "--pretrained_model_name_or_path", small_flux]
-    more += ["--max_train_steps", 6, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
-    out = tmp_path / "killed"
-    kill_somewhere(SCRIPT, flags(out, *more), after=lambda: checkpoints(out))
-    assert end_state(lora(out, *more)) == end_state(lora(tmp_path / "whole", *more))
+    assert_a_killed_process_resumes(SCRIPT, flags, lora, more, tmp_path, RESULTS)
 
 
 def test_resume_by_name_and_by_path_and_from_before_a_truncated_checkpoint(finished_lora, lora, tmp_path, capfd):
@@ -68,7 +62,7 @@ def test_resume_by_name_and_by_path_and_from_before_a_truncated_checkpoint(finis
 
     by_name = lora(shutil.copytree(run, tmp_path / "by name"), *resumed, "checkpoint-2")
     assert "resuming from checkpoint-2" in capfd.readouterr().out
-    assert end_state(by_name) == end_state(whole)
+    assert last_state(by_name, *RESULTS) == last_state(whole, *RESULTS)
 
     torn = shutil.copytree(run, tmp_path / "torn")
     state = torn / "checkpoint-3" / "training_state.safetensors"
@@ -77,7 +71,7 @@ def test_resume_by_name_and_by_path_and_from_before_a_truncated_checkpoint(finis
     printed = capfd.readouterr().out
     assert "checkpoint-3: training_state.safetensors is damaged" in printed
     assert "resuming from checkpoint-2" in printed
-    assert end_state(torn) == end_state(whole)
+    assert last_state(torn, *RESULTS) == last_state(whole, *RESULTS)
 
 
 def test_another_rank_is_refused_and_another_batch_size_reported(finished_lora, lora, tmp_path, capfd):
@@ -110,6 +104,6 @@ def test_resuming_never_overwrites_another_run(finished_lora, lora, tmp_path):
 def test_resuming_a_finished_run_changes_nothing(finished_lora, lora, tmp_path):
     more = ["--cache_latents", "--max_train_steps", 1]
     out = shutil.copytree(finished_lora(*more), tmp_path / "run")
-    before = end_state(out)
+    before = last_state(out, *RESULTS)
     lora(out, *more, "--resume_from_checkpoint", "latest")
-    assert end_state(out) == before
+    assert last_state(out, *RESULTS) == before

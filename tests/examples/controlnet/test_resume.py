@@ -1,9 +1,14 @@
 """A run that is killed and resumed ends with the same bytes as one that was left alone."""
 
+from functools import partial
+
 import pytest
-from killed_runs import assert_resumes_exactly
+from killed_runs import assert_a_killed_process_resumes, assert_resumes_exactly
 
 from .conftest import FINAL
+
+# What must be equal to the byte, besides the last checkpoint: the ControlNet and the logged values.
+RESULTS = FINAL, "config.json", "metrics.jsonl"
 
 CASES = {
     "sd15": [
@@ -18,9 +23,13 @@ CASES = {
 
 
 def test_killed_and_resumed_equals_not_killed(sd, run, tmp_path, capfd):
-    train = lambda out, *more: run(sd, out, *more)  # noqa: E731
     kills = 1 if sd.kind == "sdxl" else 2  # fp16 is slow on a CPU
-    assert_resumes_exactly(train, CASES[sd.kind], tmp_path, (FINAL, "config.json", "metrics.jsonl"), capfd, kills)
+    assert_resumes_exactly(partial(run, sd), CASES[sd.kind], tmp_path, RESULTS, capfd, kills)
+
+
+def test_a_process_that_is_killed_and_resumed_equals_one_that_is_not(sd15, run, sd_flags, tmp_path):
+    make_flags, train = partial(sd_flags, sd15), partial(run, sd15)
+    assert_a_killed_process_resumes(sd15.path, make_flags, train, ["--cache_latents"], tmp_path, RESULTS)
 
 
 def test_another_gamma_or_tokenizer_is_reported(sd15, sdxl, run, tmp_path, capfd):
