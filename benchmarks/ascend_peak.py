@@ -2,11 +2,11 @@
 
     python benchmarks/ascend_peak.py SYSTEM PIPELINE flags ...
 
-`memory_plan.py --ascend` runs this in the environment of tests/ascend/build.py with MS_SIMULATION_LEVEL=1: MindSpore's
-documented dry run, in which its Ascend backend compiles the step, selects kernels and plans memory, and launches
-nothing. SYSTEM is flux_lora, flux_controlnet, controlnet or controlnet_sdxl. PIPELINE is a folder with the configs of a
-pipeline, and of a ControlNet in controlnet/. The models and the step are those of the training script with cached
-latents; their weights are zeros that are never read, so that they take no memory.
+`memory_plan.py --ascend` runs this in the environment of tests/ascend/build_stand_ins.py with MS_SIMULATION_LEVEL=1:
+MindSpore's documented dry run, in which its Ascend backend compiles the step, selects kernels and plans memory, and
+launches nothing. SYSTEM is flux_lora, flux_controlnet, controlnet or controlnet_sdxl. PIPELINE is a folder with the
+configs of a pipeline, and of a ControlNet in controlnet/. The models and the step are those of the training script with
+cached latents; their weights are zeros that are never read, so that they take no memory.
 """
 
 import json

@@ -10,7 +10,8 @@ benchmarks/results/memory_plan.json.
 
 With --ascend the peak is that of a simulated Ascend device (ascend_peak.py), for models of the published sizes, without
 weights. Expect an hour, with 8 GB of memory; the stand-ins for CANN's libraries must be in build/ascend (python
-tests/ascend/build.py build/ascend). Writes benchmarks/results/memory_plan_ascend.json and the table in docs/memory.md.
+tests/ascend/build_stand_ins.py build/ascend). Writes benchmarks/results/memory_plan_ascend.json and the table in
+docs/memory.md.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "examples/tiny", "tests/ascend")]
 
-import build
+import build_stand_ins
 import workload
 from make_tiny_pipeline import make_flux, make_sd15, make_sdxl
 from published import write_pipeline
@@ -152,7 +153,7 @@ def simulate(work, script, pipeline, flags):
     write_pipeline(folder, pipeline)
     words = [sys.executable, ROOT / "benchmarks" / "ascend_peak.py", SYSTEMS[script], folder]
     words += ["--mixed_precision", "bf16", "--train_batch_size", 1, *flags.split()]
-    environment = {**os.environ, **build.environment(ROOT / "build" / "ascend"), "MS_SIMULATION_LEVEL": "1"}
+    environment = {**os.environ, **build_stand_ins.environment(ROOT / "build" / "ascend"), "MS_SIMULATION_LEVEL": "1"}
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, cwd=work)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
