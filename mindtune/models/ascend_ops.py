@@ -51,8 +51,8 @@ class _Int8MatMul(nn.Cell):
     """
 
     def construct(self, x, codes, scale):
-        half = x.dtype == ms.bfloat16
-        return self.scale_product(x, codes, scale) if half else self.scale_weights(x, codes, scale)
+        exact = x.dtype == ms.bfloat16
+        return self.scale_product(x, codes, scale) if exact else self.scale_weights(x, codes, scale)
 
     def scale_product(self, x, codes, scale):
         return _matmul_transposed_b(x, _depend(codes, x).astype(x.dtype)) * scale.reshape((1, -1)).astype(x.dtype)
@@ -61,8 +61,8 @@ class _Int8MatMul(nn.Cell):
         return _matmul_transposed_b(x, self.dequantise(codes, scale, x))
 
     def bprop(self, x, codes, scale, out, gradient):
-        half = gradient.dtype == ms.bfloat16
-        dx = self.scale_gradient(gradient, codes, scale) if half else self.weigh_gradient(gradient, codes, scale)
+        exact = gradient.dtype == ms.bfloat16
+        dx = self.scale_gradient(gradient, codes, scale) if exact else self.weigh_gradient(gradient, codes, scale)
         return dx, _zeros_like(codes), _zeros_like(scale)
 
     def scale_gradient(self, gradient, codes, scale):

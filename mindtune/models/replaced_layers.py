@@ -1,4 +1,4 @@
-"""Layers that replace mindone's own, because those are slow or inaccurate on the CPU. `use_fast_ops` puts them in."""
+"""Layers that replace mindone's own, which are slow or inaccurate on a backend. `use_fast_ops` puts them in."""
 
 from __future__ import annotations
 
@@ -88,11 +88,9 @@ class AttentionProcessor:
         if x.ndim == 4:
             x = x.reshape(x.shape[:2] + (-1,)).swapaxes(1, 2)
         context = x if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            self.heads(attn, attn.to_q(x)),
-            self.heads(attn, attn.to_k(context)),
-            self.heads(attn, attn.to_v(context)),
-        )
+        q = self.heads(attn, attn.to_q(x))
+        k = self.heads(attn, attn.to_k(context))
+        v = self.heads(attn, attn.to_v(context))
         if self.in_float32:
             out = attention(q.astype(ms.float32), k.astype(ms.float32), v.astype(ms.float32)).astype(q.dtype)
         else:

@@ -42,6 +42,7 @@ LORA, FLUX_CONTROLNET = "flux_lora/train_dreambooth_lora_flux.py", "flux_control
 SD_CONTROLNET = "examples/controlnet/train_controlnet.py"
 SDXL_CONTROLNET = "examples/controlnet/train_controlnet_sdxl.py"
 SCRIPTS = {"lora": LORA, "flux_cn": FLUX_CONTROLNET, "sd": SD_CONTROLNET, "sdxl": SDXL_CONTROLNET}
+PIPELINES = {"lora": "flux", "flux_cn": "flux", "sd": "sd15", "sdxl": "sdxl"}
 INFERENCE = {
     "lora": "flux_lora/infer_flux_lora.py",
     "flux_cn": "flux_controlnet/infer_flux_controlnet.py",
@@ -153,11 +154,15 @@ def make_inputs(work: Path) -> None:
     shutil.copytree(work / "pairs" / "images", work / "photos")
 
 
+def folder(name: str) -> str:
+    """The name of a case's output directory."""
+    return name.replace(" ", "-")
+
+
 def training_flags(case: Case, work: Path) -> list[str]:
-    pipeline = {"lora": "flux", "flux_cn": "flux", "sd": "sd15", "sdxl": "sdxl"}[case.system]
     flags: dict[str, Any] = {
-        "pretrained_model_name_or_path": work / pipeline,
-        "output_dir": work / case.name.replace(" ", "-"),
+        "pretrained_model_name_or_path": work / PIPELINES[case.system],
+        "output_dir": work / folder(case.name),
         "cache_dir": work / "cache",
         "mixed_precision": case.precision,
         "mindspore_mode": MODES[case.mode],
@@ -185,15 +190,14 @@ def training_flags(case: Case, work: Path) -> list[str]:
 
 
 def inference_flags(case: Case, work: Path, steps: int) -> list[str]:
-    pipeline = {"lora": "flux", "flux_cn": "flux", "sd": "sd15", "sdxl": "sdxl"}[case.system]
-    trained = work / case.after.replace(" ", "-")
+    trained = work / folder(case.after)
     flags: dict[str, Any] = {
-        "pretrained_model_name_or_path": work / pipeline,
+        "pretrained_model_name_or_path": work / PIPELINES[case.system],
         "cache_dir": work / "cache",
         "mixed_precision": case.precision,
         "prompt": "a red circle",
         "num_inference_steps": steps,
-        "output": work / f"{case.name.replace(' ', '-')}-{steps}.png",
+        "output": work / f"{folder(case.name)}-{steps}.png",
     }
     if case.system == "lora":
         flags.update(lora=trained, height=64, width=64)
@@ -363,7 +367,7 @@ def main() -> int:
         results = {}
         for group in (  # inference needs what training has left
             [case for case in cases if not case.infers],
-            [case for case in cases if case.infers and (work / case.after.replace(" ", "-")).exists()],
+            [case for case in cases if case.infers and (work / folder(case.after)).exists()],
         ):
             with ThreadPoolExecutor(PROCESSES) as pool:
                 for case, (result, found) in zip(group, pool.map(lambda c: rehearse(c, work, stand_ins), group)):
