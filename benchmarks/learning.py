@@ -138,10 +138,10 @@ def make_pairs(work, shuffled=False):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train_controlnet(work, updates):
-    """A short run of the demo's training on the pairs below `work`."""
+def train_controlnet(work, updates, *flags):
+    """A short run of the demo's training, with further flags, on the pairs below `work`."""
     words = demo_flux_controlnet.TRAIN.format(out=shlex.quote(str(work)), steps=updates)
-    run(words, "--validation_split", 0, "--report_to", "none")
+    run(words, "--validation_split", 0, "--report_to", "none", *flags)
 
 
 def mean_overlap(work, name, scale):

@@ -14,6 +14,9 @@ from safetensors.numpy import load_file
 from mindtune.run.checkpoint import checkpoints, damage
 
 ROOT = Path(__file__).resolve().parents[1]
+MSRUN = ROOT / "tests" / "programs" / "msrun"
+# Our msrun first, then this Python, which it starts.
+PATH = os.pathsep.join([str(MSRUN.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 def free_port():
@@ -35,12 +38,9 @@ class Job:
     def __init__(self, script, workers, out, arguments):
         self.out = Path(out)
         port = free_port()
-        # msrun starts the first python on PATH.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PATH": PATH, "PYTHONPATH": str(ROOT)}
         environment.update(PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
-        msrun = str(Path(sys.executable).with_name("msrun"))
-        line = [msrun, f"--worker_num={workers}", f"--local_worker_num={workers}", "--join=True"]
+        line = [MSRUN, f"--worker_num={workers}", f"--local_worker_num={workers}", "--join=True"]
         line += [f"--master_port={port}", f"--log_dir={out}.{port}.workers"]
         line += [str(ROOT / script), *map(str, arguments), "--distributed"]
         self.console = open(f"{out}.{port}.console", "w")  # noqa: SIM115  (closed by wait)

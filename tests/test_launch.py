@@ -4,13 +4,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, load_script, metrics
-from msrun_job import free_port
+from msrun_job import PATH, free_port
 
 from mindtune.run.checkpoint import checkpoints, damage
 
@@ -22,9 +20,8 @@ LAUNCH = {
 
 
 def environment(**more):
-    """The environment with this Python first on PATH, for msrun."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    added = {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    """The environment for runs with msrun."""
+    added = {"PATH": PATH, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **added, **more}
 
 

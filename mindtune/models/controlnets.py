@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -40,7 +42,8 @@ def flux_controlnet(root: Path, num_layers: int, num_single_layers: int, variant
     added = ("controlnet_x_embedder.", "controlnet_blocks.", "controlnet_single_blocks.")
     parameters = model_parameters(controlnet)
     copied = {name: parameter for name, parameter in parameters.items() if not name.startswith(added)}
-    check_tensors(root / "transformer", copied, stored)
+    shapes = {name: tuple(parameter.shape) for name, parameter in copied.items()}
+    check_tensors(root / "transformer", shapes, stored)
     for name, parameter in parameters.items():
         if name in copied:
             fill_parameter(parameter, stored[name])
@@ -52,10 +55,14 @@ def flux_controlnet(root: Path, num_layers: int, num_single_layers: int, variant
 
 def empty_flux_controlnet(root: Path, num_layers: int, num_single_layers: int) -> nn.Cell:
     """A ControlNet for a transformer, in evaluation mode; its float32 parameters have no memory yet."""
-    config = accepted_arguments(mindone.diffusers.FluxControlNetModel, read_config(root, "transformer"))
-    config.update(num_layers=num_layers, num_single_layers=num_single_layers)
     with no_init_parameters():
+        config = _flux_config(root, num_layers, num_single_layers)
         return mindone.diffusers.FluxControlNetModel(**config).set_train(False)
+
+
+def _flux_config(root: Path, num_layers: int, num_single_layers: int) -> dict[str, Any]:
+    config = accepted_arguments(mindone.diffusers.FluxControlNetModel, read_config(root, "transformer"))
+    return {**config, "num_layers": num_layers, "num_single_layers": num_single_layers}
 
 
 def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
@@ -65,7 +72,8 @@ def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
     `seed`. Source: Zhang et al., "Adding Conditional Control" (arXiv 2302.05543), section 3.2.
     """
     config = accepted_arguments(mindone.diffusers.ControlNetModel, dict(unet.config))
-    controlnet = mindone.diffusers.ControlNetModel(**config)
+    with no_init_parameters():
+        controlnet = mindone.diffusers.ControlNetModel(**config)
     copied = model_parameters(unet)
     zero = ("controlnet_cond_embedding.conv_out.", "controlnet_down_blocks.", "controlnet_mid_block.")
     parameters = model_parameters(controlnet)
@@ -78,6 +86,7 @@ def unet_controlnet(unet: nn.Cell, seed: int) -> nn.Cell:
         else:
             value = copied[name].to(ms.float32).asnumpy()
         parameter.set_data(ms.Tensor(value))
+        parameter.init_mode = None
     return use_fast_ops(controlnet.set_train(False))
 
 
@@ -88,10 +97,15 @@ def controlnet_shapes(root: Path, base: str, num_layers: int = 0, num_single_lay
     ControlNet.
     """
     if base == "transformer":
-        return parameter_shapes(empty_flux_controlnet(root, num_layers, num_single_layers))
+        return _shapes("FluxControlNetModel", json.dumps(_flux_config(root, num_layers, num_single_layers)))
     config = accepted_arguments(mindone.diffusers.ControlNetModel, read_config(root, base))
+    return _shapes("ControlNetModel", json.dumps(config))
+
+
+@functools.cache  # a memory plan is made before a run and after it
+def _shapes(cls: str, config: str) -> list[ParameterShape]:
     with no_init_parameters():
-        return parameter_shapes(mindone.diffusers.ControlNetModel(**config))
+        return parameter_shapes(getattr(mindone.diffusers, cls)(**json.loads(config)))
 
 
 def load_controlnet(folder: Path) -> nn.Cell:

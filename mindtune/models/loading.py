@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import mindspore as ms
 import numpy as np
@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from mindtune.cli import UserError
 from mindtune.files import make_readable
-from mindtune.models.configs import convert_errors, read_config
+from mindtune.models.configs import config_file, convert_errors, read_config
 from mindtune.models.int8 import use_int8
 from mindtune.models.library import mindone
 from mindtune.models.named_parameters import (
@@ -75,7 +75,8 @@ def load_model(
         use_shared_blocks(use_int8(model))
     parameters = model_parameters(model)
     scales = {key[: -len("_scale")]: parameters.pop(key) for key in list(parameters) if key.endswith(".weight_scale")}
-    stored, _ = _match_tensors(root, name, variant, model, parameters)
+    shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
+    stored, _ = _match_tensors(root, name, variant, shapes, _legacy_names(model, shapes))
     for key, tensor in stored.items():
         try:
             fill_parameter(parameters[key], tensor, scales.get(key))
@@ -95,8 +96,9 @@ def check_files(root: Path, names: Iterable[str], variant: Optional[str] = None)
         if name.startswith("tokenizer"):
             check_tokenizer(root, name)
         elif name != "scheduler":
-            model = _empty_model(root, name, ms.float32)
-            _, extras = _match_tensors(root, name, variant, model, model_parameters(model))
+            layout = _layout(root, name)
+            shapes = {parameter.name: parameter.shape for parameter in layout.parameters}
+            _, extras = _match_tensors(root, name, variant, shapes, layout.legacy_names)
             if extras:
                 more = f" and {len(extras) - 3} more" if len(extras) > 3 else ""
                 print(f"{root / name}: the model has no tensors {', '.join(extras[:3])}{more}; they are not used")
@@ -140,21 +142,24 @@ def _empty_model(root: Path, name: str, storage: ms.Type) -> nn.Cell:
 
 
 def _match_tensors(
-    root: Path, name: str, variant: Optional[str], model: nn.Cell, parameters: dict[str, ms.Parameter]
+    root: Path, name: str, variant: Optional[str], shapes: dict[str, tuple[int, ...]], legacy_names: dict[str, str]
 ) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The stored tensor of every parameter, in the order of the files, and the names of unknown tensors."""
-    renamed, stored, extras = _legacy_names(model, parameters), {}, []
+    """The stored tensor of every parameter, in the order of the files, and the names of unknown tensors.
+
+    `shapes` are those of the model's parameters.
+    """
+    stored, extras = {}, []
     for key, tensor in stored_tensors(root, name, variant).items():
-        parameter_name = key if key in parameters else renamed.get(key, key)
-        if parameter_name not in parameters:
+        parameter_name = key if key in shapes else legacy_names.get(key, key)
+        if parameter_name not in shapes:
             extras.append(key)
         elif parameter_name == key or parameter_name not in stored:
-            shape = tuple(parameters[parameter_name].shape)
+            shape = shapes[parameter_name]
             # Layers over channels are stored as linear layers in some files and as 1x1 convolutions in others.
             if tensor.shape != shape and _linear_shape(tensor.shape) == _linear_shape(shape):
                 tensor = tensor._replace(shape=shape)
             stored[parameter_name] = tensor
-    check_tensors(root / name, parameters, stored, extras)
+    check_tensors(root / name, shapes, stored, extras)
     return stored, [key for key in extras if not key.endswith(KNOWN_EXTRAS)]
 
 
@@ -163,7 +168,7 @@ def _linear_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def _legacy_names(model: nn.Cell, parameters: dict[str, ms.Parameter]) -> dict[str, str]:
+def _legacy_names(model: nn.Cell, names: Container[str]) -> dict[str, str]:
     """Names in older files -> current names: a VAE's attention (Stable Diffusion 1.5's file), and T5's embedding."""
     attentions = [name for name, cell in model.cells_and_names() if getattr(cell, "_from_deprecated_attn_block", False)]
     renamed = {
@@ -173,7 +178,7 @@ def _legacy_names(model: nn.Cell, parameters: dict[str, ms.Parameter]) -> dict[s
         for parameter in ("weight", "bias")
     }
     embedding, other = "shared.weight", "encoder.embed_tokens.weight"
-    renamed.update({other: embedding} if embedding in parameters else {embedding: other})
+    renamed.update({other: embedding} if embedding in names else {embedding: other})
     return renamed
 
 
@@ -200,7 +205,27 @@ def save_model(model: nn.Cell, folder: Path, dtype: ms.Type) -> None:
 
 def component_shapes(root: Path, name: str) -> list[ParameterShape]:
     """Every parameter of a component, from its config alone; allocates none."""
-    return parameter_shapes(_empty_model(root, name, ms.float32))
+    return _layout(root, name).parameters
+
+
+class _Layout(NamedTuple):
+    """What a config tells about weight files. `legacy_names`: see `_legacy_names`."""
+
+    parameters: list[ParameterShape]
+    legacy_names: dict[str, str]
+
+
+# By the contents of a config: files are checked against it, and the memory plan asks again.
+_LAYOUTS: dict[tuple[bool, bytes], _Layout] = {}
+
+
+def _layout(root: Path, name: str) -> _Layout:
+    with convert_errors(root / name):
+        key = name.startswith("text_encoder"), (root / config_file(name)).read_bytes()
+    if key not in _LAYOUTS:
+        model = _empty_model(root, name, ms.float32)
+        _LAYOUTS[key] = _Layout(parameter_shapes(model), _legacy_names(model, model_parameters(model)))
+    return _LAYOUTS[key]
 
 
 def narrow_transformer(root: Path) -> nn.Cell:

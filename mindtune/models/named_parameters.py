@@ -48,13 +48,13 @@ def parameter_shapes(model: nn.Cell) -> list[ParameterShape]:
 
 
 def check_tensors(
-    folder: Path, parameters: dict[str, ms.Parameter], stored: dict[str, StoredTensor], extras: Iterable[str] = ()
+    folder: Path, shapes: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], extras: Iterable[str] = ()
 ) -> None:
-    """Raises UserError unless every parameter has a tensor of its shape and of a floating dtype.
+    """Raises UserError unless every parameter of `shapes` (name -> shape) has a tensor of its shape and a floating dtype.
 
     `extras` are the names of tensors that no parameter has, for the message.
     """
-    if missing := [name for name in parameters if name not in stored]:
+    if missing := [name for name in shapes if name not in stored]:
         examples = list(extras)[:3]
         advice = (
             f"They have others, such as {', '.join(examples)}: give the files of this model."
@@ -64,11 +64,11 @@ def check_tensors(
         raise UserError(
             f"{folder}: the weight files lack {len(missing)} tensors:\n{indented_list(missing[:5])}\n{advice}"
         )
-    pairs = [(name, parameter.shape, stored[name]) for name, parameter in parameters.items()]
     problems = [
-        f"{tensor.path.name}: {name} is {list(tensor.shape)} of {tensor.dtype}, the model's is {list(shape)}"
-        for name, shape, tensor in pairs
-        if tensor.shape != shape or tensor.dtype not in FILE_DTYPES
+        f"{stored[name].path.name}: {name} is {list(stored[name].shape)} of {stored[name].dtype}, "
+        f"the model's is {list(shape)}"
+        for name, shape in shapes.items()
+        if stored[name].shape != shape or stored[name].dtype not in FILE_DTYPES
     ]
     if problems:
         raise UserError(

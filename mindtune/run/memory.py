@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -125,15 +124,12 @@ class Plan(NamedTuple):
 
 # ---- parameters ----------------------------------------------------------------------------------
 
-_shapes = cache(component_shapes)
-_controlnet_shapes = cache(controlnet_shapes)
-
 
 def _frozen_part(settings: Settings, name: str, int8: bool = False) -> Part:
     """A frozen component. int8 weights have a float32 scale per output."""
     itemsize = ITEMSIZE[settings.mixed_precision]
     size = count = 0
-    for shape in _shapes(settings.root, name):
+    for shape in component_shapes(settings.root, name):
         elements = math.prod(shape.shape)
         count += elements
         size += elements + 4 * shape.shape[0] if int8 and shape.linear else itemsize * elements
@@ -156,16 +152,16 @@ def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:
     if settings.system == "flux_lora":
         layers = settings.lora_layers
         targets = [target.strip() for target in layers.split(",")] if layers else TRANSFORMER_TARGETS
-        trained = _lora_shapes(_shapes(root, base), targets, settings.lora_rank)
+        trained = _lora_shapes(component_shapes(root, base), targets, settings.lora_rank)
         if settings.train_text_encoder:
-            trained += _lora_shapes(_shapes(root, "text_encoder"), TEXT_ENCODER_TARGETS, settings.lora_rank)
+            trained += _lora_shapes(component_shapes(root, "text_encoder"), TEXT_ENCODER_TARGETS, settings.lora_rank)
         return trained
     if settings.controlnet:
-        found = _shapes(settings.controlnet.parent, settings.controlnet.name)
+        found = component_shapes(settings.controlnet.parent, settings.controlnet.name)
     elif settings.flux:
-        found = _controlnet_shapes(root, base, settings.num_double_layers, settings.num_single_layers)
+        found = controlnet_shapes(root, base, settings.num_double_layers, settings.num_single_layers)
     else:
-        found = _controlnet_shapes(root, base)
+        found = controlnet_shapes(root, base)
     return [shape.shape for shape in found]
 
 
@@ -286,5 +282,5 @@ def _blocks(settings: Settings) -> list[Block]:
 
 def _largest_int8_weight(settings: Settings) -> int:
     """The elements of the largest linear layer that is int8, 0 without int8."""
-    layers = _shapes(settings.root, settings.base) if settings.int8 else ()
+    layers = component_shapes(settings.root, settings.base) if settings.int8 else ()
     return max((math.prod(shape.shape) for shape in layers if shape.linear), default=0)

@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from PIL import Image
 
 from mindtune.files import write_atomically
@@ -149,6 +147,10 @@ def _plot(title: str, label: str, curves: dict[str, list[tuple]]) -> str:
 
     Curves without points are left out.
     """
+    # matplotlib takes a third of a second to import.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     settings = {"svg.fonttype": "none", "font.size": 10, "svg.hashsalt": title}
     settings.update(
         dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)

@@ -10,7 +10,11 @@ pretrain = load_script("examples/tiny/pretrain_tiny_flux.py")
 
 @pytest.fixture
 def small(monkeypatch):
-    """24 scenes, two narrow blocks and one layer per text encoder, a checkpoint after every second step."""
+    """24 scenes, two narrow blocks and one layer per text encoder, a checkpoint after every second step.
+
+    In PyNative, which need not compile.
+    """
+    monkeypatch.setattr(pretrain.execution, "set_up_device", lambda graph_mode: None)
     few = pretrain.scenes("train")[::84]
     monkeypatch.setattr(pretrain, "scenes", lambda split: few)
     narrow = {
