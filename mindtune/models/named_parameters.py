@@ -50,7 +50,7 @@ def parameter_shapes(model: nn.Cell) -> list[ParameterShape]:
 def check_tensors(
     folder: Path, shapes: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], extras: Iterable[str] = ()
 ) -> None:
-    """Raises UserError unless every parameter of `shapes` (name -> shape) has a tensor of its shape and a floating dtype.
+    """Raises UserError unless every parameter of `shapes` (name -> shape) has a floating tensor of its shape.
 
     `extras` are the names of tensors that no parameter has, for the message.
     """

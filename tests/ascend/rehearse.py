@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -73,8 +75,8 @@ BREAKS = {
 class Case(NamedTuple):
     """A run of a script.
 
-    `system` is a key of SCRIPTS. `after` names the training run whose result an inference run uses. `breaks`, a key of
-    BREAKS, makes it a negative control.
+    `system` is a key of SCRIPTS. `after` names the training run whose result an inference run uses, or that is resumed.
+    `breaks`, a key of BREAKS, makes it a negative control.
     """
 
     name: str
@@ -127,6 +129,14 @@ def inference_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def resumed_cases() -> list[Case]:
+    return [
+        Case(f"resumed {system} {mode}", system, "bf16", mode=mode, updates=STEADY_UPDATES + 5,
+             flags=("--resume_from_checkpoint", "latest"), after=f"{system} bf16 {mode}")
+        for system in SCRIPTS for mode in MODES
+    ]  # fmt: skip
+
+
 def negative_controls() -> list[Case]:
     """Runs in which something is broken on purpose, to see that the checks can fail."""
     return [
@@ -137,7 +147,7 @@ def negative_controls() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    return training_cases() + inference_cases() + negative_controls()
+    return training_cases() + inference_cases() + resumed_cases() + negative_controls()
 
 
 # ---- what a run is started with ------------------------------------------------------------------
@@ -186,7 +196,7 @@ def training_flags(case: Case, work: Path) -> list[str]:
     if case.system in ("lora", "flux_cn"):
         flags.update(max_sequence_length=16)
     words = [word for name, value in flags.items() for word in (f"--{name}", value) if word is not None]
-    return [*map(str, words), "--overwrite_output_dir", *case.flags]
+    return [*map(str, words), *([] if case.after else ["--overwrite_output_dir"]), *case.flags]
 
 
 def inference_flags(case: Case, work: Path, steps: int) -> list[str]:
@@ -295,6 +305,8 @@ def rehearse(case: Case, work: Path, stand_ins: Path) -> tuple[Result, list[str]
         if few.code == many.code == 0:
             found += problems_of_inference(few, many, INFERENCE_STEPS[1] - INFERENCE_STEPS[0])
         return many, found
+    if case.after:
+        shutil.copytree(work / folder(case.after), work / folder(case.name), dirs_exist_ok=True)
     options = ["--rank", str(case.rank), "--world_size", "8"] if case.rank is not None else []
     options += ["--break", case.breaks] if case.breaks else []
     result = run(case.name, SCRIPTS[case.system], training_flags(case, work), work, stand_ins, *options)
@@ -347,6 +359,11 @@ def write(results: dict[Case, tuple[Result, list[str]]], old: set[str]) -> None:
     PAGE.write_text(before + "\n".join(lines) + after)
 
 
+def keep_to_one_core(cores: Iterator[int]) -> None:
+    """Keeps a thread and the processes that it starts to one core: MindSpore's idle threads wait actively."""
+    os.sched_setaffinity(0, {next(cores)})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Rehearses every script on a simulated Ascend 910B.")
     parser.add_argument("names", nargs="*", help="Run only cases whose names contain one of these.")
@@ -364,12 +381,13 @@ def main() -> int:
             make_inputs(work)
         cases = [case for case in all_cases() if not args.names or any(name in case.name for name in args.names)]
         began = time.time()
+        cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
         results = {}
-        for group in (  # inference needs what training has left
-            [case for case in cases if not case.infers],
-            [case for case in cases if case.infers and (work / folder(case.after)).exists()],
+        for group in (  # inference and resumed runs need what training has left
+            [case for case in cases if not case.after],
+            [case for case in cases if case.after and (work / folder(case.after)).exists()],
         ):
-            with ThreadPoolExecutor(PROCESSES) as pool:
+            with ThreadPoolExecutor(PROCESSES, initializer=keep_to_one_core, initargs=(cores,)) as pool:
                 for case, (result, found) in zip(group, pool.map(lambda c: rehearse(c, work, stand_ins), group)):
                     results[case] = result, found
                     print(describe(case, result, found), flush=True)

@@ -41,13 +41,6 @@ def test_a_script_trains_on_the_simulated_device(name, work, stand_ins):
     assert result.record.count(2)["kernels"] > 500
 
 
-@pytest.mark.slow
-def test_float64_is_found(work, stand_ins):
-    control = case("control: float64")
-    _, found = rehearse.rehearse(control, work, stand_ins)
-    assert rehearse.judge(control, found) and any("f64 in aclnnMul" in problem for problem in found)
-
-
 def test_a_record_is_read(tmp_path):
     path = tmp_path / "record"
     path.write_text(

@@ -180,7 +180,7 @@ def expected(small_flux):
     return loss_and_gradients(add_adapter(load_dequantised(small_flux)))
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("mode, recomputed", [(1, False), (1, True), (0, True)], indirect=["mode"])
 def test_lora_on_int8_matches_lora_on_the_dequantised_model(small_flux, expected, mode, recomputed):
     """Loss and every gradient, with adapters on every type of layer."""
     model = add_adapter(load_int8(small_flux))
