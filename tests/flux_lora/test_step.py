@@ -196,11 +196,11 @@ def test_frozen_parameters_keep_their_bits_and_every_trainable_moves(
         assert parameter.dtype == dtype, name
 
 
-@pytest.mark.parametrize("mixed_precision", ["fp16", "bf16"])
-def test_half_precision_in_the_graph(lora_script, flags, small_flux, two_updates, mixed_precision):
+def test_half_precision_in_the_graph(lora_script, flags, small_flux, two_updates):
+    """In bf16; the ControlNet's tests compile fp16."""
     before = ms.get_context("mode")
     ms.set_context(mode=ms.GRAPH_MODE)
-    step, _ = lora_step(lora_script, flags, small_flux, mixed_precision)
+    step, _ = lora_step(lora_script, flags, small_flux, "bf16")
     loss = float(step(*map(ms.Tensor, make_batch(2)))[1])
     ms.set_context(mode=before)
     assert loss == pytest.approx(two_updates(0)[0][0, 0], rel=5e-3)

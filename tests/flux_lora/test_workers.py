@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import metrics
-from msrun_job import assert_same_run
+from msrun_job import Job, assert_same_run
 from safetensors.numpy import load_file
 
 from mindtune.models.lora_files import LORA_FILE
@@ -17,6 +17,15 @@ SCRIPT = "flux_lora/train_dreambooth_lora_flux.py"
 # The default of 1e-8 is below the rounding of this model's gradients, which it would make updates of.
 MORE = ["--cache_latents", "--random_flip", "--adam_epsilon", 1e-4, "--learning_rate", 1e-3]
 MORE += ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_ranks(tmp_path_factory):
+    """The job of rank_checks.py. It mostly sleeps, so it starts before the first test and runs beside the others."""
+    job = Job("tests/mindtune/distributed/rank_checks.py", 2, tmp_path_factory.mktemp("checks") / "out", [])
+    yield job
+    for pid in job.processes():
+        os.kill(pid, 9)
 
 
 @pytest.fixture
@@ -116,3 +125,8 @@ def test_a_rank_killed_while_it_encodes_leaves_its_shard_to_the_next_start(job, 
     lora(out, *more)
     assert count < 12 == len(list((cache / "mindtune").glob("*.safetensors")))
     assert (out / LORA_FILE).is_file()
+
+
+def test_what_ranks_exchange(two_ranks):
+    assert two_ranks.wait() == 0, two_ranks.said()[-6000:]
+    assert two_ranks.said().count("all checks passed") == 2

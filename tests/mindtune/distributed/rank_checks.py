@@ -1,4 +1,4 @@
-"""What test_ranks.py checks with two real ranks under msrun, in graph mode as training uses it.
+"""What tests/flux_lora/test_workers.py checks with two real ranks under msrun, in graph mode as training uses it.
 
 The scheduler runs this script too, so it imports mindone only after set_up.
 """

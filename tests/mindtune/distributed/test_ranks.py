@@ -1,23 +1,11 @@
-"""Functions for several ranks: in one process, and with two real ranks under msrun (rank_checks.py)."""
-
-import os
+"""Functions for several ranks, in one process. tests/flux_lora/test_workers.py has two real ranks (rank_checks.py)."""
 
 import pytest
-from msrun_job import Job
 from PIL import Image
 
 from mindtune.cli import UserError
 from mindtune.data import pair_data, pair_stream, pairs
 from mindtune.distributed import ranks
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_ranks(tmp_path_factory):
-    """The job of rank_checks.py. It mostly sleeps, so it starts before the first test and runs beside the others."""
-    job = Job("tests/mindtune/distributed/rank_checks.py", 2, tmp_path_factory.mktemp("checks") / "out", [])
-    yield job
-    for pid in job.processes():
-        os.kill(pid, 9)
 
 
 @pytest.fixture
@@ -92,12 +80,3 @@ def test_the_shards_of_all_ranks_are_the_batches_of_one_rank(as_rank, pairs_of_t
             shards.append(batches_of(data, 6, 18))
         as_rank(0, 1)
         assert [batch for turn in zip(*shards) for batch in turn] == expected
-
-
-# ---- two real ranks ------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_real_ranks(two_ranks):
-    assert two_ranks.wait() == 0, two_ranks.said()[-6000:]
-    assert two_ranks.said().count("all checks passed") == 2
