@@ -50,8 +50,9 @@ INFERENCE = {
     "sdxl": "examples/controlnet/infer_controlnet_sdxl.py",
 }
 MODES = {"graph": 0, "pynative": 1}
-# Bytes that may be copied per update beside the step's inputs: learning rates, constants, and what is logged.
-SCALARS = 256
+# Bytes that may be copied per update beside the step's inputs: learning rates, constants (in PyNative four bytes for
+# each number that a float32 attention multiplies with), and what is logged.
+SCALARS = 1024
 STEP_BYTES = 1024  # and per denoising step: its sigma, and constants
 INFERENCE_STEPS = (2, 6)
 FALLBACKS = ("backoff CPU kernel",)
