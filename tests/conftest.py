@@ -15,7 +15,8 @@ from types import SimpleNamespace
 
 # Each of several test processes keeps to one core, with all that it starts: MindSpore's idle threads wait actively,
 # which on a core of the others would take a third of their time.
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker and hasattr(os, "sched_setaffinity"):  # Linux
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
 
