@@ -4,8 +4,8 @@ bench`.
     python benchmarks/learning.py [lora] [controlnet]
 
 Expect about half an hour on two cores. Prints one line per measured value with its bound, and exits with 1 if a bound
-is not met. `make test` trains only the plain settings, for fewer updates (tests/examples/test_learning.py,
-test_control_learning.py).
+is not met. `make test` trains less: the LoRA for fewer updates, the ControlNet on eight pairs
+(tests/examples/test_learning.py, test_control_learning.py).
 """
 
 import argparse

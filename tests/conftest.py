@@ -358,8 +358,7 @@ def job(tmp_path):
 
     yield start
     for each in jobs:
-        for pid in each.processes():
-            os.kill(pid, 9)
+        each.kill()
 
 
 def metrics(out):

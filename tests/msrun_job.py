@@ -72,6 +72,11 @@ class Job:
                 pass  # the process has ended, or belongs to another user
         return found
 
+    def kill(self):
+        """Kills what is left of the job."""
+        for pid in self.processes():
+            os.kill(pid, 9)
+
     def worker(self, number):
         """The process id of a rank."""
         return next(

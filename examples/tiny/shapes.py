@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -176,15 +177,19 @@ def render_outline(scene: Scene, size: int) -> Image.Image:
 
 
 def make_folder(out: Path, count: int, size: int, seed: int, split: str) -> None:
-    """Writes `count` scenes; equal arguments give equal bytes. Raises FileExistsError if `out` is not empty."""
+    """Writes `count` random scenes; equal arguments give equal bytes. Raises as `write_scenes`."""
+    rng = np.random.default_rng(seed)
+    write_scenes(out, [sample_scene(rng, split) for _ in range(count)], size)
+
+
+def write_scenes(out: Path, chosen: Iterable[Scene], size: int) -> None:
+    """Writes images, outlines and captions of scenes. Raises FileExistsError if `out` is not empty."""
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: name a new directory")
-    rng = np.random.default_rng(seed)
     rows = []
     for folder in ("images", "conditioning"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        scene = sample_scene(rng, split)
+    for number, scene in enumerate(chosen):
         name = f"{number:06d}.png"
         render(scene, size).save(out / "images" / name)
         render_outline(scene, size).save(out / "conditioning" / name)

@@ -55,8 +55,8 @@ def flux_controlnet(root: Path, num_layers: int, num_single_layers: int, variant
 
 def empty_flux_controlnet(root: Path, num_layers: int, num_single_layers: int) -> nn.Cell:
     """A ControlNet for a transformer, in evaluation mode; its float32 parameters have no memory yet."""
+    config = _flux_config(root, num_layers, num_single_layers)
     with no_init_parameters():
-        config = _flux_config(root, num_layers, num_single_layers)
         return mindone.diffusers.FluxControlNetModel(**config).set_train(False)
 
 

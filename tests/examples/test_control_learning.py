@@ -1,10 +1,7 @@
 """Training the ControlNet demo on eight pairs fills their outlines. benchmarks/learning.py draws held-out pairs."""
 
-import json
-
 import mindspore as ms
 import numpy as np
-import pytest
 from conftest import ROOT, load_script
 
 from mindtune import rng
@@ -19,29 +16,17 @@ SCENES = [scene for scene in shapes.scenes("train") if scene.caption == "a green
 FEWER = ["--train_batch_size", 8, "--learning_rate", 3e-3, "--lr_warmup_steps", 10]
 
 
-@pytest.fixture
-def outlines(tmp_path):
-    """The outlines of SCENES, images of 64 pixels; the pairs are in the folder `train`."""
-    folder, rows = tmp_path / "train", []
-    folder.mkdir()
-    for number, scene in enumerate(SCENES):
-        names = {"image": f"{number}.png", "conditioning_image": f"outline-{number}.png"}
-        shapes.render(scene, 64).save(folder / names["image"])
-        shapes.render_outline(scene, 64).save(folder / names["conditioning_image"])
-        rows.append(json.dumps({**names, "text": scene.caption}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    return [shapes.render_outline(scene, 64) for scene in SCENES]
-
-
-def test_generated_shapes_follow_the_outline(outlines, tmp_path, monkeypatch):
+def test_generated_shapes_follow_the_outline(tmp_path, monkeypatch):
     """Mean intersection over union with the circle of the outline, and with one of another position or size.
 
     Each image from a noise of its own, all generated at once in a fraction of the inference script's time.
     """
     assert len(SCENES) == 8
+    shapes.write_scenes(tmp_path / "train", SCENES, 64)
     learning.train_controlnet(tmp_path, 120, *FEWER)
     full = precision.resolve_precision("no")
     vae, controlnet = (loading.load_model(*where, full) for where in ((PIPELINE, "vae"), (tmp_path, "controlnet")))
+    outlines = [shapes.render_outline(scene, 64) for scene in SCENES]
     with execution.pynative():
         latents = np.concatenate([sampling.encode_image(vae, outline, ms.float32) for outline in outlines])
     more = {"noise": rng.normal(1, "noise", shape=latents.shape), "control": (controlnet, latents, 1.0)}

@@ -24,8 +24,7 @@ def two_ranks(tmp_path_factory):
     """The job of rank_checks.py. It mostly sleeps, so it starts before the first test and runs beside the others."""
     job = Job("tests/mindtune/distributed/rank_checks.py", 2, tmp_path_factory.mktemp("checks") / "out", [])
     yield job
-    for pid in job.processes():
-        os.kill(pid, 9)
+    job.kill()
 
 
 @pytest.fixture
