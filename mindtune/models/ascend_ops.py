@@ -106,10 +106,6 @@ def add_gated(x, gate, y):
     return _addcmul(x, gate, y)
 
 
-def add_gated_for_changes(x, gate, y):
-    return x + gate * y
-
-
 def attention(q, k, v):
     """Flash attention in half precision. No if statements: see `_Int8MatMul`."""
     return cpu_ops.attention(q, k, v) if q.dtype == ms.float32 else _half_attention(q, k, v)

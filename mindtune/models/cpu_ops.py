@@ -129,9 +129,6 @@ def add_gated(x, gate, y):
     return x + outer_product(ones(x.shape[0], x.shape[1], 1).astype(gate.dtype), gate) * y
 
 
-add_gated_for_changes = add_gated
-
-
 class _Attention(nn.Cell):
     """softmax(q k^T / sqrt(dim)) v of [B, heads, tokens, dim], with a fast backward pass.
 

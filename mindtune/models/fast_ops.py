@@ -99,11 +99,6 @@ def add_gated(x, gate, y):
     return backend.add_gated(x, gate, y)
 
 
-def add_gated_for_changes(x, gate, y):
-    """`add_gated` with a result that may be changed in place. On Ascend, the gradient of its operator refuses that."""
-    return backend.add_gated_for_changes(x, gate, y)
-
-
 def attention(q, k, v):
     """softmax(q k^T / sqrt(dim)) v, with q [B, T, heads, dim] and k and v [B, S, heads, dim]. Returns the shape of q.
 

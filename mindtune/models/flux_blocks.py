@@ -19,7 +19,6 @@ from mindtune.models.fast_ops import (
     adapted_int8_linear,
     adapted_linear,
     add_gated,
-    add_gated_for_changes,
     attention,
     int8_linear,
     linear,
@@ -114,8 +113,7 @@ class SingleBlock(Block):
         x = modulated_norm(hidden, scale, shift)
         q, k, v = normed_heads(self.q(x, q), self.k(x, k), self.v(x, v), norm_q, norm_k)
         both = ops.cat((attend(q, k, v, rotary), tanh_gelu(self.up(x, up))), 2)
-        # mindone 0.3 adds a ControlNet's residual to this result in place.
-        return clip_float16(add_gated_for_changes(hidden, gate, self.out(both, out)))
+        return clip_float16(add_gated(hidden, gate, self.out(both, out)))
 
 
 class OutputNorm(Block):

@@ -10,6 +10,7 @@ from mindspore import nn, ops
 
 from mindtune.models.fast_ops import look_up, rotary_table, split, split_tokens
 from mindtune.models.flux_blocks import DoubleBlock, OutputNorm, SingleBlock, shared_block
+from mindtune.models.flux_transformer import construct_transformer
 
 POSITIONS = 4096  # images of 65,536 pixels
 
@@ -190,11 +191,13 @@ def use_shared_blocks(model: nn.Cell) -> nn.Cell:
     if any(type(cell).__name__ == "Dropout" for name, cell in model.cells_and_names() if ".lora_dropout." in name):
         return _restore(model, cells)
     classes = {}
+    if _adds_to_slices(model):
+        model.__class__ = _shared_class(model, {"construct": construct_transformer})
     for cell in cells:
         name = type(cell).__name__
         members = {"construct": _construct_of(cell), "recompute": recompute}
         # One class for all blocks of a type: MindSpore parses the functions again for every class.
-        cell.__class__ = classes.setdefault(name, type(name, (_original_class(cell), SharedBlockCell), members))
+        cell.__class__ = classes.setdefault(name, _shared_class(cell, members))
         cell.recomputes = getattr(cell, "recomputes", False)
         _update_weights(cell)
     if not isinstance(model.pos_embed, RotaryTables):
@@ -204,8 +207,8 @@ def use_shared_blocks(model: nn.Cell) -> nn.Cell:
 
 
 def _restore(model: nn.Cell, cells: list[nn.Cell]) -> nn.Cell:
-    """Gives the cells mindone's own code again."""
-    for cell in cells:
+    """Gives the model and its blocks mindone's own code again."""
+    for cell in (model, *cells):
         cell.__class__ = _original_class(cell)
     if isinstance(model.pos_embed, RotaryTables):
         model.pos_embed = model.pos_embed.pos_embed
@@ -216,12 +219,24 @@ def _original_class(cell: nn.Cell) -> type:
     return type(cell).__bases__[0] if isinstance(cell, SharedBlockCell) else type(cell)
 
 
+def _shared_class(cell: nn.Cell, members: dict) -> type:
+    return type(type(cell).__name__, (_original_class(cell), SharedBlockCell), members)
+
+
 def _construct_of(cell: nn.Cell):
     construct = BLOCK_TYPES[type(cell).__name__][1]
-    parameters = inspect.signature(_original_class(cell).construct).parameters
-    if construct is construct_single and "encoder_hidden_states" in parameters:
-        return construct_single_from_two
-    return construct
+    return construct_single_from_two if construct is construct_single and _takes_two(cell) else construct
+
+
+def _takes_two(block: nn.Cell) -> bool:
+    """True if a single block takes text and image tokens separately, as in mindone 0.5."""
+    return "encoder_hidden_states" in inspect.signature(_original_class(block).construct).parameters
+
+
+def _adds_to_slices(model: nn.Cell) -> bool:
+    """True for the transformer of mindone 0.3; see `construct_transformer`."""
+    blocks = getattr(model, "single_transformer_blocks", ())
+    return type(model).__name__ == "FluxTransformer2DModel" and len(blocks) > 0 and not _takes_two(blocks[0])
 
 
 def _update_weights(cell: nn.Cell) -> None:
