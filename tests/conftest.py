@@ -349,11 +349,11 @@ def train(flags):
 
 @pytest.fixture
 def job(tmp_path):
-    """job(script, workers, out, arguments): a running `Job`; what is left of it at the test's end is killed."""
+    """job(script, workers, out, arguments, **names): a running `Job`; what is left at the test's end is killed."""
     jobs = []
 
-    def start(script, workers, out, arguments):
-        jobs.append(Job(script, workers, out, arguments))
+    def start(*arguments, **names):
+        jobs.append(Job(*arguments, **names))
         return jobs[-1]
 
     yield start

@@ -33,16 +33,20 @@ def free_port():
 
 
 class Job:
-    """A training script under msrun; its output and the logs of its ranks are beside the output directory."""
+    """A training script under msrun, or a launch script with variables `names`; its output is beside `out`."""
 
-    def __init__(self, script, workers, out, arguments):
+    def __init__(self, script, workers, out, arguments, **names):
         self.out = Path(out)
         port = free_port()
         environment = {**os.environ, "PATH": PATH, "PYTHONPATH": str(ROOT)}
         environment.update(PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
-        line = [MSRUN, f"--worker_num={workers}", f"--local_worker_num={workers}", "--join=True"]
-        line += [f"--master_port={port}", f"--log_dir={out}.{port}.workers"]
-        line += [str(ROOT / script), *map(str, arguments), "--distributed"]
+        if str(script).endswith(".sh"):
+            environment.update(names, DEVICES=str(workers), BIND="False", PORT=str(port), OUT=str(out))
+            line = [ROOT / script, *map(str, arguments)]
+        else:
+            line = [MSRUN, f"--worker_num={workers}", f"--local_worker_num={workers}", "--join=True"]
+            line += [f"--master_port={port}", f"--log_dir={out}.{port}.workers"]
+            line += [str(ROOT / script), *map(str, arguments), "--distributed"]
         self.console = open(f"{out}.{port}.console", "w")  # noqa: SIM115  (closed by wait)
         self.process = subprocess.Popen(
             line, stdout=self.console, stderr=subprocess.STDOUT, env=environment, cwd=self.out.parent

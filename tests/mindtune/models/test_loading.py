@@ -1,10 +1,9 @@
 """Loading models: values, names and dtypes of the parameters, and files that do not fit."""
 
 import copy
-import ctypes
-import gc
 import inspect
 import json
+import os
 import re
 import shutil
 import threading
@@ -21,6 +20,7 @@ from conftest import edit, load_script, shard
 from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
+from mindtune.models import execution
 from mindtune.models.configs import read_config
 from mindtune.models.loading import (
     check_files,
@@ -137,7 +137,7 @@ def test_models_equal_those_that_mindone_loads(roots, part, name):
     expected = by_mindone(roots[0] / part, name)
     for root in roots:
         found = load_part(root, part, name)
-        assert type(found) is type(expected) and parameters_of(found) == parameters_of(expected)
+        assert isinstance(found, type(expected)) and parameters_of(found) == parameters_of(expected)
         assert other_tensors(expected).items() <= other_tensors(found).items()  # replaced layers have some
         assert vars(found.config) == {**vars(expected.config), "_name_or_path": str(root / part)}
         assert not any(cell.training for _, cell in found.cells_and_names()) and found.phase == expected.phase
@@ -373,10 +373,11 @@ def wide(tmp_path_factory):
 
 @pytest.mark.parametrize("name, size", [("no", 4), ("bf16", 2), ("int8", 1)])
 def test_loading_needs_little_more_memory_than_the_weights(wide, name, size):
-    """At most 1.2 times the weights. mindone needs 2 times (float32) or 3 times (bf16); see benchmarks/loading.py."""
-    gc.collect()
-    # Returns memory that earlier tests freed: if it were reused, loading would not show.
-    ctypes.CDLL(None).malloc_trim(0)
+    """At most 1.2 times the weights, and with jemalloc, which keeps for seconds what was freed, 1.4 times.
+
+    mindone needs 2 times (float32) or 3 times (bf16); see benchmarks/loading.py.
+    """
+    execution.free_memory()  # if memory that earlier tests freed were reused, loading would not show
     before, readings, done = own_memory(), [], threading.Event()
 
     def watch():
@@ -391,7 +392,8 @@ def test_loading_needs_little_more_memory_than_the_weights(wide, name, size):
     thread.join()
     weights = size * sum(parameter.size for parameter in model.get_parameters())
     # At least 0.7: some of it reuses memory of earlier tests.
-    assert 0.7 * weights < max(readings) - before < 1.2 * weights
+    most = 1.4 if "jemalloc" in os.environ.get("LD_PRELOAD", "") else 1.2
+    assert 0.7 * weights < max(readings) - before < most * weights
 
 
 def test_tokenizers_and_scheduler(tiny_flux):
