@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# MindSpore brings jemalloc. With glibc's allocator, a process that has compiled much takes twice the time for an operator.
+# MindSpore brings jemalloc. With glibc's allocator, operators take twice the time in a process that has compiled much.
 WITH_JEMALLOC = LD_PRELOAD="$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/mindspore/lib/libjemalloc.so.2)"
 
 .PHONY: venv demo demo-controlnet check test bench parity contract rehearse lint clean
@@ -23,13 +23,14 @@ demo-controlnet: venv
 # The fast tier, for every commit: lint, and unit tests and bad input that are not marked slow, in at most three
 # minutes on two cores.
 check: lint
-	$(WITH_JEMALLOC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/mindtune $(wildcard tests/*/test_bad_input.py tests/*/*/test_bad_input.py) \
-		-m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(WITH_JEMALLOC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/mindtune \
+		$(wildcard tests/*/test_bad_input.py tests/*/*/test_bad_input.py) -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 # A process a core, each with one thread: compiling takes one, and learning tests side by side would crowd each other.
 # Files are started in the order of tests/conftest.py, the slowest first, and not by their number of tests.
 test: venv
-	$(WITH_JEMALLOC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(WITH_JEMALLOC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests \
+		-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: venv .venv-parity/made
 	$(BIN)/python benchmarks/speed.py --torch .venv-parity/bin/python

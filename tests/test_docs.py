@@ -171,12 +171,13 @@ def own_script(tmp_path_factory):
     return make
 
 
-def test_another_loss(own_script, flags, tmp_path):
+def test_another_loss(own_script, flags, small_flux, tmp_path):
     """A large delta is the squared error; a small one makes the loss near 2 delta |error|; graph mode agrees."""
     script = own_script("my_lora", 3)
 
     def losses(name, *more):
-        run_here(script, flags(tmp_path / name, "--cache_latents", "--max_train_steps", 2, *more))
+        model = ["--pretrained_model_name_or_path", small_flux]
+        run_here(script, flags(tmp_path / name, *model, "--cache_latents", "--max_train_steps", 2, *more))
         return [line["loss"] for line in metrics(tmp_path / name)]
 
     squared, large = losses("squared"), losses("large", "--huber_delta", 1e3)
@@ -209,7 +210,12 @@ def test_another_data_set(own_script, flags, tmp_path):
 def test_another_model(own_script, encoder_cache, tmp_path):
     """The UNet is trained, is saved under the names of the pipeline's, and what is not trained is not saved."""
     root, pairs = tmp_path / "pipeline", tmp_path / "pairs"
-    load_script("examples/tiny/make_tiny_pipeline.py").make_sd15(root)
+    unet = {
+        "block_out_channels": [16, 32],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    }
+    load_script("examples/tiny/make_tiny_pipeline.py").make_sd15(root, unet=unet)
     load_script("examples/tiny/shapes.py").make_folder(pairs, 4, 64, seed=0, split="train")
     given = {
         "pretrained_model_name_or_path": root,

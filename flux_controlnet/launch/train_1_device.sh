@@ -6,7 +6,7 @@
 # DATA is a hub id or a local directory; MODEL (a directory or hub id), OUT and DEVICE_ID can be set, too. The device
 # holds the frozen transformer, 22.2 GB in bf16; the ControlNet with 4 + 0 blocks, 1.44 billion parameters, 5.4 GB in
 # float32, and three times that for gradients and Adam's moments; and the activations that --gradient_checkpointing
-# keeps: 49.8 GB in total by the plan (--dry_run).
+# keeps: 49.4 GB in total by the plan (--dry_run).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export DEVICE_ID="${DEVICE_ID:-0}"

@@ -11,7 +11,7 @@
 # Memory per device by the plan (--dry_run), in GB of 2^30 bytes: the frozen base model 22.2 in bf16; the ControlNet's
 # 1.44 billion float32 parameters 5.4, their gradients 5.4, twice that with accumulation; of AdamW's state of 10.7
 # each of 8 devices has 1.3 with --zero_stage 1, each of 2 has 5.4. With the activations that --gradient_checkpointing
-# keeps: 44.4 per device for 2 devices, 40.4 for 8.
+# keeps: 44.0 per device for 2 devices, 40.0 for 8.
 set -euo pipefail
 DEVICES="${DEVICES:-8}" NODES="${NODES:-1}" OUT="${OUT:-out/flux-controlnet}"
 

@@ -191,10 +191,8 @@ def training_flags(case: Case, work: Path) -> list[str]:
         flags.update(train_data_dir=work / "pairs")
         if case.validates:
             flags.update(validation_image=work / "pairs/conditioning/000000.png", validation_steps=case.updates)
-    if case.system == "sdxl":
-        flags.update(
-            cache_latents=None
-        )  # without, updates have its VAE's attention in float32, which is not flash attention
+    if case.system == "sdxl":  # its VAE computes in float32, so that no attention in it is flash attention
+        flags.update(cache_latents=None)
     if case.system == "flux_cn":
         flags.update(num_double_layers=1, num_single_layers=1)
     if case.system in ("lora", "flux_cn"):

@@ -12,7 +12,7 @@
 # Memory per device by the plan (--dry_run), SD 1.5 (XL), in GB of 2^30 bytes: the frozen UNet 1.6 (4.8) in fp16; the
 # ControlNet's 0.36 (1.25) billion float32 parameters 1.4 (4.7), their gradients the same, twice that with
 # accumulation; of AdamW's state of 2.7 (9.3) each of 8 devices has 0.34 (1.2) with --zero_stage 1. With activations:
-# 8.5 (29.5) per device for 2 devices, 7.5 (26.0) for 8.
+# 7.1 (23.8) per device for 2 devices, 6.1 (20.3) for 8.
 set -euo pipefail
 DEVICES="${DEVICES:-8}" NODES="${NODES:-1}" OUT="${OUT:-out/controlnet}"
 

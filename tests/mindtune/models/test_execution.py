@@ -1,5 +1,7 @@
 """Switching to PyNative and to evaluation mode, and the memory that validation leaves behind."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,3 +56,31 @@ def test_validation_leaves_no_memory_behind():
     before = memory_after(50)
     assert memory_after(250) - before < 400
     assert model.requires_grad and model.training
+
+
+FREED = """
+import re
+from mindtune.models.execution import free_memory
+
+def megabytes():
+    return int(re.search("RssAnon:[^0-9]*([0-9]+)", open("/proc/self/status").read())[1]) / 1024
+
+blocks = [bytearray(10_000) for _ in range(20_000)]
+del blocks[1::2], blocks[1::2]  # what is left lies everywhere in between
+before = megabytes()
+free_memory()
+print(before - megabytes())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("library", ["", "libjemalloc.so.2"], ids=["glibc", "jemalloc"])
+def test_freed_memory_goes_back_to_the_system(library):
+    """Most of 150 MB, in between blocks of 50 MB that stay. `make test` preloads MindSpore's jemalloc, users do not."""
+    preload = str(Path(ms.__file__).parent / "lib" / library) if library else ""
+    done = subprocess.run(
+        [sys.executable, "-c", FREED], env={**os.environ, "LD_PRELOAD": preload}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert float(done.stdout.splitlines()[-1]) > 75
