@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # MindSpore brings jemalloc. With glibc's allocator, operators take twice the time in a process that has compiled much.
-WITH_JEMALLOC = LD_PRELOAD="$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/mindspore/lib/libjemalloc.so.2)"
+WITH_JEMALLOC = LD_PRELOAD="$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/mindspore/lib/libjemalloc.so.2 2> /dev/null)"
 
 .PHONY: venv demo demo-controlnet check test bench parity contract rehearse lint clean
 

@@ -86,8 +86,8 @@ def test_a_script_that_stops_is_named(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"checks that found a problem: 1\n  {problem}\n")
 
 
-@pytest.mark.parametrize("loss, problem", [("NaN", "the loss is nan"), ("0.5", None)])
-def test_a_loss_that_is_not_finite_is_a_problem(monkeypatch, tmp_path, loss, problem):
+@pytest.mark.parametrize("loss, problem", [("NaN", "the loss is nan"), ("0.0", "the loss is 0.0"), ("0.5", None)])
+def test_a_loss_that_cannot_be_is_a_problem(monkeypatch, tmp_path, loss, problem):
     (tmp_path / "pairs").mkdir()
     (tmp_path / "flux").mkdir()
     (tmp_path / "flux-lora").mkdir()
