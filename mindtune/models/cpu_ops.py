@@ -21,6 +21,7 @@ _batch_matmul_transposed_a = ops.BatchMatMul(transpose_a=True)
 _batch_matmul_transposed_b = ops.BatchMatMul(transpose_b=True)
 _softmax = ops.Softmax(axis=-1)
 _depend = ops.Depend()
+add_bias = ops.bias_add
 _zeros_like = ops.ZerosLike()
 
 
@@ -70,7 +71,7 @@ def square_sum(x):
 
 
 def dense(x, weight, bias):
-    out = ops.bias_add(_matmul_transposed_b(x.reshape((-1, x.shape[-1])), weight), bias)
+    out = add_bias(_matmul_transposed_b(x.reshape((-1, x.shape[-1])), weight), bias)
     return out.reshape(x.shape[:-1] + (out.shape[-1],))
 
 

@@ -36,7 +36,7 @@ def linear(x, layer):
 def int8_linear(x, layer):
     """`linear` with int8 weights. `layer` is (codes [out, in], b or None, scales [out, 1]); W is codes times scales."""
     out = backend.int8_matmul(x.reshape((-1, x.shape[-1])), layer[0], layer[2])
-    out = out if layer[1] is None else ops.bias_add(out, layer[1].astype(x.dtype))
+    out = out if layer[1] is None else backend.add_bias(out, layer[1].astype(x.dtype))
     return out.reshape(x.shape[:-1] + (out.shape[-1],))
 
 

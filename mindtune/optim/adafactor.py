@@ -45,7 +45,8 @@ class Adafactor(nn.Optimizer):
                     * ops.rsqrt(column).expand_dims(-2)
                 )
             update = update / ops.maximum(ops.sqrt(ops.square(update).mean()), 1.0)
-            ops.assign_sub(self.parameters[i], self.learning_rate[i] * (update + self.decay[i] * self.parameters[i]))
+            change = self.learning_rate[i] * (update + self.decay[i] * self.parameters[i])
+            ops.assign_add(self.parameters[i], -change)
         return True
 
 

@@ -160,7 +160,7 @@ class AdamW8bit(nn.Optimizer):
         change = (m * ops.reciprocal(ops.sqrt(v) + eps)).reshape(-1)
         if padding:
             change = change[: parameter.size]
-        ops.assign_sub(parameter, lr * (change.reshape(parameter.shape) + decay * parameter))
+        ops.assign_add(parameter, -lr * (change.reshape(parameter.shape) + decay * parameter))
         codes, scale = self.signed.encode(m)
         ops.assign(self.exp_avg[i], codes)
         ops.assign(first, scale)

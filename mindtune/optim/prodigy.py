@@ -69,7 +69,7 @@ class Prodigy(nn.Optimizer):
             update = self.exp_avg[i] / (ops.sqrt(self.exp_avg_sq[i]) + new_d * self.eps + (1 - has_gradient))
             if self.decay[i] > 0 and self.decouple:
                 update = update + self.decay[i] * self.parameters[i]
-            ops.assign_sub(self.parameters[i], has_gradient * rate * update)
+            ops.assign_add(self.parameters[i], -has_gradient * rate * update)
         ops.assign(self.d, new_d)
         # The bias correction counts updates from the first gradient that is not zero.
         self.assignadd(self.global_step, has_gradient.to(ms.int32).reshape((1,)))
