@@ -75,7 +75,11 @@ def measure(meter, broken):
 
 
 def be_rank(rank, world_size):
-    """Makes `ranks.set_up` join a job whose other ranks say what this one says."""
+    """Makes `ranks.set_up` join a job whose other ranks say what this one says.
+
+    At simulation level 3, MindSpore has no collectives and asks for no other process.
+    """
+    os.environ.update(MS_SIMULATION_LEVEL="3", RANK_ID=str(rank), RANK_SIZE=str(world_size))
 
     def set_up(distributed):
         init()
@@ -94,16 +98,21 @@ def attend_without_flash(q, k, v):
     return cpu_ops.attention(q, k, v)
 
 
+@ms.jit
+def unknown_to_ascend(x):
+    return ops.bessel_j0(x)
+
+
 kept = []
 IMAGE = np.ones((64, 64), np.float32)
 BREAKS = {
     "float64": lambda: ops.square(ms.Tensor(IMAGE, ms.float64)),
     "half": lambda: ops.square(ms.Tensor(IMAGE, ms.float16)),
-    "fallback": lambda: ops.bessel_j0(ms.Tensor(IMAGE)),
+    "fallback": lambda: unknown_to_ascend(ms.Tensor(IMAGE)),
     "copies": lambda: ops.square(ms.Tensor(IMAGE)),
     "back": lambda: ops.square(ms.Tensor(1.0)).broadcast_to((64, 64)).asnumpy(),
     "memory": lambda: kept.append(ops.square(ms.Tensor(1.0)).broadcast_to((64, 64)) + 1.0),
-    "old operator": lambda: ops.NPUGetFloatStatusV2(),
+    "old operator": lambda: ops.bias_add(ms.Tensor(IMAGE), ms.Tensor(IMAGE[0])),
     "attention": lambda: setattr(ascend_ops, "attention", attend_without_flash),
 }
 
@@ -118,6 +127,8 @@ def main():
     args = parser.parse_args()
     if args.rank is not None:
         be_rank(args.rank, args.world_size)
+    # UniPC solves equations whose coefficients it has computed on the device: here they are zeros.
+    np.linalg.solve = lambda matrix, right: np.zeros_like(right)
     meter = Meter()
     measure(meter, BREAKS.get(args.broken, lambda: None))
     script, *flags = args.command
