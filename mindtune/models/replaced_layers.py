@@ -112,11 +112,28 @@ def _attention_of_heads(query, key, value, attn_mask):
     return attention(query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)).swapaxes(1, 2)
 
 
+class NeverTraining:
+    """Mixed into CLIP's attention if it has no dropout: mindone's draws a mask in training, at any rate."""
+
+    @property
+    def training(self):
+        return False
+
+    @training.setter
+    def training(self, value):
+        pass
+
+
+@lru_cache(None)
+def _without_dropout(cls: type) -> type:
+    return type(cls.__name__, (NeverTraining, cls), {})
+
+
 def use_fast_ops(model: nn.Cell) -> nn.Cell:
     """Replaces layers of `model` in place and returns it.
 
-    Replaced are sinusoidal embeddings, T5's position buckets, the tanh GELU and attention, and on Ascend linear layers,
-    convolutions and layer norms.
+    Replaced are sinusoidal embeddings, T5's position buckets, the tanh GELU, attention and CLIP's dropout of rate 0; on
+    Ascend also linear layers, convolutions and layer norms.
     """
     for _, cell in list(model.cells_and_names()):
         if not ON_CPU:
@@ -128,6 +145,8 @@ def use_fast_ops(model: nn.Cell) -> nn.Cell:
                 cell.set_processor(AttentionProcessor(in_float32=bool(cell.upcast_attention)))
         if hasattr(cell, "_relative_position_bucket"):
             cell._relative_position_bucket = relative_position_bucket
+        if type(cell).__name__ == "CLIPAttention" and cell.dropout == 0 and not isinstance(cell, NeverTraining):
+            cell.__class__ = _without_dropout(type(cell))
         for name, child in cell.name_cells().items():
             if type(child).__name__ == "Timesteps" and not isinstance(child, Timesteps):
                 setattr(cell, name, Timesteps(child))

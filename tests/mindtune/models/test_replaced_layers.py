@@ -1,11 +1,13 @@
 """Layers that replace mindone's own: timestep embeddings, T5's position buckets and activation, float32 attention."""
 
+import mindone.transformers
 import mindspore as ms
 import numpy as np
 import pytest
+import transformers
 from mindone.diffusers.models import embeddings
 from mindone.diffusers.models.attention_processor import Attention
-from mindspore import nn
+from mindspore import nn, ops
 from test_fast_ops import values
 
 from mindtune.models import loading, precision, replaced_layers
@@ -93,3 +95,18 @@ class Given(nn.Cell):
 
     def construct(self, x):
         return x if self.output is None else self.output
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_clip_draws_masks_only_if_it_has_a_dropout(tiny_flux, monkeypatch, rate):
+    """In training. An adapter's own dropout is kept at any rate."""
+    config = transformers.CLIPTextConfig.from_pretrained(str(tiny_flux / "text_encoder"))
+    config.attention_dropout = rate
+    model = nn.SequentialCell(mindone.transformers.CLIPTextModel(config), nn.Dropout(p=0.5))
+    drawn = []
+    dropout = ops.dropout
+    monkeypatch.setattr(ops, "dropout", lambda x, **given: drawn.append(given) or dropout(x, **given))
+    replaced_layers.use_fast_ops(replaced_layers.use_fast_ops(model)).set_train(True)
+    assert model[1].training
+    model[0](ms.Tensor(np.arange(5)[None], ms.int64))
+    assert {(given["p"], given["training"]) for given in drawn} == {(rate, rate > 0)}
