@@ -58,7 +58,7 @@ contract: venv .venv-contract/made
 
 # Every script on a simulated Ascend 910B; needs x86-64 Linux, gcc, g++ and binutils, and says so.
 rehearse: venv
-	$(WITH_JEMALLOC) $(BIN)/python tests/ascend/rehearse.py --write
+	$(BIN)/python tests/ascend/rehearse.py --write
 
 lint: venv
 	$(BIN)/ruff check .
