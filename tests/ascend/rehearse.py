@@ -277,6 +277,11 @@ def problems(case: Case, result: Result) -> list[str]:
     return found
 
 
+def steady_update(result: Result) -> int:
+    """The number of the last update before the checkpoint."""
+    return len(result.updates) - 3
+
+
 def problems_of_updates(case: Case, result: Result) -> list[str]:
     """What is wrong with copies, memory and attention in the updates after the first and before the checkpoint."""
     steady, found = result.updates[1:-2], []
@@ -336,7 +341,7 @@ def judge(case: Case, found: list[str]) -> bool:
 def describe(case: Case, result: Result, found: list[str]) -> str:
     counts = ""
     if not case.infers and len(result.updates) > 3:
-        update = result.record.count(2)
+        update = result.record.count(steady_update(result))
         counts = ", ".join(f"{count:,} {name}" for name, count in update.items())
     verdict = "ok" if judge(case, found) else "FAILED"
     return f"{verdict:6} {case.name:45} {result.seconds:4.0f} s  {counts} {'; '.join(found)}"
@@ -363,7 +368,8 @@ def write(results: dict[Case, tuple[Result, list[str]]], old: set[str]) -> None:
         if case.infers or case.breaks or len(result.updates) < 4:
             others.append(f"{case.name}{verdict}")
             continue
-        count, cost = result.record.count(2), result.updates[2]
+        number = steady_update(result)
+        count, cost = result.record.count(number), result.updates[number]
         cells = [f"{case.name}{verdict}", *(f"{count[name]:,}" for name in COUNTED)]
         cells += [f"{cost['to_device'] - cost['inputs']:,} B", f"{cost['to_host']:,} B"]
         lines.append(f"| {' | '.join(cells)} |")
