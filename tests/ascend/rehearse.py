@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -373,8 +374,13 @@ def write(results: dict[Case, tuple[Result, list[str]]], old: set[str]) -> None:
         cells = [f"{case.name}{verdict}", *(f"{count[name]:,}" for name in COUNTED)]
         cells += [f"{cost['to_device'] - cost['inputs']:,} B", f"{cost['to_host']:,} B"]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Without an update to count: {'; '.join(others)}.", ""]
-    lines += [f"Operators of the older kind (aclop) in all of them: {', '.join(sorted(old))}.", "", END]
+    paragraphs = [
+        f"Without an update to count: {'; '.join(others)}.",
+        f"Operators of the older kind (aclop) in all of them: {', '.join(sorted(old))}.",
+    ]
+    for paragraph in paragraphs:
+        lines += ["", textwrap.fill(paragraph, 100, break_on_hyphens=False)]
+    lines += ["", END]
     text = PAGE.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     PAGE.write_text(before + "\n".join(lines) + after)
