@@ -73,7 +73,7 @@ def train(way, work, mode):
             kept.clear()
 
     if way != "ours":
-        encoder_stage._in_child = in_process
+        encoder_stage.run_in_child = in_process
     script = load(ROOT / "flux_lora" / "train_dreambooth_lora_flux.py")
     flags = ["--pretrained_model_name_or_path", f"{work}/pipeline", "--instance_data_dir", f"{work}/photos"]
     flags += ["--instance_prompt", "a photo of sks cat", "--output_dir", f"{work}/{way}", "--resolution", 64]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from typing import Callable, Optional
 
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -85,6 +89,22 @@ def matched(prompts: list[str], images: list[str], prompt_flag: str, image_flag:
     all_prompts = prompts * (count // max(1, len(prompts)))
     all_images = images * (count // max(1, len(images)))
     return list(zip(all_prompts, all_images))
+
+
+@contextlib.contextmanager
+def progress_bar(name: str, unit: str, total: Optional[int] = None, show: bool = True) -> Iterator[tqdm]:
+    """A bar on stderr with total, rate and time left; call its `update(count)`.
+
+    Where stderr is no terminal: one line at the end, if it took a second.
+    """
+    began = time.monotonic()
+    terminal = sys.stderr.isatty()
+    file = sys.stderr if terminal and show else io.StringIO()
+    with tqdm(desc=name, unit=unit, total=total, leave=False, dynamic_ncols=True, file=file) as bar:
+        yield bar
+    seconds = time.monotonic() - began
+    if show and not terminal and seconds >= 1:
+        print(f"{name}: {bar.n:,} {unit}s in {seconds:.0f} s", file=sys.stderr)
 
 
 def print_lines(lines: Iterable[str]) -> None:

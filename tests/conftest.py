@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from msrun_job import Job
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from mindtune.encode import child, encoder_stage
+from mindtune.encode import child, encoder_stage, jobs
 from mindtune.models import controlnets, execution, loading
 
 execution.set_up_device(graph_mode=False)  # before the first operator: blocking launches cannot be had later
@@ -235,14 +234,16 @@ def keep_signal_handlers():
         yield
 
 
-_in_child = encoder_stage._in_child
+run_in_child = encoder_stage.run_in_child
 
 
 def encode_here(job):
-    """Stands in for the encoder stage's child process. The job is pickled as for the child; the mode is kept."""
+    """Stands in for the encoder stage's child process. The job is sent as to the child; the mode is kept."""
     mode = ms.get_context("mode")
     with pytest.MonkeyPatch.context() as patch:
-        stdin = io.BytesIO(pickle.dumps((os.getppid(), *job)))
+        stdin = io.BytesIO()
+        jobs.send(job, stdin)
+        stdin.seek(0)
         patch.setattr(sys, "stdin", SimpleNamespace(buffer=stdin))
         patch.setattr(child, "_end_with_parent", lambda parent: None)
         child.main()
@@ -256,8 +257,8 @@ def run_here(script, arguments):
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mindtune.run.report._plot", lambda *_: "")
-        if encoder_stage._in_child is _in_child:  # and not what a test put there
-            patch.setattr(encoder_stage, "_in_child", encode_here)
+        if encoder_stage.run_in_child is run_in_child:  # and not what a test put there
+            patch.setattr(encoder_stage, "run_in_child", encode_here)
         try:
             assert script.main([str(word) for word in arguments]) == 0
         finally:
@@ -315,7 +316,7 @@ def loaded(monkeypatch):
 
     for module in (loading, controlnets):
         monkeypatch.setattr(module, "load_model", note)
-    monkeypatch.setattr(encoder_stage, "_in_child", encode)
+    monkeypatch.setattr(encoder_stage, "run_in_child", encode)
     return names
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
+import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from mindtune.files import make_readable
 from mindtune.models.weights import weight_files
@@ -19,6 +22,8 @@ from mindtune.models.weights import weight_files
 # protects from.
 SAMPLED_ABOVE = 1 << 30
 SAMPLE_BYTES, SAMPLES = 1 << 16, 64
+SUFFIX = ".safetensors"
+CHECKSUM = "xxh3_128"  # the name of the checksum in an entry's metadata
 
 
 def key_of(**parts: object) -> str:
@@ -52,50 +57,50 @@ def component_fingerprint(root: Path, name: str, variant: Optional[str]) -> str:
 
 
 class Cache:
-    """A folder of entries. A file that is absent, torn or not an entry reads as None, and the caller encodes again."""
+    """A folder of entries, each with a checksum. What is absent, torn or damaged reads as None: encode it again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
 
     def path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+        return self.folder / f"{key}{SUFFIX}"
+
+    def keys(self) -> set[str]:
+        """The keys of all entries, by their names: one listing instead of a look at every file."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as files:
+            return {file.name[: -len(SUFFIX)] for file in files if file.name.endswith(SUFFIX)}
+        return set()
 
     def put(self, key: str, tensors: dict[str, np.ndarray]) -> None:
         """Writes an entry under a temporary name and renames it, so that a kill never leaves a partial entry."""
         self.folder.mkdir(parents=True, exist_ok=True)
         # Not ascontiguousarray, which turns a scalar into an array of one element.
         tensors = {name: np.asarray(value, order="C") for name, value in tensors.items()}
-        partial = self.folder / f".{key}.{os.getpid()}.partial"
+        # The thread is part of the name: two may write the same entry.
+        partial = self.folder / f".{key}.{os.getpid()}.{threading.get_ident()}.partial"
         try:
-            save_file(tensors, partial, metadata={"key": key, "checksum": _checksum(tensors)})
+            save_file(tensors, partial, metadata={"key": key, CHECKSUM: _checksum(tensors, xxhash.xxh3_128())})
             make_readable(partial)
             os.replace(partial, self.path(key))
         finally:
             partial.unlink(missing_ok=True)
 
-    def valid(self, key: str) -> bool:
-        """True if the entry exists, belongs to this key, and has the bytes that were written."""
+    def get(self, key: str) -> Optional[dict[str, np.ndarray]]:
+        """The tensors of an entry; None unless it exists, belongs to this key, and has the bytes that were written."""
         try:
             with safe_open(self.path(key), framework="numpy") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError):
-            return False
-        return metadata.get("key") == key and metadata.get("checksum") == _checksum(tensors)
-
-    def get(self, key: str) -> Optional[dict[str, np.ndarray]]:
-        """The tensors of an entry, or None.
-
-        The checksum is not compared: `valid` does that once, at the start of a run.
-        """
-        try:
-            return load_file(self.path(key))
-        except (OSError, SafetensorError):
             return None
+        if CHECKSUM in metadata:
+            intact = metadata[CHECKSUM] == _checksum(tensors, xxhash.xxh3_128())
+        else:  # version 0.1.0
+            intact = metadata.get("checksum") == _checksum(tensors, hashlib.sha256())
+        return tensors if intact and metadata.get("key") == key else None
 
 
-def _checksum(tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: dict[str, np.ndarray], digest: Any) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"{name}/{value.dtype}/{value.shape}/".encode())

@@ -7,56 +7,36 @@ not free it. The results are on disk (`mindtune.encode.cache`), one entry per ca
 from __future__ import annotations
 
 import itertools
-import os
-import pickle
-import subprocess
-import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Optional
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn
+from tqdm import tqdm
 
 from mindtune.cli import UserError, print_lines
 from mindtune.data.crops import pixel_values
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
 from mindtune.encode.cache import Cache, encoder_fingerprint, key_of
+from mindtune.encode.jobs import ClassImageRequest, EncodeJob, Image, Size, run_in_child
 from mindtune.encode.text_encoders import ENCODERS, long_captions_message, t5_entry
 from mindtune.models.loading import load_model
-from mindtune.models.precision import resolve_precision
+from mindtune.models.precision import NUMPY_DTYPES, resolve_precision
 from mindtune.models.tokenization import CLIP_LENGTH, load_tokenizer
 from mindtune.models.weights import read_json, weight_files
 
-Size = Union[int, tuple[int, int]]  # side of a square, or (height, width), in pixels
 MINDONE = version("mindone")  # read once: a call takes 0.5 ms, and every cache key contains it
 CAPTIONS_TO_MEASURE = 20_000  # tokenizing all captions of a large data set would take minutes
 SHARED_FILES_SECONDS = 60  # how long to wait until a shared file system shows the files of another rank
-
-
-@dataclass
-class ClassImageRequest:
-    """Class images to generate from `prompt` into `folder`: those with index `start` up to, not including, `stop`.
-
-    An image's index determines its noise. `indices`, if given, are the ones to generate instead.
-    """
-
-    folder: Path
-    prompt: str
-    start: int
-    stop: int
-    batch_size: int
-    seed: int
-    size: tuple[int, int]  # height and width in pixels
-    steps: int = 28
-    guidance_scale: float = 3.5
-    indices: Optional[range] = None
+_encoding_again = threading.Lock()  # threads that prepare batches may find the same bad entry
 
 
 @dataclass
@@ -137,12 +117,37 @@ class EncoderStage:
             made_by=self._made_by(self.vae_precision),
         )
 
+    def stored(self, precision: str, entry: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """An encoder's output as the cache stores it: in the dtype of `precision`, so float32 only for "no"."""
+        return {name: value.astype(NUMPY_DTYPES[resolve_precision(precision).storage]) for name, value in entry.items()}
+
+    def _read(self, key: str, precision: str, job: EncodeJob) -> dict[str, np.ndarray]:
+        """The tensors of an entry, float32. If it is bad or was deleted, `job` encodes it again."""
+        dtype = resolve_precision(precision).storage
+        entry = _read_entry(self.cache, key, dtype)
+        if entry is None:
+            with _encoding_again:
+                _read_entry.cache_clear()
+                entry = _read_entry(self.cache, key, dtype)
+                if entry is None:
+                    tqdm.write(f"{self.cache.path(key)}: damaged or deleted, so it is encoded again")
+                    self.cache.path(key).unlink(missing_ok=True)  # the child encodes what is not there
+                    run_in_child(job)
+                    _read_entry.cache_clear()
+                    entry = _read_entry(self.cache, key, dtype)
+        if entry is None:
+            raise UserError(f"{self.cache.path(key)}: was encoded again and cannot be read. Check that disk.")
+        return entry
+
     def text(self, caption: str) -> dict[str, np.ndarray]:
         """The embeddings of a caption, float32: prompt_embeds [L, D], and for some systems pooled_prompt_embeds [P].
 
         The hidden states of several encoders are concatenated along D.
         """
-        entries = [_read_entry(self.cache, self.text_key(encoder, caption)) for encoder in ENCODERS[self.system]]
+        job = EncodeJob(self, [caption])
+        entries = [
+            self._read(self.text_key(encoder, caption), self.precision, job) for encoder in ENCODERS[self.system]
+        ]
         text = {name: value for entry in entries for name, value in entry.items()}
         states = [entry["prompt_embeds"] for entry in entries if "prompt_embeds" in entry]
         text["prompt_embeds"] = np.concatenate(states, axis=-1)
@@ -156,7 +161,8 @@ class EncoderStage:
 
     def moments(self, sample: Sample, size: Size, flip: bool) -> np.ndarray:
         """The VAE's mean and log-variance [2C, H, W] for an image's centre crop to `size`, float32."""
-        return _read_entry(self.cache, self.image_key(sample, size, flip))["moments"]
+        job = EncodeJob(self, images=[(sample, size, flip)])
+        return self._read(self.image_key(sample, size, flip), self.vae_precision, job)["moments"]
 
     def image(
         self, sample: Sample, size: Size, *, crop: Optional[tuple[float, float]], flip: bool, cached: bool
@@ -166,9 +172,7 @@ class EncoderStage:
             return self.moments(sample, size, flip)
         return pixel_values(sample.open(), size, self.interpolation, crop, flip)
 
-    def encode(
-        self, captions: Iterable[str], images: Iterable[tuple[Sample, Size, bool]], streaming: bool = False
-    ) -> None:
+    def encode(self, captions: Iterable[str], images: Iterable[Image], streaming: bool = False) -> None:
         """Calls `prepare` and prints messages. With `streaming`, does not read all captions to find long ones."""
         if images:
             print("--cache_latents: every image is center-cropped, and with --random_flip cached twice")
@@ -194,33 +198,41 @@ class EncoderStage:
 
     # ---- encoding --------------------------------------------------------------------------------
 
-    def prepare(self, captions: Iterable[str], images: Iterable[tuple[Sample, Size, bool]]) -> int:
+    def prepare(self, captions: Iterable[str], images: Iterable[Image], total: Optional[int] = None) -> int:
         """Encodes captions and images that are not in the cache, in a child process.
 
-        Returns how many captions and images that was, over all ranks. `captions` and `images` are iterated twice, here
-        and in the child, which receives them pickled. Pass lists, or objects that create their items in each iteration
-        and so keep memory constant for large data sets. Each rank encodes its shard and returns when all ranks are
-        done. Raises UserError if the child process fails.
+        Returns how many captions and images that was, over all ranks. An entry that is in the cache is not read here,
+        but checked when it is used. Each iterable is read once; images are sent to the child one after the other, so
+        an iterable that creates them keeps memory constant. `total` is the number of images for the progress bar. Each
+        rank encodes its shard and returns when all ranks are done. Raises UserError if the child process fails.
         """
-        encoders = ENCODERS[self.system]
-        missing_captions = {
+        known = self.cache.keys()
+        ranks.all_gather()  # nobody writes before all ranks have listed the cache: all shard the same list
+        missing_captions = [
             caption
-            for caption in captions
-            if not all(self.cache.valid(self.text_key(encoder, caption)) for encoder in encoders)
-        }
-        missing_keys = {key for image in images if not self.cache.valid(key := self.image_key(*image))}
-        ranks.all_gather()  # nobody writes before all ranks have checked the cache: all shard the same list
-        caption_shard = ranks.shard(sorted(missing_captions))
-        key_shard = ranks.shard(sorted(missing_keys))
-        if caption_shard or key_shard:
-            job = EncodeJob(self, caption_shard, images if key_shard else (), image_keys=set(key_shard))
-            if ranks.world_size() == 1:
-                job = job._replace(captions=captions if caption_shard else caption_shard, image_keys=None)
-            _in_child(job)
+            for caption in dict.fromkeys(captions)
+            if any(self.text_key(encoder, caption) not in known for encoder in ENCODERS[self.system])
+        ]
+        missing_keys: list[str] = []
+        shard = self._missing_images(images, known, missing_keys)
+        first = list(itertools.islice(shard, 1))
+        caption_shard = ranks.shard(missing_captions)
+        if caption_shard or first:
+            run_in_child(EncodeJob(self, caption_shard, itertools.chain(first, shard), total=total))
         ranks.all_gather()
         self._wait_for_entries(missing_captions, missing_keys)
         _read_entry.cache_clear()
         return len(missing_captions) + len(missing_keys)
+
+    def _missing_images(self, images: Iterable[Image], known: set[str], missing: list[str]) -> Iterator[Image]:
+        """This rank's shard of the images whose keys are not `known`. Appends the keys of all ranks to `missing`."""
+        for image in images:
+            key = self.image_key(*image)
+            if key not in known:
+                known.add(key)
+                missing.append(key)
+                if (len(missing) - 1) % ranks.world_size() == ranks.rank():
+                    yield image
 
     def _wait_for_entries(self, captions: Iterable[str], image_keys: Iterable[str]) -> None:
         """Waits until this rank sees the entries that other ranks wrote: a shared file system may show them late."""
@@ -244,40 +256,12 @@ class EncoderStage:
             self.prepare([request.prompt], [])  # encoded once for all ranks; a single rank's child does it itself
         indices = ranks.shard(range(request.start, request.stop))
         if indices:
-            _in_child(EncodeJob(self, [], [], class_images=replace(request, indices=indices)))
+            run_in_child(EncodeJob(self, class_images=replace(request, indices=indices)))
         ranks.all_gather()
 
 
-class EncodeJob(NamedTuple):
-    """The work of the child process. `image_keys` are the cache keys of the images to encode; None: all images."""
-
-    stage: EncoderStage
-    captions: Iterable[str]
-    images: Iterable[tuple[Sample, Size, bool]]
-    class_images: Optional[ClassImageRequest] = None
-    image_keys: Optional[set[str]] = None
-
-
 @lru_cache(maxsize=64)  # a caption takes 8 MB with FLUX.1-dev
-def _read_entry(cache: Cache, key: str) -> dict[str, np.ndarray]:
+def _read_entry(cache: Cache, key: str, dtype: ms.Type) -> Optional[dict[str, np.ndarray]]:
+    """The tensors of an entry as float32, rounded to `dtype`: those of older versions are float32. None if bad."""
     entry = cache.get(key)
-    if entry is None:
-        raise UserError(
-            f"{cache.path(key)}: this cache entry was deleted during training. Start again; it will be encoded again."
-        )
-    return entry
-
-
-def _in_child(job: EncodeJob) -> None:
-    # Without MS_ROLE, because MindSpore would make the child a rank of the job. DEVICE_ID, its device, is inherited.
-    environment = {name: value for name, value in os.environ.items() if name != "MS_ROLE"}
-    command = [sys.executable, "-m", "mindtune.encode.child"]
-    code = subprocess.run(command, input=pickle.dumps((os.getpid(), *job)), env=environment).returncode
-    if code == 2:
-        raise UserError("the encoder stage stopped (its message is above)")
-    if code != 0:
-        reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-        raise UserError(
-            f"the encoder stage {reason}. Its message is above; if there is none, it probably ran out of memory: T5 "
-            "alone needs 10 GB in half precision."
-        )
+    return entry and {name: value.astype(NUMPY_DTYPES[dtype]).astype(np.float32) for name, value in entry.items()}

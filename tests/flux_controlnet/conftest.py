@@ -75,7 +75,7 @@ def warm_cache(encoder_cache, control_script, tiny_flux, shapes, oblong):
         captions += [pair.caption for pair in found]
         images += data.images(random_flip=True, conditions=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder_stage, "_in_child", encode_here)
+        patch.setattr(encoder_stage, "run_in_child", encode_here)
         stage.prepare(captions, images)
     return encoder_cache
 

@@ -41,7 +41,7 @@ def refused(control_script, control_flags, tmp_path, small_flux, shapes, monkeyp
 
     def run(*more, drop=None):
         monkeypatch.setattr("mindtune.models.loading.load_model", never)
-        monkeypatch.setattr("mindtune.encode.encoder_stage._in_child", never)
+        monkeypatch.setattr("mindtune.encode.encoder_stage.run_in_child", never)
         arguments = control_flags(tmp_path / "out", *more)
         before, mode = tree(tmp_path, small_flux, shapes), ms.get_context("mode")
         with pytest.raises(UserError) as caught:

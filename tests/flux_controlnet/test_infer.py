@@ -150,7 +150,7 @@ def test_bad_flags_are_refused(infer, more, message, monkeypatch):
         pytest.fail("a model was loaded before the flags were checked")
 
     monkeypatch.setattr(loading, "load_model", too_early)
-    monkeypatch.setattr(encoder_stage, "_in_child", too_early)
+    monkeypatch.setattr(encoder_stage, "run_in_child", too_early)
     with pytest.raises(UserError, match=message):
         infer(*more)
 

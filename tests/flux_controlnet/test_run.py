@@ -293,9 +293,9 @@ def test_the_empty_caption_is_encoded_once_and_only_if_used(control, tmp_path, m
 
     def note(job):
         jobs.append((list(job.captions), list(job.images)))
-        encode_here(job)
+        encode_here(job._replace(images=jobs[-1][1]))
 
-    monkeypatch.setattr(encoder_stage, "_in_child", note)
+    monkeypatch.setattr(encoder_stage, "run_in_child", note)
     more = ["--cache_dir", tmp_path / "cache", "--cache_latents", "--max_train_steps", 1]
     control(tmp_path / "never", *more)
     assert "" not in jobs[0][0] and len(jobs[0][1]) == 12

@@ -56,7 +56,7 @@ def refused(lora_script, flags, tmp_path, tiny_flux, photos, encoder_cache, monk
 
     def run(*more, drop=None):
         monkeypatch.setattr("mindtune.models.loading.load_model", never)
-        monkeypatch.setattr("mindtune.encode.encoder_stage._in_child", never)
+        monkeypatch.setattr("mindtune.encode.encoder_stage.run_in_child", never)
         arguments = flags(tmp_path / "out", *more)
         before, mode = tree(tmp_path, tiny_flux, photos, encoder_cache), ms.get_context("mode")
         with pytest.raises(UserError) as caught:

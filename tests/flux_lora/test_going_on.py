@@ -208,7 +208,7 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_loads(lora_script, 
     make, parts = REFUSED[case]
     make(tmp_path / "in.safetensors")
     monkeypatch.setattr("mindtune.models.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("mindtune.encode.encoder_stage._in_child", lambda *_: pytest.fail("something was encoded"))
+    monkeypatch.setattr("mindtune.encode.encoder_stage.run_in_child", lambda *_: pytest.fail("something was encoded"))
     with pytest.raises(UserError) as caught:
         lora_script.main(flags(tmp_path / "out", "--lora_model_name_or_path", tmp_path / "in.safetensors"))
     message = str(caught.value)

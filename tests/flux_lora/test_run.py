@@ -162,7 +162,7 @@ def test_text_and_latents_are_encoded_once_and_again_if_damaged(lora, monkeypatc
     entries = list((cache / "mindtune").iterdir())
     assert len(entries) == 12  # five images, two flips each, and a caption for each of two encoders
     with monkeypatch.context() as patch:
-        patch.setattr(encoder_stage, "_in_child", lambda job: pytest.fail("encoded again"))
+        patch.setattr(encoder_stage, "run_in_child", lambda job: pytest.fail("encoded again"))
         lora(tmp_path / "second", *more)
     for path in entries:
         content = bytearray(path.read_bytes())

@@ -22,7 +22,7 @@ def pipelines(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=[case.label for case in CASES])
 def test_losses_prediction_and_gradients_are_pytorchs(case, pipelines, monkeypatch):
-    monkeypatch.setattr(encoder_stage, "_in_child", encode_here)
+    monkeypatch.setattr(encoder_stage, "run_in_child", encode_here)
     ms.set_context(mode=ms.PYNATIVE_MODE)
     root = make_pipeline(case, pipelines)
     kept = GOLDEN[case.label]

@@ -53,7 +53,7 @@ def pairs(tmp_path_factory):
 @pytest.fixture
 def encode_here(monkeypatch):
     """The encoder stage in this process, which has imported everything."""
-    monkeypatch.setattr(encoder_stage, "_in_child", conftest.encode_here)
+    monkeypatch.setattr(encoder_stage, "run_in_child", conftest.encode_here)
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +141,7 @@ def refused(line, tmp_path, monkeypatch):
 
     def go(script, root, words, *more, dry=True):
         out = tmp_path / "out"
-        for owner, name in ((loading, "load_model"), (encoder_stage, "_in_child")):
+        for owner, name in ((loading, "load_model"), (encoder_stage, "run_in_child")):
             monkeypatch.setattr(
                 owner, name, lambda *a, **k: pytest.fail("something was loaded before the input was checked")
             )

@@ -17,7 +17,7 @@ def refused(sd, sd_flags, tmp_path, monkeypatch):
         pytest.fail("a model was loaded before the input was checked")
 
     monkeypatch.setattr("mindtune.models.loading.load_model", never)
-    monkeypatch.setattr("mindtune.encode.encoder_stage._in_child", never)
+    monkeypatch.setattr("mindtune.encode.encoder_stage.run_in_child", never)
 
     def run(*more):
         with pytest.raises(UserError) as error:

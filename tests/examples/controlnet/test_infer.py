@@ -73,7 +73,7 @@ def test_the_latents_are_those_of_mindones_pipeline(sd, perturbed, shapes, encod
     full = precision.resolve_precision("no")
     kind = "sd" if sd.kind == "sd15" else "sdxl"
     stage = encoder_stage.EncoderStage(sd.root, None, "no", encoder_cache / "mindtune", 77, system=kind)
-    monkeypatch.setattr(encoder_stage, "_in_child", encode_here)
+    monkeypatch.setattr(encoder_stage, "run_in_child", encode_here)
     stage.prepare(["a red circle", ""], [])
     unet = loading.load_model(sd.root, "unet", full)
     controlnet = loading.load_model(perturbed[sd.kind].parent, sd.kind, full)

@@ -24,9 +24,13 @@ def test_the_childs_embeddings_are_the_encoders_outputs(tiny_flux, tmp_path):
     assert stage.prepare(["a cat", "a dog"], []) == 0
 
 
-def test_an_encoder_that_overflows_is_not_cached():
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e5])
+def test_an_encoder_that_overflows_is_not_cached(tiny_flux, tmp_path, value):
+    """Nor a value that fits float32 alone."""
+    stage = EncoderStage(tiny_flux, None, "no", tmp_path / "cache", 16)
     with pytest.raises(UserError, match=r"fp16: an encoder overflows on cat\.png"):
-        child._check_finite({"moments": np.array([1.0, np.inf])}, "cat.png", "fp16")
+        child._put(stage, "key", {"moments": np.array([1.0, value])}, "fp16", "cat.png")
+    assert not stage.cache.keys()
 
 
 def test_a_weight_file_without_a_tensor_is_refused(pipeline):

@@ -1,11 +1,17 @@
 """The encoder stage: cache keys, what is encoded by which rank, and how failures of the child process are reported."""
 
+import hashlib
+import io
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+from conftest import encode_here
+from safetensors.numpy import save_file
 
 from mindtune.cli import UserError
 from mindtune.data.image_sample import Sample
@@ -132,13 +138,17 @@ def test_ranks_encode_disjoint_shards_of_what_the_cache_lacks(as_rank, monkeypat
     cached = sorted(keys)[3]
     encoder.cache.put(cached, {"moments": np.zeros(3, np.float32)})
     captions = ["a", "b", "c", "a", "d", "e"]
-    jobs = []
-    monkeypatch.setattr(encoder_stage, "_in_child", jobs.append)
+    shards = [[], []]
+
+    def note(job):
+        shards[0].append(set(job.captions))
+        shards[1].append({encoder.image_key(*image) for image in job.images})
+
+    monkeypatch.setattr(encoder_stage, "run_in_child", note)
     monkeypatch.setattr(encoder, "_wait_for_entries", lambda *missing: None)
     for rank in range(3):
         as_rank(rank, 3)
         assert encoder.prepare(captions, images) == 5 + 9
-    shards = [[set(job.captions) for job in jobs], [job.image_keys for job in jobs]]
     for parts, everything in zip(shards, (set(captions), keys - {cached})):
         assert set.union(*parts) == everything and sum(map(len, parts)) == len(everything)
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -164,12 +174,98 @@ def test_a_cache_that_other_machines_do_not_share_is_reported(as_rank, monkeypat
     "code, message", [(-9, "killed by signal 9"), (1, "failed with exit code 1"), (2, "its message is above")]
 )
 def test_a_failed_child_process_raises_an_error(stage, monkeypatch, code, message):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code))
+    class Failed:
+        stdin = io.BytesIO()
+
+        def __init__(self, *_, **__):
+            pass
+
+        def wait(self):
+            return code
+
+    monkeypatch.setattr(subprocess, "Popen", Failed)
     with pytest.raises(UserError, match=f"the encoder stage .*{message}"):
         stage().prepare(["a cat"], [])
 
 
-def test_an_entry_deleted_during_training_is_named(stage):
+@pytest.fixture
+def encoded(stage, photos, monkeypatch):
+    """A stage with a caption and an image in its cache, and the image. The encoders run in this process."""
+    monkeypatch.setattr(encoder_stage, "run_in_child", encode_here)
     encoder = stage()
-    with pytest.raises(UserError, match=r"\.safetensors: this cache entry was deleted during training"):
-        encoder.text("never encoded")
+    path = sorted(photos.glob("*.png"))[0]
+    image = (Sample(path.name, path), 32, False)
+    assert encoder.prepare(["a cat"], [image]) == 2
+    return encoder, image
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "one bit"])
+def test_a_bad_entry_is_encoded_again_when_it_is_used(encoded, damage, capfd):
+    encoder, image = encoded
+    text, moments = encoder.text("a cat"), encoder.moments(*image)
+    encoder_stage._read_entry.cache_clear()
+    for key in (encoder.text_key("text_encoder_2", "a cat"), encoder.image_key(*image)):
+        path = encoder.cache.path(key)
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.unlink()
+        if damage != "deleted":
+            path.write_bytes(content[:-7] if damage == "truncated" else content)
+    again = encoder.text("a cat")
+    for name, value in text.items():
+        np.testing.assert_array_equal(again[name], value)
+    np.testing.assert_array_equal(encoder.moments(*image), moments)
+    assert capfd.readouterr().out.count("damaged or deleted, so it is encoded again") == 2
+
+
+def test_threads_that_need_the_same_bad_entry_encode_it_once(encoded, monkeypatch):
+    encoder, _ = encoded
+    encoder.cache.path(encoder.text_key("text_encoder_2", "a cat")).unlink()
+    jobs = []
+
+    def note(job):
+        jobs.append(job)
+        encode_here(job)
+
+    monkeypatch.setattr(encoder_stage, "run_in_child", note)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(encoder.text, ["a cat"] * 4))
+    assert len(jobs) == 1 and len(found) == 4
+
+
+def test_an_entry_that_cannot_be_written_is_named(stage, monkeypatch):
+    monkeypatch.setattr(encoder_stage, "run_in_child", lambda job: None)
+    with pytest.raises(UserError, match=r"\.safetensors: was encoded again and cannot be read"):
+        stage().text("never encoded")
+
+
+# ---- dtypes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision, stored", [("no", np.float32), ("bf16", ml_dtypes.bfloat16), ("fp16", np.float16)])
+def test_entries_have_the_dtype_of_use(stage, photos, monkeypatch, precision, stored):
+    """And are read as float32 of the same values."""
+    monkeypatch.setattr(encoder_stage, "run_in_child", encode_here)
+    encoder = stage(precision=precision)
+    path = sorted(photos.glob("*.png"))[0]
+    image = (Sample(path.name, path), 32, False)
+    encoder.prepare(["a cat"], [image])
+    keys = [encoder.text_key(name, "a cat") for name in ("text_encoder", "text_encoder_2")]
+    values = [*encoder.text("a cat").values(), encoder.moments(*image)]
+    for key, value in zip([*keys, encoder.image_key(*image)], values):
+        (entry,) = encoder.cache.get(key).values()
+        assert entry.dtype == stored and value.dtype == np.float32 and value.any()
+        np.testing.assert_array_equal(entry.astype(np.float32), value)
+
+
+def test_a_float32_entry_of_an_older_version_is_used_as_if_it_were_new(stage, monkeypatch):
+    """Of version 0.1.0: with a SHA-256 checksum. Its values are rounded as those of a new entry."""
+    monkeypatch.setattr(encoder_stage, "run_in_child", lambda job: pytest.fail("encoded again"))
+    encoder = stage(precision="bf16", system="sd")
+    old = {"prompt_embeds": np.random.default_rng(0).standard_normal((77, 32), dtype=np.float32)}
+    digest = hashlib.sha256(f"prompt_embeds/float32/{(77, 32)}/".encode() + old["prompt_embeds"].tobytes())
+    key = encoder.text_key("text_encoder", "a cat")
+    encoder.cache.folder.mkdir(parents=True)
+    save_file(old, encoder.cache.path(key), metadata={"key": key, "checksum": digest.hexdigest()})
+    rounded = old["prompt_embeds"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(encoder.text("a cat")["prompt_embeds"], rounded)

@@ -1,0 +1,104 @@
+"""The work of the encoder stage's child process, and how it is sent there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Optional, Union
+
+from mindtune.cli import UserError
+from mindtune.data.image_sample import Sample
+from mindtune.distributed import ranks
+
+if TYPE_CHECKING:
+    from mindtune.encode.encoder_stage import EncoderStage
+
+Size = Union[int, tuple[int, int]]  # side of a square, or (height, width), in pixels
+Image = tuple[Sample, Size, bool]  # and whether it is flipped
+# Images are sent in groups: what they share, such as the data set that they are in, is sent once per group.
+GROUP = 64
+
+
+@dataclass
+class ClassImageRequest:
+    """Class images to generate from `prompt` into `folder`: those with index `start` up to, not including, `stop`.
+
+    An image's index determines its noise. `indices`, if given, are the ones to generate instead.
+    """
+
+    folder: Path
+    prompt: str
+    start: int
+    stop: int
+    batch_size: int
+    seed: int
+    size: tuple[int, int]  # height and width in pixels
+    steps: int = 28
+    guidance_scale: float = 3.5
+    indices: Optional[range] = None
+
+
+class EncodeJob(NamedTuple):
+    """The work of the child process.
+
+    `images` is read once, while the child encodes what it was sent before. `total` is the number of images for the
+    progress bar, if it is known.
+    """
+
+    stage: EncoderStage
+    captions: Sequence[str] = ()
+    images: Iterable[Image] = ()
+    class_images: Optional[ClassImageRequest] = None
+    total: Optional[int] = None
+
+
+def send(job: EncodeJob, stream: BinaryIO) -> None:
+    """Writes a job to a stream, for `receive`."""
+    pickle.dump((os.getpid(), ranks.is_main_process(), job._replace(images=())), stream)
+    images = iter(job.images)
+    while group := list(islice(images, GROUP)):
+        pickle.dump(group, stream)
+
+
+def receive(stream: BinaryIO) -> tuple[int, bool, EncodeJob]:
+    """(process id of the sender, whether it is the main process, its job). The images are read as they arrive."""
+    parent, is_main_process, job = pickle.load(stream)
+    return parent, is_main_process, job._replace(images=_receive_images(stream))
+
+
+def _receive_images(stream: BinaryIO) -> Iterator[Image]:
+    with contextlib.suppress(EOFError):
+        while True:
+            yield from pickle.load(stream)
+
+
+def run_in_child(job: EncodeJob) -> None:
+    """Runs a job in the child process of the encoder stage. Raises UserError if the process fails."""
+    # Without MS_ROLE, because MindSpore would make the child a rank of the job. DEVICE_ID, its device, is inherited.
+    environment = {name: value for name, value in os.environ.items() if name != "MS_ROLE"}
+    process: Any = subprocess.Popen(
+        [sys.executable, "-m", "mindtune.encode.child"], stdin=subprocess.PIPE, env=environment
+    )
+    try:
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # broken: the child has ended, its code says why
+            send(job, process.stdin)
+        code = process.wait()
+    except BaseException:  # an image that cannot be read, Ctrl-C
+        process.kill()
+        process.wait()
+        raise
+    if code == 2:
+        raise UserError("the encoder stage stopped (its message is above)")
+    if code != 0:
+        reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        raise UserError(
+            f"the encoder stage {reason}. Its message is above; if there is none, it probably ran out of memory: T5 "
+            "alone needs 10 GB in half precision."
+        )
