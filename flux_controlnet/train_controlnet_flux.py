@@ -10,8 +10,6 @@ samples/*.png, loss curves for TensorBoard, metrics.jsonl, run.json and report.h
 command with --resume_from_checkpoint latest continues the run, bit for bit on the CPU.
 """
 
-from pathlib import Path
-
 import mindspore as ms
 import numpy as np
 from mindspore import ops
@@ -19,6 +17,7 @@ from mindspore import ops
 from mindtune import files, flow, rng
 from mindtune.cli import UserError, print_lines, run_script
 from mindtune.data import columns, order, pair_data
+from mindtune.data.image_facts import ImageFacts
 from mindtune.distributed import ranks
 from mindtune.encode.cache import component_fingerprint
 from mindtune.encode.encoder_stage import EncoderStage
@@ -282,7 +281,9 @@ def main(argv=None):
     settings = args.select(memory.Settings, system="flux_controlnet", root=root, controlnet=existing)
     plan.check_fit(settings)
     pairs = validation.match_conditions(args.validation_prompt, args.validation_image)
-    data = pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), run.seed)
+    cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
+    facts = ImageFacts(cache_dir, args.verify_data)
+    data = pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), run.seed, facts)
     run.set_data(data)
     prompts = validation.load_conditions(pairs, args.resolution, 16, data.background)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
@@ -293,7 +294,8 @@ def main(argv=None):
         root=root,
         variant=args.variant,
         precision=args.mixed_precision,
-        cache_dir=Path(args.cache_dir, "mindtune") if args.cache_dir else run.output_dir / "cache",
+        cache_dir=cache_dir,
+        verify=args.verify_data,
         max_sequence_length=args.max_sequence_length,
         interpolation=args.image_interpolation_mode,
         int8=args.base_precision == "int8",

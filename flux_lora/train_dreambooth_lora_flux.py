@@ -19,6 +19,7 @@ from mindtune import files, flow, rng
 from mindtune.cli import UserError, print_lines, printable, run_script
 from mindtune.data import buckets, checks, columns, folders, order, tables
 from mindtune.data.image_data import ClassImages, ImageData
+from mindtune.data.image_facts import ImageFacts
 from mindtune.distributed import ranks
 from mindtune.encode import class_images
 from mindtune.encode.cache import component_fingerprint
@@ -83,14 +84,7 @@ def parse_args(argv=None):
     output_flags.output(parser, output_dir="flux-dreambooth-lora")
     add("upcast_before_saving", default=False, may_change=True, help="Save the final LoRA in fp32.")
     output_flags.validation(parser, num_inference_steps=28)
-    add(
-        "validation_epochs",
-        type=int,
-        default=50,
-        minimum=1,
-        may_change=True,
-        help="Number of epochs between validations.",
-    )
+    add("validation_epochs", type=int, default=50, minimum=1, may_change=True, help="Epochs between validations.")
     output_flags.no_effect(
         parser, "allow_tf32", "enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"
     )
@@ -151,8 +145,8 @@ def find_initial_lora(args, root):
 # ---- data (yours to change) ----------------------------------------------------------------------
 
 
-def load_samples(args, sizes):
-    """Returns the usable instance images with their captions, after decoding all of them. Raises UserError."""
+def load_samples(args, sizes, facts):
+    """Returns the usable instance images with their captions, after decoding those not in `facts`. Raises UserError."""
     if args.dataset_name:
         flag = f"--dataset_name {printable(args.dataset_name)}"
         samples = tables.samples_in_dataset(args.select(columns.Source))
@@ -161,7 +155,7 @@ def load_samples(args, sizes):
         samples = folders.samples_in_folder(args.instance_data_dir, "--instance_data_dir", args.caption_column)
     samples = samples[: args.max_train_samples]
     threads = args.dataloader_num_workers
-    samples = checks.preflight(samples, buckets.min_size(sizes), flag, args.skip_bad_images, threads)
+    samples = checks.preflight(samples, buckets.min_size(sizes), flag, args.skip_bad_images, threads, facts)
     uncaptioned = [sample.name for sample in samples if sample.caption is None]
     if uncaptioned and args.instance_prompt is None:
         raise UserError(
@@ -371,7 +365,9 @@ def main(argv=None):
     initial_lora, lora_digest = find_initial_lora(args, root)
     targets = find_targets(args, root, initial_lora)
     sizes = buckets.crop_sizes(args.aspect_ratio_buckets, args.resolution)
-    samples = load_samples(args, sizes)
+    cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
+    facts = ImageFacts(cache_dir, args.verify_data)
+    samples = load_samples(args, sizes, facts)
     bucket_ids = buckets.bucket_ids(samples, sizes)
     order.split(len(samples), args.validation_split, run.seed)  # checks the flag before class images are generated
 
@@ -380,15 +376,16 @@ def main(argv=None):
         root=root,
         variant=args.variant,
         precision=args.mixed_precision,
-        cache_dir=Path(args.cache_dir, "mindtune") if args.cache_dir else run.output_dir / "cache",
+        cache_dir=cache_dir,
         max_sequence_length=args.max_sequence_length,
         interpolation=args.image_interpolation_mode,
         int8=args.base_precision == "int8",
+        verify=args.verify_data,
     )
     prior_images = ClassImages([], np.array([], int))  # none without prior preservation
     if args.with_prior_preservation:
         class_settings = args.select(class_images.Settings)
-        prior_images = class_images.load_or_generate(class_settings, stage, run.seed, sizes, bucket_ids)
+        prior_images = class_images.load_or_generate(class_settings, stage, run.seed, sizes, bucket_ids, facts)
     data = ImageData(
         samples,
         bucket_ids,

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Callable, Union
+from typing import Any, Callable, Optional, Union
 
 from mindtune.cli import UserError
 
@@ -83,6 +83,11 @@ def require_writable(flag: str, folder: Union[str, Path, None]) -> None:
         raise UserError(
             f"{flag} {folder}: {existing} {reason}. Name another directory, or change its permissions."
         ) from None
+
+
+def encoder_cache(cache_dir: Optional[str], output_dir: Path) -> Path:
+    """The folder of encoder outputs: below --cache_dir, which runs share, or else in the output directory."""
+    return Path(cache_dir, "mindtune") if cache_dir else output_dir / "cache"
 
 
 def make_readable(path: Path) -> None:

@@ -11,14 +11,13 @@ samples/*.png, loss curves for TensorBoard, metrics.jsonl, run.json and report.h
 command with --resume_from_checkpoint latest continues the run, bit for bit on the CPU.
 """
 
-from pathlib import Path
-
 import mindspore as ms
 import numpy as np
 
 from mindtune import diffusion, files, flow, rng
 from mindtune.cli import print_lines, run_script
 from mindtune.data import columns, conditions, order, pair_data
+from mindtune.data.image_facts import ImageFacts
 from mindtune.distributed import ranks
 from mindtune.encode.cache import component_fingerprint
 from mindtune.encode.encoder_stage import EncoderStage
@@ -236,7 +235,9 @@ def main(argv=None):
     plan.check_fit(settings)
     scheduler_config = configs.read_config(root, "scheduler")
     num_train_timesteps = len(diffusion.alphas_cumprod(scheduler_config))
-    data = pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), run.seed)
+    cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
+    facts = ImageFacts(cache_dir, args.verify_data)
+    data = pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), run.seed, facts)
     run.set_data(data)
     prompts = validation.load_conditions(pairs, args.resolution, 8, data.background)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
@@ -248,7 +249,8 @@ def main(argv=None):
         root=root,
         variant=args.variant,
         precision=args.mixed_precision,
-        cache_dir=Path(args.cache_dir, "mindtune") if args.cache_dir else run.output_dir / "cache",
+        cache_dir=cache_dir,
+        verify=args.verify_data,
         max_sequence_length=77,
         interpolation=args.image_interpolation_mode,
         tokenizer=tokenizer,

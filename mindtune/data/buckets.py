@@ -64,10 +64,10 @@ def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int
 
 
 def bucket_ids(samples: Iterable, buckets: list[tuple[int, int]]) -> np.ndarray:
-    """The index of the nearest bucket of every `Sample`, int [N]. With a single bucket no image is opened."""
+    """The index of the nearest bucket of every `Sample`, int [N]. Opens the images whose size is not known."""
     if len(buckets) == 1:
         return np.array([0 for _ in samples], dtype=np.int64)
-    return np.array([nearest_bucket(sample.open().size, buckets) for sample in samples], dtype=np.int64)
+    return np.array([nearest_bucket(sample.size or sample.open().size, buckets) for sample in samples], dtype=np.int64)
 
 
 class BucketOrder:

@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Optional, Union
+from typing import Optional, Union
 
-from mindtune.cli import UserError, indented_list, short_list
+from mindtune.cli import UserError, indented_list, progress_bar, short_list
 from mindtune.data.buckets import nearest_bucket
 from mindtune.data.crops import height_width
-from mindtune.data.image_problems import describe_problem
+from mindtune.data.image_facts import ImageFacts
 from mindtune.data.image_sample import Sample
-from mindtune.data.images import Visibility, decode, flatten, has_single_colour, measure_visibility
+from mindtune.data.inspection import Inspection
+from mindtune.data.order import prefetch
+from mindtune.distributed import ranks
 
 # The crop that images must cover: a square of this side, or the nearest of these buckets (height, width), in pixels.
 MinSize = Union[int, list[tuple[int, int]]]
 
 
-def preflight(samples: list[Sample], min_size: MinSize, flag: str, skip_bad: bool, threads: int = 2) -> list[Sample]:
-    """The samples whose images can be used. Decodes all of them and changes no file.
+def preflight(
+    samples: list[Sample],
+    min_size: MinSize,
+    flag: str,
+    skip_bad: bool,
+    threads: int = 2,
+    facts: Optional[ImageFacts] = None,
+) -> list[Sample]:
+    """The samples whose images can be used, with their sizes and digests. Changes no file.
 
-    Raises UserError that lists every image that is missing, unreadable, or smaller than `min_size`; with `skip_bad`
-    the list is printed instead. Raises UserError too if no image is left.
+    Decodes the images that `facts` does not know. Raises UserError that lists every image that is missing, unreadable,
+    or smaller than `min_size`; with `skip_bad` the list is printed instead. Raises UserError too if no image is left.
     """
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        inspections = list(pool.map(lambda sample: inspect_for_training(sample, min_size), samples))
-    inspected = list(zip(samples, inspections))
+    inspected = []
+    facts = facts or ImageFacts()
+    with facts.opened(), progress_bar("checking", "image", len(samples), ranks.is_main_process()) as bar:
+        for sample, inspection in zip(samples, prefetch(facts.inspect, samples, max(1, threads))):
+            problem = inspection.problem or size_problem(inspection.size, min_size)
+            inspected.append((sample, inspection._replace(problem=problem)))
+            bar.update()
     problems = [f"{sample.name}: {inspection.problem}" for sample, inspection in inspected if inspection.problem]
     report_bad(problems, f"{len(samples)} files", flag, skip_bad)
     for note in image_notes([(sample.name, inspection) for sample, inspection in inspected], flag):
         print(note)
-    usable = [sample for sample, inspection in inspected if not inspection.problem]
+    usable = []
+    for sample, inspection in inspected:
+        if not inspection.problem:
+            sample.size, sample.known_digest = inspection.size, inspection.digests[sample.background]
+            usable.append(sample)
     if not usable:
         raise UserError(f"{flag}: no usable image is left. Give other images.")
     return usable
@@ -47,56 +63,6 @@ def report_bad(problems: list[str], total: str, flag: str, skip_bad: bool) -> No
         f"{flag}: {len(problems)} of {total} cannot be used:\n{indented_list(problems)}\n"
         "Replace or move them, or add --skip_bad_images to continue without them."
     )
-
-
-class Inspection(NamedTuple):
-    """What decoding an image shows.
-
-    size: upright (width, height) in pixels; None if the image cannot be decoded.
-    problem: why the image cannot be used; None if it can.
-    animated: the image has more than one frame.
-    is_dark: 16-bit gray without a value above 255, which is nearly black.
-    single_colour_on: of a condition image, the backgrounds on which it has a single colour.
-    visibility: of a transparent condition image.
-    """
-
-    size: Optional[tuple[int, int]] = None
-    problem: Optional[str] = None
-    animated: bool = False
-    is_dark: bool = False
-    single_colour_on: tuple[str, ...] = ()
-    visibility: Optional[Visibility] = None
-
-
-def inspect(sample: Sample, condition: bool = False) -> Inspection:
-    """Decodes the whole image of a sample. `condition`: it is a condition image."""
-    content = None
-    try:
-        content = sample.read()
-        image = decode(content)
-        visibility = measure_visibility(image) if condition else None
-        backgrounds = ("white", "black") if visibility else (sample.background,)
-        flattened = {background: flatten(image, background) for background in backgrounds}
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        return Inspection(problem=describe_problem(error, content))
-    single_colour_on = [name for name, found in flattened.items() if condition and has_single_colour(found)]
-    if single_colour_on and not visibility:  # an opaque image looks the same on every background
-        single_colour_on = ["white", "black"]
-    return Inspection(
-        size=image.size,
-        animated=image.info["animated"],
-        is_dark=image.mode.startswith("I") and 0 < image.getextrema()[1] < 256,
-        single_colour_on=tuple(single_colour_on),
-        visibility=visibility,
-    )
-
-
-def inspect_for_training(sample: Sample, min_size: MinSize) -> Inspection:
-    """`inspect`, with an image smaller than `min_size` as a problem too."""
-    inspection = inspect(sample)
-    if inspection.problem:
-        return inspection
-    return inspection._replace(problem=size_problem(inspection.size, min_size))
 
 
 def size_problem(size: tuple[int, int], min_size: MinSize) -> Optional[str]:

@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,7 +27,8 @@ class Sample:
     """One image with its caption. A caption of None stands for the prompt of the whole run.
 
     `source` is a Path, the encoded bytes, or (dataset, index, column) of a cell that `read_cell` reads with `root`.
-    Transparent pixels are put on the colour `background`.
+    Transparent pixels are put on the colour `background`. `size` (upright width and height, in pixels) and
+    `known_digest` are set when the image has been inspected.
     """
 
     name: str
@@ -36,6 +36,8 @@ class Sample:
     caption: Optional[str] = None
     background: str = "white"
     root: Optional[str] = field(default=None, repr=False)
+    size: Optional[tuple[int, int]] = field(default=None, repr=False)
+    known_digest: Optional[str] = field(default=None, repr=False)
 
     def read(self) -> bytes:
         """The encoded image, unchanged. Raises FileNotFoundError if there is none."""
@@ -48,13 +50,17 @@ class Sample:
         """The decoded image, upright, in 8-bit RGB."""
         return flatten(decode(self.read()), self.background)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """The SHA-256 hash of the encoded image, and of the background if it is not white."""
-        digest = hashlib.sha256(self.read())
-        if self.background != "white":
-            digest.update(self.background.encode())
-        return digest.hexdigest()
+        if self.known_digest is None:
+            self.known_digest = content_digest(self.read(), self.background)
+        return self.known_digest
+
+
+def content_digest(content: bytes, background: str) -> str:
+    """The SHA-256 hash of an encoded image, and of the background if it is not white."""
+    return hashlib.sha256(content if background == "white" else content + background.encode()).hexdigest()
 
 
 def read_cell(cell: Any, root: Optional[str] = None) -> bytes:
@@ -72,11 +78,9 @@ def read_cell(cell: Any, root: Optional[str] = None) -> bytes:
     if not cell:
         raise FileNotFoundError("the cell of the data set is empty")
     text = str(cell)
-    if root and len(text) <= LONGEST_PATH:
-        for path in (text, text.replace("\\", "/")):
-            if os.path.isfile(os.path.join(root, path)):
-                return Path(root, path).read_bytes()
-    if not os.path.isfile(text) and (content := decode_base64(text)) is not None:
+    if path := find_file(text, root):
+        return Path(path).read_bytes()
+    if (content := decode_base64(text)) is not None:
         return content
     is_url = "://" in text
     if len(text) > LONGEST_PATH or (not is_url and max(map(len, text.split("/"))) > LONGEST_FILE_NAME):
@@ -87,6 +91,14 @@ def read_cell(cell: Any, root: Optional[str] = None) -> bytes:
         with fsspec.open(text, "rb") as file:
             return file.read()
     return Path(text).read_bytes()
+
+
+def find_file(text: str, root: Optional[str]) -> Optional[str]:
+    """The file that the text of a cell names, tried relative to `root` first; None if there is none."""
+    if len(text) > LONGEST_PATH:
+        return None
+    in_root = [os.path.join(root, path) for path in (text, text.replace("\\", "/"))] if root else []
+    return next((path for path in (*in_root, text) if os.path.isfile(path)), None)
 
 
 def decode_base64(text: str) -> Optional[bytes]:

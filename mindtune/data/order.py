@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
@@ -26,7 +26,7 @@ def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     return [i for i in range(count) if i not in out], sorted(out)
 
 
-def prefetch(make: Callable[[int], Any], positions: range, workers: int) -> Iterator[Any]:
+def prefetch(make: Callable[[Any], Any], positions: Iterable, workers: int) -> Iterator[Any]:
     """make(p) for every position in order. `workers` threads prepare up to workers + 2 results in advance."""
     if workers < 1:
         yield from map(make, positions)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 
-from mindtune.cli import UserError, short_list
-from mindtune.data.checks import Inspection, MinSize, image_notes, inspect, report_bad, size_problem
+from mindtune.cli import UserError, progress_bar, short_list
+from mindtune.data.checks import MinSize, image_notes, report_bad, size_problem
+from mindtune.data.image_facts import ImageFacts
 from mindtune.data.images import Visibility, choose_background
+from mindtune.data.inspection import Inspection, inspect
 from mindtune.data.order import prefetch
-from mindtune.data.pairs import Pair, Pairs
+from mindtune.data.pairs import Pair, PairFacts, Pairs
+from mindtune.distributed import ranks
 
 
 class PairInspection(NamedTuple):
@@ -25,39 +28,57 @@ class PairInspection(NamedTuple):
     image: Inspection
     condition: Inspection
 
+    @property
+    def digest(self) -> str:
+        """A hash of both images, of a pair without a problem."""
+        return self.image.digests["white"] + self.condition.digests["white"]
 
-def preflight_pairs(pairs: Pairs, min_size: MinSize, flag: str, skip_bad: bool, threads: int = 2) -> Pairs:
+
+def preflight_pairs(
+    pairs: Pairs,
+    min_size: MinSize,
+    flag: str,
+    skip_bad: bool,
+    threads: int = 2,
+    facts: Optional[ImageFacts] = None,
+) -> Pairs:
     """The pairs that can be used, with transparent condition images on the background that shows them.
 
-    Decodes all images. Raises UserError that lists every pair with a missing or unreadable image, images of different
-    sizes, or an image smaller than `min_size`; with `skip_bad` the list is printed instead. Raises UserError too if
-    no pair is left.
+    Decodes the images that `facts` does not know. Raises UserError that lists every pair with a missing or unreadable
+    image, images of different sizes, or an image smaller than `min_size`; with `skip_bad` the list is printed instead.
+    Raises UserError too if no pair is left.
     """
     usable = np.ones(len(pairs), dtype=bool)
     problems = []
     notes = PairNotes()
+    found = PairFacts(len(pairs))
+    facts = facts or ImageFacts()
 
-    def inspect_at(index: int) -> tuple[Pair, PairInspection]:
-        return pairs[index], inspect_pair(pairs[index], min_size)
+    def inspect_one(pair: Pair) -> tuple[Pair, PairInspection]:
+        return pair, inspect_pair(pair, min_size, facts.inspect)
 
-    for index, (pair, inspection) in enumerate(prefetch(inspect_at, range(len(pairs)), max(1, threads))):
-        notes.add(pair, inspection)
-        if inspection.problem:
-            usable[index] = False
-            problems.append(f"{pair.image.name}: {inspection.problem}")
+    with facts.opened(), progress_bar("checking", "pair", len(pairs), ranks.is_main_process()) as bar:
+        for index, (pair, inspection) in enumerate(prefetch(inspect_one, pairs, max(1, threads))):
+            notes.add(pair, inspection)
+            if inspection.problem:
+                usable[index] = False
+                problems.append(f"{pair.image.name}: {inspection.problem}")
+            else:
+                found.set(index, inspection.size, inspection.image.digests, inspection.condition.digests)
+            bar.update()
     report_bad(problems, f"{len(pairs)} pairs", flag, skip_bad)
     if not usable.any():
         raise UserError(f"{flag}: no usable pair is left. Give other pairs.")
     for line in notes.lines(flag):
         print(line)
-    remaining = pairs.select(np.flatnonzero(usable)) if problems else pairs
-    return remaining.with_background(notes.background)
+    pairs = pairs.with_facts(found, notes.background)
+    return pairs.select(np.flatnonzero(usable)) if problems else pairs
 
 
-def inspect_pair(pair: Pair, min_size: MinSize) -> PairInspection:
-    """Decodes both images of a pair completely and compares their sizes."""
-    image = inspect(pair.image)
-    condition = inspect(pair.condition, condition=True)
+def inspect_pair(pair: Pair, min_size: MinSize, inspect_image: Callable[..., Inspection] = inspect) -> PairInspection:
+    """Inspects both images of a pair and compares their sizes."""
+    image = inspect_image(pair.image)
+    condition = inspect_image(pair.condition, condition=True)
     problem = _pair_problem(image, condition, min_size)
     return PairInspection(None if problem else image.size, problem, image, condition)
 

@@ -10,6 +10,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 from mindtune.data.buckets import BucketOrder, bucket_ids, crop_sizes, min_size
 from mindtune.data.columns import Source
 from mindtune.data.draws import HeldOutDraws, TrainingDraws
+from mindtune.data.image_facts import ImageFacts
 from mindtune.data.image_sample import Sample
 from mindtune.data.order import prefetch, split
 from mindtune.data.pair_checks import preflight_pairs, require_usable
@@ -130,10 +131,10 @@ class PairData:
         return uses
 
 
-def load(source: Source, settings: Settings, seed: int) -> PairData:
+def load(source: Source, settings: Settings, seed: int, facts: ImageFacts) -> PairData:
     """Loads the pairs of a source, checks them, and splits them by `seed`. A stream is checked as it is read.
 
-    Raises UserError that lists all problems.
+    An image that `facts` knows is not decoded again. Raises UserError that lists all problems.
     """
     sizes = crop_sizes(settings.aspect_ratio_buckets, settings.resolution)
     if settings.streaming:
@@ -156,6 +157,7 @@ def load(source: Source, settings: Settings, seed: int) -> PairData:
         f"{source.flag} {source.name}",
         settings.skip_bad_images,
         settings.dataloader_num_workers,
+        facts,
     )
     train, held_out = split(len(pairs), settings.validation_split, seed)
     return PairData(

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import NamedTuple, Optional
 
 from mindtune.data.buckets import min_size, nearest_bucket
-from mindtune.data.checks import Inspection, image_notes, inspect_for_training
+from mindtune.data.checks import image_notes, size_problem
 from mindtune.data.image_sample import Sample
+from mindtune.data.inspection import Inspection, inspect
 from mindtune.data.order import prefetch
 from mindtune.data.pair_checks import PairInspection, PairNotes, inspect_pair
 from mindtune.data.pairs import Pair, Pairs
@@ -35,8 +36,10 @@ def inspect_images(samples: list[Sample], sizes: Sizes, threads: int, flag: str,
 
     def inspect_at(index: int) -> tuple[Item, Inspection]:
         sample = samples[index]
-        inspection = inspect_for_training(sample, min_size(sizes))
-        digest = "" if inspection.problem else sample.digest
+        inspection = inspect(sample)
+        problem = inspection.problem or size_problem(inspection.size, min_size(sizes))
+        inspection = inspection._replace(problem=problem)
+        digest = "" if problem else inspection.digests["white"]
         return Item(sample.name, inspection.size, inspection.problem, digest, sample.caption), inspection
 
     inspected = list(prefetch(inspect_at, range(len(samples)), threads))
@@ -50,7 +53,7 @@ def inspect_pairs(pairs: Pairs, sizes: Sizes, threads: int, flag: str, notes: li
     def inspect_at(index: int) -> tuple[Pair, PairInspection, Item]:
         pair = pairs[index]
         inspection = inspect_pair(pair, min_size(sizes))
-        digest = "" if inspection.problem else pair.image.digest + pair.condition.digest
+        digest = "" if inspection.problem else inspection.digest
         return pair, inspection, Item(pair.image.name, inspection.size, inspection.problem, digest, pair.caption)
 
     items = []

@@ -15,6 +15,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mindtune.cli import progress_bar
 from mindtune.files import make_readable
 from mindtune.models.weights import weight_files
 
@@ -70,6 +71,15 @@ class Cache:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as files:
             return {file.name[: -len(SUFFIX)] for file in files if file.name.endswith(SUFFIX)}
         return set()
+
+    def remove_bad(self) -> None:
+        """Reads all entries, and removes those that `get` would not return."""
+        keys = self.keys()
+        with progress_bar("checking the cache", "entry", len(keys)) as bar:
+            for key in keys:
+                if self.get(key) is None:
+                    self.path(key).unlink(missing_ok=True)
+                bar.update()
 
     def put(self, key: str, tensors: dict[str, np.ndarray]) -> None:
         """Writes an entry under a temporary name and renames it, so that a kill never leaves a partial entry."""

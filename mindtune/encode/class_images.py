@@ -11,6 +11,7 @@ import numpy as np
 from mindtune.cli import printable
 from mindtune.data import buckets, checks, folders
 from mindtune.data.image_data import ClassImages
+from mindtune.data.image_facts import ImageFacts
 from mindtune.encode.encoder_stage import ClassImageRequest, EncoderStage
 
 
@@ -35,19 +36,24 @@ def class_quota(num_class_images: int, bucket_ids: np.ndarray) -> dict[int, int]
 
 
 def load_or_generate(
-    settings: Settings, stage: EncoderStage, seed: int, sizes: list[tuple[int, int]], bucket_ids: np.ndarray
+    settings: Settings,
+    stage: EncoderStage,
+    seed: int,
+    sizes: list[tuple[int, int]],
+    bucket_ids: np.ndarray,
+    facts: ImageFacts,
 ) -> ClassImages:
     """The class images for instance images in the buckets `bucket_ids` [N]. Missing ones are generated first.
 
     Raises UserError for files that cannot be used.
     """
     quota = class_quota(settings.num_class_images, bucket_ids)
-    images = load(settings, sizes, quota)
+    images = load(settings, sizes, quota, facts)
     if len(images.samples) < sum(quota.values()):
         used = settings.prior_generation_precision or stage.precision
         stage = replace(stage, precision=used, vae=None, vae_precision=None)
         generate(settings, stage, seed, sizes, quota, images.bucket_ids)
-        images = load(settings, sizes, quota, say=lambda message: None)  # the first call printed its messages
+        images = load(settings, sizes, quota, facts, say=lambda message: None)  # the first call printed its messages
     return images
 
 
@@ -55,6 +61,7 @@ def load(
     settings: Settings,
     sizes: list[tuple[int, int]],
     quota: dict[int, int],
+    facts: ImageFacts,
     say: Callable[[str], None] = print,
 ) -> ClassImages:
     """The usable images in --class_data_dir, at most `quota[bucket]` of a bucket. There may be none yet."""
@@ -71,6 +78,7 @@ def load(
         f"{flag} {printable(folder)}",
         settings.skip_bad_images,
         settings.dataloader_num_workers,
+        facts,
     )
     ids = np.array(list(quota))[buckets.bucket_ids(samples, used_sizes)]
     kept = [i for i, bucket in enumerate(ids) if np.count_nonzero(ids[:i] == bucket) < quota[bucket]]

@@ -45,7 +45,7 @@ class EncoderStage:
 
     `system` is flux, sd or sdxl, a key of ENCODERS. `vae` and `tokenizer` are folders that replace the pipeline's VAE
     and first tokenizer; `vae_precision` is the VAE's if it differs from `precision`. With `int8`, FLUX's T5 and the
-    transformer that generates class images have int8 weights.
+    transformer that generates class images have int8 weights. With `verify`, entries are checked before they are used.
     """
 
     root: Path
@@ -59,6 +59,7 @@ class EncoderStage:
     tokenizer: Optional[Path] = None
     vae_precision: Optional[str] = None
     int8: bool = False
+    verify: bool = False
     fingerprints: dict = field(init=False)
 
     def __post_init__(self) -> None:
@@ -206,6 +207,9 @@ class EncoderStage:
         an iterable that creates them keeps memory constant. `total` is the number of images for the progress bar. Each
         rank encodes its shard and returns when all ranks are done. Raises UserError if the child process fails.
         """
+        if self.verify and ranks.is_main_process():
+            self.cache.remove_bad()
+        ranks.all_gather()
         known = self.cache.keys()
         ranks.all_gather()  # nobody writes before all ranks have listed the cache: all shard the same list
         missing_captions = [

@@ -11,14 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Optional, Union
+from typing import Any, BinaryIO, NamedTuple, Optional, Union
 
 from mindtune.cli import UserError
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
-
-if TYPE_CHECKING:
-    from mindtune.encode.encoder_stage import EncoderStage
 
 Size = Union[int, tuple[int, int]]  # side of a square, or (height, width), in pixels
 Image = tuple[Sample, Size, bool]  # and whether it is flipped
@@ -48,11 +45,11 @@ class ClassImageRequest:
 class EncodeJob(NamedTuple):
     """The work of the child process.
 
-    `images` is read once, while the child encodes what it was sent before. `total` is the number of images for the
-    progress bar, if it is known.
+    `stage` is an `EncoderStage`. `images` is read once, while the child encodes what it was sent before. `total` is the
+    number of images for the progress bar, if it is known.
     """
 
-    stage: EncoderStage
+    stage: Any
     captions: Sequence[str] = ()
     images: Iterable[Image] = ()
     class_images: Optional[ClassImageRequest] = None

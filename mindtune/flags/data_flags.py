@@ -76,6 +76,12 @@ def images(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
         help=f"List {sample}s that cannot be used and train without them. Default: stop with an error.",
     )
     add(
+        "verify_data",
+        default=False,
+        may_change=True,
+        help="Decode every image and read every cache entry at the start. Default: only those that are new or changed.",
+    )
+    add(
         "validation_split",
         type=float,
         default=0.0,

@@ -8,6 +8,7 @@ from conftest import StageWithoutEncoders
 
 from mindtune.data.buckets import bucket_ids
 from mindtune.data.image_data import ClassImages, ImageData
+from mindtune.data.image_facts import ImageFacts
 
 VAE_CONFIG = {"latent_channels": 16, "block_out_channels": [1, 1, 1, 1]}
 
@@ -21,7 +22,7 @@ def batches(lora_script, flags, tmp_path):
 
     def make(sizes, *more, class_images=False, moments=None):
         args = lora_script.parse_args(flags(tmp_path / "out", *more))
-        samples = lora_script.load_samples(args, sizes)
+        samples = lora_script.load_samples(args, sizes, ImageFacts())
         ids = bucket_ids(samples, sizes)
         data = ImageData(
             samples,

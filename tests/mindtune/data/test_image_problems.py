@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from mindtune.data import image_problems
-from mindtune.data.checks import inspect
 from mindtune.data.image_problems import open_image
 from mindtune.data.image_sample import Sample
+from mindtune.data.inspection import inspect
 
 from .image_files import encode, noise, same, smooth
 

@@ -7,10 +7,10 @@ import io
 import numpy as np
 import pytest
 
-from mindtune.data.checks import inspect
 from mindtune.data.folders import samples_in_folder
 from mindtune.data.image_sample import Sample, read_cell
 from mindtune.data.images import UnusableImage
+from mindtune.data.inspection import inspect
 
 from .image_files import noise, png
 

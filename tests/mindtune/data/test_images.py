@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from mindtune.data.checks import inspect
 from mindtune.data.image_sample import Sample
 from mindtune.data.images import Visibility, choose_background, decode, measure_visibility, to_rgb
+from mindtune.data.inspection import inspect
 
 from .image_files import encode, noise, same, smooth
 

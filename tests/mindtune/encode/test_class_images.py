@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mindtune.cli import UserError
+from mindtune.data.image_facts import ImageFacts
 from mindtune.encode import class_images
 from mindtune.encode.class_images import Settings, class_quota
 
@@ -45,21 +46,21 @@ def test_a_folder_without_images_is_filled_and_one_with_images_is_used(tmp_path,
     folder = tmp_path / "class"
     folder.mkdir()
     (folder / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
-    assert class_images.load(settings(folder), SIZES, {0: 5}).samples == []
+    assert class_images.load(settings(folder), SIZES, {0: 5}, ImageFacts()).samples == []
     save(folder / "a.png")
     (folder / "clip.mp4").write_bytes(b"x")
-    found = class_images.load(settings(folder), SIZES, {0: 5})
+    found = class_images.load(settings(folder), SIZES, {0: 5}, ImageFacts())
     assert [sample.caption for sample in found.samples] == ["a cat"] and found.bucket_ids.tolist() == [0]
     assert "clip.mp4 (videos" in capsys.readouterr().out
     (folder / "a.txt").write_text("a gray cat")
-    assert class_images.load(settings(folder), SIZES, {0: 5}).samples[0].caption == "a gray cat"
+    assert class_images.load(settings(folder), SIZES, {0: 5}, ImageFacts()).samples[0].caption == "a gray cat"
 
 
 def test_at_most_the_quota_of_every_bucket_is_used(tmp_path):
     for number in range(4):
         save(tmp_path / "class" / f"square {number}.png")
         save(tmp_path / "class" / f"wide {number}.png", (72, 48))
-    found = class_images.load(settings(tmp_path / "class"), SIZES, {0: 1, 1: 3})
+    found = class_images.load(settings(tmp_path / "class"), SIZES, {0: 1, 1: 3}, ImageFacts())
     assert [sample.name for sample in found.samples] == ["square 0.png", "wide 0.png", "wide 1.png", "wide 2.png"]
     assert found.bucket_ids.tolist() == [0, 1, 1, 1]
 
@@ -94,13 +95,13 @@ def test_load_or_generate_uses_the_precision_for_generation(tmp_path, monkeypatc
     stage.precision = "bf16"
     ids = np.array([0, 0, 1])
     options = settings(tmp_path / "class", num_class_images=3, prior_generation_precision="fp16")
-    found = class_images.load_or_generate(options, stage, 0, SIZES, ids)
+    found = class_images.load_or_generate(options, stage, 0, SIZES, ids, ImageFacts())
     assert used == [{"precision": "fp16", "vae": None, "vae_precision": None}]
     assert found.bucket_ids.tolist() == [0, 0, 1] and len(stage.requests) == 2
-    again = class_images.load_or_generate(options, SimpleNamespace(), 0, SIZES, ids)
+    again = class_images.load_or_generate(options, SimpleNamespace(), 0, SIZES, ids, ImageFacts())
     assert [sample.name for sample in again.samples] == [sample.name for sample in found.samples]
     class_images.load_or_generate(
-        options._replace(num_class_images=6, prior_generation_precision=None), stage, 0, SIZES, ids
+        options._replace(num_class_images=6, prior_generation_precision=None), stage, 0, SIZES, ids, ImageFacts()
     )
     assert used[1]["precision"] == "bf16"
 
@@ -109,6 +110,6 @@ def test_damaged_class_images_are_refused(tmp_path):
     save(tmp_path / "class" / "good.png")
     (tmp_path / "class" / "torn.png").write_bytes((tmp_path / "class" / "good.png").read_bytes()[:50])
     with pytest.raises(UserError, match=r"--class_data_dir .*: 1 of 2 files"):
-        class_images.load(settings(tmp_path / "class"), SIZES, {0: 5})
-    kept = class_images.load(settings(tmp_path / "class", skip_bad_images=True), SIZES, {0: 5})
+        class_images.load(settings(tmp_path / "class"), SIZES, {0: 5}, ImageFacts())
+    kept = class_images.load(settings(tmp_path / "class", skip_bad_images=True), SIZES, {0: 5}, ImageFacts())
     assert [sample.name for sample in kept.samples] == ["good.png"]
