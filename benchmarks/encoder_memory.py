@@ -63,8 +63,8 @@ def train(way, work, mode):
         """Does the job of the child in this process; every encoder that is loaded is kept in `kept`."""
         real = child.load_model
         encoder_stage.load_model = child.load_model = lambda *a, **k: kept.append(real(*a, **k)) or kept[-1]
-        child.encode_captions(job.stage, job.captions)
         child.encode_images(job.stage, job.images)
+        child.encode_captions(job.stage, job.captions())
         encoder_stage.load_model = child.load_model = real
         if way == "deleted":
             for cell in kept:

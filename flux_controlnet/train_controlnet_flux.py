@@ -19,6 +19,7 @@ from mindtune.cli import UserError, print_lines, run_script
 from mindtune.data import columns, order, pair_data
 from mindtune.data.image_facts import ImageFacts
 from mindtune.distributed import ranks
+from mindtune.encode import windows
 from mindtune.encode.cache import component_fingerprint
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.flags import data_flags, output_flags, training_flags
@@ -283,7 +284,9 @@ def main(argv=None):
     pairs = validation.match_conditions(args.validation_prompt, args.validation_image)
     cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
     facts = ImageFacts(cache_dir, args.verify_data)
-    data = pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), run.seed, facts)
+    data = pair_data.load(
+        args.select(columns.Source), args.select(pair_data.Settings), run.seed, facts, encode_conditions=True
+    )
     run.set_data(data)
     prompts = validation.load_conditions(pairs, args.resolution, 16, data.background)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
@@ -300,9 +303,10 @@ def main(argv=None):
         interpolation=args.image_interpolation_mode,
         int8=args.base_precision == "int8",
     )
-    captions = data.captions(args.validation_prompt + ([""] if args.proportion_empty_prompts else []))
-    images = data.images(args.random_flip, conditions=True) if args.cache_latents else ()
-    stage.encode(captions, images, args.streaming)
+    captions = args.validation_prompt + ([""] if args.proportion_empty_prompts else [])
+    encoded = windows.encode(
+        stage, data, args.select(windows.Settings), run.batch_range(), run.batches_per_update, captions
+    )
 
     # ---- load, freeze, cast ----
     dtypes = precision.resolve_precision(args.mixed_precision)
@@ -363,7 +367,7 @@ def main(argv=None):
     validate = validation.Validation(run, step, [controlnet], batches.make, sigmas, sampler, ema)
     if not run.checkpoint:
         validate()
-    micro_batches = data.iterate(*run.batch_range(), batches.make, args.dataloader_num_workers)
+    micro_batches = encoded.iterate(batches.make)
     while run.step < run.max_train_steps and not run.stopped():
         rate = schedule.rate(run.step)
         optimizers.set_learning_rates(optimizer, [rate])

@@ -21,7 +21,7 @@ from mindtune.data import buckets, checks, columns, folders, order, tables
 from mindtune.data.image_data import ClassImages, ImageData
 from mindtune.data.image_facts import ImageFacts
 from mindtune.distributed import ranks
-from mindtune.encode import class_images
+from mindtune.encode import class_images, windows
 from mindtune.encode.cache import component_fingerprint
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.encode.text_encoders import clip_pooled, token_ids
@@ -399,7 +399,9 @@ def main(argv=None):
     run.set_data(data)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
     print_lines(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
-    stage.encode(data.captions(args.validation_prompt), data.images(args.random_flip) if args.cache_latents else ())
+    encoded = windows.encode(
+        stage, data, args.select(windows.Settings), run.batch_range(), run.batches_per_update, args.validation_prompt
+    )
 
     # ---- load, freeze, cast ----
     ms.set_seed((run.seed + run.step + ranks.rank()) % 2**32)  # --lora_dropout alone draws on the device
@@ -469,7 +471,7 @@ def main(argv=None):
     updates_per_epoch = data.epoch_length / run.samples_per_update
     if not run.checkpoint:
         validate()
-    micro_batches = data.iterate(*run.batch_range(), batches.make, args.dataloader_num_workers)
+    micro_batches = encoded.iterate(batches.make)
     while run.step < run.max_train_steps and not run.stopped():
         rates = [rate * schedule.factor(run.step) for rate in base_rates]
         optimizers.set_learning_rates(optimizer, rates)

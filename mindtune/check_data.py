@@ -23,7 +23,7 @@ from mindtune.data.image_sample import Sample
 from mindtune.data.pairs import load_pairs
 from mindtune.data.statistics import Item, Sizes, cropped_shares_by_bucket, duplicates, inspect_images, inspect_pairs
 from mindtune.data.tables import samples_in_dataset
-from mindtune.encode.estimate import cache_bytes, captions_too_long, read_encoders
+from mindtune.encode.estimate import EntrySizes, captions_too_long, read_encoders
 from mindtune.files import require_writable
 from mindtune.flags.parser import Parser, Values
 
@@ -46,6 +46,12 @@ def parse_args(argv: Optional[list[str]] = None) -> Values:
     add("max_train_samples", type=int, minimum=1, help="Number of images or pairs to check. Default: all.")
     add("resolution", type=int, default=512, help="Side of the square that is trained on, in pixels.")
     add("aspect_ratio_buckets", help='Instead of --resolution: heights and widths, such as "672,1568;1024,1024".')
+    add(
+        "mixed_precision",
+        choices=["no", "fp32", "fp16", "bf16"],
+        default="no",
+        help="Dtype of the run, and so of the encoder cache.",
+    )
     add("random_flip", default=False, help="Count the cached latents of mirrored images too.")
     add(
         "pretrained_model_name_or_path",
@@ -144,7 +150,12 @@ def make_report(flags: dict, cache_dir: str) -> dict:
     prompts = [(f"--{name}", flags[name]) for name in ("instance_prompt", "class_prompt") if flags[name]]
     own_captions = [(item.name, item.caption or "") for item in items]
     buckets = bucket_report(items, sizes)
+    # SDXL's VAE overflows in half precision, so it computes in float32.
+    precision = flags["mixed_precision"]
+    vae_precision = "no" if encoders.kind == "sdxl" else precision
+    entries = EntrySizes.of_encoders(encoders, precision, vae_precision, flags["max_sequence_length"])
     encodes_conditions = found.is_pairs and encoders.kind == "flux"
+    images_per_item = (1 + flags["random_flip"]) * (2 if encodes_conditions else 1)
     return {
         "data": list(found.groups),
         # "pictures" here and in `bucket_report` is part of the file format.
@@ -162,16 +173,11 @@ def make_report(flags: dict, cache_dir: str) -> dict:
         ),
         "buckets": buckets,
         "cache_for": model or "FLUX.1-dev",
-        "cache_bytes": cache_bytes(
-            encoders,
-            captions=len({caption for _, caption in captions}),
-            latents=sum(
-                bucket["pictures"] * (bucket["height"] // encoders.factor) * (bucket["width"] // encoders.factor)
-                for bucket in buckets
-            ),
-            images_per_item=(1 + flags["random_flip"]) * (2 if encodes_conditions else 1),
-            t5_length=flags["max_sequence_length"],
-        ),
+        "cache_bytes": {
+            "text": entries.text * len({caption for _, caption in captions}),
+            "latents": images_per_item
+            * sum(bucket["pictures"] * entries.image((bucket["height"], bucket["width"])) for bucket in buckets),
+        },
     }
 
 

@@ -19,6 +19,7 @@ from mindtune.cli import print_lines, run_script
 from mindtune.data import columns, conditions, order, pair_data
 from mindtune.data.image_facts import ImageFacts
 from mindtune.distributed import ranks
+from mindtune.encode import windows
 from mindtune.encode.cache import component_fingerprint
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.flags import data_flags, output_flags, training_flags
@@ -255,10 +256,11 @@ def main(argv=None):
         interpolation=args.image_interpolation_mode,
         tokenizer=tokenizer,
     )
-    empty = [""] if args.proportion_empty_prompts or prompts else []  # validation needs it for guidance
-    captions = data.captions(args.validation_prompt + empty)
-    images = data.images(args.random_flip, conditions=False) if args.cache_latents else ()
-    stage.encode(captions, images, args.streaming)
+    # Validation needs the empty prompt for guidance.
+    captions = args.validation_prompt + ([""] if args.proportion_empty_prompts or prompts else [])
+    encoded = windows.encode(
+        stage, data, args.select(windows.Settings), run.batch_range(), run.batches_per_update, captions
+    )
 
     # ---- load, freeze, cast ----
     dtypes = precision.resolve_precision(args.mixed_precision)
@@ -310,7 +312,7 @@ def main(argv=None):
     validate = validation.Validation(run, step, [controlnet], batches.make, places, sampler, ema)
     if not run.checkpoint:
         validate()
-    micro_batches = data.iterate(*run.batch_range(), batches.make, args.dataloader_num_workers)
+    micro_batches = encoded.iterate(batches.make)
     while run.step < run.max_train_steps and not run.stopped():
         rate = schedule.rate(run.step)
         optimizers.set_learning_rates(optimizer, [rate])

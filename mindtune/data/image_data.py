@@ -39,6 +39,8 @@ class ImageData:
     `bucket_ids` are those of `samples`, int [N].
     """
 
+    images_per_sample = 1
+
     def __init__(
         self,
         samples: list[Sample],
@@ -77,6 +79,10 @@ class ImageData:
         """This rank's shard of the batches `first` to `last` - 1 of all ranks, prepared in advance by `threads`."""
         return prefetch(lambda number: make_batch(self.uses(number)), ranks.shard(range(first, last)), threads)
 
+    def batches(self, first: int, last: int) -> Iterator[list[ImageUse]]:
+        """The images of the batches `first` to `last` - 1 of all ranks."""
+        return map(self.uses, range(first, last))
+
     def uses(self, number: int) -> list[ImageUse]:
         """The images of batch `number`: instance images, then class images."""
         place, position = self.order.place(number)
@@ -95,19 +101,32 @@ class ImageData:
         size = self.sizes[self.held_out_bucket_ids[sample_id]]
         return ImageUse(self.held_out[sample_id], size, HeldOutDraws(self.seed, sample_id, timestep))
 
-    def captions(self, more: list[str]) -> list[str]:
-        """Every caption of the run, and `more`."""
-        return [sample.caption for sample in (*self.train, *self.held_out, *self.class_images.samples)] + more
+    @property
+    def count(self) -> int:
+        """The number of samples of the run."""
+        return len(self.train) + len(self.held_out) + len(self.class_images.samples)
 
-    def images(self, random_flip: bool) -> list[tuple[Sample, tuple[int, int], bool]]:
-        """Every (image, size, flip) of the run, for `EncoderStage.encode`."""
+    def captions(self, held_out: bool = False) -> list[str]:
+        """Every caption of the run, or with `held_out` those of the held-out images."""
+        samples = self.held_out if held_out else (*self.train, *self.held_out, *self.class_images.samples)
+        return [sample.caption for sample in samples]
+
+    def images(self, random_flip: bool, held_out: bool = False) -> list[tuple[Sample, tuple[int, int], bool]]:
+        """Every (image, size, flip) of the run, or with `held_out` those of the held-out images, for the encoders."""
         flips = [False, True] if random_flip else [False]
-        used = [*zip(self.train, self.bucket_ids), *zip(*self.class_images)]
-        held_out = zip(self.held_out, self.held_out_bucket_ids)
+        used = [] if held_out else [*zip(self.train, self.bucket_ids), *zip(*self.class_images)]
         return [
             *((sample, self.sizes[bucket], flip) for sample, bucket in used for flip in flips),
-            *((sample, self.sizes[bucket], False) for sample, bucket in held_out),
+            *((sample, self.sizes[bucket], False) for sample, bucket in zip(self.held_out, self.held_out_bucket_ids)),
         ]
+
+    def caption(self, use: ImageUse) -> str:
+        """The caption of a use."""
+        return use.sample.caption
+
+    def images_of(self, use: ImageUse, random_flip: bool) -> list[tuple[Sample, tuple[int, int], bool]]:
+        """(image, size, flip) of a use, as in `images`."""
+        return [(use.sample, use.size, use.draws.flip(random_flip))]
 
     def fingerprint(self) -> str:
         """A hash of the contents and captions of all images that are trained on."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Callable, NamedTuple, Optional, Union
+
+import numpy as np
 
 from mindtune.data.buckets import BucketOrder, bucket_ids, crop_sizes, min_size
 from mindtune.data.columns import Source
@@ -48,8 +49,8 @@ class PairUse(NamedTuple):
 class PairData:
     """Training pairs and held-out pairs, and which of them make up the batch of a given number.
 
-    With `check_pairs` every pair of a stream is checked when it is used. Without it `PairImages` checks them, when the
-    encoder stage reads the stream.
+    With `encode_conditions` the VAE encodes condition images, too. With `check_pairs`, `iterate` checks the pairs of a
+    stream; without it `images_of` does, before the VAE encodes them.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class PairData:
         sizes: list[tuple[int, int]],
         seed: int,
         batch_size: int,
+        encode_conditions: bool = False,
         check_pairs: bool = False,
     ) -> None:
         self.train = train
@@ -68,20 +70,30 @@ class PairData:
         self.seed = seed
         self.batch_size = batch_size
         self.streaming = isinstance(train, PairStream)
+        self.images_per_sample = 2 if encode_conditions else 1
         self.check_pairs = check_pairs and self.streaming
         self.background = train.background
         # The length of a stream is not known, so an epoch is the whole run.
         self.epoch_length = train.count if self.streaming else len(train)
-        self.bucket_ids = None if self.streaming else bucket_ids((pair.image for pair in train), sizes)
-        self.held_out_bucket_ids = bucket_ids((pair.image for pair in held_out), sizes)
+        self.bucket_ids = None if self.streaming else _bucket_ids(train, sizes)
+        self.held_out_bucket_ids = _bucket_ids(held_out, sizes)
         self.order = None if self.streaming else BucketOrder(seed, self.bucket_ids, batch_size)
+
+    @property
+    def count(self) -> int:
+        """The number of pairs of the run."""
+        return self.epoch_length + len(self.held_out)
 
     def iterate(self, first: int, last: int, make_batch: Callable[[list[PairUse]], Any], threads: int) -> Iterator[Any]:
         """This rank's shard of the batches `first` to `last` - 1 of all ranks, prepared in advance by `threads`."""
         if self.streaming:
             batches = itertools.islice(self._stream(first, last), ranks.rank(), None, ranks.world_size())
-            return prefetch(lambda uses: make_batch(self._checked(uses)), batches, threads)
+            return prefetch(lambda uses: make_batch(self._checked(uses, self.check_pairs)), batches, threads)
         return prefetch(lambda number: make_batch(self.uses(number)), ranks.shard(range(first, last)), threads)
+
+    def batches(self, first: int, last: int) -> Iterator[list[PairUse]]:
+        """The pairs of the batches `first` to `last` - 1 of all ranks."""
+        return self._stream(first, last) if self.streaming else map(self.uses, range(first, last))
 
     def uses(self, number: int) -> list[PairUse]:
         """The pairs of batch `number`."""
@@ -94,13 +106,23 @@ class PairData:
         size = self.sizes[self.held_out_bucket_ids[sample_id]]
         return PairUse(self.held_out[sample_id], size, HeldOutDraws(self.seed, sample_id, timestep))
 
-    def captions(self, more: list[str]) -> PairCaptions:
-        """Every caption of the run, and `more`."""
-        return PairCaptions(self, more)
+    def captions(self, held_out: bool = False) -> Iterator[str]:
+        """Every caption of the run, or with `held_out` those of the held-out pairs."""
+        return (pair.caption for pair in (self.held_out if held_out else itertools.chain(self.held_out, self.train)))
 
-    def images(self, random_flip: bool, conditions: bool) -> PairImages:
-        """Every (image, size, flip) of the run, for `EncoderStage.encode`; with `conditions` condition images too."""
-        return PairImages(self, random_flip, conditions)
+    def images(self, random_flip: bool, held_out: bool = False) -> PairImages:
+        """Every (image, size, flip) of the run, or with `held_out` those of the held-out pairs, for the encoders."""
+        return PairImages(self, random_flip, held_out)
+
+    def caption(self, use: PairUse) -> str:
+        """The caption of a use."""
+        return use.sample.caption
+
+    def images_of(self, use: PairUse, random_flip: bool) -> list[tuple[Sample, tuple[int, int], bool]]:
+        """(image, size, flip) of a use, as in `images`. The pairs of a stream are checked."""
+        self._checked([use], self.streaming)
+        samples = use.sample[: self.images_per_sample]
+        return [(sample, use.size, use.draws.flip(random_flip)) for sample in samples]
 
     def fingerprint(self) -> str:
         """A hash of the contents of all training pairs. All streams have the same: they are not read in advance."""
@@ -125,16 +147,23 @@ class PairData:
                 for position, pair in itertools.islice(pairs, self.batch_size)
             ]
 
-    def _checked(self, uses: list[PairUse]) -> list[PairUse]:
-        for use in uses if self.check_pairs else ():
+    def _checked(self, uses: list[PairUse], check: bool) -> list[PairUse]:
+        for use in uses if check else ():
             require_usable(use.sample, min_size(self.sizes))
         return uses
 
 
-def load(source: Source, settings: Settings, seed: int, facts: ImageFacts) -> PairData:
+def _bucket_ids(pairs: Union[Pairs, list[Pair]], sizes: list[tuple[int, int]]) -> np.ndarray:
+    if len(sizes) == 1:
+        return np.zeros(len(pairs), dtype=np.int64)
+    return bucket_ids((pair.image for pair in pairs), sizes)
+
+
+def load(source: Source, settings: Settings, seed: int, facts: ImageFacts, encode_conditions: bool = False) -> PairData:
     """Loads the pairs of a source, checks them, and splits them by `seed`. A stream is checked as it is read.
 
-    An image that `facts` knows is not decoded again. Raises UserError that lists all problems.
+    With `encode_conditions` the VAE encodes condition images, too. An image that `facts` knows is not decoded again.
+    Raises UserError that lists all problems.
     """
     sizes = crop_sizes(settings.aspect_ratio_buckets, settings.resolution)
     if settings.streaming:
@@ -146,6 +175,7 @@ def load(source: Source, settings: Settings, seed: int, facts: ImageFacts) -> Pa
             sizes=sizes,
             seed=seed,
             batch_size=settings.train_batch_size,
+            encode_conditions=encode_conditions,
             check_pairs=not settings.cache_latents,
         )
     pairs = load_pairs(source)
@@ -166,45 +196,32 @@ def load(source: Source, settings: Settings, seed: int, facts: ImageFacts) -> Pa
         sizes=sizes,
         seed=seed,
         batch_size=settings.train_batch_size,
+        encode_conditions=encode_conditions,
     )
 
 
-@dataclass
-class PairCaptions:
-    """Every caption of a run, read anew in each iteration, so that memory does not grow with the data set."""
-
-    data: PairData
-    more: list[str]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.more
-        for pairs in (self.data.held_out, self.data.train):
-            for pair in pairs:
-                yield pair.caption
-
-
-@dataclass
 class PairImages:
-    """Every (image, size, flip) of a run, read anew in each iteration; with `conditions` the condition images too."""
+    """Every (image, size, flip) of a run, read anew in each iteration, so that memory does not grow with the set."""
 
-    data: PairData
-    random_flip: bool
-    conditions: bool
+    def __init__(self, data: PairData, random_flip: bool, held_out: bool) -> None:
+        self.data = data
+        self.flips = [False, True] if random_flip else [False]
+        self.held_out = held_out
+
+    def __len__(self) -> int:
+        train = 0 if self.held_out else len(self.data.train) * len(self.flips)
+        return (train + len(self.data.held_out)) * self.data.images_per_sample
 
     def __iter__(self) -> Iterator[tuple[Sample, tuple[int, int], bool]]:
         data = self.data
         for pair, bucket in zip(data.held_out, data.held_out_bucket_ids):
             yield from self._images(pair, data.sizes[bucket], [False])
-        train_ids = itertools.repeat(0) if data.streaming else data.bucket_ids
-        for pair, bucket in zip(data.train, train_ids):
-            if data.streaming:
-                require_usable(pair, min_size(data.sizes))
-            yield from self._images(pair, data.sizes[bucket], [False, True] if self.random_flip else [False])
+        for pair, bucket in zip(data.train, data.bucket_ids) if not self.held_out else ():
+            yield from self._images(pair, data.sizes[bucket], self.flips)
 
     def _images(
         self, pair: Pair, size: tuple[int, int], flips: list[bool]
     ) -> Iterator[tuple[Sample, tuple[int, int], bool]]:
-        samples = (pair.image, pair.condition) if self.conditions else (pair.image,)
         for flip in flips:
-            for sample in samples:
+            for sample in pair[: self.data.images_per_sample]:
                 yield sample, size, flip

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,6 +25,7 @@ from mindtune.models.weights import weight_files
 SAMPLED_ABOVE = 1 << 30
 SAMPLE_BYTES, SAMPLES = 1 << 16, 64
 SUFFIX = ".safetensors"
+WINDOWS = "windows"
 CHECKSUM = "xxh3_128"  # the name of the checksum in an entry's metadata
 
 
@@ -58,19 +60,23 @@ def component_fingerprint(root: Path, name: str, variant: Optional[str]) -> str:
 
 
 class Cache:
-    """A folder of entries, each with a checksum. What is absent, torn or damaged reads as None: encode it again."""
+    """A folder of entries, each with a checksum. What is absent, torn or damaged reads as None: encode it again.
+
+    Its subfolder `windows` holds entries that may be removed when they have been used; see `put` and `evict`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self.windows = self.folder / WINDOWS
 
     def path(self, key: str) -> Path:
-        return self.folder / f"{key}{SUFFIX}"
+        """The file of an entry; where it would be if there is none."""
+        in_windows = self.windows / f"{key}{SUFFIX}"
+        return in_windows if in_windows.exists() else self.folder / f"{key}{SUFFIX}"
 
     def keys(self) -> set[str]:
-        """The keys of all entries, by their names: one listing instead of a look at every file."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as files:
-            return {file.name[: -len(SUFFIX)] for file in files if file.name.endswith(SUFFIX)}
-        return set()
+        """The keys of all entries, by their names: two listings instead of a look at every file."""
+        return {entry.name[: -len(SUFFIX)] for folder in (self.folder, self.windows) for entry in _entries(folder)}
 
     def remove_bad(self) -> None:
         """Reads all entries, and removes those that `get` would not return."""
@@ -81,17 +87,21 @@ class Cache:
                     self.path(key).unlink(missing_ok=True)
                 bar.update()
 
-    def put(self, key: str, tensors: dict[str, np.ndarray]) -> None:
-        """Writes an entry under a temporary name and renames it, so that a kill never leaves a partial entry."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def put(self, key: str, tensors: dict[str, np.ndarray], temporary: bool = False) -> None:
+        """Writes an entry under a temporary name and renames it, so that a kill never leaves a partial entry.
+
+        With `temporary`, `evict` may remove it.
+        """
+        folder = self.windows if temporary else self.folder
+        folder.mkdir(parents=True, exist_ok=True)
         # Not ascontiguousarray, which turns a scalar into an array of one element.
         tensors = {name: np.asarray(value, order="C") for name, value in tensors.items()}
         # The thread is part of the name: two may write the same entry.
-        partial = self.folder / f".{key}.{os.getpid()}.{threading.get_ident()}.partial"
+        partial = folder / f".{key}.{os.getpid()}.{threading.get_ident()}.partial"
         try:
             save_file(tensors, partial, metadata={"key": key, CHECKSUM: _checksum(tensors, xxhash.xxh3_128())})
             make_readable(partial)
-            os.replace(partial, self.path(key))
+            os.replace(partial, folder / f"{key}{SUFFIX}")
         finally:
             partial.unlink(missing_ok=True)
 
@@ -108,6 +118,33 @@ class Cache:
         else:  # version 0.1.0
             intact = metadata.get("checksum") == _checksum(tensors, hashlib.sha256())
         return tensors if intact and metadata.get("key") == key else None
+
+    def touch(self, keys: Iterable[str]) -> None:
+        """Makes temporary entries the newest ones."""
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self.windows / f"{key}{SUFFIX}")
+
+    def evict(self, limit: int, keep: set[str]) -> None:
+        """Removes temporary entries but those in `keep`, the oldest first, until they take at most `limit` bytes."""
+        found = []
+        for entry in _entries(self.windows):
+            with contextlib.suppress(FileNotFoundError):  # another run has removed it
+                stat = entry.stat()
+                found.append((stat.st_mtime_ns, stat.st_size, entry.name))
+        total = sum(size for _, size, _ in found)
+        for _, size, name in sorted(found):
+            if total <= limit:
+                break
+            if name[: -len(SUFFIX)] not in keep:
+                (self.windows / name).unlink(missing_ok=True)
+                total -= size
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as files:
+        return [file for file in files if file.name.endswith(SUFFIX)]
+    return []
 
 
 def _checksum(tensors: dict[str, np.ndarray], digest: Any) -> str:

@@ -40,8 +40,8 @@ def main() -> None:
         return  # the parent was stopped before it sent the job
     _end_with_parent(parent)
     set_up_device(graph_mode=False)
-    encode_captions(job.stage, job.captions, is_main_process)
     encode_images(job.stage, job.images, job.total, is_main_process)
+    encode_captions(job.stage, job.captions(), is_main_process)
     if job.class_images:
         _generate_class_images(job.stage, job.class_images, is_main_process)
 
@@ -116,7 +116,7 @@ def _put(stage: EncoderStage, key: str, entry: dict[str, np.ndarray], precision:
     entry = stage.stored(precision, entry)
     if not all(np.isfinite(value).all() for value in entry.values()):
         raise UserError(f"--mixed_precision {precision}: an encoder overflows on {name}. Use bf16 or no.")
-    stage.cache.put(key, entry)
+    stage.cache.put(key, entry, stage.temporary)
 
 
 def _generate_class_images(stage: EncoderStage, request: ClassImageRequest, show: bool) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from mindspore import nn
 from tqdm import tqdm
 
-from mindtune.cli import UserError, print_lines
+from mindtune.cli import UserError
 from mindtune.data.crops import pixel_values
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
@@ -46,6 +46,7 @@ class EncoderStage:
     `system` is flux, sd or sdxl, a key of ENCODERS. `vae` and `tokenizer` are folders that replace the pipeline's VAE
     and first tokenizer; `vae_precision` is the VAE's if it differs from `precision`. With `int8`, FLUX's T5 and the
     transformer that generates class images have int8 weights. With `verify`, entries are checked before they are used.
+    With `temporary`, new entries may be removed from the cache when they have been used.
     """
 
     root: Path
@@ -60,6 +61,7 @@ class EncoderStage:
     vae_precision: Optional[str] = None
     int8: bool = False
     verify: bool = False
+    temporary: bool = False
     fingerprints: dict = field(init=False)
 
     def __post_init__(self) -> None:
@@ -145,7 +147,7 @@ class EncoderStage:
 
         The hidden states of several encoders are concatenated along D.
         """
-        job = EncodeJob(self, [caption])
+        job = EncodeJob(self, lambda: [caption])
         entries = [
             self._read(self.text_key(encoder, caption), self.precision, job) for encoder in ENCODERS[self.system]
         ]
@@ -173,15 +175,6 @@ class EncoderStage:
             return self.moments(sample, size, flip)
         return pixel_values(sample.open(), size, self.interpolation, crop, flip)
 
-    def encode(self, captions: Iterable[str], images: Iterable[Image], streaming: bool = False) -> None:
-        """Calls `prepare` and prints messages. With `streaming`, does not read all captions to find long ones."""
-        if images:
-            print("--cache_latents: every image is center-cropped, and with --random_flip cached twice")
-        if not streaming:
-            print_lines(self.long_captions(captions))
-        encoded = self.prepare(captions, images)
-        print(f"encoder stage: {encoded} captions and images encoded, all others were in {self.cache_dir}")
-
     def long_captions(self, captions: Iterable[str]) -> list[str]:
         """A message if captions have more tokens than the text encoder reads: T5 for FLUX, CLIP otherwise.
 
@@ -199,44 +192,60 @@ class EncoderStage:
 
     # ---- encoding --------------------------------------------------------------------------------
 
-    def prepare(self, captions: Iterable[str], images: Iterable[Image], total: Optional[int] = None) -> int:
+    def prepare(
+        self,
+        captions: Iterable[str],
+        images: Iterable[Image],
+        total: Optional[int] = None,
+        keys: Optional[set[str]] = None,
+    ) -> int:
         """Encodes captions and images that are not in the cache, in a child process.
 
         Returns how many captions and images that was, over all ranks. An entry that is in the cache is not read here,
-        but checked when it is used. Each iterable is read once; images are sent to the child one after the other, so
-        an iterable that creates them keeps memory constant. `total` is the number of images for the progress bar. Each
-        rank encodes its shard and returns when all ranks are done. Raises UserError if the child process fails.
+        but checked when it is used. Each iterable is read once, the images before the captions; images are sent to the
+        child one after the other, so an iterable that creates them keeps memory constant. `total` is the number of
+        images for the progress bar. `keys` receives the keys of all captions and images. Each rank encodes its shard
+        and returns when all ranks are done. Raises UserError if the child process fails.
         """
         if self.verify and ranks.is_main_process():
             self.cache.remove_bad()
+        self.verify = False  # once
         ranks.all_gather()
         known = self.cache.keys()
         ranks.all_gather()  # nobody writes before all ranks have listed the cache: all shard the same list
-        missing_captions = [
-            caption
-            for caption in dict.fromkeys(captions)
-            if any(self.text_key(encoder, caption) not in known for encoder in ENCODERS[self.system])
-        ]
+        used = set() if keys is None else keys
         missing_keys: list[str] = []
-        shard = self._missing_images(images, known, missing_keys)
+        missing_captions: list[str] = []
+
+        def missing_images() -> Iterator[Image]:
+            """This rank's shard of the missing images."""
+            for image in images:
+                key = self.image_key(*image)
+                if key not in used:
+                    used.add(key)
+                    if key not in known:
+                        missing_keys.append(key)
+                        if (len(missing_keys) - 1) % ranks.world_size() == ranks.rank():
+                            yield image
+
+        def caption_shard() -> list[str]:
+            for caption in dict.fromkeys(captions):
+                of_caption = {self.text_key(encoder, caption) for encoder in ENCODERS[self.system]}
+                used.update(of_caption)
+                if not of_caption <= known:
+                    missing_captions.append(caption)
+            return ranks.shard(missing_captions)
+
+        shard = missing_images()
         first = list(itertools.islice(shard, 1))
-        caption_shard = ranks.shard(missing_captions)
-        if caption_shard or first:
+        if first:
             run_in_child(EncodeJob(self, caption_shard, itertools.chain(first, shard), total=total))
+        elif own_captions := caption_shard():
+            run_in_child(EncodeJob(self, lambda: own_captions))
         ranks.all_gather()
         self._wait_for_entries(missing_captions, missing_keys)
         _read_entry.cache_clear()
         return len(missing_captions) + len(missing_keys)
-
-    def _missing_images(self, images: Iterable[Image], known: set[str], missing: list[str]) -> Iterator[Image]:
-        """This rank's shard of the images whose keys are not `known`. Appends the keys of all ranks to `missing`."""
-        for image in images:
-            key = self.image_key(*image)
-            if key not in known:
-                known.add(key)
-                missing.append(key)
-                if (len(missing) - 1) % ranks.world_size() == ranks.rank():
-                    yield image
 
     def _wait_for_entries(self, captions: Iterable[str], image_keys: Iterable[str]) -> None:
         """Waits until this rank sees the entries that other ranks wrote: a shared file system may show them late."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Optional
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+CLIP_TOKENS = 77
+ITEMSIZE = {"no": 4, "fp32": 4, "fp16": 2, "bf16": 2}
 
 
 class Encoders(NamedTuple):
@@ -30,36 +34,36 @@ def read_encoders(name: Optional[str], cache_dir: Optional[str]) -> Encoders:
     if name is None:
         return FLUX_DEV
     # These import mindone, which the check of images does not need.
-    from mindtune.models import configs, pipelines, tokenization
+    from mindtune.models import pipelines, tokenization
 
     root = pipelines.resolve_pipeline(name, None, None, cache_dir, {"vae": (), "text_encoder": ()}, weights=False)
-    channels, factor = configs.latent_layout(configs.read_config(root, "vae"))
-    clip = configs.read_config(root, "text_encoder")
-    tokenizer_folders = {"CLIP": "tokenizer"}
-    if (root / "transformer").is_dir():
-        kind = "flux"
-        t5 = configs.read_config(root, "text_encoder_2")
-        widths = [t5["d_model"], clip["hidden_size"]]
-        tokenizer_folders["T5"] = "tokenizer_2"
-    elif (root / "text_encoder_2").is_dir():
-        kind = "sdxl"
-        second_clip = configs.read_config(root, "text_encoder_2")
-        widths = [clip["hidden_size"] + second_clip["hidden_size"], second_clip["projection_dim"]]
-        tokenizer_folders["the second CLIP"] = "tokenizer_2"
-    else:
-        kind = "sd"
-        widths = [clip["hidden_size"]]
-    return Encoders(
-        kind=kind,
-        channels=channels,
-        factor=factor,
-        widths=widths,
+    encoders = encoders_of(root)
+    folders = {"CLIP": "tokenizer"}
+    if encoders.kind != "sd":
+        folders["T5" if encoders.kind == "flux" else "the second CLIP"] = "tokenizer_2"
+    return encoders._replace(
         tokenizers={
             encoder: tokenization.load_tokenizer(root / folder)
-            for encoder, folder in tokenizer_folders.items()
+            for encoder, folder in folders.items()
             if (root / folder).is_dir()
-        },
+        }
     )
+
+
+def encoders_of(root: Path) -> Encoders:
+    """The encoders of the pipeline in a folder, without tokenizers."""
+    from mindtune.models import configs
+
+    channels, factor = configs.latent_layout(configs.read_config(root, "vae"))
+    clip = configs.read_config(root, "text_encoder")
+    if (root / "transformer").is_dir():
+        t5 = configs.read_config(root, "text_encoder_2")
+        return Encoders("flux", channels, factor, [t5["d_model"], clip["hidden_size"]], {})
+    if (root / "text_encoder_2").is_dir():
+        second_clip = configs.read_config(root, "text_encoder_2")
+        widths = [clip["hidden_size"] + second_clip["hidden_size"], second_clip["projection_dim"]]
+        return Encoders("sdxl", channels, factor, widths, {})
+    return Encoders("sd", channels, factor, [clip["hidden_size"]], {})
 
 
 def captions_too_long(captions: Iterable[tuple[str, str]], tokenizers: dict, t5_length: int) -> list[dict]:
@@ -75,14 +79,30 @@ def captions_too_long(captions: Iterable[tuple[str, str]], tokenizers: dict, t5_
     return found
 
 
-def cache_bytes(
-    encoders: Encoders, captions: int, latents: int, images_per_item: int, t5_length: int
-) -> dict[str, int]:
-    """The bytes of the encoder cache: text states, and with --cache_latents the VAE's moments.
+class EntrySizes(NamedTuple):
+    """Bytes of the cache entries of a caption, and of an image per latent position."""
 
-    `captions` is the number of different captions, `latents` is the number of latent positions of one image of every
-    item. All values are float32; moments are mean and variance.
-    """
-    tokens = t5_length if encoders.kind == "flux" else 77
-    text = 4 * captions * (tokens * encoders.widths[0] + sum(encoders.widths[1:]))
-    return {"text": text, "latents": 4 * images_per_item * 2 * encoders.channels * latents}
+    text: int
+    latent: int
+    factor: int  # pixels per latent along a side
+
+    @classmethod
+    def of_encoders(cls, encoders: Encoders, precision: str, vae_precision: str, t5_length: int) -> EntrySizes:
+        """For a value of --mixed_precision; the VAE's may differ. An image's entry has mean and log-variance."""
+        tokens = t5_length if encoders.kind == "flux" else CLIP_TOKENS
+        text = ITEMSIZE[precision] * (tokens * encoders.widths[0] + sum(encoders.widths[1:]))
+        return cls(text, ITEMSIZE[vae_precision] * 2 * encoders.channels, encoders.factor)
+
+    @classmethod
+    def of(cls, stage: Any) -> EntrySizes:
+        """For an `EncoderStage`."""
+        encoders = encoders_of(stage.root)
+        return cls.of_encoders(encoders, stage.precision, stage.vae_precision, stage.max_sequence_length)
+
+    def image(self, size: tuple[int, int]) -> int:
+        """Bytes of an image of (height, width) pixels."""
+        return self.latent * (size[0] // self.factor) * (size[1] // self.factor)
+
+    def sample(self, size: tuple[int, int], images: int) -> int:
+        """Bytes of a sample with a caption of its own and this number of encoded images."""
+        return self.text + images * self.image(size)

@@ -7,11 +7,11 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Optional, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, Optional, Union
 
 from mindtune.cli import UserError
 from mindtune.data.image_sample import Sample
@@ -45,12 +45,12 @@ class ClassImageRequest:
 class EncodeJob(NamedTuple):
     """The work of the child process.
 
-    `stage` is an `EncoderStage`. `images` is read once, while the child encodes what it was sent before. `total` is the
-    number of images for the progress bar, if it is known.
+    `stage` is an `EncoderStage`. `images` is read once, while the child encodes what it was sent before; after that
+    `captions` is called. `total` is the number of images for the progress bar, if it is known.
     """
 
     stage: Any
-    captions: Sequence[str] = ()
+    captions: Callable[[], list[str]] = list
     images: Iterable[Image] = ()
     class_images: Optional[ClassImageRequest] = None
     total: Optional[int] = None
@@ -58,22 +58,26 @@ class EncodeJob(NamedTuple):
 
 def send(job: EncodeJob, stream: BinaryIO) -> None:
     """Writes a job to a stream, for `receive`."""
-    pickle.dump((os.getpid(), ranks.is_main_process(), job._replace(images=())), stream)
+    pickle.dump((os.getpid(), ranks.is_main_process(), job._replace(images=(), captions=list)), stream)
     images = iter(job.images)
     while group := list(islice(images, GROUP)):
         pickle.dump(group, stream)
+    pickle.dump([], stream)
+    pickle.dump(job.captions(), stream)
 
 
 def receive(stream: BinaryIO) -> tuple[int, bool, EncodeJob]:
-    """(process id of the sender, whether it is the main process, its job). The images are read as they arrive."""
+    """(process id of the sender, whether it is the main process, its job). The images are read as they arrive.
+
+    Raises EOFError or UnpicklingError, also while the images are read, if the sender was stopped.
+    """
     parent, is_main_process, job = pickle.load(stream)
-    return parent, is_main_process, job._replace(images=_receive_images(stream))
+    return parent, is_main_process, job._replace(images=_receive(stream), captions=lambda: pickle.load(stream))
 
 
-def _receive_images(stream: BinaryIO) -> Iterator[Image]:
-    with contextlib.suppress(EOFError):
-        while True:
-            yield from pickle.load(stream)
+def _receive(stream: BinaryIO) -> Iterator[Image]:
+    while group := pickle.load(stream):
+        yield from group
 
 
 def run_in_child(job: EncodeJob) -> None:

@@ -113,6 +113,20 @@ def images(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
         help=f"Encode the center crop of every {sample} before training; with --random_flip also its flip.",
     )
     add(
+        "encode_window",
+        type=int,
+        minimum=1,
+        may_change=True,
+        help="Number of updates whose data is encoded at a time. Default: all, or what --cache_limit_gb allows.",
+    )
+    add(
+        "cache_limit_gb",
+        type=float,
+        above=0,
+        may_change=True,
+        help="Disk for encoder outputs; more data is encoded in windows. Default: no limit, 50 for windows.",
+    )
+    add(
         "dataloader_num_workers",
         type=int,
         default=1,

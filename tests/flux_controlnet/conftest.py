@@ -71,9 +71,9 @@ def warm_cache(encoder_cache, control_script, tiny_flux, shapes, oblong):
     captions, images = ["", "x", "a red circle", "a blue star"], []
     for folder, sizes in ((shapes, [(32, 32)]), (oblong, [(32, 48), (48, 32)])):
         found = pairs.load_pairs(columns.Source(train_data_dir=str(folder), cache_dir=str(encoder_cache)))
-        data = pair_data.PairData(found, [], sizes=sizes, seed=0, batch_size=1)
+        data = pair_data.PairData(found, [], sizes=sizes, seed=0, batch_size=1, encode_conditions=True)
         captions += [pair.caption for pair in found]
-        images += data.images(random_flip=True, conditions=True)
+        images += data.images(random_flip=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder_stage, "run_in_child", encode_here)
         stage.prepare(captions, images)

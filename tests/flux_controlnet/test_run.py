@@ -292,8 +292,10 @@ def test_the_empty_caption_is_encoded_once_and_only_if_used(control, tmp_path, m
     jobs = []
 
     def note(job):
-        jobs.append((list(job.captions), list(job.images)))
-        encode_here(job._replace(images=jobs[-1][1]))
+        images = list(job.images)
+        captions = job.captions()
+        jobs.append((captions, images))
+        encode_here(job._replace(images=images, captions=lambda: captions))
 
     monkeypatch.setattr(encoder_stage, "run_in_child", note)
     more = ["--cache_dir", tmp_path / "cache", "--cache_latents", "--max_train_steps", 1]

@@ -141,8 +141,8 @@ def test_ranks_encode_disjoint_shards_of_what_the_cache_lacks(as_rank, monkeypat
     shards = [[], []]
 
     def note(job):
-        shards[0].append(set(job.captions))
         shards[1].append({encoder.image_key(*image) for image in job.images})
+        shards[0].append(set(job.captions()))
 
     monkeypatch.setattr(encoder_stage, "run_in_child", note)
     monkeypatch.setattr(encoder, "_wait_for_entries", lambda *missing: None)

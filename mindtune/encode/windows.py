@@ -1,0 +1,160 @@
+"""Encodes the data of a run: all of it before training, or a window of updates at a time."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any, Callable, NamedTuple, Optional
+
+from tqdm import tqdm
+
+from mindtune.cli import print_lines
+from mindtune.distributed import ranks
+from mindtune.encode import estimate
+from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.encode.jobs import Image
+
+GB = 1 << 30
+FIRST_WINDOW = 20  # updates
+LARGEST_SHARE = 0.05  # of the time that encoding may take before the window is doubled
+CACHE_LIMIT_GB = 50.0  # where windows are used and --cache_limit_gb is not given
+
+
+class Settings(NamedTuple):
+    """How the data are encoded. The fields have the names of the flags."""
+
+    streaming: bool = False
+    encode_window: Optional[int] = None
+    cache_limit_gb: Optional[float] = None
+    cache_latents: bool = False
+    random_flip: bool = False
+    train_batch_size: int = 4
+    dataloader_num_workers: int = 1
+
+
+def encode(
+    stage: EncoderStage, data: Any, settings: Settings, batches: tuple[int, int], per_update: int, captions: list[str]
+) -> Windows:
+    """Encodes what the first update needs; the result encodes the rest. The arguments are those of `Windows`.
+
+    Raises UserError if the child process fails.
+    """
+    windows = Windows(stage, data, settings, batches, per_update, captions)
+    windows.encode_first()
+    return windows
+
+
+class Windows:
+    """The encoder outputs of a run's data.
+
+    `batches` are (first, end), the numbers of the batches to train on, of all ranks, and `per_update` is how many of
+    them make an update. `captions` are those of validation and of empty prompts, which are encoded in any case, as the
+    held-out samples are.
+
+    A set is encoded whole if it fits --cache_limit_gb. A larger one, and every stream, is encoded in windows: before
+    the batches of a window are needed, the child process encodes them and ends. Entries that have been used are removed
+    when they take more than the limit, the oldest first. A window has --encode_window updates, or at first 20, and
+    twice as many as long as encoding takes more than 5 % of the time, up to half of the limit. What an entry contains
+    does not depend on the windows, so neither do the results.
+    """
+
+    def __init__(
+        self,
+        stage: EncoderStage,
+        data: Any,
+        settings: Settings,
+        batches: tuple[int, int],
+        per_update: int,
+        captions: list[str],
+    ) -> None:
+        self.stage = stage
+        self.data = data
+        self.settings = settings
+        self.first, self.end = batches
+        self.per_update = per_update
+        self.captions = captions
+        self.limit = int((settings.cache_limit_gb or CACHE_LIMIT_GB) * GB)
+        sizes = estimate.EntrySizes.of(stage)
+        self.sample_bytes = sizes.sample(max(data.sizes), data.images_per_sample if settings.cache_latents else 0)
+        self.largest = max(1, self.limit // 2 // (self.sample_bytes * per_update * settings.train_batch_size))
+        self.length = settings.encode_window or min(FIRST_WINDOW, self.largest)  # updates
+        # Batches that are prepared in advance need their entries, too.
+        self.ahead = (settings.dataloader_num_workers + 3) * ranks.world_size()
+        self.encoded = self.first  # the batches before this one are encoded
+        self.keys: set[str] = set()
+        self.encode_seconds = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the data is encoded before training."""
+        settings = self.settings
+        if settings.streaming or settings.encode_window:
+            return False
+        return not settings.cache_limit_gb or self.data.count * self.sample_bytes <= self.limit
+
+    def encode_first(self) -> None:
+        """Encodes all, or what validation and the first window need."""
+        settings, data, stage = self.settings, self.data, self.stage
+        if settings.cache_latents:
+            print("--cache_latents: every image is center-cropped, and with --random_flip cached twice")
+        if not settings.streaming:
+            print_lines(stage.long_captions(data.captions()))
+        images = data.images(settings.random_flip, held_out=not self.whole) if settings.cache_latents else ()
+        captions = itertools.chain(self.captions, data.captions(held_out=not self.whole))
+        encoded = stage.prepare(captions, images, total=len(images))
+        if self.whole:
+            print(f"encoder stage: {encoded} captions and images encoded, all others were in {stage.cache_dir}")
+            return
+        stage.temporary = True
+        self.coming = data.batches(self.first, self.end)
+        self._encode_window()
+
+    def iterate(self, make_batch: Callable[[list], Any]) -> Iterator[Any]:
+        """This rank's shard of the batches, prepared in advance by threads; encodes a window when it is needed."""
+        batches = self.data.iterate(self.first, self.end, make_batch, self.settings.dataloader_num_workers)
+        if self.whole:
+            yield from batches
+            return
+        began = time.monotonic()
+        for number in range(self.first + ranks.rank(), self.end, ranks.world_size()):
+            if number - ranks.rank() + self.ahead > self.encoded and self.encoded < self.end:
+                self._adapt(time.monotonic() - began)
+                self._encode_window()
+                began = time.monotonic()
+            yield next(batches)
+
+    def _adapt(self, training_seconds: float) -> None:
+        """Doubles the window if the last one took too long to encode, unless --encode_window is given."""
+        share = self.encode_seconds / max(1e-9, self.encode_seconds + training_seconds)
+        if not self.settings.encode_window and ranks.all_gather(share)[0] > LARGEST_SHARE:
+            self.length = min(2 * self.length, self.largest)
+
+    def _encode_window(self) -> None:
+        began = time.monotonic()
+        start = self.encoded
+        # The first window also has the batches that are prepared in advance while its last ones are used.
+        count = self.length * self.per_update + (self.ahead if start == self.first else 0)
+        self.encoded = min(start + count, self.end)
+        if ranks.is_main_process():
+            self.stage.cache.evict(self.limit // 2, keep=self.keys)
+        captions: list[str] = []
+        self.keys = set()
+        total = (self.encoded - start) * self.settings.train_batch_size * self.data.images_per_sample
+        images = self._images(self.encoded - start, captions)
+        encoded = self.stage.prepare(captions, images, total=total, keys=self.keys)
+        if ranks.is_main_process():
+            self.stage.cache.touch(self.keys)
+        self.encode_seconds = time.monotonic() - began
+        if encoded and ranks.is_main_process():
+            updates = f"updates {start // self.per_update + 1} to {-(-self.encoded // self.per_update)}"
+            tqdm.write(f"{updates}: {encoded} captions and images encoded in {self.encode_seconds:.0f} s")
+
+    def _images(self, batches: int, captions: list[str]) -> Iterator[Image]:
+        """The images of the coming batches, if they are encoded. Appends the captions to `captions`."""
+        settings = self.settings
+        for uses in itertools.islice(self.coming, batches):
+            for use in uses:
+                captions.append(self.data.caption(use))
+                if settings.cache_latents:
+                    yield from self.data.images_of(use, settings.random_flip)
