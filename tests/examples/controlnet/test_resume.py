@@ -17,7 +17,7 @@ CASES = {
     ],
     "sdxl": [
         "--streaming", "--shuffle_buffer_size", 3, "--proportion_empty_prompts", 0.3, "--mixed_precision", "bf16",
-        "--gradient_accumulation_steps", 2, "--use_8bit_adam",
+        "--gradient_accumulation_steps", 2, "--use_8bit_adam", "--cache_latents", "--encode_window", 1,
     ],
 }  # fmt: skip
 

@@ -202,6 +202,17 @@ def test_streaming_first_samples_and_empty_prompts_together(sd, run, tmp_path):
     assert all(np.isfinite(line["loss"]) for name in ("stream", "few") for line in metrics(tmp_path / name))
 
 
+@pytest.mark.parametrize("more", [["--streaming", "--shuffle_buffer_size", 3], ["--random_flip"]])
+def test_windows_change_nothing_but_the_disk(sd15, run, tmp_path, more):
+    """A stream, and a set that does not fit its limit: the losses are those of a run that encodes all at once."""
+    more = [*more, "--cache_latents", "--max_train_steps", 8, "--cache_dir"]
+    run(sd15, tmp_path / "at once", *more, tmp_path / "a", "--encode_window", 100)
+    run(sd15, tmp_path / "in turn", *more, tmp_path / "b", "--encode_window", 1, "--cache_limit_gb", 1e-9)
+    assert metrics(tmp_path / "at once") == metrics(tmp_path / "in turn")
+    counts = [len(list((tmp_path / name / "mindtune" / "windows").iterdir())) for name in ("a", "b")]
+    assert 2 <= counts[1] < counts[0]
+
+
 def recipes():
     """The flags of docs/controlnet.md's table of memory recipes, row by row."""
     lines = (ROOT / "docs" / "controlnet.md").read_text().splitlines()
