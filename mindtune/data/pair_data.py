@@ -159,7 +159,13 @@ def _bucket_ids(pairs: Union[Pairs, list[Pair]], sizes: list[tuple[int, int]]) -
     return bucket_ids((pair.image for pair in pairs), sizes)
 
 
-def load(source: Source, settings: Settings, seed: int, facts: ImageFacts, encode_conditions: bool = False) -> PairData:
+def load(
+    source: Source,
+    settings: Settings,
+    seed: int,
+    facts: Optional[ImageFacts] = None,
+    encode_conditions: bool = False,
+) -> PairData:
     """Loads the pairs of a source, checks them, and splits them by `seed`. A stream is checked as it is read.
 
     With `encode_conditions` the VAE encodes condition images, too. An image that `facts` knows is not decoded again.

@@ -82,7 +82,7 @@ class Windows:
         # Batches that are prepared in advance need their entries, too.
         self.ahead = (settings.dataloader_num_workers + 3) * ranks.world_size()
         self.encoded = self.first  # the batches before this one are encoded
-        self.keys: set[str] = set()
+        self.used: list[tuple[int, set[str]]] = []  # of each window with batches left: its end, and its keys
         self.encode_seconds = 0.0
 
     @property
@@ -108,7 +108,7 @@ class Windows:
             return
         stage.temporary = True
         self.coming = data.batches(self.first, self.end)
-        self._encode_window()
+        self._encode_window(self.first)
 
     def iterate(self, make_batch: Callable[[list], Any]) -> Iterator[Any]:
         """This rank's shard of the batches, prepared in advance by threads; encodes a window when it is needed."""
@@ -117,10 +117,10 @@ class Windows:
             yield from batches
             return
         began = time.monotonic()
-        for number in range(self.first + ranks.rank(), self.end, ranks.world_size()):
-            if number - ranks.rank() + self.ahead > self.encoded and self.encoded < self.end:
+        for number in range(self.first, self.end, ranks.world_size()):
+            if number + self.ahead > self.encoded and self.encoded < self.end:
                 self._adapt(time.monotonic() - began)
-                self._encode_window()
+                self._encode_window(number)
                 began = time.monotonic()
             yield next(batches)
 
@@ -130,21 +130,24 @@ class Windows:
         if not self.settings.encode_window and ranks.all_gather(share)[0] > LARGEST_SHARE:
             self.length = min(2 * self.length, self.largest)
 
-    def _encode_window(self) -> None:
+    def _encode_window(self, number: int) -> None:
+        """Encodes the next window. The batches before `number` have been used."""
         began = time.monotonic()
         start = self.encoded
         # The first window also has the batches that are prepared in advance while its last ones are used.
         count = self.length * self.per_update + (self.ahead if start == self.first else 0)
         self.encoded = min(start + count, self.end)
+        self.used = [(end, keys) for end, keys in self.used if end > number]
         if ranks.is_main_process():
-            self.stage.cache.evict(self.limit // 2, keep=self.keys)
+            self.stage.cache.evict(self.limit // 2, keep=set().union(*(keys for _, keys in self.used)))
         captions: list[str] = []
-        self.keys = set()
+        new_keys: set[str] = set()
         total = (self.encoded - start) * self.settings.train_batch_size * self.data.images_per_sample
         images = self._images(self.encoded - start, captions)
-        encoded = self.stage.prepare(captions, images, total=total, keys=self.keys)
+        encoded = self.stage.prepare(captions, images, total=total, keys=new_keys)
+        self.used.append((self.encoded, new_keys))
         if ranks.is_main_process():
-            self.stage.cache.touch(self.keys)
+            self.stage.cache.touch(new_keys)
         self.encode_seconds = time.monotonic() - began
         if encoded and ranks.is_main_process():
             updates = f"updates {start // self.per_update + 1} to {-(-self.encoded // self.per_update)}"
