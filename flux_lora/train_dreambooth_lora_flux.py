@@ -33,7 +33,7 @@ from mindtune.models.tokenization import load_tokenizer
 from mindtune.models.train_step import TrainStep
 from mindtune.models.weights import linear_layers
 from mindtune.optim import advice, optimizers, schedules
-from mindtune.run import memory, plan, record, validation
+from mindtune.run import disk, memory, plan, record, validation
 
 # ---- flags (yours to change) ---------------------------------------------------------------------
 
@@ -42,14 +42,9 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add
     training_flags.model(parser, pipeline="FLUX.1")
-    add(
-        "lora_model_name_or_path",
-        may_change=True,
-        help="File or directory of a LoRA to start from. Default: a new LoRA.",
-    )
+    add("lora_model_name_or_path", may_change=True, help="LoRA (file or directory) to start from. Default: a new one.")
     data_flags.instance_images(parser)
     data_flags.images(parser, sample="image", multiple=16, smallest=16)
-
     data_flags.prior_preservation(parser)
     parser.section("LoRA")
     add("lora_rank", "rank", type=int, default=4, minimum=1, help="Rank of the LoRA matrices.")
@@ -74,12 +69,7 @@ def parse_args(argv=None):
     add("prodigy_beta3", type=float, help="Decay rate of prodigy's step size estimate. Default: sqrt(--adam_beta2).")
     add("prodigy_decouple", type=boolean, default=True, help="prodigy: decoupled weight decay, as in AdamW.")
     add("prodigy_use_bias_correction", type=boolean, default=True, help="prodigy: bias correction, as in Adam.")
-    add(
-        "prodigy_safeguard_warmup",
-        type=boolean,
-        default=True,
-        help="prodigy: leave the learning rate out of the denominator of the step size estimate, for warm-up.",
-    )
+    add("prodigy_safeguard_warmup", type=boolean, default=True, help="prodigy: keep warm-up out of the step size.")
     training_flags.schedule(parser)
     output_flags.output(parser, output_dir="flux-dreambooth-lora")
     add("upcast_before_saving", default=False, may_change=True, help="Save the final LoRA in fp32.")
@@ -145,15 +135,20 @@ def find_initial_lora(args, root):
 # ---- data (yours to change) ----------------------------------------------------------------------
 
 
-def load_samples(args, sizes, facts):
-    """Returns the usable instance images with their captions, after decoding those not in `facts`. Raises UserError."""
+def find_samples(args):
+    """Returns the instance images, of which none is opened, and the flag that names them. Raises UserError."""
     if args.dataset_name:
         flag = f"--dataset_name {printable(args.dataset_name)}"
         samples = tables.samples_in_dataset(args.select(columns.Source))
     else:
         flag = f"--instance_data_dir {printable(args.instance_data_dir)}"
         samples = folders.samples_in_folder(args.instance_data_dir, "--instance_data_dir", args.caption_column)
-    samples = samples[: args.max_train_samples]
+    return samples[: args.max_train_samples], flag
+
+
+def load_samples(args, sizes, facts):
+    """Returns the usable instance images with their captions, after decoding those not in `facts`. Raises UserError."""
+    samples, flag = find_samples(args)
     threads = args.dataloader_num_workers
     samples = checks.preflight(samples, buckets.min_size(sizes), flag, args.skip_bad_images, threads, facts)
     uncaptioned = [sample.name for sample in samples if sample.caption is None]
@@ -352,7 +347,11 @@ def main(argv=None):
     # ---- check ----
     if args.dry_run:
         settings = args.select(memory.Settings, system="flux_lora", root=find_pipeline(args))
-        print(plan.describe(settings))
+        print(
+            plan.describe(settings),
+            disk.describe(args.select(disk.Settings), settings, lambda: find_samples(args)[0]),
+            sep="\n",
+        )
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from mindtune.cli import UserError, indented_list, printable, run_script
+from mindtune.cli import UserError, indented_list, printable, run_script, size_text
 from mindtune.data.buckets import crop_sizes
 from mindtune.data.columns import Source, check_source
 from mindtune.data.folders import holds_no_image, samples_in_folder
@@ -23,8 +23,8 @@ from mindtune.data.image_sample import Sample
 from mindtune.data.pairs import load_pairs
 from mindtune.data.statistics import Item, Sizes, cropped_shares_by_bucket, duplicates, inspect_images, inspect_pairs
 from mindtune.data.tables import samples_in_dataset
-from mindtune.encode.estimate import EntrySizes, captions_too_long, read_encoders
-from mindtune.files import require_writable
+from mindtune.encode.estimate import EntrySizes, captions_too_long, read_encoders, shorter_captions
+from mindtune.files import free_bytes, require_writable
 from mindtune.flags.parser import Parser, Values
 
 
@@ -156,6 +156,11 @@ def make_report(flags: dict, cache_dir: str) -> dict:
     entries = EntrySizes.of_encoders(encoders, precision, vae_precision, flags["max_sequence_length"])
     encodes_conditions = found.is_pairs and encoders.kind == "flux"
     images_per_item = (1 + flags["random_flip"]) * (2 if encodes_conditions else 1)
+    cache_sizes = {
+        "text": entries.text * len({caption for _, caption in captions}),
+        "latents": images_per_item
+        * sum(bucket["pictures"] * entries.image((bucket["height"], bucket["width"])) for bucket in buckets),
+    }
     return {
         "data": list(found.groups),
         # "pictures" here and in `bucket_report` is part of the file format.
@@ -171,13 +176,18 @@ def make_report(flags: dict, cache_dir: str) -> dict:
         "captions_too_long": captions_too_long(
             own_captions + prompts, encoders.tokenizers, flags["max_sequence_length"]
         ),
+        "shorter_captions": shorter_captions(
+            [caption for _, caption in captions],
+            encoders.tokenizers["T5"],
+            flags["max_sequence_length"],
+            cache_sizes["text"],
+        )
+        if "T5" in encoders.tokenizers
+        else [],
         "buckets": buckets,
         "cache_for": model or "FLUX.1-dev",
-        "cache_bytes": {
-            "text": entries.text * len({caption for _, caption in captions}),
-            "latents": images_per_item
-            * sum(bucket["pictures"] * entries.image((bucket["height"], bucket["width"])) for bucket in buckets),
-        },
+        "cache_bytes": cache_sizes,
+        "free_bytes": free_bytes(Path(flags["cache_dir"] or ".")),
     }
 
 
@@ -233,10 +243,11 @@ def format_report(report: dict) -> str:
         mean = 100 * bucket["cropped_away_mean"]
         most = 100 * bucket["cropped_away_most"]
         lines.append(f"{size:14s} {bucket['pictures']:8d}  {mean:11.1f}%  {most:6.1f}%")
-    text, latents = (report["cache_bytes"][what] / 1e6 for what in ("text", "latents"))
-    lines.append(
-        f"disk for the cache ({report['cache_for']}): text {text:.1f} MB, with --cache_latents {latents:.1f} MB more"
-    )
+    text, latents = (size_text(report["cache_bytes"][what]) for what in ("text", "latents"))
+    lines.append(f"disk for the cache ({report['cache_for']}): text {text}, with --cache_latents {latents} more")
+    lines += report["shorter_captions"]
+    free = report["free_bytes"]
+    lines.append(f"free: {size_text(free)}" + (", too little" if sum(report["cache_bytes"].values()) > free else ""))
     lines.append("a run can start with this data" if report["can_start"] else "a run would not start with this data")
     return "\n".join(lines)
 

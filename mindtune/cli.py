@@ -134,6 +134,11 @@ def printable(text: object, limit: int = 300) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def size_text(count: float) -> str:
+    """A number of bytes in GB or MB, of 2^30 and 2^20 bytes."""
+    return f"{count / 2**30:.2f} GB" if count >= 100 * 2**20 else f"{count / 2**20:.1f} MB"
+
+
 def short_list(names: Iterable[str], limit: int = 3) -> str:
     """The first `limit` names on one line, and the number of the others: "a.png, b.png, c.png and 4 more"."""
     names = [printable(name, 120) for name in names]

@@ -90,6 +90,14 @@ def encoder_cache(cache_dir: Optional[str], output_dir: Path) -> Path:
     return Path(cache_dir, "mindtune") if cache_dir else output_dir / "cache"
 
 
+def free_bytes(folder: Path) -> int:
+    """Bytes that can be written to `folder`, or to its closest existing parent."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
 def make_readable(path: Path) -> None:
     """Gives a file the permissions of any new file: safetensors creates files that only their owner may read."""
     mask = os.umask(0)

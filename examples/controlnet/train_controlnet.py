@@ -18,6 +18,7 @@ from mindtune import diffusion, files, flow, rng
 from mindtune.cli import print_lines, run_script
 from mindtune.data import columns, conditions, order, pair_data
 from mindtune.data.image_facts import ImageFacts
+from mindtune.data.pairs import load_pairs
 from mindtune.distributed import ranks
 from mindtune.encode import windows
 from mindtune.encode.cache import component_fingerprint
@@ -28,7 +29,7 @@ from mindtune.models import configs, controlnets, execution, loading, pipelines,
 from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.train_step import TrainStep, train_all_weights
 from mindtune.optim import advice, averaging, optimizers, schedules
-from mindtune.run import checkpoint, memory, plan, record, validation
+from mindtune.run import checkpoint, disk, memory, plan, record, validation
 
 FOLDER = "controlnet"  # the folder of the ControlNet in a checkpoint, as in diffusers
 
@@ -225,6 +226,7 @@ def main(argv=None):
         root, existing, _ = find_models(args)
         settings = args.select(memory.Settings, system="controlnet", root=root, controlnet=existing)
         print(plan.describe(settings))
+        print(disk.describe(args.select(disk.Settings), settings, lambda: load_pairs(args.select(columns.Source))))
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -119,6 +119,10 @@ class Cache:
             intact = metadata.get("checksum") == _checksum(tensors, hashlib.sha256())
         return tensors if intact and metadata.get("key") == key else None
 
+    def temporary_bytes(self) -> int:
+        """Bytes of all temporary entries."""
+        return sum(size for _, size, _ in self._temporary())
+
     def touch(self, keys: Iterable[str]) -> None:
         """Makes temporary entries the newest ones."""
         for key in keys:
@@ -127,18 +131,21 @@ class Cache:
 
     def evict(self, limit: int, keep: set[str]) -> None:
         """Removes temporary entries but those in `keep`, the oldest first, until they take at most `limit` bytes."""
-        found = []
-        for entry in _entries(self.windows):
-            with contextlib.suppress(FileNotFoundError):  # another run has removed it
-                stat = entry.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, entry.name))
+        found = sorted(self._temporary())
         total = sum(size for _, size, _ in found)
-        for _, size, name in sorted(found):
+        for _, size, name in found:
             if total <= limit:
                 break
             if name[: -len(SUFFIX)] not in keep:
                 (self.windows / name).unlink(missing_ok=True)
                 total -= size
+
+    def _temporary(self) -> Iterator[tuple[int, int, str]]:
+        """(time, bytes, file name) of each temporary entry."""
+        for entry in _entries(self.windows):
+            with contextlib.suppress(FileNotFoundError):  # another run has removed it
+                stat = entry.stat()
+                yield stat.st_mtime_ns, stat.st_size, entry.name
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:

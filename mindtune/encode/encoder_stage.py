@@ -22,10 +22,11 @@ from mindspore import nn
 from tqdm import tqdm
 
 from mindtune.cli import UserError
-from mindtune.data.crops import pixel_values
+from mindtune.data.crops import height_width, pixel_values
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
 from mindtune.encode.cache import Cache, encoder_fingerprint, key_of
+from mindtune.encode.estimate import CAPTIONS_TO_MEASURE, EntrySizes
 from mindtune.encode.jobs import ClassImageRequest, EncodeJob, Image, Size, run_in_child
 from mindtune.encode.text_encoders import ENCODERS, long_captions_message, t5_entry
 from mindtune.models.loading import load_model
@@ -34,7 +35,6 @@ from mindtune.models.tokenization import CLIP_LENGTH, load_tokenizer
 from mindtune.models.weights import read_json, weight_files
 
 MINDONE = version("mindone")  # read once: a call takes 0.5 ms, and every cache key contains it
-CAPTIONS_TO_MEASURE = 20_000  # tokenizing all captions of a large data set would take minutes
 SHARED_FILES_SECONDS = 60  # how long to wait until a shared file system shows the files of another rank
 _encoding_again = threading.Lock()  # threads that prepare batches may find the same bad entry
 
@@ -246,6 +246,20 @@ class EncoderStage:
         self._wait_for_entries(missing_captions, missing_keys)
         _read_entry.cache_clear()
         return len(missing_captions) + len(missing_keys)
+
+    def missing_bytes(self, captions: Iterable[str], images: Iterable[Image], sizes: EntrySizes) -> int:
+        """Bytes of the entries that `prepare` would add to the cache."""
+        known = self.cache.keys()
+        total = 0
+        for caption in dict.fromkeys(captions):
+            if any(self.text_key(encoder, caption) not in known for encoder in ENCODERS[self.system]):
+                total += sizes.text
+        for image in images:
+            key = self.image_key(*image)
+            if key not in known:
+                known.add(key)
+                total += sizes.image(height_width(image[1]))
+        return total
 
     def _wait_for_entries(self, captions: Iterable[str], image_keys: Iterable[str]) -> None:
         """Waits until this rank sees the entries that other ranks wrote: a shared file system may show them late."""

@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from mindtune.cli import size_text
+
 CLIP_TOKENS = 77
+CAPTIONS_TO_MEASURE = 20_000  # tokenizing all captions of a large data set would take minutes
 ITEMSIZE = {"no": 4, "fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -77,6 +80,19 @@ def captions_too_long(captions: Iterable[tuple[str, str]], tokenizers: dict, t5_
             if tokens > limit:
                 found.append({"name": name, "encoder": encoder, "tokens": tokens, "limit": limit})
     return found
+
+
+def shorter_captions(captions: Iterable[str], tokenizer: Any, length: int, text_bytes: int) -> list[str]:
+    """What a shorter --max_sequence_length would save, if all captions fit in it: a line, or none."""
+    unique = list(dict.fromkeys(captions))[:CAPTIONS_TO_MEASURE]
+    longest = max((len(ids) for ids in tokenizer(unique).input_ids), default=0) if unique else 0
+    enough = -(-longest // 16) * 16
+    if not 0 < enough < length:
+        return []
+    return [
+        f"  the longest caption has {longest} tokens: with --max_sequence_length {enough} the text takes "
+        f"{size_text(text_bytes * enough / length)} instead of {size_text(text_bytes)}"
+    ]
 
 
 class EntrySizes(NamedTuple):

@@ -9,16 +9,17 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from tqdm import tqdm
 
-from mindtune.cli import print_lines
+from mindtune.cli import UserError, print_lines, size_text
 from mindtune.distributed import ranks
 from mindtune.encode import estimate
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.encode.jobs import Image
+from mindtune.files import free_bytes
 
 GB = 1 << 30
 FIRST_WINDOW = 20  # updates
 LARGEST_SHARE = 0.05  # of the time that encoding may take before the window is doubled
-CACHE_LIMIT_GB = 50.0  # where windows are used and --cache_limit_gb is not given
+CACHE_LIMIT_GB = 50  # for windows, but at most half of what is free, if --cache_limit_gb is not given
 
 
 class Settings(NamedTuple):
@@ -74,9 +75,12 @@ class Windows:
         self.first, self.end = batches
         self.per_update = per_update
         self.captions = captions
-        self.limit = int((settings.cache_limit_gb or CACHE_LIMIT_GB) * GB)
-        sizes = estimate.EntrySizes.of(stage)
-        self.sample_bytes = sizes.sample(max(data.sizes), data.images_per_sample if settings.cache_latents else 0)
+        room = free_bytes(stage.cache_dir) + stage.cache.temporary_bytes()
+        self.limit = (
+            int(settings.cache_limit_gb * GB) if settings.cache_limit_gb else min(CACHE_LIMIT_GB * GB, room // 2)
+        )
+        self.sizes = estimate.EntrySizes.of(stage)
+        self.sample_bytes = self.sizes.sample(max(data.sizes), data.images_per_sample if settings.cache_latents else 0)
         self.largest = max(1, self.limit // 2 // (self.sample_bytes * per_update * settings.train_batch_size))
         self.length = settings.encode_window or min(FIRST_WINDOW, self.largest)  # updates
         # Batches that are prepared in advance need their entries, too.
@@ -96,6 +100,7 @@ class Windows:
     def encode_first(self) -> None:
         """Encodes all, or what validation and the first window need."""
         settings, data, stage = self.settings, self.data, self.stage
+        self._check_disk()
         if settings.cache_latents:
             print("--cache_latents: every image is center-cropped, and with --random_flip cached twice")
         if not settings.streaming:
@@ -123,6 +128,29 @@ class Windows:
                 self._encode_window(number)
                 began = time.monotonic()
             yield next(batches)
+
+    def _check_disk(self) -> None:
+        """Raises UserError if the encoder outputs do not fit on the disk."""
+        folder = self.stage.cache_dir
+        free = free_bytes(folder)
+        if not self.whole:
+            if self.limit > free + self.stage.cache.temporary_bytes():
+                raise UserError(
+                    f"--cache_limit_gb {self.limit / GB:g}: {size_text(free)} are free in {folder}. Give a lower limit, "
+                    "or another --cache_dir."
+                )
+            return
+        flips = 2 if self.settings.random_flip else 1
+        if self.data.count * self.sample_bytes * flips <= free:  # a bound that needs no keys
+            return
+        images = self.data.images(self.settings.random_flip) if self.settings.cache_latents else ()
+        needed = self.stage.missing_bytes(itertools.chain(self.captions, self.data.captions()), images, self.sizes)
+        if needed > free:
+            raise UserError(
+                f"the encoder cache needs {size_text(needed)}, and {size_text(free)} are free in {folder}. Free some "
+                "space, give another --cache_dir, or encode in windows with --cache_limit_gb "
+                f"{max(0.1, free / 2 / GB):.1f}."
+            )
 
     def _adapt(self, training_seconds: float) -> None:
         """Doubles the window if the last one took too long to encode, unless --encode_window is given."""

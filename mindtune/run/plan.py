@@ -6,7 +6,7 @@ from typing import NamedTuple, Union
 
 import mindspore as ms
 
-from mindtune.cli import UserError
+from mindtune.cli import UserError, size_text
 from mindtune.run.memory import GB, MB, Plan, Settings, encode_peak, make_plan
 from mindtune.run.tracking import peak_memory_mb
 
@@ -66,7 +66,7 @@ def suggestions(settings: Settings, limit: int) -> tuple[list[str], int]:
         after = make_plan(changed).device()
         if after < 0.99 * needed:
             words = f"--{saving.flag}" if saving.value is True else f"--{saving.flag} {saving.value}"
-            lines.append(f"{words:28s} saves {_size(needed - after)}: {saving.cost}")
+            lines.append(f"{words:28s} saves {size_text(needed - after)}: {saving.cost}")
             settings, needed = changed, after
     return lines, needed
 
@@ -78,7 +78,7 @@ def check_fit(settings: Settings) -> None:
     needed, limit = make_plan(settings).device(), settings.device_memory_gb * GB
     if needed > limit:
         raise UserError(
-            f"--fit: the run needs {_size(needed)} with all blocks recomputed, and --device_memory_gb is "
+            f"--fit: the run needs {size_text(needed)} with all blocks recomputed, and --device_memory_gb is "
             f"{settings.device_memory_gb:g}. --dry_run lists flags that need less memory."
         )
 
@@ -87,9 +87,9 @@ def describe(settings: Settings) -> str:
     """The plan as a table, whether it fits a device of `device_memory_gb` (2^30 bytes), and if not the flags to add."""
     plan = make_plan(settings)
     rows = _rows(plan)
-    rows.append(("encoder stage (separate process)", "", "", _size(encode_peak(settings))))
+    rows.append(("encoder stage (separate process)", "", "", size_text(encode_peak(settings))))
     if ms.get_context("device_target") == "CPU":
-        rows.append(("training process on this CPU", "", "", _size(make_plan(settings, on_cpu=True).process())))
+        rows.append(("training process on this CPU", "", "", size_text(make_plan(settings, on_cpu=True).process())))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         f"{name:{widths[0]}}  {count:>{widths[1]}}  {dtype:{widths[2]}}  {size:>{widths[3]}}"
@@ -108,42 +108,40 @@ def _advice(settings: Settings, limit: int) -> list[str]:
     flags, needed = suggestions(settings, limit)
     lines = [f"does not fit a device of {settings.device_memory_gb:g} GB. Add these flags, in this order:"]
     lines += [f"  {flag}" for flag in flags]
-    lines.append(f"with them a device needs {_size(needed)}" + ("" if needed <= limit else ", which is still too much"))
+    lines.append(
+        f"with them a device needs {size_text(needed)}" + ("" if needed <= limit else ", which is still too much")
+    )
     fitting = settings._replace(fit=True, gradient_checkpointing_blocks=None)
     plan = make_plan(fitting)
     if not settings.fit and plan.device() <= limit:
         blocks = f"{plan.recomputed_blocks} of {plan.blocks} blocks"
-        lines.append(f"--fit alone is enough: it recomputes {blocks}, and a device needs {_size(plan.device())}")
+        lines.append(f"--fit alone is enough: it recomputes {blocks}, and a device needs {size_text(plan.device())}")
     return lines
 
 
 def _rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     """(name, number of parameters, dtype, size) per row of the table."""
-    rows = [(part.name, f"{part.parameters:,}", part.dtype, _size(part.size)) for part in plan.parts]
-    rows.append(("gradients", "", "float32", _size(plan.gradients)))
+    rows = [(part.name, f"{part.parameters:,}", part.dtype, size_text(part.size)) for part in plan.parts]
+    rows.append(("gradients", "", "float32", size_text(plan.gradients)))
     if plan.host_optimizer:
-        rows.append(("optimizer state, on the host", "", "", _size(plan.host_optimizer)))
+        rows.append(("optimizer state, on the host", "", "", size_text(plan.host_optimizer)))
     else:
-        rows.append(("optimizer state", "", "", _size(plan.optimizer)))
+        rows.append(("optimizer state", "", "", size_text(plan.optimizer)))
     if plan.average:
-        rows.append(("moving average", "", "float32", _size(plan.average)))
+        rows.append(("moving average", "", "float32", size_text(plan.average)))
     sizes = {0: plan.kept, plan.recomputed_blocks: plan.activations, plan.blocks: plan.recomputed}
     for count, size in sorted(sizes.items()):
         name = (
             "recomputed" if count == plan.blocks else f"{count} of {plan.blocks} blocks recomputed" if count else "kept"
         )
         chosen = " (this run)" if count == plan.recomputed_blocks else ""
-        rows.append((f"activations, {name}{chosen}", "", "", _size(size)))
-    rows.append(("Ascend device", "", "", _size(plan.device())))
+        rows.append((f"activations, {name}{chosen}", "", "", size_text(size)))
+    rows.append(("Ascend device", "", "", size_text(plan.device())))
     for world_size in (2, 8):
         size = plan.device(world_size, zero_stage=1)
-        rows.append((f"each of {world_size} Ascend devices, ZeRO stage 1", "", "", _size(size)))
-    rows.append(("host, while models are loaded", "", "", _size(plan.loading)))
+        rows.append((f"each of {world_size} Ascend devices, ZeRO stage 1", "", "", size_text(size)))
+    rows.append(("host, while models are loaded", "", "", size_text(plan.loading)))
     return rows
-
-
-def _size(size: float) -> str:
-    return f"{size / (1 << 30):.2f} GB" if size >= 100 * MB else f"{size / MB:.1f} MB"
 
 
 def measured(settings: Settings) -> dict[str, float]:

@@ -1,0 +1,112 @@
+"""The disk that a run needs: for the encoder cache and for checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional
+
+from mindtune.cli import UserError, size_text
+from mindtune.data.buckets import crop_sizes
+from mindtune.encode import estimate, windows
+from mindtune.files import encoder_cache, free_bytes
+from mindtune.models.tokenization import load_tokenizer
+from mindtune.run import memory
+from mindtune.run.memory import GB
+
+
+class Settings(NamedTuple):
+    """What determines the disk of a run. The fields have the names of the flags."""
+
+    output_dir: str
+    cache_dir: Optional[str] = None
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: Optional[int] = None
+    max_train_steps: Optional[int] = None
+    num_train_epochs: int = 1
+    train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    mixed_precision: str = "no"
+    max_sequence_length: int = estimate.CLIP_TOKENS
+    resolution: int = 512
+    aspect_ratio_buckets: Optional[str] = None
+    cache_latents: bool = False
+    random_flip: bool = False
+    streaming: bool = False
+    encode_window: Optional[int] = None
+    cache_limit_gb: Optional[float] = None
+    repeats: int = 1
+    dataset_name: Optional[str] = None
+    max_train_samples: Optional[int] = None
+
+
+def checkpoint_bytes(settings: Settings, run: memory.Settings, updates: int) -> int:
+    """Bytes of the checkpoints that a run of this many updates keeps, and of the one that it is writing."""
+    plan = memory.make_plan(run)
+    trained = next(part.size for part in plan.parts if part.name in ("LoRA", "controlnet"))
+    count = math.ceil(updates / settings.checkpointing_steps)
+    if settings.checkpoints_total_limit:
+        count = min(count, settings.checkpoints_total_limit + 1)
+    return count * (trained + plan.optimizer + plan.host_optimizer + plan.average)
+
+
+def describe(settings: Settings, run: memory.Settings, find_samples: Callable[[], Iterable]) -> str:
+    """The disk by part, and what is free. `find_samples` returns all samples, with their captions; it reads no image.
+
+    The captions of a stream and of a data set on the hub are not read.
+    """
+    try:
+        captions = _captions(settings, find_samples)
+    except UserError as error:
+        return f"disk: not computed, the data cannot be read: {error}"
+    needed, lines = _cache(settings, run, captions)
+    samples = settings.num_train_epochs * settings.repeats * len(captions)
+    per_update = settings.train_batch_size * settings.gradient_accumulation_steps
+    updates = settings.max_train_steps or math.ceil(samples / per_update)
+    checkpoints = checkpoint_bytes(settings, run, updates)
+    lines.append(f"disk for checkpoints: {size_text(checkpoints)} with {updates:,} updates")
+    output_dir = Path(settings.output_dir)
+    free, free_for_cache = free_bytes(output_dir), free_bytes(encoder_cache(settings.cache_dir, output_dir))
+    lines.append(f"free in --output_dir: {size_text(free)}")
+    if settings.cache_dir:
+        lines.append(f"free in --cache_dir: {size_text(free_for_cache)}")
+    if needed > free_for_cache or checkpoints > free or (not settings.cache_dir and needed + checkpoints > free):
+        lines.append("the disk is too small: see --cache_limit_gb, --cache_dir and --checkpoints_total_limit")
+    return "\n".join(lines)
+
+
+def _captions(settings: Settings, find_samples: Callable[[], Iterable]) -> list[str]:
+    if settings.streaming:
+        return []
+    if settings.dataset_name and not Path(settings.dataset_name).expanduser().is_dir():
+        raise UserError(f"--dataset_name {settings.dataset_name} is no directory, and a plan downloads nothing")
+    return [sample.caption or "" for sample in find_samples()][: settings.max_train_samples]
+
+
+def _cache(settings: Settings, run: memory.Settings, captions: list[str]) -> tuple[float, list[str]]:
+    """(bytes, lines that describe them) of the encoder cache."""
+    if settings.streaming:
+        limit = settings.cache_limit_gb or windows.CACHE_LIMIT_GB
+        return limit * GB, [f"disk for the encoder cache: up to {limit:g} GB, --cache_limit_gb of a stream"]
+    encoders = estimate.encoders_of(run.root)
+    precision = settings.mixed_precision
+    vae_precision = "no" if encoders.kind == "sdxl" else precision
+    sizes = estimate.EntrySizes.of_encoders(encoders, precision, vae_precision, settings.max_sequence_length)
+    unique = len(set(captions))
+    text = sizes.text * unique
+    images = (2 if run.system == "flux_controlnet" else 1) * (2 if settings.random_flip else 1) * len(captions)
+    crop = max(crop_sizes(settings.aspect_ratio_buckets, settings.resolution), key=math.prod)
+    latents = images * sizes.image(crop)
+    lines = [f"disk for the encoder cache: {size_text(text)} for {unique:,} captions"]
+    lines[0] += (
+        f", {size_text(latents)} for {images:,} images" if settings.cache_latents else " (images: --cache_latents)"
+    )
+    if encoders.kind == "flux":
+        tokenizer = load_tokenizer(run.root / "tokenizer_2")
+        lines += estimate.shorter_captions(captions, tokenizer, settings.max_sequence_length, text)
+    needed = text + (latents if settings.cache_latents else 0)
+    if settings.cache_limit_gb and needed > settings.cache_limit_gb * GB:
+        needed = settings.cache_limit_gb * GB
+        lines.append(f"  encoded in windows: at most {settings.cache_limit_gb:g} GB, --cache_limit_gb")
+    return needed, lines
