@@ -136,8 +136,8 @@ class Windows:
         if not self.whole:
             if self.limit > free + self.stage.cache.temporary_bytes():
                 raise UserError(
-                    f"--cache_limit_gb {self.limit / GB:g}: {size_text(free)} are free in {folder}. Give a lower limit, "
-                    "or another --cache_dir."
+                    f"--cache_limit_gb {self.limit / GB:g}: {size_text(free)} are free in {folder}. Give a lower "
+                    "limit, or another --cache_dir."
                 )
             return
         flips = 2 if self.settings.random_flip else 1

@@ -38,6 +38,7 @@ class Settings(NamedTuple):
     cache_limit_gb: Optional[float] = None
     repeats: int = 1
     dataset_name: Optional[str] = None
+    instance_prompt: Optional[str] = None
     max_train_samples: Optional[int] = None
 
 
@@ -81,7 +82,8 @@ def _captions(settings: Settings, find_samples: Callable[[], Iterable]) -> list[
         return []
     if settings.dataset_name and not Path(settings.dataset_name).expanduser().is_dir():
         raise UserError(f"--dataset_name {settings.dataset_name} is no directory, and a plan downloads nothing")
-    return [sample.caption or "" for sample in find_samples()][: settings.max_train_samples]
+    captions = [sample.caption or settings.instance_prompt or "" for sample in find_samples()]
+    return captions[: settings.max_train_samples]
 
 
 def _cache(settings: Settings, run: memory.Settings, captions: list[str]) -> tuple[float, list[str]]:
@@ -98,10 +100,8 @@ def _cache(settings: Settings, run: memory.Settings, captions: list[str]) -> tup
     images = (2 if run.system == "flux_controlnet" else 1) * (2 if settings.random_flip else 1) * len(captions)
     crop = max(crop_sizes(settings.aspect_ratio_buckets, settings.resolution), key=math.prod)
     latents = images * sizes.image(crop)
-    lines = [f"disk for the encoder cache: {size_text(text)} for {unique:,} captions"]
-    lines[0] += (
-        f", {size_text(latents)} for {images:,} images" if settings.cache_latents else " (images: --cache_latents)"
-    )
+    of_images = f"{size_text(latents)} for {images:,} images" if settings.cache_latents else "no --cache_latents"
+    lines = [f"disk for the encoder cache: {size_text(text)} for {unique:,} different captions, {of_images}"]
     if encoders.kind == "flux":
         tokenizer = load_tokenizer(run.root / "tokenizer_2")
         lines += estimate.shorter_captions(captions, tokenizer, settings.max_sequence_length, text)
