@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import partial
 from typing import NamedTuple, Optional
@@ -13,7 +14,7 @@ from mindspore.amp import DynamicLossScaler
 from mindtune.cli import UserError
 from mindtune.optim import zero1
 from mindtune.optim.adafactor import Adafactor
-from mindtune.optim.adam8bit import AdamW8bit
+from mindtune.optim.adam8bit import BLOCK, MIN_SIZE, AdamW8bit
 from mindtune.optim.adamw import AdamW
 from mindtune.optim.prodigy import Prodigy
 
@@ -123,3 +124,14 @@ def logged_values(optimizer: nn.Cell, scaler: nn.Cell) -> dict[str, float]:
     if isinstance(scaler, DynamicLossScaler):
         values["loss_scale"] = float(scaler.scale_value)
     return values
+
+
+def state_bytes(trained: list[tuple[int, ...]], optimizer: str, eight_bit: bool) -> int:
+    """Bytes of optimizer state for trained tensors of these shapes."""
+    sizes = [math.prod(shape) for shape in trained]
+    if eight_bit:  # two moments: codes in blocks, each with a float32 scale; small tensors keep float32
+        return sum(2 * (-(-size // BLOCK)) * (BLOCK + 4) if size >= MIN_SIZE else 8 * size for size in sizes)
+    if optimizer == "adafactor":  # a row and a column statistic per matrix
+        factored = [math.prod(s[:-1]) + math.prod(s[:-2] + s[-1:]) if len(s) > 1 else math.prod(s) for s in trained]
+        return 4 * sum(factored)
+    return (16 if optimizer == "prodigy" else 8) * sum(sizes)

@@ -15,8 +15,8 @@ import mindspore as ms
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mindtune.cli import UserError
-from mindtune.files import file_digest, make_readable, require_writable, sync
+from mindtune.cli import UserError, size_text
+from mindtune.files import file_digest, free_bytes, make_readable, require_writable, sync
 
 MANIFEST = "manifest.json"
 
@@ -182,6 +182,21 @@ def set_aside_later(output_dir: Path, folder: Path) -> list[Path]:
             aside.append(Path(tempfile.mkdtemp(prefix=f"{later.name}.set-aside-", dir=output_dir)))
             os.replace(later, aside[-1])
     return aside
+
+
+def require_space(output_dir: Path, size: int, updates: int, every: int, limit: Optional[int]) -> None:
+    """Raises UserError if the checkpoints of a run that has `updates` left do not fit on the disk of `output_dir`.
+
+    Each has `size` bytes. There is one after every `every` updates and one at the end; the newest `limit` are kept.
+    """
+    count = -(-updates // every)
+    count = min(count, limit + 1) if limit else count
+    needed, free = count * size, free_bytes(output_dir)
+    if needed > free:
+        raise UserError(
+            f"--output_dir {output_dir}: {count} checkpoints need {size_text(needed)}, and {size_text(free)} are free. "
+            "Free some space, or set --checkpoints_total_limit or a higher --checkpointing_steps."
+        )
 
 
 def save_state(path: Path, parameters: dict[str, Union[ms.Parameter, np.ndarray]]) -> None:

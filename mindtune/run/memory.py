@@ -21,7 +21,7 @@ from mindtune.models.loading import component_shapes
 from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models.named_parameters import ParameterShape
 from mindtune.models.precision import DTYPES
-from mindtune.optim.adam8bit import BLOCK, MIN_SIZE
+from mindtune.optim.optimizers import state_bytes
 from mindtune.run import ascend_memory, cpu_memory
 from mindtune.run.activations import Block, clip_blocks, flux_blocks, recomputable, unet_controlnet_blocks
 
@@ -63,6 +63,9 @@ class Settings(NamedTuple):
     with_prior_preservation: bool = False
     num_double_layers: int = 4
     num_single_layers: int = 4
+    streaming: bool = False
+    encode_window: Optional[int] = None
+    cache_limit_gb: Optional[float] = None
 
     @property
     def flux(self) -> bool:
@@ -76,6 +79,11 @@ class Settings(NamedTuple):
     @property
     def int8(self) -> bool:
         return self.flux and self.base_precision == "int8"
+
+    @property
+    def windows(self) -> bool:
+        """Whether the encoder stage may run during training: see `mindtune.encode.windows`."""
+        return bool(self.streaming or self.encode_window or self.cache_limit_gb)
 
     def largest_crop(self) -> tuple[int, int]:
         """(height, width) in pixels of the largest training image."""
@@ -95,7 +103,8 @@ class Plan(NamedTuple):
     """The memory of a run in bytes.
 
     `kept` and `recomputed` are the activations without gradient checkpointing and with all of the `blocks` recomputed,
-    `activations` those of this run, which recomputes `recomputed_blocks`. `loading` is the host's peak while models are
+    `activations` those of this run, which recomputes `recomputed_blocks`. `encoder` is what the encoder stage takes
+    beside training, if data is encoded in windows. `loading` is the host's peak while models are
     loaded, `runtime` what the CPU runtime adds.
     """
 
@@ -109,17 +118,19 @@ class Plan(NamedTuple):
     activations: int
     blocks: int
     recomputed_blocks: int
+    encoder: int
     loading: int
     runtime: int
 
     def device(self, world_size: int = 1, zero_stage: int = 0) -> int:
         """Bytes per device under data parallelism. ZeRO stage 1 shards the optimizer state over the devices."""
         state = self.optimizer // world_size if zero_stage == 1 else self.optimizer
-        return sum(part.size for part in self.parts) + self.gradients + state + self.average + self.activations
+        training = sum(part.size for part in self.parts) + self.gradients + state + self.average + self.activations
+        return training + self.encoder
 
     def process(self) -> int:
         """The peak of the training process on the CPU."""
-        return self.device() + self.host_optimizer + self.runtime
+        return self.device() - self.encoder + self.host_optimizer + self.runtime
 
 
 # ---- parameters ----------------------------------------------------------------------------------
@@ -165,17 +176,6 @@ def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:
     return [shape.shape for shape in found]
 
 
-def optimizer_bytes(trained: list[tuple[int, ...]], optimizer: str, eight_bit: bool) -> int:
-    """Bytes of optimizer state for trained tensors of these shapes."""
-    sizes = [math.prod(shape) for shape in trained]
-    if eight_bit:  # two moments: codes in blocks, each with a float32 scale; small tensors keep float32
-        return sum(2 * (-(-size // BLOCK)) * (BLOCK + 4) if size >= MIN_SIZE else 8 * size for size in sizes)
-    if optimizer == "adafactor":  # a row and a column statistic per matrix
-        factored = [math.prod(s[:-1]) + math.prod(s[:-2] + s[-1:]) if len(s) > 1 else math.prod(s) for s in trained]
-        return 4 * sum(factored)
-    return (16 if optimizer == "prodigy" else 8) * sum(sizes)
-
-
 # ---- the plan ------------------------------------------------------------------------------------
 
 
@@ -203,7 +203,7 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
             itemsize, graph_mode, [math.prod(shape) for shape in trained], _largest_int8_weight(settings)
         )
         sizes = [ascend_memory.activation_bytes(blocks, n, step) for n in (0, everything, chosen)]
-    state = optimizer_bytes(trained, settings.optimizer, settings.use_8bit_adam)
+    state = state_bytes(trained, settings.optimizer, settings.use_8bit_adam)
     return Plan(
         parts=parts,
         gradients=4 * count * (2 if settings.gradient_accumulation_steps > 1 else 1),
@@ -215,6 +215,7 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
         activations=sizes[2],
         blocks=everything,
         recomputed_blocks=chosen,
+        encoder=_encoder_bytes(settings, itemsize) if settings.windows else 0,
         loading=int(1.01 * sum(part.size for part in parts)),
         runtime=cpu_memory.runtime_bytes(
             blocks, itemsize, settings.mindspore_mode, settings.flux, count, _largest_int8_weight(settings)
@@ -241,7 +242,14 @@ def _recompute(settings: Settings, count: int) -> Settings:
 
 def encode_peak(settings: Settings) -> int:
     """Peak of the encoder stage in bytes: its largest text encoder, or the VAE with the activations of one image."""
-    root, on_cpu = settings.root, ms.get_context("device_target") == "CPU"
+    on_cpu = ms.get_context("device_target") == "CPU"
+    return _encoder_bytes(settings, 4 if on_cpu else ITEMSIZE[settings.mixed_precision]) + (
+        cpu_memory.PROCESS if on_cpu else 0
+    )
+
+
+def _encoder_bytes(settings: Settings, itemsize: int) -> int:
+    root = settings.root
     names = ["text_encoder"] if settings.system == "controlnet" else ["text_encoder", "text_encoder_2"]
     sizes = []
     for name in names:  # one encoder is in memory at a time
@@ -249,9 +257,8 @@ def encode_peak(settings: Settings) -> int:
         sizes.append(_frozen_part(settings, name, int8).size)
     # The largest activations of the VAE are those of its first level, at the image's own size; it needs six at a time.
     elements = 6 * math.prod(settings.largest_crop()) * read_config(root, "vae")["block_out_channels"][0]
-    itemsize = 4 if on_cpu else ITEMSIZE[settings.mixed_precision]
     sizes.append(_frozen_part(settings, "vae").size + itemsize * elements)
-    return max(sizes) + (cpu_memory.PROCESS if on_cpu else 0)
+    return max(sizes)
 
 
 def _blocks(settings: Settings) -> list[Block]:

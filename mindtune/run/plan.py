@@ -136,6 +136,8 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str]]:
         )
         chosen = " (this run)" if count == plan.recomputed_blocks else ""
         rows.append((f"activations, {name}{chosen}", "", "", size_text(size)))
+    if plan.encoder:
+        rows.append(("encoder stage, beside training in windows", "", "", size_text(plan.encoder)))
     rows.append(("Ascend device", "", "", size_text(plan.device())))
     for world_size in (2, 8):
         size = plan.device(world_size, zero_stage=1)

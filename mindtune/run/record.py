@@ -18,7 +18,7 @@ import mindspore as ms
 import numpy as np
 from tqdm import tqdm
 
-from mindtune.cli import StopRequest, UserError
+from mindtune.cli import StopRequest, UserError, print_lines
 from mindtune.distributed import ranks
 from mindtune.models.execution import free_memory
 from mindtune.run import checkpoint, hub, memory, plan, report, tracking
@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     pretrained_model_name_or_path: str
     overwrite_output_dir: bool = False
     resume_from_checkpoint: Optional[str] = None
+    checkpointing_steps: int = 500
     checkpoints_total_limit: Optional[int] = None
     logging_dir: str = "logs"
     report_to: str = "none"
@@ -154,6 +155,9 @@ class Run:
             "workers": ranks.world_size(),
         }
         self._print_summary()
+        saved = sum(p.nbytes for p in self.training_state.values()) + 4 * sum(trainable.values())
+        every, limit = self.settings.checkpointing_steps, self.settings.checkpoints_total_limit
+        checkpoint.require_space(self.output_dir, saved, self.max_train_steps - self.step, every, limit)
         if ranks.is_main_process():
             self._open_files()
         self.stop_request = StopRequest()
@@ -163,20 +167,18 @@ class Run:
         return self.step * self.batches_per_update, self.max_train_steps * self.batches_per_update
 
     def _print_summary(self) -> None:
-        settings = self.settings
         optimizer = sum(p.nbytes for name, p in self.training_state.items() if name.startswith("optimizer."))
         print(f"optimizer state: {optimizer:,} bytes per device")
         epochs = self.max_train_steps * self.samples_per_update / self.data.epoch_length
         print(
             f"{self.data.epoch_length:,} samples per epoch, {len(self.data.held_out)} held out; batch size "
-            f"{settings.train_batch_size} x {settings.gradient_accumulation_steps} accumulation steps x "
+            f"{self.settings.train_batch_size} x {self.settings.gradient_accumulation_steps} accumulation steps x "
             f"{ranks.world_size()} devices; {self.max_train_steps} updates, {epochs:.1f} epochs; seed {self.seed}"
         )
 
     def _open_files(self) -> None:
-        settings = self.settings
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        if settings.overwrite_output_dir and not checkpoint.belongs_to(self.checkpoint, self.output_dir):
+        if self.settings.overwrite_output_dir and not checkpoint.belongs_to(self.checkpoint, self.output_dir):
             checkpoint.remove_old_run(self.output_dir, self.logging_dir, self.files)
         tracking.write_run_json(self.output_dir / "run.json", **self.record, finished=False)
         self.tracker = tracking.Tracker(self.output_dir, self.logging_dir, self.services, self.step, self.flags)
@@ -213,8 +215,8 @@ class Run:
             return
         self.progress.close()
         # A checkpoint of the previous update has the weights that gave this loss, so it may be bad too.
-        good = [p for p in checkpoint.checkpoints(self.output_dir) if checkpoint.step_of(p) < self.step - 1]
-        last = good[-1] if good else "(none yet)"
+        good = (p for p in checkpoint.checkpoints(self.output_dir) if checkpoint.step_of(p) < self.step - 1)
+        last = max(good, key=checkpoint.step_of, default="(none yet)")
         raise UserError(
             f"update {self.step}: the loss is {logged['loss']}, the gradient norm {logged['grad_norm']}. This update "
             f"was not saved; the last good checkpoint is {last}. Try a lower --learning_rate, or bf16 instead of fp16."
@@ -270,9 +272,7 @@ class Run:
                 "curves": self.logging_dir if self.services else self.output_dir / "metrics.jsonl",
                 "report": report.write_report(self.output_dir),
             }
-            for what, path in written.items():
-                if path:
-                    print(f"{what}: {path}")
+            print_lines(f"{what}: {path}" for what, path in written.items() if path)
             self._push()
         ranks.finish()
         return 0

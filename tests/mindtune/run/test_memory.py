@@ -32,7 +32,7 @@ def test_bytes_of_frozen_weights_and_lora_layers_are_exact(tiny_flux, flags):
         groups = [{"params": trained, "lr": 1.0, "weight_decay": 0.0}]
         optimizer = optimizers.create_optimizer(optimizers.Settings(use_8bit_adam=eight_bit), groups)
         state = [p for key, p in optimizers.optimizer_state(optimizer).items() if "exp_avg" in key]
-        assert memory.optimizer_bytes([p.shape for p in trained], "adamw", eight_bit) == bytes_of(state)
+        assert optimizers.state_bytes([p.shape for p in trained], "adamw", eight_bit) == bytes_of(state)
 
 
 @pytest.mark.parametrize("blocks, parameters", [((4, 0), 1_442_333_696), ((4, 10), 2_952_654_336)])
