@@ -173,20 +173,21 @@ def train(job):
 
 
 def encode_images(job):
-    """Images per second of the encoder stage, with decoding and writing its entries, after the first two."""
+    """Images per second of the encoder stage, with decoding and writing its entries, after the first batch."""
     execution.set_up_device(graph_mode=False)
     stage = encoder_stage.EncoderStage(Path(job["root"]), None, "no", Path(job["out"]), 12)
     samples = folders.samples_in_folder(job["images"], "images")[: job["count"]]
     put = stage.cache.put
     ends = []
 
-    def watched_put(key, entry):
-        put(key, entry)
+    def watched_put(*arguments):
+        put(*arguments)
         ends.append(time.perf_counter())
 
     stage.cache.put = watched_put
     child.encode_images(stage, [(sample, job["side"], False) for sample in samples])
-    return {"images_per_second": (len(ends) - 2) / (ends[-1] - ends[1])}
+    batch = encoder_stage.vae_batch(job["side"])
+    return {"images_per_second": (len(ends) - batch) / (ends[-1] - ends[batch - 1])}
 
 
 def draw(job):

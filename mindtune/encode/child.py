@@ -9,7 +9,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Optional
 
 import mindspore as ms
@@ -18,8 +18,8 @@ import numpy as np
 from mindtune.cli import UserError, progress_bar, run_script
 from mindtune.data.crops import pixel_values
 from mindtune.data.order import prefetch
-from mindtune.encode.encoder_stage import EncoderStage
-from mindtune.encode.jobs import ClassImageRequest, Image, receive
+from mindtune.encode.encoder_stage import EncoderStage, vae_batch
+from mindtune.encode.jobs import ClassImageRequest, Image, Size, receive
 from mindtune.encode.text_encoders import ENCODERS
 from mindtune.files import write_atomically
 from mindtune.models.configs import read_config
@@ -93,14 +93,19 @@ def encode_images(stage: EncoderStage, images: Iterable[Image], total: Optional[
         return
     vae = stage.load_vae()
 
-    def load(image):
+    def load(image: Image) -> tuple[Image, np.ndarray]:
         sample, size, flip = image
         return image, pixel_values(sample.open(), size, stage.interpolation, None, flip)
 
-    def entries():
-        for image, pixels in prefetch(load, itertools.chain([first], images), DECODERS):
-            moments = vae.encode(ms.Tensor(pixels[None]).to(precision.compute))[0][0]
-            yield image, {"moments": moments.to(ms.float32).asnumpy()}
+    def entries() -> Iterator[tuple[Image, dict[str, np.ndarray]]]:
+        for batch in _batches(prefetch(load, itertools.chain([first], images), DECODERS)):
+            pixels = np.stack([pixels for _, pixels in batch])
+            # A batch is always full, so that an image's entry does not depend on how many there are.
+            missing = vae_batch(batch[0][0][1]) - len(batch)
+            pixels = np.concatenate([pixels, *[pixels[-1:]] * missing])
+            moments = vae.encode(ms.Tensor(pixels).to(precision.compute))[0].to(ms.float32).asnumpy()
+            for (image, _), entry in zip(batch, moments):
+                yield image, {"moments": entry}
 
     def write(item):
         image, entry = item
@@ -109,6 +114,17 @@ def encode_images(stage: EncoderStage, images: Iterable[Image], total: Optional[
     with progress_bar("VAE", "image", total, show) as bar:
         for _ in prefetch(write, entries(), 1):
             bar.update()
+
+
+def _batches(loaded: Iterable[tuple[Image, np.ndarray]]) -> Iterator[list[tuple[Image, np.ndarray]]]:
+    """Images with their pixels in batches of one size, of `vae_batch` images or, for the last of a size, fewer."""
+    waiting: dict[Size, list] = {}
+    for image, pixels in loaded:
+        batch = waiting.setdefault(image[1], [])
+        batch.append((image, pixels))
+        if len(batch) == vae_batch(image[1]):
+            yield waiting.pop(image[1])
+    yield from waiting.values()
 
 
 def _put(stage: EncoderStage, key: str, entry: dict[str, np.ndarray], precision: str, name: str) -> None:

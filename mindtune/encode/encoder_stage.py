@@ -26,7 +26,7 @@ from mindtune.data.crops import height_width, pixel_values
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
 from mindtune.encode.cache import Cache, encoder_fingerprint, key_of
-from mindtune.encode.estimate import CAPTIONS_TO_MEASURE, EntrySizes
+from mindtune.encode.estimate import CAPTIONS_TO_MEASURE
 from mindtune.encode.jobs import ClassImageRequest, EncodeJob, Image, Size, run_in_child
 from mindtune.encode.text_encoders import ENCODERS, long_captions_message, t5_entry
 from mindtune.models.loading import load_model
@@ -37,6 +37,15 @@ from mindtune.models.weights import read_json, weight_files
 MINDONE = version("mindone")  # read once: a call takes 0.5 ms, and every cache key contains it
 SHARED_FILES_SECONDS = 60  # how long to wait until a shared file system shows the files of another rank
 _encoding_again = threading.Lock()  # threads that prepare batches may find the same bad entry
+
+
+def vae_batch(size: Size) -> int:
+    """The number of images that the VAE encodes at a time: up to 512x512 pixels, and up to 8 images.
+
+    Above that, batches are not faster and only take memory.
+    """
+    height, width = height_width(size)
+    return min(8, max(1, 512 * 512 // (height * width)))
 
 
 @dataclass
@@ -110,19 +119,27 @@ class EncoderStage:
             made_by=made_by,
         )
 
-    def image_key(self, sample: Sample, size: Size, flip: bool) -> str:
-        """The cache key of the VAE's output for the centre crop of an image to `size`."""
+    def text_keys(self, caption: str) -> set[str]:
+        """The cache keys of a caption for all text encoders."""
+        return {self.text_key(encoder, caption) for encoder in ENCODERS[self.system]}
+
+    def image_key(self, sample: Sample, size: Size, flip: bool, batch: Optional[int] = None) -> str:
+        """The cache key of the VAE's output for the centre crop of an image to `size`. `batch`: as if of this size."""
+        batch = batch or vae_batch(size)
         return key_of(
             kind="vae moments",
             image=sample.digest,
             shape=[size, self.interpolation, "centre crop", flip],
             encoder=self.fingerprints["vae"],
-            made_by=self._made_by(self.vae_precision),
+            # The sums of a convolution may be in another order in a batch: in float32 it changed an output by 6e-7.
+            made_by=self._made_by(self.vae_precision) + ([f"batch {batch}"] if batch > 1 else []),
         )
 
     def stored(self, precision: str, entry: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """An encoder's output as the cache stores it: in the dtype of `precision`, so float32 only for "no"."""
-        return {name: value.astype(NUMPY_DTYPES[resolve_precision(precision).storage]) for name, value in entry.items()}
+        dtype = NUMPY_DTYPES[resolve_precision(precision).storage]
+        with np.errstate(over="ignore"):  # infinity, which is refused
+            return {name: value.astype(dtype) for name, value in entry.items()}
 
     def _read(self, key: str, precision: str, job: EncodeJob) -> dict[str, np.ndarray]:
         """The tensors of an entry, float32. If it is bad or was deleted, `job` encodes it again."""
@@ -216,6 +233,7 @@ class EncoderStage:
         used = set() if keys is None else keys
         missing_keys: list[str] = []
         missing_captions: list[str] = []
+        outdated: list[bool] = []
 
         def missing_images() -> Iterator[Image]:
             """This rank's shard of the missing images."""
@@ -224,13 +242,14 @@ class EncoderStage:
                 if key not in used:
                     used.add(key)
                     if key not in known:
+                        outdated.append(self.image_key(*image, batch=1) in known)
                         missing_keys.append(key)
                         if (len(missing_keys) - 1) % ranks.world_size() == ranks.rank():
                             yield image
 
         def caption_shard() -> list[str]:
             for caption in dict.fromkeys(captions):
-                of_caption = {self.text_key(encoder, caption) for encoder in ENCODERS[self.system]}
+                of_caption = self.text_keys(caption)
                 used.update(of_caption)
                 if not of_caption <= known:
                     missing_captions.append(caption)
@@ -243,23 +262,11 @@ class EncoderStage:
         elif own_captions := caption_shard():
             run_in_child(EncodeJob(self, lambda: own_captions))
         ranks.all_gather()
+        if any(outdated):
+            print(f"{sum(outdated)} images were encoded again, in batches: {self.cache_dir} has old entries of theirs")
         self._wait_for_entries(missing_captions, missing_keys)
         _read_entry.cache_clear()
         return len(missing_captions) + len(missing_keys)
-
-    def missing_bytes(self, captions: Iterable[str], images: Iterable[Image], sizes: EntrySizes) -> int:
-        """Bytes of the entries that `prepare` would add to the cache."""
-        known = self.cache.keys()
-        total = 0
-        for caption in dict.fromkeys(captions):
-            if any(self.text_key(encoder, caption) not in known for encoder in ENCODERS[self.system]):
-                total += sizes.text
-        for image in images:
-            key = self.image_key(*image)
-            if key not in known:
-                known.add(key)
-                total += sizes.image(height_width(image[1]))
-        return total
 
     def _wait_for_entries(self, captions: Iterable[str], image_keys: Iterable[str]) -> None:
         """Waits until this rank sees the entries that other ranks wrote: a shared file system may show them late."""

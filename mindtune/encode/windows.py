@@ -143,14 +143,23 @@ class Windows:
         flips = 2 if self.settings.random_flip else 1
         if self.data.count * self.sample_bytes * flips <= free:  # a bound that needs no keys
             return
-        images = self.data.images(self.settings.random_flip) if self.settings.cache_latents else ()
-        needed = self.stage.missing_bytes(itertools.chain(self.captions, self.data.captions()), images, self.sizes)
+        needed = self._missing_bytes()
         if needed > free:
             raise UserError(
                 f"the encoder cache needs {size_text(needed)}, and {size_text(free)} are free in {folder}. Free some "
                 "space, give another --cache_dir, or encode in windows with --cache_limit_gb "
                 f"{max(0.1, free / 2 / GB):.1f}."
             )
+
+    def _missing_bytes(self) -> int:
+        """Bytes that encoding all of the data adds to the cache."""
+        stage, known = self.stage, self.stage.cache.keys()
+        images = self.data.images(self.settings.random_flip) if self.settings.cache_latents else ()
+        sizes = {stage.image_key(*image): self.sizes.image(image[1]) for image in images}
+        for caption in {*self.captions, *self.data.captions()}:
+            if not stage.text_keys(caption) <= known:
+                sizes[caption] = self.sizes.text
+        return sum(size for key, size in sizes.items() if key not in known)
 
     def _adapt(self, training_seconds: float) -> None:
         """Doubles the window if the last one took too long to encode, unless --encode_window is given."""

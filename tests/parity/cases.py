@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [
-    str(ROOT / folder) for folder in ("tests", "examples/tiny", "examples/controlnet", "flux_lora", "flux_controlnet")
-]
+# The root comes first: tests has a folder mindtune, too.
+FOLDERS = ("", "tests", "examples/tiny", "examples/controlnet", "flux_lora", "flux_controlnet")
+sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 
 import make_tiny_pipeline
 import real_pipelines
