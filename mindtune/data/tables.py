@@ -7,6 +7,7 @@ needs the same memory.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -28,6 +29,7 @@ def open_rows(
     `single`: the data set holds images instead of pairs, and captions only if a column is named for them. `say`
     receives a line for everything that is not used. Raises UserError for what cannot be read and for missing columns.
     """
+    _hide_bars()
     where = f"{source.flag} {printable(source.name)}"
     asked = Columns(source.image_column, source.conditioning_image_column, source.caption_column)
     root = Path(source.name).expanduser()
@@ -52,6 +54,14 @@ def open_rows(
     if single:
         _report_unused_captions(features, columns, options)
     return dataset, columns
+
+
+def _hide_bars() -> None:
+    """Where stderr is no terminal, the datasets library would print a line for every change of its bars."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def _check_source(source: Source, asked: Columns, root: Path, where: str) -> None:

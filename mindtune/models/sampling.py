@@ -8,9 +8,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 from PIL import Image
+from tqdm import tqdm
 
 from mindtune.flow import latent_image_ids, latent_scale, pack_latents, resolution_shift, shift_sigmas, unpack_latents
 from mindtune.models.loading import create_unipc
+
+BAR = {"desc": "denoising", "unit": "step", "leave": False, "dynamic_ncols": True, "disable": None}  # None: no terminal
 
 
 def sample_latents(
@@ -53,7 +56,7 @@ def sample_latents(
             **inputs,
         )
 
-    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+    for sigma, next_sigma in tqdm(list(zip(sigmas[:-1], sigmas[1:])), **BAR):
         residuals = {}
         if control:
             blocks, single_blocks = predict(controlnet, controlnet_cond=condition, conditioning_scale=control[2])
@@ -95,7 +98,7 @@ def sample_unet_latents(
     sampler.set_timesteps(steps)
     sampler.set_begin_index(0)  # otherwise it looks the first timestep up on the device and waits for the answer
     latents = ms.Tensor(noise, ms.float32)
-    for timestep in sampler.timesteps:
+    for timestep in tqdm(sampler.timesteps, total=steps, **BAR):
         model_input = ops.cat([latents] * len(texts)).to(compute)
         down, mid = controlnet(
             model_input,

@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import nn, ops
 
 from mindtune import flow
+from mindtune.cli import progress_bar
 from mindtune.models.execution import eval_mode
 
 HELD_OUT_INDICES = [62, 187, 312, 437, 562, 687, 812, 937]  # the centres of eight equal parts of 1000 timesteps
@@ -24,11 +25,12 @@ def held_out_loss(
     prediction, target and sigmas. The `trained` cells are in evaluation mode meanwhile.
     """
     losses = []
-    with eval_mode(*trained):
+    with eval_mode(*trained), progress_bar("held-out loss", "sample", len(HELD_OUT_INDICES) * count) as bar:
         for index in HELD_OUT_INDICES:
             values = []
             for sample_id in range(count):
                 prediction, target, sigmas = step.predict(*map(ms.Tensor, batch(sample_id, index)))
                 values.append(float(flow.weighted_mse(prediction, target, ops.ones_like(sigmas))))
+                bar.update()
             losses.append(float(np.mean(values)))
     return losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -10,6 +11,7 @@ from typing import Any, Callable, Optional
 import numpy as np
 from mindspore import nn
 from PIL import Image
+from tqdm import tqdm
 
 from mindtune.cli import matched
 from mindtune.data.conditions import condition_image, require_condition
@@ -61,7 +63,10 @@ class Validation:
                 self._log_held_out(losses)
             if not self.sampler.prompts or not run.step:
                 return None
+            began = time.monotonic()
             rows, labels = self.sampler.sample(final)
+            images = sum(map(len, rows))
+            tqdm.write(f"validation after update {run.step}: {images} images in {time.monotonic() - began:.0f} s")
         free_memory()  # a VAE may have been loaded for the images
         grid = image_grid(rows, labels)
         run.tracker.image(run.step, "validation", grid)
