@@ -16,8 +16,8 @@ import numpy as np
 from mindspore import ops
 
 from mindtune import files, flow, rng
-from mindtune.cli import UserError, print_lines, printable, run_script
-from mindtune.data import buckets, checks, columns, folders, order, tables
+from mindtune.cli import UserError, print_lines, run_script
+from mindtune.data import buckets, concepts, order
 from mindtune.data.image_data import ClassImages, ImageData
 from mindtune.data.image_facts import ImageFacts
 from mindtune.distributed import ranks
@@ -135,31 +135,16 @@ def find_initial_lora(args, root):
 # ---- data (yours to change) ----------------------------------------------------------------------
 
 
-def find_samples(args):
-    """Returns the instance images, of which none is opened, and the flag that names them. Raises UserError."""
-    if args.dataset_name:
-        flag = f"--dataset_name {printable(args.dataset_name)}"
-        samples = tables.samples_in_dataset(args.select(columns.Source))
-    else:
-        flag = f"--instance_data_dir {printable(args.instance_data_dir)}"
-        samples = folders.samples_in_folder(args.instance_data_dir, "--instance_data_dir", args.caption_column)
-    return samples[: args.max_train_samples], flag
+def find_concepts(args):
+    """Returns the folders or data sets of --dataset_config, or the one that the other flags name. Raises UserError."""
+    if args.dataset_config:
+        return concepts.read(args.dataset_config, args.select(concepts.Concept))
+    return [args.select(concepts.Concept, repeats=1)]  # ImageData repeats it
 
 
 def load_samples(args, sizes, facts):
     """Returns the usable instance images with their captions, after decoding those not in `facts`. Raises UserError."""
-    samples, flag = find_samples(args)
-    threads = args.dataloader_num_workers
-    samples = checks.preflight(samples, buckets.min_size(sizes), flag, args.skip_bad_images, threads, facts)
-    uncaptioned = [sample.name for sample in samples if sample.caption is None]
-    if uncaptioned and args.instance_prompt is None:
-        raise UserError(
-            f"{len(uncaptioned)} images have no caption ({uncaptioned[0]} ...): give --instance_prompt, or a .txt file "
-            "per image."
-        )
-    for sample in samples:
-        sample.caption = args.instance_prompt if sample.caption is None else sample.caption
-    return samples
+    return concepts.load(find_concepts(args), sizes, facts, args.skip_bad_images, args.dataloader_num_workers)
 
 
 class Batches:
@@ -167,7 +152,8 @@ class Batches:
 
     images [B, 2C, h, w] (the VAE's mean and log-variance, from the cache) or [B, 3, H, W] (pixels in [-1, 1]),
     posterior noise and noise [B, C, h, w], indices of timesteps [B], prompt_embeds [B, L, D], pooled_prompt_embeds
-    [B, P] (with `tokenizer`, to train CLIP: token ids [B, 77]), and image ids [T, 3].
+    [B, P] (with `tokenizer`, to train CLIP: token ids [B, 77]), and image ids [T, 3]. With --dataset_config also the
+    weights of the losses [B].
     """
 
     def __init__(self, args, stage, vae_config, num_train_timesteps, tokenizer=None):
@@ -180,7 +166,10 @@ class Batches:
     def make(self, uses):
         """The arrays of a batch, from its `ImageUse`s, which all have the same size."""
         image_ids = flow.latent_image_ids(*self.latent_shape(uses[0].size)[1:])
-        return *order.stack([self.row(*use) for use in uses]), image_ids
+        rows = order.stack([self.row(*use) for use in uses])
+        if not self.args.dataset_config:
+            return *rows, image_ids
+        return *rows, image_ids, np.array([use.sample.setting("weight", 1.0) for use in uses], np.float32)
 
     def latent_shape(self, size):
         """(C, h, w) of the latents of a crop of `size` (height, width) in pixels."""
@@ -189,7 +178,8 @@ class Batches:
     def row(self, sample, size, draws):
         """The inputs of the training step for one image, for training and for the held-out loss alike."""
         args, shape = self.args, self.latent_shape(size)
-        crop, flip = draws.crop(args.center_crop), draws.flip(args.random_flip)
+        crop = draws.crop(sample.setting("center_crop", args.center_crop))
+        flip = draws.flip(sample.setting("random_flip", args.random_flip))
         image = self.stage.image(sample, size, crop=crop, flip=flip, cached=args.cache_latents)
         text = self.stage.text(sample.caption)
         pooled = text["pooled_prompt_embeds"]
@@ -246,7 +236,7 @@ class TrainStepForFluxDevDB(TrainStep):
             guidance_scale=args.guidance_scale,
         )
 
-    def predict(self, images, posterior_noise, noise, indices, prompt_embeds, pooled, image_ids):
+    def predict(self, images, posterior_noise, noise, indices, prompt_embeds, pooled, image_ids, weights=None):
         """Returns the prediction in the compute dtype and its float32 target, [B, C, h, w], and sigmas [B, 1, 1, 1]."""
         if self.vae is not None:
             images = self.vae.encode(images.to(self.compute_dtype))[0]
@@ -270,11 +260,13 @@ class TrainStepForFluxDevDB(TrainStep):
         )[0]
         return flow.unpack_latents(prediction, noise.shape[2], noise.shape[3]), noise - latents, sigmas
 
-    def forward(self, images, posterior_noise, noise, indices, prompt_embeds, pooled, image_ids):
+    def forward(self, images, posterior_noise, noise, indices, prompt_embeds, pooled, image_ids, weights=None):
         prediction, target, sigmas = self.predict(
             images, posterior_noise, noise, indices, prompt_embeds, pooled, image_ids
         )
         weighting = flow.loss_weighting(self.args.weighting_scheme, sigmas)
+        if weights is not None:
+            weighting = weighting * weights.reshape((-1, 1, 1, 1))
         if self.args.with_prior_preservation:
             loss = flow.prior_preservation_mse(prediction, target, weighting, self.args.prior_loss_weight)
         else:
@@ -349,7 +341,7 @@ def main(argv=None):
         settings = args.select(memory.Settings, system="flux_lora", root=find_pipeline(args))
         print(
             plan.describe(settings),
-            disk.describe(args.select(disk.Settings), settings, lambda: find_samples(args)[0]),
+            disk.describe(args.select(disk.Settings), settings, lambda: concepts.find_samples(find_concepts(args))),
             sep="\n",
         )
         return 0
@@ -384,7 +376,7 @@ def main(argv=None):
     prior_images = ClassImages([], np.array([], int))  # none without prior preservation
     if args.with_prior_preservation:
         class_settings = args.select(class_images.Settings)
-        prior_images = class_images.load_or_generate(class_settings, stage, run.seed, sizes, bucket_ids, facts)
+        prior_images = class_images.of_samples(class_settings, stage, run.seed, sizes, samples, bucket_ids, facts)
     data = ImageData(
         samples,
         bucket_ids,
@@ -455,7 +447,7 @@ def main(argv=None):
     # ---- resume ----
     weights = {name: lora.lora_parameters(model) for name, model in adapted.items()}
     state = optimizers.training_state(optimizer, scaler, **weights)
-    fixed = {"lora_model": lora_digest, **args.fixed()}
+    fixed = {"lora_model": lora_digest, "dataset_config": concepts.digest(args.dataset_config), **args.fixed()}
     run.resume(fixed, component_fingerprint(root, "transformer", args.variant), state)
 
     # ---- train ----

@@ -54,6 +54,8 @@ class ImageData:
         validation_split: float = 0.0,
     ) -> None:
         train, held_out = split(len(samples), validation_split, seed)
+        # A sample that a concept repeats is there several times, so that each use has draws of its own.
+        train = [i for i in train for _ in range(samples[i].setting("repeats", 1))]
         self.train = [samples[i] for i in train]
         self.held_out = [samples[i] for i in held_out]
         self.bucket_ids = bucket_ids[train]
@@ -113,10 +115,13 @@ class ImageData:
 
     def images(self, random_flip: bool, held_out: bool = False) -> list[tuple[Sample, tuple[int, int], bool]]:
         """Every (image, size, flip) of the run, or with `held_out` those of the held-out images, for the encoders."""
-        flips = [False, True] if random_flip else [False]
         used = [] if held_out else [*zip(self.train, self.bucket_ids), *zip(*self.class_images)]
+
+        def flips(sample: Sample) -> list[bool]:
+            return [False, True] if sample.setting("random_flip", random_flip) else [False]
+
         return [
-            *((sample, self.sizes[bucket], flip) for sample, bucket in used for flip in flips),
+            *((sample, self.sizes[bucket], flip) for sample, bucket in used for flip in flips(sample)),
             *((sample, self.sizes[bucket], False) for sample, bucket in zip(self.held_out, self.held_out_bucket_ids)),
         ]
 
@@ -126,7 +131,7 @@ class ImageData:
 
     def images_of(self, use: ImageUse, random_flip: bool) -> list[tuple[Sample, tuple[int, int], bool]]:
         """(image, size, flip) of a use, as in `images`."""
-        return [(use.sample, use.size, use.draws.flip(random_flip))]
+        return [(use.sample, use.size, use.draws.flip(use.sample.setting("random_flip", random_flip)))]
 
     def fingerprint(self) -> str:
         """A hash of the contents and captions of all images that are trained on."""

@@ -28,7 +28,8 @@ class Sample:
 
     `source` is a Path, the encoded bytes, or (dataset, index, column) of a cell that `read_cell` reads with `root`.
     Transparent pixels are put on the colour `background`. `size` (upright width and height, in pixels) and
-    `known_digest` are set when the image has been inspected.
+    `known_digest` are set when the image has been inspected. `concept` is the `Concept` that the image belongs to, if
+    any.
     """
 
     name: str
@@ -38,6 +39,11 @@ class Sample:
     root: Optional[str] = field(default=None, repr=False)
     size: Optional[tuple[int, int]] = field(default=None, repr=False)
     known_digest: Optional[str] = field(default=None, repr=False)
+    concept: Any = field(default=None, repr=False)
+
+    def setting(self, name: str, default: Any) -> Any:
+        """The value of a field of the image's concept, or `default`, that of the flag, if it belongs to none."""
+        return default if self.concept is None else getattr(self.concept, name)
 
     def read(self) -> bytes:
         """The encoded image, unchanged. Raises FileNotFoundError if there is none."""

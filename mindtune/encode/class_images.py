@@ -8,10 +8,11 @@ from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 
-from mindtune.cli import printable
+from mindtune.cli import UserError, printable
 from mindtune.data import buckets, checks, folders
 from mindtune.data.image_data import ClassImages
 from mindtune.data.image_facts import ImageFacts
+from mindtune.data.image_sample import Sample
 from mindtune.encode.encoder_stage import ClassImageRequest, EncoderStage
 
 
@@ -54,6 +55,36 @@ def load_or_generate(
         stage = replace(stage, precision=used, vae=None, vae_precision=None)
         generate(settings, stage, seed, sizes, quota, images.bucket_ids)
         images = load(settings, sizes, quota, facts, say=lambda message: None)  # the first call printed its messages
+    return images
+
+
+def of_samples(
+    settings: Settings,
+    stage: EncoderStage,
+    seed: int,
+    sizes: list[tuple[int, int]],
+    samples: list[Sample],
+    bucket_ids: np.ndarray,
+    facts: ImageFacts,
+) -> ClassImages:
+    """The class images for all instance images, in the buckets `bucket_ids` [N]: those of each concept that has some.
+
+    Raises UserError for files that cannot be used, and if no concept has class images.
+    """
+    images = ClassImages([], np.array([], int))
+    for concept in dict.fromkeys(sample.concept for sample in samples):
+        own = np.array([sample.concept == concept for sample in samples])
+        if concept is not None:
+            fields = ("class_data_dir", "class_prompt", "num_class_images")
+            settings = settings._replace(**{name: getattr(concept, name) for name in fields})
+        if not settings.class_data_dir:
+            continue
+        found = load_or_generate(settings, stage, seed, sizes, bucket_ids[own], facts)
+        for sample in found.samples:
+            sample.concept = concept
+        images = ClassImages(images.samples + found.samples, np.concatenate([images.bucket_ids, found.bucket_ids]))
+    if not images.samples:
+        raise UserError("--with_prior_preservation: no concept has a class_data_dir. Give one, or leave the flag out.")
     return images
 
 

@@ -147,14 +147,12 @@ class EncoderStage:
         entry = _read_entry(self.cache, key, dtype)
         if entry is None:
             with _encoding_again:
-                _read_entry.cache_clear()
-                entry = _read_entry(self.cache, key, dtype)
-                if entry is None:
+                if self.cache.get(key) is None:  # no other thread has encoded it meanwhile
                     tqdm.write(f"{self.cache.path(key)}: damaged or deleted, so it is encoded again")
                     self.cache.path(key).unlink(missing_ok=True)  # the child encodes what is not there
                     run_in_child(job)
-                    _read_entry.cache_clear()
-                    entry = _read_entry(self.cache, key, dtype)
+                _read_entry.cache_clear()
+                entry = _read_entry(self.cache, key, dtype)
         if entry is None:
             raise UserError(f"{self.cache.path(key)}: was encoded again and cannot be read. Check that disk.")
         return entry

@@ -155,6 +155,11 @@ def instance_images(parser: Parser) -> None:
         may_change=True,
         help="Directory of instance images; captions in metadata.jsonl, metadata.csv or a .txt file per image.",
     )
+    add(
+        "dataset_config",
+        may_change=True,
+        help="Instead: a TOML file with several folders or data sets; docs/flux_lora.md describes it.",
+    )
     dataset(parser, image="the first image column")
     add("caption_column", help="Column of the captions. Default: text in a metadata file, none in a data set.")
     add("instance_prompt", help="Caption of images without one; contains a rare word for the subject, such as sks.")
@@ -163,9 +168,17 @@ def instance_images(parser: Parser) -> None:
 
 
 def _check_instance_images(args: Values) -> None:
-    if bool(args.instance_data_dir) == bool(args.dataset_name):
-        raise UserError("give either --instance_data_dir (a directory of images) or --dataset_name, one of the two.")
-    if args.dataset_name:
+    if sum(map(bool, (args.instance_data_dir, args.dataset_name, args.dataset_config))) != 1:
+        raise UserError(
+            "give one of --instance_data_dir (a directory of images), --dataset_name and --dataset_config, only one."
+        )
+    in_file = ("dataset_config_name", "image_column", "class_data_dir", "class_prompt", "max_train_samples")
+    for name in in_file if args.dataset_config else ():
+        if getattr(args, name):
+            raise UserError(
+                f"--{name} with --dataset_config: write {name} into the file, for the concept it belongs to."
+            )
+    if args.dataset_name or args.dataset_config:
         return
     for name in ("dataset_config_name", "image_column"):
         if getattr(args, name):
@@ -212,7 +225,7 @@ def prior_preservation(parser: Parser) -> None:
 def _check_prior_preservation(args: Values) -> None:
     if args.class_prompt and not args.class_data_dir:
         raise UserError("--class_prompt without --class_data_dir: name a directory for the class images.")
-    if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
+    if args.with_prior_preservation and not args.dataset_config and not (args.class_data_dir and args.class_prompt):
         raise UserError("--with_prior_preservation needs --class_data_dir and --class_prompt.")
     if args.class_data_dir and not args.with_prior_preservation:
         print("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")

@@ -1,0 +1,180 @@
+"""What a LoRA learns: one folder or data set of images that flags name, or several that a TOML file names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from mindtune.cli import UserError, printable
+from mindtune.data import buckets, checks, columns, folders, tables
+from mindtune.data.image_facts import ImageFacts
+from mindtune.data.image_sample import Sample
+from mindtune.files import file_digest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Concept(NamedTuple):
+    """A folder or a data set of images, with how they are used.
+
+    The fields are flags of the LoRA script, and keys of a table [[concept]] in the file of --dataset_config, but for
+    `cache_dir`, which is a flag only, and `weight`, the factor of the loss, which is a key only. Each image is used
+    `repeats` times per epoch. A prompt is the caption of images without one.
+    """
+
+    instance_data_dir: Optional[str] = None
+    dataset_name: Optional[str] = None
+    dataset_config_name: Optional[str] = None
+    image_column: Optional[str] = None
+    caption_column: Optional[str] = None
+    instance_prompt: Optional[str] = None
+    max_train_samples: Optional[int] = None
+    repeats: int = 1
+    weight: float = 1.0
+    center_crop: bool = False
+    random_flip: bool = False
+    class_data_dir: Optional[str] = None
+    class_prompt: Optional[str] = None
+    num_class_images: int = 100
+    cache_dir: Optional[str] = None
+
+    @property
+    def source(self) -> str:
+        """The flag and its value that name the images."""
+        if self.dataset_name:
+            return f"--dataset_name {printable(self.dataset_name)}"
+        return f"--instance_data_dir {printable(self.instance_data_dir)}"
+
+
+TYPES = {"repeats": int, "max_train_samples": int, "num_class_images": int, "weight": float}
+TYPES.update(center_crop=bool, random_flip=bool)
+DESCRIPTIONS = {int: "a whole number of 1 or more", float: "a number above 0", bool: "true or false", str: "text"}
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+def read(path: str, defaults: Concept) -> list[Concept]:
+    """The concepts of a file of --dataset_config. A key that is left out has the value of `defaults`, the flags.
+
+    Paths are relative to the file. Raises UserError that names the file, the concept and the key.
+    """
+    flag = f"--dataset_config {path}"
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{flag}: cannot be read ({error.strerror}). Give a TOML file.") from None
+    except ValueError as error:  # TOML, or UTF-8
+        raise UserError(f"{flag}: is not TOML: {error}.") from None
+    tables = content.pop("concept", None)
+    if content or not isinstance(tables, list) or not tables:
+        unknown = f"has {', '.join(content)}; it" if content else "it"
+        raise UserError(
+            f"{flag}: {unknown} must have tables [[concept]], one per folder or data set, and nothing else."
+        )
+    found = [
+        _concept(values, defaults, Path(path).parent, f"{flag}, concept {number}")
+        for number, values in enumerate(tables, 1)
+    ]
+    prompts: dict[str, Optional[str]] = {}
+    for concept in found:
+        if concept.class_data_dir and prompts.setdefault(concept.class_data_dir, concept.class_prompt) != (
+            concept.class_prompt
+        ):
+            raise UserError(f"{flag}: class_data_dir {concept.class_data_dir} has two class prompts. Use two folders.")
+    return found
+
+
+def digest(path: Optional[str]) -> Optional[str]:
+    """A hash of a file of --dataset_config; None without one."""
+    return file_digest(Path(path)) if path else None
+
+
+def _concept(values: dict[str, Any], defaults: Concept, folder: Path, where: str) -> Concept:
+    keys = [name for name in Concept._fields if name != "cache_dir"]
+    for key, value in values.items():
+        if key not in keys:
+            raise UserError(f"{where}: {key} is no key. There are {', '.join(keys)}.")
+        kind = TYPES.get(key, str)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        is_right = number and (kind is float or isinstance(value, int)) if kind in (int, float) else type(value) is kind
+        if not is_right or value == "":
+            raise UserError(f"{where}: {key} = {value!r}: must be {DESCRIPTIONS[kind]}.")
+    if ("instance_data_dir" in values) == ("dataset_name" in values):
+        raise UserError(f"{where}: give either instance_data_dir or dataset_name.")
+    if ("class_data_dir" in values) != ("class_prompt" in values):
+        raise UserError(f"{where}: class_data_dir and class_prompt belong together. Give both, or none.")
+    for key in ("instance_data_dir", "class_data_dir", "dataset_name"):
+        if key in values and (key != "dataset_name" or (folder / values[key]).is_dir()):  # or an id on the hub
+            values = {**values, key: str(folder / values[key])}
+    return defaults._replace(**values)
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def find_samples(concepts: Sequence[Concept]) -> list[Sample]:
+    """The images of all concepts with their captions. None is opened. Raises UserError."""
+    return [sample for concept in concepts for sample in _find(concept)]
+
+
+def _find(concept: Concept) -> list[Sample]:
+    if concept.dataset_name:
+        source = columns.Source(
+            **{name: getattr(concept, name) for name in columns.Source._fields if hasattr(concept, name)}
+        )
+        samples = tables.samples_in_dataset(source)
+    else:
+        samples = folders.samples_in_folder(concept.instance_data_dir, "--instance_data_dir", concept.caption_column)
+    samples = samples[: concept.max_train_samples]
+    for sample in samples:
+        sample.caption = concept.instance_prompt if sample.caption is None else sample.caption
+        sample.concept = concept
+    return samples
+
+
+def load(
+    concepts: Sequence[Concept], sizes: list[tuple[int, int]], facts: ImageFacts, skip_bad: bool, threads: int
+) -> list[Sample]:
+    """The usable images of all concepts, after decoding those not in `facts`. Prints a table if there are several.
+
+    `sizes` are the crops, `skip_bad` and `threads` as in `checks.preflight`. Raises UserError.
+    """
+    found = []
+    for concept in concepts:
+        samples = checks.preflight(_find(concept), buckets.min_size(sizes), concept.source, skip_bad, threads, facts)
+        uncaptioned = [sample.name for sample in samples if sample.caption is None]
+        if uncaptioned:
+            raise UserError(
+                f"{len(uncaptioned)} images have no caption ({uncaptioned[0]} ...): give --instance_prompt, or a .txt "
+                "file per image."
+            )
+        found.append(samples)
+    if len(concepts) > 1:
+        print(describe(concepts, list(map(len, found))))
+    return [sample for samples in found for sample in samples]
+
+
+def describe(concepts: Sequence[Concept], counts: list[int]) -> str:
+    """A table with a line per concept; `counts` are the numbers of usable images."""
+    rows = [("concept", "images", "repeats", "weight", "crop", "flip", "class images", "prompt")]
+    for concept, count in zip(concepts, counts):
+        rows.append(
+            (
+                printable(concept.instance_data_dir or concept.dataset_name),
+                str(count),
+                str(concept.repeats),
+                f"{concept.weight:g}",
+                "center" if concept.center_crop else "random",
+                "random" if concept.random_flip else "no",
+                str(concept.num_class_images) if concept.class_data_dir else "none",
+                printable(concept.instance_prompt or "captions only"),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
