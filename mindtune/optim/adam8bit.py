@@ -155,15 +155,14 @@ class AdamW8bit(nn.Optimizer):
         first, second = self.exp_avg_scale[self.scale_of[i]], self.exp_avg_sq_scale[self.scale_of[i]]
         m = self.signed.decode(ops.depend(self.exp_avg[i], grad), first)
         m = m + self.complement1 * (grad - m)
-        v = self.unsigned.decode(ops.depend(self.exp_avg_sq[i], grad), second)
+        # In this order, and one after the other, so that little is in memory at a time.
+        codes, scale = self.signed.encode(m)
+        done = (ops.assign(self.exp_avg[i], codes), ops.assign(first, scale))
+        v = self.unsigned.decode(ops.depend(self.exp_avg_sq[i], done), second)
         v = v + self.complement2 * (ops.square(grad) - v)
-        change = (m * ops.reciprocal(ops.sqrt(v) + eps)).reshape(-1)
+        codes, scale = self.unsigned.encode(v)
+        done = (ops.assign(self.exp_avg_sq[i], codes), ops.assign(second, scale))
+        change = (ops.depend(m, done) * ops.reciprocal(ops.sqrt(v) + eps)).reshape(-1)
         if padding:
             change = change[: parameter.size]
-        ops.assign_add(parameter, -lr * (change.reshape(parameter.shape) + decay * parameter))
-        codes, scale = self.signed.encode(m)
-        ops.assign(self.exp_avg[i], codes)
-        ops.assign(first, scale)
-        codes, scale = self.unsigned.encode(v)
-        ops.assign(self.exp_avg_sq[i], codes)
-        return ops.assign(second, scale)
+        return ops.assign_add(parameter, -lr * (change.reshape(parameter.shape) + decay * parameter))
