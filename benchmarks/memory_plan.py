@@ -168,6 +168,8 @@ def simulate(work, script, pipeline, flags):
     words = [sys.executable, ROOT / "benchmarks" / "ascend_peak.py", SYSTEMS[script], folder]
     words += ["--mixed_precision", "bf16", "--train_batch_size", 1, *flags.split()]
     environment = {**os.environ, **build_stand_ins.environment(ROOT / "build" / "ascend"), "MS_SIMULATION_LEVEL": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment["PYTHONPATH"]])
+    environment["REHEARSE_ASYNCHRONOUSLY"] = "1"
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, cwd=work)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])

@@ -63,18 +63,22 @@ WORKSPACE_GRAPH, WORKSPACE_PYNATIVE = 7.5, 8.5
 # More if some FLUX blocks are recomputed and others are not; seen in the simulation, not identified.
 WORKSPACE_PARTLY = 3.0
 
+# Copies of the largest gradient while the optimizer updates its weight, by (graph mode, 8-bit AdamW).
+COPIES = {(True, False): 1.0, (False, False): 2.0, (True, True): 3.5, (False, True): 6.5}
+
 
 class Step(NamedTuple):
     """What activations depend on beside the blocks.
 
-    The bytes per element of an activation, the sizes of the trained tensors in elements, and the size of the largest
-    int8 weight, 0 without int8.
+    The bytes per element of an activation, the sizes of the trained tensors in elements, the size of the largest int8
+    weight, 0 without int8, and whether AdamW has 8-bit moments.
     """
 
     itemsize: int
     graph_mode: bool
     trained: list[int]
     int8: int
+    eight_bit: bool = False
 
 
 def activation_bytes(blocks: Sequence[Block], recomputed: int, step: Step) -> int:
@@ -100,7 +104,7 @@ def activation_bytes(blocks: Sequence[Block], recomputed: int, step: Step) -> in
         reached += block.trained
         peak = max(peak, held + kept + (workspace * step.itemsize * block.output if flux else 0) - missing)
         held += table(step)[block.type].recomputed * step.itemsize * block.output if is_recomputed else kept
-    copies = (1 if step.graph_mode else 2) * 4 * max(step.trained, default=0)
+    copies = 4 * COPIES[step.graph_mode, step.eight_bit] * max(step.trained, default=0)
     return int(max(peak, copies) + step.itemsize * step.int8)
 
 

@@ -200,7 +200,11 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
         sizes = [cpu_memory.activation_bytes(blocks, n, itemsize, graph_mode) for n in (0, everything, chosen)]
     else:
         step = ascend_memory.Step(
-            itemsize, graph_mode, [math.prod(shape) for shape in trained], _largest_int8_weight(settings)
+            itemsize,
+            graph_mode,
+            [math.prod(shape) for shape in trained],
+            _largest_int8_weight(settings),
+            settings.use_8bit_adam,
         )
         sizes = [ascend_memory.activation_bytes(blocks, n, step) for n in (0, everything, chosen)]
     state = state_bytes(trained, settings.optimizer, settings.use_8bit_adam)

@@ -14,5 +14,7 @@ ctypes.CDLL(str(Path(os.environ["ASCEND_HOME_PATH"], "lib64", "libchip.so"))).na
 # With fewer than five threads, which is what MindSpore takes on a machine of two cores, trained state is copied to the
 # host at every step, and small graphs fail.
 ms.runtime.dispatch_threads_num(5)
-# PyNative's queues would keep several cores busy with waiting.
-ms.runtime.launch_blocking()
+# PyNative's queues would keep several cores busy with waiting. Peaks of memory are measured with them: without them
+# PyNative frees tensors later.
+if os.environ.get("REHEARSE_ASYNCHRONOUSLY") is None:
+    ms.runtime.launch_blocking()
