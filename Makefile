@@ -37,6 +37,7 @@ bench: venv .venv-parity/made
 	$(BIN)/python benchmarks/encoder_memory.py
 	$(BIN)/python benchmarks/controlnet_memory.py
 	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/scale.py
 
 # PyTorch and diffusers go into a .venv-parity of their own.
 .venv-parity/made: tests/parity/requirements.txt

@@ -3,7 +3,7 @@
 from functools import partial
 
 import pytest
-from killed_runs import assert_a_killed_process_resumes, assert_resumes_exactly
+from killed_runs import assert_a_killed_process_resumes, assert_resumes_exactly, start, wait_until
 
 from .conftest import FINAL
 
@@ -27,8 +27,24 @@ def test_killed_and_resumed_equals_not_killed(sd, run, tmp_path, capfd):
 
 
 def test_a_process_that_is_killed_and_resumed_equals_one_that_is_not(sd15, run, sd_flags, tmp_path):
+    """In windows of one update, whose entries are removed before the next one is encoded."""
     make_flags, train = partial(sd_flags, sd15), partial(run, sd15)
-    assert_a_killed_process_resumes(sd15.path, make_flags, train, ["--cache_latents"], tmp_path, RESULTS)
+    more = ["--cache_latents", "--encode_window", 1, "--cache_limit_gb", 1e-9, "--cache_dir", tmp_path / "cache"]
+    assert_a_killed_process_resumes(sd15.path, make_flags, train, more, tmp_path, RESULTS)
+
+
+def test_two_runs_on_the_same_cache_at_the_same_time(sd15, run, sd_flags, tmp_path):
+    """Each removes entries that the other one may still need; both end as a run that is alone."""
+    more = ["--cache_latents", "--streaming", "--shuffle_buffer_size", 3, "--max_train_steps", 8]
+    more += ["--encode_window", 1, "--cache_limit_gb", 1e-9, "--cache_dir"]
+    with open(tmp_path / "log", "w") as log:
+        other = start(sd15.path, sd_flags(sd15, tmp_path / "other", *more, tmp_path / "cache"), log)
+        wait_until(lambda: (tmp_path / "cache" / "mindtune" / "windows").exists(), other, tmp_path / "log")
+        run(sd15, tmp_path / "this", *more, tmp_path / "cache")
+        assert other.wait() == 0, (tmp_path / "log").read_text()
+    run(sd15, tmp_path / "alone", *more, tmp_path / "another cache")
+    losses = [(tmp_path / name / FINAL).read_bytes() for name in ("this", "other", "alone")]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_another_gamma_or_tokenizer_is_reported(sd15, sdxl, run, tmp_path, capfd):
