@@ -30,6 +30,7 @@ class Settings(NamedTuple):
     cache_limit_gb: Optional[float] = None
     cache_latents: bool = False
     random_flip: bool = False
+    with_prior_preservation: bool = False
     train_batch_size: int = 4
     dataloader_num_workers: int = 1
 
@@ -81,7 +82,8 @@ class Windows:
         )
         self.sizes = estimate.EntrySizes.of(stage)
         self.sample_bytes = self.sizes.sample(max(data.sizes), data.images_per_sample if settings.cache_latents else 0)
-        self.largest = max(1, self.limit // 2 // (self.sample_bytes * per_update * settings.train_batch_size))
+        self.batch_size = settings.train_batch_size * (2 if settings.with_prior_preservation else 1)
+        self.largest = max(1, self.limit // 2 // (self.sample_bytes * per_update * self.batch_size))
         self.length = settings.encode_window or min(FIRST_WINDOW, self.largest)  # updates
         # Batches that are prepared in advance need their entries, too.
         self.ahead = (settings.dataloader_num_workers + 3) * ranks.world_size()
@@ -95,7 +97,7 @@ class Windows:
         settings = self.settings
         if settings.streaming or settings.encode_window:
             return False
-        return not settings.cache_limit_gb or self.data.count * self.sample_bytes <= self.limit
+        return not settings.cache_limit_gb or self._most_bytes() <= self.limit
 
     def encode_first(self) -> None:
         """Encodes all, or what validation and the first window need."""
@@ -140,8 +142,7 @@ class Windows:
                     "limit, or another --cache_dir."
                 )
             return
-        flips = 2 if self.settings.random_flip else 1
-        if self.data.count * self.sample_bytes * flips <= free:  # a bound that needs no keys
+        if self._most_bytes() <= free:  # needs no keys
             return
         needed = self._missing_bytes()
         if needed > free:
@@ -150,6 +151,10 @@ class Windows:
                 "space, give another --cache_dir, or encode in windows with --cache_limit_gb "
                 f"{max(0.1, free / 2 / GB):.1f}."
             )
+
+    def _most_bytes(self) -> int:
+        """Bytes of all entries if every sample has a caption of its own."""
+        return self.data.count * self.sample_bytes * (2 if self.settings.random_flip else 1)
 
     def _missing_bytes(self) -> int:
         """Bytes that encoding all of the data adds to the cache."""
@@ -179,7 +184,7 @@ class Windows:
             self.stage.cache.evict(self.limit // 2, keep=set().union(*(keys for _, keys in self.used)))
         captions: list[str] = []
         new_keys: set[str] = set()
-        total = (self.encoded - start) * self.settings.train_batch_size * self.data.images_per_sample
+        total = (self.encoded - start) * self.batch_size * self.data.images_per_sample
         images = self._images(self.encoded - start, captions)
         encoded = self.stage.prepare(captions, images, total=total, keys=new_keys)
         self.used.append((self.encoded, new_keys))

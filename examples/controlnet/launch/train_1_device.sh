@@ -4,7 +4,7 @@
 #   DATA=fusing/fill50k [SDXL=1] examples/controlnet/launch/train_1_device.sh [more flags of the script]
 #
 # DATA is a hub id or a local directory; MODEL (a directory or hub id), OUT and DEVICE_ID can be set, too. By the plan
-# (--dry_run) these flags take 8.4 GB of the device, XL 28.5 GB; --use_8bit_adam saves 2.0 (7.0) GB.
+# (--dry_run) these flags take 8.4 GB of the device, XL 28.5 GB; --use_8bit_adam saves 1.9 (7.0) GB.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 export DEVICE_ID="${DEVICE_ID:-0}"
