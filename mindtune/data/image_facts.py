@@ -68,8 +68,8 @@ class ImageFacts:
             return inspect(sample, condition)
         key = hashlib.blake2b(f"{identity}/{condition}".encode(errors="surrogateescape"), digest_size=16)
         key = key.hexdigest().encode()
-        if key in self.lines:
-            return _from_json(self.lines[key])
+        if known := _from_json(self.lines.get(key, b"")):
+            return known
         inspection = inspect(sample, condition)
         if not inspection.problem and ranks.is_main_process():
             self._append(key, _to_json(inspection))
@@ -166,10 +166,14 @@ def _to_json(inspection: Inspection) -> bytes:
     return json.dumps({name: value for name, value in inspection._asdict().items() if value}).encode()
 
 
-def _from_json(line: bytes) -> Inspection:
-    facts = json.loads(line)
-    facts["size"] = tuple(facts["size"])
-    facts["single_colour_on"] = tuple(facts.get("single_colour_on", ()))
-    if "visibility" in facts:
-        facts["visibility"] = Visibility(*facts["visibility"])
-    return Inspection(**facts)
+def _from_json(line: bytes) -> Optional[Inspection]:
+    """The inspection in a line; None if it is damaged."""
+    try:
+        facts = json.loads(line)
+        facts["size"] = tuple(facts["size"])
+        facts["single_colour_on"] = tuple(facts.get("single_colour_on", ()))
+        if "visibility" in facts:
+            facts["visibility"] = Visibility(*facts["visibility"])
+        return Inspection(**facts)
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -136,6 +136,18 @@ def test_a_foreign_file_is_ignored(folder, tmp_path, decoded):
     assert len(decoded) == 3
 
 
+def test_a_damaged_line_is_ignored(folder, tmp_path, decoded):
+    checked(folder, ImageFacts(tmp_path / "cache"))
+    file = tmp_path / "cache" / FILE
+    for damage in ((b'"size"', b'"seze"'), (b'"digests"', b'"digests'), (b"[20, 16]", b"2")):
+        content = file.read_bytes()
+        file.write_bytes(content.replace(*damage))
+        decoded.clear()
+        assert [s.size for s in checked(folder, ImageFacts(tmp_path / "cache"))] == [(20, 16)] * 3
+        assert len(decoded) == 3
+        file.write_bytes(content)
+
+
 def test_only_the_main_process_writes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "_rank", 1)
     checked(folder, ImageFacts(tmp_path / "cache"))
