@@ -27,7 +27,7 @@ from shapes import render, sample_scene
 from step_mindspore import load_plainly, memory, require_plain, use_mindone_plainly
 
 from mindtune.data import folders, image_data
-from mindtune.encode import child, encoder_stage, text_encoders
+from mindtune.encode import child, encoder_stage, jobs, text_encoders
 from mindtune.models import execution, precision, tokenization
 
 CALLS = []  # (start, end) of every call of the step, with reading its result
@@ -186,7 +186,7 @@ def encode_images(job):
 
     stage.cache.put = watched_put
     child.encode_images(stage, [(sample, job["side"], False) for sample in samples])
-    batch = encoder_stage.vae_batch(job["side"])
+    batch = jobs.vae_batch(job["side"])
     return {"images_per_second": (len(ends) - batch) / (ends[-1] - ends[batch - 1])}
 
 

@@ -139,12 +139,13 @@ def find_concepts(args):
     """Returns the folders or data sets of --dataset_config, or the one that the other flags name. Raises UserError."""
     if args.dataset_config:
         return concepts.read(args.dataset_config, args.select(concepts.Concept))
-    return [args.select(concepts.Concept, repeats=1)]  # ImageData repeats it
+    return [args.select(concepts.Concept, repeats=1)]  # ImageData has --repeats
 
 
 def load_samples(args, sizes, facts):
     """Returns the usable instance images with their captions, after decoding those not in `facts`. Raises UserError."""
-    return concepts.load(find_concepts(args), sizes, facts, args.skip_bad_images, args.dataloader_num_workers)
+    threads, prior = args.dataloader_num_workers, args.with_prior_preservation
+    return concepts.load(find_concepts(args), sizes, facts, args.skip_bad_images, threads, prior)
 
 
 class Batches:
@@ -384,7 +385,7 @@ def main(argv=None):
         sizes=sizes,
         seed=run.seed,
         batch_size=args.train_batch_size,
-        repeats=args.repeats,
+        repeats=1 if args.dataset_config else args.repeats,
         validation_split=args.validation_split,
     )
     run.set_data(data)

@@ -22,9 +22,9 @@ else:
 class Concept(NamedTuple):
     """A folder or a data set of images, with how they are used.
 
-    The fields are flags of the LoRA script, and keys of a table [[concept]] in the file of --dataset_config, but for
-    `cache_dir`, which is a flag only, and `weight`, the factor of the loss, which is a key only. Each image is used
-    `repeats` times per epoch. A prompt is the caption of images without one.
+    The fields are flags of the LoRA script, and keys of a table [[concept]] in the file of --dataset_config. Only
+    `weight`, the factor of the loss, is no flag, and only `cache_dir` is no key. Each image is used `repeats` times per
+    epoch. A prompt is the caption of images without one.
     """
 
     instance_data_dir: Optional[str] = None
@@ -52,6 +52,7 @@ class Concept(NamedTuple):
 
 
 TYPES = {"repeats": int, "max_train_samples": int, "num_class_images": int, "weight": float}
+PATHS = ("instance_data_dir", "class_data_dir", "dataset_name")
 TYPES.update(center_crop=bool, random_flip=bool)
 DESCRIPTIONS = {int: "a whole number of 1 or more", float: "a number above 0", bool: "true or false", str: "text"}
 
@@ -72,7 +73,7 @@ def read(path: str, defaults: Concept) -> list[Concept]:
     except ValueError as error:  # TOML, or UTF-8
         raise UserError(f"{flag}: is not TOML: {error}.") from None
     tables = content.pop("concept", None)
-    if content or not isinstance(tables, list) or not tables:
+    if content or not isinstance(tables, list) or not tables or not all(isinstance(each, dict) for each in tables):
         unknown = f"has {', '.join(content)}; it" if content else "it"
         raise UserError(
             f"{flag}: {unknown} must have tables [[concept]], one per folder or data set, and nothing else."
@@ -109,9 +110,10 @@ def _concept(values: dict[str, Any], defaults: Concept, folder: Path, where: str
         raise UserError(f"{where}: give either instance_data_dir or dataset_name.")
     if ("class_data_dir" in values) != ("class_prompt" in values):
         raise UserError(f"{where}: class_data_dir and class_prompt belong together. Give both, or none.")
-    for key in ("instance_data_dir", "class_data_dir", "dataset_name"):
-        if key in values and (key != "dataset_name" or (folder / values[key]).is_dir()):  # or an id on the hub
-            values = {**values, key: str(folder / values[key])}
+    paths = {key: folder / Path(values[key]).expanduser() for key in PATHS if key in values}
+    if "dataset_name" in paths and not paths["dataset_name"].is_dir():
+        del paths["dataset_name"]  # an id on the hub
+    values = {**values, **{key: str(path) for key, path in paths.items()}}
     return defaults._replace(**values)
 
 
@@ -119,7 +121,10 @@ def _concept(values: dict[str, Any], defaults: Concept, folder: Path, where: str
 
 
 def find_samples(concepts: Sequence[Concept]) -> list[Sample]:
-    """The images of all concepts with their captions. None is opened. Raises UserError."""
+    """The images of all concepts with their captions, for a plan: none is opened or downloaded. Raises UserError."""
+    for concept in concepts:
+        if concept.dataset_name and not Path(concept.dataset_name).expanduser().is_dir():
+            raise UserError(f"{concept.source}: is no directory, and a plan downloads nothing")
     return [sample for concept in concepts for sample in _find(concept)]
 
 
@@ -139,12 +144,21 @@ def _find(concept: Concept) -> list[Sample]:
 
 
 def load(
-    concepts: Sequence[Concept], sizes: list[tuple[int, int]], facts: ImageFacts, skip_bad: bool, threads: int
+    concepts: Sequence[Concept],
+    sizes: list[tuple[int, int]],
+    facts: ImageFacts,
+    skip_bad: bool,
+    threads: int,
+    class_images: bool = False,
 ) -> list[Sample]:
     """The usable images of all concepts, after decoding those not in `facts`. Prints a table if there are several.
 
-    `sizes` are the crops, `skip_bad` and `threads` as in `checks.preflight`. Raises UserError.
+    `sizes` are the crops, `skip_bad` and `threads` as in `checks.preflight`. Without `class_images`, those of the
+    concepts are not used. Raises UserError.
     """
+    if not class_images and any(concept.class_data_dir for concept in concepts):
+        print("class_data_dir and class_prompt have no effect without --with_prior_preservation")
+        concepts = [concept._replace(class_data_dir=None) for concept in concepts]
     found = []
     for concept in concepts:
         samples = checks.preflight(_find(concept), buckets.min_size(sizes), concept.source, skip_bad, threads, facts)

@@ -105,8 +105,8 @@ class ImageData:
 
     @property
     def count(self) -> int:
-        """The number of samples of the run."""
-        return len(self.train) + len(self.held_out) + len(self.class_images.samples)
+        """The number of different samples of the run."""
+        return len({id(sample) for sample in (*self.train, *self.held_out, *self.class_images.samples)})
 
     def captions(self, held_out: bool = False) -> list[str]:
         """Every caption of the run, or with `held_out` those of the held-out images."""

@@ -37,6 +37,7 @@ class ImageFacts:
         self.lines: dict[bytes, bytes] = {}  # 300 bytes per image: a million images take 300 MB
         self.columns: dict[tuple[int, str], _Column] = {}
         self.file: Any = None
+        self.failed = False
         self.lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -77,11 +78,16 @@ class ImageFacts:
 
     def _append(self, key: bytes, facts: bytes) -> None:
         with self.lock:
-            if self.file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-                os.write(self.file, b"\n")  # ends a line that a kill has cut off
-            os.write(self.file, key + b" " + facts + b"\n")
+            try:
+                if self.file is None:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                    os.write(self.file, b"\n")  # ends a line that a kill has cut off
+                os.write(self.file, key + b" " + facts + b"\n")
+            except OSError as error:  # another user's file, a full disk: the next start decodes the images again
+                if not self.failed:
+                    print(f"{self.path}: {error.strerror}, so what is learnt of images is not remembered")
+                self.failed = True
 
     def _close(self) -> None:
         if self.file is not None:

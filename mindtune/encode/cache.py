@@ -81,11 +81,15 @@ class Cache:
     def remove_bad(self) -> None:
         """Reads all entries, and removes those that `get` would not return."""
         keys = self.keys()
+        removed = 0
         with progress_bar("checking the cache", "entry", len(keys)) as bar:
             for key in keys:
                 if self.get(key) is None:
                     self.path(key).unlink(missing_ok=True)
+                    removed += 1
                 bar.update()
+        if removed:
+            print(f"{self.folder}: {removed} of {len(keys)} entries were damaged, so they are encoded again")
 
     def put(self, key: str, tensors: dict[str, np.ndarray], temporary: bool = False) -> None:
         """Writes an entry under a temporary name and renames it, so that a kill never leaves a partial entry.
@@ -122,6 +126,12 @@ class Cache:
     def temporary_bytes(self) -> int:
         """Bytes of all temporary entries."""
         return sum(size for _, size, _ in self._temporary())
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Makes temporary entries permanent."""
+        for key in keys if self.windows.exists() else ():
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.windows / f"{key}{SUFFIX}", self.folder / f"{key}{SUFFIX}")
 
     def touch(self, keys: Iterable[str]) -> None:
         """Makes temporary entries the newest ones."""

@@ -17,9 +17,11 @@ import numpy as np
 
 from mindtune.cli import UserError, progress_bar, run_script
 from mindtune.data.crops import pixel_values
+from mindtune.data.image_sample import content_digest
+from mindtune.data.images import decode, flatten
 from mindtune.data.order import prefetch
-from mindtune.encode.encoder_stage import EncoderStage, vae_batch
-from mindtune.encode.jobs import ClassImageRequest, Image, Size, receive
+from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.encode.jobs import ClassImageRequest, Image, Size, receive, vae_batch
 from mindtune.encode.text_encoders import ENCODERS
 from mindtune.files import write_atomically
 from mindtune.models.configs import read_config
@@ -95,7 +97,11 @@ def encode_images(stage: EncoderStage, images: Iterable[Image], total: Optional[
 
     def load(image: Image) -> tuple[Image, np.ndarray]:
         sample, size, flip = image
-        return image, pixel_values(sample.open(), size, stage.interpolation, None, flip)
+        content = sample.read()
+        if sample.known_digest not in (None, content_digest(content, sample.background)):
+            raise UserError(f"{sample.name}: has changed since it was checked. Start again.")
+        opened = flatten(decode(content), sample.background)
+        return image, pixel_values(opened, size, stage.interpolation, None, flip)
 
     def entries() -> Iterator[tuple[Image, dict[str, np.ndarray]]]:
         for batch in _batches(prefetch(load, itertools.chain([first], images), DECODERS)):

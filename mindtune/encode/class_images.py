@@ -52,7 +52,7 @@ def load_or_generate(
     images = load(settings, sizes, quota, facts)
     if len(images.samples) < sum(quota.values()):
         used = settings.prior_generation_precision or stage.precision
-        stage = replace(stage, precision=used, vae=None, vae_precision=None)
+        stage = replace(stage, precision=used, vae=None, vae_precision=None, verify=False)
         generate(settings, stage, seed, sizes, quota, images.bucket_ids)
         images = load(settings, sizes, quota, facts, say=lambda message: None)  # the first call printed its messages
     return images
@@ -71,6 +71,15 @@ def of_samples(
 
     Raises UserError for files that cannot be used, and if no concept has class images.
     """
+    with_class = np.array([sample.setting("class_data_dir", settings.class_data_dir) is not None for sample in samples])
+    if not with_class.any():
+        raise UserError("--with_prior_preservation: no concept has a class_data_dir. Give one, or leave the flag out.")
+    if without := set(bucket_ids.tolist()) - set(bucket_ids[with_class].tolist()):
+        height, width = sizes[min(without)]
+        raise UserError(
+            f"--with_prior_preservation: no concept with a class_data_dir has images in the bucket {height},{width}. "
+            "Give one that has them a class_data_dir."
+        )
     images = ClassImages([], np.array([], int))
     for concept in dict.fromkeys(sample.concept for sample in samples):
         own = np.array([sample.concept == concept for sample in samples])
@@ -83,8 +92,6 @@ def of_samples(
         for sample in found.samples:
             sample.concept = concept
         images = ClassImages(images.samples + found.samples, np.concatenate([images.bucket_ids, found.bucket_ids]))
-    if not images.samples:
-        raise UserError("--with_prior_preservation: no concept has a class_data_dir. Give one, or leave the flag out.")
     return images
 
 

@@ -22,12 +22,12 @@ from mindspore import nn
 from tqdm import tqdm
 
 from mindtune.cli import UserError
-from mindtune.data.crops import height_width, pixel_values
+from mindtune.data.crops import pixel_values
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
 from mindtune.encode.cache import Cache, encoder_fingerprint, key_of
 from mindtune.encode.estimate import CAPTIONS_TO_MEASURE
-from mindtune.encode.jobs import ClassImageRequest, EncodeJob, Image, Size, run_in_child
+from mindtune.encode.jobs import ClassImageRequest, EncodeJob, Image, Size, run_in_child, vae_batch
 from mindtune.encode.text_encoders import ENCODERS, long_captions_message, t5_entry
 from mindtune.models.loading import load_model
 from mindtune.models.precision import NUMPY_DTYPES, resolve_precision
@@ -37,15 +37,6 @@ from mindtune.models.weights import read_json, weight_files
 MINDONE = version("mindone")  # read once: a call takes 0.5 ms, and every cache key contains it
 SHARED_FILES_SECONDS = 60  # how long to wait until a shared file system shows the files of another rank
 _encoding_again = threading.Lock()  # threads that prepare batches may find the same bad entry
-
-
-def vae_batch(size: Size) -> int:
-    """The number of images that the VAE encodes at a time: up to 512x512 pixels, and up to 8 images.
-
-    Above that, batches are not faster and only take memory.
-    """
-    height, width = height_width(size)
-    return min(8, max(1, 512 * 512 // (height * width)))
 
 
 @dataclass
@@ -124,7 +115,10 @@ class EncoderStage:
         return {self.text_key(encoder, caption) for encoder in ENCODERS[self.system]}
 
     def image_key(self, sample: Sample, size: Size, flip: bool, batch: Optional[int] = None) -> str:
-        """The cache key of the VAE's output for the centre crop of an image to `size`. `batch`: as if of this size."""
+        """The cache key of the VAE's output for the centre crop of an image to `size`.
+
+        `batch` is the number of images that are encoded together. Default: `vae_batch`.
+        """
         batch = batch or vae_batch(size)
         return key_of(
             kind="vae moments",
@@ -227,7 +221,6 @@ class EncoderStage:
         self.verify = False  # once
         ranks.all_gather()
         known = self.cache.keys()
-        ranks.all_gather()  # nobody writes before all ranks have listed the cache: all shard the same list
         used = set() if keys is None else keys
         missing_keys: list[str] = []
         missing_captions: list[str] = []
@@ -242,7 +235,7 @@ class EncoderStage:
                     if key not in known:
                         outdated.append(self.image_key(*image, batch=1) in known)
                         missing_keys.append(key)
-                        if (len(missing_keys) - 1) % ranks.world_size() == ranks.rank():
+                        if _is_mine(key):
                             yield image
 
         def caption_shard() -> list[str]:
@@ -251,7 +244,8 @@ class EncoderStage:
                 used.update(of_caption)
                 if not of_caption <= known:
                     missing_captions.append(caption)
-            return ranks.shard(missing_captions)
+            first_encoder = next(iter(ENCODERS[self.system]))
+            return [caption for caption in missing_captions if _is_mine(self.text_key(first_encoder, caption))]
 
         shard = missing_images()
         first = list(itertools.islice(shard, 1))
@@ -259,6 +253,8 @@ class EncoderStage:
             run_in_child(EncodeJob(self, caption_shard, itertools.chain(first, shard), total=total))
         elif own_captions := caption_shard():
             run_in_child(EncodeJob(self, lambda: own_captions))
+        if not self.temporary and ranks.is_main_process():
+            self.cache.keep(used)
         ranks.all_gather()
         if any(outdated):
             print(f"{sum(outdated)} images were encoded again, in batches: {self.cache_dir} has old entries of theirs")
@@ -290,6 +286,11 @@ class EncoderStage:
         if indices:
             run_in_child(EncodeJob(self, class_images=replace(request, indices=indices)))
         ranks.all_gather()
+
+
+def _is_mine(key: str) -> bool:
+    """Whether this rank encodes an entry. By its key, as ranks may find the cache in different states."""
+    return int(key[:8], 16) % ranks.world_size() == ranks.rank()
 
 
 @lru_cache(maxsize=64)  # a caption takes 8 MB with FLUX.1-dev

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, Union
 
 from mindtune.cli import UserError
+from mindtune.data.crops import height_width
 from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
 
@@ -21,6 +22,15 @@ Size = Union[int, tuple[int, int]]  # side of a square, or (height, width), in p
 Image = tuple[Sample, Size, bool]  # and whether it is flipped
 # Images are sent in groups: what they share, such as the data set that they are in, is sent once per group.
 GROUP = 64
+
+
+def vae_batch(size: Size) -> int:
+    """The number of images that the VAE encodes at a time: up to 512x512 pixels, and up to 8 images.
+
+    Above that, batches are not faster and only take memory.
+    """
+    height, width = height_width(size)
+    return min(8, max(1, 512 * 512 // (height * width)))
 
 
 @dataclass
@@ -84,8 +94,9 @@ def run_in_child(job: EncodeJob) -> None:
     """Runs a job in the child process of the encoder stage. Raises UserError if the process fails."""
     # Without MS_ROLE, because MindSpore would make the child a rank of the job. DEVICE_ID, its device, is inherited.
     environment = {name: value for name, value in os.environ.items() if name != "MS_ROLE"}
+    # In a session of its own: a Ctrl-C during training must not end a window, but training after this update.
     process: Any = subprocess.Popen(
-        [sys.executable, "-m", "mindtune.encode.child"], stdin=subprocess.PIPE, env=environment
+        [sys.executable, "-m", "mindtune.encode.child"], stdin=subprocess.PIPE, env=environment, start_new_session=True
     )
     try:
         with contextlib.suppress(BrokenPipeError), process.stdin:  # broken: the child has ended, its code says why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional
@@ -73,15 +74,17 @@ class Windows:
         self.stage = stage
         self.data = data
         self.settings = settings
-        self.first, self.end = batches
+        self.first, self.end = batches[0], max(batches)
         self.per_update = per_update
         self.captions = captions
-        room = free_bytes(stage.cache_dir) + stage.cache.temporary_bytes()
+        room = ranks.all_gather(free_bytes(stage.cache_dir) + stage.cache.temporary_bytes())[0]
         self.limit = (
             int(settings.cache_limit_gb * GB) if settings.cache_limit_gb else min(CACHE_LIMIT_GB * GB, room // 2)
         )
         self.sizes = estimate.EntrySizes.of(stage)
-        self.sample_bytes = self.sizes.sample(max(data.sizes), data.images_per_sample if settings.cache_latents else 0)
+        self.sample_bytes = self.sizes.sample(
+            max(data.sizes, key=math.prod), data.images_per_sample if settings.cache_latents else 0
+        )
         self.batch_size = settings.train_batch_size * (2 if settings.with_prior_preservation else 1)
         self.largest = max(1, self.limit // 2 // (self.sample_bytes * per_update * self.batch_size))
         self.length = settings.encode_window or min(FIRST_WINDOW, self.largest)  # updates
@@ -179,7 +182,8 @@ class Windows:
         # The first window also has the batches that are prepared in advance while its last ones are used.
         count = self.length * self.per_update + (self.ahead if start == self.first else 0)
         self.encoded = min(start + count, self.end)
-        self.used = [(end, keys) for end, keys in self.used if end > number]
+        # Other ranks may be behind, in the same update.
+        self.used = [(end, keys) for end, keys in self.used if end > number - self.per_update]
         if ranks.is_main_process():
             self.stage.cache.evict(self.limit // 2, keep=set().union(*(keys for _, keys in self.used)))
         captions: list[str] = []

@@ -124,7 +124,7 @@ def images(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
         type=float,
         above=0,
         may_change=True,
-        help="Disk for encoder outputs; more data is encoded in windows. Default: no limit, 50 for windows.",
+        help="Disk in GB for encoder outputs; more data is encoded in windows. Default: all, for a stream 50.",
     )
     add(
         "dataloader_num_workers",

@@ -190,11 +190,12 @@ def require_space(output_dir: Path, size: int, updates: int, every: int, limit: 
     Each has `size` bytes. There is one after every `every` updates and one at the end; the newest `limit` are kept.
     """
     count = -(-updates // every)
-    count = min(count, limit + 1) if limit else count
+    existing = len(checkpoints(output_dir))
+    count = max(0, min(count + existing, limit + 1) - existing) if limit else count
     needed, free = count * size, free_bytes(output_dir)
     if needed > free:
         raise UserError(
-            f"--output_dir {output_dir}: {count} checkpoints need {size_text(needed)}, and {size_text(free)} are free. "
+            f"--output_dir {output_dir}: {count} more checkpoints need {size_text(needed)}; {size_text(free)} is free. "
             "Free some space, or set --checkpoints_total_limit or a higher --checkpointing_steps."
         )
 

@@ -38,6 +38,7 @@ class Settings(NamedTuple):
     cache_limit_gb: Optional[float] = None
     repeats: int = 1
     dataset_name: Optional[str] = None
+    dataset_config: Optional[str] = None
     instance_prompt: Optional[str] = None
     max_train_samples: Optional[int] = None
 
@@ -57,39 +58,44 @@ def describe(settings: Settings, run: memory.Settings, find_samples: Callable[[]
 
     The captions of a stream and of a data set on the hub are not read.
     """
+    output_dir = Path(settings.output_dir)
+    cache_dir = encoder_cache(settings.cache_dir, output_dir)
+    free, free_for_cache = free_bytes(output_dir), free_bytes(cache_dir)
+    uses, captions = 0, []
     try:
-        captions = _captions(settings, find_samples)
+        uses, captions = _captions(settings, find_samples)
+        needed, lines = _cache(settings, run, captions, free_for_cache)
     except UserError as error:
-        return f"disk: not computed, the data cannot be read: {error}"
-    needed, lines = _cache(settings, run, captions)
-    samples = settings.num_train_epochs * settings.repeats * len(captions)
+        needed, lines = 0, [f"disk for the encoder cache: not computed, the data cannot be read: {error}"]
+    samples = settings.num_train_epochs * uses
     per_update = settings.train_batch_size * settings.gradient_accumulation_steps
     updates = settings.max_train_steps or math.ceil(samples / per_update)
     checkpoints = checkpoint_bytes(settings, run, updates)
     lines.append(f"disk for checkpoints: {size_text(checkpoints)} with {updates:,} updates")
-    output_dir = Path(settings.output_dir)
-    free, free_for_cache = free_bytes(output_dir), free_bytes(encoder_cache(settings.cache_dir, output_dir))
     lines.append(f"free in --output_dir: {size_text(free)}")
     if settings.cache_dir:
         lines.append(f"free in --cache_dir: {size_text(free_for_cache)}")
+    needed -= sum(path.stat().st_size for path in cache_dir.rglob("*.safetensors"))  # what is there may be needed
     if needed > free_for_cache or checkpoints > free or (not settings.cache_dir and needed + checkpoints > free):
         lines.append("the disk is too small: see --cache_limit_gb, --cache_dir and --checkpoints_total_limit")
     return "\n".join(lines)
 
 
-def _captions(settings: Settings, find_samples: Callable[[], Iterable]) -> list[str]:
+def _captions(settings: Settings, find_samples: Callable[[], Iterable]) -> tuple[int, list[str]]:
+    """(uses of samples per epoch, captions of all samples)"""
     if settings.streaming:
-        return []
+        return 0, []
     if settings.dataset_name and not Path(settings.dataset_name).expanduser().is_dir():
         raise UserError(f"--dataset_name {settings.dataset_name} is no directory, and a plan downloads nothing")
-    captions = [sample.caption or settings.instance_prompt or "" for sample in find_samples()]
-    return captions[: settings.max_train_samples]
+    samples = list(find_samples())[: settings.max_train_samples]
+    repeats = [settings.repeats if not settings.dataset_config else sample.setting("repeats", 1) for sample in samples]
+    return sum(repeats), [sample.caption or settings.instance_prompt or "" for sample in samples]
 
 
-def _cache(settings: Settings, run: memory.Settings, captions: list[str]) -> tuple[float, list[str]]:
+def _cache(settings: Settings, run: memory.Settings, captions: list[str], free: int) -> tuple[float, list[str]]:
     """(bytes, lines that describe them) of the encoder cache."""
     if settings.streaming:
-        limit = settings.cache_limit_gb or windows.CACHE_LIMIT_GB
+        limit = settings.cache_limit_gb or min(windows.CACHE_LIMIT_GB, free // 2 // GB)
         return limit * GB, [f"disk for the encoder cache: up to {limit:g} GB, --cache_limit_gb of a stream"]
     encoders = estimate.encoders_of(run.root)
     precision = settings.mixed_precision

@@ -15,6 +15,7 @@ from typing import NamedTuple, Optional
 import mindspore as ms
 
 from mindtune.data.buckets import crop_sizes
+from mindtune.encode.jobs import vae_batch
 from mindtune.models.configs import read_config
 from mindtune.models.controlnets import controlnet_shapes
 from mindtune.models.loading import component_shapes
@@ -260,7 +261,8 @@ def _encoder_bytes(settings: Settings, itemsize: int) -> int:
         int8 = settings.int8 and read_config(root, name)["architectures"] == ["T5EncoderModel"]
         sizes.append(_frozen_part(settings, name, int8).size)
     # The largest activations of the VAE are those of its first level, at the image's own size; it needs six at a time.
-    elements = 6 * math.prod(settings.largest_crop()) * read_config(root, "vae")["block_out_channels"][0]
+    crop = settings.largest_crop()
+    elements = 6 * vae_batch(crop) * math.prod(crop) * read_config(root, "vae")["block_out_channels"][0]
     sizes.append(_frozen_part(settings, "vae").size + itemsize * elements)
     return max(sizes)
 

@@ -155,9 +155,6 @@ class Run:
             "workers": ranks.world_size(),
         }
         self._print_summary()
-        saved = sum(p.nbytes for p in self.training_state.values()) + 4 * sum(trainable.values())
-        every, limit = self.settings.checkpointing_steps, self.settings.checkpoints_total_limit
-        checkpoint.require_space(self.output_dir, saved, self.max_train_steps - self.step, every, limit)
         if ranks.is_main_process():
             self._open_files()
         self.stop_request = StopRequest()
@@ -180,6 +177,9 @@ class Run:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.settings.overwrite_output_dir and not checkpoint.belongs_to(self.checkpoint, self.output_dir):
             checkpoint.remove_old_run(self.output_dir, self.logging_dir, self.files)
+        saved = sum(p.nbytes for p in self.training_state.values()) + 4 * sum(self.record["trainable"].values())
+        every, limit = self.settings.checkpointing_steps, self.settings.checkpoints_total_limit
+        checkpoint.require_space(self.output_dir, saved, self.max_train_steps - self.step, every, limit)
         tracking.write_run_json(self.output_dir / "run.json", **self.record, finished=False)
         self.tracker = tracking.Tracker(self.output_dir, self.logging_dir, self.services, self.step, self.flags)
         self.curve = tracking.LossByTimestep(self.output_dir, self.step, self.axis)

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import metrics
+from PIL import Image
 
 from mindtune.cli import UserError
 
@@ -71,6 +72,28 @@ def test_class_images_of_each_concept(lora, config, tmp_path, capsys):
     assert len(losses(out)) == 2 and all(np.isfinite(losses(out)))
     record = json.loads((out / "run.json").read_text())
     assert record["data"]["samples"] == 4 and len(record["data"]["held_out"]) == 1
+
+
+def test_repeats_of_the_flag_are_the_default_of_the_key(lora, config, tmp_path):
+    text = concept("a") + concept("b", repeats=2)
+    out = lora(tmp_path / "out", "--max_train_steps", 1, "--repeats", 3, *config(text))
+    assert json.loads((out / "run.json").read_text())["data"]["samples"] == 2 * 3 + 3 * 2
+
+
+def test_a_bucket_without_class_images_is_refused(lora, config, tmp_path):
+    (tmp_path / "b").joinpath("0.png").unlink(missing_ok=True)
+    flags = config(concept("a", class_data_dir="c", class_prompt="x") + concept("b"))
+    for path in (tmp_path / "b").glob("*.png"):
+        Image.open(path).crop((0, 0, 40, 80)).save(path)
+    more = ["--with_prior_preservation", "--aspect_ratio_buckets", "32,32;64,32"]
+    with pytest.raises(UserError, match="no concept with a class_data_dir has images in the bucket 64,32"):
+        lora(tmp_path / "out", *flags, *more)
+
+
+def test_class_images_need_their_flag(lora, config, tmp_path, capsys):
+    lora(tmp_path / "out", "--max_train_steps", 1, *config(concept("a", class_data_dir="c", class_prompt="x")))
+    assert "class_data_dir and class_prompt have no effect" in capsys.readouterr().out
+    assert not (tmp_path / "c").exists()
 
 
 def test_another_file_is_no_exact_continuation(lora, config, tmp_path, capsys):

@@ -78,6 +78,7 @@ ONE = '[[concept]]\ninstance_data_dir = "dog"\n'
     "text, message",
     [
         ("", r"data\.toml: it must have tables \[\[concept\]\]"),
+        ("concept = ['x']", r"must have tables"),
         ("concept = 3", r"must have tables \[\[concept\]\]"),
         (ONE + "[other]\n", r"has other; it must have tables"),
         ("[[concept]\n", r"is not TOML: .*line 1"),

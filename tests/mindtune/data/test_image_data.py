@@ -1,11 +1,10 @@
 """The uses of images that make up each batch of a LoRA run, by position."""
 
-from types import SimpleNamespace
-
 import numpy as np
 
 from mindtune import rng
 from mindtune.data.image_data import ClassImages, ImageData
+from mindtune.data.image_sample import Sample
 from mindtune.distributed import ranks
 
 NO_CLASS_IMAGES = ClassImages([], np.array([], int))
@@ -13,10 +12,8 @@ SIZES = [(32, 48), (48, 32)]
 
 
 def samples(prefix, count):
-    return [
-        SimpleNamespace(name=f"{prefix}{n}", digest=f"{prefix}{n};", caption=f"caption {prefix}{n}")
-        for n in range(count)
-    ]
+    names = [f"{prefix}{n}" for n in range(count)]
+    return [Sample(name, None, f"caption {name}", known_digest=f"{name};") for name in names]
 
 
 def image_data(count=5, class_count=0, sizes=SIZES[:1], **more):

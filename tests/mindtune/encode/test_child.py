@@ -9,7 +9,8 @@ from mindtune.cli import UserError
 from mindtune.data.crops import pixel_values
 from mindtune.data.image_sample import Sample
 from mindtune.encode import child, encoder_stage, text_encoders
-from mindtune.encode.encoder_stage import EncoderStage, vae_batch
+from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.encode.jobs import vae_batch
 from mindtune.models import loading, precision, tokenization
 
 

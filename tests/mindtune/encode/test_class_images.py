@@ -96,7 +96,7 @@ def test_load_or_generate_uses_the_precision_for_generation(tmp_path, monkeypatc
     ids = np.array([0, 0, 1])
     options = settings(tmp_path / "class", num_class_images=3, prior_generation_precision="fp16")
     found = class_images.load_or_generate(options, stage, 0, SIZES, ids, ImageFacts())
-    assert used == [{"precision": "fp16", "vae": None, "vae_precision": None}]
+    assert used == [{"precision": "fp16", "vae": None, "vae_precision": None, "verify": False}]
     assert found.bucket_ids.tolist() == [0, 0, 1] and len(stage.requests) == 2
     again = class_images.load_or_generate(options, SimpleNamespace(), 0, SIZES, ids, ImageFacts())
     assert [sample.name for sample in again.samples] == [sample.name for sample in found.samples]

@@ -134,6 +134,12 @@ def test_a_run_that_is_resumed_inside_a_window_encodes_what_is_left(go):
     assert stage.calls[1] == [str(number) for number in range(10, 10 + 4 * PER_UPDATE + 4)]
 
 
+def test_a_run_that_has_no_update_left(go):
+    """Resumed with a smaller number of updates than it has made."""
+    stage = go(first=10, end=6, streaming=True)
+    assert stage.calls[1] == []
+
+
 def test_held_out_samples_stay(go):
     stage = go(encode_window=1, held_out=[1, 2], cache_limit_gb=1e-9)
     assert stage.calls[0] == ["empty", "validate", "held out 1", "held out 2"]
