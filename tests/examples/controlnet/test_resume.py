@@ -3,7 +3,7 @@
 from functools import partial
 
 import pytest
-from killed_runs import assert_a_killed_process_resumes, assert_resumes_exactly, start, wait_until
+from killed_runs import assert_a_killed_process_resumes, assert_resumes_exactly, start
 
 from .conftest import FINAL
 
@@ -37,14 +37,13 @@ def test_two_runs_on_the_same_cache_at_the_same_time(sd15, run, sd_flags, tmp_pa
     """Each removes entries that the other one may still need; both end as a run that is alone."""
     more = ["--cache_latents", "--streaming", "--shuffle_buffer_size", 3, "--max_train_steps", 8]
     more += ["--encode_window", 1, "--cache_limit_gb", 1e-9, "--cache_dir"]
+    names = ("one", "other")
     with open(tmp_path / "log", "w") as log:
-        other = start(sd15.path, sd_flags(sd15, tmp_path / "other", *more, tmp_path / "cache"), log)
-        wait_until(lambda: (tmp_path / "cache" / "mindtune" / "windows").exists(), other, tmp_path / "log")
-        run(sd15, tmp_path / "this", *more, tmp_path / "cache")
-        assert other.wait() == 0, (tmp_path / "log").read_text()
+        runs = [start(sd15.path, sd_flags(sd15, tmp_path / name, *more, tmp_path / "cache"), log) for name in names]
+        assert [process.wait() for process in runs] == [0, 0], (tmp_path / "log").read_text()
     run(sd15, tmp_path / "alone", *more, tmp_path / "another cache")
-    losses = [(tmp_path / name / FINAL).read_bytes() for name in ("this", "other", "alone")]
-    assert losses[0] == losses[1] == losses[2]
+    weights = [(tmp_path / name / FINAL).read_bytes() for name in (*names, "alone")]
+    assert weights[0] == weights[1] == weights[2]
 
 
 def test_another_gamma_or_tokenizer_is_reported(sd15, sdxl, run, tmp_path, capfd):
