@@ -201,7 +201,7 @@ def computed():
         ("a million captions, LoRA", 10**6, 10**6),
     ):
         for length in (512, 128):
-            sizes = EntrySizes.of_encoders(FLUX_DEV, "bf16", "bf16", length)
+            sizes = EntrySizes.of_encoders(FLUX_DEV, "bf16", length)
             text, latents = captions * sizes.text / 1e9, images * sizes.image((512, 512)) / 1e9
             hours = (captions + images) / rate / 3600
             what = f"{name}, {length} tokens"

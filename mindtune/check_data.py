@@ -150,10 +150,7 @@ def make_report(flags: dict, cache_dir: str) -> dict:
     prompts = [(f"--{name}", flags[name]) for name in ("instance_prompt", "class_prompt") if flags[name]]
     own_captions = [(item.name, item.caption or "") for item in items]
     buckets = bucket_report(items, sizes)
-    # SDXL's VAE overflows in half precision, so it computes in float32.
-    precision = flags["mixed_precision"]
-    vae_precision = "no" if encoders.kind == "sdxl" else precision
-    entries = EntrySizes.of_encoders(encoders, precision, vae_precision, flags["max_sequence_length"])
+    entries = EntrySizes.of_encoders(encoders, flags["mixed_precision"], flags["max_sequence_length"])
     encodes_conditions = found.is_pairs and encoders.kind == "flux"
     images_per_item = (1 + flags["random_flip"]) * (2 if encodes_conditions else 1)
     cache_sizes = {

@@ -125,10 +125,6 @@ class ImageData:
             *((sample, self.sizes[bucket], False) for sample, bucket in zip(self.held_out, self.held_out_bucket_ids)),
         ]
 
-    def caption(self, use: ImageUse) -> str:
-        """The caption of a use."""
-        return use.sample.caption
-
     def images_of(self, use: ImageUse, random_flip: bool) -> list[tuple[Sample, tuple[int, int], bool]]:
         """(image, size, flip) of a use, as in `images`."""
         return [(use.sample, use.size, use.draws.flip(use.sample.setting("random_flip", random_flip)))]

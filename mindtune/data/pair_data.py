@@ -114,10 +114,6 @@ class PairData:
         """Every (image, size, flip) of the run, or with `held_out` those of the held-out pairs, for the encoders."""
         return PairImages(self, random_flip, held_out)
 
-    def caption(self, use: PairUse) -> str:
-        """The caption of a use."""
-        return use.sample.caption
-
     def images_of(self, use: PairUse, random_flip: bool) -> list[tuple[Sample, tuple[int, int], bool]]:
         """(image, size, flip) of a use, as in `images`. The pairs of a stream are checked."""
         self._checked([use], self.streaming)

@@ -103,8 +103,14 @@ class EntrySizes(NamedTuple):
     factor: int  # pixels per latent along a side
 
     @classmethod
-    def of_encoders(cls, encoders: Encoders, precision: str, vae_precision: str, t5_length: int) -> EntrySizes:
-        """For a value of --mixed_precision; the VAE's may differ. An image's entry has mean and log-variance."""
+    def of_encoders(
+        cls, encoders: Encoders, precision: str, t5_length: int, vae_precision: Optional[str] = None
+    ) -> EntrySizes:
+        """For a value of --mixed_precision. An image's entry has mean and log-variance.
+
+        `vae_precision` is that of the VAE. Default: SDXL's computes in float32, as it overflows in half precision.
+        """
+        vae_precision = vae_precision or ("no" if encoders.kind == "sdxl" else precision)
         tokens = t5_length if encoders.kind == "flux" else CLIP_TOKENS
         text = ITEMSIZE[precision] * (tokens * encoders.widths[0] + sum(encoders.widths[1:]))
         return cls(text, ITEMSIZE[vae_precision] * 2 * encoders.channels, encoders.factor)
@@ -113,7 +119,7 @@ class EntrySizes(NamedTuple):
     def of(cls, stage: Any) -> EntrySizes:
         """For an `EncoderStage`."""
         encoders = encoders_of(stage.root)
-        return cls.of_encoders(encoders, stage.precision, stage.vae_precision, stage.max_sequence_length)
+        return cls.of_encoders(encoders, stage.precision, stage.max_sequence_length, stage.vae_precision)
 
     def image(self, size: tuple[int, int]) -> int:
         """Bytes of an image of (height, width) pixels."""

@@ -204,6 +204,6 @@ class Windows:
         settings = self.settings
         for uses in itertools.islice(self.coming, batches):
             for use in uses:
-                captions.append(self.data.caption(use))
+                captions.append(use.sample.caption)
                 if settings.cache_latents:
                     yield from self.data.images_of(use, settings.random_flip)

@@ -184,14 +184,18 @@ def set_aside_later(output_dir: Path, folder: Path) -> list[Path]:
     return aside
 
 
+def count_more(updates: int, every: int, limit: Optional[int], existing: int = 0) -> int:
+    """How many checkpoints `updates` updates add at most: one is written before the oldest above `limit` is removed."""
+    count = -(-updates // every)
+    return max(0, min(count + existing, limit + 1) - existing) if limit else count
+
+
 def require_space(output_dir: Path, size: int, updates: int, every: int, limit: Optional[int]) -> None:
     """Raises UserError if the checkpoints of a run that has `updates` left do not fit on the disk of `output_dir`.
 
     Each has `size` bytes. There is one after every `every` updates and one at the end; the newest `limit` are kept.
     """
-    count = -(-updates // every)
-    existing = len(checkpoints(output_dir))
-    count = max(0, min(count + existing, limit + 1) - existing) if limit else count
+    count = count_more(updates, every, limit, len(checkpoints(output_dir)))
     needed, free = count * size, free_bytes(output_dir)
     if needed > free:
         raise UserError(

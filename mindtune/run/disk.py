@@ -12,7 +12,7 @@ from mindtune.data.buckets import crop_sizes
 from mindtune.encode import estimate, windows
 from mindtune.files import encoder_cache, free_bytes
 from mindtune.models.tokenization import load_tokenizer
-from mindtune.run import memory
+from mindtune.run import checkpoint, memory
 from mindtune.run.memory import GB
 
 
@@ -47,9 +47,7 @@ def checkpoint_bytes(settings: Settings, run: memory.Settings, updates: int) -> 
     """Bytes of the checkpoints that a run of this many updates keeps, and of the one that it is writing."""
     plan = memory.make_plan(run)
     trained = next(part.size for part in plan.parts if part.name in ("LoRA", "controlnet"))
-    count = math.ceil(updates / settings.checkpointing_steps)
-    if settings.checkpoints_total_limit:
-        count = min(count, settings.checkpoints_total_limit + 1)
+    count = checkpoint.count_more(updates, settings.checkpointing_steps, settings.checkpoints_total_limit)
     return count * (trained + plan.optimizer + plan.host_optimizer + plan.average)
 
 
@@ -98,9 +96,7 @@ def _cache(settings: Settings, run: memory.Settings, captions: list[str], free: 
         limit = settings.cache_limit_gb or min(windows.CACHE_LIMIT_GB, free // 2 // GB)
         return limit * GB, [f"disk for the encoder cache: up to {limit:g} GB, --cache_limit_gb of a stream"]
     encoders = estimate.encoders_of(run.root)
-    precision = settings.mixed_precision
-    vae_precision = "no" if encoders.kind == "sdxl" else precision
-    sizes = estimate.EntrySizes.of_encoders(encoders, precision, vae_precision, settings.max_sequence_length)
+    sizes = estimate.EntrySizes.of_encoders(encoders, settings.mixed_precision, settings.max_sequence_length)
     unique = len(set(captions))
     text = sizes.text * unique
     images = (2 if run.system == "flux_controlnet" else 1) * (2 if settings.random_flip else 1) * len(captions)

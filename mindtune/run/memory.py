@@ -15,6 +15,7 @@ from typing import NamedTuple, Optional
 import mindspore as ms
 
 from mindtune.data.buckets import crop_sizes
+from mindtune.encode.estimate import CLIP_TOKENS, ITEMSIZE
 from mindtune.encode.jobs import vae_batch
 from mindtune.models.configs import read_config
 from mindtune.models.controlnets import controlnet_shapes
@@ -27,8 +28,6 @@ from mindtune.run import ascend_memory, cpu_memory
 from mindtune.run.activations import Block, clip_blocks, flux_blocks, recomputable, unet_controlnet_blocks
 
 MB, GB = 1 << 20, 1 << 30
-ITEMSIZE = {"no": 4, "fp32": 4, "fp16": 2, "bf16": 2}
-CLIP_TOKENS = 77
 
 
 class Settings(NamedTuple):

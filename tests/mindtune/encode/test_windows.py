@@ -35,7 +35,7 @@ class Data:
         self.held_out = [f"held out {number}" for number in held_out]
 
     def batches(self, first, end):
-        return ([str(number)] for number in range(first, end))
+        return ([SimpleNamespace(sample=SimpleNamespace(caption=str(number)))] for number in range(first, end))
 
     def iterate(self, first, end, make, threads):
         return prefetch(lambda number: make([str(number)]), ranks.shard(range(first, end)), threads)
@@ -46,11 +46,8 @@ class Data:
     def images(self, flip, held_out=False):
         return [f"image {caption}" for caption in self.captions(held_out)]
 
-    def caption(self, use):
-        return use
-
     def images_of(self, use, flip):
-        return [f"image {use}"]
+        return [f"image {use.sample.caption}"]
 
 
 class Stage:
