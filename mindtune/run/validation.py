@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
 
 import numpy as np
 from mindspore import nn
@@ -103,8 +103,12 @@ def match_conditions(prompts: list[str], paths: list[str]) -> list[tuple[str, st
 
 
 def load_conditions(
-    pairs: list[tuple[str, str]], resolution: int, multiple: int, background: str
+    pairs: list[tuple[str, str]], resolution: Union[int, list[int]], multiple: int, background: str
 ) -> list[tuple[str, Image.Image]]:
-    """(prompt, condition image) pairs, resized by `condition_image`, on the background of the training data."""
+    """(prompt, condition image) pairs, resized by `condition_image`, on the background of the training data.
+
+    Of several resolutions the largest counts.
+    """
     flag = "--validation_image"
+    resolution = max(resolution) if isinstance(resolution, list) else resolution
     return [(prompt, condition_image(path, flag, resolution, multiple, background)) for prompt, path in pairs]
