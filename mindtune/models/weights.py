@@ -1,8 +1,9 @@
-"""The safetensors files of a model: their names, whether they are complete, and their tensors. Reads headers only."""
+"""The safetensors files of a model: their names, whether they are complete, and their tensors."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from mindtune.cli import UserError
 from mindtune.models.precision import NUMPY_DTYPES
+from mindtune.models.safetensors_file import SAFETENSORS_DTYPES
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")  # loading a pickle can run code
 # Endings of weight files in formats that are not supported -> the name of the format.
@@ -116,6 +118,13 @@ def stored_tensors(root: Path, name: str, variant: Optional[str] = None) -> dict
             offset = 8 + length + entry["data_offsets"][0]
             stored[key] = StoredTensor(path, dtype=entry["dtype"], shape=tuple(entry["shape"]), offset=offset)
     return stored
+
+
+def load_tensor(stored: StoredTensor) -> np.ndarray:
+    """A tensor in the dtype of its file, read into memory."""
+    dtype = np.dtype(SAFETENSORS_DTYPES[stored.dtype])
+    count = math.prod(stored.shape) * dtype.itemsize
+    return np.fromfile(stored.path, np.uint8, count, offset=stored.offset).view(dtype).reshape(stored.shape)
 
 
 def linear_layers(root: Path, name: str, variant: Optional[str] = None) -> dict[str, tuple[int, int]]:
