@@ -155,10 +155,9 @@ def reduce_rank(pair: Pair, rank: Optional[int] = None, energy: Optional[float] 
 def from_matrix(matrix: np.ndarray, rank: int) -> Reduced:
     """A LoRA of at most `rank` for a weight change [outputs, inputs]."""
     found = truncated_svd(matrix, rank)
-    squares = found.s.astype(np.float64) ** 2
-    return Reduced(
-        _balanced(found, rank), float(squares[:rank].sum()), float(np.square(matrix, dtype=np.float64).sum())
-    )
+    kept = np.sum(found.s[:rank].astype(np.float64) ** 2)
+    energy = np.einsum("oi,oi->o", matrix, matrix).sum(dtype=np.float64)
+    return Reduced(_balanced(found, rank), float(kept), float(energy))
 
 
 def _balanced(found: Svd, rank: int) -> Pair:

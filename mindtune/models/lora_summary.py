@@ -128,15 +128,19 @@ def plot(path: Path, title: str, found: Sequence[Block]) -> None:
     """Writes a PNG with the norm, the ranks and alphas, and the number of layers of every block."""
     from matplotlib.figure import Figure  # takes a third of a second to import
 
-    figure = Figure(figsize=(max(7, 1.5 + 0.17 * len(found)), 7), layout="constrained")
+    figure = Figure(figsize=(max(7, 1.5 + 0.15 * len(found)), 7), layout="constrained")
     norms, ranks, layers = figure.subplots(3, sharex=True, height_ratios=(3, 2, 2))
     for index, (label, places) in enumerate(_parts(found)):
         ours = [found[place] for place in places]
         norms.bar(places, [block.norm for block in ours], color=f"C{index}", label=label)
         layers.bar(places, [block.layers for block in ours], color=f"C{index}")
-    for name, marker, values in (("rank", "o", [b.ranks for b in found]), ("alpha", "x", [b.alphas for b in found])):
+    for name, style, size, values in (
+        ("rank", "ok", 4, [block.ranks for block in found]),
+        ("alpha", "xC3", 7, [block.alphas for block in found]),
+    ):
         points = [(place, value) for place, several in enumerate(values) for value in several]
-        ranks.plot(*zip(*points), marker, label=name, markersize=4, color="black" if name == "rank" else "C3")
+        ranks.plot(*zip(*points), style, label=name, markersize=size)
+    ranks.margins(y=0.15)
     ranks.set_ylim(bottom=min(0, *(alpha for block in found for alpha in block.alphas)))
     norms.set_title(title, fontsize=10)
     norms.set_ylabel("norm of alpha / rank · B A")
@@ -144,6 +148,7 @@ def plot(path: Path, title: str, found: Sequence[Block]) -> None:
     layers.set_ylabel("adapted layers")
     layers.set_xlabel("block")
     layers.set_xticks(range(len(found)), [_short(block) for block in found], rotation=90, fontsize=7)
+    layers.margins(x=0.01)
     layers.yaxis.get_major_locator().set_params(integer=True)
     for axes in (norms, ranks):
         axes.legend(fontsize=8, frameon=False)

@@ -89,8 +89,8 @@ def write_merged(
 
         def merged_tensors(tensors=tensors, entries=entries):
             for key, tensor in tensors.items():
-                yield _merge(key, tensor, pairs.get(key[: -len(".weight")]), entries[key][0])
                 done(1)
+                yield _merge(key, tensor, pairs.get(key[: -len(".weight")]), entries[key][0])
 
         write_safetensors(folder / name / path.name, entries, merged_tensors())
         total += sum(_size(tensor, dtype) for tensor in tensors.values())
