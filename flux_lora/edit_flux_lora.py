@@ -7,8 +7,8 @@
     python edit_flux_lora.py resize --lora dog.safetensors --energy 0.95 --output small.safetensors
     python edit_flux_lora.py info --lora dog.safetensors --plot dog.png
 
-Reads the layouts that docs/flux_lora.md lists. Computes in float32 on the CPU, one tensor at a time: a merge into
-FLUX.1-dev takes minutes and less than 2 GB of memory.
+Reads the layouts that docs/flux_lora.md lists. Computes in float32 on the CPU. Of a pipeline, one tensor at a
+time is in memory: a merge into FLUX.1-dev takes minutes, and 1 GB beside the LoRAs.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def check_rank(rank):
 
 
 def check_weights(args):
-    """The factor of every LoRA. Raises UserError for another number of them, and for factors without a sense."""
+    """The factor of every LoRA. Raises UserError for another number of factors, and for 0, NaN and infinity."""
     factors = args.weight or [1.0] * len(args.lora)
     if len(factors) != len(args.lora):
         raise UserError(f"--weight has {len(factors)} and --lora {len(args.lora)}: give one factor for each LoRA.")
@@ -151,8 +151,9 @@ def merge(args):
 
 def weighted_sum(paths, adapters, factors):
     """Layer -> B and A of the sum of several LoRAs. Raises UserError if they are for different models."""
+    loras = [lora_edit.to_pairs(path, "--lora", adapter) for path, adapter in zip(paths, adapters)]
     try:
-        return lora_edit.weighted_sum([lora_edit.to_pairs(adapter) for adapter in adapters], factors)
+        return lora_edit.weighted_sum(loras, factors)
     except ValueError as error:
         raise UserError(f"--lora {', '.join(map(str, paths))}: {error}. Give LoRAs of one model.") from None
 
@@ -232,7 +233,7 @@ def extract(args):
                 bar.update()
     if others:
         print("these tensors differ too, and a LoRA cannot hold them:")
-        print(indented_list(lora_summary.kinds(others)))
+        print(indented_list(lora_summary.patterns(others)))
     if not found:
         raise UserError(
             f"--finetuned {args.finetuned}: no linear layer differs from the base model, so there is no LoRA to write. "
@@ -255,7 +256,7 @@ def resize(args):
         raise UserError(f"--energy {args.energy:g}: must be above 0 and at most 1, such as 0.95.")
     files.require_new_file("--output", Path(args.output), ".safetensors", args.overwrite)
     path = lora_files.find_lora(args.lora, "--lora")
-    pairs = lora_edit.to_pairs(lora_files.read_adapters(path, "--lora"))
+    pairs = lora_edit.to_pairs(path, "--lora", lora_files.read_adapters(path, "--lora"))
     save(args, reduce(pairs, args.rank, args.energy), lora_edit.dtype_of([path]))
 
 
@@ -295,7 +296,7 @@ def info(args):
     dtypes = sorted({str(value.dtype) for name, value in entries.items() if not name.endswith("alpha")})
     size = size_text(path.stat().st_size)
     title = f"{path.name}: {lora_names.layout_of(entries)} layout, {' and '.join(dtypes)}, {size}"
-    found = lora_summary.blocks(lora_edit.to_pairs(adapters), alphas)
+    found = lora_summary.blocks(lora_edit.to_pairs(path, "--lora", adapters), alphas)
     print(title)
     print(lora_files.describe_adapters(adapters))
     print(lora_summary.block_table(found))

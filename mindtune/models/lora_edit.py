@@ -14,6 +14,7 @@ import mindspore as ms
 import numpy as np
 
 from mindtune import rng
+from mindtune.cli import UserError
 from mindtune.models import lora_files, lora_layouts
 from mindtune.models.precision import NUMPY_DTYPES
 from mindtune.models.safetensors_file import read_safetensors
@@ -50,13 +51,19 @@ class Reduced(NamedTuple):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def to_pairs(adapters: dict[str, dict[str, np.ndarray]]) -> dict[str, Pair]:
-    """The layers of `lora_files.read_adapters` by their names with the prefix of their model."""
-    return {
-        f"{prefix}.{layer}": Pair(adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"])
-        for prefix, adapter in adapters.items()
-        for layer in lora_layouts.ranks(adapter)
-    }
+def to_pairs(path: Path, flag: str, adapters: dict[str, dict[str, np.ndarray]]) -> dict[str, Pair]:
+    """The layers of `lora_files.read_adapters` by their names with the prefix of their model.
+
+    Raises UserError for tensors that are neither A nor B: they would be lost.
+    """
+    pairs = {}
+    for prefix, adapter in adapters.items():
+        for name in adapter:
+            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+                raise UserError(f"{flag} {path}: holds {prefix}.{name}. Only plain LoRA (A and B) can be edited.")
+        for layer in lora_layouts.ranks(adapter):
+            pairs[f"{prefix}.{layer}"] = Pair(adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"])
+    return pairs
 
 
 def write(path: Path, pairs: dict[str, Pair], layout: str, dtype: ms.Type) -> dict[str, int]:

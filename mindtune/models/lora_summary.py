@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from mindtune.files import write_atomically
 from mindtune.models.lora_edit import Pair, Reduced, norm
 
-_BLOCK = re.compile(r"(?P<model>transformer|text_encoder)\.(?P<kind>.*?(?:blocks|layers))\.(?P<number>\d+)\.")
+_BLOCK = re.compile(r"(.*?(?:blocks|layers))\.(\d+)\.")
 OTHERS = "other layers"
 _ORDER = ("transformer_blocks", "single_transformer_blocks", "text_model.encoder.layers", "")  # the last: OTHERS
 
@@ -32,13 +33,13 @@ class Block(NamedTuple):
 
 
 def blocks(pairs: dict[str, Pair], alphas: dict[str, float]) -> list[Block]:
-    """Every block with adapted layers, by model, kind of block and number; layers outside blocks last."""
+    """Every block with adapted layers, by model, type and number; layers outside blocks last."""
     groups: dict[tuple, list[str]] = {}
     for layer in pairs:
-        match = _BLOCK.match(layer)
-        model = layer.partition(".")[0]
-        kind = (match["kind"], int(match["number"])) if match else ("", 0)
-        groups.setdefault((model != "transformer", _ORDER.index(kind[0]), kind[1], model), []).append(layer)
+        model, _, name = layer.partition(".")
+        match = _BLOCK.match(name)
+        stack, number = (match[1], int(match[2])) if match else ("", 0)
+        groups.setdefault((model != "transformer", _ORDER.index(stack), number, model), []).append(layer)
     found = []
     for (_, place, number, model), layers in sorted(groups.items()):
         squares = sum(norm(pairs[layer]) ** 2 for layer in layers)
@@ -62,24 +63,24 @@ def block_table(found: Sequence[Block]) -> str:
         ours = [block for block in found if block.model == model]
         rows += [_row(block.name, [block]) for block in ours]
         rows.append(_row(f"{model}, all", ours))
-    return aligned(rows)
+    return _aligned(rows)
 
 
 def _row(name: str, ours: list[Block]) -> tuple[str, ...]:
     ranks = {rank for block in ours for rank in block.ranks}
     alphas = {alpha for block in ours for alpha in block.alphas}
     total = np.sqrt(sum(block.norm**2 for block in ours))
-    return name, str(sum(block.layers for block in ours)), numbers(ranks), numbers(alphas), f"{total:.4g}"
+    return name, str(sum(block.layers for block in ours)), _numbers(ranks), _numbers(alphas), f"{total:.4g}"
 
 
-def numbers(values: Iterable[float]) -> str:
+def _numbers(values: Iterable[float]) -> str:
     """Up to three different values, or the smallest and the largest: "4, 8, 16", "1 to 32"."""
     ordered = sorted(set(values))
     texts = list(dict.fromkeys(f"{value:.4g}" for value in ordered))
     return ", ".join(texts) if len(texts) <= 3 else f"{texts[0]} to {texts[-1]}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     """A table in columns: the first to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
@@ -93,32 +94,29 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def energy_table(reduced: dict[str, Reduced]) -> str:
     """The ranks and the kept share of the squared singular values, of every kind of layer and of all together."""
-    kinds: dict[str, list[Reduced]] = {}
+    groups: dict[str, list[Reduced]] = {}
     for layer, result in reduced.items():
-        kinds.setdefault(kind(layer), []).append(result)
+        groups.setdefault(_pattern(layer), []).append(result)
     rows = [("layer", "count", "rank", "kept energy")]
-    rows += [_energy_row(name, results) for name, results in kinds.items()]
+    rows += [_energy_row(name, results) for name, results in groups.items()]
     rows.append(_energy_row("all", list(reduced.values())))
-    return aligned(rows)
+    return _aligned(rows)
 
 
 def _energy_row(name: str, results: list[Reduced]) -> tuple[str, ...]:
     kept, energy = sum(result.kept for result in results), sum(result.energy for result in results)
-    ranks = numbers(len(result.pair.a) for result in results)
+    ranks = _numbers(len(result.pair.a) for result in results)
     return name, str(len(results)), ranks, f"{kept / energy if energy else 1:.2%}"
 
 
-def kind(name: str) -> str:
-    """The name of a layer or tensor with * for the number of its block."""
-    return re.sub(r"(?<=blocks\.|layers\.)\d+", "*", name)
-
-
-def kinds(names: Iterable[str]) -> list[str]:
-    """The kinds of several names, each with the number of names if there are several: "layers.*.bias (12)"."""
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[kind(name)] = counts.get(kind(name), 0) + 1
+def patterns(names: Iterable[str]) -> list[str]:
+    """Names with * for the number of the block, each once, with how many there are: "layers.*.bias (12)"."""
+    counts = Counter(map(_pattern, names))
     return [f"{name} ({count})" if count > 1 else name for name, count in counts.items()]
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=blocks\.|layers\.)\d+", "*", name)
 
 
 # ---- image ---------------------------------------------------------------------------------------

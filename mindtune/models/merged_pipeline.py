@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -17,12 +18,14 @@ from mindtune.models.lora_edit import Pair
 from mindtune.models.pipeline_checks import WEIGHT_ENDINGS
 from mindtune.models.precision import NUMPY_DTYPES
 from mindtune.models.safetensors_file import SAFETENSORS_DTYPES, write_safetensors
-from mindtune.models.weights import FILE_DTYPES, StoredTensor, load_tensor, read_json, stored_tensors
+from mindtune.models.weights import FILE_DTYPES, StoredTensor, load_tensor, read_json, stored_tensors, weight_index
 
 INDEX = "model_index.json"
 
 
-def check_disk(flag: str, root: Path, output: Path, merged: list[str], variant: Optional[str], dtype: ms.Type) -> None:
+def check_disk(
+    flag: str, root: Path, output: Path, merged: list[str], variant: Optional[str], dtype: Optional[ms.Type]
+) -> None:
     """Raises UserError if the disk of `output` is too small for a copy of the pipeline in `root`.
 
     `merged` are the components that are written; other weights need no space if `output` is in the same file system.
@@ -86,19 +89,23 @@ def write_merged(
     total = 0
     for path, tensors in by_file.items():
         entries = {key: (_dtype(tensor, dtype), tensor.shape) for key, tensor in tensors.items()}
-
-        def merged_tensors(tensors=tensors, entries=entries):
-            for key, tensor in tensors.items():
-                done(1)
-                yield _merge(key, tensor, pairs.get(key[: -len(".weight")]), entries[key][0])
-
-        write_safetensors(folder / name / path.name, entries, merged_tensors())
+        write_safetensors(folder / name / path.name, entries, _merged(tensors, pairs, entries, done))
         total += sum(_size(tensor, dtype) for tensor in tensors.values())
-    for index in (root / name).glob("*.index*.json"):
-        content = read_json(root, index)
-        if set(content["weight_map"].values()) == {path.name for path in by_file}:
-            content["metadata"] = {**content.get("metadata", {}), "total_size": total}
-            (folder / name / index.name).write_text(json.dumps(content, indent=2) + "\n")
+    if index := weight_index(root, name, variant):
+        content = {**read_json(root, index), "metadata": {"total_size": total}}
+        (folder / name / index.name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _merged(
+    tensors: dict[str, StoredTensor],
+    pairs: dict[str, Pair],
+    entries: dict[str, tuple[str, tuple[int, ...]]],
+    done: Callable[[int], None],
+) -> Iterator[np.ndarray]:
+    """The merged tensors of one file, in the dtypes of `entries`."""
+    for key, tensor in tensors.items():
+        done(1)
+        yield _merge(key, tensor, pairs.get(key[: -len(".weight")]), entries[key][0])
 
 
 def _dtype(tensor: StoredTensor, dtype: Optional[ms.Type]) -> str:

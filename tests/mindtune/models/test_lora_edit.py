@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mindtune.cli import UserError
 from mindtune.models import lora_edit
 from mindtune.models.lora_edit import Pair
 
@@ -151,6 +152,12 @@ def test_a_rank_above_the_widths_is_exact():
 # ---- files ---------------------------------------------------------------------------------------
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
+
+
+def test_tensors_that_are_neither_a_nor_b_are_not_lost():
+    adapter = {f"q.{name}": np.ones((4, 4), np.float32) for name in ("lora_A.weight", "lora_B.weight", "magnitude")}
+    with pytest.raises(UserError, match=r"--lora f: holds transformer.q.magnitude. Only plain LoRA \(A and B\)"):
+        lora_edit.to_pairs("f", "--lora", {"transformer": adapter})
 
 
 def test_a_written_file_has_the_dtype(tmp_path):
