@@ -31,27 +31,13 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def check_output(output, overwrite):
-    """Raises UserError if the file cannot be written or would replace another one."""
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: other tools expect .safetensors. Give a name that ends with it.")
-    if output.exists() and not overwrite:
-        raise UserError(f"--output {output}: is already there. Name another file or add --overwrite.")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: the directory {output.parent} does not exist. Create it first.")
-    files.require_writable("--output", output.absolute().parent)
-
-
 # ---- export --------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     args = parse_args(argv)
     output = Path(args.output)
-    check_output(output, args.overwrite)
+    files.require_new_file("--output", output, ".safetensors", args.overwrite)
     source = lora_files.find_lora(args.lora, "--lora")
     tensors, alphas = lora_files.read_lora(source, "--lora")
     dtype = precision.DTYPES[args.dtype] if args.dtype else None

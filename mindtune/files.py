@@ -51,6 +51,32 @@ def write_files_atomically(folder: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_folder_atomically(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write(temporary)` with a new hidden directory beside `folder`, then renames it to `folder`.
+
+    `folder` must not exist, or be empty. If writing fails, nothing is left.
+    """
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        write(temporary)
+        for path in temporary.rglob("*"):
+            sync(path)
+        os.rename(temporary, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` a hard link to a file, or a copy where the file system has no links between the two."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def file_digest(path: Path) -> str:
     """The SHA-256 hash of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -83,6 +109,22 @@ def require_writable(flag: str, folder: Union[str, Path, None]) -> None:
         raise UserError(
             f"{flag} {folder}: {existing} {reason}. Name another directory, or change its permissions."
         ) from None
+
+
+def require_new_file(flag: str, path: Path, suffix: str, overwrite: bool) -> None:
+    """Raises UserError if a file cannot be written, has another suffix, or exists and `overwrite` is false."""
+    if path.suffix != suffix:
+        raise UserError(f"{flag} {path}: does not end with {suffix}. Give a name that does.")
+    if path.exists() and not overwrite:
+        raise UserError(f"{flag} {path}: is already there. Name another file or add --overwrite.")
+    require_parent(flag, path)
+
+
+def require_parent(flag: str, path: Path) -> None:
+    """Raises UserError unless the directory that `path` is in exists and can be written to."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{flag} {path}: the directory {path.parent} does not exist. Create it first.")
+    require_writable(flag, path.absolute().parent)
 
 
 def encoder_cache(cache_dir: Optional[str], output_dir: Path) -> Path:

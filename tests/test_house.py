@@ -1,5 +1,6 @@
 """The rules of the house: rooms and imports, scripts that fit in a head, flags with an effect, no machine's paths."""
 
+import argparse
 import ast
 import inspect
 import itertools
@@ -135,7 +136,8 @@ def main_of(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_opens_with_its_command_and_imports_no_other_script(script):
     tree = source(script)
-    assert f"    python {Path(script).name} --" in ast.get_docstring(tree, clean=False)
+    docstring = ast.get_docstring(tree, clean=False)
+    assert re.search(rf"^    python {Path(script).name} ([a-z]+ )?--", docstring, re.MULTILINE)
     others = {Path(other).stem for other in SCRIPTS}
     assert not {part for name in imports(tree) for part in name.split(".")} & others
 
@@ -244,9 +246,15 @@ def test_training_script_and_inference_run_elsewhere_with_only_mindtune_installe
 
 @pytest.fixture(scope="module")
 def options():
-    """options(script): argparse's declarations of a script's flags, without --help."""
+    """options(script): argparse's declarations of a script's flags, and of its commands', without --help."""
     parser_of = load_script("docs/flags.py").parser_of
-    return lambda script: [action for action in parser_of(script)._actions if action.dest != "help"]
+
+    def declared(parser):
+        found = [action for action in parser._actions if action.dest != "help"]
+        commands = [action.choices for action in found if isinstance(action, argparse._SubParsersAction)]
+        return found + [action for parsers in commands for each in parsers.values() for action in declared(each)]
+
+    return lambda script: declared(parser_of(script))
 
 
 def attributes_of_args(tree):

@@ -1,4 +1,4 @@
-"""Reads a safetensors file as memory-mapped NumPy arrays, including float8 and bfloat16.
+"""Reads safetensors files as memory-mapped NumPy arrays, including float8 and bfloat16, and writes large ones.
 
 The format: the length of the header (8 bytes, little-endian), the header as JSON (name -> dtype, shape, byte range),
 then the data. Source: github.com/huggingface/safetensors, README.md.
@@ -7,14 +7,16 @@ then the data. Source: github.com/huggingface/safetensors, README.md.
 from __future__ import annotations
 
 import json
+import math
 import mmap
+from collections.abc import Iterable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -56,10 +58,33 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     tensors = {}
     for name, entry in json.loads(data[8:start]).items():
         if name != "__metadata__":
-            if entry["dtype"] not in _DTYPES:
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
                 raise ValueError(f"{name} has the dtype {entry['dtype']}, which is not supported")
-            tensors[name] = np.ndarray(entry["shape"], _DTYPES[entry["dtype"]], data, start + entry["data_offsets"][0])
+            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+            tensors[name] = np.ndarray(entry["shape"], dtype, data, start + entry["data_offsets"][0])
     return tensors, metadata
+
+
+def write_safetensors(
+    path: Path, entries: dict[str, tuple[str, tuple[int, ...]]], arrays: Iterable[np.ndarray]
+) -> None:
+    """Writes a file of which only one tensor at a time is in memory.
+
+    `entries` are the dtype (a key of `SAFETENSORS_DTYPES`) and shape of every tensor, `arrays` the tensors in the same
+    order.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in entries.items():
+        start, end = end, end + math.prod(shape) * np.dtype(SAFETENSORS_DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (dtype, shape), array in zip(entries.values(), arrays):
+            if array.dtype != SAFETENSORS_DTYPES[dtype] or array.shape != tuple(shape):
+                raise ValueError(f"expected {dtype} {list(shape)}, got {array.dtype} {list(array.shape)}")
+            np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(file)
 
 
 def _file_type(path: Path) -> str:

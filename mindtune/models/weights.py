@@ -1,8 +1,9 @@
-"""The safetensors files of a model: their names, whether they are complete, and their tensors. Reads headers only."""
+"""The safetensors files of a model: their names, whether they are complete, and their tensors."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from mindtune.cli import UserError
 from mindtune.models.precision import NUMPY_DTYPES
+from mindtune.models.safetensors_file import SAFETENSORS_DTYPES
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")  # loading a pickle can run code
 # Endings of weight files in formats that are not supported -> the name of the format.
@@ -76,18 +78,28 @@ def has_variant(root: Path, name: str, variant: str) -> bool:
 
 def _named_files(root: Path, name: str, variant: Optional[str]) -> list[Path]:
     """The paths for exactly this variant (None: no variant)."""
-    folder, stem = root / name, weight_file_stem(name)
-    middle = f".{variant}" if variant else ""
-    for index in (f"{stem}.safetensors.index{middle}.json", f"{stem}{middle}.safetensors.index.json"):
-        if (folder / index).is_file():
-            shards = read_json(root, folder / index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise ValueError(f"{name}/{index} names no files (no weight_map)")
-            outside = [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]
-            if outside:
-                raise ValueError(f"{name}/{index} names {outside[0]!r}, which is not a file in this directory")
-            return sorted({folder / shard for shard in shards.values()})
-    return [folder / f"{stem}{middle}.safetensors"]
+    folder, index = root / name, _index_file(root, name, variant)
+    if index is None:
+        return [folder / f"{weight_file_stem(name)}{f'.{variant}' if variant else ''}.safetensors"]
+    shards = read_json(root, index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{name}/{index.name} names no files (no weight_map)")
+    outside = [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]
+    if outside:
+        raise ValueError(f"{name}/{index.name} names {outside[0]!r}, which is not a file in this directory")
+    return sorted({folder / shard for shard in shards.values()})
+
+
+def weight_index(root: Path, name: str, variant: Optional[str] = None) -> Optional[Path]:
+    """The index of the existing files that `weight_files` returns, None without one."""
+    return _index_file(root, name, variant if variant and has_variant(root, name, variant) else None)
+
+
+def _index_file(root: Path, name: str, variant: Optional[str]) -> Optional[Path]:
+    """The index for exactly this variant (None: no variant), None without one."""
+    stem, middle = weight_file_stem(name), f".{variant}" if variant else ""
+    names = (f"{stem}.safetensors.index{middle}.json", f"{stem}{middle}.safetensors.index.json")
+    return next((path for each in names if (path := root / name / each).is_file()), None)
 
 
 def file_patterns(name: str, variant: Optional[str] = None) -> list[str]:
@@ -116,6 +128,13 @@ def stored_tensors(root: Path, name: str, variant: Optional[str] = None) -> dict
             offset = 8 + length + entry["data_offsets"][0]
             stored[key] = StoredTensor(path, dtype=entry["dtype"], shape=tuple(entry["shape"]), offset=offset)
     return stored
+
+
+def load_tensor(stored: StoredTensor) -> np.ndarray:
+    """A tensor in the dtype of its file, read into memory."""
+    dtype = np.dtype(SAFETENSORS_DTYPES[stored.dtype])
+    count = math.prod(stored.shape) * dtype.itemsize
+    return np.fromfile(stored.path, np.uint8, count, offset=stored.offset).view(dtype).reshape(stored.shape)
 
 
 def linear_layers(root: Path, name: str, variant: Optional[str] = None) -> dict[str, tuple[int, int]]:

@@ -212,7 +212,7 @@ def test_bad_adapters_are_refused_and_nothing_is_written(export, tmp_path, make,
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("dog.pt", r"--output dog.pt: other tools expect .safetensors"),
+        ("dog.pt", r"--output dog.pt: does not end with .safetensors. Give a name that does"),
         ("no/where.safetensors", r"the directory no does not exist. Create it"),
     ],
 )

@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from mindtune.cli import UserError
-from mindtune.files import file_digest, require_writable, text_digest, write_atomically
+from mindtune.files import file_digest, require_writable, text_digest, write_atomically, write_folder_atomically
 
 
 def names(folder):
@@ -23,6 +23,22 @@ def test_write_atomically_keeps_the_old_file_if_writing_fails(tmp_path):
     with pytest.raises(OSError):
         write_atomically(path, fails)
     assert path.read_text() == "old" and names(tmp_path) == ["run.json"]
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    """Also after an earlier process was killed while it wrote."""
+
+    def fails(folder):
+        (folder / "half").write_text("torn")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError):
+        write_folder_atomically(tmp_path / "out", fails)
+    assert names(tmp_path) == []
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "half").write_text("torn")
+    write_folder_atomically(tmp_path / "out", lambda folder: (folder / "file").write_text("whole"))
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["file"]
 
 
 def test_file_digest_reads_past_a_block(tmp_path):

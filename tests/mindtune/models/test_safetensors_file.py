@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mindtune.models.safetensors_file import read_safetensors
+from mindtune.models.safetensors_file import SAFETENSORS_DTYPES, read_safetensors, write_safetensors
 
 
 def write_raw(path, entries, data, metadata=None):
@@ -85,3 +85,24 @@ def test_other_files_are_recognised_by_their_first_bytes(tmp_path, content, expe
 def test_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         read_safetensors(tmp_path / "absent")
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def test_written_files_hold_every_dtype(tmp_path):
+    """Also a number, an empty tensor, and an array whose memory is not in order."""
+    values = {code: np.array([[0, 1, 1], [1, 0, 1]]).astype(dtype) for code, dtype in SAFETENSORS_DTYPES.items()}
+    values["F32"], values["I64"], values["F16"] = values["F32"][0, 1], values["I64"][:, :0], values["F16"].T
+    write_safetensors(tmp_path / "f", {code: (code, value.shape) for code, value in values.items()}, values.values())
+    found, metadata = read_safetensors(tmp_path / "f")  # checks the header with the safetensors library
+    assert metadata == {"format": "pt"} and list(found) == list(values)
+    for code, value in values.items():
+        assert found[code].dtype == value.dtype and found[code].shape == value.shape
+        np.testing.assert_array_equal(found[code], value)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 3), np.float16), np.zeros((3, 2), np.float32)])
+def test_an_array_that_is_not_as_announced_is_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match=r"expected F32 \[2, 3\], got"):
+        write_safetensors(tmp_path / "f", {"x": ("F32", (2, 3))}, [wrong])
