@@ -32,8 +32,10 @@ th, td { padding: 2px 14px 2px 0; text-align: left; vertical-align: top; }
 th, td { overflow-wrap: anywhere; } td { min-width: 9em; }
 tr + tr > * { border-top: 1px solid #8885; }
 .rows th, .rows td { min-width: 0; padding: 4px 8px 4px 0; }
-.rows th:first-child { background: Canvas; left: 0; max-width: 26vw; min-width: 110px; position: sticky; width: 220px; }
-.rows img { height: 160px; max-width: none; } .rows small, footer { color: #888; margin: 2em 0 1em; }
+.rows th { font-weight: normal; }
+.rows th:first-child { background: Canvas; left: 0; min-width: min(200px, 26vw); position: sticky; }
+.rows img { max-width: none; width: 160px; } small { color: #888; }
+footer { color: #888; margin: 2em 0 1em; }
 """
 SCRIPT = """
 const slider = document.getElementById("step"), images = document.querySelectorAll("#images img");
@@ -59,7 +61,7 @@ def write_report(output_dir: Path) -> Path:
         f"<h1>{name}</h1><p>{state} after {record.get('updates', 0):,} updates on {device}</p>",
         f'<div class="plots">{"".join(_curves(output_dir, metrics))}</div>',
         _section("Validation images", report_images.grids(output_dir)),
-        _section("Rows of the validation file", report_images.table(output_dir)),
+        _section("Images of the validation file", report_images.table(output_dir)),
         _section("Time and memory", _table(_time_and_memory(record))),
         _section("Trained parameters", _table(parameters)),
         _section("Flags", _table(flags)),

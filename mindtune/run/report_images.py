@@ -15,7 +15,7 @@ from PIL import Image
 ROWS_FILE = "rows.jsonl"  # in a folder of images: what each row of --validation_file was, as `Row.describe` has it
 GRID_SIZE = (1280, 16000)  # in pixels at most; WebP has at most 16383
 # They bound a report to some megabytes.
-THUMBNAIL_SIZE = (512, 224)
+THUMBNAIL_SIZE = (256, 512)
 MAX_ROWS = 100
 MAX_COLUMNS = 12
 MAX_THUMBNAILS = 400
@@ -102,8 +102,9 @@ def _label(key: tuple) -> str:
     row = json.loads(key[0])
     prompt = html.escape(row.pop("prompt"))
     width, height = row.pop("width"), row.pop("height")
-    image = {"image": Path(row.pop("image")).name} if "image" in row else {}
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in {**row, **image}.items())
+    if "image" in row:
+        row["image"] = Path(row["image"]).name
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row.items())
     return f"<th>{prompt}<br><small>{width} x {height}, {html.escape(settings)}</small></th>"
 
 

@@ -147,7 +147,7 @@ def _read_file(settings: Settings, default: Row) -> list[Row]:
     except UnicodeDecodeError as error:
         raise UserError(f"{flag}: is not {error.encoding.upper()} text. Save it as UTF-8: {SAVE_AS_UTF8}.") from None
     if problems:
-        raise UserError(f"{flag}: {len(problems)} lines cannot be used.\n{indented_list(problems)}")
+        raise UserError(f"{flag}: {len(problems)} of its lines cannot be used:\n{indented_list(problems)}")
     if not rows:
         raise UserError(f"{flag}: has no rows. {EXAMPLE}")
     if default.image and all(row.image is not default.image for row in rows):
@@ -214,7 +214,7 @@ def _problem(key: str, value: Any, settings: Settings) -> Optional[str]:
         "scale": (number, "a number"),
         "image": (text and value != "", "the path of an image, relative to this file"),
     }.get(key, (text, "text"))
-    return None if is_right else f"{key} is {printable(repr(value), 60)}, must be {kind}"
+    return None if is_right else f"{key} is {printable(repr(value), 120)}, must be {kind}"
 
 
 def _find_image(name: str, names: FileNames) -> str:
