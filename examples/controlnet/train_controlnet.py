@@ -196,12 +196,11 @@ class ValidationSampler:
         """Samples one image. Guidance moves away from the negative prompt, or without one from the empty prompt."""
         compute_dtype = precision.resolve_precision(self.args.mixed_precision).compute
         pixels = conditions.condition_pixels(row.condition)
-        negative = self.stage.text(row.negative_prompt or "")
         latents = sampling.sample_unet_latents(
             self.models["unet"],
             self.scheduler_config,
             self.stage.text(row.prompt),
-            negative,
+            self.stage.text(row.negative_prompt or ""),
             rng.normal(row.seed, "validation", row.number, shape=sampling.latent_shape(vae, row.size)),
             row.steps,
             row.guidance,

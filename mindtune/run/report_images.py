@@ -60,11 +60,11 @@ def table(output_dir: Path) -> str:
     """
     folders = sorted((output_dir / "samples").glob(f"step-*/{ROWS_FILE}"))
     folders = [path.parent for path in (*folders, *(output_dir / "samples").glob(f"final/{ROWS_FILE}"))]
-    if not folders:
-        return ""
     validations = [(folder, _keys(folder)) for folder in folders]
     all_keys = list(dict.fromkeys(key for _, keys in reversed(validations) for key in keys))
     keys = all_keys[:MAX_ROWS]
+    if not keys:
+        return ""
     count = min(len(folders), max(2, min(MAX_COLUMNS, MAX_THUMBNAILS // len(keys))))
     chosen = sorted({round(place) for place in np.linspace(len(folders) - 1, 0, count)})
     columns = [_column(title, validations, kind) for title, kind in (("condition", "condition"), ("base", "base"))]

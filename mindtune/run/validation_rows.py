@@ -94,7 +94,7 @@ def read(settings: Settings) -> list[Row]:
         scale=settings.controlnet_conditioning_scale,
     )
     pairs = [(prompt, None) for prompt in prompts]
-    if settings.validation_file and not prompts and len(images) == 1:
+    if settings.validation_file is not None and not prompts and len(images) == 1:
         default = default._replace(image=images[0])
     elif settings.system != "flux_lora":
         pairs = matched(prompts, images, "--validation_prompt", "--validation_image")
@@ -102,7 +102,7 @@ def read(settings: Settings) -> list[Row]:
         require_condition(path, "--validation_image")
     numbers = range(settings.num_validation_images)
     rows = [default._replace(prompt=prompt, image=path, number=n) for prompt, path in pairs for n in numbers]
-    return rows + (_read_file(settings, default) if settings.validation_file else [])
+    return rows if settings.validation_file is None else rows + _read_file(settings, default)
 
 
 def load_conditions(rows: list[Row], resolution: int, multiple: int, background: str) -> list[Row]:
