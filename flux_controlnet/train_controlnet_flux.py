@@ -23,7 +23,7 @@ from mindtune.distributed import ranks
 from mindtune.encode import windows
 from mindtune.encode.cache import component_fingerprint
 from mindtune.encode.encoder_stage import EncoderStage
-from mindtune.flags import data_flags, output_flags, training_flags
+from mindtune.flags import data_flags, image_flags, optimizer_flags, output_flags, training_flags
 from mindtune.flags.parser import NO_EFFECT, Parser
 from mindtune.models import configs, controlnets, execution, loading, pipelines, precision, resolve, sampling
 from mindtune.models.gradient_checkpointing import recompute_blocks
@@ -44,12 +44,13 @@ def parse_args(argv=None):
     parser.add("num_double_layers", type=int, default=4, minimum=0, help="Number of double blocks of a new ControlNet.")
     parser.add("num_single_layers", type=int, default=4, minimum=0, help="Number of single blocks of a new ControlNet.")
     data_flags.pairs(parser)
-    data_flags.images(parser, sample="pair", multiple=16, smallest=16)
+    image_flags.images(parser, sample="pair", multiple=16, smallest=16)
     training_flags.flux(parser, weighting_scheme="logit_normal")
+    training_flags.loss(parser)
     training_flags.step(parser, sample="pair")
-    training_flags.optimizer(parser, learning_rate=5e-6, adam_weight_decay=1e-2)
-    training_flags.schedule(parser)
-    training_flags.ema(parser)
+    optimizer_flags.optimizer(parser, learning_rate=5e-6, adam_weight_decay=1e-2)
+    optimizer_flags.schedule(parser)
+    optimizer_flags.ema(parser)
     output_flags.output(parser, output_dir="flux-controlnet")
     output_flags.saved_dtype(parser)
     output_flags.controlnet_validation(parser, num_inference_steps=28)
@@ -94,10 +95,11 @@ class Batches:
     pooled_prompt_embeds [B, P]; and image ids [T, 3].
     """
 
-    def __init__(self, args, stage, vae_config, num_train_timesteps):
+    def __init__(self, args, stage, vae_config, sizes, num_train_timesteps):
         self.args = args
         self.stage = stage
         self.channels, self.factor = configs.latent_layout(vae_config)
+        self.sizes = sizes
         self.num_train_timesteps = num_train_timesteps
 
     def make(self, uses):
@@ -109,7 +111,7 @@ class Batches:
         """(C, h, w) of the latents of a crop of `size` (height, width) in pixels."""
         return self.channels, size[0] // self.factor, size[1] // self.factor
 
-    def row(self, pair, size, draws):
+    def row(self, pair, size, draws, caption):
         """The inputs of the training step for one pair, for training and for the held-out loss alike."""
         args, shape = self.args, self.latent_shape(size)
         # The image and its condition are cropped and flipped alike.
@@ -118,14 +120,15 @@ class Batches:
             "flip": draws.flip(args.random_flip),
             "cached": args.cache_latents,
         }
-        text = self.stage.text(draws.caption(pair.caption, args.proportion_empty_prompts))
+        index = self.sizes.index(size) * self.num_train_timesteps + draws.timestep(self.timestep)
+        text = self.stage.text(caption)
         return (
             self.stage.image(pair.image, size, **options),
             self.stage.image(pair.condition, size, **options),
             draws.normal("posterior", shape),
             draws.normal("condition posterior", shape),
             draws.normal("noise", shape),
-            np.int32(draws.timestep(self.timestep)),
+            np.int32(index),
             text["prompt_embeds"],
             text["pooled_prompt_embeds"],
         )
@@ -143,8 +146,8 @@ class Batches:
 class TrainStepForFluxControlNet(TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update of the ControlNet.
 
-    It draws no random numbers. `sigmas` [N] has the sigma of every timestep index. `vae` is None if the latents are
-    cached. Returns (scaled loss, loss), scalars.
+    It draws no random numbers. `sigmas` [S, N] has the sigma of every timestep for each size. `vae` is None if the
+    latents are cached. Returns (scaled loss, loss), scalars.
     """
 
     def __init__(self, controlnet, optimizer, scaler, args, *, transformer, vae, vae_config, sigmas):
@@ -158,14 +161,19 @@ class TrainStepForFluxControlNet(TrainStep):
         self.controlnet = self.model
         self.transformer = transformer
         self.vae = vae
-        self.sigmas = ms.Tensor(sigmas, ms.float32)
+        # Tables over the timesteps of all sizes, read by `get_sigmas`.
+        self.sigmas = ms.Tensor(sigmas.ravel(), ms.float32)
+        deltas = flow.huber_deltas(args.huber_schedule, args.huber_delta, sigmas, 1.0 - sigmas)
+        self.deltas = ms.Tensor(deltas.ravel(), ms.float32)
         self.compute_dtype = precision.resolve_precision(args.mixed_precision).compute
         # Read here, because a graph cannot read a dict such as a config.
         self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
         self.controlnet_guidance = controlnet.config["guidance_embeds"]
         self.transformer_guidance = transformer.config["guidance_embeds"]
         self.text_ids = ms.Tensor(np.zeros((args.max_sequence_length, 3), np.float32))
-        self.args = flow.AttrJitWrapper(weighting_scheme=args.weighting_scheme, guidance_scale=args.guidance_scale)
+        self.args = flow.AttrJitWrapper(
+            weighting_scheme=args.weighting_scheme, loss=args.loss, guidance_scale=args.guidance_scale
+        )
 
     def latents(self, images, posterior_noise):
         """Scaled latents [B, C, h, w], float32, of pixels or of the VAE's mean and log-variance."""
@@ -215,7 +223,9 @@ class TrainStepForFluxControlNet(TrainStep):
         prediction, target, sigmas = self.predict(
             images, conditions, posterior_noise, condition_noise, noise, indices, prompt_embeds, pooled, image_ids
         )
-        loss = flow.weighted_mse(prediction, target, flow.loss_weighting(self.args.weighting_scheme, sigmas))
+        weighting = flow.loss_weighting(self.args.weighting_scheme, sigmas)
+        deltas = flow.get_sigmas(self.deltas, indices)
+        loss = flow.sample_losses(prediction, target, weighting, self.args.loss, deltas).mean()
         return self.scale_loss(loss), loss
 
 
@@ -275,7 +285,7 @@ def main(argv=None):
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)
-    run = record.Run(args.select(record.Settings), args.recorded(), results=("config.json", loading.WEIGHTS))
+    run = record.Run(args.select(record.Settings), args.recorded(), ("config.json", loading.WEIGHTS), args.defaults())
     files.require_writable("--cache_dir", args.cache_dir)
     root, existing = find_models(args)
     settings = args.select(memory.Settings, system="flux_controlnet", root=root, controlnet=existing)
@@ -302,7 +312,7 @@ def main(argv=None):
         interpolation=args.image_interpolation_mode,
         int8=args.base_precision == "int8",
     )
-    captions = validation_rows.captions(rows) + ([""] if args.proportion_empty_prompts else [])
+    captions = validation_rows.captions(rows)
     encoded = windows.encode(
         stage, data, args.select(windows.Settings), run.batch_range(), run.batches_per_update, captions
     )
@@ -327,10 +337,7 @@ def main(argv=None):
 
     # ---- step and optimizer ----
     vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
-    # A token is a patch of 2x2 latents. The largest crop decides the shift of --timestep_shift auto.
-    image_tokens = (
-        max(height * width for height, width in data.sizes) // (2 * configs.latent_layout(vae_config)[1]) ** 2
-    )
+    image_tokens = [configs.image_tokens(size, vae_config) for size in data.sizes]
     sigmas = loading.load_scheduler(root).sigmas.asnumpy()
     sigmas = flow.training_sigmas(sigmas, args.timestep_shift, image_tokens, scheduler_config)
     groups = [{"params": list(weights.values()), "lr": schedule.base, "weight_decay": args.adam_weight_decay}]
@@ -347,7 +354,7 @@ def main(argv=None):
         sigmas=sigmas,
     )
     ema = averaging.EMA(list(weights.values()), args.ema_decay) if args.use_ema else None
-    batches = Batches(args, stage, vae_config, len(sigmas))
+    batches = Batches(args, stage, vae_config, data.sizes, sigmas.shape[1])
 
     # ---- resume ----
     state = optimizers.training_state(optimizer, scaler, ema=dict(zip(weights, ema.averages)) if ema else {})
@@ -363,7 +370,9 @@ def main(argv=None):
         write_weights=lambda folder: loading.save_model(controlnet, folder / FOLDER, ms.float32),
     )
     sampler = ValidationSampler(args, rows, root, stage, models)
-    validate = validation.Validation(run, step, [controlnet], batches.make, sigmas, sampler, ema)
+    validate = validation.Validation(
+        run, step, [controlnet], batches.make, sigmas[np.argmax(image_tokens)], sampler, ema
+    )
     if not run.checkpoint:
         validate()
     micro_batches = encoded.iterate(batches.make)

@@ -17,7 +17,7 @@ from mindspore import ops
 
 from mindtune import files, flow, rng
 from mindtune.cli import UserError, print_lines, run_script
-from mindtune.data import buckets, concepts, order
+from mindtune.data import buckets, captions, concepts, masks, order
 from mindtune.data.image_data import ClassImages, ImageData
 from mindtune.data.image_facts import ImageFacts
 from mindtune.distributed import ranks
@@ -25,14 +25,14 @@ from mindtune.encode import class_images, windows
 from mindtune.encode.cache import component_fingerprint
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.encode.text_encoders import clip_pooled, token_ids
-from mindtune.flags import data_flags, output_flags, training_flags
-from mindtune.flags.parser import Parser, boolean
+from mindtune.flags import data_flags, image_flags, lora_flags, optimizer_flags, output_flags, training_flags
+from mindtune.flags.parser import Parser
 from mindtune.models import configs, execution, loading, lora, lora_files, pipelines, precision, resolve, sampling
 from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.tokenization import load_tokenizer
 from mindtune.models.train_step import TrainStep
 from mindtune.models.weights import linear_layers
-from mindtune.optim import advice, optimizers, schedules
+from mindtune.optim import advice, averaging, optimizers, schedules
 from mindtune.run import disk, memory, plan, record, validation, validation_rows
 
 # ---- flags (yours to change) ---------------------------------------------------------------------
@@ -44,33 +44,18 @@ def parse_args(argv=None):
     training_flags.model(parser, pipeline="FLUX.1")
     add("lora_model_name_or_path", may_change=True, help="LoRA (file or directory) to start from. Default: a new one.")
     data_flags.instance_images(parser)
-    data_flags.images(parser, sample="image", multiple=16, smallest=16)
+    image_flags.images(parser, sample="image", multiple=16, smallest=16)
     data_flags.prior_preservation(parser)
-    parser.section("LoRA")
-    add("lora_rank", "rank", type=int, default=4, minimum=1, help="Rank of the LoRA matrices.")
-    add("lora_alpha", type=float, above=0, help="The LoRA is scaled by alpha / rank. Default: the rank, so by 1.")
-    add(
-        "lora_dropout",
-        type=float,
-        default=0.0,
-        minimum=0,
-        below=1,
-        help="Dropout probability of the LoRA layers. Above 0, a resumed run is not exact. 0: no dropout.",
-    )
-    targets = ",".join(lora.TRANSFORMER_TARGETS)
-    add("lora_layers", help=f"Comma-separated ends of the names of the layers to adapt. Default: {targets}.")
-    add("train_text_encoder", default=False, help="Also train a LoRA of the CLIP text encoder. T5 stays frozen.")
+    lora_flags.lora(parser)
     training_flags.flux(parser, weighting_scheme="none")
+    training_flags.loss(parser)
     training_flags.step(parser, sample="image")
-
-    training_flags.optimizer(parser, learning_rate=1e-4, adam_weight_decay=1e-4)
+    optimizer_flags.optimizer(parser, learning_rate=1e-4, adam_weight_decay=1e-4)
     add("text_encoder_lr", type=float, default=5e-6, minimum=0, help="Learning rate of the CLIP LoRA, unless prodigy.")
     add("adam_weight_decay_text_encoder", type=float, default=1e-3, help="Weight decay of the CLIP LoRA.")
-    add("prodigy_beta3", type=float, help="Decay rate of prodigy's step size estimate. Default: sqrt(--adam_beta2).")
-    add("prodigy_decouple", type=boolean, default=True, help="prodigy: decoupled weight decay, as in AdamW.")
-    add("prodigy_use_bias_correction", type=boolean, default=True, help="prodigy: bias correction, as in Adam.")
-    add("prodigy_safeguard_warmup", type=boolean, default=True, help="prodigy: keep warm-up out of the step size.")
-    training_flags.schedule(parser)
+    optimizer_flags.prodigy(parser)
+    optimizer_flags.schedule(parser)
+    optimizer_flags.ema(parser)
     output_flags.output(parser, output_dir="flux-dreambooth-lora")
     add("upcast_before_saving", default=False, may_change=True, help="Save the final LoRA in fp32.")
     output_flags.validation(parser, num_inference_steps=28)
@@ -142,10 +127,10 @@ def find_concepts(args):
     return [args.select(concepts.Concept, repeats=1)]  # ImageData has --repeats
 
 
-def load_samples(args, sizes, facts):
+def load_samples(args, min_size, facts):
     """Returns the usable instance images with their captions, after decoding those not in `facts`. Raises UserError."""
     threads, prior = args.dataloader_num_workers, args.with_prior_preservation
-    return concepts.load(find_concepts(args), sizes, facts, args.skip_bad_images, threads, prior)
+    return concepts.load(find_concepts(args), min_size, facts, args.skip_bad_images, threads, prior)
 
 
 class Batches:
@@ -153,14 +138,15 @@ class Batches:
 
     images [B, 2C, h, w] (the VAE's mean and log-variance, from the cache) or [B, 3, H, W] (pixels in [-1, 1]),
     posterior noise and noise [B, C, h, w], indices of timesteps [B], prompt_embeds [B, L, D], pooled_prompt_embeds
-    [B, P] (with `tokenizer`, to train CLIP: token ids [B, 77]), and image ids [T, 3]. With --dataset_config also the
-    weights of the losses [B].
+    [B, P] (with `tokenizer`, to train CLIP: token ids [B, 77]), and image ids [T, 3]. With --dataset_config or
+    --masked_loss also the weights of the loss [B, 1, h, w].
     """
 
-    def __init__(self, args, stage, vae_config, num_train_timesteps, tokenizer=None):
+    def __init__(self, args, stage, vae_config, sizes, num_train_timesteps, tokenizer=None):
         self.args = args
         self.stage = stage
         self.channels, self.factor = configs.latent_layout(vae_config)
+        self.sizes = sizes
         self.num_train_timesteps = num_train_timesteps
         self.tokenizer = tokenizer
 
@@ -168,33 +154,44 @@ class Batches:
         """The arrays of a batch, from its `ImageUse`s, which all have the same size."""
         image_ids = flow.latent_image_ids(*self.latent_shape(uses[0].size)[1:])
         rows = order.stack([self.row(*use) for use in uses])
-        if not self.args.dataset_config:
+        if not (self.args.dataset_config or self.args.masked_loss):
             return *rows, image_ids
-        return *rows, image_ids, np.array([use.sample.setting("weight", 1.0) for use in uses], np.float32)
+        return *rows, image_ids, np.stack([self.loss_weights(use.sample, use.size, use.draws) for use in uses])
 
     def latent_shape(self, size):
         """(C, h, w) of the latents of a crop of `size` (height, width) in pixels."""
         return self.channels, size[0] // self.factor, size[1] // self.factor
 
-    def row(self, sample, size, draws):
+    def row(self, sample, size, draws, caption):
         """The inputs of the training step for one image, for training and for the held-out loss alike."""
         args, shape = self.args, self.latent_shape(size)
-        crop = draws.crop(sample.setting("center_crop", args.center_crop))
-        flip = draws.flip(sample.setting("random_flip", args.random_flip))
+        crop, flip = self.crop_and_flip(sample, draws)
         image = self.stage.image(sample, size, crop=crop, flip=flip, cached=args.cache_latents)
-        text = self.stage.text(sample.caption)
+        text = self.stage.text(caption)
         pooled = text["pooled_prompt_embeds"]
         if self.tokenizer is not None:
-            pooled = token_ids(self.tokenizer, sample.caption, self.tokenizer.model_max_length).astype(np.int32)
-        index = np.int32(draws.timestep(self.timestep))
+            pooled = token_ids(self.tokenizer, caption, self.tokenizer.model_max_length).astype(np.int32)
+        index = self.sizes.index(size) * self.num_train_timesteps + draws.timestep(self.timestep)
         return (
             image,
             draws.normal("posterior", shape),
             draws.normal("noise", shape),
-            index,
+            np.int32(index),
             text["prompt_embeds"],
             pooled,
         )
+
+    def crop_and_flip(self, sample, draws):
+        """The position of the crop, None for the center, and whether the image is flipped."""
+        centered = self.args.cache_latents or sample.setting("center_crop", self.args.center_crop)
+        return draws.crop(centered), draws.flip(sample.setting("random_flip", self.args.random_flip))
+
+    def loss_weights(self, sample, size, draws):
+        """The weights of the loss of an image at each latent, float32 [1, h, w]: that of its concept times its mask."""
+        unmasked = sample.setting("unmasked_weight", self.args.unmasked_weight)
+        crop, flip = self.crop_and_flip(sample, draws)
+        weights = masks.loss_weights(sample, size, self.factor, unmasked, crop, flip)
+        return weights * np.float32(sample.setting("weight", 1.0))
 
     def timestep(self, generator):
         """Draws the index of a timestep from the distribution of --weighting_scheme."""
@@ -209,8 +206,8 @@ class Batches:
 class TrainStepForFluxDevDB(TrainStep):
     """One micro-batch: loss, gradients and, every `gradient_accumulation_steps` calls, an update of the adapter.
 
-    It draws no random numbers. `sigmas` [N] has the sigma of every timestep index. `vae` is None if the latents are
-    cached, `text_encoder` is None unless CLIP is trained. Returns (scaled loss, loss), scalars.
+    It draws no random numbers. `sigmas` [S, N] has the sigma of every timestep for each size. `vae` is None if the
+    latents are cached, `text_encoder` is None unless CLIP is trained. Returns (scaled loss, loss), scalars.
     """
 
     def __init__(self, transformer, optimizer, scaler, args, *, vae, text_encoder, vae_config, sigmas):
@@ -224,7 +221,10 @@ class TrainStepForFluxDevDB(TrainStep):
         self.transformer = self.model
         self.vae = vae
         self.text_encoder = text_encoder
-        self.sigmas = ms.Tensor(sigmas, ms.float32)
+        # Tables over the timesteps of all sizes, read by `get_sigmas`.
+        self.sigmas = ms.Tensor(sigmas.ravel(), ms.float32)
+        deltas = flow.huber_deltas(args.huber_schedule, args.huber_delta, sigmas, 1.0 - sigmas)
+        self.deltas = ms.Tensor(deltas.ravel(), ms.float32)
         self.compute_dtype = precision.resolve_precision(args.mixed_precision).compute
         # Read here, because a graph cannot read a dict such as a config.
         self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
@@ -232,6 +232,7 @@ class TrainStepForFluxDevDB(TrainStep):
         self.text_ids = ms.Tensor(np.zeros((args.max_sequence_length, 3), np.float32))
         self.args = flow.AttrJitWrapper(
             weighting_scheme=args.weighting_scheme,
+            loss=args.loss,
             with_prior_preservation=args.with_prior_preservation,
             prior_loss_weight=args.prior_loss_weight,
             guidance_scale=args.guidance_scale,
@@ -267,11 +268,13 @@ class TrainStepForFluxDevDB(TrainStep):
         )
         weighting = flow.loss_weighting(self.args.weighting_scheme, sigmas)
         if weights is not None:
-            weighting = weighting * weights.reshape((-1, 1, 1, 1))
+            weighting = weighting * weights
+        deltas = flow.get_sigmas(self.deltas, indices)
+        losses = flow.sample_losses(prediction, target, weighting, self.args.loss, deltas)
         if self.args.with_prior_preservation:
-            loss = flow.prior_preservation_mse(prediction, target, weighting, self.args.prior_loss_weight)
+            loss = flow.prior_preservation_loss(losses, self.args.prior_loss_weight)
         else:
-            loss = flow.weighted_mse(prediction, target, weighting)
+            loss = losses.mean()
         return self.scale_loss(loss), loss
 
 
@@ -293,9 +296,7 @@ class ValidationSampler:
 
     def sample(self, final):
         """Returns the images of all rows with the adapter; with `final` before them those of the base model."""
-        vae = self.models["vae"]
-        if vae is None:
-            vae = loading.load_model(self.root, "vae", self.dtypes, self.args.variant)
+        vae = self.models["vae"] or loading.load_model(self.root, "vae", self.dtypes, self.args.variant)
         adapted = [model for name, model in self.models.items() if name != "vae"]
         images = {}
         with execution.eval_mode(*adapted):
@@ -341,7 +342,7 @@ def main(argv=None):
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)
-    run = record.Run(args.select(record.Settings), args.recorded(), results=(lora_files.LORA_FILE,))
+    run = record.Run(args.select(record.Settings), args.recorded(), (lora_files.LORA_FILE,), args.defaults())
     files.require_writable("--cache_dir", args.cache_dir)
     files.require_writable("--class_data_dir", args.class_data_dir)
     root = find_pipeline(args)
@@ -349,12 +350,11 @@ def main(argv=None):
     plan.check_fit(settings)
     initial_lora, lora_digest = find_initial_lora(args, root)
     targets = find_targets(args, root, initial_lora)
-    sizes = buckets.crop_sizes(args.aspect_ratio_buckets, args.resolution)
-    rows = validation_rows.read(args.select(validation_rows.Settings, system="flux_lora", seed=run.seed, size=sizes[0]))
+    rows = validation_rows.read(args.select(validation_rows.Settings, system="flux_lora", seed=run.seed))
+    crops = args.select(buckets.Settings)
     cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
     facts = ImageFacts(cache_dir, args.verify_data)
-    samples = load_samples(args, sizes, facts)
-    bucket_ids = buckets.bucket_ids(samples, sizes)
+    samples, bucket_ids, sizes = buckets.of_samples(load_samples(args, buckets.min_size(crops), facts), crops)
     order.split(len(samples), args.validation_split, run.seed)  # checks the flag before class images are generated
 
     # ---- encode ----
@@ -381,6 +381,7 @@ def main(argv=None):
         batch_size=args.train_batch_size,
         repeats=1 if args.dataset_config else args.repeats,
         validation_split=args.validation_split,
+        caption_settings=args.select(captions.Settings),
     )
     run.set_data(data)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
@@ -399,11 +400,9 @@ def main(argv=None):
     dtypes = precision.resolve_precision(args.mixed_precision)
     transformer = loading.load_model(root, "transformer", dtypes, args.variant, args.base_precision == "int8")
     adapted = {"transformer": transformer}
-    tokenizer = text_encoder = None
     if args.train_text_encoder:
-        tokenizer = load_tokenizer(root / "tokenizer")
-        text_encoder = loading.load_model(root, "text_encoder", dtypes, args.variant)
-        adapted["text_encoder"] = text_encoder
+        adapted["text_encoder"] = loading.load_model(root, "text_encoder", dtypes, args.variant)
+    tokenizer = load_tokenizer(root / "tokenizer") if args.train_text_encoder else None
     vae = None if args.cache_latents else loading.load_model(root, "vae", dtypes, args.variant)
     models = {**adapted, "vae": vae}
     precision.freeze_params(*models.values())
@@ -425,8 +424,7 @@ def main(argv=None):
 
     # ---- step and optimizer ----
     vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
-    # A token is a patch of 2x2 latents. The largest crop decides the shift of --timestep_shift auto.
-    image_tokens = max(height * width for height, width in sizes) // (2 * configs.latent_layout(vae_config)[1]) ** 2
+    image_tokens = [configs.image_tokens(size, vae_config) for size in sizes]
     sigmas = loading.load_scheduler(root).sigmas.asnumpy()
     sigmas = flow.training_sigmas(sigmas, args.timestep_shift, image_tokens, scheduler_config)
     # The second rate and decay are CLIP's, and unused unless it is trained. prodigy has one step size for all groups:
@@ -440,13 +438,21 @@ def main(argv=None):
     optimizer = optimizers.create_optimizer(args.select(optimizers.Settings), groups)
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForFluxDevDB(
-        transformer, optimizer, scaler, args, vae=vae, text_encoder=text_encoder, vae_config=vae_config, sigmas=sigmas
+        transformer,
+        optimizer,
+        scaler,
+        args,
+        vae=vae,
+        text_encoder=adapted.get("text_encoder"),
+        vae_config=vae_config,
+        sigmas=sigmas,
     )
-    batches = Batches(args, stage, vae_config, len(sigmas), tokenizer)
+    weights = {name: lora.lora_parameters(model) for name, model in adapted.items()}
+    ema = averaging.EMA([p for own in weights.values() for p in own.values()], args.ema_decay) if args.use_ema else None
+    batches = Batches(args, stage, vae_config, sizes, sigmas.shape[1], tokenizer)
 
     # ---- resume ----
-    weights = {name: lora.lora_parameters(model) for name, model in adapted.items()}
-    state = optimizers.training_state(optimizer, scaler, **weights)
+    state = optimizers.training_state(optimizer, scaler, **weights, ema=ema.by_name() if ema else {})
     fixed = {"lora_model": lora_digest, "dataset_config": concepts.digest(args.dataset_config), **args.fixed()}
     run.resume(fixed, component_fingerprint(root, "transformer", args.variant), state)
 
@@ -457,8 +463,10 @@ def main(argv=None):
         trainable={name: sum(p.size for p in model.trainable_params()) for name, model in adapted.items()},
         write_weights=lambda folder: lora.save_lora(folder / lora_files.LORA_FILE, adapted, ms.float32),
     )
-    sampler = ValidationSampler(args, rows, root, stage, models, tokenizer)
-    validate = validation.Validation(run, step, list(adapted.values()), batches.make, sigmas, sampler)
+    sampler = ValidationSampler(args, validation_rows.with_size(rows, sizes[0]), root, stage, models, tokenizer)
+    validate = validation.Validation(
+        run, step, list(adapted.values()), batches.make, sigmas[np.argmax(image_tokens)], sampler, ema
+    )
     if not run.checkpoint:
         validate()
     micro_batches = encoded.iterate(batches.make)
@@ -468,6 +476,8 @@ def main(argv=None):
         losses = []
         for inputs in ranks.micro_batches(step, micro_batches, args.gradient_accumulation_steps):
             losses.append(float(step(*inputs)[1]))  # the last of these calls updates the weights
+        if ema:
+            ema.update(run.step + 1)
         logged = {"lr_text_encoder": rates[1]} if args.train_text_encoder else {}
         logged.update(optimizers.logged_values(optimizer, scaler))
         run.update(losses, lr=rates[0], grad_norm=step.grad_clipper.norm, **logged)

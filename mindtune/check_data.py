@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 from mindtune.cli import UserError, indented_list, printable, run_script, size_text
-from mindtune.data.buckets import crop_sizes
+from mindtune.data import buckets
 from mindtune.data.columns import Source, check_source
 from mindtune.data.folders import holds_no_image, samples_in_folder
 from mindtune.data.image_sample import Sample
 from mindtune.data.pairs import load_pairs
-from mindtune.data.statistics import Item, Sizes, cropped_shares_by_bucket, duplicates, inspect_images, inspect_pairs
+from mindtune.data.statistics import Item, cropped_shares, duplicates, inspect_images, inspect_pairs
 from mindtune.data.tables import samples_in_dataset
 from mindtune.encode.estimate import EntrySizes, captions_too_long, read_encoders, shorter_captions
 from mindtune.files import free_bytes, require_writable
+from mindtune.flags.image_flags import crops
 from mindtune.flags.parser import Parser, Values
 
 
@@ -44,8 +45,7 @@ def parse_args(argv: Optional[list[str]] = None) -> Values:
     add("instance_prompt", help="Prompt of images without a caption of their own.")
     add("class_prompt", help="Prompt of class images without a caption of their own.")
     add("max_train_samples", type=int, minimum=1, help="Number of images or pairs to check. Default: all.")
-    add("resolution", type=int, default=512, help="Side of the square that is trained on, in pixels.")
-    add("aspect_ratio_buckets", help='Instead of --resolution: heights and widths, such as "672,1568;1024,1024".')
+    crops(parser, sample="image", multiple=8, smallest=16)
     add(
         "mixed_precision",
         choices=["no", "fp32", "fp16", "bf16"],
@@ -75,13 +75,13 @@ class Found(NamedTuple):
     notes: list[str]
 
 
-def check_items(flags: dict, sizes: Sizes, cache_dir: str) -> Found:
+def check_items(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Found:
     """Checks the images or pairs that the flags name. Raises UserError if they cannot be read at all."""
     is_images = flags["instance_data_dir"] or (flags["dataset_name"] and not flags["conditioning_image_column"])
-    return check_images(flags, sizes, cache_dir) if is_images else check_pairs(flags, sizes, cache_dir)
+    return check_images(flags, min_size, cache_dir) if is_images else check_pairs(flags, min_size, cache_dir)
 
 
-def check_images(flags: dict, sizes: Sizes, cache_dir: str) -> Found:
+def check_images(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Found:
     """Checks the images of a LoRA and its class images."""
     if others := [name for name in ("train_data_dir", "jsonl_for_train") if flags[name]]:
         raise UserError(f"--{others[0]}: holds pairs, but the other flags name images. Give one data set.")
@@ -105,11 +105,11 @@ def check_images(flags: dict, sizes: Sizes, cache_dir: str) -> Found:
         )
         samples = samples_in_dataset(source, notes.append)
     samples = samples[: flags["max_train_samples"]]
-    groups = {name: inspect_images(samples, sizes, threads, f"{flag} {printable(name)}", notes)}
+    groups = {name: inspect_images(samples, min_size, threads, f"{flag} {printable(name)}", notes)}
     if folder := flags["class_data_dir"]:
         where = f"--class_data_dir {printable(folder)}"
         samples = class_samples(folder, where, notes)
-        groups[folder] = inspect_images(samples, sizes, threads, where, notes)
+        groups[folder] = inspect_images(samples, min_size, threads, where, notes)
     return Found(False, groups, notes)
 
 
@@ -121,7 +121,7 @@ def class_samples(folder: str, where: str, notes: list[str]) -> list[Sample]:
     return samples_in_folder(folder, "--class_data_dir", say=notes.append)
 
 
-def check_pairs(flags: dict, sizes: Sizes, cache_dir: str) -> Found:
+def check_pairs(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Found:
     """Checks the pairs of a ControlNet."""
     source_flags = {name: flags[name] for name in Source._fields if name != "cache_dir"}
     source = Source(**source_flags, cache_dir=cache_dir)
@@ -130,7 +130,7 @@ def check_pairs(flags: dict, sizes: Sizes, cache_dir: str) -> Found:
     pairs = load_pairs(source, notes.append)
     count = min(flags["max_train_samples"] or len(pairs), len(pairs))
     where = f"{source.flag} {printable(source.name)}"
-    items = inspect_pairs(pairs.select(range(count)), sizes, flags["dataloader_num_workers"], where, notes)
+    items = inspect_pairs(pairs.select(range(count)), min_size, flags["dataloader_num_workers"], where, notes)
     return Found(True, {source.name: items}, notes)
 
 
@@ -139,8 +139,8 @@ def check_pairs(flags: dict, sizes: Sizes, cache_dir: str) -> Found:
 
 def make_report(flags: dict, cache_dir: str) -> dict:
     """The report, as --json writes it."""
-    sizes = crop_sizes(flags["aspect_ratio_buckets"], flags["resolution"])
-    found = check_items(flags, sizes, cache_dir)
+    crop_settings = buckets.Settings(**{name: flags[name] for name in buckets.Settings._fields})
+    found = check_items(flags, buckets.min_size(crop_settings), cache_dir)
     items = [item for group in found.groups.values() for item in group]
     problems = [f"{item.name}: {item.problem}" for item in items if item.problem]
     captions = used_captions(flags, found)
@@ -149,14 +149,14 @@ def make_report(flags: dict, cache_dir: str) -> dict:
     encoders = read_encoders(model, flags["cache_dir"])
     prompts = [(f"--{name}", flags[name]) for name in ("instance_prompt", "class_prompt") if flags[name]]
     own_captions = [(item.name, item.caption or "") for item in items]
-    buckets = bucket_report(items, sizes)
+    sizes = bucket_report(items, crop_settings)
     entries = EntrySizes.of_encoders(encoders, flags["mixed_precision"], flags["max_sequence_length"])
     encodes_conditions = found.is_pairs and encoders.kind == "flux"
     images_per_item = (1 + flags["random_flip"]) * (2 if encodes_conditions else 1)
     cache_sizes = {
         "text": entries.text * len({caption for _, caption in captions}),
         "latents": images_per_item
-        * sum(bucket["pictures"] * entries.image((bucket["height"], bucket["width"])) for bucket in buckets),
+        * sum(bucket["pictures"] * entries.image((bucket["height"], bucket["width"])) for bucket in sizes),
     }
     return {
         "data": list(found.groups),
@@ -181,7 +181,7 @@ def make_report(flags: dict, cache_dir: str) -> dict:
         )
         if "T5" in encoders.tokenizers
         else [],
-        "buckets": buckets,
+        "buckets": sizes,
         "cache_for": model or "FLUX.1-dev",
         "cache_bytes": cache_sizes,
         "free_bytes": free_bytes(Path(flags["cache_dir"] or ".")),
@@ -197,10 +197,10 @@ def used_captions(flags: dict, found: Found) -> list[tuple[str, str]]:
     return captions
 
 
-def bucket_report(items: list[Item], sizes: Sizes) -> list[dict]:
+def bucket_report(items: list[Item], settings: buckets.Settings) -> list[dict]:
     """For every bucket the number of its items, and the mean and the largest of their `cropped_share`."""
     report = []
-    for (height, width), shares in zip(sizes, cropped_shares_by_bucket(items, sizes)):
+    for (height, width), shares in cropped_shares(items, settings).items():
         report.append(
             {
                 "height": height,

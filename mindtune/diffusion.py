@@ -12,6 +12,7 @@ from typing import Optional
 import mindspore as ms
 import numpy as np
 
+from mindtune import flow
 from mindtune.cli import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -71,6 +72,12 @@ def min_snr_weights(alphas: np.ndarray, gamma: Optional[float], prediction_type:
         return np.ones_like(alphas)
     snr = alphas / (1.0 - alphas)
     return np.minimum(snr, gamma) / (snr if prediction_type == "epsilon" else snr + 1.0)
+
+
+def huber_deltas(schedule: Optional[str], delta: Optional[float], alphas: np.ndarray) -> np.ndarray:
+    """`flow.huber_deltas` at every timestep, [N]: t is the timestep / N, s is sqrt(a) / (sqrt(a) + sqrt(1 - a))."""
+    signal, noise = np.sqrt(alphas), np.sqrt(1.0 - alphas)
+    return flow.huber_deltas(schedule, delta, np.arange(len(alphas)) / len(alphas), signal / (signal + noise))
 
 
 def add_noise(latents: ms.Tensor, noise: ms.Tensor, alphas: ms.Tensor) -> ms.Tensor:

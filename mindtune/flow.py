@@ -7,12 +7,15 @@ others with MindSpore tensors, in graph mode and in PyNative.
 from __future__ import annotations
 
 import math
+from typing import Optional
 
 import mindspore as ms
 import numpy as np
 from mindspore import ops
 
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+LOSSES = ("mse", "huber", "smooth_l1")
+HUBER_SCHEDULES = ("exponential", "snr", "constant")
 
 
 @ms.jit_class
@@ -66,10 +69,34 @@ def resolution_shift(image_tokens: int, config: dict) -> float:
     return math.exp(config["base_shift"] + slope * (image_tokens - low))
 
 
-def training_sigmas(sigmas: np.ndarray, timestep_shift: str, image_tokens: int, config: dict) -> np.ndarray:
-    """The sigmas [N] to train on: shifted by --timestep_shift, a number, or auto for `resolution_shift`."""
-    auto = timestep_shift == "auto"
-    return shift_sigmas(sigmas, resolution_shift(image_tokens, config) if auto else float(timestep_shift))
+def training_sigmas(sigmas: np.ndarray, timestep_shift: str, image_tokens: list[int], config: dict) -> np.ndarray:
+    """A table of sigmas to train on per size of images, [S, N], from the scheduler's sigmas [N].
+
+    They are shifted by --timestep_shift: a number, or auto for the `resolution_shift` of each size. `image_tokens` [S]
+    are the numbers of tokens of the sizes.
+    """
+    if timestep_shift == "auto":
+        return np.stack([shift_sigmas(sigmas, resolution_shift(tokens, config)) for tokens in image_tokens])
+    return np.stack([shift_sigmas(sigmas, float(timestep_shift))] * len(image_tokens))
+
+
+def huber_deltas(
+    schedule: Optional[str], delta: Optional[float], times: np.ndarray, signal_shares: np.ndarray
+) -> np.ndarray:
+    """delta of the Huber losses at every timestep, in the shape of `times`, by --huber_schedule and --huber_delta.
+
+    constant: `delta` itself. exponential: delta^t, with the time t from 0 (image) to 1 (noise). snr: (1 - delta) s^2 +
+    delta, with the share s = signal / (signal + noise). The scheduled ones are 1 at the image and `delta` at the noise.
+    For rectified flow t is sigma and s is 1 - sigma.
+    Source: Khrapov et al., "Improving Diffusion Models's Data-Corruption Resistance using Scheduled Pseudo-Huber Loss"
+    (arXiv 2403.16728), section 4.
+    """
+    delta = 0.1 if delta is None else delta
+    if schedule == "constant":
+        return np.full_like(times, delta)
+    if schedule == "snr":
+        return (1.0 - delta) * np.square(signal_shares) + delta
+    return delta**times
 
 
 def latent_scale(vae: dict) -> tuple:
@@ -141,25 +168,34 @@ def loss_weighting(scheme: str, sigmas: ms.Tensor) -> ms.Tensor:
     return ops.ones_like(sigmas)
 
 
-def weighted_mse(prediction: ms.Tensor, target: ms.Tensor, weighting: ms.Tensor) -> ms.Tensor:
-    """w (prediction - target)^2, averaged over each sample and then over the batch, a float32 scalar.
-
-    `weighting` is [B, 1, 1, 1].
-    """
-    error = ops.square(prediction.to(ms.float32) - target.to(ms.float32)) * weighting.to(ms.float32)
-    return error.reshape((error.shape[0], -1)).mean(axis=1).mean()
-
-
-def prior_preservation_mse(
-    prediction: ms.Tensor, target: ms.Tensor, weighting: ms.Tensor, prior_weight: float
+def sample_losses(
+    prediction: ms.Tensor,
+    target: ms.Tensor,
+    weighting: ms.Tensor,
+    loss: str = "mse",
+    deltas: Optional[ms.Tensor] = None,
 ) -> ms.Tensor:
-    """The loss of a batch whose first half are instance images and whose second half are class images.
+    """The loss of each sample, float32 [B]: w f(prediction - target), averaged over the sample.
 
-    It is the weighted MSE of the first half plus `prior_weight` times that of the second half.
+    `weighting` is [B, 1, 1, 1], or [B, 1, H, W] to weight the latents of a sample. f is one of LOSSES: the square
+    (mse), 2 delta (sqrt(e^2 + delta^2) - delta) (huber, the pseudo-Huber loss), or that divided by delta (smooth_l1).
+    `deltas` are [B, 1, 1, 1]. Source of the last two: arXiv 2403.16728, section 4.
+    """
+    error = ops.square(prediction.to(ms.float32) - target.to(ms.float32))
+    if loss != "mse":
+        # (sqrt(e^2 + d^2) - d) (sqrt(e^2 + d^2) + d) = e^2: as a quotient, small errors do not cancel.
+        error = 2.0 * error / (ops.sqrt(error + ops.square(deltas)) + deltas)
+    if loss == "huber":
+        error = deltas * error
+    error = error * weighting.to(ms.float32)
+    return error.reshape((error.shape[0], -1)).mean(axis=1)
+
+
+def prior_preservation_loss(losses: ms.Tensor, prior_weight: float) -> ms.Tensor:
+    """The loss of a batch from those of its samples [B], whose first half are instance, whose second half class images.
+
+    It is the mean of the first half plus `prior_weight` times that of the second half.
     Source: Ruiz et al., "DreamBooth" (arXiv 2208.12242), section 3.3.
     """
-    prediction, prior_prediction = ops.chunk(prediction, 2, axis=0)
-    target, prior_target = ops.chunk(target, 2, axis=0)
-    weighting, prior_weighting = ops.chunk(weighting, 2, axis=0)
-    prior = weighted_mse(prior_prediction, prior_target, prior_weighting)
-    return weighted_mse(prediction, target, weighting) + prior_weight * prior
+    instance_losses, class_losses = ops.chunk(losses, 2, axis=0)
+    return instance_losses.mean() + prior_weight * class_losses.mean()

@@ -23,7 +23,7 @@ from mindtune.distributed import ranks
 from mindtune.encode import windows
 from mindtune.encode.cache import component_fingerprint
 from mindtune.encode.encoder_stage import EncoderStage
-from mindtune.flags import data_flags, output_flags, training_flags
+from mindtune.flags import data_flags, image_flags, optimizer_flags, output_flags, training_flags
 from mindtune.flags.parser import NO_EFFECT, Parser
 from mindtune.models import configs, controlnets, execution, loading, pipelines, precision, resolve, sampling
 from mindtune.models.gradient_checkpointing import recompute_blocks
@@ -46,7 +46,7 @@ def parse_args(argv=None):
         help="Directory or hub id of another VAE. Default: the pipeline's, computed in fp32.",
     )
     data_flags.pairs(parser)
-    data_flags.images(parser, sample="pair", multiple=8, smallest=64)
+    image_flags.images(parser, sample="pair", multiple=8, smallest=64)
     parser.section("training step")
     for side in ("h", "w"):
         parser.add(
@@ -57,10 +57,11 @@ def parse_args(argv=None):
             help=f"{'Top' if side == 'h' else 'Left'} coordinate of the crop, in pixels, that SDXL is conditioned on.",
         )
     parser.add("snr_gamma", type=float, above=0, help="gamma of Min-SNR weighting, such as 5.0. Default: no weighting.")
+    training_flags.loss(parser)
     training_flags.step(parser, sample="pair")
-    training_flags.optimizer(parser, learning_rate=5e-6, adam_weight_decay=1e-2)
-    training_flags.schedule(parser)
-    training_flags.ema(parser)
+    optimizer_flags.optimizer(parser, learning_rate=5e-6, adam_weight_decay=1e-2)
+    optimizer_flags.schedule(parser)
+    optimizer_flags.ema(parser)
     output_flags.output(parser, output_dir="controlnet-model")
     output_flags.saved_dtype(parser)
     output_flags.controlnet_validation(parser, num_inference_steps=20)
@@ -114,14 +115,14 @@ class Batches:
         """The arrays of a batch, from its `PairUse`s: the inputs of `predict`."""
         return order.stack([self.row(*use) for use in uses])
 
-    def row(self, pair, size, draws):
+    def row(self, pair, size, draws, caption):
         """The inputs of the training step for one pair, with SDXL's size conditioning, also for the held-out loss."""
         args = self.args
         flip = draws.flip(args.random_flip)
         crop = draws.crop(args.center_crop or args.cache_latents)  # cached latents are those of the center crop
         image = self.stage.image(pair.image, size, crop=crop, flip=flip, cached=args.cache_latents)
         condition = self.stage.image(pair.condition, size, crop=crop, flip=flip, cached=False)
-        text = self.stage.text(draws.caption(pair.caption, args.proportion_empty_prompts))
+        text = self.stage.text(caption)
         # Original size, corner of the crop and target size, (height, width) each: arXiv 2307.01952, section 2.2.
         corner = (args.crops_coords_top_left_h, args.crops_coords_top_left_w)
         time_ids = np.array([*size, *corner, *size], np.float32)
@@ -164,9 +165,11 @@ class TrainStepForControlNetSDXL(TrainStep):
         self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
         alphas = diffusion.alphas_cumprod(scheduler_config)
         self.prediction_type = diffusion.prediction_type(scheduler_config)
-        # Tables [N] over the timesteps, read by `get_sigmas`: the noise schedule and the weights of the loss.
+        # Tables [N] over the timesteps, read by `get_sigmas`: noise schedule, weights of the loss, Huber's delta.
         self.alphas = ms.Tensor(alphas, ms.float32)
         self.weights = ms.Tensor(diffusion.min_snr_weights(alphas, args.snr_gamma, self.prediction_type), ms.float32)
+        self.deltas = ms.Tensor(diffusion.huber_deltas(args.huber_schedule, args.huber_delta, alphas), ms.float32)
+        self.args = flow.AttrJitWrapper(loss=args.loss)
 
     def predict(
         self, images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids
@@ -205,7 +208,8 @@ class TrainStepForControlNetSDXL(TrainStep):
         prediction, target, weights = self.predict(
             images, conditions, posterior_noise, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids
         )
-        loss = flow.weighted_mse(prediction, target, weights)
+        deltas = flow.get_sigmas(self.deltas, timesteps)
+        loss = flow.sample_losses(prediction, target, weights, self.args.loss, deltas).mean()
         return self.scale_loss(loss), loss
 
 
@@ -265,7 +269,7 @@ def main(argv=None):
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)
-    run = record.Run(args.select(record.Settings), args.recorded(), results=("config.json", loading.WEIGHTS))
+    run = record.Run(args.select(record.Settings), args.recorded(), ("config.json", loading.WEIGHTS), args.defaults())
     files.require_writable("--cache_dir", args.cache_dir)
     root, vae_folder, existing, tokenizer = find_models(args)
     scheduler_config = configs.read_config(root, "scheduler")
@@ -296,7 +300,7 @@ def main(argv=None):
         vae_precision="no" if pipelines.vae_overflows(vae_folder, args.mixed_precision) else None,
     )
     # Validation needs the empty prompt for guidance.
-    captions = validation_rows.captions(rows) + ([""] if args.proportion_empty_prompts or rows else [])
+    captions = validation_rows.captions(rows) + ([""] if rows else [])
     encoded = windows.encode(
         stage, data, args.select(windows.Settings), run.batch_range(), run.batches_per_update, captions
     )

@@ -136,7 +136,7 @@ class PretrainStep(library.TrainStep):
             return_dict=False,
         )[0]
         prediction = flow.unpack_latents(prediction, noise.shape[2], noise.shape[3])
-        loss = flow.weighted_mse(prediction, noise - latents, ops.ones_like(sigmas))
+        loss = flow.sample_losses(prediction, noise - latents, ops.ones_like(sigmas)).mean()
         return self.scale_loss(loss), loss
 
 

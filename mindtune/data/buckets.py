@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
-from typing import Optional, Union
+from functools import cache, lru_cache
+from typing import Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
 from mindtune.cli import UserError
 from mindtune.rng import SampleStream, generator
+
+Size = tuple[int, int]  # (height, width) of a crop, in pixels
+# The crop that an image must cover: the square of this side, or what the function returns for its (width, height).
+MinSize = Union[int, Callable[[tuple[int, int]], Size]]
 
 
 def parse_buckets(text: str) -> list[tuple[int, int]]:
@@ -38,14 +44,130 @@ def parse_buckets(text: str) -> list[tuple[int, int]]:
     return buckets
 
 
-def crop_sizes(buckets: Optional[str], resolution: int) -> list[tuple[int, int]]:
-    """(height, width) of the sizes that a run crops to: the buckets, or without buckets the square of `resolution`."""
-    return parse_buckets(buckets) if buckets else [(resolution, resolution)]
+class Settings(NamedTuple):
+    """What images are cropped to. The fields have the names of the flags."""
+
+    resolution: Union[int, list[int]] = 512
+    aspect_ratio_buckets: Optional[str] = None
+    auto_buckets: bool = False
+    bucket_step: int = 64
+    bucket_max_ratio: float = 2.0
+    bucket_max_side: Optional[int] = None
+
+    def largest(self) -> Size:
+        """(height, width) of the largest crop, or with --auto_buckets a square that has at least as many pixels."""
+        return max(crop_sizes(self), key=math.prod)
 
 
-def min_size(sizes: list[tuple[int, int]]) -> Union[int, list[tuple[int, int]]]:
-    """The `MinSize` of `crop_sizes`: the side of a single square (in messages: --resolution), or else the buckets."""
-    return sizes[0][0] if len(sizes) == 1 and sizes[0][0] == sizes[0][1] else sizes
+class Assignment(NamedTuple):
+    """Crops of images: image `images[k]` is cropped to `sizes[bucket_ids[k]]`, int [K].
+
+    An image has one crop, or with --auto_buckets one per resolution.
+    """
+
+    sizes: list[Size]
+    images: np.ndarray
+    bucket_ids: np.ndarray
+
+
+def parse_resolution(text: str) -> Union[int, list[int]]:
+    """The value of --resolution: a number, or several such as 512,768 as a list. Raises ValueError."""
+    numbers = [int(part) for part in text.split(",")]
+    return numbers[0] if len(numbers) == 1 else sorted(set(numbers))
+
+
+def resolutions(settings: Settings) -> list[int]:
+    """The resolutions, the smallest first."""
+    return settings.resolution if isinstance(settings.resolution, list) else [settings.resolution]
+
+
+def crop_sizes(settings: Settings) -> list[Size]:
+    """(height, width) of the sizes that a run crops to: the buckets, or without buckets the square of `resolution`.
+
+    With --auto_buckets the sizes depend on the images, and this is the square that the largest ones do not exceed.
+    """
+    if settings.aspect_ratio_buckets:
+        return parse_buckets(settings.aspect_ratio_buckets)
+    side = resolutions(settings)[-1]
+    return [(side, side)]
+
+
+def min_size(settings: Settings) -> MinSize:
+    """What images must cover: the square of --resolution, the nearest of the buckets, or their smallest own crop."""
+    if settings.auto_buckets:
+        return lambda image: _auto_shape(image, resolutions(settings)[0], *settings[-3:])
+    return resolutions(settings)[0] if not settings.aspect_ratio_buckets else covering(crop_sizes(settings))
+
+
+def covering(sizes: list[Size]) -> MinSize:
+    """What images must cover that are cropped to the nearest of `sizes`."""
+    is_square = len(sizes) == 1 and sizes[0][0] == sizes[0][1]
+    return sizes[0][0] if is_square else lambda image: sizes[nearest_bucket(image, sizes)]
+
+
+def assign(images: Sequence[tuple[int, int]], settings: Settings) -> Assignment:
+    """The crops of images of these (width, height).
+
+    With --auto_buckets the size that most images have comes first, and an image has a crop per resolution that it
+    covers, so none is enlarged.
+    """
+    if not settings.auto_buckets:
+        sizes = crop_sizes(settings)
+        return Assignment(sizes, np.arange(len(images)), bucket_ids(images, sizes))
+    crops = []
+    for i, image in enumerate(images):
+        shapes = [_auto_shape(image, resolution, *settings[-3:]) for resolution in resolutions(settings)]
+        crops += [(i, shape) for shape in dict.fromkeys(shapes) if covers(image, shape)]
+    counts = Counter(shape for _, shape in crops)
+    sizes = sorted(counts, key=lambda shape: (-counts[shape], -math.prod(shape), shape))
+    numbers = {shape: number for number, shape in enumerate(sizes)}
+    return Assignment(
+        sizes, np.array([i for i, _ in crops], int), np.array([numbers[shape] for _, shape in crops], int)
+    )
+
+
+def of_samples(samples: list, settings: Settings) -> tuple[list, np.ndarray, list[Size]]:
+    """(samples, bucket ids, sizes): `assign` for `Sample`s. Prints a table of automatic sizes."""
+    images = [sample.size for sample in samples]
+    found = assign(images, settings)
+    if settings.auto_buckets:
+        print(describe(images, found))
+    return [samples[i] for i in found.images], found.bucket_ids, found.sizes
+
+
+@cache
+def _auto_shape(image: tuple[int, int], resolution: int, step: int, max_ratio: float, max_side: Optional[int]) -> Size:
+    """The crop that --auto_buckets makes for an image of this (width, height), with at most resolution^2 pixels.
+
+    Its sides are multiples of `step` and at most `max_side`, the longer one at most `max_ratio` times the shorter one.
+    There is one shape per width, the highest, because a graph is compiled for every shape. The one that cuts off the
+    least is chosen.
+    """
+    longest = int(min(max_side or math.inf, resolution * math.sqrt(max_ratio)))
+    sides = range(step, longest + 1, step)
+    heights = [(min(resolution**2 // width, longest) // step * step, width) for width in sides]
+    shapes = [shape for shape in heights if shape[0] and max(shape) <= max_ratio * min(shape)]
+    return min(shapes, key=lambda shape: (round(cropped_share(image, shape), 9), -math.prod(shape)))
+
+
+def covers(image: tuple[int, int], crop: Size) -> bool:
+    """Whether an image of (width, height) need not be enlarged for a crop."""
+    return image[0] >= crop[1] and image[1] >= crop[0]
+
+
+def cropped_share(image: tuple[int, int], crop: Size) -> float:
+    """The share of an image of (width, height) that is cut off after scaling it to cover a crop."""
+    scale = max(crop[1] / image[0], crop[0] / image[1])
+    return 1.0 - crop[0] * crop[1] / (image[0] * scale * image[1] * scale)
+
+
+def describe(images: Sequence[tuple[int, int]], found: Assignment) -> str:
+    """A table with a line per size: the number of images, and what cropping cuts off."""
+    lines = ["width x height   images  cropped away: mean    most"]
+    for number, size in enumerate(found.sizes):
+        lost = [cropped_share(images[i], size) for i in found.images[found.bucket_ids == number]]
+        lines.append(f"{f'{size[1]} x {size[0]}':<14}  {len(lost):>7}  {np.mean(lost):>18.1%}  {max(lost):>6.1%}")
+    return "\n".join(lines)
 
 
 def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
@@ -63,11 +185,11 @@ def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int
     return min(range(len(buckets)), key=lambda index: distance(buckets[index]))
 
 
-def bucket_ids(samples: Iterable, buckets: list[tuple[int, int]]) -> np.ndarray:
-    """The index of the nearest bucket of every `Sample`, int [N]. Opens the images whose size is not known."""
+def bucket_ids(images: Sequence[tuple[int, int]], buckets: list[Size]) -> np.ndarray:
+    """The index of the nearest bucket of every image of (width, height), int [N]."""
     if len(buckets) == 1:
-        return np.array([0 for _ in samples], dtype=np.int64)
-    return np.array([nearest_bucket(sample.size or sample.open().size, buckets) for sample in samples], dtype=np.int64)
+        return np.zeros(len(images), dtype=np.int64)
+    return np.array([nearest_bucket(image, buckets) for image in images], dtype=np.int64)
 
 
 class BucketOrder:

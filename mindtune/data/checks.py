@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Optional, Union
+from typing import Optional
 
 from mindtune.cli import UserError, indented_list, progress_bar, short_list
-from mindtune.data.buckets import nearest_bucket
+from mindtune.data.buckets import MinSize, covers
 from mindtune.data.crops import height_width
 from mindtune.data.image_facts import ImageFacts
 from mindtune.data.image_sample import Sample
 from mindtune.data.inspection import Inspection
+from mindtune.data.masks import shape_problem
 from mindtune.data.order import prefetch
 from mindtune.distributed import ranks
-
-# The crop that images must cover: a square of this side, or the nearest of these buckets (height, width), in pixels.
-MinSize = Union[int, list[tuple[int, int]]]
 
 
 def preflight(
@@ -35,7 +33,11 @@ def preflight(
     facts = facts or ImageFacts()
     with facts.opened(), progress_bar("checking", "image", len(samples), ranks.is_main_process()) as bar:
         for sample, inspection in zip(samples, prefetch(facts.inspect, samples, max(1, threads))):
-            problem = inspection.problem or size_problem(inspection.size, min_size)
+            problem = (
+                inspection.problem
+                or size_problem(inspection.size, min_size)
+                or _mask_problem(sample, inspection, facts)
+            )
             inspected.append((sample, inspection._replace(problem=problem)))
             bar.update()
     problems = [f"{sample.name}: {inspection.problem}" for sample, inspection in inspected if inspection.problem]
@@ -50,6 +52,16 @@ def preflight(
     if not usable:
         raise UserError(f"{flag}: no usable image is left. Give other images.")
     return usable
+
+
+def _mask_problem(sample: Sample, inspection: Inspection, facts: ImageFacts) -> Optional[str]:
+    if not isinstance(sample.mask, Sample):
+        return None
+    mask = facts.inspect(sample.mask)
+    if not mask.problem:
+        sample.mask.size, sample.mask.known_digest = mask.size, mask.digests[sample.mask.background]
+    problem = mask.problem or shape_problem(inspection.size, mask.size)
+    return problem and f"its mask {sample.mask.name}: {problem}"
 
 
 def report_bad(problems: list[str], total: str, flag: str, skip_bad: bool) -> None:
@@ -68,10 +80,10 @@ def report_bad(problems: list[str], total: str, flag: str, skip_bad: bool) -> No
 def size_problem(size: tuple[int, int], min_size: MinSize) -> Optional[str]:
     """The message for an image of `size` (width, height) that does not cover `min_size`; None if it does."""
     is_square = isinstance(min_size, int)
-    height, width = height_width(min_size if is_square else min_size[nearest_bucket(size, min_size)])
-    if size[0] >= width and size[1] >= height:
+    crop = height_width(min_size if is_square else min_size(size))
+    if covers(size, crop):
         return None
-    what = f"--resolution {min_size}" if is_square else f"its bucket {height},{width} (height,width)"
+    what = f"--resolution {min_size}" if is_square else f"its bucket {crop[0]},{crop[1]} (height,width)"
     return f"{size[0]}x{size[1]} is smaller than {what}"
 
 

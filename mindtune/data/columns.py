@@ -10,7 +10,10 @@ from mindtune.cli import UserError
 
 
 class Columns(NamedTuple):
-    """The names of the three columns of a data set; None for a column that is not used."""
+    """The names of the three columns of a data set; None for a column that is not used.
+
+    In a data set of images instead of pairs, `condition` is the column of their masks.
+    """
 
     image: Optional[str] = None
     condition: Optional[str] = None
@@ -87,12 +90,13 @@ def find_columns(features: dict, asked: Columns, where: str, single: bool = Fals
     images instead of pairs, and captions are used only if they are asked for. `where` starts the messages. Raises
     UserError that lists the columns of the data set if one is missing or holds something else.
     """
+    flags = COLUMN_FLAGS._replace(condition="--mask_column") if single else COLUMN_FLAGS
     there = f"{where} has the columns {', '.join(features)}"
-    for flag, column in zip(COLUMN_FLAGS, asked):
+    for flag, column in zip(flags, asked):
         if column and column not in features:
             raise UserError(f"{flag} {column}: {there}. Name one of them.")
     found = _find_single_columns(features, asked) if single else _find_pair_columns(features, asked)
-    for flag, column, what in zip(COLUMN_FLAGS, found, ("images", "images", "text")):
+    for flag, column, what in zip(flags, found, ("images", "images", "text")):
         if column is None and single and flag != COLUMN_FLAGS.image:
             continue
         if column is None:
@@ -108,7 +112,7 @@ def find_columns(features: dict, asked: Columns, where: str, single: bool = Fals
 def _find_single_columns(features: dict, asked: Columns) -> Columns:
     typed = _columns_of_images(features)
     image = asked.image or _first_match(typed or features, IMAGE_COLUMN_NAMES, ("image.",)) or next(iter(typed), None)
-    return Columns(image, None, asked.caption)
+    return Columns(image, asked.condition, asked.caption)
 
 
 def _find_pair_columns(features: dict, asked: Columns) -> Columns:

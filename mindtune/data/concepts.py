@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from mindtune.cli import UserError, printable
-from mindtune.data import buckets, checks, columns, folders, tables
+from mindtune.data import buckets, captions, checks, columns, folders, tables
 from mindtune.data.image_facts import ImageFacts
-from mindtune.data.image_sample import Sample
+from mindtune.data.image_sample import TRANSPARENCY, Sample
 from mindtune.files import file_digest
 
 if sys.version_info >= (3, 11):
@@ -38,6 +38,14 @@ class Concept(NamedTuple):
     weight: float = 1.0
     center_crop: bool = False
     random_flip: bool = False
+    caption_dropout: float = 0.0
+    shuffle_tags: bool = False
+    keep_tags: int = 0
+    tag_orders: int = 8
+    trigger_word: Optional[str] = None
+    masked_loss: bool = False
+    mask_column: Optional[str] = None
+    unmasked_weight: float = 0.0
     class_data_dir: Optional[str] = None
     class_prompt: Optional[str] = None
     num_class_images: int = 100
@@ -51,10 +59,22 @@ class Concept(NamedTuple):
         return f"--instance_data_dir {printable(self.instance_data_dir)}"
 
 
-TYPES = {"repeats": int, "max_train_samples": int, "num_class_images": int, "weight": float}
+TYPES = {
+    **dict.fromkeys(("repeats", "max_train_samples", "num_class_images", "keep_tags", "tag_orders"), int),
+    **dict.fromkeys(("weight", "caption_dropout", "unmasked_weight"), float),
+    **dict.fromkeys(("center_crop", "random_flip", "shuffle_tags", "masked_loss"), bool),
+}
 PATHS = ("instance_data_dir", "class_data_dir", "dataset_name")
-TYPES.update(center_crop=bool, random_flip=bool)
-DESCRIPTIONS = {int: "a whole number of 1 or more", float: "a number above 0", bool: "true or false", str: "text"}
+FROM_ZERO = ("keep_tags", "caption_dropout", "unmasked_weight")
+BELOW_ONE = ("caption_dropout", "unmasked_weight")
+DESCRIPTIONS: dict[Any, str] = {
+    int: "a whole number of 1 or more",
+    float: "a number above 0",
+    bool: "true or false",
+    str: "text",
+    "keep_tags": "a whole number of 0 or more",
+    **dict.fromkeys(BELOW_ONE, "a number from 0 to below 1"),
+}
 
 
 # ---- the file ------------------------------------------------------------------------------------
@@ -101,11 +121,7 @@ def _concept(values: dict[str, Any], defaults: Concept, folder: Path, where: str
     for key, value in values.items():
         if key not in keys:
             raise UserError(f"{where}: {key} is no key. There are {', '.join(keys)}.")
-        kind = TYPES.get(key, str)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-        is_right = number and (kind is float or isinstance(value, int)) if kind in (int, float) else type(value) is kind
-        if not is_right or value == "":
-            raise UserError(f"{where}: {key} = {value!r}: must be {DESCRIPTIONS[kind]}.")
+        _check_value(key, value, where)
     if ("instance_data_dir" in values) == ("dataset_name" in values):
         raise UserError(f"{where}: give either instance_data_dir or dataset_name.")
     if ("class_data_dir" in values) != ("class_prompt" in values):
@@ -115,6 +131,19 @@ def _concept(values: dict[str, Any], defaults: Concept, folder: Path, where: str
         del paths["dataset_name"]  # an id on the hub
     values = {**values, **{key: str(path) for key, path in paths.items()}}
     return defaults._replace(**values)
+
+
+def _check_value(key: str, value: Any, where: str) -> None:
+    kind = TYPES.get(key, str)
+    expected = DESCRIPTIONS.get(key, DESCRIPTIONS[kind])
+    if kind in (int, float):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_right = is_number and (kind is float or isinstance(value, int)) and value >= 0
+        is_right = is_right and (value > 0 or key in FROM_ZERO) and (value < 1 or key not in BELOW_ONE)
+    else:
+        is_right = type(value) is kind and value != ""
+    if not is_right:
+        raise UserError(f"{where}: {key} = {value!r}: must be {expected}.")
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -128,24 +157,33 @@ def find_samples(concepts: Sequence[Concept]) -> list[Sample]:
     return [sample for concept in concepts for sample in _find(concept)]
 
 
-def _find(concept: Concept) -> list[Sample]:
+def _find(concept: Concept, say: Callable[[str], None] = print) -> list[Sample]:
     if concept.dataset_name:
         source = columns.Source(
-            **{name: getattr(concept, name) for name in columns.Source._fields if hasattr(concept, name)}
+            **{name: getattr(concept, name) for name in columns.Source._fields if hasattr(concept, name)},
+            conditioning_image_column=concept.mask_column,
         )
         samples = tables.samples_in_dataset(source)
     else:
         samples = folders.samples_in_folder(concept.instance_data_dir, "--instance_data_dir", concept.caption_column)
     samples = samples[: concept.max_train_samples]
+    with_mask = sum(sample.mask is not None for sample in samples)
+    if with_mask and not concept.masked_loss:
+        say(f"{concept.source}: {with_mask} masks are not used without --masked_loss")
+    elif concept.masked_loss and with_mask < len(samples):
+        without = f"{len(samples) - with_mask} of {len(samples)} images have no mask file"
+        say(f"{concept.source}: {without}: their transparency is the mask, and opaque ones count whole")
     for sample in samples:
-        sample.caption = concept.instance_prompt if sample.caption is None else sample.caption
+        sample.mask = (sample.mask or TRANSPARENCY) if concept.masked_loss else None
+        caption = concept.instance_prompt if sample.caption is None else sample.caption
+        sample.caption = captions.with_trigger_word(caption, concept.trigger_word)
         sample.concept = concept
     return samples
 
 
 def load(
     concepts: Sequence[Concept],
-    sizes: list[tuple[int, int]],
+    min_size: buckets.MinSize,
     facts: ImageFacts,
     skip_bad: bool,
     threads: int,
@@ -153,7 +191,7 @@ def load(
 ) -> list[Sample]:
     """The usable images of all concepts, after decoding those not in `facts`. Prints a table if there are several.
 
-    `sizes` are the crops, `skip_bad` and `threads` as in `checks.preflight`. Without `class_images`, those of the
+    `min_size`, `skip_bad` and `threads` as in `checks.preflight`. Without `class_images`, those of the
     concepts are not used. Raises UserError.
     """
     if not class_images and any(concept.class_data_dir for concept in concepts):
@@ -161,7 +199,7 @@ def load(
         concepts = [concept._replace(class_data_dir=None) for concept in concepts]
     found = []
     for concept in concepts:
-        samples = checks.preflight(_find(concept), buckets.min_size(sizes), concept.source, skip_bad, threads, facts)
+        samples = checks.preflight(_find(concept), min_size, concept.source, skip_bad, threads, facts)
         uncaptioned = [sample.name for sample in samples if sample.caption is None]
         if uncaptioned:
             raise UserError(

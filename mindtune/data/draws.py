@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 
 from mindtune import rng
+from mindtune.data import captions
 
 
 class TrainingDraws:
@@ -40,10 +41,14 @@ class TrainingDraws:
         purpose = purpose if purpose == "condition posterior" else f"{self.group} {purpose}"
         return rng.normal(self.seed, purpose, *self.key, shape=shape)
 
-    def caption(self, caption: str, proportion_empty: float) -> str:
-        """The caption, or an empty one with probability `proportion_empty`."""
-        empty = rng.generator(self.seed, "empty prompt", *self.key).random() < proportion_empty
-        return "" if empty else caption
+    def caption(self, caption: str, settings: Any) -> str:
+        """The caption as `settings`, a `captions.Settings` or a `Concept`, say: empty, reordered or unchanged."""
+        if rng.generator(self.seed, "empty prompt", *self.key).random() < settings.caption_dropout:
+            return ""
+        if not settings.shuffle_tags:
+            return caption
+        order = rng.generator(self.seed, "tag order", *self.key).integers(settings.tag_orders)
+        return captions.reorder_tags(caption, settings, self.seed, int(order))
 
 
 class HeldOutDraws:
@@ -74,6 +79,6 @@ class HeldOutDraws:
         key = (self.sample_id, self._timestep) if purpose == "noise" else (self.sample_id,)
         return rng.normal(self.seed, f"held-out {purpose}", *key, shape=shape)
 
-    def caption(self, caption: str, proportion_empty: float) -> str:
+    def caption(self, caption: str, settings: Any) -> str:
         """The caption, unchanged."""
         return caption

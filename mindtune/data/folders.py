@@ -12,6 +12,7 @@ from mindtune.data.folder_captions import assign_captions, match_caption_files, 
 from mindtune.data.folder_contents import CAPTION_SUFFIXES, FolderContents, count_images, list_contents
 from mindtune.data.image_problems import HINTS_BY_SUFFIX
 from mindtune.data.image_sample import Sample
+from mindtune.data.masks import match_mask_files
 from mindtune.data.metadata import metadata_file
 
 
@@ -31,8 +32,9 @@ def samples_in_folder(
     """The images directly in `folder`, in name order, followed by those in subfolders that its metadata name.
 
     Captions are those of metadata.jsonl or metadata.csv, or else of a .txt or .caption file next to the image; an
-    empty caption counts as none. Messages name `flag`; `say` receives a line for everything that is not used. Raises
-    UserError if the folder is missing or has no image, and for captions that cannot be read.
+    empty caption counts as none. A file like photo.mask.png next to photo.jpg is the mask of that image. Messages name
+    `flag`; `say` receives a line for everything that is not used. Raises UserError if the folder is missing or has no
+    image, and for captions that cannot be read.
     """
     root = Path(folder)
     contents = list_contents(root, flag)
@@ -41,9 +43,12 @@ def samples_in_folder(
     metadata = read_metadata_captions(table, caption_column) if table else {}
     direct = {path.name for path in contents.images}
     named = [root / name for name in sorted(metadata) if name not in direct]
-    images = contents.images + named
+    in_subfolders = [Path(file) for files in contents.subfolders.values() for file in files if named]
+    mask_files = match_mask_files([*contents.images, *named, *in_subfolders])
+    images = [path for path in contents.images + named if path not in mask_files.values()]
     caption_files = match_caption_files(images, contents.captions + _captions_in_subfolders(root, contents, named))
-    used = {*map(str, named), *(str(file) for files in caption_files.values() for file in files)}
+    used = {*map(str, named), *map(str, mask_files.values())}
+    used.update(str(file) for files in caption_files.values() for file in files)
     if not images:
         raise _no_image(contents, table, where, used)
     for note in _notes_on_unused(contents, table, where, used):
@@ -51,6 +56,9 @@ def samples_in_folder(
     if table and not metadata:
         say(f"{where}: {table.name} has no rows")
     samples = assign_captions(root, metadata, caption_files, table, flag, say)
+    for sample in samples:
+        if mask := mask_files.get(sample.source):
+            sample.mask = Sample(str(mask.relative_to(root)), mask)
     if orphans := [path.name for path in contents.captions if str(path) not in used]:
         say(f"{where}: {len(orphans)} caption files without an image are not used: {short_list(orphans)}")
     without = [sample.name for sample in samples if not sample.caption]

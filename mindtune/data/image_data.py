@@ -8,6 +8,7 @@ from typing import Any, Callable, NamedTuple, Union
 import numpy as np
 
 from mindtune import rng
+from mindtune.data import captions
 from mindtune.data.buckets import BucketOrder
 from mindtune.data.draws import HeldOutDraws, TrainingDraws
 from mindtune.data.image_sample import Sample
@@ -17,11 +18,15 @@ from mindtune.files import text_digest
 
 
 class ImageUse(NamedTuple):
-    """One use of an image: a script makes a row of a batch from it. `size` is the crop's (height, width) in pixels."""
+    """One use of an image: a script makes a row of a batch from it.
+
+    `size` is the crop's (height, width) in pixels, `caption` the sample's caption as this use has it.
+    """
 
     sample: Sample
     size: tuple[int, int]
     draws: Union[TrainingDraws, HeldOutDraws]
+    caption: str
 
 
 class ClassImages(NamedTuple):
@@ -36,7 +41,8 @@ class ImageData:
 
     A batch has `batch_size` instance images of one bucket and, with class images, as many class images of that bucket.
     An epoch uses every instance image `repeats` times, and is longer if there are more class images than that.
-    `bucket_ids` are those of `samples`, int [N].
+    `bucket_ids` are those of `samples`, int [N]. With several resolutions the same `Sample` may be there
+    several times.
     """
 
     images_per_sample = 1
@@ -52,8 +58,13 @@ class ImageData:
         batch_size: int,
         repeats: int = 1,
         validation_split: float = 0.0,
+        caption_settings: captions.Settings = captions.UNCHANGED,
     ) -> None:
-        train, held_out = split(len(samples), validation_split, seed)
+        # An image that is there several times, with a crop per resolution, is held out with all of its crops.
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(map(id, samples)))}
+        held = set(split(len(numbers), validation_split, seed)[1])
+        held_out = [i for i, sample in enumerate(samples) if numbers[id(sample)] in held]
+        train = [i for i, sample in enumerate(samples) if numbers[id(sample)] not in held]
         # A sample that a concept repeats is there several times, so that each use has draws of its own.
         train = [i for i in train for _ in range(samples[i].setting("repeats", 1))]
         self.train = [samples[i] for i in train]
@@ -63,6 +74,7 @@ class ImageData:
         self.class_images = class_images
         self.sizes = sizes
         self.seed = seed
+        self.caption_settings = caption_settings
         # These names are keys of random numbers: with others, a resumed run would have another order of samples.
         instance_stream, class_stream = ("instance {}", "class {}") if len(sizes) > 1 else ("instance", "class")
         self.order = BucketOrder(seed, self.bucket_ids, batch_size, instance_stream, repeats)
@@ -91,17 +103,21 @@ class ImageData:
         bucket = self.order.buckets[place]
         size = self.sizes[bucket]
         instances = self.order.uses(place, position)
-        uses = [ImageUse(self.train[i], size, TrainingDraws(self.seed, "instance", i, use)) for i, use in instances]
+        uses = [self._use(self.train[i], size, TrainingDraws(self.seed, "instance", i, use)) for i, use in instances]
         for class_position in range(position, position + len(instances)) if self.class_images.samples else ():
             index, use = self.class_streams[bucket].at(class_position)
             i = int(self.class_ids[bucket][index])
-            uses.append(ImageUse(self.class_images.samples[i], size, TrainingDraws(self.seed, "class", i, use)))
+            sample = self.class_images.samples[i]
+            uses.append(ImageUse(sample, size, TrainingDraws(self.seed, "class", i, use), sample.caption))
         return uses
+
+    def _use(self, sample: Sample, size: tuple[int, int], draws: Union[TrainingDraws, HeldOutDraws]) -> ImageUse:
+        return ImageUse(sample, size, draws, draws.caption(sample.caption, sample.concept or self.caption_settings))
 
     def held_out_use(self, sample_id: int, timestep: int) -> ImageUse:
         """A held-out image at a timestep."""
         size = self.sizes[self.held_out_bucket_ids[sample_id]]
-        return ImageUse(self.held_out[sample_id], size, HeldOutDraws(self.seed, sample_id, timestep))
+        return self._use(self.held_out[sample_id], size, HeldOutDraws(self.seed, sample_id, timestep))
 
     @property
     def count(self) -> int:
@@ -109,9 +125,18 @@ class ImageData:
         return len({id(sample) for sample in (*self.train, *self.held_out, *self.class_images.samples)})
 
     def captions(self, held_out: bool = False) -> list[str]:
-        """Every caption of the run, or with `held_out` those of the held-out images."""
-        samples = self.held_out if held_out else (*self.train, *self.held_out, *self.class_images.samples)
-        return [sample.caption for sample in samples]
+        """Every caption of the run in every form that is used, or with `held_out` those of the held-out images."""
+        found = []
+        for sample in () if held_out else self.train:
+            found += captions.variants(sample.caption, sample.concept or self.caption_settings, self.seed)
+        others = self.held_out + ([] if held_out else self.class_images.samples)
+        return found + [sample.caption for sample in others]
+
+    @property
+    def captions_per_sample(self) -> int:
+        """The largest number of forms of a caption."""
+        settings = [sample.concept or self.caption_settings for sample in self.train]
+        return max(each.tag_orders if each.shuffle_tags else 1 for each in settings)
 
     def images(self, random_flip: bool, held_out: bool = False) -> list[tuple[Sample, tuple[int, int], bool]]:
         """Every (image, size, flip) of the run, or with `held_out` those of the held-out images, for the encoders."""
@@ -131,7 +156,10 @@ class ImageData:
 
     def fingerprint(self) -> str:
         """A hash of the contents and captions of all images that are trained on."""
-        return text_digest(sample.digest + sample.caption for sample in self.train + self.class_images.samples)
+        return text_digest(
+            sample.digest + sample.caption + (sample.mask.digest if isinstance(sample.mask, Sample) else "")
+            for sample in self.train + self.class_images.samples
+        )
 
     def facts(self) -> dict[str, Any]:
         """What run.json says about the data."""

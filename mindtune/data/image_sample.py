@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from PIL import Image
 
@@ -19,6 +19,7 @@ BASE64_TEXT = re.compile(r"[A-Za-z0-9+/_\-\s]{64}")
 # How base64 starts for JPEG, PNG, WebP, GIF, BMP, TIFF, and for AVIF and HEIC, which start alike.
 BASE64_IMAGE_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "Qk", "SUkqA", "TU0AK", "AAAA")
 LONGEST_PATH = 4096
+TRANSPARENCY = "transparency"
 LONGEST_FILE_NAME = 255
 
 
@@ -29,7 +30,7 @@ class Sample:
     `source` is a Path, the encoded bytes, or (dataset, index, column) of a cell that `read_cell` reads with `root`.
     Transparent pixels are put on the colour `background`. `size` (upright width and height, in pixels) and
     `known_digest` are set when the image has been inspected. `concept` is the `Concept` that the image belongs to, if
-    any.
+    any. `mask` is the sample of a mask, or TRANSPARENCY if the image's own is the mask; see `masks`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Sample:
     size: Optional[tuple[int, int]] = field(default=None, repr=False)
     known_digest: Optional[str] = field(default=None, repr=False)
     concept: Any = field(default=None, repr=False)
+    mask: Union[Sample, str, None] = field(default=None, repr=False)
 
     def setting(self, name: str, default: Any) -> Any:
         """The value of a field of the image's concept, or `default`, that of the flag, if it belongs to none."""

@@ -7,7 +7,8 @@ from typing import Callable, NamedTuple, Optional
 import numpy as np
 
 from mindtune.cli import UserError, progress_bar, short_list
-from mindtune.data.checks import MinSize, image_notes, report_bad, size_problem
+from mindtune.data.buckets import MinSize
+from mindtune.data.checks import image_notes, report_bad, size_problem
 from mindtune.data.image_facts import ImageFacts
 from mindtune.data.images import Visibility, choose_background
 from mindtune.data.inspection import Inspection, inspect

@@ -8,7 +8,8 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
-from mindtune.data.buckets import BucketOrder, bucket_ids, crop_sizes, min_size
+from mindtune.data import buckets, captions
+from mindtune.data.buckets import BucketOrder
 from mindtune.data.columns import Source
 from mindtune.data.draws import HeldOutDraws, TrainingDraws
 from mindtune.data.image_facts import ImageFacts
@@ -25,8 +26,12 @@ class Settings(NamedTuple):
     """How a run reads its pairs. The fields have the names of the flags."""
 
     train_batch_size: int
-    resolution: int
+    resolution: Union[int, list[int]]
     aspect_ratio_buckets: Optional[str] = None
+    auto_buckets: bool = False
+    bucket_step: int = 64
+    bucket_max_ratio: float = 2.0
+    bucket_max_side: Optional[int] = None
     max_train_samples: Optional[int] = None
     validation_split: float = 0.0
     skip_bad_images: bool = False
@@ -36,14 +41,22 @@ class Settings(NamedTuple):
     shuffle_buffer_size: int = 1000
     max_train_steps: Optional[int] = None
     gradient_accumulation_steps: int = 1
+    proportion_empty_prompts: float = 0.0
+    shuffle_tags: bool = False
+    keep_tags: int = 0
+    tag_orders: int = 8
 
 
 class PairUse(NamedTuple):
-    """One use of a pair: a script makes a row of a batch from it. `size` is the crop's (height, width) in pixels."""
+    """One use of a pair: a script makes a row of a batch from it.
+
+    `size` is the crop's (height, width) in pixels, `caption` the pair's caption as this use has it.
+    """
 
     sample: Pair
     size: tuple[int, int]
     draws: Union[TrainingDraws, HeldOutDraws]
+    caption: str
 
 
 class PairData:
@@ -59,8 +72,11 @@ class PairData:
         held_out: list[Pair],
         *,
         sizes: list[tuple[int, int]],
+        bucket_ids: Optional[np.ndarray] = None,
+        held_out_bucket_ids: Optional[np.ndarray] = None,
         seed: int,
         batch_size: int,
+        caption_settings: captions.Settings = captions.UNCHANGED,
         encode_conditions: bool = False,
         check_pairs: bool = False,
     ) -> None:
@@ -69,14 +85,17 @@ class PairData:
         self.sizes = sizes
         self.seed = seed
         self.batch_size = batch_size
+        self.caption_settings = caption_settings
         self.streaming = isinstance(train, PairStream)
         self.images_per_sample = 2 if encode_conditions else 1
         self.check_pairs = check_pairs and self.streaming
         self.background = train.background
         # The length of a stream is not known, so an epoch is the whole run.
         self.epoch_length = train.count if self.streaming else len(train)
-        self.bucket_ids = None if self.streaming else _bucket_ids(train, sizes)
-        self.held_out_bucket_ids = _bucket_ids(held_out, sizes)
+        self.bucket_ids = bucket_ids if bucket_ids is not None else np.zeros(self.epoch_length, int)
+        self.held_out_bucket_ids = (
+            held_out_bucket_ids if held_out_bucket_ids is not None else np.zeros(len(held_out), int)
+        )
         self.order = None if self.streaming else BucketOrder(seed, self.bucket_ids, batch_size)
 
     @property
@@ -99,16 +118,26 @@ class PairData:
         """The pairs of batch `number`."""
         bucket, uses = self.order.at(number)
         size = self.sizes[bucket]
-        return [PairUse(self.train[i], size, TrainingDraws(self.seed, "pair", i, use)) for i, use in uses]
+        return [self._use(self.train[i], size, TrainingDraws(self.seed, "pair", i, use)) for i, use in uses]
+
+    def _use(self, pair: Pair, size: tuple[int, int], draws: Union[TrainingDraws, HeldOutDraws]) -> PairUse:
+        return PairUse(pair, size, draws, draws.caption(pair.caption, self.caption_settings))
 
     def held_out_use(self, sample_id: int, timestep: int) -> PairUse:
         """A held-out pair at a timestep."""
         size = self.sizes[self.held_out_bucket_ids[sample_id]]
-        return PairUse(self.held_out[sample_id], size, HeldOutDraws(self.seed, sample_id, timestep))
+        return self._use(self.held_out[sample_id], size, HeldOutDraws(self.seed, sample_id, timestep))
 
     def captions(self, held_out: bool = False) -> Iterator[str]:
-        """Every caption of the run, or with `held_out` those of the held-out pairs."""
-        return (pair.caption for pair in (self.held_out if held_out else itertools.chain(self.held_out, self.train)))
+        """Every caption of the run in every form that is used, or with `held_out` those of the held-out pairs."""
+        yield from (pair.caption for pair in self.held_out)
+        for pair in () if held_out else self.train:
+            yield from captions.variants(pair.caption, self.caption_settings, self.seed)
+
+    @property
+    def captions_per_sample(self) -> int:
+        """The largest number of forms of a caption."""
+        return self.caption_settings.tag_orders if self.caption_settings.shuffle_tags else 1
 
     def images(self, random_flip: bool, held_out: bool = False) -> PairImages:
         """Every (image, size, flip) of the run, or with `held_out` those of the held-out pairs, for the encoders."""
@@ -139,20 +168,14 @@ class PairData:
         pairs = enumerate(self.train.from_position(start), start)
         for _ in range(first, last):
             yield [
-                PairUse(pair, self.sizes[0], TrainingDraws(self.seed, "pair", position, 0))
+                self._use(pair, self.sizes[0], TrainingDraws(self.seed, "pair", position, 0))
                 for position, pair in itertools.islice(pairs, self.batch_size)
             ]
 
     def _checked(self, uses: list[PairUse], check: bool) -> list[PairUse]:
         for use in uses if check else ():
-            require_usable(use.sample, min_size(self.sizes))
+            require_usable(use.sample, buckets.covering(self.sizes))
         return uses
-
-
-def _bucket_ids(pairs: Union[Pairs, list[Pair]], sizes: list[tuple[int, int]]) -> np.ndarray:
-    if len(sizes) == 1:
-        return np.zeros(len(pairs), dtype=np.int64)
-    return bucket_ids((pair.image for pair in pairs), sizes)
 
 
 def load(
@@ -167,16 +190,20 @@ def load(
     With `encode_conditions` the VAE encodes condition images, too. An image that `facts` knows is not decoded again.
     Raises UserError that lists all problems.
     """
-    sizes = crop_sizes(settings.aspect_ratio_buckets, settings.resolution)
+    crops = buckets.Settings(*(getattr(settings, name) for name in buckets.Settings._fields))
+    caption_settings = captions.Settings(
+        settings.proportion_empty_prompts, settings.shuffle_tags, settings.keep_tags, settings.tag_orders
+    )
     if settings.streaming:
         samples_per_update = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size()
         stream = PairStream(source, seed, settings.shuffle_buffer_size, settings.max_train_steps * samples_per_update)
         return PairData(
             stream,
             [],
-            sizes=sizes,
+            sizes=buckets.crop_sizes(crops),
             seed=seed,
             batch_size=settings.train_batch_size,
+            caption_settings=caption_settings,
             encode_conditions=encode_conditions,
             check_pairs=not settings.cache_latents,
         )
@@ -185,19 +212,27 @@ def load(
         pairs = pairs.select(range(min(settings.max_train_samples, len(pairs))))
     pairs = preflight_pairs(
         pairs,
-        min_size(sizes),
+        buckets.min_size(crops),
         f"{source.flag} {source.name}",
         settings.skip_bad_images,
         settings.dataloader_num_workers,
         facts,
     )
-    train, held_out = split(len(pairs), settings.validation_split, seed)
+    images = [tuple(size) for size in pairs.facts.sizes.tolist()]
+    found = buckets.assign(images, crops)
+    if settings.auto_buckets:
+        print(buckets.describe(images, found))
+    _, held_out = split(len(pairs), settings.validation_split, seed)
+    is_held_out = np.isin(found.images, held_out)
     return PairData(
-        pairs.select(train),
-        list(pairs.select(held_out)),
-        sizes=sizes,
+        pairs.select(found.images[~is_held_out]),
+        list(pairs.select(found.images[is_held_out])),
+        sizes=found.sizes,
+        bucket_ids=found.bucket_ids[~is_held_out],
+        held_out_bucket_ids=found.bucket_ids[is_held_out],
         seed=seed,
         batch_size=settings.train_batch_size,
+        caption_settings=caption_settings,
         encode_conditions=encode_conditions,
     )
 

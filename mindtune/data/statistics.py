@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, Optional
 
-from mindtune.data.buckets import min_size, nearest_bucket
+from mindtune.data import buckets
+from mindtune.data.buckets import MinSize
 from mindtune.data.checks import image_notes, size_problem
 from mindtune.data.image_sample import Sample
 from mindtune.data.inspection import Inspection, inspect
 from mindtune.data.order import prefetch
 from mindtune.data.pair_checks import PairInspection, PairNotes, inspect_pair
 from mindtune.data.pairs import Pair, Pairs
-
-Sizes = list[tuple[int, int]]  # (height, width) of every size that a run crops to, in pixels
 
 
 class Item(NamedTuple):
@@ -31,13 +30,13 @@ class Item(NamedTuple):
     caption: Optional[str]
 
 
-def inspect_images(samples: list[Sample], sizes: Sizes, threads: int, flag: str, notes: list[str]) -> list[Item]:
+def inspect_images(samples: list[Sample], min_size: MinSize, threads: int, flag: str, notes: list[str]) -> list[Item]:
     """Decodes the images of all samples. Appends to `notes` what a run would print about them, starting with `flag`."""
 
     def inspect_at(index: int) -> tuple[Item, Inspection]:
         sample = samples[index]
         inspection = inspect(sample)
-        problem = inspection.problem or size_problem(inspection.size, min_size(sizes))
+        problem = inspection.problem or size_problem(inspection.size, min_size)
         inspection = inspection._replace(problem=problem)
         digest = "" if problem else inspection.digests["white"]
         return Item(sample.name, inspection.size, inspection.problem, digest, sample.caption), inspection
@@ -47,12 +46,12 @@ def inspect_images(samples: list[Sample], sizes: Sizes, threads: int, flag: str,
     return [item for item, _ in inspected]
 
 
-def inspect_pairs(pairs: Pairs, sizes: Sizes, threads: int, flag: str, notes: list[str]) -> list[Item]:
+def inspect_pairs(pairs: Pairs, min_size: MinSize, threads: int, flag: str, notes: list[str]) -> list[Item]:
     """Decodes both images of all pairs. Appends to `notes` what a run would print about them, starting with `flag`."""
 
     def inspect_at(index: int) -> tuple[Pair, PairInspection, Item]:
         pair = pairs[index]
-        inspection = inspect_pair(pair, min_size(sizes))
+        inspection = inspect_pair(pair, min_size)
         digest = "" if inspection.problem else inspection.digest
         return pair, inspection, Item(pair.image.name, inspection.size, inspection.problem, digest, pair.caption)
 
@@ -65,19 +64,14 @@ def inspect_pairs(pairs: Pairs, sizes: Sizes, threads: int, flag: str, notes: li
     return items
 
 
-def cropped_share(size: tuple[int, int], bucket: tuple[int, int]) -> float:
-    """The share of an image (width, height) that is cut off after scaling it to cover a bucket (height, width)."""
-    scale = max(bucket[1] / size[0], bucket[0] / size[1])
-    return 1.0 - bucket[0] * bucket[1] / (size[0] * scale * size[1] * scale)
-
-
-def cropped_shares_by_bucket(items: Iterable[Item], sizes: Sizes) -> list[list[float]]:
-    """For every bucket the `cropped_share` of each of its items. Items that cannot be used are left out."""
-    shares = [[] for _ in sizes]
-    for item in items:
-        if not item.problem:
-            bucket = nearest_bucket(item.size, sizes)
-            shares[bucket].append(cropped_share(item.size, sizes[bucket]))
+def cropped_shares(items: Iterable[Item], settings: buckets.Settings) -> dict[tuple[int, int], list[float]]:
+    """For every size (height, width) the `cropped_share` of each of its items that can be used."""
+    images = [item.size for item in items if not item.problem]
+    found = buckets.assign(images, settings)
+    shares: dict[tuple[int, int], list[float]] = {size: [] for size in found.sizes}
+    for image, bucket in zip(found.images, found.bucket_ids):
+        size = found.sizes[bucket]
+        shares[size].append(buckets.cropped_share(images[image], size))
     return shares
 
 

@@ -121,12 +121,16 @@ def samples_in_dataset(source: Source, say: Callable[[str], None] = print) -> li
     dataset, columns = open_rows(source, streaming=False, single=True, say=say)
     captions = dataset[columns.caption] if columns.caption else [None] * len(dataset)
     images = dataset.select_columns([columns.image])
+    masks = dataset.select_columns([columns.condition]) if columns.condition else None
     name = printable(source.name)
     without = [f"{name}[{i}]" for i, caption in enumerate(captions) if not caption]
     if columns.caption and without:
         with_caption = f"{len(captions) - len(without)} of {len(captions)} images have a caption of their own"
         say(f"{source.flag} {name}: {with_caption}; without: {short_list(without)}")
-    return [
+    samples = [
         Sample(f"{name}[{i}]", (images, i, columns.image), caption or None, root=source.root)
         for i, caption in enumerate(captions)
     ]
+    for i, sample in enumerate(samples if masks else ()):
+        sample.mask = Sample(f"the mask of {sample.name}", (masks, i, columns.condition), root=source.root)
+    return samples

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -26,6 +27,7 @@ SAMPLED_ABOVE = 1 << 30
 SAMPLE_BYTES, SAMPLES = 1 << 16, 64
 SUFFIX = ".safetensors"
 WINDOWS = "windows"
+PARTIAL_SECONDS = 24 * 3600
 CHECKSUM = "xxh3_128"  # the name of the checksum in an entry's metadata
 
 
@@ -90,6 +92,14 @@ class Cache:
                 bar.update()
         if removed:
             print(f"{self.folder}: {removed} of {len(keys)} entries were damaged, so they are encoded again")
+
+    def remove_partial(self) -> None:
+        """Removes the partial entries of processes that were killed at least a day ago; another may be writing now."""
+        for folder in (self.folder, self.windows):
+            for path in folder.glob(".*.partial"):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > PARTIAL_SECONDS:
+                        path.unlink()
 
     def put(self, key: str, tensors: dict[str, np.ndarray], temporary: bool = False) -> None:
         """Writes an entry under a temporary name and renames it, so that a kill never leaves a partial entry.

@@ -109,16 +109,17 @@ def load(
     samples = folders.samples_in_folder(folder, flag, say=say)
     for sample in samples:
         sample.caption = sample.caption or settings.class_prompt
+        sample.mask = None
     used_sizes = [sizes[bucket] for bucket in quota]
     samples = checks.preflight(
         samples,
-        buckets.min_size(used_sizes),
+        buckets.covering(used_sizes),
         f"{flag} {printable(folder)}",
         settings.skip_bad_images,
         settings.dataloader_num_workers,
         facts,
     )
-    ids = np.array(list(quota))[buckets.bucket_ids(samples, used_sizes)]
+    ids = np.array(list(quota))[buckets.bucket_ids([sample.size for sample in samples], used_sizes)]
     kept = [i for i, bucket in enumerate(ids) if np.count_nonzero(ids[:i] == bucket) < quota[bucket]]
     return ClassImages([samples[i] for i in kept], ids[kept])
 

@@ -125,6 +125,6 @@ class EntrySizes(NamedTuple):
         """Bytes of an image of (height, width) pixels."""
         return self.latent * (size[0] // self.factor) * (size[1] // self.factor)
 
-    def sample(self, size: tuple[int, int], images: int) -> int:
-        """Bytes of a sample with a caption of its own and this number of encoded images."""
-        return self.text + images * self.image(size)
+    def sample(self, size: tuple[int, int], images: int, captions: int = 1) -> int:
+        """Bytes of a sample with captions of its own and this number of encoded images."""
+        return captions * self.text + images * self.image(size)

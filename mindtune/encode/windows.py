@@ -83,11 +83,18 @@ class Windows:
         )
         self.sizes = estimate.EntrySizes.of(stage)
         self.sample_bytes = self.sizes.sample(
-            max(data.sizes, key=math.prod), data.images_per_sample if settings.cache_latents else 0
+            max(data.sizes, key=math.prod),
+            data.images_per_sample if settings.cache_latents else 0,
+            data.captions_per_sample,
         )
         self.batch_size = settings.train_batch_size * (2 if settings.with_prior_preservation else 1)
         self.largest = max(1, self.limit // 2 // (self.sample_bytes * per_update * self.batch_size))
-        self.length = settings.encode_window or min(FIRST_WINDOW, self.largest)  # updates
+        self.length = min(settings.encode_window or FIRST_WINDOW, self.largest)  # updates
+        if settings.encode_window and self.length < settings.encode_window:
+            print(
+                f"--encode_window {settings.encode_window}: would take more than half of the {self.limit / GB:g} GB of "
+                f"--cache_limit_gb, so a window has {self.length} updates"
+            )
         # Batches that are prepared in advance need their entries, too.
         self.ahead = (settings.dataloader_num_workers + 3) * ranks.world_size()
         self.encoded = self.first  # the batches before this one are encoded
@@ -106,6 +113,8 @@ class Windows:
         """Encodes all, or what validation and the first window need."""
         settings, data, stage = self.settings, self.data, self.stage
         self._check_disk()
+        if ranks.is_main_process():
+            stage.cache.remove_partial()
         if settings.cache_latents:
             print("--cache_latents: every image is center-cropped, and with --random_flip cached twice")
         if not settings.streaming:
@@ -204,6 +213,6 @@ class Windows:
         settings = self.settings
         for uses in itertools.islice(self.coming, batches):
             for use in uses:
-                captions.append(use.sample.caption)
+                captions.append(use.caption)
                 if settings.cache_latents:
                     yield from self.data.images_of(use, settings.random_flip)

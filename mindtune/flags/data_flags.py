@@ -1,4 +1,4 @@
-"""Flags of the data: pairs of images, images with captions, and how images are prepared."""
+"""Flags of the data: pairs of images, and images with captions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from mindtune.cli import UserError
 from mindtune.data import metadata
 from mindtune.data.columns import Source, check_source
-from mindtune.data.crops import INTERPOLATIONS
 from mindtune.flags.parser import Parser, Values
 
 
@@ -48,6 +47,7 @@ def pairs(parser: Parser) -> None:
         minimum=0,
         help="Probability of an empty caption instead of the pair's own, drawn each time a pair is used.",
     )
+    tags(parser)
     parser.checks.append(_check_pairs)
 
 
@@ -57,91 +57,24 @@ def _check_pairs(args: Values) -> None:
         raise UserError(f"--proportion_empty_prompts {args.proportion_empty_prompts}: must be between 0 and 1.")
     if args.streaming and not args.max_train_steps:
         raise UserError("--streaming needs --max_train_steps: the length of a stream is not known.")
-    for name in ("max_train_samples", "validation_split", "aspect_ratio_buckets", "skip_bad_images"):
+    for name in ("max_train_samples", "validation_split", "aspect_ratio_buckets", "auto_buckets", "skip_bad_images"):
         if args.streaming and getattr(args, name):
             raise UserError(f"--{name} with --streaming: needs all pairs before training; leave one of the two out.")
 
 
-def images(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
-    """How images are checked, cropped and encoded. `sample` is the word for a sample in help lines: image or pair.
-
-    --resolution must be a multiple of `multiple` and at least `smallest` pixels.
-    """
+def tags(parser: Parser) -> None:
+    """Captions that are lists of tags."""
     add = parser.add
-    add("max_train_samples", type=int, minimum=1, help=f"Use only the first N {sample}s. Default: all.")
+    add("shuffle_tags", default=False, help="Shuffle the tags of a caption, which commas separate, for each use.")
+    add("keep_tags", type=int, default=0, minimum=0, help="With --shuffle_tags, keep the first N tags in place.")
     add(
-        "skip_bad_images",
-        default=False,
-        may_change=True,
-        help=f"List {sample}s that cannot be used and train without them. Default: stop with an error.",
-    )
-    add(
-        "verify_data",
-        default=False,
-        may_change=True,
-        help="Decode every image and read every cache entry at the start. Default: only those that are new or changed.",
-    )
-    add(
-        "validation_split",
-        type=float,
-        default=0.0,
-        minimum=0,
-        below=1,
-        help=f"Fraction of the {sample}s held out of training for the held-out loss. 0: none.",
-    )
-    add(
-        "resolution",
-        type=int,
-        default=512,
-        help=f"Height and width of the training crops in pixels, a multiple of {multiple}.",
-    )
-    add(
-        "aspect_ratio_buckets",
-        help=f'Instead of --resolution: sizes "height,width;height,width". A {sample} gets the nearest aspect ratio.',
-    )
-    add("center_crop", default=False, help="Crop at the center. Default: a new random crop each time an image is used.")
-    add("random_flip", default=False, help="Flip images horizontally with probability 0.5.")
-    add(
-        "image_interpolation_mode",
-        choices=sorted(INTERPOLATIONS),
-        default="lanczos",
-        help="Interpolation method for resizing.",
-    )
-    add(
-        "cache_latents",
-        default=False,
-        help=f"Encode the center crop of every {sample} before training; with --random_flip also its flip.",
-    )
-    add(
-        "encode_window",
-        type=int,
-        minimum=1,
-        may_change=True,
-        help="Number of updates whose data is encoded at a time. Default: all, or what --cache_limit_gb allows.",
-    )
-    add(
-        "cache_limit_gb",
-        type=float,
-        above=0,
-        may_change=True,
-        help="Disk in GB for encoder outputs; more data is encoded in windows. Default: all, for a stream 50.",
-    )
-    add(
-        "dataloader_num_workers",
-        type=int,
-        default=1,
-        minimum=0,
-        may_change=True,
-        help="Number of threads that prepare batches. 0: the main thread does.",
+        "tag_orders", type=int, default=8, minimum=2, help="With --shuffle_tags, the number of orders that are encoded."
     )
 
     def check(args: Values) -> None:
-        if args.resolution % multiple or args.resolution < smallest:
-            nearest = max(smallest, round(args.resolution / multiple) * multiple)
-            raise UserError(
-                f"--resolution {args.resolution}: must be divisible by {multiple} and at least {smallest}. "
-                f"The nearest is {nearest}."
-            )
+        for name, default in (("keep_tags", 0), ("tag_orders", 8)):
+            if getattr(args, name) != default and not args.shuffle_tags and not getattr(args, "dataset_config", None):
+                raise UserError(f"--{name} {getattr(args, name)}: needs --shuffle_tags. Add it, or leave this out.")
 
     parser.checks.append(check)
 
@@ -163,6 +96,30 @@ def instance_images(parser: Parser) -> None:
     dataset(parser, image="the first image column")
     add("caption_column", help="Column of the captions. Default: text in a metadata file, none in a data set.")
     add("instance_prompt", help="Caption of images without one; contains a rare word for the subject, such as sks.")
+    add("trigger_word", help="Word that is put before each caption that does not contain it. Default: none.")
+    add(
+        "caption_dropout",
+        type=float,
+        default=0.0,
+        minimum=0,
+        below=1,
+        help="Probability of an empty caption, drawn each time an image is used.",
+    )
+    tags(parser)
+    add(
+        "masked_loss",
+        default=False,
+        help="Weight the loss by masks: NAME.mask.png beside an image, --mask_column, or its transparency.",
+    )
+    add("mask_column", help="Column of the masks in a data set. Default: none.")
+    add(
+        "unmasked_weight",
+        type=float,
+        default=0.0,
+        minimum=0,
+        below=1,
+        help="With --masked_loss, the weight of the loss where the mask is black.",
+    )
     add("repeats", type=int, default=1, minimum=1, help="Number of times every image is used per epoch.")
     parser.checks.append(_check_instance_images)
 
@@ -172,7 +129,16 @@ def _check_instance_images(args: Values) -> None:
         raise UserError(
             "give one of --instance_data_dir (a directory of images), --dataset_name and --dataset_config, only one."
         )
-    in_file = ("dataset_config_name", "image_column", "class_data_dir", "class_prompt", "max_train_samples")
+    if (args.mask_column or args.unmasked_weight) and not (args.masked_loss or args.dataset_config):
+        raise UserError("--mask_column and --unmasked_weight need --masked_loss. Add it, or leave them out.")
+    in_file = (
+        "dataset_config_name",
+        "image_column",
+        "mask_column",
+        "class_data_dir",
+        "class_prompt",
+        "max_train_samples",
+    )
     for name in in_file if args.dataset_config else ():
         if getattr(args, name):
             raise UserError(
@@ -180,7 +146,7 @@ def _check_instance_images(args: Values) -> None:
             )
     if args.dataset_name or args.dataset_config:
         return
-    for name in ("dataset_config_name", "image_column"):
+    for name in ("dataset_config_name", "image_column", "mask_column"):
         if getattr(args, name):
             raise UserError(f"--{name} {getattr(args, name)}: needs --dataset_name; leave it out.")
     folder = Path(args.instance_data_dir)

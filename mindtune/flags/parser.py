@@ -39,8 +39,8 @@ class Flag(NamedTuple):
 class Values(argparse.Namespace):
     """The values of all flags, read-only."""
 
-    def __init__(self, values: dict[str, Any], declared: dict[str, Flag]) -> None:
-        self.__dict__.update(values, _declared=declared)
+    def __init__(self, values: dict[str, Any], declared: dict[str, Flag], defaults: dict[str, Any]) -> None:
+        self.__dict__.update(values, _declared=declared, _defaults=defaults)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"args.{name}: flags are never changed; use a local variable")
@@ -57,6 +57,10 @@ class Values(argparse.Namespace):
     def fixed(self) -> dict[str, Any]:
         """The flags that must have the same values when the run is resumed, for an exact continuation."""
         return {name: getattr(self, name) for name, flag in self._declared.items() if not flag.may_change}
+
+    def defaults(self) -> dict[str, Any]:
+        """The default of every flag: what a checkpoint of an older version, which lacks the flag, was trained with."""
+        return self._defaults
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -103,7 +107,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Optional[Sequence[str]] = None, namespace: None = None) -> Values:
         """The values of all flags, after all checks. Raises UserError."""
-        values = Values(vars(super().parse_args(args)), self.declared)
+        defaults = {name: self.get_default(name) for name in self.declared}
+        values = Values(vars(super().parse_args(args)), self.declared, defaults)
         for name, why in NO_EFFECT.items():
             if getattr(values, name, False):
                 print(f"--{name}: {why}")

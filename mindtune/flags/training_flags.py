@@ -1,4 +1,4 @@
-"""Flags of the models, the training step, the optimizer and the learning-rate schedule."""
+"""Flags of the models and of the training step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 
 from mindtune.cli import UserError
 from mindtune.flags.parser import Parser, Values
-from mindtune.flow import WEIGHTING_SCHEMES
-from mindtune.optim import optimizers, schedules, zero1
+from mindtune.flow import HUBER_SCHEDULES, LOSSES, WEIGHTING_SCHEMES
 
 
 def model(parser: Parser, pipeline: str) -> None:
@@ -68,7 +67,7 @@ def flux(parser: Parser, weighting_scheme: str) -> None:
     add(
         "timestep_shift",
         default="1",
-        help="Shift of the sigmas towards noise: a number, or auto to compute it from the image size. 1: no shift.",
+        help="Shift of the sigmas towards noise: a number, or auto for FLUX.1's own by the image's size. 1: no shift.",
     )
     add(
         "guidance_scale",
@@ -96,6 +95,32 @@ def _check_flux(args: Values) -> None:
         usable = False
     if not usable:
         raise UserError(f"--timestep_shift {args.timestep_shift}: give a positive number or auto.")
+
+
+def loss(parser: Parser) -> None:
+    """The loss function."""
+    add = parser.add
+    add("loss", choices=LOSSES, default="mse", help="Loss function. huber, smooth_l1: less influence of large errors.")
+    add(
+        "huber_delta",
+        type=float,
+        above=0,
+        help="Errors far above it count linearly in huber and smooth_l1. Default: 0.1.",
+    )
+    add(
+        "huber_schedule",
+        choices=HUBER_SCHEDULES,
+        help="How delta falls from 1 at the image to --huber_delta at the noise. Default: exponential.",
+    )
+
+    def check(args: Values) -> None:
+        for name in ("huber_delta", "huber_schedule"):
+            if args.loss == "mse" and getattr(args, name):
+                raise UserError(
+                    f"--{name} {getattr(args, name)}: needs --loss huber or smooth_l1. Add it, or leave this out."
+                )
+
+    parser.checks.append(check)
 
 
 def step(parser: Parser, sample: str) -> None:
@@ -187,95 +212,3 @@ def _check_step(args: Values) -> None:
         raise UserError(f"{flag}: --fit chooses the number of blocks; leave one of the two flags out.")
     if not args.gradient_checkpointing:
         raise UserError(f"{flag}: has no effect without --gradient_checkpointing; add it.")
-
-
-def optimizer(parser: Parser, learning_rate: float, adam_weight_decay: float) -> None:
-    """The optimizer, its learning rate and the clipping of gradients."""
-    add = parser.add
-    parser.section("optimizer")
-    add(
-        "optimizer",
-        type=str.lower,
-        choices=["adamw", "adamweightdecay", "prodigy", "adafactor"],
-        default="adamw",
-        help="Optimizer. adamweightdecay: MindSpore's, without bias correction. adafactor: no betas and epsilon.",
-    )
-    add("use_8bit_adam", default=False, help="AdamW with 8-bit moments: 2 bytes of state per parameter instead of 8.")
-    add(
-        "offload_optimizer",
-        default=False,
-        help="Keep AdamW's moments in host memory and update them there. Graph mode only.",
-    )
-    add(
-        "learning_rate",
-        type=float,
-        default=learning_rate,
-        minimum=0,
-        help="Learning rate after warm-up; about 1 for prodigy.",
-    )
-    add(
-        "scale_lr",
-        default=False,
-        help="Multiply --learning_rate by batch size, accumulation steps and number of devices.",
-    )
-    add("adam_beta1", type=float, default=0.9, minimum=0, below=1, help="Decay rate of the first moment.")
-    add("adam_beta2", type=float, default=0.999, minimum=0, below=1, help="Decay rate of the second moment.")
-    add("adam_epsilon", type=float, default=1e-8, help="Term added to the square root of the second moment.")
-    add("adam_weight_decay", type=float, default=adam_weight_decay, help="Weight decay, decoupled as in AdamW.")
-    add(
-        "max_grad_norm",
-        type=float,
-        default=1.0,
-        minimum=0,
-        help="Clip the gradient norm to this value. 0: no clipping.",
-    )
-    parser.checks.append(_check_optimizer)
-
-
-def _check_optimizer(args: Values) -> None:
-    optimizers.check_settings(
-        args.optimizer,
-        use_8bit_adam=args.use_8bit_adam,
-        offload_optimizer=args.offload_optimizer,
-        graph_mode=args.mindspore_mode == 0,
-    )
-    zero1.check_flags(args.zero_stage, args.distributed, args.optimizer)
-
-
-def schedule(parser: Parser) -> None:
-    """The learning-rate schedule."""
-    add = parser.add
-    add("lr_scheduler", choices=schedules.SCHEDULES, default="constant", help="Learning-rate schedule.")
-    add(
-        "lr_warmup_steps",
-        type=int,
-        default=500,
-        minimum=0,
-        help="Number of warm-up updates. constant has no warm-up.",
-    )
-    add(
-        "lr_schedule_steps",
-        type=int,
-        minimum=1,
-        may_change=True,
-        help="Length of the schedule in updates, warm-up included. Default: the length of the run.",
-    )
-    add("lr_num_cycles", type=float, default=1, help="Number of cycles of the cosine_with_restarts schedule.")
-    add("lr_power", type=float, default=1.0, help="Power of the polynomial schedule.")
-
-
-def ema(parser: Parser) -> None:
-    """An exponential moving average of the trained weights."""
-    parser.add(
-        "use_ema",
-        default=False,
-        help="Validate and save an exponential moving average of the weights.",
-    )
-    parser.add(
-        "ema_decay",
-        type=float,
-        default=0.9999,
-        minimum=0,
-        below=1,
-        help="Decay rate of the moving average, lower at first.",
-    )

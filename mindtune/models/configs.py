@@ -57,3 +57,9 @@ def class_of(config: dict[str, Any]) -> str:
 def latent_layout(vae_config: dict[str, Any]) -> tuple[int, int]:
     """The number of channels of a VAE's latents, and the pixels per latent along a side."""
     return vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def image_tokens(size: tuple[int, int], vae_config: dict[str, Any]) -> int:
+    """The number of FLUX's tokens of an image of `size` (height, width) in pixels: one per patch of 2x2 latents."""
+    patch = 2 * latent_layout(vae_config)[1]
+    return size[0] // patch * (size[1] // patch)

@@ -32,6 +32,10 @@ class EMA(nn.Cell):
     def construct(self, weight):
         return self.hyper_map(ops.partial(_move, weight), self.averages, self.live)
 
+    def by_name(self) -> dict[str, ms.Parameter]:
+        """The averages by the names of the parameters, for a checkpoint."""
+        return {p.name: average for p, average in zip(self.live, self.averages)}
+
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """In this context the parameters have the values of their averages."""

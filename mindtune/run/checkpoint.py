@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import mindspore as ms
 import numpy as np
@@ -209,6 +209,14 @@ def require_space(output_dir: Path, size: int, updates: int, every: int, limit: 
             f"--output_dir {output_dir}: {count} more checkpoints need {size_text(needed)}; {size_text(free)} is free. "
             "Free some space, or set --checkpoints_total_limit or a higher --checkpointing_steps."
         )
+
+
+def trainer_state(folder: Optional[Path], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run; empty without one.
+
+    A flag that it lacks, because it is of an older version, had its value in `defaults`.
+    """
+    return {**defaults, **json.loads((folder / "trainer_state.json").read_text())} if folder else {}
 
 
 def save_state(path: Path, parameters: dict[str, Union[ms.Parameter, np.ndarray]]) -> None:

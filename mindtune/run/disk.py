@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Union
 
 from mindtune.cli import UserError, size_text
-from mindtune.data.buckets import crop_sizes
+from mindtune.data import buckets
+from mindtune.data.captions import variants
 from mindtune.encode import estimate, windows
 from mindtune.files import encoder_cache, free_bytes
 from mindtune.models.tokenization import load_tokenizer
@@ -29,7 +31,7 @@ class Settings(NamedTuple):
     gradient_accumulation_steps: int = 1
     mixed_precision: str = "no"
     max_sequence_length: int = estimate.CLIP_TOKENS
-    resolution: int = 512
+    resolution: Union[int, list[int]] = 512
     aspect_ratio_buckets: Optional[str] = None
     cache_latents: bool = False
     random_flip: bool = False
@@ -41,6 +43,11 @@ class Settings(NamedTuple):
     dataset_config: Optional[str] = None
     instance_prompt: Optional[str] = None
     max_train_samples: Optional[int] = None
+    caption_dropout: float = 0.0
+    shuffle_tags: bool = False
+    keep_tags: int = 0
+    tag_orders: int = 8
+    trigger_word: Optional[str] = None
 
 
 def checkpoint_bytes(settings: Settings, run: memory.Settings, updates: int) -> int:
@@ -79,34 +86,38 @@ def describe(settings: Settings, run: memory.Settings, find_samples: Callable[[]
     return "\n".join(lines)
 
 
-def _captions(settings: Settings, find_samples: Callable[[], Iterable]) -> tuple[int, list[str]]:
-    """(uses of samples per epoch, captions of all samples)"""
+def _captions(settings: Settings, find_samples: Callable[[], Iterable]) -> tuple[int, list[list[str]]]:
+    """(uses of samples per epoch, the captions of each sample in all forms)"""
     if settings.streaming:
         return 0, []
     if settings.dataset_name and not Path(settings.dataset_name).expanduser().is_dir():
         raise UserError(f"--dataset_name {settings.dataset_name} is no directory, and a plan downloads nothing")
     samples = list(find_samples())[: settings.max_train_samples]
     repeats = [settings.repeats if not settings.dataset_config else sample.setting("repeats", 1) for sample in samples]
-    return sum(repeats), [sample.caption or settings.instance_prompt or "" for sample in samples]
+    # A pair has no concept.
+    used = [(sample.caption or settings.instance_prompt or "", getattr(sample, "concept", None)) for sample in samples]
+    return sum(repeats), [variants(caption, concept or settings, seed=0) for caption, concept in used]
 
 
-def _cache(settings: Settings, run: memory.Settings, captions: list[str], free: int) -> tuple[float, list[str]]:
+def _cache(settings: Settings, run: memory.Settings, captions: list[list[str]], free: int) -> tuple[float, list[str]]:
     """(bytes, lines that describe them) of the encoder cache."""
     if settings.streaming:
         limit = settings.cache_limit_gb or min(windows.CACHE_LIMIT_GB, free // 2 // GB)
         return limit * GB, [f"disk for the encoder cache: up to {limit:g} GB, --cache_limit_gb of a stream"]
     encoders = estimate.encoders_of(run.root)
     sizes = estimate.EntrySizes.of_encoders(encoders, settings.mixed_precision, settings.max_sequence_length)
-    unique = len(set(captions))
+    forms = list(dict.fromkeys(itertools.chain(*captions)))
+    unique = len(forms)
     text = sizes.text * unique
+    crops = buckets.Settings(settings.resolution, settings.aspect_ratio_buckets)
     images = (2 if run.system == "flux_controlnet" else 1) * (2 if settings.random_flip else 1) * len(captions)
-    crop = max(crop_sizes(settings.aspect_ratio_buckets, settings.resolution), key=math.prod)
-    latents = images * sizes.image(crop)
+    images *= len(buckets.resolutions(crops))
+    latents = images * sizes.image(crops.largest())
     of_images = f"{size_text(latents)} for {images:,} images" if settings.cache_latents else "no --cache_latents"
     lines = [f"disk for the encoder cache: {size_text(text)} for {unique:,} different captions, {of_images}"]
     if encoders.kind == "flux":
         tokenizer = load_tokenizer(run.root / "tokenizer_2")
-        lines += estimate.shorter_captions(captions, tokenizer, settings.max_sequence_length, text)
+        lines += estimate.shorter_captions(forms, tokenizer, settings.max_sequence_length, text)
     needed = text + (latents if settings.cache_latents else 0)
     if settings.cache_limit_gb and needed > settings.cache_limit_gb * GB:
         needed = settings.cache_limit_gb * GB

@@ -30,7 +30,7 @@ def held_out_loss(
             values = []
             for sample_id in range(count):
                 prediction, target, sigmas = step.predict(*map(ms.Tensor, batch(sample_id, index)))
-                values.append(float(flow.weighted_mse(prediction, target, ops.ones_like(sigmas))))
+                values.append(float(flow.sample_losses(prediction, target, ops.ones_like(sigmas)).mean()))
                 bar.update()
             losses.append(float(np.mean(values)))
     return losses

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import mindspore as ms
 
-from mindtune.data.buckets import crop_sizes
+from mindtune.data import buckets
 from mindtune.encode.estimate import CLIP_TOKENS, ITEMSIZE
 from mindtune.encode.jobs import vae_batch
 from mindtune.models.configs import read_config
@@ -42,7 +42,7 @@ class Settings(NamedTuple):
     controlnet: Optional[Path] = None  # the folder of an existing ControlNet that training starts from
     mixed_precision: str = "no"
     mindspore_mode: int = 0
-    resolution: int = 512
+    resolution: Union[int, list[int]] = 512
     aspect_ratio_buckets: Optional[str] = None
     train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
@@ -87,7 +87,7 @@ class Settings(NamedTuple):
 
     def largest_crop(self) -> tuple[int, int]:
         """(height, width) in pixels of the largest training image."""
-        return max(crop_sizes(self.aspect_ratio_buckets, self.resolution), key=math.prod)
+        return buckets.Settings(self.resolution, self.aspect_ratio_buckets).largest()
 
 
 class Part(NamedTuple):

@@ -56,11 +56,13 @@ class Run:
     Call order: `set_data`, `resume`, `start`; in the loop `stopped`, `update`, `due`, `save`; `stop` or `finish`.
 
     `flags` are recorded in run.json. `results` are the names of the files that a finished run leaves in the output
-    directory; the last of them marks it as finished. Creating a `Run` checks the output directory, the logging services
-    and the hub, and writes nothing. Raises UserError.
+    directory; the last of them marks it as finished. `defaults` are those of the flags. Creating a `Run` checks the
+    output directory, the logging services and the hub, and writes nothing. Raises UserError.
     """
 
-    def __init__(self, settings: Settings, flags: dict[str, Any], results: tuple[str, ...]) -> None:
+    def __init__(
+        self, settings: Settings, flags: dict[str, Any], results: tuple[str, ...], defaults: Optional[dict] = None
+    ) -> None:
         self.started = time.time()
         self.settings = settings
         self.flags = flags
@@ -75,12 +77,9 @@ class Run:
         )
         ranks.require_same(str(self.checkpoint), "--output_dir: the checkpoint to resume from")
         self.logging_dir = self.output_dir / settings.logging_dir
-        self.state = json.loads((self.checkpoint / "trainer_state.json").read_text()) if self.checkpoint else {}
-        self.hub_id = None
-        if settings.push_to_hub:
-            self.hub_id = ranks.on_main_process(
-                hub.check, settings.hub_model_id, settings.output_dir, settings.hub_token
-            )
+        self.state = checkpoint.trainer_state(self.checkpoint, defaults or {})
+        wanted = (settings.hub_model_id, settings.output_dir, settings.hub_token)
+        self.hub_id = ranks.on_main_process(hub.check, *wanted) if settings.push_to_hub else None
         seed = settings.seed if settings.seed is not None else self.state.get("seed", secrets.randbelow(2**31))
         self.seed = ranks.all_gather(seed)[0]
         self.step = self.state.get("global_step", 0)
@@ -155,6 +154,8 @@ class Run:
             "workers": ranks.world_size(),
         }
         self._print_summary()
+        parts = ranks.all_gather([(name, parameter.nbytes) for name, parameter in self.training_state.items()])
+        self.state_bytes = sum(dict(itertools.chain(*parts)).values())  # with ZeRO a rank has names of its own
         if ranks.is_main_process():
             self._open_files()
         self.stop_request = StopRequest()
@@ -177,7 +178,7 @@ class Run:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.settings.overwrite_output_dir and not checkpoint.belongs_to(self.checkpoint, self.output_dir):
             checkpoint.remove_old_run(self.output_dir, self.logging_dir, self.files)
-        saved = sum(p.nbytes for p in self.training_state.values()) + 4 * sum(self.record["trainable"].values())
+        saved = self.state_bytes + 4 * sum(self.record["trainable"].values())
         every, limit = self.settings.checkpointing_steps, self.settings.checkpoints_total_limit
         checkpoint.require_space(self.output_dir, saved, self.max_train_steps - self.step, every, limit)
         tracking.write_run_json(self.output_dir / "run.json", **self.record, finished=False)

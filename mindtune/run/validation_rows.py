@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 from PIL import Image
 
@@ -25,7 +25,6 @@ class Settings(NamedTuple):
 
     system: str  # flux_lora, flux_controlnet, controlnet or controlnet_sdxl
     seed: int  # of the run
-    size: Optional[tuple[int, int]] = None  # (height, width) in pixels of images without a condition
     validation_prompt: Sequence[str] = ()
     validation_image: Sequence[str] = ()
     validation_file: Optional[str] = None
@@ -51,9 +50,10 @@ class Settings(NamedTuple):
 class Row(NamedTuple):
     """One validation image and how it is sampled.
 
-    Its noise has the key (`seed`, "validation", `number`). `size` is (height, width) in pixels. `image` is the path of
-    the condition image, which `load_conditions` reads into `condition`, and `scale` the conditioning scale. `place` is
-    the number of the row in --validation_file, from 1; 0 for an image of the flags.
+    Its noise has the key (`seed`, "validation", `number`). `size` is (height, width) in pixels; a row without one gets
+    it from `load_conditions` or `with_size`. `image` is the path of the condition image, which `load_conditions` reads
+    into `condition`, and `scale` the conditioning scale. `place` is the number of the row in --validation_file, from 1;
+    0 for an image of the flags.
     """
 
     prompt: str
@@ -90,7 +90,6 @@ def read(settings: Settings) -> list[Row]:
         seed=settings.seed,
         steps=settings.num_inference_steps,
         guidance=settings.guidance_scale,
-        size=settings.size,
         scale=settings.controlnet_conditioning_scale,
     )
     pairs = [(prompt, None) for prompt in prompts]
@@ -105,11 +104,18 @@ def read(settings: Settings) -> list[Row]:
     return rows if settings.validation_file is None else rows + _read_file(settings, default)
 
 
-def load_conditions(rows: list[Row], resolution: int, multiple: int, background: str) -> list[Row]:
+def with_size(rows: list[Row], size: tuple[int, int]) -> list[Row]:
+    """The rows; those without a size get `size`, (height, width) in pixels."""
+    return [row._replace(size=row.size or size) for row in rows]
+
+
+def load_conditions(rows: list[Row], resolution: Union[int, list[int]], multiple: int, background: str) -> list[Row]:
     """The rows with their condition images, resized by `condition_image`, on the background of the training data.
 
-    Rows without a size get that of their condition. Raises UserError if an image cannot be read.
+    Rows without a size get that of their condition. Of several resolutions the largest counts. Raises UserError if an
+    image cannot be read.
     """
+    resolution = max(resolution) if isinstance(resolution, list) else resolution
     loaded: dict[tuple, Image.Image] = {}
     for row in rows:
         flag = f"--validation_file, row {row.place}:" if row.place else "--validation_image"
@@ -176,7 +182,7 @@ def _make_row(content: Any, settings: Settings, default: Row, names: FileNames) 
     if problems:
         raise ValueError("; ".join(problems))
     side = values.pop("size", None)
-    size = (side, side) if side else default.size
+    size = (side, side) if side else None
     if "width" in values:
         size = (values.pop("height"), values.pop("width"))
     if "image" in values:

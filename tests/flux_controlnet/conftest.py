@@ -152,7 +152,7 @@ def batches(control_script, load_data):
     def make(*more):
         args, data = load_data(*more)
         stage = StageWithoutEncoders()
-        made = control_script.Batches(args, stage, VAE_CONFIG, 1000)
+        made = control_script.Batches(args, stage, VAE_CONFIG, data.sizes, 1000)
         iterate = lambda first, last: data.iterate(first, last, made.make, args.dataloader_num_workers)  # noqa: E731
         return SimpleNamespace(data=data, captions=stage.captions, iterate=iterate)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import StageWithoutEncoders
 
-from mindtune.data.buckets import bucket_ids
+from mindtune.data.buckets import bucket_ids, covering
 from mindtune.data.image_data import ClassImages, ImageData
 from mindtune.data.image_facts import ImageFacts
 
@@ -22,8 +22,8 @@ def batches(lora_script, flags, tmp_path):
 
     def make(sizes, *more, class_images=False, moments=None):
         args = lora_script.parse_args(flags(tmp_path / "out", *more))
-        samples = lora_script.load_samples(args, sizes, ImageFacts())
-        ids = bucket_ids(samples, sizes)
+        samples = lora_script.load_samples(args, covering(sizes), ImageFacts())
+        ids = bucket_ids([sample.size for sample in samples], sizes)
         data = ImageData(
             samples,
             ids,
@@ -33,7 +33,7 @@ def batches(lora_script, flags, tmp_path):
             batch_size=args.train_batch_size,
             repeats=args.repeats,
         )
-        made = lora_script.Batches(args, StageWithoutEncoders(moments), VAE_CONFIG, 1000)
+        made = lora_script.Batches(args, StageWithoutEncoders(moments), VAE_CONFIG, sizes, 1000)
         return SimpleNamespace(data=data, at=lambda number: made.make(data.uses(number)))
 
     return make

@@ -88,6 +88,46 @@ def test_graph_and_pynative_agree_in_every_bucket(lora, small_flux, tmp_path):
     np.testing.assert_allclose(held_out[0], held_out[1], rtol=1e-5)
 
 
+# ---- automatic sizes -----------------------------------------------------------------------------
+
+AUTO = ["--resolution", "32,64", "--auto_buckets", "--bucket_step", 16]
+
+
+def test_every_image_is_trained_at_each_resolution(lora, photos, tmp_path, capsys):
+    """Five images in two resolutions: ten samples per epoch, and a table of sizes. A held-out image is so in both."""
+    out = lora(tmp_path / "out", *AUTO, "--cache_latents", "--num_train_epochs", 1, "--max_train_steps", 2)
+    printed = capsys.readouterr().out
+    table = printed[printed.index("width x height") :].splitlines()[1:]
+    counts = {}
+    for line in table[: next(i for i, line in enumerate(table) if " x " not in line)]:
+        width, _, height, count, *_ = line.split()
+        assert int(width) * int(height) <= 64 * 64 and int(width) % 16 == int(height) % 16 == 0
+        counts[int(height), int(width)] = int(count)
+    assert sum(counts.values()) == 10 and "10 samples per epoch" in printed
+    assert len([line for line in metrics(out) if "loss" in line]) == 2
+    lora(tmp_path / "held", *AUTO, "--cache_latents", "--validation_split", 0.2, "--max_train_steps", 1)
+    assert "8 samples per epoch, 2 held out" in capsys.readouterr().out
+
+
+def test_the_shift_is_that_of_each_size(batches):
+    """The index of a timestep points into the table of the sample's own size; the position in it is drawn as before."""
+    sizes = [(32, 32), (48, 32), (64, 48)]
+    config = {"base_image_seq_len": 4, "max_image_seq_len": 16, "base_shift": 0.5, "max_shift": 1.15}
+    sigmas = np.linspace(1.0, 0.001, 1000)
+    tables = flow.training_sigmas(sigmas, "auto", [4, 6, 12], config)
+    made = batches(sizes, "--timestep_shift", "auto")
+    for number in range(10):
+        use = made.data.uses(number)[0]
+        index = int(made.at(number)[3][0])
+        place, table = index % 1000, index // 1000
+        assert sizes[table] == use.size
+        assert place == use.draws.timestep(lambda generator: int(1000 * generator.random()))
+        mu = 0.5 + 0.65 * ([4, 6, 12][table] - 4) / 12
+        expected = np.exp(mu) * sigmas[place] / (1 + (np.exp(mu) - 1) * sigmas[place])
+        assert tables.ravel()[index] == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_array_equal(flow.training_sigmas(sigmas, "1", [4, 6], config), [sigmas, sigmas])
+
+
 def test_class_images_are_generated_in_the_buckets_of_the_instance_images(lora, photos, tmp_path):
     """Ten for three wide and two tall images."""
     sizes = [Image.open(path).size for path in sorted(photos.glob("*.png"))]

@@ -30,6 +30,11 @@ CASES = {
         "--aspect_ratio_buckets", "48,32;32,48", "--with_prior_preservation", "--train_batch_size", 2,
         "--validation_split", 0.2, "--validation_epochs", 1,
     ],
+    "an average, tags in two resolutions and smooth_l1": [
+        "--use_ema", "--resolution", "32,48", "--auto_buckets", "--bucket_step", 16, "--shuffle_tags",
+        "--caption_dropout", 0.3, "--instance_prompt", "a, b, c", "--trigger_word", "sks", "--loss", "smooth_l1",
+        "--masked_loss", "--timestep_shift", "auto", "--validation_split", 0.2, "--validation_epochs", 1,
+    ],
 }  # fmt: skip
 
 

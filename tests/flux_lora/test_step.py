@@ -65,10 +65,11 @@ def make_batch(size, channels=16, text_dim=32, pooled_dim=32, height=4, width=6)
     return moments, posterior, noise, indices, text, pooled, flow.latent_image_ids(height, width)
 
 
-def numpy_loss(batch, scheme, prior_weight=None, gain=0.5, guidance=3.5):
+def numpy_loss(batch, scheme, prior_weight=None, gain=0.5, guidance=3.5, value=lambda error, sigma, number: error**2):
     """The loss of `LinearFlux` sample by sample in float64, straight from docs/flux_lora.md."""
     errors = []
-    for moments, posterior, noise, index, text, pooled in zip(*(np.asarray(part, np.float64) for part in batch[:6])):
+    samples = zip(*(np.asarray(part, np.float64) for part in batch[:6]))
+    for number, (moments, posterior, noise, index, text, pooled) in enumerate(samples):
         mean, logvar = np.split(moments, 2)
         x = (mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * posterior - SHIFT) * SCALE
         sigma = float(SIGMAS[int(index)])
@@ -76,7 +77,7 @@ def numpy_loss(batch, scheme, prior_weight=None, gain=0.5, guidance=3.5):
         # The stand-in adds one number a sample, so packing and unpacking must cancel for this to agree.
         prediction = gain * noisy + sigma + 0.01 * guidance + text.mean() + pooled.mean()
         weight = {"sigma_sqrt": sigma**-2, "cosmap": 2 / (np.pi * (1 - 2 * sigma + 2 * sigma**2))}.get(scheme, 1.0)
-        errors.append(weight * np.mean((prediction - (noise - x)) ** 2))
+        errors.append(weight * np.mean(value(prediction - (noise - x), sigma, number)))
     if prior_weight is None:
         return np.mean(errors)
     half = len(errors) // 2
@@ -87,6 +88,23 @@ def numpy_loss(batch, scheme, prior_weight=None, gain=0.5, guidance=3.5):
 def test_loss_of_every_weighting_is_the_formulas(lora_script, flags, mode, scheme):
     step, batch = make_step(lora_script, flags, LinearFlux(), "--weighting_scheme", scheme), make_batch(3)
     assert float(step(*map(ms.Tensor, batch))[1]) == pytest.approx(numpy_loss(batch, scheme), rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", flow.HUBER_SCHEDULES)
+@pytest.mark.parametrize("loss", ["huber", "smooth_l1"])
+def test_huber_losses_with_weights_per_latent(lora_script, flags, mode, loss, schedule):
+    """Each sample has the delta of its own sigma, and its own weights per latent."""
+    more = ["--loss", loss, "--huber_delta", 0.2, "--huber_schedule", schedule]
+    step, batch = make_step(lora_script, flags, LinearFlux(), *more), make_batch(3)
+    weights = np.random.default_rng(3).random((3, 1, 4, 6)).astype(np.float32)
+
+    def value(error, sigma, index):
+        delta = {"constant": 0.2, "exponential": 0.2**sigma, "snr": 0.8 * (1 - sigma) ** 2 + 0.2}[schedule]
+        losses = 2 * (np.sqrt(error**2 + delta**2) - delta) * (delta if loss == "huber" else 1)
+        return losses * weights[index]
+
+    expected = numpy_loss(batch, "none", value=value)
+    assert float(step(*map(ms.Tensor, (*batch, weights)))[1]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt"])

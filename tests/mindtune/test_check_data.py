@@ -12,8 +12,8 @@ from PIL import Image
 
 from mindtune.check_data import main
 from mindtune.cli import UserError, run_script
+from mindtune.data.buckets import cropped_share
 from mindtune.data.folders import samples_in_folder
-from mindtune.data.statistics import cropped_share
 from mindtune.encode import child
 from mindtune.encode.encoder_stage import EncoderStage
 

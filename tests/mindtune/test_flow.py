@@ -255,25 +255,29 @@ def test_weight_of_every_scheme_for_a_batch(mode, scheme):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weighted_mse_is_computed_in_float32(mode, dtype):
+def test_the_squared_error_is_computed_in_float32(mode, dtype):
     prediction, target, weight = (
         ms.Tensor(random(3, 2, 4, 6)).to(dtype),
         random(3, 2, 4, 6, seed=1),
         column(4.0, 0.5, 1.0),
     )
-    loss = Call(flow.weighted_mse)(prediction, ms.Tensor(target), weight)
-    assert loss.dtype == ms.float32 and loss.shape == ()
-    assert float(loss) == pytest.approx(
+    losses = Call(flow.sample_losses)(prediction, ms.Tensor(target), weight)
+    assert losses.dtype == ms.float32 and losses.shape == (3,)
+    assert float(losses.mean()) == pytest.approx(
         squared_error(prediction.to(ms.float32).asnumpy(), target, weight.asnumpy()), rel=2e-6
     )
 
 
-def test_weighted_mse_does_not_overflow_in_fp16():
+def test_the_squared_error_does_not_overflow_in_fp16():
     """An error of 1000 squares to 1e6, above float16's largest number."""
     prediction = ms.Tensor(np.full((1, 1, 2, 2), 1000.0, np.float16))
     assert float(
-        flow.weighted_mse(prediction, ms.Tensor(np.zeros((1, 1, 2, 2), np.float16)), column(1.0))
+        flow.sample_losses(prediction, ms.Tensor(np.zeros((1, 1, 2, 2), np.float16)), column(1.0)).mean()
     ) == pytest.approx(1e6)
+
+
+def preserving_prior(prediction, target, weighting, prior_weight):
+    return flow.prior_preservation_loss(flow.sample_losses(prediction, target, weighting), prior_weight)
 
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
@@ -284,7 +288,7 @@ def test_prior_preservation_weights_each_half_by_its_sigmas(mode, scheme):
     expected = squared_error(prediction[:2], target[:2], weight[:2]) + 0.25 * squared_error(
         prediction[2:], target[2:], weight[2:]
     )
-    assert float(Call(flow.prior_preservation_mse, 0.25)(*tensors)) == pytest.approx(expected, rel=5e-6)
+    assert float(Call(preserving_prior, 0.25)(*tensors)) == pytest.approx(expected, rel=5e-6)
 
 
 def test_class_sigmas_do_not_weight_instance_errors():
@@ -292,14 +296,68 @@ def test_class_sigmas_do_not_weight_instance_errors():
     prediction, target = random(2, 1, 4, 4), random(2, 1, 4, 4, seed=1)
     prediction[1] = target[1]
     losses = [
-        float(
-            flow.prior_preservation_mse(
-                ms.Tensor(prediction), ms.Tensor(target), column(*weights("sigma_sqrt", (0.5, s))), 1.0
-            )
-        )
+        float(preserving_prior(ms.Tensor(prediction), ms.Tensor(target), column(*weights("sigma_sqrt", (0.5, s))), 1.0))
         for s in (0.01, 0.99)
     ]
     assert losses[0] == losses[1] == pytest.approx(squared_error(prediction[:1], target[:1], [4.0]), rel=1e-6)
+
+
+def pseudo_huber(error, delta, loss):
+    """In float64, as arXiv 2403.16728 writes it."""
+    value = 2 * (np.sqrt(error.astype(np.float64) ** 2 + delta**2) - delta)
+    return delta * value if loss == "huber" else value
+
+
+@pytest.mark.parametrize("loss", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_huber_losses_of_a_batch_with_a_delta_per_sample(mode, dtype, loss):
+    prediction, target = ms.Tensor(random(3, 2, 4, 6)).to(dtype), random(3, 2, 4, 6, seed=1)
+    deltas, weight = np.array([1.0, 0.1, 0.004], np.float32), np.array([4.0, 0.5, 1.0], np.float32)
+    found = Call(SampleLosses(loss))(prediction, ms.Tensor(target), column(*weight), column(*deltas))
+    error = prediction.to(ms.float32).asnumpy() - target
+    expected = [w * pseudo_huber(e, d, loss).mean() for e, d, w in zip(error, deltas.astype(np.float64), weight)]
+    np.testing.assert_allclose(found.asnumpy(), expected, rtol=5e-6)
+
+
+class SampleLosses(nn.Cell):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def construct(self, prediction, target, weighting, deltas):
+        return flow.sample_losses(prediction, target, weighting, self.loss, deltas)
+
+
+@pytest.mark.parametrize("error, delta", [(1e-5, 1.0), (1e-3, 100.0), (30.0, 1e-3)])
+def test_huber_losses_of_errors_far_from_delta(error, delta):
+    """Below delta huber is the squared error, without cancelling in float32; above it grows linearly."""
+    prediction, target = (
+        ms.Tensor(np.full((1, 1, 2, 2), error, np.float32)),
+        ms.Tensor(np.zeros((1, 1, 2, 2), np.float32)),
+    )
+    found = float(flow.sample_losses(prediction, target, column(1.0), "huber", column(delta)).mean())
+    assert found == pytest.approx(error**2 if error < delta else 2 * delta * error, rel=1e-4)
+
+
+def test_weights_per_latent():
+    """Errors count with the weights of their place; the mean is over all places."""
+    prediction, target, weights = random(2, 3, 4, 6), random(2, 3, 4, 6, seed=1), np.abs(random(2, 1, 4, 6, seed=2))
+    found = flow.sample_losses(*map(ms.Tensor, (prediction, target, weights))).asnumpy()
+    expected = (weights.astype(np.float64) * (prediction - target) ** 2).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+
+def test_deltas_fall_from_the_image_to_the_noise():
+    """Along rectified flow t is sigma, and the share of the signal 1 - sigma."""
+    sigmas = np.array([0.0, 0.25, 0.5, 1.0])
+    assert flow.huber_deltas("constant", 0.3, sigmas, 1 - sigmas).tolist() == [0.3] * 4
+    np.testing.assert_allclose(flow.huber_deltas("exponential", 0.01, sigmas, 1 - sigmas), [1, 10**-0.5, 0.1, 0.01])
+    np.testing.assert_allclose(
+        flow.huber_deltas("snr", 0.2, sigmas, 1 - sigmas), [1.0, 0.8 * 0.5625 + 0.2, 0.8 * 0.25 + 0.2, 0.2]
+    )
+    np.testing.assert_array_equal(
+        flow.huber_deltas(None, None, sigmas, 1 - sigmas), flow.huber_deltas("exponential", 0.1, sigmas, 1 - sigmas)
+    )
 
 
 # ---- flags inside a graph ------------------------------------------------------------------------

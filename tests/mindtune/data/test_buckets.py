@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from mindtune.cli import UserError
-from mindtune.data.buckets import BucketOrder, nearest_bucket, parse_buckets
+from mindtune.data.buckets import (
+    BucketOrder,
+    Settings,
+    assign,
+    crop_sizes,
+    cropped_share,
+    describe,
+    min_size,
+    nearest_bucket,
+    parse_buckets,
+    parse_resolution,
+)
 from mindtune.rng import SampleStream
 
 
@@ -48,6 +59,81 @@ def test_of_equally_near_buckets_the_first_is_chosen():
     """A square between 7:3 and 3:7, and 4:3 between 1:1 and 16:9: rounding does not decide."""
     assert nearest_bucket((500, 500), [(48, 112), (112, 48)]) == nearest_bucket((500, 500), [(112, 48), (48, 112)]) == 0
     assert nearest_bucket((400, 300), [(16, 16), (144, 256)]) == nearest_bucket((400, 300), [(144, 256), (16, 16)]) == 0
+
+
+# ---- automatic sizes -----------------------------------------------------------------------------
+
+AUTO = Settings(resolution=512, auto_buckets=True)
+
+
+def shapes(image, settings=AUTO):
+    """The crops of an image of (width, height), each (height, width)."""
+    found = assign([image], settings)
+    return [found.sizes[number] for number in found.bucket_ids]
+
+
+def every_shape(resolution, step, ratio, longest):
+    """The highest shape of each width, by trying all sides."""
+    sides = range(step, longest + 1, step)
+    heights = {w: max((h for h in sides if h * w <= resolution**2), default=None) for w in sides}
+    return [(h, w) for w, h in heights.items() if h and max(h, w) <= ratio * min(h, w)]
+
+
+@pytest.mark.parametrize("step, ratio, side", [(64, 2.0, None), (16, 2.0, None), (16, 3.0, 640), (64, 1.0, None)])
+def test_an_automatic_size_cuts_off_the_least(step, ratio, side):
+    """No other shape would cut off less of the image."""
+    settings = AUTO._replace(bucket_step=step, bucket_max_ratio=ratio, bucket_max_side=side)
+    allowed = every_shape(512, step, ratio, side or 1024)
+    for image in np.random.default_rng(step).integers(1024, 4000, (40, 2)).tolist():
+        (shape,) = shapes(tuple(image), settings)
+        assert shape in allowed
+        least = min(cropped_share(image, each) for each in allowed)
+        assert cropped_share(image, shape) <= least + 1e-9
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        ((2000, 2000), (512, 512)),
+        ((1500, 1000), (384, 640)),
+        ((1000, 1500), (640, 384)),
+        ((9000, 1000), (384, 640)),  # 320 x 704 is above 2:1
+        ((512, 512), (512, 512)),
+    ],
+)
+def test_automatic_sizes_of_common_images(image, expected):
+    assert shapes(image) == [expected]
+
+
+def test_several_resolutions_do_not_enlarge_an_image():
+    """An image is used at every resolution that it covers; below the smallest one it is refused before."""
+    settings = AUTO._replace(resolution=[512, 768, 1024])
+    assert sorted(shapes((1024, 1024), settings)) == [(512, 512), (768, 768), (1024, 1024)]
+    assert sorted(shapes((900, 900), settings)) == [(512, 512), (768, 768)]
+    assert shapes((512, 600), settings) == [(576, 448)]
+    assert shapes((500, 500), settings) == []
+    assert min_size(settings)((500, 500)) == (512, 512)
+    assert crop_sizes(settings) == [(1024, 1024)] and settings.largest() == (1024, 1024)
+
+
+def test_the_most_frequent_size_comes_first():
+    images = [(1500, 1000), (1000, 1000), (1500, 1000), (1000, 1500)]
+    found = assign(images, AUTO)
+    assert found.sizes == [(384, 640), (512, 512), (640, 384)]
+    assert found.images.tolist() == [0, 1, 2, 3] and found.bucket_ids.tolist() == [0, 1, 0, 2]
+    lines = describe(images, found).splitlines()
+    assert lines[1].split() == ["640", "x", "384", "2", "10.0%", "10.0%"]
+
+
+def test_the_table_says_what_is_cut_off():
+    """3:1 in a size of 5:3 keeps 5/9, 2:1 keeps 5/6."""
+    found = assign([(3000, 1000), (2000, 1000)], AUTO)
+    assert describe([(3000, 1000), (2000, 1000)], found).splitlines()[1].split()[-2:] == ["30.6%", "44.4%"]
+
+
+@pytest.mark.parametrize("text, expected", [("512", 512), ("768,512,768", [512, 768])])
+def test_resolutions_are_parsed(text, expected):
+    assert parse_resolution(text) == expected
 
 
 UNEVEN = np.array([2, 0, 0, 4, 0, 2, 0, 4, 0, 0, 2, 0, 4, 4, 4, 4, 0])  # 8, 3 and 6 samples of the buckets 0, 2 and 4

@@ -117,7 +117,7 @@ def test_a_file_that_is_missing_or_no_text(tmp_path):
 def test_the_images_of_all_concepts(write, capsys):
     concepts = read(write(FILE), Concept())
     assert len(find_samples(concepts)) == 4
-    samples = load(concepts, [(32, 32)], ImageFacts(), False, 1)
+    samples = load(concepts, 32, ImageFacts(), False, 1)
     assert [sample.caption for sample in samples] == ["a photo of sks dog"] * 2 + ["style 0", "style 1"]
     assert [sample.setting("weight", 5.0) for sample in samples] == [2, 2, 1, 1]
     table = capsys.readouterr().out.splitlines()
@@ -128,12 +128,12 @@ def test_the_images_of_all_concepts(write, capsys):
 
 def test_an_image_without_a_caption_needs_a_prompt(write):
     with pytest.raises(UserError, match=r"2 images have no caption"):
-        load(read(write(ONE), Concept()), [(32, 32)], ImageFacts(), False, 1)
+        load(read(write(ONE), Concept()), 32, ImageFacts(), False, 1)
 
 
 def test_repeats_flips_and_draws(write):
     """A repeated image is used as often as said per epoch, each time with draws of its own."""
-    samples = load(read(write(FILE), Concept(random_flip=True)), [(32, 32)], ImageFacts(), False, 1)
+    samples = load(read(write(FILE), Concept(random_flip=True)), 32, ImageFacts(), False, 1)
     data = ImageData(
         samples, np.zeros(4, int), ClassImages([], np.array([], int)), sizes=[(32, 32)], seed=0, batch_size=1
     )

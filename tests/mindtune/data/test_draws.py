@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mindtune import rng
+from mindtune.data.captions import Settings
 from mindtune.data.draws import HeldOutDraws, TrainingDraws
 
 SHAPE = (4, 3, 2)
@@ -45,18 +46,22 @@ def test_half_of_the_uses_are_flipped_and_a_share_has_an_empty_caption():
     """1000 uses, within four standard deviations of half and of a fifth."""
     draws = [TrainingDraws(0, "pair", sample, use) for sample in range(20) for use in range(50)]
     assert abs(sum(each.flip(True) for each in draws) - 500) < 64
-    captions = [each.caption("a cat", 0.2) for each in draws]
+    captions = [each.caption("a cat", Settings(0.2)) for each in draws]
     assert set(captions) == {"", "a cat"} and abs(captions.count("") - 200) < 51
-    assert {each.caption("a cat", 0.0) for each in draws} == {"a cat"}
-    assert {each.caption("a cat", 1.0) for each in draws} == {""}
+    assert {each.caption("a cat", Settings(0.0)) for each in draws} == {"a cat"}
+    assert {each.caption("a cat", Settings(1.0)) for each in draws} == {""}
     empty = rng.generator(0, "empty prompt", 3, 4).random() < 0.2
-    assert (TrainingDraws(0, "pair", 3, 4).caption("a cat", 0.2) == "") == empty
+    assert (TrainingDraws(0, "pair", 3, 4).caption("a cat", Settings(0.2)) == "") == empty
 
 
 def test_held_out_draws_are_central_unflipped_and_the_same_at_every_evaluation():
     """The noise depends on the timestep, the posteriors do not."""
     draws = HeldOutDraws(7, 3, 437)
-    assert draws.crop(False) is None and draws.flip(True) is False and draws.caption("a cat", 1.0) == "a cat"
+    assert (
+        draws.crop(False) is None
+        and draws.flip(True) is False
+        and draws.caption("b, a", Settings(1.0, shuffle_tags=True)) == "b, a"
+    )
     assert draws.timestep(lambda generator: 0) == 437
     np.testing.assert_array_equal(draws.normal("noise", SHAPE), rng.normal(7, "held-out noise", 3, 437, shape=SHAPE))
     for purpose in ("posterior", "condition posterior"):

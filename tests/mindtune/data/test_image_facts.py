@@ -15,7 +15,7 @@ from PIL import Image
 
 from mindtune.cli import UserError
 from mindtune.data import image_facts
-from mindtune.data.buckets import bucket_ids
+from mindtune.data.buckets import Settings, of_samples
 from mindtune.data.checks import preflight
 from mindtune.data.columns import Source
 from mindtune.data.image_facts import FILE, ImageFacts
@@ -108,7 +108,8 @@ def test_verify_decodes_all(folder, tmp_path, decoded):
 def test_buckets_need_no_image_after_the_check(folder, monkeypatch):
     samples = checked(folder, ImageFacts())
     monkeypatch.setattr(Sample, "open", lambda self: pytest.fail("opened"))
-    assert bucket_ids(samples, [(16, 16), (16, 20)]).tolist() == [1, 1, 1]
+    _, ids, _ = of_samples(samples, Settings(aspect_ratio_buckets="16,32;16,16"))
+    assert ids.tolist() == [1, 1, 1]
 
 
 # ---- the file ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mindtune.cli import UserError
+from mindtune.data.buckets import covering
 from mindtune.data.columns import Source
 from mindtune.data.pair_checks import preflight_pairs
 from mindtune.data.pair_stream import PairStream
@@ -63,9 +64,9 @@ def test_preflight_keeps_good_pairs(mixed):
 def test_preflight_compares_an_image_with_its_own_bucket(mixed):
     """The image of 32 x 90 must cover its bucket of 80 x 32 (height x width). It does not cover one of 96 x 32."""
     pairs = mixed.select([0, 7])
-    assert len(preflight_pairs(pairs, [(32, 32), (80, 32)], "--train_data_dir", False)) == 2
+    assert len(preflight_pairs(pairs, covering([(32, 32), (80, 32)]), "--train_data_dir", False)) == 2
     found = refusal(
-        preflight_pairs, pairs=pairs, min_size=[(32, 32), (96, 32)], flag="--train_data_dir", skip_bad=False
+        preflight_pairs, pairs=pairs, min_size=covering([(32, 32), (96, 32)]), flag="--train_data_dir", skip_bad=False
     )
     assert "1 of 2 pairs" in found and "[7]: 32x90 is smaller than its bucket 96,32 (height,width)" in found
 

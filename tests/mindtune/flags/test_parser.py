@@ -6,7 +6,7 @@ import pytest
 from conftest import TRAINING_SCRIPTS, load_script
 
 from mindtune.cli import UserError
-from mindtune.flags import data_flags, output_flags, training_flags
+from mindtune.flags import data_flags, image_flags, optimizer_flags, output_flags, training_flags
 from mindtune.flags.parser import NO_EFFECT, Parser, boolean
 
 REQUIRED = {
@@ -127,10 +127,10 @@ def test_every_shared_flag_is_declared_in_one_group():
     training_flags.controlnet(parser, copied="x")
     training_flags.flux(parser, weighting_scheme="none")
     training_flags.step(parser, sample="image")
-    training_flags.optimizer(parser, learning_rate=1e-4, adam_weight_decay=0.0)
-    training_flags.schedule(parser)
-    training_flags.ema(parser)
-    data_flags.images(parser, sample="image", multiple=8, smallest=8)
+    optimizer_flags.optimizer(parser, learning_rate=1e-4, adam_weight_decay=0.0)
+    optimizer_flags.schedule(parser)
+    optimizer_flags.ema(parser)
+    image_flags.images(parser, sample="image", multiple=8, smallest=8)
     data_flags.pairs(parser)
     data_flags.prior_preservation(parser)
     output_flags.output(parser, output_dir="x")

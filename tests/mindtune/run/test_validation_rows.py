@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mindtune.cli import UserError
-from mindtune.run.validation_rows import Row, Settings, captions, load_conditions, read
+from mindtune.run.validation_rows import Row, Settings, captions, load_conditions, read, with_size
 
 DEFAULTS = {"seed": 7, "num_inference_steps": 20, "guidance_scale": 3.0, "num_validation_images": 2}
 
@@ -22,7 +22,7 @@ def image(tmp_path):
 
 
 def lora(**values):
-    return Settings(system="flux_lora", size=(32, 64), **{**DEFAULTS, **values})
+    return Settings(system="flux_lora", **{**DEFAULTS, **values})
 
 
 def control(system="controlnet", **values):
@@ -49,7 +49,7 @@ def rows_of(tmp_path):
 def test_prompts_of_the_flags_have_the_values_of_the_flags_and_a_number_per_image():
     rows = read(lora(validation_prompt=["a cat", "a dog"]))
     expected = [(prompt, number) for prompt in ("a cat", "a dog") for number in (0, 1)]
-    assert rows == [Row(prompt, 7, 20, 3.0, (32, 64), number) for prompt, number in expected]
+    assert rows == [Row(prompt, 7, 20, 3.0, number=number) for prompt, number in expected]
     assert read(lora()) == read(control()) == []
 
 
@@ -60,10 +60,11 @@ def test_a_line_has_its_own_values_or_those_of_the_flags(rows_of, image):
         {"prompt": "a cow", "size": 16, "guidance": 2.5},
     ]
     assert rows_of(lines) == [
-        Row("a cat", 7, 20, 3.0, (32, 64), place=1),
+        Row("a cat", 7, 20, 3.0, place=1),
         Row("a dog", -3, 4, 0, (96, 48), place=2),
         Row("a cow", 7, 20, 2.5, (16, 16), place=3),
     ]
+    assert [row.size for row in with_size(rows_of(lines), (32, 64))] == [(32, 64), (96, 48), (16, 16)]
     both = rows_of(lines, lora(validation_prompt=["a fox"]))  # the lines after the flags' images
     assert [(row.prompt, row.place, row.number) for row in both[:3]] == [
         ("a fox", 0, 0),
@@ -107,7 +108,7 @@ def test_prompts_and_condition_images_are_matched(image):
 def test_conditions_are_resized_to_the_resolution_or_to_the_size_of_the_line(rows_of, image, capsys):
     lines = [{"prompt": "a", "image": "half.png"}, {"prompt": "b", "image": "half.png", "width": 64, "height": 128}]
     rows = rows_of(lines, control("flux_controlnet", validation_image=[image], validation_prompt=["x"]))
-    first, second, wide, tall = load_conditions(rows, 48, 16, "white")
+    first, second, wide, tall = load_conditions(rows, [32, 48], 16, "white")  # of several resolutions the largest
     assert first.condition is second.condition is wide.condition  # read once
     assert wide.condition.size == (96, 48) and wide.size == (48, 96)
     assert tall.condition.size == (64, 128) and tall.size == (128, 64)
@@ -137,7 +138,7 @@ def test_a_description_has_all_that_the_image_depends_on(rows_of, image):
     ids=["byte order mark, Windows, blank lines, null", "UTF-16 of Windows, 20.0", "escapes, blank lines"],
 )
 def test_files_of_many_tools_are_read(rows_of, content):
-    assert rows_of(content) == [Row("猫", 7, 20, 3.0, (32, 64), place=1), Row("b", 7, 20, 3.0, (32, 64), place=2)]
+    assert rows_of(content) == [Row("猫", 7, 20, 3.0, place=1), Row("b", 7, 20, 3.0, place=2)]
 
 
 def test_equal_lines_and_images_in_the_spelling_of_windows(rows_of, image):

@@ -1,0 +1,74 @@
+"""Masks of images, which weight the loss: white is learnt, black is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mindtune.data.crops import Resolution, crop_box, height_width, resize_shorter_side
+from mindtune.data.image_sample import TRANSPARENCY, Sample
+from mindtune.data.images import decode, flatten, is_transparent
+
+SUFFIX = ".mask"  # photo.jpg has the mask photo.mask.png
+
+
+def match_mask_files(images: list[Path]) -> dict[Path, Path]:
+    """The mask file of each image that has one, from all image files of some folders.
+
+    A name such as photo.mask.png is a mask only if there is a photo of another suffix next to it.
+    """
+    by_stem: dict[tuple[Path, str], list[Path]] = {}
+    for path in images:
+        by_stem.setdefault((path.parent, path.stem), []).append(path)
+    found = {}
+    for path in images:
+        stem = path.stem[: -len(SUFFIX)]
+        if stem and path.stem.lower().endswith(SUFFIX):
+            found.update(dict.fromkeys(by_stem.get((path.parent, stem), []), path))
+    return found
+
+
+def shape_problem(image: tuple[int, int], mask: tuple[int, int]) -> Optional[str]:
+    """Why a mask of this size does not fit an image, both (width, height); None if it does: at any scale."""
+    scaled = (image[0] * mask[1] / image[1], image[1] * mask[0] / image[0])
+    if all(abs(side - expected) <= max(1.0, 0.01 * side) for side, expected in zip(mask, scaled)):
+        return None
+    return f"is {mask[0]}x{mask[1]}, and the image {image[0]}x{image[1]}: give a mask of the same shape"
+
+
+def loss_weights(
+    sample: Sample,
+    resolution: Resolution,
+    factor: int,
+    unmasked: float,
+    position: Optional[tuple[float, float]] = None,
+    flip: bool = False,
+) -> np.ndarray:
+    """The weight of the loss at each latent of a crop, float32 [1, height / factor, width / factor].
+
+    It is the mean over the `factor` x `factor` pixels of the latent: `unmasked` where the mask is black, 1 where it is
+    white; 1 everywhere for an image without a mask. The crop is that of `crops.pixel_values`.
+    """
+    height, width = (side // factor for side in height_width(resolution))
+    if sample.mask is None:
+        return np.ones((1, height, width), np.float32)
+    mask = resize_shorter_side(open_mask(sample), resolution, "bilinear")
+    mask = mask.crop(crop_box(mask.size, resolution, position))
+    values = np.asarray(ImageOps.mirror(mask) if flip else mask, dtype=np.float32) / 255.0
+    means = values.reshape(height, factor, width, factor).mean(axis=(1, 3))
+    return unmasked + (1.0 - np.float32(unmasked)) * means[None]
+
+
+def open_mask(sample: Sample) -> Image.Image:
+    """The mask of an image in 8-bit gray, with the image's size: its file, or the image's transparency."""
+    if sample.mask == TRANSPARENCY:
+        image = decode(sample.read())
+        if is_transparent(image):
+            return image.convert("RGBA").getchannel("A")
+        return Image.new("L", image.size, 255)
+    mask = flatten(decode(sample.mask.read()), "black").convert("L")
+    size = sample.size or sample.open().size
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)

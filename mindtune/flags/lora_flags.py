@@ -1,0 +1,25 @@
+"""Flags of low-rank adapters."""
+
+from __future__ import annotations
+
+from mindtune.flags.parser import Parser
+from mindtune.models.lora import TRANSFORMER_TARGETS
+
+
+def lora(parser: Parser) -> None:
+    """The layers that a LoRA adapts, and its size."""
+    add = parser.add
+    parser.section("LoRA")
+    add("lora_rank", "rank", type=int, default=4, minimum=1, help="Rank of the LoRA matrices.")
+    add("lora_alpha", type=float, above=0, help="The LoRA is scaled by alpha / rank. Default: the rank, so by 1.")
+    add(
+        "lora_dropout",
+        type=float,
+        default=0.0,
+        minimum=0,
+        below=1,
+        help="Dropout probability of the LoRA layers. Above 0, a resumed run is not exact. 0: no dropout.",
+    )
+    targets = ",".join(TRANSFORMER_TARGETS)
+    add("lora_layers", help=f"Comma-separated ends of the names of the layers to adapt. Default: {targets}.")
+    add("train_text_encoder", default=False, help="Also train a LoRA of the CLIP text encoder. T5 stays frozen.")
