@@ -30,7 +30,7 @@ from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.shared_blocks import use_shared_blocks
 from mindtune.models.train_step import TrainStep, train_all_weights
 from mindtune.optim import advice, averaging, optimizers, schedules
-from mindtune.run import checkpoint, disk, memory, plan, record, validation
+from mindtune.run import checkpoint, disk, memory, plan, record, validation, validation_rows
 
 FOLDER = "flux_controlnet"  # the folder of the ControlNet in a checkpoint, as in diffusers
 
@@ -233,44 +233,41 @@ class TrainStepForFluxControlNet(TrainStep):
 
 
 class ValidationSampler:
-    """Samples images for `prompts`, (prompt, condition image) pairs, from the same noise in every validation."""
+    """Samples the images of `rows`, from the same noise in every validation."""
 
-    def __init__(self, args, prompts, root, stage, seed, models):
+    def __init__(self, args, rows, root, stage, models):
         self.args = args
-        self.prompts = prompts
+        self.rows = rows
         self.root = root
         self.stage = stage
-        self.seed = seed
         self.models = models
         self.scheduler_config = configs.read_config(root, "scheduler")
         self.dtypes = precision.resolve_precision(args.mixed_precision)
 
     def sample(self, final):  # the final validation has no other images
-        """Returns a row per pair, the condition image and --num_validation_images images, and the prompts as labels."""
+        """Returns the images of all rows."""
         vae = self.models["vae"]
         if vae is None:
             vae = loading.load_model(self.root, "vae", self.dtypes, self.args.variant)
         with execution.eval_mode(self.models["controlnet"]):
-            rows = [[condition, *self.images(vae, prompt, condition)] for prompt, condition in self.prompts]
-        return rows, [prompt for prompt, _ in self.prompts]
+            return {"ControlNet": [self.image(vae, row) for row in self.rows]}
 
-    def images(self, vae, prompt, condition):
-        """Yields the images for one pair; the number of an image determines its noise."""
-        args, text = self.args, self.stage.text(prompt)
-        condition_latents = sampling.encode_image(vae, condition, self.dtypes.compute)
-        for number in range(args.num_validation_images):
-            latents = sampling.sample_latents(
-                self.models["transformer"],
-                self.scheduler_config,
-                text["prompt_embeds"][None],
-                text["pooled_prompt_embeds"][None],
-                rng.normal(self.seed, "validation", number, shape=condition_latents.shape),
-                args.num_inference_steps,
-                args.guidance_scale,
-                self.dtypes.compute,
-                control=(self.models["controlnet"], condition_latents, args.controlnet_conditioning_scale),
-            )
-            yield sampling.decode_latents(vae, latents, self.dtypes.compute)[0]
+    def image(self, vae, row):
+        """Samples one image."""
+        text = self.stage.text(row.prompt)
+        condition_latents = sampling.encode_image(vae, row.condition, self.dtypes.compute)
+        latents = sampling.sample_latents(
+            self.models["transformer"],
+            self.scheduler_config,
+            text["prompt_embeds"][None],
+            text["pooled_prompt_embeds"][None],
+            rng.normal(row.seed, "validation", row.number, shape=condition_latents.shape),
+            row.steps,
+            row.guidance,
+            self.dtypes.compute,
+            control=(self.models["controlnet"], condition_latents, row.scale),
+        )
+        return sampling.decode_latents(vae, latents, self.dtypes.compute)[0]
 
 
 # ---- main (machinery) ----------------------------------------------------------------------------
@@ -293,14 +290,14 @@ def main(argv=None):
     root, existing = find_models(args)
     settings = args.select(memory.Settings, system="flux_controlnet", root=root, controlnet=existing)
     plan.check_fit(settings)
-    pairs = validation.match_conditions(args.validation_prompt, args.validation_image)
+    rows = validation_rows.read(args.select(validation_rows.Settings, system="flux_controlnet", seed=run.seed))
     cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
     facts = ImageFacts(cache_dir, args.verify_data)
     data = pair_data.load(
         args.select(columns.Source), args.select(pair_data.Settings), run.seed, facts, encode_conditions=True
     )
     run.set_data(data)
-    prompts = validation.load_conditions(pairs, args.resolution, 16, data.background)
+    rows = validation_rows.load_conditions(rows, args.resolution, 16, data.background)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
     print_lines(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
 
@@ -315,8 +312,9 @@ def main(argv=None):
         interpolation=args.image_interpolation_mode,
         int8=args.base_precision == "int8",
     )
+    captions = validation_rows.captions(rows)
     encoded = windows.encode(
-        stage, data, args.select(windows.Settings), run.batch_range(), run.batches_per_update, args.validation_prompt
+        stage, data, args.select(windows.Settings), run.batch_range(), run.batches_per_update, captions
     )
 
     # ---- load, freeze, cast ----
@@ -371,7 +369,7 @@ def main(argv=None):
         trainable={"controlnet": sum(parameter.size for parameter in weights.values())},
         write_weights=lambda folder: loading.save_model(controlnet, folder / FOLDER, ms.float32),
     )
-    sampler = ValidationSampler(args, prompts, root, stage, run.seed, models)
+    sampler = ValidationSampler(args, rows, root, stage, models)
     validate = validation.Validation(
         run, step, [controlnet], batches.make, sigmas[np.argmax(image_tokens)], sampler, ema
     )

@@ -33,7 +33,7 @@ from mindtune.models.tokenization import load_tokenizer
 from mindtune.models.train_step import TrainStep
 from mindtune.models.weights import linear_layers
 from mindtune.optim import advice, averaging, optimizers, schedules
-from mindtune.run import disk, memory, plan, record, validation
+from mindtune.run import disk, memory, plan, record, validation, validation_rows
 
 # ---- flags (yours to change) ---------------------------------------------------------------------
 
@@ -282,53 +282,44 @@ class TrainStepForFluxDevDB(TrainStep):
 
 
 class ValidationSampler:
-    """Samples images for `prompts`, from the same noise in every validation."""
+    """Samples the images of `rows`, from the same noise in every validation."""
 
-    def __init__(self, args, root, stage, seed, latent_shape, models, tokenizer):
+    def __init__(self, args, rows, root, stage, models, tokenizer):
         self.args = args
-        self.prompts = args.validation_prompt
+        self.rows = rows
         self.root = root
         self.stage = stage
-        self.seed = seed
-        self.latent_shape = latent_shape
         self.models = models
         self.tokenizer = tokenizer
         self.scheduler_config = configs.read_config(root, "scheduler")
         self.dtypes = precision.resolve_precision(args.mixed_precision)
 
     def sample(self, final):
-        """Returns a row of --num_validation_images images per prompt, and the label of every row.
-
-        With `final`, a row of the base model comes before that of the adapter.
-        """
-        vae = self.models["vae"]
-        if vae is None:
-            vae = loading.load_model(self.root, "vae", self.dtypes, self.args.variant)
+        """Returns the images of all rows with the adapter; with `final` before them those of the base model."""
+        vae = self.models["vae"] or loading.load_model(self.root, "vae", self.dtypes, self.args.variant)
         adapted = [model for name, model in self.models.items() if name != "vae"]
-        rows, labels = [], []
+        images = {}
         with execution.eval_mode(*adapted):
-            for prompt in self.prompts:
-                for enabled in (False, True) if final else (True,):  # True last: training needs the adapter
-                    for model in adapted:
-                        lora.enable_lora(model, enabled)
-                    rows.append([self.image(vae, prompt, number) for number in range(self.args.num_validation_images)])
-                    labels.append(f"{prompt} ({'adapter' if enabled else 'base'})" if final else prompt)
-        return rows, labels
+            for name in ("base", "adapter") if final else ("adapter",):  # the adapter last: training needs it
+                for model in adapted:
+                    lora.enable_lora(model, name == "adapter")
+                images[name] = [self.image(vae, row) for row in self.rows]
+        return images
 
-    def image(self, vae, prompt, number):
-        """Samples one image; `number` determines its noise."""
-        text = self.stage.text(prompt)
+    def image(self, vae, row):
+        """Samples one image."""
+        text = self.stage.text(row.prompt)
         pooled = text["pooled_prompt_embeds"]
         if "text_encoder" in self.models:
-            pooled = clip_pooled(self.models["text_encoder"], self.tokenizer, prompt)
+            pooled = clip_pooled(self.models["text_encoder"], self.tokenizer, row.prompt)
         latents = sampling.sample_latents(
             self.models["transformer"],
             self.scheduler_config,
             text["prompt_embeds"][None],
             pooled[None],
-            rng.normal(self.seed, "validation", number, shape=(1, *self.latent_shape)),
-            self.args.num_inference_steps,
-            self.args.guidance_scale,
+            rng.normal(row.seed, "validation", row.number, shape=sampling.latent_shape(vae, row.size)),
+            row.steps,
+            row.guidance,
             self.dtypes.compute,
         )
         return sampling.decode_latents(vae, latents, self.dtypes.compute)[0]
@@ -359,6 +350,7 @@ def main(argv=None):
     plan.check_fit(settings)
     initial_lora, lora_digest = find_initial_lora(args, root)
     targets = find_targets(args, root, initial_lora)
+    rows = validation_rows.read(args.select(validation_rows.Settings, system="flux_lora", seed=run.seed))
     crops = args.select(buckets.Settings)
     cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
     facts = ImageFacts(cache_dir, args.verify_data)
@@ -395,7 +387,12 @@ def main(argv=None):
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
     print_lines(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
     encoded = windows.encode(
-        stage, data, args.select(windows.Settings), run.batch_range(), run.batches_per_update, args.validation_prompt
+        stage,
+        data,
+        args.select(windows.Settings),
+        run.batch_range(),
+        run.batches_per_update,
+        validation_rows.captions(rows),
     )
 
     # ---- load, freeze, cast ----
@@ -466,10 +463,10 @@ def main(argv=None):
         trainable={name: sum(p.size for p in model.trainable_params()) for name, model in adapted.items()},
         write_weights=lambda folder: lora.save_lora(folder / lora_files.LORA_FILE, adapted, ms.float32),
     )
-    sampler = ValidationSampler(args, root, stage, run.seed, batches.latent_shape(sizes[0]), models, tokenizer)
-    places = sigmas[np.argmax(image_tokens)]
-    validate = validation.Validation(run, step, list(adapted.values()), batches.make, places, sampler, ema)
-    updates_per_epoch = data.epoch_length / run.samples_per_update
+    sampler = ValidationSampler(args, validation_rows.with_size(rows, sizes[0]), root, stage, models, tokenizer)
+    validate = validation.Validation(
+        run, step, list(adapted.values()), batches.make, sigmas[np.argmax(image_tokens)], sampler, ema
+    )
     if not run.checkpoint:
         validate()
     micro_batches = encoded.iterate(batches.make)
@@ -484,7 +481,7 @@ def main(argv=None):
         logged = {"lr_text_encoder": rates[1]} if args.train_text_encoder else {}
         logged.update(optimizers.logged_values(optimizer, scaler))
         run.update(losses, lr=rates[0], grad_norm=step.grad_clipper.norm, **logged)
-        if run.due(args.validation_epochs * updates_per_epoch):
+        if run.due(args.validation_epochs * data.epoch_length / run.samples_per_update):
             validate()
         if run.due(args.checkpointing_steps):
             run.save()  # after validation, because a run that is resumed from here does not repeat it

@@ -29,7 +29,7 @@ from mindtune.models import configs, controlnets, execution, loading, pipelines,
 from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.train_step import TrainStep, train_all_weights
 from mindtune.optim import advice, averaging, optimizers, schedules
-from mindtune.run import checkpoint, disk, memory, plan, record, validation
+from mindtune.run import checkpoint, disk, memory, plan, record, validation, validation_rows
 
 FOLDER = "controlnet"  # the folder of the ControlNet in a checkpoint, as in diffusers
 
@@ -181,42 +181,37 @@ class TrainStepForControlNet(TrainStep):
 
 
 class ValidationSampler:
-    """Samples images for `prompts`, (prompt, condition image) pairs, from the same noise in every validation."""
+    """Samples the images of `rows`, from the same noise in every validation."""
 
-    def __init__(self, args, prompts, stage, seed, models, scheduler_config):
+    def __init__(self, args, rows, stage, models, scheduler_config):
         self.args = args
-        self.prompts = prompts
+        self.rows = rows
         self.stage = stage
-        self.seed = seed
         self.models = models
         self.scheduler_config = scheduler_config
 
     def sample(self, final):  # the final validation has no other images
-        """Returns a row per pair, the condition image and --num_validation_images images, and the prompts as labels."""
+        """Returns the images of all rows."""
         vae = self.stage.load_vae() if self.models["vae"] is None else self.models["vae"]
         with execution.eval_mode(self.models["controlnet"]):
-            rows = [[condition, *self.images(vae, prompt, condition)] for prompt, condition in self.prompts]
-        return rows, [prompt for prompt, _ in self.prompts]
+            return {"ControlNet": [self.image(vae, row) for row in self.rows]}
 
-    def images(self, vae, prompt, condition):
-        """Yields the images for one pair; the number of an image determines its noise."""
-        args = self.args
-        compute_dtype = precision.resolve_precision(args.mixed_precision).compute
-        pixels = conditions.condition_pixels(condition)
-        shape = sampling.latent_shape(vae, pixels)
-        for number in range(args.num_validation_images):
-            latents = sampling.sample_unet_latents(
-                self.models["unet"],
-                self.scheduler_config,
-                self.stage.text(prompt),
-                self.stage.text(""),
-                rng.normal(self.seed, "validation", number, shape=shape),
-                args.num_inference_steps,
-                args.guidance_scale,
-                compute_dtype,
-                (self.models["controlnet"], pixels, args.controlnet_conditioning_scale),
-            )
-            yield sampling.decode_latents(vae, latents, compute_dtype)[0]
+    def image(self, vae, row):
+        """Samples one image. Guidance moves away from the negative prompt, or without one from the empty prompt."""
+        compute_dtype = precision.resolve_precision(self.args.mixed_precision).compute
+        pixels = conditions.condition_pixels(row.condition)
+        latents = sampling.sample_unet_latents(
+            self.models["unet"],
+            self.scheduler_config,
+            self.stage.text(row.prompt),
+            self.stage.text(row.negative_prompt or ""),
+            rng.normal(row.seed, "validation", row.number, shape=sampling.latent_shape(vae, row.size)),
+            row.steps,
+            row.guidance,
+            compute_dtype,
+            (self.models["controlnet"], pixels, row.scale),
+        )
+        return sampling.decode_latents(vae, latents, compute_dtype)[0]
 
 
 # ---- main (machinery) ----------------------------------------------------------------------------
@@ -237,7 +232,7 @@ def main(argv=None):
     run = record.Run(args.select(record.Settings), args.recorded(), ("config.json", loading.WEIGHTS), args.defaults())
     files.require_writable("--cache_dir", args.cache_dir)
     root, existing, tokenizer = find_models(args)
-    pairs = validation.match_conditions(args.validation_prompt, args.validation_image)
+    rows = validation_rows.read(args.select(validation_rows.Settings, system="controlnet", seed=run.seed))
     settings = args.select(memory.Settings, system="controlnet", root=root, controlnet=existing)
     plan.check_fit(settings)
     scheduler_config = configs.read_config(root, "scheduler")
@@ -246,7 +241,7 @@ def main(argv=None):
     facts = ImageFacts(cache_dir, args.verify_data)
     data = pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), run.seed, facts)
     run.set_data(data)
-    prompts = validation.load_conditions(pairs, args.resolution, 8, data.background)
+    rows = validation_rows.load_conditions(rows, args.resolution, 8, data.background)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
     print_lines(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
 
@@ -263,7 +258,7 @@ def main(argv=None):
         tokenizer=tokenizer,
     )
     # Validation needs the empty prompt for guidance.
-    captions = args.validation_prompt + ([""] if prompts else [])
+    captions = validation_rows.captions(rows) + ([""] if rows else [])
     encoded = windows.encode(
         stage, data, args.select(windows.Settings), run.batch_range(), run.batches_per_update, captions
     )
@@ -313,7 +308,7 @@ def main(argv=None):
         trainable={"controlnet": sum(parameter.size for parameter in weights.values())},
         axis="timestep",
     )
-    sampler = ValidationSampler(args, prompts, stage, run.seed, models, scheduler_config)
+    sampler = ValidationSampler(args, rows, stage, models, scheduler_config)
     places = np.arange(num_train_timesteps) / num_train_timesteps  # on the axis of the held-out plot
     validate = validation.Validation(run, step, [controlnet], batches.make, places, sampler, ema)
     if not run.checkpoint:

@@ -29,7 +29,7 @@ from mindtune.models import configs, controlnets, execution, loading, pipelines,
 from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.train_step import TrainStep, train_all_weights
 from mindtune.optim import advice, averaging, optimizers, schedules
-from mindtune.run import checkpoint, disk, memory, plan, record, validation
+from mindtune.run import checkpoint, disk, memory, plan, record, validation, validation_rows
 
 FOLDER = "controlnet"  # the folder of the ControlNet in a checkpoint, as in diffusers
 
@@ -217,44 +217,41 @@ class TrainStepForControlNetSDXL(TrainStep):
 
 
 class ValidationSampler:
-    """Samples images for `prompts`, (prompt, condition image) pairs, from the same noise in every validation."""
+    """Samples the images of `rows`, from the same noise in every validation."""
 
-    def __init__(self, args, prompts, stage, seed, models, vae_dtype, scheduler_config):
+    def __init__(self, args, rows, stage, models, vae_dtype, scheduler_config):
         self.args = args
-        self.prompts = prompts
+        self.rows = rows
         self.stage = stage
-        self.seed = seed
         self.models = models
         self.scheduler_config = scheduler_config
         self.vae_dtype = vae_dtype
 
     def sample(self, final):  # the final validation has no other images
-        """Returns a row per pair, the condition image and --num_validation_images images, and the prompts as labels."""
+        """Returns the images of all rows."""
         vae = self.stage.load_vae() if self.models["vae"] is None else self.models["vae"]
         with execution.eval_mode(self.models["controlnet"]):
-            rows = [[condition, *self.images(vae, prompt, condition)] for prompt, condition in self.prompts]
-        return rows, [prompt for prompt, _ in self.prompts]
+            return {"ControlNet": [self.image(vae, row) for row in self.rows]}
 
-    def images(self, vae, prompt, condition):
-        """Yields the images for one pair; the number of an image determines its noise."""
-        empty = self.stage.unconditional()  # zeros, unless model_index.json says otherwise
-        args = self.args
-        compute_dtype = precision.resolve_precision(args.mixed_precision).compute
-        pixels = conditions.condition_pixels(condition)
-        shape = sampling.latent_shape(vae, pixels)
-        for number in range(args.num_validation_images):
-            latents = sampling.sample_unet_latents(
-                self.models["unet"],
-                self.scheduler_config,
-                self.stage.text(prompt),
-                empty,
-                rng.normal(self.seed, "validation", number, shape=shape),
-                args.num_inference_steps,
-                args.guidance_scale,
-                compute_dtype,
-                (self.models["controlnet"], pixels, args.controlnet_conditioning_scale),
-            )
-            yield sampling.decode_latents(vae, latents, self.vae_dtype)[0]
+    def image(self, vae, row):
+        """Samples one image. Guidance moves away from the negative prompt, or without one from the empty prompt."""
+        compute_dtype = precision.resolve_precision(self.args.mixed_precision).compute
+        pixels = conditions.condition_pixels(row.condition)
+        negative = self.stage.unconditional()  # zeros, unless model_index.json says otherwise
+        if row.negative_prompt is not None:
+            negative = self.stage.text(row.negative_prompt)
+        latents = sampling.sample_unet_latents(
+            self.models["unet"],
+            self.scheduler_config,
+            self.stage.text(row.prompt),
+            negative,
+            rng.normal(row.seed, "validation", row.number, shape=sampling.latent_shape(vae, row.size)),
+            row.steps,
+            row.guidance,
+            compute_dtype,
+            (self.models["controlnet"], pixels, row.scale),
+        )
+        return sampling.decode_latents(vae, latents, self.vae_dtype)[0]
 
 
 # ---- main (machinery) ----------------------------------------------------------------------------
@@ -277,14 +274,14 @@ def main(argv=None):
     root, vae_folder, existing, tokenizer = find_models(args)
     scheduler_config = configs.read_config(root, "scheduler")
     num_train_timesteps = len(diffusion.alphas_cumprod(scheduler_config))
-    pairs = validation.match_conditions(args.validation_prompt, args.validation_image)
+    rows = validation_rows.read(args.select(validation_rows.Settings, system="controlnet_sdxl", seed=run.seed))
     settings = args.select(memory.Settings, system="controlnet_sdxl", root=root, controlnet=existing)
     plan.check_fit(settings)
     cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
     facts = ImageFacts(cache_dir, args.verify_data)
     data = pair_data.load(args.select(columns.Source), args.select(pair_data.Settings), run.seed, facts)
     run.set_data(data)
-    prompts = validation.load_conditions(pairs, args.resolution, 8, data.background)
+    rows = validation_rows.load_conditions(rows, args.resolution, 8, data.background)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
     print_lines(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
 
@@ -303,7 +300,7 @@ def main(argv=None):
         vae_precision="no" if pipelines.vae_overflows(vae_folder, args.mixed_precision) else None,
     )
     # Validation needs the empty prompt for guidance.
-    captions = args.validation_prompt + ([""] if prompts else [])
+    captions = validation_rows.captions(rows) + ([""] if rows else [])
     encoded = windows.encode(
         stage, data, args.select(windows.Settings), run.batch_range(), run.batches_per_update, captions
     )
@@ -355,7 +352,7 @@ def main(argv=None):
         write_weights=lambda folder: loading.save_model(controlnet, folder / FOLDER, ms.float32),
         axis="timestep",
     )
-    sampler = ValidationSampler(args, prompts, stage, run.seed, models, vae_dtype, scheduler_config)
+    sampler = ValidationSampler(args, rows, stage, models, vae_dtype, scheduler_config)
     places = np.arange(num_train_timesteps) / num_train_timesteps  # on the axis of the held-out plot
     validate = validation.Validation(run, step, [controlnet], batches.make, places, sampler, ema)
     if not run.checkpoint:

@@ -21,12 +21,18 @@ def require_condition(path: str, flag: str) -> Image.Image:
 
 
 def condition_image(
-    path: str, flag: str, resolution: int, multiple: int = 16, background: Optional[str] = None
+    path: str,
+    flag: str,
+    resolution: int,
+    multiple: int = 16,
+    background: Optional[str] = None,
+    size: Optional[tuple[int, int]] = None,
 ) -> Image.Image:
     """A condition image in RGB. Its shorter side is `resolution`, its longer side the nearest multiple of `multiple`.
 
-    Transparent pixels are put on `background`, or if it is None on the colour that `choose_background` finds for this
-    image. Raises UserError naming `flag` if the image cannot be read.
+    With `size`, (height, width) in pixels, it has this size instead, and the middle of the image is kept. Transparent
+    pixels are put on `background`, or if it is None on the colour that `choose_background` finds for this image. Raises
+    UserError naming `flag` if the image cannot be read.
     """
     image = require_condition(path, flag)
     if background is None:
@@ -40,8 +46,12 @@ def condition_image(
         raise UserError(f"{flag} {printable(path)}: cannot be read as an image ({error}).") from None
     if has_single_colour(image):
         print(f"{flag} {printable(path)}: blank, all pixels have the same colour")
-    size = [max(resolution, round(side * resolution / min(image.size) / multiple) * multiple) for side in image.size]
-    return ImageOps.fit(image, (size[0], size[1]), Image.Resampling.LANCZOS)
+    if size is None:
+        width, height = (
+            max(resolution, round(side * resolution / min(image.size) / multiple) * multiple) for side in image.size
+        )
+        size = (height, width)
+    return ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
 
 
 def condition_pixels(image: Image.Image) -> np.ndarray:

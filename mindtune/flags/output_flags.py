@@ -59,7 +59,8 @@ def validation(parser: Parser, num_inference_steps: int) -> None:
         default=[],
         help="Prompts to sample validation images for. Default: none, no images.",
     )
-    add("num_validation_images", type=int, default=4, minimum=1, help="Number of images per prompt.")
+    add("num_validation_images", type=int, default=4, minimum=1, help="Number of images per --validation_prompt.")
+    add("validation_file", help="File of JSON lines: an image per line, with its prompt, seed, size ... Default: none.")
     add(
         "num_inference_steps",
         type=int,

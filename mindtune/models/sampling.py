@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mindtune.flow import latent_image_ids, latent_scale, pack_latents, resolution_shift, shift_sigmas, unpack_latents
+from mindtune.models.configs import latent_layout
 from mindtune.models.loading import create_unipc
 
 BAR = {"desc": "denoising", "unit": "step", "leave": False, "dynamic_ncols": True, "disable": None}  # None: no terminal
@@ -119,10 +120,10 @@ def sample_unet_latents(
     return latents.asnumpy()
 
 
-def latent_shape(vae: nn.Cell, pixels: np.ndarray) -> tuple[int, int, int, int]:
-    """The shape [1, C, h, w] of the latents of one image with the size of `pixels` [1, 3, H, W]."""
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    return 1, vae.config["latent_channels"], pixels.shape[2] // factor, pixels.shape[3] // factor
+def latent_shape(vae: nn.Cell, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The shape [1, C, h, w] of the latents of one image of `size`, (height, width) in pixels."""
+    channels, factor = latent_layout(vae.config)
+    return 1, channels, size[0] // factor, size[1] // factor
 
 
 def encode_image(vae: nn.Cell, image: Image.Image, compute: ms.Type) -> np.ndarray:

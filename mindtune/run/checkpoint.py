@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError, size_text
 from mindtune.files import file_digest, free_bytes, make_readable, require_writable, sync
+from mindtune.run.report_images import ROWS_FILE
 
 MANIFEST = "manifest.json"
 
@@ -162,10 +164,15 @@ def remove_old_run(output_dir: Path, logging_dir: Path, our_files: Iterable[str]
         shutil.rmtree(folder)
     files = [output_dir / file for file in our_files]
     files += [*output_dir.glob("samples/step-*.png"), output_dir / "samples" / "final.png"]
+    samples = [*output_dir.glob("samples/step-*"), output_dir / "samples" / "final"]
+    files += [path for folder in samples for name in ("row-[0-9]*.png", ROWS_FILE) for path in folder.glob(name)]
     if output_dir.resolve() in logging_dir.resolve().parents:
         files += logging_dir.glob("events.out.tfevents*")
     for path in files:
         path.unlink(missing_ok=True)
+    for folder in samples:
+        with contextlib.suppress(OSError):  # absent, or holds other files
+            folder.rmdir()
 
 
 def set_aside_later(output_dir: Path, folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from mindtune.cli import UserError
 from mindtune.files import write_atomically
+from mindtune.run.report_images import ROWS_FILE, picture_name
 
 MARK = "<!-- This card was written by MindTune; remove this line to keep your own changes. -->"
 UPLOADED = (
@@ -25,6 +26,8 @@ UPLOADED = (
     "run.json",
     "report.html",
     "samples/final.png",
+    "samples/final/row-[0-9]*.png",
+    f"samples/final/{ROWS_FILE}",
     "loss_by_timestep.png",
 )
 PAUSES = (1.0, 4.0, 16.0)  # seconds between attempts, in which the hub or the network may recover
@@ -122,7 +125,7 @@ def model_card(output_dir: Path, base_model: str, prompts: list[str]) -> str:
     image = "![Validation image after training](samples/final.png)\n" if has_image else ""
     flags = {name: value for name, value in record["flags"].items() if value not in (None, False, "", [])}
     rows = "".join(f"| `--{name}` | `{value}` |\n" for name, value in flags.items())
-    prompt_list = "".join(f"- {prompt}\n" for prompt in prompts)
+    prompt_list = "".join(f"- {prompt}\n" for prompt in prompts) + _rows(output_dir)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"""---
 base_model: {json.dumps(base_model)}
@@ -148,6 +151,20 @@ Its licence is that of the base model.
 {rows}
 Seed {record["seed"]}, {record.get("updates", "?")} updates; {versions}.
 """
+
+
+def _rows(output_dir: Path) -> str:
+    """The rows of --validation_file in Markdown: each prompt with its image after training."""
+    path = output_dir / "samples" / "final" / ROWS_FILE
+    if not path.is_file():
+        return ""
+    prompts = [
+        " ".join(json.loads(line)["prompt"].split()) for line in path.read_text(encoding="utf-8").split("\n")[:-1]
+    ]
+    return "".join(
+        f"\n- {prompt}\n\n  ![Row {place}](samples/final/{picture_name(place)})\n"
+        for place, prompt in enumerate(prompts, 1)
+    )
 
 
 def _with_retries(call: Callable[[], Any]) -> Any:

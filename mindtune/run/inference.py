@@ -131,7 +131,7 @@ class UNetSampler:
         """The images for one prompt (`EncoderStage.text`) and condition image. Their noise depends only on the seed."""
         settings = self.settings
         pixels = conditions.condition_pixels(condition)
-        shape = sampling.latent_shape(self.vae, pixels)
+        shape = sampling.latent_shape(self.vae, pixels.shape[2:])
         images = []
         with execution.pynative():
             for number in range(settings.count):

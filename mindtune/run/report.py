@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import io
@@ -10,13 +9,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from mindtune.files import write_atomically
+from mindtune.run import report_images
 
 REPORT_FILE = "report.html"
 MAX_POINTS = 600  # per curve: a screen cannot show more
-MAX_WIDTH = 1280  # of images, in pixels
 INK = (
     "#010203"  # the colour of matplotlib's axes and text; the page replaces it by the colour of its light or dark mode
 )
@@ -32,7 +30,12 @@ input[type=range] { max-width: 420px; width: 100%; }
 .table { overflow-x: auto; } table { border-collapse: collapse; }
 th, td { padding: 2px 14px 2px 0; text-align: left; vertical-align: top; }
 th, td { overflow-wrap: anywhere; } td { min-width: 9em; }
-tr + tr > * { border-top: 1px solid #8885; } footer { color: #888; margin: 2em 0 1em; }
+tr + tr > * { border-top: 1px solid #8885; }
+.rows th, .rows td { min-width: 0; padding: 4px 8px 4px 0; }
+.rows th { font-weight: normal; }
+.rows th:first-child { background: Canvas; left: 0; min-width: min(200px, 26vw); position: sticky; }
+.rows img { max-width: none; width: 160px; } small { color: #888; }
+footer { color: #888; margin: 2em 0 1em; }
 """
 SCRIPT = """
 const slider = document.getElementById("step"), images = document.querySelectorAll("#images img");
@@ -57,7 +60,8 @@ def write_report(output_dir: Path) -> Path:
     body = [
         f"<h1>{name}</h1><p>{state} after {record.get('updates', 0):,} updates on {device}</p>",
         f'<div class="plots">{"".join(_curves(output_dir, metrics))}</div>',
-        _images(output_dir),
+        _section("Validation images", report_images.grids(output_dir)),
+        _section("Images of the validation file", report_images.table(output_dir)),
         _section("Time and memory", _table(_time_and_memory(record))),
         _section("Trained parameters", _table(parameters)),
         _section("Flags", _table(flags)),
@@ -75,7 +79,8 @@ def write_report(output_dir: Path) -> Path:
 
 
 def _section(title: str, content: str) -> str:
-    return f"<h2>{title}</h2>{content}\n"
+    """A heading and its content; nothing without content."""
+    return f"<h2>{title}</h2>{content}\n" if content else ""
 
 
 def _table(rows: list[tuple]) -> str:
@@ -178,34 +183,3 @@ def _plot(title: str, label: str, curves: dict[str, list[tuple]]) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
-
-
-# ---- images --------------------------------------------------------------------------------------
-
-
-def _images(output_dir: Path) -> str:
-    """The validation images with a slider that selects one; without JavaScript the last one is shown."""
-    paths = sorted((output_dir / "samples").glob("step-*.png"))
-    final = output_dir / "samples" / "final.png"
-    if final.is_file():
-        paths.append(final)
-    if not paths:
-        return ""
-    names = ["at the end" if path == final else f"after {int(path.stem[5:]):,} updates" for path in paths]
-    images = "".join(_image(path, name, path is paths[-1]) for path, name in zip(paths, names))
-    last = len(paths) - 1
-    slider = f'<input type="range" id="step" min="0" max="{last}" value="{last}" aria-label="Validation">'
-    caption = f'<span id="caption">{names[-1]}</span>'
-    return _section("Validation images", f'<p>{slider} {caption}</p><div id="images">{images}</div>')
-
-
-def _image(path: Path, name: str, visible: bool) -> str:
-    """An img element with the image's data in it."""
-    image = Image.open(path).convert("RGB")
-    if image.width > MAX_WIDTH:
-        height = round(image.height * MAX_WIDTH / image.width)
-        image = image.resize((MAX_WIDTH, height), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, format="WEBP", quality=85)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{name}" src="data:image/webp;base64,{data}"{"" if visible else " hidden"}>'

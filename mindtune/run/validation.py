@@ -1,20 +1,19 @@
-"""Validation: the loss on held-out samples, and a grid of sampled images."""
+"""Validation: the loss on held-out samples, and the images of `validation_rows`: a grid, and files of their own."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Optional
 
 import numpy as np
 from mindspore import nn
 from PIL import Image
 from tqdm import tqdm
 
-from mindtune.cli import matched
-from mindtune.data.conditions import condition_image, require_condition
 from mindtune.data.grids import image_grid, save_image
 from mindtune.distributed import ranks
 from mindtune.files import write_files_atomically
@@ -22,16 +21,18 @@ from mindtune.models.execution import free_memory
 from mindtune.optim.averaging import EMA
 from mindtune.run.evaluation import HELD_OUT_INDICES, held_out_loss
 from mindtune.run.record import Run
+from mindtune.run.report_images import ROWS_FILE, picture_name
+from mindtune.run.validation_rows import Row
 
-Rows = Sequence[Sequence[Image.Image]]
+Images = dict[str, list[Image.Image]]  # of all rows, by the name of the model; the trained one is the last
 
 
 class Validation:
     """Validates the trained models of a run on the main process. The other ranks wait at the next `all_gather`.
 
     `make_batch(uses)` makes the inputs of `step.predict`. `places` [N] is the position of every timestep index on the
-    x axis of the held-out losses, from 0 (image) to 1 (noise). `sampler.sample(final)` returns rows of images and a
-    label per row, for `sampler.prompts`. With `ema` the averaged weights are validated.
+    x axis of the held-out losses, from 0 (image) to 1 (noise). `sampler.sample(final)` returns the `Images` of
+    `sampler.rows`. With `ema` the averaged weights are validated.
     """
 
     def __init__(
@@ -53,7 +54,10 @@ class Validation:
         self.weights = ema.averaged if ema else contextlib.nullcontext
 
     def __call__(self, final: bool = False) -> Optional[Path]:
-        """Logs the held-out loss and, after the first update, images. Returns the path of the image grid, or None."""
+        """Logs the held-out loss and, after the first update, images.
+
+        Returns the path of the image grid, of the folder of images if there is no grid, or None.
+        """
         run = self.run
         if not ranks.is_main_process():
             return None
@@ -61,23 +65,37 @@ class Validation:
             if run.data.held_out and not run.curve.has(run.step):
                 losses = held_out_loss(self.step, self.models, self._held_out_batch, len(run.data.held_out))
                 self._log_held_out(losses)
-            if not self.sampler.prompts or not run.step:
+            if not self.sampler.rows or not run.step:
                 return None
             began = time.monotonic()
-            rows, labels = self.sampler.sample(final)
-            images = sum(map(len, rows))
-            tqdm.write(f"validation after update {run.step}: {images} images in {time.monotonic() - began:.0f} s")
+            images = self.sampler.sample(final)
+            count = sum(map(len, images.values()))
+            tqdm.write(f"validation after update {run.step}: {count} images in {time.monotonic() - began:.0f} s")
         free_memory()  # a VAE may have been loaded for the images
-        grid = image_grid(rows, labels)
-        run.tracker.image(run.step, "validation", grid)
-        name = "final" if final else f"step-{run.step:06d}"
-        return save_image(grid, run.output_dir / "samples" / f"{name}.png")
+        return self._save(images, run.output_dir / "samples" / ("final" if final else f"step-{run.step:06d}"))
 
     def write_result(self, write: Callable[[Path], Any]) -> None:
         """Puts the files that `write(folder)` writes into the output directory, from the weights that are validated."""
         if ranks.is_main_process():
             with self.weights():
                 write_files_atomically(self.run.output_dir, write)
+
+    def _save(self, images: Images, path: Path) -> Path:
+        """Saves and logs the images of the prompts as the grid `path`.png, and those of a file in the folder `path`."""
+        run, rows = self.run, self.sampler.rows
+        saved = path
+        if any(row.place for row in rows):
+            pictures = name_pictures(rows, images)
+            write_files_atomically(path, lambda folder: _write_pictures(folder, rows, pictures))
+            for row, image in zip(rows, list(images.values())[-1]):
+                if row.place:
+                    run.tracker.image(run.step, f"validation/row-{row.place:02d}", image)
+        cells, labels = grid_cells(rows, images)
+        if cells:
+            grid = image_grid(cells, labels)
+            run.tracker.image(run.step, "validation", grid)
+            saved = save_image(grid, path.with_name(f"{path.name}.png"))
+        return saved
 
     def _log_held_out(self, losses: list[float]) -> None:
         """Adds the loss at each timestep to the curve, and logs it under its sigma or timestep index."""
@@ -91,24 +109,38 @@ class Validation:
         return self.make_batch([self.run.data.held_out_use(sample_id, timestep)])
 
 
-def match_conditions(prompts: list[str], paths: list[str]) -> list[tuple[str, str]]:
-    """(prompt, path of a condition image) pairs of --validation_prompt and --validation_image.
+def grid_cells(rows: Sequence[Row], images: Images) -> tuple[list[list[Image.Image]], list[str]]:
+    """The grid of the images of the flags, and the label of each of its rows.
 
-    Raises UserError if their numbers do not match, or if an image cannot be read.
+    A row of the grid has the condition image, if there is one, and all images of a prompt by one model.
     """
-    pairs = matched(prompts, paths, "--validation_prompt", "--validation_image")
-    for path in paths:
-        require_condition(path, "--validation_image")
-    return pairs
+    starts = [index for index, row in enumerate(rows) if row.number == 0 and not row.place]
+    end = sum(not row.place for row in rows)
+    cells, labels = [], []
+    for first, after in zip(starts, [*starts[1:], end]):
+        row = rows[first]
+        for name, sampled in images.items():
+            cells.append([*([row.condition] if row.condition else []), *sampled[first:after]])
+            labels.append(f"{row.prompt} ({name})" if len(images) > 1 else row.prompt)
+    return cells, labels
 
 
-def load_conditions(
-    pairs: list[tuple[str, str]], resolution: Union[int, list[int]], multiple: int, background: str
-) -> list[tuple[str, Image.Image]]:
-    """(prompt, condition image) pairs, resized by `condition_image`, on the background of the training data.
+def name_pictures(rows: Sequence[Row], images: Images) -> dict[str, Image.Image]:
+    """The images of the rows of --validation_file by the names of their files: `report_images.picture_name`."""
+    *others, trained = images
+    pictures = {}
+    for index, row in enumerate(rows):
+        if row.place:
+            pictures[picture_name(row.place)] = images[trained][index]
+            pictures.update({picture_name(row.place, name): images[name][index] for name in others})
+            if row.condition:
+                pictures[picture_name(row.place, "condition")] = row.condition
+    return pictures
 
-    Of several resolutions the largest counts.
-    """
-    flag = "--validation_image"
-    resolution = max(resolution) if isinstance(resolution, list) else resolution
-    return [(prompt, condition_image(path, flag, resolution, multiple, background)) for prompt, path in pairs]
+
+def _write_pictures(folder: Path, rows: Sequence[Row], pictures: dict[str, Image.Image]) -> None:
+    for name, image in pictures.items():
+        save_image(image, folder / name)
+    described = [json.dumps(row.describe(), ensure_ascii=False) + "\n" for row in rows if row.place]
+    # A path may have bytes that are not UTF-8: JSON can write them as escapes.
+    (folder / ROWS_FILE).write_text("".join(described), encoding="utf-8", errors="backslashreplace")

@@ -1,5 +1,6 @@
 """infer_flux_controlnet.py: images that follow a condition, the same as those of validation in training."""
 
+import json
 import shlex
 
 import mindspore as ms
@@ -41,7 +42,10 @@ def trained(control_script, small_flux, shapes, warm_cache, tmp_path_factory):
     flags += shlex.split("--use_ema --cache_latents --learning_rate 1e-2 --train_batch_size 2 --max_train_steps 3")
     flags += shlex.split("--num_validation_images 2 --num_inference_steps 2 --controlnet_conditioning_scale 0.7")
     flags += ["--validation_prompt", "a red circle", "--validation_image", outline(shapes, 0), outline(shapes, 1)]
-    run_here(control_script, flags)
+    line = {"prompt": "a blue star", "seed": 5, "width": 64, "height": 32, "steps": 3, "guidance": 2.0, "scale": 0.3}
+    file = shapes.parent / "rows.jsonl"
+    file.write_text(json.dumps({**line, "image": f"{shapes.name}/conditioning/000001.png"}))
+    run_here(control_script, [*flags, "--validation_file", file])
     return out
 
 
@@ -82,6 +86,16 @@ def test_training_and_inference_generate_the_same_images(infer, trained, shapes,
     np.testing.assert_array_equal(pixels(grid), np.asarray(grids.image_grid(rows, ["a red circle"] * 2)))
     # The same noise with another condition gives another image.
     assert np.abs(pixels(tmp_path / "x-1.png") - pixels(tmp_path / "x-3.png")).mean() > 0.1
+
+
+def test_a_row_of_a_file_is_the_image_of_inference_with_the_same_settings(infer, trained):
+    """Inference takes the size from its condition, so it gets the one that the row was fitted to."""
+    words = "--prompt 'a blue star' --seed 5 --num_inference_steps 3 --guidance_scale 2"
+    folder = trained / "samples" / "final"
+    more = ["--controlnet_conditioning_scale", 0.3, "--control_image", folder / "row-01-condition.png"]
+    image = infer(*shlex.split(words), *more)
+    assert Image.open(image).size == (64, 32)
+    assert np.abs(pixels(image) - pixels(folder / "row-01.png")).max() <= 1
 
 
 def test_scale_zero_is_the_base_model_and_a_larger_one_is_further_from_it(infer, small_flux, warm_cache):

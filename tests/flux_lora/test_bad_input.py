@@ -121,6 +121,12 @@ def test_a_bad_flag_is_named_with_its_value_and_the_way_out(refused, bad, parts)
     says(refused(*bad), *parts)
 
 
+def test_a_line_of_the_validation_file_is_named(refused, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "size": 40}\n')
+    found = refused("--validation_file", tmp_path / "rows.jsonl")
+    assert "rows.jsonl: 1 of its lines cannot be used:\n  line 2: size is 40, must be a multiple of 16" in found
+
+
 def test_a_hub_token_is_not_repeated_in_the_message(refused, fake_hub):
     found = refused("--push_to_hub", "--hub_token", "hf_secret")
     assert "--push_to_hub: the hub does not accept this token" in found and "hf_secret" not in found

@@ -95,14 +95,19 @@ def test_the_adapter_goes_to_the_hub_and_the_token_nowhere_else(lora, fake_hub, 
 
 def test_a_run_deletes_only_its_own_files(lora, tmp_path):
     """The user's images beside the samples, and curves of other runs in a shared logging directory, stay."""
-    kept = tmp_path / "run" / "samples" / "holiday.png", tmp_path / "shared" / "events.out.tfevents.1.other"
-    for path in kept:
-        path.parent.mkdir(parents=True)
+    samples = tmp_path / "run" / "samples"
+    ours = [samples / name for name in ("step-000001/row-01.png", "step-000001/rows.jsonl", "final/row-02-base.png")]
+    kept = [samples / "holiday.png", samples / "final" / "row.txt", tmp_path / "shared" / "events.out.tfevents.1.other"]
+    for path in (*kept, *ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"kept")
     more = ["--cache_latents", "--max_train_steps", 1, "--logging_dir", tmp_path / "shared"]
     lora(tmp_path / "run", *more)
     lora(tmp_path / "run", *more, "--overwrite_output_dir")
-    assert [path.read_bytes() for path in kept] == [b"kept"] * 2
+    assert [path.read_bytes() for path in kept] == [b"kept"] * 3
+    assert not (samples / "step-000001").exists() and [path.name for path in (samples / "final").iterdir()] == [
+        "row.txt"
+    ]
 
 
 # ---- data ----------------------------------------------------------------------------------------

@@ -64,6 +64,13 @@ def test_a_bad_flag_is_named_with_its_value_and_the_way_out(refused, case):
     assert not [fragment for fragment in fragments if fragment not in message], message
 
 
+def test_a_line_of_the_validation_file_is_named(refused, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    assert "rows.jsonl: 1 of its lines cannot be used:\n  line 1: image is missing: name a condition image" in refused(
+        "--validation_file", tmp_path / "rows.jsonl"
+    )
+
+
 def test_another_kind_of_pipeline(sd, refused, pipelines, tiny_flux):
     other = pipelines["sdxl" if sd.kind == "sd15" else "sd15"]
     script = "train_controlnet_sdxl.py" if sd.kind == "sd15" else "train_controlnet.py"

@@ -1,5 +1,8 @@
 """infer_controlnet*.py: the same seed gives the same bytes, and the latents are those of mindone's pipelines."""
 
+import json
+from types import SimpleNamespace
+
 import mindone.diffusers
 import mindspore as ms
 import numpy as np
@@ -12,6 +15,7 @@ from mindtune.cli import UserError
 from mindtune.data import conditions
 from mindtune.encode import encoder_stage
 from mindtune.models import configs, controlnets, loading, named_parameters, precision, sampling
+from mindtune.run.validation_rows import Row
 
 from .conftest import FINAL
 
@@ -117,6 +121,10 @@ def test_training_and_inference_generate_the_same_image(sd, run, infer, shapes, 
     """The final validation image of a run is what the inference script generates with the saved ControlNet."""
     condition = shapes / "conditioning" / "000000.png"
     validation = ["--validation_prompt", "a red circle", "--validation_image", condition]
+    line = {"prompt": "a blue star", "seed": 5, "steps": 3, "guidance": 2.0, "scale": 0.3, "image": str(condition)}
+    lines = [line, {**line, "negative_prompt": "a red circle"}]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    validation += ["--validation_file", tmp_path / "rows.jsonl"]
     run(sd, tmp_path / "run", *validation, "--learning_rate", 1e-2)
     assert (tmp_path / "run" / FINAL).is_file()
     infer("image", "--controlnet", tmp_path / "run")
@@ -125,3 +133,32 @@ def test_training_and_inference_generate_the_same_image(sd, run, infer, shapes, 
     side = grid.width // 2
     cell = grid.crop((side, grid.height - side, grid.width, grid.height)).resize((64, 64), Image.Resampling.NEAREST)
     assert np.abs(np.asarray(cell, int) - np.asarray(image, int)).max() <= 1
+
+    # A row of the file, too; with a negative prompt it is another image.
+    settings = ["--prompt", "a blue star", "--seed", 5, "--num_inference_steps", 3, "--guidance_scale", 2]
+    infer("row", "--controlnet", tmp_path / "run", *settings, "--controlnet_conditioning_scale", 0.3)
+    row, negative = (Image.open(tmp_path / "run" / "samples" / "final" / f"row-0{n}.png") for n in (1, 2))
+    difference = np.abs(np.asarray(row, int) - np.asarray(Image.open(tmp_path / "row.png"), int))
+    assert difference.max() <= 1 and np.abs(np.asarray(row, int) - np.asarray(negative, int)).max() > 1
+
+
+def test_a_row_reaches_the_sampler(sd, sd_flags, tmp_path, monkeypatch):
+    """Its size, noise, steps, scales and negative prompt, of an image that is not square."""
+    calls = []
+    monkeypatch.setattr(sampling, "sample_unet_latents", lambda *given: calls.append(given))
+    monkeypatch.setattr(sampling, "decode_latents", lambda *_: ["image"])
+    stage = SimpleNamespace(text=lambda prompt: f"text of {prompt}", unconditional=lambda: "text of ")
+    vae = SimpleNamespace(config={"latent_channels": 4, "block_out_channels": [1, 1, 1, 1]})
+    row = Row("a", 5, 3, 2.0, (64, 96), number=2, scale=0.3, condition=Image.new("RGB", (96, 64), "white"))
+    args = sd.train.parse_args(sd_flags(sd, tmp_path))
+    dtype = [None] if sd.kind == "sdxl" else []
+    models = {"unet": "unet", "controlnet": "controlnet"}
+    sampler = sd.train.ValidationSampler(args, [], stage, models, *dtype, "scheduler")
+    negatives = {None: "text of ", "": "text of ", "b": "text of b"}
+    for prompt in negatives:
+        assert sampler.image(vae, row._replace(negative_prompt=prompt)) == "image"
+    assert [call[3] for call in calls] == list(negatives.values())
+    unet, scheduler, text, _, noise, *numbers, (controlnet, pixels, scale) = calls[0]
+    assert (unet, scheduler, text, controlnet, scale) == ("unet", "scheduler", "text of a", "controlnet", 0.3)
+    assert numbers == [3, 2.0, ms.float32] and pixels.shape == (1, 3, 64, 96) and pixels.min() == 1
+    np.testing.assert_array_equal(noise, rng.normal(5, "validation", 2, shape=(1, 4, 8, 12)))

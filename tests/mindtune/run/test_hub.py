@@ -57,6 +57,21 @@ def test_the_model_card(fake_hub, result):
     assert "Seed 7, 3 updates; mindspore 2.7.1." in card
 
 
+def test_images_of_a_file_are_uploaded_and_shown(fake_hub, result):
+    folder = result / "samples" / "final"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"prompt": "a red\\ncircle"}\n{"prompt": "星"}\n', encoding="utf-8")
+    names = ["row-01.png", "row-01-base.png", "row-02.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(folder / name)
+    (folder / "mine.png").write_bytes(b"private")
+    push(result)
+    assert set(fake_hub.files) == {*UPLOADED, "samples/final/rows.jsonl", *(f"samples/final/{name}" for name in names)}
+    card = fake_hub.files["README.md"].decode()
+    assert "- a red circle\n\n  ![Row 1](samples/final/row-01.png)\n" in card
+    assert "- 星\n\n  ![Row 2](samples/final/row-02.png)\n" in card
+
+
 def test_a_users_readme_is_kept_and_a_generated_one_is_replaced(fake_hub, result):
     (result / "README.md").write_text("mine")
     push(result)

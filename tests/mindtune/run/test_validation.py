@@ -1,6 +1,7 @@
 """Validation: when the held-out loss is measured and images are sampled, with which weights, and what is written."""
 
 import contextlib
+import json
 from types import SimpleNamespace
 
 import mindspore as ms
@@ -9,11 +10,11 @@ import pytest
 from mindspore import nn
 from PIL import Image
 
-from mindtune.cli import UserError
 from mindtune.distributed import ranks
 from mindtune.run import validation
 from mindtune.run.evaluation import HELD_OUT_INDICES
-from mindtune.run.validation import Validation, load_conditions, match_conditions
+from mindtune.run.validation import Validation
+from mindtune.run.validation_rows import Row
 
 
 class Step(nn.Cell):
@@ -47,18 +48,29 @@ class FakeRun:
     def log(self, step, **values):
         self.logged.append(values)
 
-    def image(self, step, name, grid):
-        self.logged.append(grid.size)
+    def image(self, step, name, image):
+        self.logged.append((name, image.size))
+
+
+def two_images(prompt="a cat", condition=None):
+    """The rows of a prompt of the flags, with two images of 32 x 32 pixels."""
+    return [Row(prompt, 7, 20, 3.5, (32, 32), number, condition=condition) for number in (0, 1)]
 
 
 class Sampler:
-    def __init__(self, prompts=("a cat",)):
-        self.prompts = prompts
+    """Its images have a colour of their own: red is the index of the row, green says which model."""
+
+    def __init__(self, rows=None):
+        self.rows = two_images() if rows is None else rows
         self.calls = []
 
     def sample(self, final):
         self.calls.append(final)
-        return [[Image.new("RGB", (32, 32))] * 2], ["a cat"]
+        names = ("base", "adapter") if final else ("adapter",)
+        return {name: [self.image(index, name) for index in range(len(self.rows))] for name in names}
+
+    def image(self, index, name):
+        return Image.new("RGB", self.rows[index].size[::-1], (index, 100 if name == "base" else 200, 0))
 
 
 def make_batch(uses):
@@ -93,8 +105,56 @@ def test_images_are_sampled_for_prompts_after_the_first_update(tmp_path):
     assert make_validation(run, sampler)() == tmp_path / "samples" / "step-000001.png"
     assert make_validation(run, sampler)(final=True) == tmp_path / "samples" / "final.png"
     assert sampler.calls == [False, True] and len(run.logged) == 2
-    assert Image.open(tmp_path / "samples" / "final.png").size == run.logged[1]
-    assert make_validation(run, Sampler(prompts=()))() is None
+    assert run.logged[1] == ("validation", Image.open(tmp_path / "samples" / "final.png").size)
+    assert make_validation(run, Sampler(rows=[]))() is None
+
+
+def test_the_grid_has_a_row_per_prompt_and_model(tmp_path, monkeypatch):
+    """It starts with the condition; images of a file are not in the grid."""
+    given = []
+    monkeypatch.setattr(validation, "image_grid", lambda *cells: given.append(cells) or Image.new("RGB", (8, 8)))
+    condition = Image.new("RGB", (32, 32), "blue")
+    rows = [*two_images(), *two_images("a dog", condition), Row("a cow", 7, 20, 3.5, (48, 32), place=1)]
+    validate = make_validation(FakeRun(tmp_path, held_out=0), Sampler(rows))
+    validate()
+    validate(final=True)
+    (cells, labels), (final_cells, final_labels) = given
+    assert labels == ["a cat", "a dog"]
+    assert final_labels == ["a cat (base)", "a cat (adapter)", "a dog (base)", "a dog (adapter)"]
+    colours = [[image.getpixel((0, 0)) for image in row] for row in cells]
+    assert colours == [[(0, 200, 0), (1, 200, 0)], [(0, 0, 255), (2, 200, 0), (3, 200, 0)]]
+    assert [row[-1].getpixel((0, 0)) for row in final_cells] == [(1, 100, 0), (1, 200, 0), (3, 100, 0), (3, 200, 0)]
+
+
+def test_every_row_of_a_file_is_a_picture_of_its_own(tmp_path):
+    """The folder of a validation also has the conditions, at the end the base model's images, and what the rows are."""
+    condition = Image.new("RGB", (48, 32), "blue")
+    first = Row("a 猫", 1, 20, 3.5, (32, 48), image="a\udce9.png", condition=condition, place=1)
+    rows = [*two_images(), first, Row("a dog", 2, 20, 3.5, (64, 32), place=2)]
+    run = FakeRun(tmp_path, held_out=0)
+    validate = make_validation(run, Sampler(rows))
+    assert validate() == tmp_path / "samples" / "step-000001.png"
+    assert validate(final=True) == tmp_path / "samples" / "final.png"
+    expected = {"row-01.png": (2, 200, 0), "row-01-condition.png": (0, 0, 255), "row-02.png": (3, 200, 0)}
+    found = {path.name: Image.open(path) for path in (tmp_path / "samples" / "step-000001").glob("*.png")}
+    assert {name: image.getpixel((0, 0)) for name, image in found.items()} == expected
+    assert found["row-01.png"].size == (48, 32) and found["row-02.png"].size == (32, 64)
+    expected.update({"row-01-base.png": (2, 100, 0), "row-02-base.png": (3, 100, 0)})
+    found = {path.name: Image.open(path) for path in (tmp_path / "samples" / "final").glob("*.png")}
+    assert {name: image.getpixel((0, 0)) for name, image in found.items()} == expected
+    lines = (tmp_path / "samples" / "final" / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [row.describe() for row in rows[2:]] and "猫" in lines[0]
+    logged = [("validation/row-01", (48, 32)), ("validation/row-02", (32, 64))]
+    assert [logged_images for logged_images in run.logged if logged_images[0] != "validation"] == logged * 2
+
+
+def test_a_file_alone_gives_no_grid_and_an_older_validation_is_replaced(tmp_path):
+    run = FakeRun(tmp_path, held_out=0)
+    file = [Row(prompt, 7, 20, 3.5, (32, 32), place=place) for place, prompt in enumerate("abc", 1)]
+    make_validation(run, Sampler(file))()
+    assert make_validation(run, Sampler(file[1:2]))() == tmp_path / "samples" / "step-000001"
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000001"]
+    assert (tmp_path / "samples" / "step-000001" / "rows.jsonl").read_text().count("\n") == 1
 
 
 def test_other_ranks_validate_nothing(monkeypatch, tmp_path):
@@ -128,22 +188,6 @@ def test_everything_is_done_with_the_averaged_weights(tmp_path):
     validate.write_result(lambda folder: (folder / "weights.txt").write_text(str(float(weight[0]))))
     assert seen == [5.0] and (tmp_path / "weights.txt").read_text() == "5.0" and float(weight[0]) == 1.0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "weights.txt"]
-
-
-def test_prompts_and_condition_images_are_matched(tmp_path):
-    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
-    for path in paths:
-        Image.new("RGB", (80, 40), "white").save(path)
-    assert match_conditions(["x", "y"], paths) == [("x", paths[0]), ("y", paths[1])]
-    assert match_conditions(["x"], paths) == [("x", paths[0]), ("x", paths[1])]
-    assert match_conditions(["x", "y"], paths[:1]) == [("x", paths[0]), ("y", paths[0])]
-    assert match_conditions([], []) == []
-    with pytest.raises(UserError, match="--validation_prompt has 3 and --validation_image 2"):
-        match_conditions(["x", "y", "z"], paths)
-    with pytest.raises(UserError, match="--validation_image .*absent.png"):
-        match_conditions(["x"], [str(tmp_path / "absent.png")])
-    ((prompt, image),) = load_conditions([("x", paths[0])], 32, 16, "white")
-    assert prompt == "x" and image.size == (64, 32)  # the shorter side is the resolution
 
 
 def test_memory_of_a_vae_loaded_for_the_images_is_freed(monkeypatch, tmp_path):
