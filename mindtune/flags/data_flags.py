@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mindtune.cli import UserError
 from mindtune.data import metadata
-from mindtune.data.columns import Source, check_source
+from mindtune.data.columns import Source, check_hub, check_source
 from mindtune.data.crops import INTERPOLATIONS
 from mindtune.flags.parser import Parser, Values
 
@@ -172,6 +172,7 @@ def _check_instance_images(args: Values) -> None:
         raise UserError(
             "give one of --instance_data_dir (a directory of images), --dataset_name and --dataset_config, only one."
         )
+    check_hub(args.dataset_name, args.hub)
     in_file = ("dataset_config_name", "image_column", "class_data_dir", "class_prompt", "max_train_samples")
     for name in in_file if args.dataset_config else ():
         if getattr(args, name):

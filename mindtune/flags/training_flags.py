@@ -7,6 +7,7 @@ import math
 from mindtune.cli import UserError
 from mindtune.flags.parser import Parser, Values
 from mindtune.flow import WEIGHTING_SCHEMES
+from mindtune.models import hubs
 from mindtune.optim import optimizers, schedules, zero1
 
 
@@ -20,7 +21,14 @@ def model(parser: Parser, pipeline: str) -> None:
         may_change=True,
         help=f"Directory or hub id of a {pipeline} pipeline.",
     )
-    add("revision", may_change=True, help="Branch, tag or commit on the hub. Default: main.")
+    add(
+        "hub",
+        choices=list(hubs.HUBS),
+        default=hubs.default(),
+        may_change=True,
+        help="Where the models of hub ids are, and where --push_to_hub uploads. Default: MINDTUNE_HUB, or huggingface.",
+    )
+    add("revision", may_change=True, help="Branch, tag or commit on the hub. Default: main, on ModelScope master.")
     add("variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add(
         "cache_dir",

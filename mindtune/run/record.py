@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mindtune.cli import StopRequest, UserError, print_lines
 from mindtune.distributed import ranks
+from mindtune.models import hubs
 from mindtune.models.execution import free_memory
 from mindtune.run import checkpoint, hub, memory, plan, report, tracking
 from mindtune.run.progress import Progress
@@ -47,7 +48,7 @@ class Settings(NamedTuple):
     push_to_hub: bool = False
     hub_model_id: Optional[str] = None
     hub_token: Optional[str] = None
-    validation_prompt: tuple[str, ...] = ()
+    hub: str = hubs.DEFAULT
 
 
 class Run:
@@ -77,9 +78,10 @@ class Run:
         self.logging_dir = self.output_dir / settings.logging_dir
         self.state = json.loads((self.checkpoint / "trainer_state.json").read_text()) if self.checkpoint else {}
         self.hub_id = None
+        self.gallery: list[tuple[str, str]] = []  # prompts and image files of the model card
         if settings.push_to_hub:
             self.hub_id = ranks.on_main_process(
-                hub.check, settings.hub_model_id, settings.output_dir, settings.hub_token
+                hub.check, settings.hub_model_id, settings.output_dir, settings.hub_token, settings.hub
             )
         seed = settings.seed if settings.seed is not None else self.state.get("seed", secrets.randbelow(2**31))
         self.seed = ranks.all_gather(seed)[0]
@@ -280,8 +282,7 @@ class Run:
     def _push(self) -> None:
         if self.hub_id:
             base, token = self.settings.pretrained_model_name_or_path, self.settings.hub_token
-            prompts = list(self.settings.validation_prompt)
-            address = hub.push(self.hub_id, self.output_dir, base, prompts, token)
+            address = hub.push(self.hub_id, self.output_dir, base, self.gallery, token, self.settings.hub)
             print(f"uploaded to {address}")
 
     def _write_run_json(self, finished: bool) -> None:

@@ -24,6 +24,7 @@ from mindtune.run.evaluation import HELD_OUT_INDICES, held_out_loss
 from mindtune.run.record import Run
 
 Rows = Sequence[Sequence[Image.Image]]
+GALLERY_SIZE = 8  # images of a model card
 
 
 class Validation:
@@ -70,6 +71,8 @@ class Validation:
         free_memory()  # a VAE may have been loaded for the images
         grid = image_grid(rows, labels)
         run.tracker.image(run.step, "validation", grid)
+        if final and run.hub_id:
+            run.gallery = save_gallery(run.output_dir, self.sampler.prompts, rows)
         name = "final" if final else f"step-{run.step:06d}"
         return save_image(grid, run.output_dir / "samples" / f"{name}.png")
 
@@ -89,6 +92,21 @@ class Validation:
 
     def _held_out_batch(self, sample_id: int, timestep: int) -> tuple:
         return self.make_batch([self.run.data.held_out_use(sample_id, timestep)])
+
+
+def save_gallery(output_dir: Path, prompts: Sequence, rows: Rows) -> list[tuple[str, str]]:
+    """Saves an image per prompt for the model card, and returns the prompts with the files, relative to `output_dir`.
+
+    `prompts` are texts, or (text, condition image). A prompt has one row or several; the last image of its last row is
+    by the trained model.
+    """
+    rows = rows[len(rows) // len(prompts) - 1 :: len(rows) // len(prompts)]
+    gallery = []
+    for number, (prompt, row) in enumerate(zip(prompts, rows[:GALLERY_SIZE]), 1):
+        file = f"samples/final-{number}.png"
+        save_image(row[-1], output_dir / file)
+        gallery.append((prompt if isinstance(prompt, str) else prompt[0], file))
+    return gallery
 
 
 def match_conditions(prompts: list[str], paths: list[str]) -> list[tuple[str, str]]:
