@@ -55,11 +55,16 @@ def download(name: str, revision: Optional[str], cache_dir: Optional[str], patte
             raise error from None
         print(f"{name}: ModelScope cannot be reached; the files in {folder} are used, of whatever revision they are")
         return Path(folder)
+    except requests.HTTPError as error:
+        response = error.args[0]
+        if isinstance(response, requests.Response):  # which the library puts in the place of a text
+            raise requests.HTTPError(f"{response.status_code} {response.reason}", response=response) from None
+        raise
 
 
 def advice(error: Exception, name: str) -> str:
     """What to do about an error of a download; empty if its own text says it."""
-    status = _status(error)
+    kind, status = type(error).__name__, getattr(getattr(error, "response", None), "status_code", None)
     if status == 404:
         return "Check the id; a private model needs `modelscope login --token TOKEN` or MODELSCOPE_API_TOKEN."
     if status in (401, 403) or "access authorization" in str(error):
@@ -67,20 +72,13 @@ def advice(error: Exception, name: str) -> str:
             f"Apply for access on {_api().endpoint}/models/{name}, and log in with `modelscope login --token TOKEN` or "
             "set MODELSCOPE_API_TOKEN."
         )
-    if type(error).__name__ == "NotExistError":
+    if kind == "NotExistError":
         return f"Give a branch or a tag as --revision, not a commit. The default is {BRANCH}."
+    if kind == "FileDownloadError":
+        return "The lines above say why. The same command continues the download; after 403 Forbidden, log in first."
     return (
         "Check the network, or download it elsewhere and give the directory." if isinstance(error, UNREACHABLE) else ""
     )
-
-
-def _status(error: Exception) -> Optional[int]:
-    """The HTTP status of an error. The library puts the response into various places."""
-    cause = getattr(error, "reason", None)
-    for each in (getattr(error, "response", None), *error.args, getattr(cause, "response", None)):
-        if isinstance(each, requests.Response):
-            return each.status_code
-    return None
 
 
 # ---- uploads -------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def download(
     except UserError:
         raise
     except Exception as error:  # no network, no such repository, gated, wrong revision: the hub's text says which
-        said = f"{side.TITLE} says: {error_text(error, None).rstrip('.')}"
+        said = f"{side.TITLE} says: {error_text(error, None).rstrip('.!')}"
         raise UserError(f"{flag} {name}: no such directory, and {said}. {side.advice(error, name)}".rstrip()) from None
 
 

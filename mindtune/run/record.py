@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from mindtune.cli import StopRequest, UserError, print_lines
 from mindtune.distributed import ranks
-from mindtune.models import hubs
 from mindtune.models.execution import free_memory
 from mindtune.run import checkpoint, hub, memory, plan, report, tracking
 from mindtune.run.progress import Progress
@@ -48,7 +47,7 @@ class Settings(NamedTuple):
     push_to_hub: bool = False
     hub_model_id: Optional[str] = None
     hub_token: Optional[str] = None
-    hub: str = hubs.DEFAULT
+    hub: str = "huggingface"
 
 
 class Run:
