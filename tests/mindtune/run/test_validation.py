@@ -31,6 +31,8 @@ class FakeRun:
         self.step = step
         self.output_dir = output_dir
         self.axis = axis
+        self.hub_id = None
+        self.gallery = []
         self.points = []
         self.logged = []
         self.curve = self.tracker = self
@@ -95,6 +97,36 @@ def test_images_are_sampled_for_prompts_after_the_first_update(tmp_path):
     assert sampler.calls == [False, True] and len(run.logged) == 2
     assert Image.open(tmp_path / "samples" / "final.png").size == run.logged[1]
     assert make_validation(run, Sampler(prompts=()))() is None
+
+
+def test_the_gallery_has_one_image_per_prompt_by_the_trained_model(tmp_path):
+    """The red ones: of a LoRA the last row, of a ControlNet the last image. Only the last validation saves them."""
+    red, other = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "gray")
+    adapter = Sampler(["a cat", "a dog"])
+    adapter.sample = lambda final: (
+        [[other, other], [other, red]] * (2 if final else 1),
+        ["label"] * (4 if final else 2),
+    )
+    controlnet = Sampler([("a cat", other), ("a cat", other), ("a dog", other)])
+    controlnet.sample = lambda final: ([[other, other, red]] * 3, ["label"] * 3)
+    for name, sampler, prompts in (
+        ("lora", adapter, ["a cat", "a dog"]),
+        ("controlnet", controlnet, ["a cat", "a cat", "a dog"]),
+    ):
+        run = FakeRun(tmp_path / name, held_out=0)
+        for run.hub_id, final in ((None, True), ("me/model", False)):
+            make_validation(run, sampler)(final=final)
+            assert run.gallery == [] and not list((tmp_path / name).glob("samples/final-*"))
+        make_validation(run, sampler)(final=True)
+        assert run.gallery == [(prompt, f"samples/final-{number}.png") for number, prompt in enumerate(prompts, 1)]
+        for _, file in run.gallery:
+            assert Image.open(tmp_path / name / file).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_gallery_of_many_prompts_has_eight_images(tmp_path):
+    prompts = [str(number) for number in range(11)]
+    gallery = validation.save_gallery(tmp_path, prompts, [[Image.new("RGB", (8, 8))]] * 11)
+    assert [prompt for prompt, _ in gallery] == prompts[:8] and len(list((tmp_path / "samples").iterdir())) == 8
 
 
 def test_other_ranks_validate_nothing(monkeypatch, tmp_path):
