@@ -6,6 +6,7 @@ The library's own login is not used: it writes the token to a file.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -20,13 +21,13 @@ BRANCH = "master"
 UNREACHABLE = (requests.ConnectionError, requests.Timeout, requests.exceptions.RetryError)
 
 
-def _api(token: Optional[str] = None) -> Any:
-    """The library's interface; `hubs` and the library's downloads repeat what fails. Raises UserError without it."""
+def _api(**settings: Any) -> Any:
+    """The library's interface. Raises UserError without the library."""
     try:
         from modelscope.hub.api import HubApi
     except ImportError:
         raise UserError(f"--hub modelscope: the modelscope library is missing. pip install {LIBRARY}") from None
-    return HubApi(token=token, max_retries=0)
+    return HubApi(**settings)
 
 
 # ---- downloads -----------------------------------------------------------------------------------
@@ -56,9 +57,9 @@ def download(name: str, revision: Optional[str], cache_dir: Optional[str], patte
         print(f"{name}: ModelScope cannot be reached; the files in {folder} are used, of whatever revision they are")
         return Path(folder)
     except requests.HTTPError as error:
-        response = error.args[0]
-        if isinstance(response, requests.Response):  # which the library puts in the place of a text
-            raise requests.HTTPError(f"{response.status_code} {response.reason}", response=response) from None
+        for each in error.args:
+            if isinstance(each, requests.Response):  # which the library puts in the place of a text
+                raise requests.HTTPError(f"{each.status_code} {each.reason}", response=each) from None
         raise
 
 
@@ -76,9 +77,9 @@ def advice(error: Exception, name: str) -> str:
         return f"Give a branch or a tag as --revision, not a commit. The default is {BRANCH}."
     if kind == "FileDownloadError":
         return "The lines above say why. The same command continues the download; after 403 Forbidden, log in first."
-    return (
-        "Check the network, or download it elsewhere and give the directory." if isinstance(error, UNREACHABLE) else ""
-    )
+    if isinstance(error, UNREACHABLE):
+        return "Check the network and the id, or download it elsewhere and give the directory."
+    return ""
 
 
 # ---- uploads -------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def account(token: Optional[str]) -> str:
 
     Raises UserError without a token, and ValueError if it is refused.
     """
-    api = _api(token)
+    api = _api(token=token, max_retries=0)  # `hubs` repeats the call
     token = token or os.environ.get(TOKEN_VARIABLE)
     if token:
         response = api.session.post(f"{api.endpoint}/api/v1/login", json={"AccessToken": token})
@@ -117,11 +118,11 @@ def upload(
 
     One commit per file: the library's upload of folders reports success when its commit is refused.
     """
-    api = _api(token)
+    api = _api(token=token, max_retries=0)
     retried(lambda: api.create_repo(repo_id, exist_ok=True, create_default_config=False))
     for file in files:
-        request = {"repo_id": repo_id, "path_in_repo": file, "commit_message": f"{file}: training with MindTune"}
-        retried(lambda path=str(folder / file), request=request: api.upload_file(path_or_fileobj=path, **request))
+        place = {"repo_id": repo_id, "path_in_repo": file, "path_or_fileobj": str(folder / file)}
+        retried(partial(api.upload_file, **place, commit_message=f"Training with MindTune: {file}"))
     return f"{api.endpoint}/models/{repo_id}"
 
 

@@ -98,7 +98,7 @@ def test_the_licence_is_that_of_a_known_base_model(card, base, licence):
     assert [metadata.get(key) for key in ("license", "license_name")] == licence
 
 
-def test_the_path_of_a_base_model_is_not_published(card, tmp_path):
+def test_the_path_of_a_base_model_is_not_given_as_its_id(card, tmp_path):
     (tmp_path / "secret" / "FLUX.1-dev").mkdir(parents=True)
     metadata, body = card(base=tmp_path / "secret" / "FLUX.1-dev")
     assert "base_model" not in metadata and metadata["license_name"] == "as-the-base-model"
