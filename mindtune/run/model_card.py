@@ -83,8 +83,9 @@ def model_card(output_dir: Path, repo_id: str, base_model: str, gallery: list[tu
         "tags": ["text-to-image", "diffusers", *kind.tags, "mindspore", "mindone"],
         "widget": [{"text": prompt, "output": {"url": file}} for prompt, file in gallery],
     }
-    images = "<Gallery />\n\n![Images of the last validation](samples/final.png)\n" if gallery else ""
     prompts = "".join(f"- {' '.join(prompt.split())}\n" for prompt, _ in gallery)
+    grid = "![Images of the last validation](samples/final.png)"
+    images = f"\n<Gallery />\n\n{grid}\n\n{prompts}" if gallery else ""
     flags = {name: value for name, value in record["flags"].items() if value not in (None, False, "", [])}
     rows = "".join(f"| `--{name}` | {_code(value)} |\n" for name, value in flags.items())
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -97,9 +98,7 @@ def model_card(output_dir: Path, repo_id: str, base_model: str, gallery: list[tu
 
 A {"LoRA adapter" if kind is LORA else "ControlNet"} for `{base}`, trained with MindTune on MindSpore.
 Its licence is that of the base model.
-
 {images}
-{prompts}
 ## Use with diffusers
 
 ```python
