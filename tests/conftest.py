@@ -175,8 +175,10 @@ def fake_hub(monkeypatch):
 
 @pytest.fixture
 def fake_modelscope(monkeypatch, tmp_path_factory):
-    """A ModelScope of our own that the modelscope library asks in this process, without its pauses between attempts."""
-    api, utils = map(importlib.import_module, ("modelscope.hub.api", "modelscope.hub.utils.utils"))
+    """A ModelScope of our own that the modelscope library asks in this process, without its pauses and bars."""
+    api, utils, bars = (
+        importlib.import_module(f"modelscope.hub.{name}") for name in ("api", "utils.utils", "callback")
+    )
     hub = FakeModelScope()
     monkeypatch.setenv("MODELSCOPE_DOMAIN", DOMAIN)
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path_factory.mktemp("modelscope")))
@@ -186,6 +188,7 @@ def fake_modelscope(monkeypatch, tmp_path_factory):
     for module in (api, utils):
         monkeypatch.setattr(module, "MODELSCOPE_URL_SCHEME", "http://")
     monkeypatch.setattr(api.ModelScopeConfig, "path_credential", str(tmp_path_factory.mktemp("credentials")))
+    monkeypatch.setattr(bars, "tqdm", functools.partial(bars.tqdm, disable=True))  # it never closes them
     monkeypatch.setattr("urllib3.util.Retry.sleep", lambda *_: None)
     yield hub
     hub.close()
