@@ -11,4 +11,5 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.9,<3.13",
     packages=find_packages(include=["mindtune", "mindtune.*"]),
+    extras_require={"modelscope": ["modelscope==1.37.1"]},
 )

@@ -66,11 +66,11 @@ def parse_args(argv=None):
 
 def find_models(args):
     """Returns (pipeline directory, directory of an existing ControlNet or None), after checks. Raises UserError."""
-    weights = not args.dry_run
+    weights, cache_dir, hub = not args.dry_run, args.cache_dir, args.hub
     name, revision, variant = args.pretrained_model_name_or_path, args.revision, args.variant
-    root = resolve.pipeline(name, revision, variant, args.cache_dir, pipelines.FLUX_COMPONENTS, weights=weights)
+    root = resolve.pipeline(name, revision, variant, cache_dir, pipelines.FLUX_COMPONENTS, weights=weights, hub=hub)
     base = configs.read_config(root, "transformer")
-    existing = resolve.controlnet(args.controlnet_model_name_or_path, args.cache_dir, base, weights=weights)
+    existing = resolve.controlnet(args.controlnet_model_name_or_path, cache_dir, base, weights=weights, hub=hub)
     if args.dry_run:  # the plan is for any number of blocks
         return root, existing
     if existing:

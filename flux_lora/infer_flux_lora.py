@@ -15,7 +15,18 @@ from mindtune.cli import UserError, run_script
 from mindtune.data import grids
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.encode.text_encoders import clip_pooled
-from mindtune.models import configs, execution, loading, lora, lora_files, pipelines, precision, sampling, tokenization
+from mindtune.models import (
+    configs,
+    execution,
+    hubs,
+    loading,
+    lora,
+    lora_files,
+    pipelines,
+    precision,
+    sampling,
+    tokenization,
+)
 from mindtune.models.weights import linear_layers
 from mindtune.run import inference
 
@@ -26,7 +37,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="Directory or hub id of a FLUX.1 pipeline.")
-    add("--revision", help="Branch, tag or commit on the hub. Default: main.")
+    add(
+        "--hub",
+        choices=list(hubs.HUBS),
+        default=hubs.default(),
+        help="Where the models of hub ids are. Default: MINDTUNE_HUB, or huggingface.",
+    )
+    add("--revision", help="Branch, tag or commit on the hub. Default: main, on ModelScope master.")
     add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add(
         "--cache_dir",
@@ -102,7 +119,12 @@ def main(argv=None):
     adapters = lora_files.read_adapters(lora_path, "--lora") if lora_path else {}
     execution.set_up_device(graph_mode=False)
     root = inference.find_pipeline(
-        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        args.cache_dir,
+        pipelines.FLUX_COMPONENTS,
+        args.hub,
     )
     if lora_path:
         layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}

@@ -78,6 +78,7 @@ def find_pipeline(args):
         args.cache_dir,
         pipelines.FLUX_COMPONENTS,
         weights=not args.dry_run,
+        hub=args.hub,
     )
 
 

@@ -27,6 +27,7 @@ from mindtune.encode.estimate import EntrySizes, captions_too_long, read_encoder
 from mindtune.files import free_bytes, require_writable
 from mindtune.flags.image_flags import crops
 from mindtune.flags.parser import Parser, Values
+from mindtune.models import hubs
 
 
 def parse_args(argv: Optional[list[str]] = None) -> Values:
@@ -56,6 +57,12 @@ def parse_args(argv: Optional[list[str]] = None) -> Values:
     add(
         "pretrained_model_name_or_path",
         help="Pipeline whose tokenizers count tokens. Default: none, with the sizes of FLUX.1-dev.",
+    )
+    add(
+        "hub",
+        choices=list(hubs.HUBS),
+        default=hubs.default(),
+        help="Where the pipeline of a hub id is. Default: MINDTUNE_HUB, or huggingface.",
     )
     add("max_sequence_length", type=int, default=512, minimum=1, help="T5 tokens of a caption.")
     add("cache_dir", help="Directory of the datasets library's downloads. Default: a temporary directory.")
@@ -102,6 +109,7 @@ def check_images(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Foun
             cache_dir=cache_dir,
             image_column=flags["image_column"],
             caption_column=flags["caption_column"],
+            hub=flags["hub"],
         )
         samples = samples_in_dataset(source, notes.append)
     samples = samples[: flags["max_train_samples"]]
@@ -146,7 +154,7 @@ def make_report(flags: dict, cache_dir: str) -> dict:
     captions = used_captions(flags, found)
     without_caption = [name for name, caption in captions if not caption]
     model = flags["pretrained_model_name_or_path"]
-    encoders = read_encoders(model, flags["cache_dir"])
+    encoders = read_encoders(model, flags["cache_dir"], flags["hub"])
     prompts = [(f"--{name}", flags[name]) for name in ("instance_prompt", "class_prompt") if flags[name]]
     own_captions = [(item.name, item.caption or "") for item in items]
     sizes = bucket_report(items, crop_settings)

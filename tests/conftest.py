@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib
 import importlib.util
 import io
 import json
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 import skimage.data
 from fake_hub import FakeHub
+from fake_modelscope import DOMAIN, FakeModelScope
 from msrun_job import Job
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -167,6 +169,27 @@ def fake_hub(monkeypatch):
     hub = FakeHub()
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)  # what it read from there when it was imported
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def fake_modelscope(monkeypatch, tmp_path_factory):
+    """A ModelScope of our own that the modelscope library asks in this process, without its pauses and bars."""
+    api, utils, bars = (
+        importlib.import_module(f"modelscope.hub.{name}") for name in ("api", "utils.utils", "callback")
+    )
+    hub = FakeModelScope()
+    monkeypatch.setenv("MODELSCOPE_DOMAIN", DOMAIN)
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path_factory.mktemp("modelscope")))
+    for name in ("MODELSCOPE_API_TOKEN", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", hub.proxy)
+    for module in (api, utils):
+        monkeypatch.setattr(module, "MODELSCOPE_URL_SCHEME", "http://")
+    monkeypatch.setattr(api.ModelScopeConfig, "path_credential", str(tmp_path_factory.mktemp("credentials")))
+    monkeypatch.setattr(bars, "tqdm", functools.partial(bars.tqdm, disable=True))  # it never closes them
+    monkeypatch.setattr("urllib3.util.Retry.sleep", lambda *_: None)
     yield hub
     hub.close()
 

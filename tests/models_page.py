@@ -32,7 +32,7 @@ File names, config keys and tensor names are the published ones; no published we
   model, the key and its value.
 
 Where a published file was not available, `tests/real_configs.py` says what is used instead. Names
-without an owner exist in several repositories.
+without an owner exist in several repositories. [Hubs](hub.md) says where models are downloaded from.
 
 ## Pipelines
 

@@ -14,7 +14,7 @@ import argparse
 from mindtune.cli import run_script
 from mindtune.data import grids
 from mindtune.encode.encoder_stage import EncoderStage
-from mindtune.models import execution, pipelines
+from mindtune.models import execution, hubs, pipelines
 from mindtune.run import inference
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -28,7 +28,13 @@ def parse_args(argv=None):
         required=True,
         help="Directory or hub id of a Stable Diffusion 1 or 2 pipeline.",
     )
-    add("--revision", help="Branch, tag or commit on the hub. Default: main.")
+    add(
+        "--hub",
+        choices=list(hubs.HUBS),
+        default=hubs.default(),
+        help="Where the models of hub ids are. Default: MINDTUNE_HUB, or huggingface.",
+    )
+    add("--revision", help="Branch, tag or commit on the hub. Default: main, on ModelScope master.")
     add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add(
         "--cache_dir",
@@ -100,9 +106,14 @@ def main(argv=None):
     output, singles = grids.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
     execution.set_up_device(graph_mode=False)
     root = inference.find_pipeline(
-        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SD_COMPONENTS
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        args.cache_dir,
+        pipelines.SD_COMPONENTS,
+        args.hub,
     )
-    controlnet_folder = inference.find_controlnet(args.controlnet, args.cache_dir, root, base="unet")
+    controlnet_folder = inference.find_controlnet(args.controlnet, args.cache_dir, root, "unet", args.hub)
 
     settings = inference.Settings(
         seed=args.seed,

@@ -14,7 +14,7 @@ import argparse
 from mindtune.cli import run_script
 from mindtune.data import grids
 from mindtune.encode.encoder_stage import EncoderStage
-from mindtune.models import execution, pipelines, resolve
+from mindtune.models import execution, hubs, pipelines, resolve
 from mindtune.run import inference
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -24,7 +24,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="Directory or hub id of a Stable Diffusion XL pipeline.")
-    add("--revision", help="Branch, tag or commit on the hub. Default: main.")
+    add(
+        "--hub",
+        choices=list(hubs.HUBS),
+        default=hubs.default(),
+        help="Where the models of hub ids are. Default: MINDTUNE_HUB, or huggingface.",
+    )
+    add("--revision", help="Branch, tag or commit on the hub. Default: main, on ModelScope master.")
     add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add(
         "--pretrained_vae_model_name_or_path",
@@ -100,11 +106,16 @@ def main(argv=None):
     output, singles = grids.output_files(args.output, len(pairs) * args.num_images_per_prompt, args.overwrite)
     execution.set_up_device(graph_mode=False)
     root = inference.find_pipeline(
-        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.SDXL_COMPONENTS
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        args.cache_dir,
+        pipelines.SDXL_COMPONENTS,
+        args.hub,
     )
-    vae_folder = resolve.vae(args.pretrained_vae_model_name_or_path, args.cache_dir, root)
+    vae_folder = resolve.vae(args.pretrained_vae_model_name_or_path, args.cache_dir, root, hub=args.hub)
     vae_precision = "no" if pipelines.vae_overflows(vae_folder, args.mixed_precision) else args.mixed_precision
-    controlnet_folder = inference.find_controlnet(args.controlnet, args.cache_dir, root, base="unet")
+    controlnet_folder = inference.find_controlnet(args.controlnet, args.cache_dir, root, "unet", args.hub)
 
     settings = inference.Settings(
         seed=args.seed,

@@ -73,10 +73,13 @@ def find_models(args):
         args.cache_dir,
         pipelines.SD_COMPONENTS,
         weights=not args.dry_run,
+        hub=args.hub,
     )
     unet = configs.read_config(root, "unet")
-    existing = resolve.controlnet(args.controlnet_model_name_or_path, args.cache_dir, unet, weights=not args.dry_run)
-    tokenizer = None if args.dry_run else resolve.tokenizer(args.tokenizer_name, args.cache_dir)
+    existing = resolve.controlnet(
+        args.controlnet_model_name_or_path, args.cache_dir, unet, weights=not args.dry_run, hub=args.hub
+    )
+    tokenizer = None if args.dry_run else resolve.tokenizer(args.tokenizer_name, args.cache_dir, args.hub)
     return root, existing, tokenizer
 
 

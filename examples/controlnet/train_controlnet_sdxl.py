@@ -85,11 +85,14 @@ def find_models(args):
         args.cache_dir,
         pipelines.SDXL_COMPONENTS,
         weights=not args.dry_run,
+        hub=args.hub,
     )
-    vae = resolve.vae(args.pretrained_vae_model_name_or_path, args.cache_dir, root, weights=not args.dry_run)
+    vae = resolve.vae(args.pretrained_vae_model_name_or_path, args.cache_dir, root, not args.dry_run, args.hub)
     unet = configs.read_config(root, "unet")
-    existing = resolve.controlnet(args.controlnet_model_name_or_path, args.cache_dir, unet, weights=not args.dry_run)
-    tokenizer = None if args.dry_run else resolve.tokenizer(args.tokenizer_name, args.cache_dir)
+    existing = resolve.controlnet(
+        args.controlnet_model_name_or_path, args.cache_dir, unet, weights=not args.dry_run, hub=args.hub
+    )
+    tokenizer = None if args.dry_run else resolve.tokenizer(args.tokenizer_name, args.cache_dir, args.hub)
     return root, vae, existing, tokenizer
 
 

@@ -34,6 +34,7 @@ class Source(NamedTuple):
     image_column: Optional[str] = None
     conditioning_image_column: Optional[str] = None
     caption_column: Optional[str] = None
+    hub: str = "huggingface"
 
     @property
     def name(self) -> str:
@@ -55,7 +56,7 @@ class Source(NamedTuple):
 
 
 def check_source(source: Source) -> None:
-    """Raises UserError for no or several data sets, and for --dataset_config_name without --dataset_name."""
+    """Raises UserError for no or several data sets, for --dataset_config_name without --dataset_name, and as below."""
     names = ("dataset_name", "train_data_dir", "jsonl_for_train")
     given = [f"--{name}" for name in names if getattr(source, name)]
     if len(given) != 1:
@@ -64,6 +65,17 @@ def check_source(source: Source) -> None:
     if source.dataset_config_name and not source.dataset_name:
         raise UserError(
             f"--dataset_config_name {source.dataset_config_name}: needs --dataset_name. Add that, or leave it out."
+        )
+    check_hub(source.dataset_name, source.hub)
+
+
+def check_hub(dataset_name: Optional[str], hub: str) -> None:
+    """Raises UserError for the id of a data set on ModelScope: the datasets library reads Hugging Face's hub only."""
+    if dataset_name and hub == "modelscope" and not Path(dataset_name).expanduser().is_dir():
+        raise UserError(
+            f"--dataset_name {dataset_name}: is no directory, and ids of data sets are not read from ModelScope. "
+            f"Download it with `modelscope download --dataset {dataset_name} --local_dir DIR` and give --dataset_name "
+            "DIR."
         )
 
 

@@ -23,8 +23,8 @@ class Concept(NamedTuple):
     """A folder or a data set of images, with how they are used.
 
     The fields are flags of the LoRA script, and keys of a table [[concept]] in the file of --dataset_config. Only
-    `weight`, the factor of the loss, is no flag, and only `cache_dir` is no key. Each image is used `repeats` times per
-    epoch. A prompt is the caption of images without one.
+    `weight`, the factor of the loss, is no flag, and only `cache_dir` and `hub` are no keys. Each image is used
+    `repeats` times per epoch. A prompt is the caption of images without one.
     """
 
     instance_data_dir: Optional[str] = None
@@ -50,6 +50,7 @@ class Concept(NamedTuple):
     class_prompt: Optional[str] = None
     num_class_images: int = 100
     cache_dir: Optional[str] = None
+    hub: str = "huggingface"
 
     @property
     def source(self) -> str:
@@ -59,6 +60,7 @@ class Concept(NamedTuple):
         return f"--instance_data_dir {printable(self.instance_data_dir)}"
 
 
+NO_KEYS = ("cache_dir", "hub")
 TYPES = {
     **dict.fromkeys(("repeats", "max_train_samples", "num_class_images", "keep_tags", "tag_orders"), int),
     **dict.fromkeys(("weight", "caption_dropout", "unmasked_weight"), float),
@@ -117,7 +119,7 @@ def digest(path: Optional[str]) -> Optional[str]:
 
 
 def _concept(values: dict[str, Any], defaults: Concept, folder: Path, where: str) -> Concept:
-    keys = [name for name in Concept._fields if name != "cache_dir"]
+    keys = [name for name in Concept._fields if name not in NO_KEYS]
     for key, value in values.items():
         if key not in keys:
             raise UserError(f"{where}: {key} is no key. There are {', '.join(keys)}.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from mindtune.cli import UserError, printable, short_list
-from mindtune.data.columns import CAPTION_COLUMN_NAMES, Columns, Source, find_columns
+from mindtune.data.columns import CAPTION_COLUMN_NAMES, Columns, Source, check_hub, find_columns
 from mindtune.data.folder_contents import is_hidden_or_system_file
 from mindtune.data.hf_datasets import Options, open_dataset
 from mindtune.data.image_sample import Sample
@@ -65,6 +65,7 @@ def _hide_bars() -> None:
 
 
 def _check_source(source: Source, asked: Columns, root: Path, where: str) -> None:
+    check_hub(source.dataset_name, source.hub)
     if repeated := [column for column in asked if column and asked.count(column) > 1]:
         raise UserError(f"{where}: column {repeated[0]} is named for two purposes. Name each column once.")
     absolute = os.path.abspath(root)

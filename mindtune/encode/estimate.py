@@ -32,14 +32,15 @@ class Encoders(NamedTuple):
 FLUX_DEV = Encoders(kind="flux", channels=16, factor=8, widths=[4096, 768], tokenizers={})
 
 
-def read_encoders(name: Optional[str], cache_dir: Optional[str]) -> Encoders:
-    """The encoders of a pipeline; those of FLUX.1-dev, without tokenizers, if `name` is None."""
+def read_encoders(name: Optional[str], cache_dir: Optional[str], hub: str) -> Encoders:
+    """The encoders of a pipeline, local or from `hub`; those of FLUX.1-dev, without tokenizers, if `name` is None."""
     if name is None:
         return FLUX_DEV
     # These import mindone, which the check of images does not need.
     from mindtune.models import pipelines, tokenization
 
-    root = pipelines.resolve_pipeline(name, None, None, cache_dir, {"vae": (), "text_encoder": ()}, weights=False)
+    components = {"vae": (), "text_encoder": ()}
+    root = pipelines.resolve_pipeline(name, None, None, cache_dir, components, weights=False, hub=hub)
     encoders = encoders_of(root)
     folders = {"CLIP": "tokenizer"}
     if encoders.kind != "sd":

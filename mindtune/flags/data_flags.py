@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mindtune.cli import UserError
 from mindtune.data import metadata
-from mindtune.data.columns import Source, check_source
+from mindtune.data.columns import Source, check_hub, check_source
 from mindtune.flags.parser import Parser, Values
 
 
@@ -129,6 +129,7 @@ def _check_instance_images(args: Values) -> None:
         raise UserError(
             "give one of --instance_data_dir (a directory of images), --dataset_name and --dataset_config, only one."
         )
+    check_hub(args.dataset_name, args.hub)
     if (args.mask_column or args.unmasked_weight) and not (args.masked_loss or args.dataset_config):
         raise UserError("--mask_column and --unmasked_weight need --masked_loss. Add it, or leave them out.")
     in_file = (

@@ -33,8 +33,11 @@ def output(parser: Parser, output_dir: str) -> None:
         default="tensorboard",
         help="Logging service, besides metrics.jsonl. all: every one that is installed and logged in.",
     )
-    add("push_to_hub", default=False, help="Upload the result and a model card to the hub at the end.")
-    add("hub_token", help="Token with write access, never written to a file. Default: HF_TOKEN, or the last login.")
+    add("push_to_hub", default=False, help="Upload the result and a model card to --hub at the end.")
+    add(
+        "hub_token",
+        help="Token with write access, never written. Default: HF_TOKEN or MODELSCOPE_API_TOKEN, or the last login.",
+    )
     add("hub_model_id", help="Repository to upload to. Default: the name of --output_dir, in your account.")
     add("dry_run", default=False, help="Print the memory plan and stop. Reads configs only and writes nothing.")
     add(

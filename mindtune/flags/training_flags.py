@@ -7,6 +7,7 @@ import math
 from mindtune.cli import UserError
 from mindtune.flags.parser import Parser, Values
 from mindtune.flow import HUBER_SCHEDULES, LOSSES, WEIGHTING_SCHEMES
+from mindtune.models import hubs
 
 
 def model(parser: Parser, pipeline: str) -> None:
@@ -19,7 +20,14 @@ def model(parser: Parser, pipeline: str) -> None:
         may_change=True,
         help=f"Directory or hub id of a {pipeline} pipeline.",
     )
-    add("revision", may_change=True, help="Branch, tag or commit on the hub. Default: main.")
+    add(
+        "hub",
+        choices=list(hubs.HUBS),
+        default=hubs.default(),
+        may_change=True,
+        help="Where the models of hub ids are, and where --push_to_hub uploads. Default: MINDTUNE_HUB, or huggingface.",
+    )
+    add("revision", may_change=True, help="Branch, tag or commit on the hub. Default: main, on ModelScope master.")
     add("variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add(
         "cache_dir",

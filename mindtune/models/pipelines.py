@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Optional
 
 from mindtune.cli import UserError, indented_list
+from mindtune.models import hubs
 from mindtune.models.configs import read_config
 from mindtune.models.library import config_defaults
 from mindtune.models.pipeline_checks import check_pipeline, component_problems, tokenizer_problems
@@ -77,8 +78,9 @@ def resolve_pipeline(
     cache_dir: Optional[str],
     components: dict,
     weights: bool = True,
+    hub: str = hubs.DEFAULT,
 ) -> Path:
-    """The directory of a pipeline: `name` if it is a local directory, otherwise downloaded from the hub. Checks it.
+    """The directory of a pipeline: `name` if it is a local directory, otherwise downloaded from `hub`. Checks it.
 
     Downloads only files of the `components`: configs, tokenizers, and safetensors of the variant, or those without a
     variant if a component has none. Without `weights` only the configs are needed. Raises UserError if there is no such
@@ -86,11 +88,11 @@ def resolve_pipeline(
     """
     flag, root, hub_files = "--pretrained_model_name_or_path", Path(name), None
     if not root.is_dir():
-        hub_files = _list_hub_files(flag, name, revision)
+        hub_files = hubs.list_files(flag, name, revision, hub)
         patterns = ["model_index.json"]
         for component in components:
             patterns += _download_patterns(component, variant, weights, hub_files)
-        root = _download(flag, name, revision, cache_dir, patterns)
+        root = hubs.download(flag, name, revision, cache_dir, patterns, hub)
     check_pipeline(root, components, variant, weights, hub_files)
     return root
 
@@ -111,13 +113,15 @@ def _download_patterns(
 # ---- single models -------------------------------------------------------------------------------
 
 
-def resolve_model(name: str, flag: str, cache_dir: Optional[str], cls: str, weights: bool = True) -> Path:
+def resolve_model(
+    name: str, flag: str, cache_dir: Optional[str], cls: str, weights: bool = True, hub: str = hubs.DEFAULT
+) -> Path:
     """The directory of a single model of class `cls`, local or from the hub. Raises UserError with every problem."""
     path, existing = Path(name), None
     if not path.is_dir():
-        existing = _list_hub_files(flag, name, None)
+        existing = hubs.list_files(flag, name, None, hub)
         patterns = ["config.json", "*.index.json", *(file_patterns("") if weights else [])]
-        path = _download(flag, name, None, cache_dir, patterns)
+        path = hubs.download(flag, name, None, cache_dir, patterns, hub)
     path = path.resolve()  # "." has no name
     unsupported, broken = component_problems(path.parent, path.name, (cls,), None, weights, existing)
     if unsupported:
@@ -132,13 +136,21 @@ def resolve_model(name: str, flag: str, cache_dir: Optional[str], cls: str, weig
     return path
 
 
-def resolve_vae(name: str, flag: str, cache_dir: Optional[str], root: Path, base: str, weights: bool = True) -> Path:
+def resolve_vae(
+    name: str,
+    flag: str,
+    cache_dir: Optional[str],
+    root: Path,
+    base: str,
+    weights: bool = True,
+    hub: str = hubs.DEFAULT,
+) -> Path:
     """The directory of a VAE that replaces the pipeline's. `base` is the component that reads the latents.
 
     Raises UserError if the VAE is not complete or has another number of latent channels. Prints a warning if its scale
     differs from that of the pipeline's VAE.
     """
-    path = resolve_model(name, flag, cache_dir, "AutoencoderKL", weights)
+    path = resolve_model(name, flag, cache_dir, "AutoencoderKL", weights, hub)
     vae, model = read_config(path.parent, path.name), read_config(root, base)
     pipeline_vae = read_config(root, "vae")
     if vae["latent_channels"] != model["in_channels"]:
@@ -170,25 +182,27 @@ def vae_overflows(folder: Optional[Path], mixed_precision: str) -> bool:
     return mixed_precision == "fp16" and bool(read_config(folder.parent, folder.name)["force_upcast"])
 
 
-def resolve_tokenizer(name: str, flag: str, cache_dir: Optional[str]) -> Path:
+def resolve_tokenizer(name: str, flag: str, cache_dir: Optional[str], hub: str = hubs.DEFAULT) -> Path:
     """The directory of a CLIP tokenizer, local or from the hub. Raises UserError if it lacks a file."""
     path = Path(name)
     if not path.is_dir():
-        path = _download(flag, name, None, cache_dir, ["*.json", "merges.txt"])
+        path = hubs.download(flag, name, None, cache_dir, ["*.json", "merges.txt"], hub)
     path = path.resolve()
     if problems := tokenizer_problems(path.parent, path.name, ("CLIPTokenizer",)):
         raise UserError(f"{flag} {name}: not a CLIP tokenizer:\n{indented_list(problems)}\nGive the directory of one.")
     return path
 
 
-def resolve_controlnet(name: str, flag: str, cache_dir: Optional[str], base: dict, weights: bool = True) -> Path:
+def resolve_controlnet(
+    name: str, flag: str, cache_dir: Optional[str], base: dict, weights: bool = True, hub: str = hubs.DEFAULT
+) -> Path:
     """The directory of an existing ControlNet, local or from the hub, for the model whose config is `base`.
 
     Raises UserError if it is not found or not complete, if it was made for another model, or if it cannot be trained
     here: it supports several types of conditions (union), or its condition does not have three channels.
     """
     cls, shared_keys = CONTROLNETS[base["_class_name"]]
-    path = resolve_model(name, flag, cache_dir, cls, weights)
+    path = resolve_model(name, flag, cache_dir, cls, weights, hub)
     config, defaults = read_config(path.parent, path.name), config_defaults(cls)
     pixels = "a ControlNet that takes its condition as pixels, not as the VAE's latents,"
     for key, controlnet in (
@@ -219,38 +233,3 @@ def resolve_controlnet(name: str, flag: str, cache_dir: Optional[str], base: dic
                 "Give one for a single condition."
             )
     return path
-
-
-# ---- the hub -------------------------------------------------------------------------------------
-
-
-def _list_hub_files(flag: str, name: str, revision: Optional[str]) -> Optional[list[str]]:
-    """The names of all files of a repository on the hub; None if the hub cannot be reached."""
-    _require_hub_name(flag, name)
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().list_repo_files(name, revision=revision)
-    except Exception:  # without a network the hub's cache on disk may be enough; the download reports the error
-        return None
-
-
-def _download(flag: str, name: str, revision: Optional[str], cache_dir: Optional[str], patterns: list[str]) -> Path:
-    _require_hub_name(flag, name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
-    except Exception as error:  # no network, no such repository, gated, wrong revision: the hub's text says which
-        raise UserError(f"{flag} {name}: no such directory, and the hub says: {error}") from None
-
-
-def _require_hub_name(flag: str, name: str) -> None:
-    if Path(name).is_file():
-        found = "quantised weights in GGUF" if name.endswith(".gguf") else "a single file"
-        raise UserError(
-            f"{flag} {name}: {found}. Give the directory of the model in the Hugging Face layout (model_index.json or "
-            "config.json, and .safetensors files in bf16, fp16 or fp32), or its hub id."
-        )
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{flag} {name}: no such directory. Give a local directory or a hub id.")

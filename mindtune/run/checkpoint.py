@@ -163,7 +163,8 @@ def remove_old_run(output_dir: Path, logging_dir: Path, our_files: Iterable[str]
     for folder in (*checkpoints(output_dir), *aside, *output_dir.glob(".checkpoint-*.partial")):
         shutil.rmtree(folder)
     files = [output_dir / file for file in our_files]
-    files += [*output_dir.glob("samples/step-*.png"), output_dir / "samples" / "final.png"]
+    files += [*output_dir.glob("samples/step-*.png"), *output_dir.glob("samples/final-[1-9].png")]
+    files.append(output_dir / "samples" / "final.png")
     samples = [*output_dir.glob("samples/step-*"), output_dir / "samples" / "final"]
     files += [path for folder in samples for name in ("row-[0-9]*.png", ROWS_FILE) for path in folder.glob(name)]
     if output_dir.resolve() in logging_dir.resolve().parents:

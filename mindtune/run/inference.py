@@ -50,22 +50,22 @@ def require_t5_length(tokens: int) -> None:
 
 
 def find_pipeline(
-    name: str, revision: Optional[str], variant: Optional[str], cache_dir: Optional[str], components: dict
+    name: str, revision: Optional[str], variant: Optional[str], cache_dir: Optional[str], components: dict, hub: str
 ) -> Path:
-    """The directory of a pipeline, local or from the hub; its `components` are checked, no weights are read.
+    """The directory of a pipeline, local or from `hub`; its `components` are checked, no weights are read.
 
     Raises UserError if the pipeline is incomplete or not supported, and if nothing can be written to `cache_dir`.
     """
     require_writable("--cache_dir", cache_dir)
-    return resolve.pipeline(name, revision, variant, cache_dir, components)
+    return resolve.pipeline(name, revision, variant, cache_dir, components, hub=hub)
 
 
-def find_controlnet(name: str, cache_dir: Optional[str], root: Path, base: str) -> Path:
-    """The directory of a ControlNet, local or from the hub, that fits the component `base` of the pipeline in `root`.
+def find_controlnet(name: str, cache_dir: Optional[str], root: Path, base: str, hub: str) -> Path:
+    """The directory of a ControlNet, local or from `hub`, that fits the component `base` of the pipeline in `root`.
 
     Raises UserError if it is incomplete, not supported, or made for another model.
     """
-    return resolve.controlnet(name, cache_dir, configs.read_config(root, base), flag="--controlnet")
+    return resolve.controlnet(name, cache_dir, configs.read_config(root, base), flag="--controlnet", hub=hub)
 
 
 def pair_conditions(

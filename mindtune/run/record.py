@@ -47,7 +47,7 @@ class Settings(NamedTuple):
     push_to_hub: bool = False
     hub_model_id: Optional[str] = None
     hub_token: Optional[str] = None
-    validation_prompt: tuple[str, ...] = ()
+    hub: str = "huggingface"
 
 
 class Run:
@@ -78,7 +78,8 @@ class Run:
         ranks.require_same(str(self.checkpoint), "--output_dir: the checkpoint to resume from")
         self.logging_dir = self.output_dir / settings.logging_dir
         self.state = checkpoint.trainer_state(self.checkpoint, defaults or {})
-        wanted = (settings.hub_model_id, settings.output_dir, settings.hub_token)
+        self.gallery: list[tuple[str, str]] = []  # prompts and image files of the model card
+        wanted = (settings.hub_model_id, settings.output_dir, settings.hub_token, settings.hub)
         self.hub_id = ranks.on_main_process(hub.check, *wanted) if settings.push_to_hub else None
         seed = settings.seed if settings.seed is not None else self.state.get("seed", secrets.randbelow(2**31))
         self.seed = ranks.all_gather(seed)[0]
@@ -274,16 +275,12 @@ class Run:
                 "report": report.write_report(self.output_dir),
             }
             print_lines(f"{what}: {path}" for what, path in written.items() if path)
-            self._push()
+            if self.hub_id:
+                base, token = self.settings.pretrained_model_name_or_path, self.settings.hub_token
+                address = hub.push(self.hub_id, self.output_dir, base, self.gallery, token, self.settings.hub)
+                print(f"uploaded to {address}")
         ranks.finish()
         return 0
-
-    def _push(self) -> None:
-        if self.hub_id:
-            base, token = self.settings.pretrained_model_name_or_path, self.settings.hub_token
-            prompts = list(self.settings.validation_prompt)
-            address = hub.push(self.hub_id, self.output_dir, base, prompts, token)
-            print(f"uploaded to {address}")
 
     def _write_run_json(self, finished: bool) -> None:
         seconds = self.progress.median()

@@ -25,6 +25,7 @@ from mindtune.run.report_images import ROWS_FILE, picture_name
 from mindtune.run.validation_rows import Row
 
 Images = dict[str, list[Image.Image]]  # of all rows, by the name of the model; the trained one is the last
+GALLERY_SIZE = 8  # images of a model card
 
 
 class Validation:
@@ -72,6 +73,8 @@ class Validation:
             count = sum(map(len, images.values()))
             tqdm.write(f"validation after update {run.step}: {count} images in {time.monotonic() - began:.0f} s")
         free_memory()  # a VAE may have been loaded for the images
+        if final and run.hub_id:
+            run.gallery = save_gallery(run.output_dir, self.sampler.rows, images)
         return self._save(images, run.output_dir / "samples" / ("final" if final else f"step-{run.step:06d}"))
 
     def write_result(self, write: Callable[[Path], Any]) -> None:
@@ -107,6 +110,23 @@ class Validation:
 
     def _held_out_batch(self, sample_id: int, timestep: int) -> tuple:
         return self.make_batch([self.run.data.held_out_use(sample_id, timestep)])
+
+
+def save_gallery(output_dir: Path, rows: Sequence[Row], images: Images) -> list[tuple[str, str]]:
+    """Saves an image per prompt for the model card, and returns the prompts with the files, relative to `output_dir`.
+
+    The images are by the trained model. Those of --validation_file have files already.
+    """
+    gallery = []
+    trained = list(images.values())[-1]
+    for row, image in zip(rows, trained):
+        if (row.number > 0 and not row.place) or len(gallery) == GALLERY_SIZE:
+            continue
+        file = f"samples/final/{picture_name(row.place)}" if row.place else f"samples/final-{len(gallery) + 1}.png"
+        if not row.place:
+            save_image(image, output_dir / file)
+        gallery.append((row.prompt, file))
+    return gallery
 
 
 def grid_cells(rows: Sequence[Row], images: Images) -> tuple[list[list[Image.Image]], list[str]]:

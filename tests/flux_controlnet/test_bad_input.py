@@ -123,6 +123,11 @@ def test_a_bad_flag_is_named_with_its_value_and_the_way_out(refused, bad, parts)
     says(refused(*bad), *parts)
 
 
+def test_the_id_of_a_data_set_is_not_looked_for_on_modelscope(refused):
+    found = refused("--train_data_dir", "", "--dataset_name", "some/pairs", "--hub", "modelscope")
+    says(found, "--dataset_name some/pairs", "modelscope download --dataset some/pairs --local_dir DIR")
+
+
 def test_a_hub_token_is_not_repeated_in_the_message(refused, fake_hub):
     found = refused("--push_to_hub", "--hub_token", "hf_secret")
     assert "--push_to_hub: the hub does not accept this token" in found and "hf_secret" not in found

@@ -127,6 +127,11 @@ def test_a_line_of_the_validation_file_is_named(refused, tmp_path):
     assert "rows.jsonl: 1 of its lines cannot be used:\n  line 2: size is 40, must be a multiple of 16" in found
 
 
+def test_the_id_of_a_data_set_is_not_looked_for_on_modelscope(refused):
+    found = refused("--dataset_name", "some/images", "--hub", "modelscope", drop="--instance_data_dir")
+    says(found, "--dataset_name some/images", "modelscope download --dataset some/images --local_dir DIR")
+
+
 def test_a_hub_token_is_not_repeated_in_the_message(refused, fake_hub):
     found = refused("--push_to_hub", "--hub_token", "hf_secret")
     assert "--push_to_hub: the hub does not accept this token" in found and "hf_secret" not in found

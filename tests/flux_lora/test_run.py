@@ -7,8 +7,10 @@ import shutil
 import mindspore as ms
 import numpy as np
 import pytest
+import yaml
 from conftest import metrics
 from fake_hub import TOKEN
+from fake_modelscope import TOKEN as MODELSCOPE_TOKEN
 from PIL import Image
 from safetensors import safe_open
 
@@ -91,6 +93,31 @@ def test_the_adapter_goes_to_the_hub_and_the_token_nowhere_else(lora, fake_hub, 
     assert set(fake_hub.files) == {"README.md", LORA_FILE, "run.json", "report.html"}
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert TOKEN not in "".join(capfd.readouterr())
+
+
+def test_a_run_from_modelscope_to_modelscope(lora, tiny_flux, fake_modelscope, tmp_path, capfd):
+    files = {str(path.relative_to(tiny_flux)): path.read_bytes() for path in tiny_flux.rglob("*") if path.is_file()}
+    fake_modelscope.models["black-forest-labs/FLUX.1-dev"] = {"master": files}
+    model = ["--hub", "modelscope", "--pretrained_model_name_or_path", "black-forest-labs/FLUX.1-dev"]
+    hub = ["--push_to_hub", "--hub_token", MODELSCOPE_TOKEN]
+    prompts = ["--validation_prompt", 'a cat: "sks"', "一只猫", "--num_validation_images", 1]
+    lora(tmp_path / "cat", *model, *hub, *prompts, "--cache_latents", "--max_train_steps", 1)
+    assert fake_modelscope.repositories == ["somebody/cat"]
+    samples = {"samples/final.png", "samples/final-1.png", "samples/final-2.png"}
+    assert set(fake_modelscope.files) == {"README.md", LORA_FILE, "run.json", "report.html", *samples}
+    for name, content in fake_modelscope.files.items():
+        assert content == (tmp_path / "cat" / name).read_bytes()
+    metadata = yaml.safe_load(fake_modelscope.files["README.md"].decode().split("---\n")[1])
+    assert metadata["base_model"] == "black-forest-labs/FLUX.1-dev"
+    assert [(each["text"], each["output"]["url"]) for each in metadata["widget"]] == [
+        ('a cat: "sks"', "samples/final-1.png"),
+        ("一只猫", "samples/final-2.png"),
+    ]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and MODELSCOPE_TOKEN.encode() in path.read_bytes()
+    ]
+    printed = "".join(capfd.readouterr())
+    assert MODELSCOPE_TOKEN not in printed and "uploaded to http://modelscope.test/models/somebody/cat" in printed
 
 
 def test_a_run_deletes_only_its_own_files(lora, tmp_path):

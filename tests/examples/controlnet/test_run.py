@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import mindone.diffusers
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT, StageWithoutEncoders, command, load_script, metrics
 from fake_hub import TOKEN
 from PIL import Image
@@ -258,8 +259,14 @@ def test_the_guides_launch_command(sd15, shapes, fake_hub, tmp_path):
     assert (
         fake_hub.repositories == ["somebody/out"] and fake_hub.files[FINAL] == (tmp_path / "out" / FINAL).read_bytes()
     )
-    assert set(fake_hub.files) == {"README.md", "config.json", FINAL, "run.json", "report.html", "samples/final.png"}
-    assert "- cyan circle with brown floral background" in fake_hub.files["README.md"].decode()
+    samples = {f"samples/{name}.png" for name in ("final", "final-1", "final-2")}
+    assert set(fake_hub.files) == {"README.md", "config.json", FINAL, "run.json", "report.html", *samples}
+    metadata = yaml.safe_load(fake_hub.files["README.md"].decode().split("---\n")[1])
+    assert metadata["widget"][1] == {
+        "text": "cyan circle with brown floral background",
+        "output": {"url": "samples/final-2.png"},
+    }
+    assert metadata["tags"][2:4] == ["controlnet", "stable-diffusion"]
     assert not [
         path for path in (tmp_path / "out").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
     ]

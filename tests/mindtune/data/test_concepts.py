@@ -126,6 +126,14 @@ def test_the_images_of_all_concepts(write, capsys):
     assert table[-1].split()[1:6] == ["2", "1", "1", "center", "no"] and table[-1].endswith("captions only")
 
 
+def test_the_id_of_a_data_set_on_modelscope_is_refused(write, tmp_path):
+    concepts = read(write('[[concept]]\ndataset_name = "someone/style"\n'), Concept(hub="modelscope"))
+    with pytest.raises(UserError, match="--dataset_name someone/style: .*modelscope download --dataset someone/style"):
+        load(concepts, [(32, 32)], ImageFacts(tmp_path / "cache", verify=False), skip_bad=False, threads=1)
+    with pytest.raises(UserError, match="hub is no key"):
+        read(write('[[concept]]\ndataset_name = "someone/style"\nhub = "modelscope"\n'), Concept())
+
+
 def test_an_image_without_a_caption_needs_a_prompt(write):
     with pytest.raises(UserError, match=r"2 images have no caption"):
         load(read(write(ONE), Concept()), 32, ImageFacts(), False, 1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mindtune.cli import UserError
-from mindtune.data.columns import Source
+from mindtune.data.columns import Source, check_source
 from mindtune.data.tables import samples_in_dataset
 
 from .image_files import noise, png
@@ -175,3 +175,16 @@ def test_a_path_that_is_not_utf8_is_refused(tmp_path):
     as_saved(tmp_path / "set")
     with pytest.raises(UserError, match=r"caf.xe9 is not UTF-8, which the datasets library needs"):
         notes_on_images(folder)
+
+
+def test_the_id_of_a_data_set_on_modelscope_is_refused_before_anything_else(tmp_path, monkeypatch):
+    """The datasets library would look for the id on the Hugging Face hub, where it may be another data set."""
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: pytest.fail("looked for"))
+    message = "--dataset_name club/set: is no directory, .*modelscope download --dataset club/set --local_dir DIR"
+    with pytest.raises(UserError, match=message):
+        samples_in_dataset(Source(dataset_name="club/set", hub="modelscope"))
+    with pytest.raises(UserError, match=message):
+        check_source(Source(dataset_name="club/set", hub="modelscope"))
+    check_source(Source(dataset_name=str(tmp_path), hub="modelscope"))
+    check_source(Source(train_data_dir="pairs", hub="modelscope"))
+    check_source(Source(dataset_name="club/set"))

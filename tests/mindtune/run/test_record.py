@@ -202,7 +202,11 @@ def test_overwriting_removes_only_another_run(tmp_path):
     started = Start(tmp_path)
     started.update()
     started.run.save()
+    for name in ("final", "final-1", "final-holiday"):
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        (tmp_path / "samples" / f"{name}.png").write_bytes(b"")
     with pytest.raises(UserError, match="holds another run"):
         Start(tmp_path)
     Start(tmp_path, overwrite_output_dir=True)
     assert checkpoint.checkpoints(tmp_path) == [] and metrics(tmp_path) == []
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["final-holiday.png"]

@@ -32,6 +32,8 @@ class FakeRun:
         self.step = step
         self.output_dir = output_dir
         self.axis = axis
+        self.hub_id = None
+        self.gallery = []
         self.points = []
         self.logged = []
         self.curve = self.tracker = self
@@ -55,6 +57,11 @@ class FakeRun:
 def two_images(prompt="a cat", condition=None):
     """The rows of a prompt of the flags, with two images of 32 x 32 pixels."""
     return [Row(prompt, 7, 20, 3.5, (32, 32), number, condition=condition) for number in (0, 1)]
+
+
+def row(prompt, number, place=0):
+    """A row of the flags, or with `place` of a file."""
+    return Row(prompt, 7, 20, 3.5, (32, 32), number, place=place)
 
 
 class Sampler:
@@ -155,6 +162,38 @@ def test_a_file_alone_gives_no_grid_and_an_older_validation_is_replaced(tmp_path
     assert make_validation(run, Sampler(file[1:2]))() == tmp_path / "samples" / "step-000001"
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000001"]
     assert (tmp_path / "samples" / "step-000001" / "rows.jsonl").read_text().count("\n") == 1
+
+
+def test_the_gallery_has_one_image_per_prompt_by_the_trained_model(tmp_path):
+    """The red ones, by the model that is named last. Only the last validation saves them."""
+    red, other = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "gray")
+    rows = [row("a cat", 0), row("a cat", 1), row("a dog", 0)]
+    for name, images in (("lora", {"base": [other] * 3}), ("controlnet", {})):
+        sampler = Sampler(rows)
+        sampler.sample = lambda final, images=images: {**images, "trained": [red, other, red]}
+        run = FakeRun(tmp_path / name, held_out=0)
+        for run.hub_id, final in ((None, True), ("me/model", False)):
+            make_validation(run, sampler)(final=final)
+            assert run.gallery == [] and not list((tmp_path / name).glob("samples/final-*"))
+        make_validation(run, sampler)(final=True)
+        assert run.gallery == [("a cat", "samples/final-1.png"), ("a dog", "samples/final-2.png")]
+        for _, file in run.gallery:
+            assert Image.open(tmp_path / name / file).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_the_gallery_of_a_file_names_its_images(tmp_path):
+    rows = [row("a cat", 0), row("a dog", 0, place=1)]
+    images = {"trained": [Image.new("RGB", (8, 8))] * 2}
+    gallery = validation.save_gallery(tmp_path, rows, images)
+    assert gallery == [("a cat", "samples/final-1.png"), ("a dog", "samples/final/row-01.png")]
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["final-1.png"]
+
+
+def test_a_gallery_of_many_prompts_has_eight_images(tmp_path):
+    prompts = [str(number) for number in range(11)]
+    images = {"trained": [Image.new("RGB", (8, 8))] * 11}
+    gallery = validation.save_gallery(tmp_path, [row(prompt, 0) for prompt in prompts], images)
+    assert [prompt for prompt, _ in gallery] == prompts[:8] and len(list((tmp_path / "samples").iterdir())) == 8
 
 
 def test_other_ranks_validate_nothing(monkeypatch, tmp_path):
