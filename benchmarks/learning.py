@@ -1,7 +1,7 @@
 """Trains the demos in every setting that must learn equally well, and in settings that must not learn. For `make
 bench`.
 
-    python benchmarks/learning.py [lora] [controlnet]
+    python benchmarks/learning.py [lora] [masks] [controlnet]
 
 Expect about half an hour on two cores. Prints one line per measured value with its bound, and exits with 1 if a bound
 is not met. `make test` trains less: the LoRA for fewer updates, the ControlNet on eight pairs
@@ -122,6 +122,47 @@ def prior_preservation(work, rate):
     yield "prior preservation: rate of the subject", rate("prior", 2), 0.8, 1.0
 
 
+# ---- masks ---------------------------------------------------------------------------------------
+
+STAMP = 14  # pixels along a side of the square in the corner of every image
+
+
+def stamp(image):
+    """Puts a square, half black and half white, into the upper left corner."""
+    image.paste((20, 20, 20), (0, 0, STAMP, STAMP))
+    image.paste((245, 245, 245), (STAMP // 2, 0, STAMP, STAMP))
+    return image
+
+
+def stamp_rate(images):
+    """The fraction of images with the stamp: its halves differ as they do in the training images, by half at least."""
+    corners = np.array([np.asarray(image.convert("L"), np.float32)[2 : STAMP - 2, 1 : STAMP - 1] for image in images])
+    half = corners.shape[2] // 2
+    return float(np.mean(corners[:, :, half:].mean(axis=(1, 2)) - corners[:, :, :half].mean(axis=(1, 2)) > 112))
+
+
+def masks(work, picture=None):
+    """All training images have a stamp in a corner, which the masks leave out. Rows of (what, value, least, most)."""
+    shapes.make_subject(work / "subject", 64)
+    mask = Image.new("L", (64, 64), 255)
+    mask.paste(0, (0, 0, 16, 16))  # whole latents
+    for path in sorted((work / "subject").glob("sks-*.png")):
+        stamp(Image.open(path)).save(path)
+        mask.save(path.with_suffix(".mask.png"))
+    grids = []
+    for name, flags, least, most in (("without masks", [], 0.6, 1.0), ("with masks", ["--masked_loss"], 0.0, 0.1)):
+        train_lora(work, name, *flags)
+        images = generate(work / f"{name} images" / "grid.png", work / name, SUBJECT_PROMPTS, 4)
+        grids.append(Image.open(work / f"{name} images" / "grid.png"))
+        yield f"{name}: rate of the stamp", stamp_rate(images), least, most
+        yield f"{name}: rate of the subject", subject_rate(images), 0.8, 1.0
+    if picture:
+        side_by_side = Image.new("RGB", (2 * grids[0].width + 16, grids[0].height), "white")
+        side_by_side.paste(grids[0], (0, 0))
+        side_by_side.paste(grids[1], (grids[0].width + 16, 0))
+        side_by_side.save(picture)
+
+
 # ---- the ControlNet demo -------------------------------------------------------------------------
 
 
@@ -161,9 +202,9 @@ def controlnet(work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    demos = {"lora": lora, "controlnet": controlnet}
+    demos = {"lora": lora, "masks": masks, "controlnet": controlnet}
     parser.add_argument(
-        "demos", nargs="*", metavar="DEMO", default=list(demos), help="lora, controlnet. Default: both."
+        "demos", nargs="*", metavar="DEMO", default=list(demos), help="lora, masks, controlnet. Default: all."
     )
     failed = False
     for name in parser.parse_args().demos:
