@@ -129,15 +129,24 @@ def _without_dropout(cls: type) -> type:
     return type(cls.__name__, (NeverTraining, cls), {})
 
 
+def _pad_in_convolution(cell: nn.Cell) -> None:
+    """Lets the convolution of a VAE's downsampling layer pad below and at the right; a pad of its own is slow."""
+    conv = cell.conv
+    conv.conv2d = ops.Conv2D(conv.out_channels, conv.kernel_size, pad_mode="pad", pad=(0, 1, 0, 1), stride=conv.stride)
+    cell.pad = nn.Identity()
+
+
 def use_fast_ops(model: nn.Cell) -> nn.Cell:
     """Replaces layers of `model` in place and returns it.
 
     Replaced are sinusoidal embeddings, T5's position buckets, the tanh GELU, attention and CLIP's dropout of rate 0; on
-    Ascend also linear layers, convolutions and layer norms.
+    the CPU also the padding of a VAE's convolutions, on Ascend linear layers, convolutions and layer norms.
     """
     for _, cell in list(model.cells_and_names()):
         if not ON_CPU:
             cell.__class__ = ascend_class(type(cell))
+        elif type(cell).__name__ == "Downsample2D" and isinstance(cell.pad, nn.Pad):
+            _pad_in_convolution(cell)
         if hasattr(cell, "math_attention_op"):
             cell.math_attention_op = _attention_of_heads
             cell.set_flash_attention_force_cast_dtype(None)  # mindone computes float32 attention in float16 otherwise

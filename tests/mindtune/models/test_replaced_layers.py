@@ -110,3 +110,18 @@ def test_clip_draws_masks_only_if_it_has_a_dropout(tiny_flux, monkeypatch, rate)
     assert model[1].training
     model[0](ms.Tensor(np.arange(5)[None], ms.int64))
     assert {(given["p"], given["training"]) for given in drawn} == {(rate, rate > 0)}
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 16, 16), (3, 8, 12, 20), (2, 8, 15, 7)])
+def test_a_vaes_downsampling_pads_in_its_convolution(mode, shape):
+    """The values and the gradient are those of mindone's layer, which pads first: below and at the right."""
+    from mindone.diffusers.models.downsampling import Downsample2D
+
+    layer = Downsample2D(8, use_conv=True, out_channels=8, padding=0, name="op")
+    x = ms.Tensor(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    loss = lambda x: ops.square(layer(x)).sum()  # noqa: E731
+    expected, gradient = layer(x).asnumpy(), ms.grad(loss)(x).asnumpy()
+    replaced_layers.use_fast_ops(layer)
+    assert isinstance(layer.pad, nn.Identity)
+    np.testing.assert_array_equal(layer(x).asnumpy(), expected)
+    np.testing.assert_allclose(ms.grad(loss)(x).asnumpy(), gradient, rtol=1e-5, atol=1e-5)
