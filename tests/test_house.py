@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, TRAINING_SCRIPTS, load_script, metrics
 
 from mindtune.flags.parser import NO_EFFECT
+from mindtune.flags.script_parser import script_parser
 
 FOLDERS = ("flux_lora", "flux_controlnet", "examples/controlnet")
 SCRIPTS = [
@@ -36,6 +37,7 @@ ROOMS = [
     ["run"],
     ["flags"],
     ["plan", "check_data", "doctor"],
+    ["app"],
 ]
 SECTIONS = {
     "flags": "yours to change",
@@ -111,7 +113,7 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_no_room_re_exports_names():
     """A name has one place."""
     found = sorted((ROOT / "mindtune").glob("*/__init__.py"))
-    assert len(found) == 8
+    assert len(found) == 9
     assert [path for path in found if path.read_text().strip()] == []
 
 
@@ -245,8 +247,7 @@ def test_training_script_and_inference_run_elsewhere_with_only_mindtune_installe
 @pytest.fixture(scope="module")
 def options():
     """options(script): argparse's declarations of a script's flags, without --help."""
-    parser_of = load_script("docs/flags.py").parser_of
-    return lambda script: [action for action in parser_of(script)._actions if action.dest != "help"]
+    return lambda script: [action for action in script_parser(ROOT / script)._actions if action.dest != "help"]
 
 
 def attributes_of_args(tree):

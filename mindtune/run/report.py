@@ -56,7 +56,7 @@ def write_report(output_dir: Path) -> Path:
     versions = [(package, version or "not installed") for package, version in record["versions"].items()]
     body = [
         f"<h1>{name}</h1><p>{state} after {record.get('updates', 0):,} updates on {device}</p>",
-        f'<div class="plots">{"".join(_curves(output_dir, metrics))}</div>',
+        f'<div class="plots">{"".join(curves(output_dir, metrics))}</div>',
         _images(output_dir),
         _section("Time and memory", _table(_time_and_memory(record))),
         _section("Trained parameters", _table(parameters)),
@@ -104,7 +104,12 @@ def _time_and_memory(record: dict) -> list[tuple[str, str]]:
 # ---- curves --------------------------------------------------------------------------------------
 
 
-def _curves(output_dir: Path, metrics: list[dict]) -> list[str]:
+def curves(output_dir: Path, metrics: list[dict]) -> list[str]:
+    """An SVG plot each of loss, learning rate, gradient norm and, if there are any, held-out losses.
+
+    `metrics` are the lines of metrics.jsonl.
+    """
+
     def points(key: str) -> list[tuple]:
         return [(line["step"], line[key]) for line in metrics if key in line]
 
@@ -183,19 +188,23 @@ def _plot(title: str, label: str, curves: dict[str, list[tuple]]) -> str:
 # ---- images --------------------------------------------------------------------------------------
 
 
+def validation_images(output_dir: Path) -> list[tuple[Path, str]]:
+    """(PNG file, when it was sampled) of every validation, in their order."""
+    images = [(path, f"after {int(path.stem[5:]):,} updates") for path in (output_dir / "samples").glob("step-*.png")]
+    images.sort()
+    final = output_dir / "samples" / "final.png"
+    return images + ([(final, "at the end")] if final.is_file() else [])
+
+
 def _images(output_dir: Path) -> str:
     """The validation images with a slider that selects one; without JavaScript the last one is shown."""
-    paths = sorted((output_dir / "samples").glob("step-*.png"))
-    final = output_dir / "samples" / "final.png"
-    if final.is_file():
-        paths.append(final)
-    if not paths:
+    found = validation_images(output_dir)
+    if not found:
         return ""
-    names = ["at the end" if path == final else f"after {int(path.stem[5:]):,} updates" for path in paths]
-    images = "".join(_image(path, name, path is paths[-1]) for path, name in zip(paths, names))
-    last = len(paths) - 1
+    last = len(found) - 1
+    images = "".join(_image(path, name, number == last) for number, (path, name) in enumerate(found))
     slider = f'<input type="range" id="step" min="0" max="{last}" value="{last}" aria-label="Validation">'
-    caption = f'<span id="caption">{names[-1]}</span>'
+    caption = f'<span id="caption">{found[-1][1]}</span>'
     return _section("Validation images", f'<p>{slider} {caption}</p><div id="images">{images}</div>')
 
 
