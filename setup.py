@@ -11,4 +11,6 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.9,<3.13",
     packages=find_packages(include=["mindtune", "mindtune.*"]),
+    # The newest that takes the huggingface_hub of requirements.txt. docs/app.md says why there is none for Python 3.9.
+    extras_require={"app": ['gradio==6.17.3; python_version >= "3.10"']},
 )

@@ -17,11 +17,13 @@ from mindtune.flags.parser import Parser
 from mindtune.run import report
 
 # Flags with a field of their own, of those that the script has. All others go into the field of more flags.
-FIELDS = (
-    *("instance_prompt", "validation_prompt", "validation_image", "resolution", "mixed_precision"),
-    *("train_batch_size", "learning_rate", "max_train_steps", "lora_rank", "checkpointing_steps"),
-    *("validation_epochs", "validation_steps", "seed", "cache_latents", "gradient_checkpointing", "use_8bit_adam"),
+TEXTS = ("instance_prompt", "validation_prompt", "validation_image")
+VALUES = (
+    *("resolution", "train_batch_size", "max_train_steps", "learning_rate", "mixed_precision", "lora_rank"),
+    *("checkpointing_steps", "validation_epochs", "validation_steps", "seed"),
 )
+SWITCHES = ("cache_latents", "gradient_checkpointing", "use_8bit_adam")
+FIELDS = (*TEXTS, *VALUES, *SWITCHES)
 DATA_FLAGS = ("instance_data_dir", "train_data_dir")
 WIDTH = 1280  # of a validation image on the page, in pixels
 
@@ -163,7 +165,7 @@ def describe(action: Any, value: Any) -> Any:
     """The update of a flag's field: hidden without the flag; otherwise with its help and default."""
     if action is None:
         return gr.update(visible=False, value=None)
-    text = action.help % {"default": action.default}
+    text = action.help % {"default": action.default} + (" One on each line." if action.nargs == "+" else "")
     if action.nargs == 0:
         return gr.update(visible=True, info=text, value=bool(value))
     if action.choices:

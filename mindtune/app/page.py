@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mindtune.app.folders import Folders
-from mindtune.app.form import FIELDS, Form, flag_of
+from mindtune.app.form import SWITCHES, TEXTS, VALUES, Form, flag_of
 from mindtune.app.run import Run
 from mindtune.cli import UserError
 from mindtune.flags.parser import Parser
@@ -18,7 +18,8 @@ from mindtune.flags.parser import Parser
 SECONDS = 2  # between looks at the files of a run
 STYLE = """
 .mono textarea { font-family: ui-monospace, monospace; font-size: 12px; }
-.plots { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); }
+.fields .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
+.plots { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); }
 .plots svg { height: auto; width: 100%; }
 """
 
@@ -38,7 +39,8 @@ def build(folders: Folders, run: Run, scripts: dict[str, tuple[Path, Parser]]) -
     """The page. `scripts` are (path, parser) of the training scripts by their names."""
     form = Form(folders, run, scripts)
     mono: dict[str, Any] = {"elem_classes": "mono", "interactive": False}
-    with gr.Blocks(title="MindTune", analytics_enabled=False) as page:
+    button: dict[str, Any] = {"size": "md", "min_width": 90}
+    with gr.Blocks(title="MindTune", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# MindTune")
         with gr.Row():
             with gr.Column(scale=5):
@@ -53,8 +55,11 @@ def build(folders: Folders, run: Run, scripts: dict[str, tuple[Path, Parser]]) -
                 output = gr.Textbox(
                     label=f"Output directory, in {folders.outputs}", placeholder="my-run", elem_id="output"
                 )
-                with gr.Row():
-                    fields = [make_field(name, scripts) for name in FIELDS]
+                fields = [make_field(name, scripts) for name in TEXTS]
+                with gr.Row(elem_classes="fields"):
+                    fields += [make_field(name, scripts) for name in VALUES]
+                with gr.Group():
+                    fields += [make_field(name, scripts) for name in SWITCHES]
                 more = gr.Textbox(
                     label="More flags",
                     info="As on a command line. Paths must be in the directories of the form.",
@@ -65,11 +70,11 @@ def build(folders: Folders, run: Run, scripts: dict[str, tuple[Path, Parser]]) -
             with gr.Column(scale=6):
                 command = gr.Textbox(label="Command", lines=3, max_lines=8, buttons=["copy"], elem_id="command", **mono)
                 with gr.Row():
-                    check_button = gr.Button("Check data")
-                    plan_button = gr.Button("Plan memory")
-                    start_button = gr.Button("Start", variant="primary")
-                    stop_button = gr.Button("Stop", variant="stop", interactive=False)
-                    resume_button = gr.Button("Resume")
+                    check_button = gr.Button("Check data", **button)
+                    plan_button = gr.Button("Plan memory", **button)
+                    start_button = gr.Button("Start", **button, variant="primary")
+                    stop_button = gr.Button("Stop", **button, variant="stop", interactive=False)
+                    resume_button = gr.Button("Resume", **button)
                 problem = gr.Textbox(label="Error", visible=False, elem_id="problem", **mono)
                 with gr.Tabs(selected="data") as tabs:
                     with gr.Tab("Data", id="data"):

@@ -129,6 +129,7 @@ class Run:
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
+                    cwd=log.parent,  # MindSpore writes files of its own there
                     start_new_session=True,
                     env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 )
