@@ -39,7 +39,7 @@ test: venv
 	.venv-app/bin/pip install --quiet --disable-pip-version-check -r tests/app/requirements.txt -e ".[app]"
 	touch $@
 
-# The form in a headless Chromium of the system (Debian: apt-get install chromium); about two minutes.
+# The form in a headless Chromium of the system (Debian: apt-get install chromium); about three minutes.
 test-app: venv .venv-app/made
 	.venv-app/bin/python tests/app/browser.py --screenshot build/app.png
 

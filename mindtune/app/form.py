@@ -25,6 +25,7 @@ VALUES = (
 SWITCHES = ("cache_latents", "gradient_checkpointing", "use_8bit_adam")
 FIELDS = (*TEXTS, *VALUES, *SWITCHES)
 DATA_FLAGS = ("instance_data_dir", "train_data_dir")
+LINES = 10  # of a log on the page
 WIDTH = 1280  # of a validation image on the page, in pixels
 
 
@@ -112,8 +113,9 @@ class Form:
             out = self.inside(Path(output))
             metrics = self.inside(out / "metrics.jsonl")
             size = metrics.stat().st_size if metrics.is_file() else 0
-            images = [(self.inside(path), when) for path, when in report.validation_images(out)]
-            return View(running, status, read_tail(self.log_of(out)), (out, size), images)
+            images = [(self.inside(path), when) for path, when in report.validation_images(out)][::-1]
+            log = "\n".join(read_tail(self.log_of(out)).splitlines()[-LINES:])
+            return View(running, status, log, (out, size), images)
         except UserError as error:
             return View(running, f"error: {error}")
 

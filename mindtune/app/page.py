@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import warnings
 from pathlib import Path
 from typing import Any, Callable
 
@@ -18,7 +20,8 @@ from mindtune.flags.parser import Parser
 SECONDS = 2  # between looks at the files of a run
 STYLE = """
 .mono textarea { font-family: ui-monospace, monospace; font-size: 12px; }
-.fields .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
+.fields .form { background: var(--block-background-fill); display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
+#problem pre { border-left: 4px solid #dc2626; font-size: 12px; padding: 6px 10px; white-space: pre-wrap; }
 .plots { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); }
 .plots svg { height: auto; width: 100%; }
 """
@@ -75,7 +78,7 @@ def build(folders: Folders, run: Run, scripts: dict[str, tuple[Path, Parser]]) -
                     start_button = gr.Button("Start", **button, variant="primary")
                     stop_button = gr.Button("Stop", **button, variant="stop", interactive=False)
                     resume_button = gr.Button("Resume", **button)
-                problem = gr.Textbox(label="Error", visible=False, elem_id="problem", **mono)
+                problem = gr.HTML(elem_id="problem")
                 with gr.Tabs(selected="data") as tabs:
                     with gr.Tab("Data", id="data"):
                         table = gr.Textbox(label="Report", lines=6, max_lines=24, elem_id="table", **mono)
@@ -95,14 +98,14 @@ def build(folders: Folders, run: Run, scripts: dict[str, tuple[Path, Parser]]) -
                         curves = gr.HTML(elem_id="curves")
                         images = gr.Gallery(
                             label="Validation images",
-                            columns=2,
+                            columns=3,
                             object_fit="contain",
-                            height=320,
+                            height=400,
                             buttons=["download"],
                             interactive=False,
                             elem_id="images",
                         )
-                        log = gr.Textbox(label="Output of the script", lines=10, max_lines=10, elem_id="log", **mono)
+                        log = gr.Textbox(label="Last lines of the log", lines=10, max_lines=10, elem_id="log", **mono)
         inputs = [script, data_dir, model, output, more, *fields]
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -129,15 +132,16 @@ def with_problem(action: Callable[..., tuple], count: int) -> Callable[..., list
 
     def call(*inputs: Any) -> list:
         try:
-            return [*action(*inputs), gr.update(visible=False)]
+            return [*action(*inputs), ""]
         except UserError as error:
-            return [*[gr.skip()] * count, gr.update(value=f"error: {error}", visible=True)]
+            return [*[gr.skip()] * count, f"<pre>{html.escape(f'error: {error}')}</pre>"]
 
     return call
 
 
 def launch(page: gr.Blocks, port: int) -> str:
     """Serves the page on 127.0.0.1, in threads. Returns its address. Raises UserError if the port is taken."""
+    warnings.filterwarnings("ignore", module="gradio")  # of its own use of other libraries, at every request
     # A page of another site whose name was made to mean 127.0.0.1 sends that name.
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # not from a server

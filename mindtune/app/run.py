@@ -20,6 +20,7 @@ from mindtune.cli import UserError
 from mindtune.flags.parser import Parser
 from mindtune.flags.script_parser import command_words, read_values
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 TAIL = 1 << 16  # bytes of a log that are read
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -82,10 +83,18 @@ def check_links(command: Command, folders: Folders) -> None:
     require_closed("--output_dir", command.output_dir, folders.outputs)
 
 
+def environment() -> dict[str, str]:
+    """Environment variables of a script: it imports the package that this process has imported, from any directory."""
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
 def memory_plan(command: Command) -> str:
     """What the script prints with --dry_run. Raises UserError with its error."""
     line = [sys.executable, *command.words, "--dry_run"]
-    done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        line, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=environment()
+    )
     if done.returncode:
         raise UserError(last_error(done.stderr))
     return done.stdout.rstrip()
@@ -122,8 +131,8 @@ class Run:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise UserError(f"{log}: another run still writes here. Wait for its end.") from None
-                self.log_start = file.tell()
                 print(f"$ {command}", file=file, flush=True)
+                self.log_start = file.tell()
                 self.process = subprocess.Popen(
                     [sys.executable, *command.words],
                     stdin=subprocess.DEVNULL,
@@ -131,7 +140,7 @@ class Run:
                     stderr=subprocess.STDOUT,
                     cwd=log.parent,  # MindSpore writes files of its own there
                     start_new_session=True,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                    env=environment(),
                 )
             self.command, self.log, self.is_stopping = command, log, False
             self.started = time.strftime("%H:%M")

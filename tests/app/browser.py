@@ -88,6 +88,10 @@ def text(page, name):
     return page.locator(f"#{name} textarea").input_value()
 
 
+def problem(page):
+    return page.locator("#problem").inner_text().strip()
+
+
 def fill(page, name, value):
     page.locator(f"#{name}").locator("textarea, input").first.fill(value)
 
@@ -135,19 +139,22 @@ def try_form(page):
     for name, value in FIELDS.items():
         fill(page, name, value)
     page.locator("#cache_latents input").check()
-    wait(lambda: "--lr_warmup_steps 20" in text(page, "command"), 20, "the command line")
-    assert text(page, "command").startswith("python ") and "--cache_latents" in text(page, "command")
+    shown = ("python ", "--lr_warmup_steps 20", "--cache_latents", "--instance_data_dir")
+    wait(lambda: all(words in text(page, "command") for words in shown), 20, "the command line")
 
     fill(page, "more", f"{FIELDS['more']} --class_data_dir /etc --class_prompt x")
     press(page, "Start")
-    page.locator("#problem textarea").wait_for()
-    assert "--class_data_dir /etc: is outside of --outputs" in text(page, "problem")
+    wait(lambda: "--class_data_dir /etc: is outside of --outputs" in problem(page), 20, "the error")
     fill(page, "more", FIELDS["more"])
 
     press(page, "Check data")
     wait(lambda: "a run can start with this data" in text(page, "table"), 60, "the data check")
-    assert not page.locator("#problem textarea").is_visible()
-    wait(lambda: images(page, "thumbnails") == 6, 20, "six thumbnails")
+    wait(lambda: images(page, "thumbnails") == 6 and not problem(page), 20, "six thumbnails")
+    fill(page, "more", "--resolution 100")
+    press(page, "Check data")
+    wait(lambda: "--resolution 100: must be divisible by 16" in problem(page), 20, "the error")
+    assert images(page, "thumbnails") == 6
+    fill(page, "more", FIELDS["more"])
 
     press(page, "Plan memory")
     wait(lambda: "fits a device of" in text(page, "plan"), 120, "the memory plan")
