@@ -83,6 +83,14 @@ class Folders(NamedTuple):
             raise UserError(f"--{name}: is not allowed in the form. Use the command line.")
         return value
 
+    def check_links(self, values: dict[str, Any]) -> None:
+        """Raises UserError if a link in a directory of `guarded` values leads out of the form's folder around it."""
+        for name, kinds in PATHS.items():
+            value = values.get(name) or []
+            for path in map(Path, value if isinstance(value, list) else [value]):
+                roots = [getattr(self, kind).resolve() for kind in kinds]
+                require_closed(f"--{name}", path, next(root for root in roots if is_in(path, root)))
+
 
 def _choices(parser: Parser, name: str) -> Any:
     (choices,) = (action.choices for action in parser._actions if action.dest == name)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mindtune.app import data
 from mindtune.app.folders import Folders, list_folders
-from mindtune.app.run import Command, Run, check_links, make_command, memory_plan, read_metrics, read_tail
+from mindtune.app.run import Command, Run, make_command, memory_plan, read_metrics, read_tail
 from mindtune.cli import UserError
 from mindtune.flags.parser import Parser
 from mindtune.run import report
@@ -26,6 +26,7 @@ SWITCHES = ("cache_latents", "gradient_checkpointing", "use_8bit_adam")
 FIELDS = (*TEXTS, *VALUES, *SWITCHES)
 DATA_FLAGS = ("instance_data_dir", "train_data_dir")
 LINES = 10  # of a log on the page
+IMAGES = 12  # on the page; the report of a run has all of them
 WIDTH = 1280  # of a validation image on the page, in pixels
 
 
@@ -47,9 +48,9 @@ class Form:
         """The command line of the inputs. Raises UserError."""
         name, data_dir, model, output, more, *values = inputs
         path, parser = self.scripts[name]
-        fields = {name: value for name, value in zip(FIELDS, values) if flag_of(parser, name)}
-        fields[next(filter(parser.declared.get, DATA_FLAGS))] = data_dir
-        fields.update(pretrained_model_name_or_path=model, output_dir=output)
+        fields = {name: value for name, value in zip(FIELDS, values) if name in parser.declared}
+        (data_flag,) = (name for name in DATA_FLAGS if name in parser.declared)
+        fields.update({data_flag: data_dir, "pretrained_model_name_or_path": model, "output_dir": output})
         return make_command(path, parser, self.folders, fields, more or "", resume)
 
     def show_command(self, *inputs: Any) -> str:
@@ -60,17 +61,17 @@ class Form:
 
     def check_data(self, *inputs: Any) -> tuple:
         command = self.command(inputs)
-        check_links(command, self.folders)
+        self.folders.check_links(command.values)
         return gr.Tabs(selected="data"), *data.check(command.values)
 
     def plan(self, *inputs: Any) -> tuple:
         command = self.command(inputs)
-        check_links(command, self.folders)
+        self.folders.check_links(command.values)
         return gr.Tabs(selected="memory"), memory_plan(command)
 
     def start(self, *inputs: Any, resume: bool = False) -> tuple:
         command = self.command(inputs, resume)
-        check_links(command, self.folders)
+        self.folders.check_links(command.values)
         self.run.start(command, self.log_of(command.output_dir))
         self.last = inputs
         return gr.Tabs(selected="training"), str(command)
@@ -95,11 +96,10 @@ class Form:
             gr.update(value=values[2]),
             gr.update(value=values[3]),
         ]
-        return chosen + self.describe_fields(name, values[4:])
+        return chosen + self.describe_fields(name, *values[4:])
 
-    def describe_fields(self, name: str, values: Sequence[Any] = ()) -> list:
-        """Updates of FIELDS for a script, with the help and defaults of its parser."""
-        values = values or [None] * len(FIELDS)
+    def describe_fields(self, name: str, *values: Any) -> list:
+        """Updates of FIELDS, which have these values, for a script: with the help and defaults of its parser."""
         return [describe(flag_of(self.scripts[name][1], field), value) for field, value in zip(FIELDS, values)]
 
     def view(self, output: str) -> View:
@@ -113,7 +113,8 @@ class Form:
             out = self.inside(Path(output))
             metrics = self.inside(out / "metrics.jsonl")
             size = metrics.stat().st_size if metrics.is_file() else 0
-            images = [(self.inside(path), when) for path, when in report.validation_images(out)][::-1]
+            newest = report.validation_images(out)[: -IMAGES - 1 : -1]
+            images = [(self.inside(path), when) for path, when in newest]
             log = "\n".join(read_tail(self.log_of(out)).splitlines()[-LINES:])
             return View(running, status, log, (out, size), images)
         except UserError as error:
@@ -124,18 +125,16 @@ class Form:
         return self.folders.path("output_dir", str(path), ("outputs",))
 
     def follow(self, output: str, seen: Optional[View]) -> list:
-        """Updates of status, log, plots, images and the three buttons where they differ from `seen`, and the view."""
+        """Updates of status, log, plots, images, Start, Resume and Stop where they differ from `seen`; the new view."""
         new = self.view(output)
-        old = seen or View(None, None, None, None, None)
+        changed = {name for name in View._fields if seen is None or getattr(new, name) != getattr(seen, name)}
+        idle, busy = gr.update(interactive=not new.running), gr.update(interactive=new.running)
         return [
-            gr.update(value=new.status) if new.status != old.status else gr.skip(),
-            gr.update(value=new.log) if new.log != old.log else gr.skip(),
-            gr.update(value=plots(*new.metrics)) if new.metrics != old.metrics else gr.skip(),
-            gr.update(value=[(load(path), when) for path, when in new.images])
-            if new.images != old.images
-            else gr.skip(),
-            *[gr.update(interactive=not new.running) if new.running != old.running else gr.skip()] * 2,
-            gr.update(interactive=new.running) if new.running != old.running else gr.skip(),
+            new.status if "status" in changed else gr.skip(),
+            new.log if "log" in changed else gr.skip(),
+            plots(*new.metrics) if "metrics" in changed else gr.skip(),
+            [(load(path), when) for path, when in new.images] if "images" in changed else gr.skip(),
+            *([idle, idle, busy] if "running" in changed else [gr.skip()] * 3),
             new,
         ]
 

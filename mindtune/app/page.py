@@ -17,10 +17,11 @@ from mindtune.app.run import Run
 from mindtune.cli import UserError
 from mindtune.flags.parser import Parser
 
-SECONDS = 2  # between looks at the files of a run
+SECONDS = 4  # between looks at the files of a run
 STYLE = """
 .mono textarea { font-family: ui-monospace, monospace; font-size: 12px; }
-.fields .form { background: var(--block-background-fill); display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
+.fields .form { background: var(--block-background-fill); display: grid; }
+.fields .form { grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
 #problem pre { border-left: 4px solid #dc2626; font-size: 12px; padding: 6px 10px; white-space: pre-wrap; }
 .plots { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); }
 .plots svg { height: auto; width: 100%; }
@@ -97,7 +98,7 @@ def build(folders: Folders, run: Run, scripts: dict[str, tuple[Path, Parser]]) -
                         status = gr.Textbox(label="Status", max_lines=20, elem_id="status", **mono)
                         curves = gr.HTML(elem_id="curves")
                         images = gr.Gallery(
-                            label="Validation images",
+                            label="Newest validation images",
                             columns=3,
                             object_fit="contain",
                             height=400,
@@ -117,7 +118,8 @@ def build(folders: Folders, run: Run, scripts: dict[str, tuple[Path, Parser]]) -
         on_click(start_button, form.start, [tabs, command])
         on_click(resume_button, form.resume, [tabs, command])
         stop_button.click(run.stop, None, None, **hidden)
-        script.change(form.describe_fields, script, fields, **hidden)
+        # Not `change`: when `open_page` sets the script, it sets the fields too.
+        script.input(form.describe_fields, [script, *fields], fields, **hidden)
         changes = [component.change for component in inputs]
         gr.on(changes, form.show_command, inputs, command, trigger_mode="always_last", **hidden)
         page.load(form.open_page, None, inputs, **hidden)

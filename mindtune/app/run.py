@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from mindtune.app.folders import Folders, require_closed
+from mindtune.app.folders import Folders
 from mindtune.cli import UserError
 from mindtune.flags.parser import Parser
 from mindtune.flags.script_parser import command_words, read_values
@@ -71,16 +71,6 @@ def make_command(
     if values["dry_run"]:
         raise UserError("--dry_run: leave it out; the form has a button for the memory plan.")
     return Command([str(script), *command_words(parser, values)], values)
-
-
-def check_links(command: Command, folders: Folders) -> None:
-    """Raises UserError if a link in the data, the model or the output folder leads out of the form's folders."""
-    for name in ("instance_data_dir", "train_data_dir", "dataset_name"):
-        if folder := command.values.get(name):
-            require_closed(f"--{name}", Path(folder), folders.data)
-    name = "pretrained_model_name_or_path"
-    require_closed(f"--{name}", Path(command.values[name]), folders.models)
-    require_closed("--output_dir", command.output_dir, folders.outputs)
 
 
 def environment() -> dict[str, str]:
@@ -163,6 +153,8 @@ class Run:
         if code == 0:
             return f"finished: {where}"
         text = read_tail(self.log, self.log_start) if self.log else ""
+        if code == -signal.SIGINT:  # before the script handles it, or a second one
+            return "stopped without a checkpoint"
         if code == 130:
             return f"stopped: {text.splitlines()[-1]}"
         reason = f"signal {-code}" if code < 0 else f"exit code {code}"

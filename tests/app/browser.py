@@ -200,7 +200,10 @@ def try_closed_browser(browser, address, page, out):
     page.goto(address)
     page.get_by_role("tab", name="Training").click()
     wait(lambda: "running" in text(page, "status") and curves(page) >= 3, 60, "the run on a new page")
-    assert page.locator("#output").locator("textarea, input").first.input_value() == "second"
+    fields = {name: value for name, value in FIELDS.items() if name not in ("output", "max_train_steps")}
+    for name, value in {"output": "second", "max_train_steps": "4000", **fields}.items():
+        assert page.locator(f"#{name}").locator("textarea, input").first.input_value() == value
+    assert "out/second" in text(page, "command") and page.locator("#cache_latents input").is_checked()
     return page
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from mindtune.app import run as run_module
-from mindtune.app.run import Command, Run, check_links, last_error, make_command, memory_plan, read_metrics, read_tail
+from mindtune.app.run import Command, Run, last_error, make_command, memory_plan, read_metrics, read_tail
 from mindtune.cli import UserError
 
 LORA, CONTROLNET = "FLUX LoRA", "FLUX ControlNet"
@@ -156,14 +156,17 @@ def test_places_inside_are_allowed(make, folders):
         ("data/cats", "instance_data_dir"),
         ("models/flux", "pretrained_model_name_or_path"),
         ("outputs/run", "output_dir"),
+        ("outputs/cache", "cache_dir"),
+        ("outputs/lora", "lora_model_name_or_path"),
     ],
 )
 def test_links_in_the_chosen_folders_may_not_lead_out(make, folders, tmp_path, name, flag):
-    check_links(make(), folders)
     (tmp_path / name).mkdir(exist_ok=True)
+    values = make(more="--cache_dir cache --lora_model_name_or_path lora").values
+    folders.check_links(values)
     (tmp_path / name / "x.png").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match=f"^--{flag} .*x.png leads out"):
-        check_links(make(), folders)
+        folders.check_links(values)
 
 
 # ---- the process ---------------------------------------------------------------------------------
@@ -246,6 +249,16 @@ def test_errors_of_the_script_are_the_status(run, command, tmp_path):
     run.process.kill()
     run.process.wait()
     assert run.status().startswith("failed with signal 9")
+
+
+def test_a_stop_before_the_script_handles_it_is_no_failure(run, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    run.start(Command([str(script)], {"output_dir": str(tmp_path / "out")}), tmp_path / "log")
+    wait_for("importing", tmp_path / "log")
+    run.stop()
+    assert run.process.wait(60) == -signal.SIGINT
+    assert run.status() == "stopped without a checkpoint"
 
 
 def test_the_memory_plan_is_what_the_script_prints(command):
