@@ -111,7 +111,7 @@ def require_closed(flag: str, folder: Path, root: Path) -> None:
             for path in (os.path.join(parent, name) for name in (*folders, *files)):
                 if not os.path.islink(path):
                     continue
-                target = Path(path).resolve()
+                target = Path(os.path.realpath(path))  # which does not fail for a link to itself
                 if not is_in(target, root):
                     raise UserError(
                         f"{flag} {printable(folder)}: the link {printable(path)} leads out of {root}, where the form "

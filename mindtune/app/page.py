@@ -106,7 +106,7 @@ def build(folders: Folders, run: Run, scripts: dict[str, tuple[Path, Parser]]) -
                             interactive=False,
                             elem_id="images",
                         )
-                        log = gr.Textbox(label="Last lines of the log", lines=10, max_lines=10, elem_id="log", **mono)
+                        log = gr.Textbox(label="Last lines of the log", lines=12, max_lines=12, elem_id="log", **mono)
         inputs = [script, data_dir, model, output, more, *fields]
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 

@@ -96,6 +96,7 @@ def test_a_link_that_leads_out_is_found_at_any_depth_and_behind_links(folders, t
     (root / "dogs" / "deep").mkdir(parents=True)
     (cats / "more").symlink_to(root / "dogs")
     (root / "dogs" / "back").symlink_to(cats)  # a circle
+    (root / "dogs" / "self").symlink_to(root / "dogs" / "self")
     require_closed("--instance_data_dir", cats, root)
     (root / "dogs" / "deep" / "x.png").symlink_to(tmp_path / "secret" / "absent.png")
     for folder in (cats, root / "dogs", root):
