@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # MindSpore brings jemalloc. With glibc's allocator, operators take twice the time in a process that has compiled much.
 WITH_JEMALLOC = LD_PRELOAD="$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/mindspore/lib/libjemalloc.so.2 2> /dev/null)"
 
-.PHONY: venv demo demo-controlnet check test bench parity contract rehearse lint clean
+.PHONY: venv demo demo-controlnet check test test-app bench parity contract rehearse lint clean
 
 venv: .venv/made
 .venv/made: requirements.txt setup.py
@@ -31,6 +31,17 @@ check: lint
 test: venv
 	$(WITH_JEMALLOC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests \
 		-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Gradio and Playwright go into a .venv-app of their own, which takes everything else from .venv.
+.venv-app/made: .venv/made setup.py tests/app/requirements.txt
+	$(BIN)/python -m venv .venv-app
+	ls -d $(CURDIR)/.venv/lib/python3*/site-packages > "$$(ls -d .venv-app/lib/python3*/site-packages)/venv.pth"
+	.venv-app/bin/pip install --quiet --disable-pip-version-check -r tests/app/requirements.txt -e ".[app]"
+	touch $@
+
+# The form in a headless Chromium of the system (Debian: apt-get install chromium); about three minutes.
+test-app: venv .venv-app/made
+	.venv-app/bin/python tests/app/browser.py --screenshot build/app.png
 
 bench: venv .venv-parity/made
 	$(BIN)/python benchmarks/speed.py --torch .venv-parity/bin/python
@@ -66,4 +77,4 @@ lint: venv
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-parity .venv-contract build *.egg-info
+	rm -rf .venv .venv-app .venv-parity .venv-contract build *.egg-info

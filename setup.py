@@ -11,5 +11,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.9,<3.13",
     packages=find_packages(include=["mindtune", "mindtune.*"]),
-    extras_require={"modelscope": ["modelscope==1.37.1"]},
+    extras_require={
+        # The newest that takes the huggingface_hub of requirements.txt; docs/app.md says why not for Python 3.9.
+        "app": ['gradio==6.17.3; python_version >= "3.10"'],
+        "modelscope": ["modelscope==1.37.1"],
+    },
 )

@@ -3,39 +3,19 @@
 python docs/flags.py            between <!-- flags of SCRIPT --> and <!-- end -->
 """
 
-import argparse
-import importlib.util
 import re
 import sys
 from pathlib import Path
+
+from mindtune.flags.script_parser import script_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- flags of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def parser_of(script):
-    """The parser of a script, caught when it is asked to read a command line."""
-    spec = importlib.util.spec_from_file_location("script", ROOT / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    caught, real = [], argparse.ArgumentParser.parse_args
-
-    def note(parser, *_):
-        caught.append(parser)
-        raise SystemExit
-
-    argparse.ArgumentParser.parse_args = note
-    try:
-        module.parse_args([])
-    except SystemExit:
-        return caught[0]
-    finally:
-        argparse.ArgumentParser.parse_args = real
-
-
 def table(script):
     """Markdown: every section with its flags, defaults, whether a resumed run may change them, and their meaning."""
-    parser = parser_of(script)
+    parser = script_parser(ROOT / script)
     rows = ["| flag | default | on resume | |", "| --- | --- | --- | --- |"]
     for section in parser._action_groups:
         actions = [action for action in section._group_actions if action.dest != "help"]

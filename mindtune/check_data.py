@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 from mindtune.cli import UserError, indented_list, printable, run_script, size_text
 from mindtune.data import buckets
 from mindtune.data.columns import Source, check_source
 from mindtune.data.folders import holds_no_image, samples_in_folder
 from mindtune.data.image_sample import Sample
-from mindtune.data.pairs import load_pairs
+from mindtune.data.pairs import Pairs, load_pairs
 from mindtune.data.statistics import Item, cropped_shares, duplicates, inspect_images, inspect_pairs
 from mindtune.data.tables import samples_in_dataset
 from mindtune.encode.estimate import EntrySizes, captions_too_long, read_encoders, shorter_captions
@@ -84,41 +84,49 @@ class Found(NamedTuple):
 
 def check_items(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Found:
     """Checks the images or pairs that the flags name. Raises UserError if they cannot be read at all."""
-    is_images = flags["instance_data_dir"] or (flags["dataset_name"] and not flags["conditioning_image_column"])
-    return check_images(flags, min_size, cache_dir) if is_images else check_pairs(flags, min_size, cache_dir)
+    return (check_images if is_images(flags) else check_pairs)(flags, min_size, cache_dir)
+
+
+def is_images(flags: dict) -> bool:
+    """Whether the flags name the images of a LoRA, and not pairs."""
+    return bool(flags["instance_data_dir"] or (flags["dataset_name"] and not flags["conditioning_image_column"]))
 
 
 def check_images(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Found:
     """Checks the images of a LoRA and its class images."""
     if others := [name for name in ("train_data_dir", "jsonl_for_train") if flags[name]]:
         raise UserError(f"--{others[0]}: holds pairs, but the other flags name images. Give one data set.")
-    if flags["instance_data_dir"] and flags["dataset_name"]:
-        raise UserError("give either --instance_data_dir or --dataset_name, not both.")
     notes: list[str] = []
     threads = flags["dataloader_num_workers"]
-    if flags["instance_data_dir"]:
-        name = flags["instance_data_dir"]
-        flag = "--instance_data_dir"
-        samples = samples_in_folder(name, flag, flags["caption_column"], notes.append)
-    else:
-        name = flags["dataset_name"]
-        flag = "--dataset_name"
-        source = Source(
-            dataset_name=name,
-            dataset_config_name=flags["dataset_config_name"],
-            cache_dir=cache_dir,
-            image_column=flags["image_column"],
-            caption_column=flags["caption_column"],
-            hub=flags["hub"],
-        )
-        samples = samples_in_dataset(source, notes.append)
-    samples = samples[: flags["max_train_samples"]]
+    flag, samples = find_samples(flags, cache_dir, notes.append)
+    name = flags[flag.lstrip("-")]
     groups = {name: inspect_images(samples, min_size, threads, f"{flag} {printable(name)}", notes)}
     if folder := flags["class_data_dir"]:
         where = f"--class_data_dir {printable(folder)}"
         samples = class_samples(folder, where, notes)
         groups[folder] = inspect_images(samples, min_size, threads, where, notes)
     return Found(False, groups, notes)
+
+
+def find_samples(flags: dict, cache_dir: str, say: Callable[[str], None]) -> tuple[str, list[Sample]]:
+    """The flag that names the images of a LoRA, and the images. `say` receives a line for everything not used."""
+    if flags["instance_data_dir"] and flags["dataset_name"]:
+        raise UserError("give either --instance_data_dir or --dataset_name, not both.")
+    if flags["instance_data_dir"]:
+        flag = "--instance_data_dir"
+        samples = samples_in_folder(flags["instance_data_dir"], flag, flags["caption_column"], say)
+    else:
+        flag = "--dataset_name"
+        source = Source(
+            dataset_name=flags["dataset_name"],
+            dataset_config_name=flags["dataset_config_name"],
+            cache_dir=cache_dir,
+            image_column=flags["image_column"],
+            caption_column=flags["caption_column"],
+            hub=flags["hub"],
+        )
+        samples = samples_in_dataset(source, say)
+    return flag, samples[: flags["max_train_samples"]]
 
 
 def class_samples(folder: str, where: str, notes: list[str]) -> list[Sample]:
@@ -131,15 +139,21 @@ def class_samples(folder: str, where: str, notes: list[str]) -> list[Sample]:
 
 def check_pairs(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Found:
     """Checks the pairs of a ControlNet."""
+    notes: list[str] = []
+    flag, pairs = find_pairs(flags, cache_dir, notes.append)
+    name = flags[flag.lstrip("-")]
+    items = inspect_pairs(pairs, min_size, flags["dataloader_num_workers"], f"{flag} {printable(name)}", notes)
+    return Found(True, {name: items}, notes)
+
+
+def find_pairs(flags: dict, cache_dir: str, say: Callable[[str], None]) -> tuple[str, Pairs]:
+    """The flag that names the pairs of a ControlNet, and the pairs. `say` receives a line for everything not used."""
     source_flags = {name: flags[name] for name in Source._fields if name != "cache_dir"}
     source = Source(**source_flags, cache_dir=cache_dir)
     check_source(source)
-    notes: list[str] = []
-    pairs = load_pairs(source, notes.append)
+    pairs = load_pairs(source, say)
     count = min(flags["max_train_samples"] or len(pairs), len(pairs))
-    where = f"{source.flag} {printable(source.name)}"
-    items = inspect_pairs(pairs.select(range(count)), min_size, flags["dataloader_num_workers"], where, notes)
-    return Found(True, {source.name: items}, notes)
+    return source.flag, pairs.select(range(count))
 
 
 # ---- the report ----------------------------------------------------------------------------------

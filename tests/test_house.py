@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, TRAINING_SCRIPTS, load_script, metrics
 
 from mindtune.flags.parser import NO_EFFECT
+from mindtune.flags.script_parser import script_parser
 
 FOLDERS = ("flux_lora", "flux_controlnet", "examples/controlnet")
 SCRIPTS = [
@@ -37,6 +38,7 @@ ROOMS = [
     ["run"],
     ["flags"],
     ["plan", "check_data", "doctor"],
+    ["app"],
 ]
 SECTIONS = {
     "flags": "yours to change",
@@ -112,7 +114,7 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_no_room_re_exports_names():
     """A name has one place."""
     found = sorted((ROOT / "mindtune").glob("*/__init__.py"))
-    assert len(found) == 8
+    assert len(found) == 9
     assert [path for path in found if path.read_text().strip()] == []
 
 
@@ -247,14 +249,13 @@ def test_training_script_and_inference_run_elsewhere_with_only_mindtune_installe
 @pytest.fixture(scope="module")
 def options():
     """options(script): argparse's declarations of a script's flags, and of its commands', without --help."""
-    parser_of = load_script("docs/flags.py").parser_of
 
     def declared(parser):
         found = [action for action in parser._actions if action.dest != "help"]
         commands = [action.choices for action in found if isinstance(action, argparse._SubParsersAction)]
         return found + [action for parsers in commands for each in parsers.values() for action in declared(each)]
 
-    return lambda script: declared(parser_of(script))
+    return lambda script: declared(script_parser(ROOT / script))
 
 
 def attributes_of_args(tree):

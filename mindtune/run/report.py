@@ -59,7 +59,7 @@ def write_report(output_dir: Path) -> Path:
     versions = [(package, version or "not installed") for package, version in record["versions"].items()]
     body = [
         f"<h1>{name}</h1><p>{state} after {record.get('updates', 0):,} updates on {device}</p>",
-        f'<div class="plots">{"".join(_curves(output_dir, metrics))}</div>',
+        f'<div class="plots">{"".join(curves(output_dir, metrics))}</div>',
         _section("Validation images", report_images.grids(output_dir)),
         _section("Images of the validation file", report_images.table(output_dir)),
         _section("Time and memory", _table(_time_and_memory(record))),
@@ -109,7 +109,12 @@ def _time_and_memory(record: dict) -> list[tuple[str, str]]:
 # ---- curves --------------------------------------------------------------------------------------
 
 
-def _curves(output_dir: Path, metrics: list[dict]) -> list[str]:
+def curves(output_dir: Path, metrics: list[dict]) -> list[str]:
+    """An SVG plot each of loss, learning rate, gradient norm and, if there are any, held-out losses.
+
+    `metrics` are the lines of metrics.jsonl.
+    """
+
     def points(key: str) -> list[tuple]:
         return [(line["step"], line[key]) for line in metrics if key in line]
 

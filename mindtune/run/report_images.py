@@ -26,22 +26,25 @@ def picture_name(place: int, kind: str = "") -> str:
     return f"row-{place:02d}{'-' if kind else ''}{kind}.png"
 
 
-def grids(output_dir: Path) -> str:
-    """The grids with a slider that selects one; without JavaScript the last one is shown. Empty if there are none."""
+def validation_images(output_dir: Path) -> list[tuple[Path, str]]:
+    """(PNG file, when it was sampled) of the grid of every validation, in their order."""
     paths = sorted((output_dir / "samples").glob("step-*.png"))
     final = output_dir / "samples" / "final.png"
-    if final.is_file():
-        paths.append(final)
-    if not paths:
+    return [(path, _when(path.stem)) for path in [*paths, *([final] if final.is_file() else [])]]
+
+
+def grids(output_dir: Path) -> str:
+    """The grids with a slider that selects one; without JavaScript the last one is shown. Empty if there are none."""
+    found = validation_images(output_dir)
+    if not found:
         return ""
-    names = [_when(path.stem) for path in paths]
+    last = len(found) - 1
     images = "".join(
-        f'<img alt="{name}" src="{_data(path, GRID_SIZE)}"{"" if path is paths[-1] else " hidden"}>'
-        for path, name in zip(paths, names)
+        f'<img alt="{name}" src="{_data(path, GRID_SIZE)}"{"" if number == last else " hidden"}>'
+        for number, (path, name) in enumerate(found)
     )
-    last = len(paths) - 1
     slider = f'<input type="range" id="step" min="0" max="{last}" value="{last}" aria-label="Validation">'
-    caption = f'<span id="caption">{names[-1]}</span>'
+    caption = f'<span id="caption">{found[-1][1]}</span>'
     return f'<p>{slider} {caption}</p><div id="images">{images}</div>'
 
 
