@@ -47,6 +47,8 @@ def parse_args(argv=None):
     data_flags.images(parser, sample="image", multiple=16, smallest=16)
     data_flags.prior_preservation(parser)
     parser.section("LoRA")
+    parser.checks.append(lambda args: lora.check_settings(args.select(lora.Settings)))
+    add("adapter", choices=["lora", "dora", "lokr"], default="lora", help="What is trained: a LoRA, DoRA or LoKr.")
     add("lora_rank", "rank", type=int, default=4, minimum=1, help="Rank of the LoRA matrices.")
     add("lora_alpha", type=float, above=0, help="The LoRA is scaled by alpha / rank. Default: the rank, so by 1.")
     add(
@@ -57,6 +59,7 @@ def parse_args(argv=None):
         below=1,
         help="Dropout probability of the LoRA layers. Above 0, a resumed run is not exact. 0: no dropout.",
     )
+    add("lokr_factor", type=int, default=-1, help="LoKr: a factor of every width. -1: the one nearest its square root.")
     targets = ",".join(lora.TRANSFORMER_TARGETS)
     add("lora_layers", help=f"Comma-separated ends of the names of the layers to adapt. Default: {targets}.")
     add("train_text_encoder", default=False, help="Also train a LoRA of the CLIP text encoder. T5 stays frozen.")
@@ -123,6 +126,7 @@ def find_initial_lora(args, root):
     adapters = lora_files.read_adapters(path, flag)
     layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
     lora_files.check_adapters(path, flag, adapters, layers)
+    lora_files.check_kind(path, flag, adapters, args.adapter)
     if "text_encoder" in adapters and not args.train_text_encoder:
         raise UserError(f"{flag} {path}: has a LoRA of CLIP, which would be lost. Add --train_text_encoder.")
     description = lora_files.describe_adapters(adapters)
@@ -410,17 +414,7 @@ def main(argv=None):
     precision.freeze_params(*models.values())
 
     # ---- add what is trained ----
-    alpha = args.lora_alpha if args.lora_alpha is not None else float(args.lora_rank)
-    for name, model in adapted.items():
-        if name in initial_lora:
-            lora.add_trained_lora(model, initial_lora[name], args.lora_alpha, args.lora_dropout, dtypes.compute)
-        else:
-            lora.add_lora(model, args.lora_rank, alpha, args.lora_dropout, targets[name], dtypes.compute)
-        model.set_train(True)
-    # MindSpore's optimizers update in the dtype of the parameter, so the LoRA is float32 in mixed precision too.
-    precision.cast_training_params(adapted.values(), ms.float32)
-    for name in adapted.keys() - initial_lora.keys():
-        lora.init_lora(adapted[name], args.lora_rank, run.seed)
+    lora.add_adapters(adapted, args.select(lora.Settings), targets, initial_lora, dtypes.compute, run.seed)
     recompute_blocks(memory.recomputed_blocks(settings), *adapted.values())
     print(precision.parameter_table(models, dtypes))
 
