@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Optional
 
@@ -9,8 +10,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
+from mindtune.models.fast_ops import SMALLEST_SQUARE
 from mindtune.models.flux_blocks import LINEAR_FUNCTIONS
 from mindtune.models.library import BaseTunerLayer
+from mindtune.models.precision import freeze_params
 from mindtune.models.shared_blocks import layer_tensors, layer_type, layer_weights
 
 
@@ -49,8 +52,9 @@ def add_magnitudes(model: nn.Cell) -> None:
 def add_lokr(model: nn.Cell, factors: dict[str, dict[str, tuple[int, int]]], alpha: Optional[float] = None) -> None:
     """Adds a LoKr of zeros with these shapes (layer -> name -> shape, see `lokr.shapes`). The scale is alpha / rank.
 
-    It is 1 without `alpha`, and where the factors have no rank. The layers keep their weights and the names of these.
+    It is 1 without `alpha`, and where the factors have no rank. Everything else is frozen, and keeps its name.
     """
+    freeze_params(model)  # as peft does
     classes, cells = {}, dict(model.cells_and_names())
     for name, shapes in factors.items():
         layer = cells[name]
@@ -64,10 +68,33 @@ def add_lokr(model: nn.Cell, factors: dict[str, dict[str, tuple[int, int]]], alp
 
 def squared_norms(layer: nn.Cell) -> np.ndarray:
     """The sum of squares of every row of a linear layer's weight, int8 or not: float32 [out]."""
+    return np.square(wide_weight(layer)).sum(1)
+
+
+def wide_weight(layer: nn.Cell) -> np.ndarray:
+    """The weight of a linear layer, int8 or not: float32 [out, in]."""
     weight = layer.weight.astype(ms.float32).asnumpy()
-    if hasattr(layer, "weight_scale"):
-        weight = weight * layer.weight_scale.asnumpy()
-    return np.square(weight).sum(1)
+    return weight * layer.weight_scale.asnumpy() if hasattr(layer, "weight_scale") else weight
+
+
+def scale_doras(model: nn.Cell, scale: float) -> None:
+    """Moves every DoRA's weight from the base's, W, towards its own: to W + scale (W' - W), as ComfyUI does.
+
+    The rows of W' are m / n (W + B A), where n are the norms of the rows of W + B A. So the rows become p W + q B A
+    with q = scale m / n and p = 1 - scale + q. That is a DoRA with B q / p, whose magnitudes are p times its norms.
+    """
+    for _, layer in adapted_layers(model):
+        a, b = layer.lora_A["default"].weight.asnumpy(), layer.lora_B["default"].weight.asnumpy()
+        weight = wide_weight(layer.base_layer)
+        own = np.float32(scale) * layer.lora_magnitude_vector.asnumpy() / _norms(weight + b @ a)
+        both = np.float32(1 - scale) + own
+        b = b * (own / both)[:, None]
+        layer.lora_B["default"].weight.set_data(ms.Tensor(b))
+        layer.lora_magnitude_vector.set_data(ms.Tensor(both * _norms(weight + b @ a)))
+
+
+def _norms(weight: np.ndarray) -> np.ndarray:
+    return np.maximum(np.linalg.norm(weight, axis=1), math.sqrt(SMALLEST_SQUARE))
 
 
 def _compute_with_its_function(layer: nn.Cell, classes: dict) -> None:

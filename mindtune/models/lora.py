@@ -50,13 +50,13 @@ class Settings(NamedTuple):
 def check_settings(settings: Settings) -> None:
     """Raises UserError for settings that do not go together."""
     if settings.adapter != "lora" and settings.lora_dropout > 0:
-        raise UserError(
-            f"--lora_dropout {settings.lora_dropout}: --adapter {settings.adapter} has no dropout. Leave one of them out."
-        )
+        raise UserError(f"--lora_dropout {settings.lora_dropout}: not with --adapter {settings.adapter}. Leave it out.")
     if settings.lokr_factor != -1 and settings.adapter != "lokr":
         raise UserError(f"--lokr_factor {settings.lokr_factor}: only for --adapter lokr. Leave it out.")
-    if settings.lokr_factor == 0:
-        raise UserError("--lokr_factor 0: must be at least 1, or -1 for factors near the square root.")
+    if settings.lokr_factor != -1 and settings.lokr_factor < 1:
+        raise UserError(
+            f"--lokr_factor {settings.lokr_factor}: must be at least 1, or -1 for factors near the square root."
+        )
 
 
 def add_adapters(
@@ -233,7 +233,7 @@ def save_lora(path: Path, models: dict[str, nn.Cell], dtype: ms.Type) -> None:
 def load_lora(
     path: Path, models: dict[str, nn.Cell], compute: ms.Type, flag: str = "--lora", scale: float = 1.0
 ) -> None:
-    """Adds the adapters of a file to `models` (prefix -> cell) for inference, with B or w1 multiplied by `scale`.
+    """Adds the adapters of a file to `models` (prefix -> cell) for inference. `scale` multiplies their weight changes.
 
     Raises UserError if the file is not a LoRA, or if its models, layers or widths are not those of `models`.
     """
@@ -243,10 +243,13 @@ def load_lora(
         layers[prefix] = {name: cell.weight.shape[::-1] for name, cell in linear.items()}
     lora_files.check_adapters(path, flag, adapters, layers)
     for prefix, adapter in adapters.items():
+        dora = lora_layouts.kind(adapter) == "dora"
         scaled = {
-            name: value * np.float32(scale) if name.endswith((".lora_B.weight", ".lokr_w1")) else value
+            name: value * np.float32(scale) if name.endswith((".lora_B.weight", ".lokr_w1")) and not dora else value
             for name, value in adapter.items()
         }
         add_trained_lora(models[prefix], scaled, alpha=None, dropout=0.0, compute=compute)
+        if dora and scale != 1.0:
+            adapted_layers.scale_doras(models[prefix], scale)
         for parameter in lora_parameters(models[prefix]).values():
             parameter.requires_grad = False

@@ -5,18 +5,12 @@ import numpy as np
 import pytest
 from ascend_on_cpu import use_ascend_operators
 from flux_gradients import (
-    FLOAT16,
-    FLOAT32,
-    TARGETS,
     assert_close,
-    loss_and_gradients,
-    loss_of,
     random_values,
-    recompute,
 )
 from mindspore import nn, ops
 
-from mindtune.models import fast_ops, int8, loading, lora, precision
+from mindtune.models import fast_ops, int8
 
 INPUTS, OUTPUTS, RANK = 20, 11, 4
 
@@ -98,82 +92,3 @@ def test_small_changes_of_a_magnitude_survive_half_precision(mode):
         outputs.append(DoraLinear()(*map(ms.Tensor, arrays)).asnumpy().astype(float))
     before, after = outputs
     assert (before * (after - before)).sum() / np.square(before).sum() == pytest.approx(4e-4, rel=0.1)
-
-
-# ---- in a model ----------------------------------------------------------------------------------
-
-
-def add_dora(model, compute=ms.float32, trained=True):
-    """Adds a DoRA of rank 4 to every type of layer, with values as after training; everything else is frozen."""
-    precision.freeze_params(model)
-    lora.add_lora(model, 4, 6.0, 0.0, [*TARGETS, "proj_out", "linear_1", "norm_out.linear"], compute, dora=True)
-    precision.cast_training_params([model])
-    lora.init_lora(model, 4, seed=0)
-    rng = np.random.default_rng(0)
-    for name, parameter in lora.lora_parameters(model).items() if trained else ():
-        change = rng.standard_normal(parameter.shape)
-        value = parameter.asnumpy() * (1 + 0.1 * change) if "magnitude" in name else 0.3 * change
-        parameter.set_data(ms.Tensor(value, ms.float32))
-    return model
-
-
-def merged(model, adapted):
-    """`model` with the weights that the DoRA of `adapted` stands for, computed by NumPy."""
-    parameters = {name: p.asnumpy().astype(float) for name, p in lora.lora_parameters(adapted).items()}
-    cells = dict(model.cells_and_names())
-    for name in [name for name in parameters if name.endswith(".lora_magnitude_vector")]:
-        layer = name.rpartition(".")[0]
-        a, b = (parameters[f"{layer}.lora_{half}.weight"] for half in "AB")
-        weight = cells[layer].weight.asnumpy() + 6.0 / 4 * (b @ a)
-        weight *= (parameters[name] / np.linalg.norm(weight, axis=1))[:, None]
-        cells[layer].weight.set_data(ms.Tensor(weight, ms.float32))
-    return model
-
-
-@pytest.fixture
-def load(tiny_flux):
-    return lambda dtypes=FLOAT32, int8_base=False: loading.load_model(tiny_flux, "transformer", dtypes, int8=int8_base)
-
-
-@pytest.fixture(scope="module")
-def expected(tiny_flux):
-    """Loss and gradients of a DoRA in PyNative, and the loss of the merged model."""
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    adapted = add_dora(loading.load_model(tiny_flux, "transformer", FLOAT32))
-    found = loss_and_gradients(adapted)
-    loss = loss_of(merged(loading.load_model(tiny_flux, "transformer", FLOAT32), adapted))
-    ms.set_context(mode=before)
-    return found, loss
-
-
-def test_it_computes_what_the_merged_weights_compute(expected):
-    (loss, *gradients), of_merged = expected
-    assert loss == pytest.approx(of_merged, rel=1e-5)
-    assert all(np.abs(gradient).max() > 0 for gradient in gradients)
-
-
-@pytest.mark.slow
-def test_graph_mode_and_recomputation_change_nothing(load, expected, mode):
-    assert_close(loss_and_gradients(recompute(add_dora(load()))), expected[0], 2e-5)
-
-
-def test_a_new_dora_has_no_effect_and_a_disabled_one_neither(load):
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    base = loss_of(load())
-    model = add_dora(load(), trained=False)
-    assert loss_of(model) == base
-    model = add_dora(load())
-    adapted = loss_of(model)
-    lora.enable_lora(model, False)
-    assert loss_of(model) == base
-    lora.enable_lora(model, True)
-    assert loss_of(model) == adapted != base
-
-
-def test_only_the_adapter_trains_in_float32(load):
-    model = add_dora(load(FLOAT16), ms.float16)
-    assert {p.name.replace(".default.", ".") for p in model.trainable_params()} == set(lora.lora_parameters(model))
-    assert {p.dtype for p in model.trainable_params()} == {ms.float32}
-    magnitudes = [name for name in lora.lora_parameters(model) if name.endswith("lora_magnitude_vector")]
-    assert 3 * len(magnitudes) == len(model.trainable_params())

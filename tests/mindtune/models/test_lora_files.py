@@ -163,9 +163,9 @@ def test_a_lora_of_stable_diffusion(tmp_path):
 
 def test_other_adapters_are_rejected(tmp_path):
     """DoRA scales the sum of weight and change, so its other entries cannot be ignored."""
-    extra = {f"transformer.{Q0}.lora_magnitude_vector": np.ones(WIDTH, np.float32)}
+    extra = {f"transformer.{Q0}.dora_scale": np.ones((WIDTH, 1), np.float32)}
     path, _ = write_adapter(tmp_path / "f", {Q0: 4}, extra=extra)
-    with pytest.raises(UserError, match="lora_magnitude_vector: DoRA"):
+    with pytest.raises(UserError, match="dora_scale: DoRA"):
         lora_files.read_adapters(path, "--lora")
 
 
