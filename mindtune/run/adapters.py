@@ -56,11 +56,11 @@ def with_adapters(
             if name.startswith(prefix) and not re.search(r"\.norm\w*\.linear$", name):
                 of_text = re.search(r"add_|_context", name)
                 tokens = {"single": image + text, "clip": clip}.get(block.type, text if of_text else image)
-                width = (
-                    outputs
-                    if kind == "dora"
-                    else lokr.factorise(inputs, factor)[0] * lokr.factorise(outputs, factor)[1]
-                )
-                elements += tokens * width
+                elements += tokens * (outputs if kind == "dora" else _lokr_width(outputs, inputs, factor))
         found.append(block._replace(adapter=elements))
     return found
+
+
+def _lokr_width(outputs: int, inputs: int, factor: int) -> int:
+    """Elements per token between the two products of a LoKr: see `fast_ops.lokr_linear`."""
+    return lokr.factorise(inputs, factor)[0] * lokr.factorise(outputs, factor)[1]
