@@ -25,8 +25,8 @@ CASES = {
     "CLIP trained in bf16, 8-bit": [
         "--cache_latents", "--train_text_encoder", "--mixed_precision", "bf16", "--use_8bit_adam", "--rank", 128,
     ],
-    "DoRA with CLIP in fp16": [
-        "--cache_latents", "--adapter", "dora", "--train_text_encoder", "--mixed_precision", "fp16",
+    "DoRA with CLIP in bf16": [
+        "--cache_latents", "--adapter", "dora", "--train_text_encoder", "--mixed_precision", "bf16",
         "--learning_rate", 1e-2,
     ],
     "LoKr with int8 and recomputation": [
