@@ -88,7 +88,12 @@ def add_base(add, text, required):
 def add_output(add, text):
     """Adds the flags of the file to write."""
     add("--output", required=True, help=text)
-    add("--layout", "--format", choices=lora_layouts.LAYOUTS, help="Layout of the LoRA to write. Default: diffusers.")
+    add(
+        "--layout",
+        "--format",
+        choices=lora_layouts.KINDS["lora"][1],
+        help="Layout of the LoRA to write. Default: diffusers.",
+    )
     add(
         "--dtype",
         choices=["fp32", "fp16", "bf16"],
@@ -275,12 +280,12 @@ def save(args, pairs, default_dtype):
     """Writes a LoRA to --output and prints what it is."""
     output, layout = Path(args.output), args.layout or "diffusers"
     dtype = precision.DTYPES[args.dtype] if args.dtype else default_dtype
-    ranks = {}
+    written = []
     try:
-        files.write_atomically(output, lambda path: ranks.update(lora_edit.write(path, pairs, layout, dtype)))
+        files.write_atomically(output, lambda path: written.append(lora_edit.write(path, pairs, layout, dtype)))
     except ValueError as error:
         raise UserError(f"--output {output}: {error}. Choose another --dtype or --layout.") from None
-    print(f"{output}: {layout} layout, {lora_files.describe_ranks(ranks)}, {str(dtype).lower()}")
+    print(f"{output}: {layout} layout, {written[0]}, {str(dtype).lower()}")
 
 
 # ---- info ----------------------------------------------------------------------------------------

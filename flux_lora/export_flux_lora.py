@@ -41,16 +41,16 @@ def main(argv=None):
     source = lora_files.find_lora(args.lora, "--lora")
     tensors, alphas = lora_files.read_lora(source, "--lora")
     dtype = precision.DTYPES[args.dtype] if args.dtype else None
-    ranks = {}
+    written = []
 
     def write(path):
-        ranks.update(lora_files.write_lora(path, tensors, alphas, args.format, dtype))
+        written.append(lora_files.write_lora(path, tensors, alphas, args.format, dtype))
 
     try:
         files.write_atomically(output, write)
     except ValueError as error:
         raise UserError(f"--lora {source}: {error}.") from None
-    print(f"{output}: {args.format} layout, {lora_files.describe_ranks(ranks)}, {args.dtype or 'dtype unchanged'}")
+    print(f"{output}: {args.format} layout, {written[0]}, {args.dtype or 'dtype unchanged'}")
     return 0
 
 

@@ -109,6 +109,7 @@ def find_initial_lora(args, root):
     adapters = lora_files.read_adapters(path, flag)
     layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
     lora_files.check_adapters(path, flag, adapters, layers)
+    lora_files.check_kind(path, flag, adapters, args.adapter)
     if "text_encoder" in adapters and not args.train_text_encoder:
         raise UserError(f"{flag} {path}: has a LoRA of CLIP, which would be lost. Add --train_text_encoder.")
     description = lora_files.describe_adapters(adapters)
@@ -409,17 +410,7 @@ def main(argv=None):
     precision.freeze_params(*models.values())
 
     # ---- add what is trained ----
-    alpha = args.lora_alpha if args.lora_alpha is not None else float(args.lora_rank)
-    for name, model in adapted.items():
-        if name in initial_lora:
-            lora.add_trained_lora(model, initial_lora[name], args.lora_alpha, args.lora_dropout, dtypes.compute)
-        else:
-            lora.add_lora(model, args.lora_rank, alpha, args.lora_dropout, targets[name], dtypes.compute)
-        model.set_train(True)
-    # MindSpore's optimizers update in the dtype of the parameter, so the LoRA is float32 in mixed precision too.
-    precision.cast_training_params(adapted.values(), ms.float32)
-    for name in adapted.keys() - initial_lora.keys():
-        lora.init_lora(adapted[name], args.lora_rank, run.seed)
+    lora.add_adapters(adapted, args.select(lora.Settings), targets, initial_lora, dtypes.compute, run.seed)
     recompute_blocks(memory.recomputed_blocks(settings), *adapted.values())
     print(precision.parameter_table(models, dtypes))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from mindtune.flags.parser import Parser
-from mindtune.models.lora import TRANSFORMER_TARGETS
+from mindtune.models.lora import TRANSFORMER_TARGETS, Settings, check_settings
 
 
 def lora(parser: Parser) -> None:
     """The layers that a LoRA adapts, and its size."""
     add = parser.add
     parser.section("LoRA")
+    add("adapter", choices=["lora", "dora", "lokr"], default="lora", help="What is trained: a LoRA, DoRA or LoKr.")
     add("lora_rank", "rank", type=int, default=4, minimum=1, help="Rank of the LoRA matrices.")
     add("lora_alpha", type=float, above=0, help="The LoRA is scaled by alpha / rank. Default: the rank, so by 1.")
     add(
@@ -20,6 +21,8 @@ def lora(parser: Parser) -> None:
         below=1,
         help="Dropout probability of the LoRA layers. Above 0, a resumed run is not exact. 0: no dropout.",
     )
+    add("lokr_factor", type=int, default=-1, help="LoKr: a factor of every width. -1: the one nearest its square root.")
     targets = ",".join(TRANSFORMER_TARGETS)
     add("lora_layers", help=f"Comma-separated ends of the names of the layers to adapt. Default: {targets}.")
     add("train_text_encoder", default=False, help="Also train a LoRA of the CLIP text encoder. T5 stays frozen.")
+    parser.checks.append(lambda args: check_settings(args.select(Settings)))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import ops
 
+from mindtune.models.cpu_ops import ones
+
 ON_CPU = ms.get_context("device_target") == "CPU"
 
 if ON_CPU:
@@ -17,7 +19,11 @@ if ON_CPU:
 else:
     from mindtune.models import ascend_ops as backend
 
+SMALLEST_SQUARE = 1e-12  # a weight's row of zeros has norm 1e-6 in DoRA's division
+
+_matmul = ops.MatMul()
 _matmul_transposed_b = ops.MatMul(transpose_b=True)
+_transpose = ops.Transpose()
 
 
 def square_sum(x):
@@ -53,6 +59,71 @@ def adapted_int8_linear(x, layer):
 def _low_rank(x, a, b):
     low = _matmul_transposed_b(x.reshape((-1, x.shape[-1])), a.astype(x.dtype))
     return _matmul_transposed_b(low, b.astype(x.dtype)).reshape(x.shape[:-1] + (b.shape[0],))
+
+
+def dora_linear(x, layer):
+    """`linear` with W + B A whose rows are scaled to the norms m. `layer` is (W, b, A [rank, in], B [out, rank], m, s).
+
+    s holds the squared norms of the rows of W. m and s are [out], float32. The norms of W + B A are constants in the
+    backward pass.
+
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353), equation 5 and section 4.3.
+    """
+    rows, weight = x.reshape((-1, x.shape[-1])), layer[0].astype(x.dtype)
+    out = _matmul_transposed_b(rows, weight) + _low_rank(rows, layer[2], layer[3])
+    return _scale_to_norms(x, out, _matmul_transposed_b(layer[2].astype(x.dtype), weight), layer[1], layer[2:])
+
+
+def dora_int8_linear(x, layer):
+    """`dora_linear` with int8 weights. `layer` is (codes, b, scales, A, B, m, s); W is codes times scales."""
+    rows = x.reshape((-1, x.shape[-1]))
+    out = backend.int8_matmul(rows, layer[0], layer[2]) + _low_rank(rows, layer[3], layer[4])
+    products = backend.int8_matmul(layer[3].astype(x.dtype), layer[0], layer[2])
+    return _scale_to_norms(x, out, products, layer[1], layer[3:])
+
+
+def _scale_to_norms(x, out, products, bias, adapter):
+    """out [n, out] times m / norms, plus the bias, in the shape of x. `products` is A W^T, `adapter` is (A, B, m, s).
+
+    The squared norms of the rows of W + B A are s + 2 rowsum(W A^T * B) + rowsum(B A A^T * B): W + B A is never built.
+    m / norms - 1 is rounded to half precision, not m / norms: near 1 that keeps small changes of m.
+    """
+    a, b, magnitude, squares = adapter
+    wide_a, wide_b = a.astype(ms.float32), b.astype(ms.float32)
+    terms = 2.0 * products.astype(ms.float32) + _matmul_transposed_b(_matmul_transposed_b(wide_a, wide_a), wide_b)
+    squares = squares + _matmul(ones(1, a.shape[0]), terms * _transpose(wide_b, (1, 0))).reshape((-1,))
+    norms = ops.stop_gradient(ops.sqrt(ops.maximum(squares, SMALLEST_SQUARE)))
+    change = (magnitude / norms - 1.0).astype(x.dtype).reshape((1, 1, -1))
+    wide = out.expand_dims(0)
+    out = backend.add_bias(backend.add_gated(wide, change, wide).reshape(out.shape), bias.astype(x.dtype))
+    return out.reshape(x.shape[:-1] + (out.shape[-1],))
+
+
+def lokr_linear(x, layer):
+    """`linear` plus x times the transpose of w1 ⊗ w2. `layer` is (W, b, w1, w2), or (W, b, w1, w2_a, w2_b).
+
+    w1 is [l, m], w2 or w2_a w2_b is [k, n], W is [l k, m n]. The Kronecker product is never built.
+
+    Source: Yeh et al. (arXiv 2309.14859), section 3.4, and the identity (w1 ⊗ w2) vec(X) = vec(w1 X w2^T).
+    """
+    return linear(x, layer) + _kronecker(x, layer[2:])
+
+
+def lokr_int8_linear(x, layer):
+    """`lokr_linear` with int8 weights. `layer` is (codes, b, scales, w1, w2) or (codes, b, scales, w1, w2_a, w2_b)."""
+    return int8_linear(x, layer) + _kronecker(x, layer[3:])
+
+
+def _kronecker(x, factors):
+    """x [..., m n] times the transpose of w1 ⊗ w2: [..., l k]. Per row, w1 times the m rows of n values times w2^T."""
+    left = factors[0].astype(x.dtype)
+    right = factors[1].astype(x.dtype)
+    right = right if len(factors) == 2 else _matmul(right, factors[-1].astype(x.dtype))
+    (outer, middle), (inner, last) = left.shape, right.shape
+    count = x.size // (middle * last)
+    out = _matmul_transposed_b(x.reshape((count * middle, last)), right).reshape((count, middle, inner))
+    out = _matmul_transposed_b(_transpose(out, (0, 2, 1)).reshape((count * inner, middle)), left)
+    return _transpose(out.reshape((count, inner, outer)), (0, 2, 1)).reshape(x.shape[:-1] + (outer * inner,))
 
 
 # ---- activations, norms, attention ---------------------------------------------------------------

@@ -20,8 +20,12 @@ from mindtune.models.fast_ops import (
     adapted_linear,
     add_gated,
     attention,
+    dora_int8_linear,
+    dora_linear,
     int8_linear,
     linear,
+    lokr_int8_linear,
+    lokr_linear,
     modulated_norm,
     rms_norm,
     rotate,
@@ -54,12 +58,16 @@ def clip_float16(x):
     return x.clip(-65504, 65504) if x.dtype == ms.float16 else x
 
 
-# (has int8 weights, has an adapter) -> the function that computes a linear layer.
+# (has int8 weights, its adapter) -> the function that computes a linear layer.
 LINEAR_FUNCTIONS = {
-    (False, False): linear,
-    (False, True): adapted_linear,
-    (True, False): int8_linear,
-    (True, True): adapted_int8_linear,
+    (False, ""): linear,
+    (False, "lora"): adapted_linear,
+    (False, "dora"): dora_linear,
+    (False, "lokr"): lokr_linear,
+    (True, ""): int8_linear,
+    (True, "lora"): adapted_int8_linear,
+    (True, "dora"): dora_int8_linear,
+    (True, "lokr"): lokr_int8_linear,
 }
 
 

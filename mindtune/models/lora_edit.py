@@ -66,8 +66,8 @@ def to_pairs(path: Path, flag: str, adapters: dict[str, dict[str, np.ndarray]]) 
     return pairs
 
 
-def write(path: Path, pairs: dict[str, Pair], layout: str, dtype: ms.Type) -> dict[str, int]:
-    """Writes a LoRA file with alpha = rank, and returns the rank of every layer in it.
+def write(path: Path, pairs: dict[str, Pair], layout: str, dtype: ms.Type) -> str:
+    """Writes a LoRA file with alpha = rank, and returns a summary of it.
 
     Raises ValueError for a layer that the layout has no name for, and for values beyond the range of the dtype.
     """

@@ -1,11 +1,12 @@
-"""Reads, writes and checks the files of LoRA adapters. Needs no model.
+"""Reads, writes and checks the files of LoRA, DoRA and LoKr adapters. Needs no model.
 
 Files are written in diffusers' layout: `transformer.<layer>.lora_A.weight`, `text_encoder.<layer>.lora_B.weight` ...,
-with rank, alpha and targets as JSON in the header. The other layouts of `lora_layouts` can be written too, and those of
-`lora_names` can be read.
+with rank, alpha and targets as JSON in the header, and LoKr in LyCORIS' layout. The other layouts of `lora_layouts` can
+be written too, and those of `lora_names` can be read.
 
-Here an adapter is a dict of the tensors for one model, `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, and
-`adapters` maps the prefix of a model (transformer, text_encoder) to its adapter.
+Here an adapter is a dict of the tensors for one model, `<layer>.lora_A.weight`, `<layer>.lora_B.weight` and, of a DoRA,
+`<layer>.lora_magnitude_vector`, or `<layer>.lokr_w1` and the other factors of a LoKr. `adapters` maps the prefix of a
+model (transformer, text_encoder) to its adapter.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mindtune.models.weights import PICKLED
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
+KEPT_ENDINGS = (".alpha", ".lora_magnitude_vector")  # of tensors that are float32 in every file
 
 
 def most_common(values: Iterable) -> Any:
@@ -50,12 +52,16 @@ def rank_and_pattern(ranks: dict[str, int]) -> tuple[int, dict[str, int]]:
 
 def describe_adapters(adapters: dict[str, dict[str, np.ndarray]]) -> str:
     """A summary such as "transformer: 190 layers of rank 16"."""
-    return "; ".join(f"{prefix}: {describe_ranks(lora_layouts.ranks(adapter))}" for prefix, adapter in adapters.items())
+    return "; ".join(f"{prefix}: {describe(adapter)}" for prefix, adapter in adapters.items())
 
 
-def describe_ranks(ranks: dict[str, int]) -> str:
-    """A summary such as "190 layers of rank 4, 16"."""
-    return f"{len(ranks)} layers of rank {', '.join(map(str, sorted(set(ranks.values()))))}"
+def describe(tensors: dict[str, np.ndarray]) -> str:
+    """A summary such as "190 layers of rank 4, 16", "DoRA, 190 layers of rank 4" or "LoKr, 190 layers"."""
+    kind, ranks = lora_layouts.kind(tensors), lora_layouts.ranks(tensors)
+    if kind == "lokr":
+        return f"LoKr, {sum(name.endswith('.lokr_w1') for name in tensors)} layers"
+    summary = f"{len(ranks)} layers of rank {', '.join(map(str, sorted(set(ranks.values()))))}"
+    return f"DoRA, {summary}" if kind == "dora" else summary
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -63,15 +69,16 @@ def describe_ranks(ranks: dict[str, int]) -> str:
 
 def write_lora(
     path: Path, tensors: dict[str, np.ndarray], alphas: dict[str, float], layout: str, dtype: Optional[ms.Type] = None
-) -> dict[str, int]:
+) -> str:
     """Writes the tensors and alphas that `read_lora` returns in one of `lora_layouts.LAYOUTS`.
 
     `dtype` None keeps the dtypes. In diffusers' layout alpha / rank is multiplied into B, and the header has alpha =
     rank: tools that ignore the header use alpha = rank, and those that read it reject `.alpha` entries. The other
-    layouts have `.alpha` entries. Returns the rank of every layer in the file. Raises ValueError for a layer that the
-    layout has no name for.
+    layouts have `.alpha` entries. Magnitudes stay float32: in half precision they would lose what training changed.
+    Returns a summary of the file, see `describe`. Raises ValueError for an adapter that the layout does not hold, and
+    for a layer that it has no name for.
     """
-    if layout == "diffusers":
+    if layout == "diffusers" and lora_layouts.kind(tensors) != "lokr":
         header = {
             "lora_adapter_metadata": json.dumps(_lora_config(tensors)),
             "trained_lora_alpha": str(most_common(alphas.values())),
@@ -86,11 +93,11 @@ def write_lora(
         header = _kohya_header(tensors) if layout == "kohya" else {}
     if dtype is not None:
         tensors = {
-            name: value if name.endswith(".alpha") else value.astype(NUMPY_DTYPES[dtype])
+            name: value if name.endswith(KEPT_ENDINGS) else value.astype(NUMPY_DTYPES[dtype])
             for name, value in tensors.items()
         }
     path.write_bytes(_with_metadata(save(tensors), {"format": "pt", **header}))
-    return lora_layouts.ranks(tensors)
+    return describe(tensors)
 
 
 def _kohya_header(tensors: dict[str, np.ndarray]) -> dict[str, str]:
@@ -106,6 +113,7 @@ def _kohya_header(tensors: dict[str, np.ndarray]) -> dict[str, str]:
 
 def _lora_config(tensors: dict[str, np.ndarray]) -> dict:
     """The items from which diffusers makes its LoraConfig, each with the prefix of its model."""
+    dora = {"use_dora": True} if lora_layouts.kind(tensors) == "dora" else {}
     by_prefix: dict[str, dict[str, int]] = {}
     for name, rank in lora_layouts.ranks(tensors).items():
         prefix, _, layer = name.partition(".")
@@ -119,6 +127,7 @@ def _lora_config(tensors: dict[str, np.ndarray]) -> dict:
             "target_modules": sorted(ranks),
             "rank_pattern": pattern,
             "alpha_pattern": pattern,
+            **dora,
         }
         config.update({f"{prefix}.{key}": value for key, value in items.items()})
     return config
@@ -165,11 +174,11 @@ def find_lora(name: str, flag: str) -> Path:
 
 
 def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """A and B of a LoRA file by diffusers' names, and the alpha of every layer.
+    """The tensors of a LoRA file by diffusers' names, and the alpha of every layer but those of a LoKr.
 
     Alpha comes from the `.alpha` entries, otherwise from the file's LoRA config, otherwise it is the rank. The config
     is in the header of diffusers' files, and in adapter_config.json next to peft's. The arrays may be memory-mapped.
-    Raises UserError, which says what the file is, unless it is a plain LoRA of FLUX.1 in one of
+    Raises UserError, which says what the file is, unless it is a LoRA, DoRA or LoKr of FLUX.1 in one of
     `lora_names.LAYOUTS_READ`.
     """
     try:
@@ -245,13 +254,41 @@ def check_adapters(
     if unknown := sorted(set(adapters) - set(layers)):
         raise UserError(f"{flag} {path}: made for another model; it adapts {unknown[0]}, not {' or '.join(layers)}.")
     for prefix, adapter in adapters.items():
-        for layer, rank in lora_layouts.ranks(adapter).items():
+        for layer, tensors in by_layer(adapter).items():
             if layer not in layers[prefix]:
                 raise UserError(f"{flag} {path}: made for another model; this {prefix} has no layer {layer}.")
             inputs, outputs = layers[prefix][layer]
-            a, b = adapter[f"{layer}.lora_A.weight"].shape, adapter[f"{layer}.lora_B.weight"].shape
-            if (a, b) != ((rank, inputs), (outputs, rank)):
+            shapes = {end: value.shape for end, value in tensors.items() if end != "lora_magnitude_vector"}
+            if _widths(shapes) != (inputs, outputs):
+                what = "A and B" if "lora_A.weight" in shapes else "the factors"
                 raise UserError(
-                    f"{flag} {path}: made for another model; A and B of {layer} are {a} and {b}, but the layer of this "
-                    f"{prefix} has {inputs} inputs and {outputs} outputs."
+                    f"{flag} {path}: made for another model; {what} of {layer} are "
+                    f"{' and '.join(map(str, shapes.values()))}, but the layer of this {prefix} has {inputs} inputs "
+                    f"and {outputs} outputs."
                 )
+
+
+def check_kind(path: Path, flag: str, adapters: dict[str, dict[str, np.ndarray]], kind: str) -> None:
+    """Raises UserError unless the adapters are of the `kind` that --adapter names."""
+    found = lora_layouts.kind({name: value for adapter in adapters.values() for name, value in adapter.items()})
+    if found != kind:
+        name = lora_layouts.KINDS[found][0]
+        raise UserError(f"{flag} {path}: is a {name}, but --adapter is {kind}. Give --adapter {found}.")
+
+
+def by_layer(adapter: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Layer -> ending of the name, such as lora_A.weight or lokr_w1 -> tensor."""
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in adapter.items():
+        layer, end = re.fullmatch(r"(.+)\.(lo(?:ra|kr)_\w+(?:\.weight)?)", name).groups()
+        layers.setdefault(layer, {})[end] = value
+    return layers
+
+
+def _widths(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+    """(inputs, outputs) of a layer whose adapter has tensors of these shapes, by the endings of their names."""
+    if "lora_A.weight" in shapes:
+        return shapes["lora_A.weight"][1], shapes["lora_B.weight"][0]
+    (left, middle), whole = shapes["lokr_w1"], shapes.get("lokr_w2")
+    right, last = whole or (shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1])
+    return middle * last, left * right

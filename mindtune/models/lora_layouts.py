@@ -1,8 +1,12 @@
-"""Converts the tensors of a FLUX LoRA between layouts: from any layout in `lora_names`, to the three below.
+"""Converts the tensors of a FLUX LoRA between layouts: from any layout in `lora_names`, to the four below.
 
     diffusers   transformer.<layer>.lora_A.weight, .lora_B.weight               text_encoder.<layer of CLIP>...
     kohya       lora_unet_<native layer>.lora_down.weight, .lora_up.weight      lora_te1_<layer of CLIP>...   (_ for .)
     comfyui     diffusion_model.<native layer>.lora_A.weight, .lora_B.weight    text_encoders.clip_l.transformer.<layer>
+    lycoris     lycoris_<layer>.lokr_w1, .lokr_w2 or .lokr_w2_a, .lokr_w2_b     lora_te1_<layer of CLIP>...   (_ for .)
+
+The first three are of LoRA, the last of LoKr (see `lokr`). Only diffusers' holds a DoRA, which also has
+`<layer>.lora_magnitude_vector` [outputs], the norms of the rows of the adapted weight.
 
 A (or down) is [rank, inputs] and B (or up) is [outputs, rank]. A file may also have a number `.alpha` per layer. The
 layer's weight changes by alpha / rank * B A, or by B A without alpha. "Native" layers are those of Black Forest Labs'
@@ -10,7 +14,8 @@ own model. In it q, k and v are one weight; in single blocks the first layer of 
 `final_layer.adaLN_modulation.1` outputs shift and scale, diffusers' `norm_out.linear` scale and shift.
 
 Sources of the layouts: sd-scripts `networks/lora_flux.py`, ComfyUI `comfy/lora.py` and `flux_to_diffusers` in
-`comfy/utils.py`, and diffusers' `loaders/single_file_utils.py`. Pure NumPy; raises ValueError.
+`comfy/utils.py`, diffusers' `loaders/single_file_utils.py`, and LyCORIS' `modules/lokr.py`. Pure NumPy; raises
+ValueError.
 """
 
 from __future__ import annotations
@@ -21,10 +26,13 @@ from typing import NamedTuple, Optional
 import ml_dtypes
 import numpy as np
 
-from mindtune.models import flux_layer_names, lora_names
+from mindtune.models import flux_layer_names, lokr, lora_names
 from mindtune.models.flux_layer_names import NATIVE_LAYERS, SWAPPED_LAYER
 
-LAYOUTS = ("diffusers", "kohya", "comfyui")  # that can be written
+LAYOUTS = ("diffusers", "kohya", "comfyui", "lycoris")  # that can be written
+# Kind of adapter -> its name in messages, and the layouts that hold it.
+KINDS = {"lora": ("LoRA", LAYOUTS[:3]), "dora": ("DoRA", LAYOUTS[:1]), "lokr": ("LoKr", LAYOUTS[3:])}
+_MAGNITUDE = ".lora_magnitude_vector"
 _A_ENDINGS = (".lora_A.weight", ".lora_down.weight")
 _ADVICE = "Give a LoRA of FLUX.1"
 _FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
@@ -45,6 +53,7 @@ class _Lora(NamedTuple):
     a: np.ndarray  # [rank, inputs]
     b: np.ndarray  # [outputs, rank]
     scale: float  # alpha / rank
+    magnitude: Optional[np.ndarray] = None  # [outputs], of a DoRA
 
 
 def _kohya_name(native: str) -> str:
@@ -58,6 +67,15 @@ def ranks(tensors: dict[str, np.ndarray]) -> dict[str, int]:
     return {name[: -len(end)]: a.shape[0] for name, a in tensors.items() for end in _A_ENDINGS if name.endswith(end)}
 
 
+def kind(tensors: dict[str, np.ndarray]) -> str:
+    """The key in `KINDS` of an adapter in one of `LAYOUTS`. Raises ValueError if its layers are of several kinds."""
+    kinds = {"lokr" if ".lokr_" in name else "lora" for name in tensors if not name.endswith(".alpha")}
+    magnitudes = sum(name.endswith(_MAGNITUDE) for name in tensors)
+    if len(kinds) > 1 or magnitudes not in (0, len(ranks(tensors))):
+        raise ValueError("mixes LoRA, DoRA and LoKr. Give a file in which all layers have the same adapter")
+    return "dora" if magnitudes else kinds.pop() if kinds else "lora"
+
+
 def to_diffusers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Converts tensors from any of `lora_names.LAYOUTS_READ` to diffusers' layout. Omits `.alpha` where it is the rank.
 
@@ -65,21 +83,33 @@ def to_diffusers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     gets its block without padding columns, which are zero in A and in B. Otherwise each layer gets the columns in which
     its rows of B are not all zero, and the matching rows of A. A layer without columns is not adapted. (An untrained
     adapter has a B of zeros, so it counts as blocks; if its rank is not divisible, each layer gets all of A.) 8-bit
-    weights become float16, which represents all of their values.
+    weights become float16, which represents all of their values. The scale of a LoKr is multiplied into w1.
 
     Raises ValueError for another type of file, for a layer that FLUX does not have, and for invalid shapes and values.
     """
-    loras, adapted_by = {}, {}
+    loras, lokrs, adapted_by = {}, {}, {}
     for module, entries in lora_names.modules(tensors).items():
         model, layers, swapped = flux_layer_names.resolve(module)
-        lora = _make_lora(module, {role: tensors[name] for role, name in entries.items()})
+        values = {role: tensors[name] for role, name in entries.items()}
+        if (len(layers) > 1 or swapped) and not values.keys() <= {"a", "b", "alpha"}:
+            raise ValueError(
+                f"{module} is a DoRA or LoKr of a weight that diffusers divides or reorders ({', '.join(layers)}), "
+                "which is not supported. Give one that was trained with diffusers' layers"
+            )
+        if any(role.startswith("w") for role in values):
+            layer = f"{model}.{layers[0]}"
+            lokrs.update({f"{layer}.{name}": value for name, value in _make_lokr(module, values).items()})
+            continue
+        lora = _make_lora(module, values)
         split = _split(module, lora, len(layers)) if len(layers) > 1 else [_swap_halves(lora) if swapped else lora]
         for name in (f"{model}.{layer}" for layer in layers):
             if name in adapted_by:
                 raise ValueError(f"{adapted_by[name]} and {module} both adapt {name}. Keep one of them")
             adapted_by[name] = module
         loras.update({f"{model}.{layer}": part for layer, part in zip(layers, split) if part is not None})
-    return _to_tensors(loras, "lora_A", "lora_B", every_alpha=False)
+    found = {**_to_tensors(loras, "lora_A", "lora_B", every_alpha=False), **lokrs}
+    kind(found)
+    return found
 
 
 def from_diffusers(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
@@ -90,10 +120,16 @@ def from_diffusers(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.
     that are not adapted get a block too, because sd-scripts and diffusers split them into equal blocks. Alpha grows
     with the rank, so alpha / rank stays the same; if that differs between the layers, it is multiplied into B.
 
-    Raises ValueError for a layer that the layout has no name for, and for invalid shapes.
+    A LoKr keeps its factors. Raises ValueError for an adapter that the layout does not hold, for a layer that it has no
+    name for, and for invalid shapes.
     """
+    name, layouts = KINDS[kind(tensors)]
+    if layout not in layouts:
+        raise ValueError(f"is a {name}, which {layout}'s layout does not hold. Write it as {' or '.join(layouts)}")
     if layout == "diffusers":
         return tensors
+    if layout == "lycoris":
+        return lokr.to_lycoris(tensors)
     groups: dict[str, dict[str, _Lora]] = {}
     for module, entries in lora_names.modules(tensors).items():
         lora = _make_lora(module, {role: tensors[name] for role, name in entries.items()})
@@ -123,7 +159,28 @@ def _make_lora(module: str, entries: dict[str, np.ndarray]) -> _Lora:
     if 0 in shapes[0] + shapes[1]:
         raise ValueError(f"A and B of {module} are {shapes[0]} and {shapes[1]}: empty. {_ADVICE}")
     a, b = (_as_float(f"{role.upper()} of {module}", entries[role]) for role in "ab")
-    return _Lora(a, b, _alpha(module, entries["alpha"]) / a.shape[0] if "alpha" in entries else 1.0)
+    scale = _alpha(module, entries["alpha"]) / a.shape[0] if "alpha" in entries else 1.0
+    if "magnitude" not in entries:
+        return _Lora(a, b, scale)
+    magnitude = _as_float(f"lora_magnitude_vector of {module}", entries["magnitude"])
+    if magnitude.size != b.shape[0]:
+        raise ValueError(f"lora_magnitude_vector of {module} is {magnitude.shape}, expected {b.shape[:1]}. {_ADVICE}")
+    return _Lora(a, b, scale, magnitude.reshape(-1))
+
+
+def _make_lokr(module: str, entries: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The factors of one layer by their names in LyCORIS, the scale multiplied into w1."""
+    if "alpha" not in entries:
+        raise ValueError(f"{module} has no alpha, so its scale is unknown. Give a LoKr in the layout of LyCORIS")
+    factors = {
+        f"lokr_{role}": _as_float(f"lokr_{role} of {module}", value)
+        for role, value in entries.items()
+        if role != "alpha"
+    }
+    try:
+        return lokr.with_scale(factors, _alpha(module, entries["alpha"]))
+    except ValueError as error:
+        raise ValueError(f"{module} has {error}. {_ADVICE}") from None
 
 
 def _as_float(name: str, value: np.ndarray) -> np.ndarray:
@@ -152,6 +209,8 @@ def _to_tensors(loras: dict[str, _Lora], a: str, b: str, every_alpha: bool) -> d
     for module, lora in loras.items():
         tensors[f"{module}.{a}.weight"] = lora.a
         tensors[f"{module}.{b}.weight"] = lora.b
+        if lora.magnitude is not None:
+            tensors[f"{module}{_MAGNITUDE}"] = lora.magnitude
         if every_alpha or lora.scale != 1.0:
             tensors[f"{module}.alpha"] = np.array(lora.scale * lora.a.shape[0], np.float32)
     return tensors

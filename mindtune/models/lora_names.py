@@ -69,15 +69,15 @@ LAYOUTS_READ = (
 
 _CONTROL = "control LoRA of Black Forest Labs, which also sets norms"
 _EMBEDDINGS = "embeddings trained together with the LoRA by OneTrainer"
-# Other adapters than plain LoRA, and other contents, by the ending of an entry's name.
+# Other adapters than LoRA, DoRA and LoKr, and other contents, by the ending of an entry's name.
 OTHER_ADAPTERS = (
     ("LoHa of LyCORIS", r"\.hada_(w|t)\w*"),
-    ("LoKr of LyCORIS", r"\.lokr_(w|t)\w*"),
+    ("LoKr with a Tucker core", r"\.lokr_t\w*"),
     ("GLoRA of LyCORIS", r"\.[ab][12m]\d?\.weight"),
     ("OFT or BOFT", r"\.b?oft_\w+(\.\w+)*"),
     ("IA3", r"\.(on_input|ia3_l(\.\w+)*)"),
     ("VeRA", r"\.vera_lambda_\w(\.\w+)*"),
-    ("DoRA", r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)"),
+    ("DoRA of kohya's layout or LyCORIS", r"\.dora_scale"),
     ("LoCon with a Tucker core", r"\.lora_mid(\.weight)?"),
     (_CONTROL, r"\.(query_norm|key_norm)\.scale|\.norm_(added_)?[qk]\.weight"),
     ("LoRA with biases", r"\.(lora_[AB]|lora_up|lora_down|up|down)(\.\w+)?\.bias"),
@@ -112,32 +112,35 @@ _T5 = re.compile(r"encoder[._]block[._]\d+[._]layer|t5xxl|lora_te3")
 _HALF = re.compile(
     r"(.+?)[._]lora(\d?)(?:_linear_layer)?[._](?:(A|down)|B|up)(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?", re.I
 )
+_LOKR = re.compile(r"(.+)\.lokr_(w[12](?:_[ab])?)(?:\.([^.]+))?")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.(?!weight$)([^.]+))?(?:\.weight)?")
 _ALPHA = re.compile(r"(.+?)(?:[._]lora(\d?)(?:_linear_layer)?)?\.(?:lora_)?alpha")
 
 
 def layout_of(names: Iterable[str]) -> Optional[str]:
     """The name of the layout in `LAYOUTS_READ` of a file with these entries; None if it is not a LoRA."""
-    names = [name for name in names if _HALF.fullmatch(name)]
+    names = [name for name in names if _is_weight(name)]
     matches = (layout.name for layout in LAYOUTS_READ if any(re.match(layout.pattern, name) for name in names))
     return next(matches, None)
 
 
 def modules(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Module name in the file -> "a", "b" and perhaps "alpha" -> name of the entry.
+    """Module name in the file -> role -> name of the entry.
 
-    Raises ValueError, which says what the file is and what to do, unless it is a plain LoRA of FLUX.1.
+    The roles are "a", "b", "magnitude" (of a DoRA) and "alpha", or those of a LoKr: "w1" or "w1_a" and "w1_b", "w2" or
+    "w2_a" and "w2_b", and "alpha". Raises ValueError, which says what the file is and what to do, unless it is a LoRA,
+    DoRA or LoKr of FLUX.1.
     """
     names, found, adapters = list(names), {}, set()
     _reject_others(names)
     for name in names:
-        half, alpha = _HALF.fullmatch(name), _ALPHA.fullmatch(name)
-        if not (alpha or half):
-            raise ValueError(f"{name} is neither A nor B nor alpha of a LoRA. Give a plain LoRA of FLUX.1")
-        match = alpha or half
-        role = "alpha" if alpha else "a" if half[3] else "b"
-        entries = found.setdefault(match[1] + (match[2] or ""), {})
-        if half and not alpha:
-            adapters.add(half[4])
+        parsed = _parse(name)
+        if parsed is None:
+            raise ValueError(f"{name} is neither A nor B nor alpha of a LoRA. Give a LoRA, DoRA or LoKr of FLUX.1")
+        module, role, adapter = parsed
+        entries = found.setdefault(module, {})
+        if role != "alpha":
+            adapters.add(adapter)
         if len(adapters) > 1:
             several = ", ".join(sorted(str(adapter or "one without a name") for adapter in adapters))
             raise ValueError(f"holds several adapters ({several}). Save one of them alone")
@@ -147,12 +150,30 @@ def modules(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
+def _is_weight(name: str) -> bool:
+    """True for an entry that is part of a weight change."""
+    return bool(_HALF.fullmatch(name) or _LOKR.fullmatch(name))
+
+
+def _parse(name: str) -> Optional[tuple[str, str, Optional[str]]]:
+    """(module, role, name of the adapter) of an entry, or None."""
+    if match := _ALPHA.fullmatch(name):
+        return match[1] + (match[2] or ""), "alpha", None
+    if match := _HALF.fullmatch(name):
+        return match[1] + (match[2] or ""), "a" if match[3] else "b", match[4]
+    if match := _LOKR.fullmatch(name):
+        return match[1], match[2], match[3]
+    if match := _MAGNITUDE.fullmatch(name):
+        return match[1], "magnitude", match[2]
+    return None
+
+
 def _reject_others(names: list[str]) -> None:
     """Raises ValueError for other adapters, other models and other files."""
     others = [
         (adapter, name) for adapter, ending in OTHER_ADAPTERS for name in names if re.search(f"(?:{ending})$", name)
     ]
-    if not any(map(_HALF.fullmatch, names)) and {adapter for adapter, _ in others} <= {_CONTROL, _EMBEDDINGS}:
+    if not any(map(_is_weight, names)) and {adapter for adapter, _ in others} <= {_CONTROL, _EMBEDDINGS}:
         raise ValueError(
             f"holds no lora_A/lora_B or lora_down/lora_up weights{_describe_file(names)}. Give a LoRA of FLUX.1"
         )
@@ -164,7 +185,8 @@ def _reject_others(names: list[str]) -> None:
     if others:
         adapter, name = others[0]
         raise ValueError(
-            f"holds {name}: {adapter}. Only plain LoRA is supported (A, B and alpha); train or save the adapter as one"
+            f"holds {name}: {adapter}. Only LoRA, DoRA (with lora_magnitude_vector) and LoKr are supported; train or "
+            "save the adapter as one of them"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import mindspore as ms
 import numpy as np
@@ -12,6 +13,7 @@ from mindtune.models.fast_ops import look_up, rotary_table, split, split_tokens
 from mindtune.models.flux_blocks import DoubleBlock, OutputNorm, SingleBlock, shared_block
 from mindtune.models.flux_transformer import construct_transformer
 
+ADAPTER = re.compile(r"\.(lora|lokr)_")  # in the name of an adapter's parameter
 POSITIONS = 4096  # images of 65,536 pixels
 
 _cast = ops.Cast()
@@ -23,8 +25,9 @@ _cast = ops.Cast()
 def as_tensors(weights, frozen, dtype):
     """Turns a block's parameters into tensors; what trains is cast to `dtype`.
 
-    A linear layer becomes (W, b), with int8 weights (codes, b, scales), each followed by A alpha / rank and B if it has
-    an adapter; a norm becomes its weight.
+    A linear layer becomes (W, b), with int8 weights (codes, b, scales), each followed by what its adapter has: A times
+    alpha / rank and B, for a DoRA also the magnitudes and the squared norms of W, or the factors of a LoKr, w1 times
+    its scale. A norm becomes its weight.
 
     A graph copies a parameter that is passed to a function as a parameter, in case it is updated before the backward
     pass, and a cell that defines `bprop` then confuses parameters of equal shape. A cast or stop_gradient makes it a
@@ -32,19 +35,21 @@ def as_tensors(weights, frozen, dtype):
     """
     return tuple(
         [
-            _layer_tensors(weight, frozen, dtype) if isinstance(weight, tuple) else _tensor(weight, frozen, dtype)
+            layer_tensors(weight, frozen, dtype) if isinstance(weight, tuple) else _tensor(weight, frozen, dtype)
             for weight in weights
         ]
     )
 
 
-def _layer_tensors(layer, frozen, dtype):
+def layer_tensors(layer, frozen, dtype):
+    """`as_tensors` for one linear layer, from its `layer_weights`."""
     base = tuple([_tensor(parameter, frozen, dtype) for parameter in layer[0]])
     if not layer[1]:
         return base
-    a, b, scale = layer[1]
-    a = _cast(a, dtype)
-    return base + (a if scale == 1.0 else a * scale, _cast(b, dtype))
+    _, scale, factors, norms = layer[1]
+    first = _cast(factors[0], dtype)
+    base = base + (first if scale == 1.0 else first * scale, *[_cast(factor, dtype) for factor in factors[1:]])
+    return base + (_cast(norms[0], ms.float32), ops.stop_gradient(norms[1])) if norms else base
 
 
 def _tensor(parameter, frozen, dtype):
@@ -116,15 +121,27 @@ def _waves(dim, theta):
 def layer_weights(layer):
     """The parameters of a linear layer and those of its adapter.
 
-    The first item is (W, b), or (codes, b, scales) for int8 weights. The second is (A, B, alpha / rank), or () if there
-    is no adapter or it is disabled.
+    The first item is (W, b), or (codes, b, scales) for int8 weights. The second is () if there is no adapter or it is
+    disabled, otherwise (kind, scale, factors, norms). The factors are (A, B), or (w1, w2) or (w1, w2_a, w2_b). The
+    norms are (m, squared norms of the rows of W) for a DoRA, otherwise ().
     """
     base = getattr(layer, "base_layer", layer)
     weights = (base.weight, base.bias) + ((base.weight_scale,) if hasattr(base, "weight_scale") else ())
-    if base is layer or layer.disable_adapters:
+    if getattr(layer, "disable_adapters", True):
         return weights, ()
+    if hasattr(layer, "lokr_w1"):
+        second = (layer.lokr_w2,) if hasattr(layer, "lokr_w2") else (layer.lokr_w2_a, layer.lokr_w2_b)
+        return weights, ("lokr", layer.lokr_scale, (layer.lokr_w1, *second), ())
     name = layer.active_adapters[0]
-    return weights, (layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+    factors, scale = (layer.lora_A[name].weight, layer.lora_B[name].weight), float(layer.scaling[name])
+    if hasattr(layer, "lora_magnitude_vector"):
+        return weights, ("dora", scale, factors, (layer.lora_magnitude_vector, layer.lora_squared_norms))
+    return weights, ("lora", scale, factors, ())
+
+
+def layer_type(weights):
+    """The key in `LINEAR_FUNCTIONS` of a layer with these `layer_weights`."""
+    return len(weights[0]) == 3, weights[1][0] if weights[1] else ""
 
 
 def double_block_weights(block):
@@ -244,9 +261,9 @@ def _update_weights(cell: nn.Cell) -> None:
     block_class, _, collect_weights = BLOCK_TYPES[type(cell).__name__]
     weights = collect_weights(cell)
     flat = weights[0] + weights[1] if block_class is DoubleBlock else weights
-    layer_types = tuple((len(layer[0]) == 3, bool(layer[1])) for layer in flat if isinstance(layer, tuple))
+    layer_types = tuple(layer_type(layer) for layer in flat if isinstance(layer, tuple))
     cell.shared_block = shared_block(block_class, layer_types, cell.recomputes)
-    cell.frozen = not any(p.requires_grad for name, p in cell.parameters_and_names() if ".lora_" not in name)
+    cell.frozen = not any(p.requires_grad for name, p in cell.parameters_and_names() if not ADAPTER.search(name))
     object.__setattr__(cell, "weights", weights)  # Cell.__setattr__ would register the parameters a second time
 
 

@@ -14,13 +14,14 @@ class Block(NamedTuple):
 
     Attention weights are heads x tokens x tokens. `type` is double or single (FLUX), clip (a layer of CLIP), residual
     or attention (a UNet), or condition: the layers of a UNet's ControlNet that read the condition image. `trained`: its
-    weights are trained, not only a LoRA in it.
+    weights are trained, not only a LoRA in it. `adapter`: the elements that a DoRA or LoKr in it keeps beyond a LoRA.
     """
 
     type: str
     output: int
     attention_weights: int = 0
     trained: bool = False
+    adapter: int = 0
 
 
 def flux_blocks(

@@ -57,6 +57,7 @@ PYNATIVE = {
     "attention": Kept(52.5, 52.5, 34.0),
     "condition": Kept(3.5, 3.5),
 }
+ADAPTER_GRAPH, ADAPTER_PYNATIVE = 1.3, 2.0  # times what `Block.adapter` counts
 PYNATIVE_INT8 = 10.0  # more per FLUX block: the inputs and outputs of int8 layers
 # Gradients of activations while a FLUX block's gradient is computed.
 WORKSPACE_GRAPH, WORKSPACE_PYNATIVE = 7.5, 8.5
@@ -119,4 +120,5 @@ def block_bytes(block: Block, step: Step) -> float:
     if step.int8 and not step.graph_mode and block.type in ("double", "single") and not block.trained:
         tensors += PYNATIVE_INT8
     weights = 2.0 * block.attention_weights if step.itemsize == 4 else 0.0
-    return step.itemsize * (tensors * block.output + weights)
+    adapter = (ADAPTER_GRAPH if step.graph_mode else ADAPTER_PYNATIVE) * block.adapter
+    return step.itemsize * (tensors * block.output + weights + adapter)

@@ -39,6 +39,7 @@ def activation_bytes(blocks: Sequence[Block], recomputed: int, itemsize: int, gr
     for block, is_recomputed in with_recomputed(blocks, recomputed):
         in_graph, in_pynative, weights = KEPT[block.type]
         elements = block.output * (in_graph if graph_mode else in_pynative) + weights * block.attention_weights
+        elements += block.adapter
         size += itemsize * (block.output if is_recomputed else elements)
     return int(size)
 

@@ -53,7 +53,7 @@ class Settings(NamedTuple):
 def checkpoint_bytes(settings: Settings, run: memory.Settings, updates: int) -> int:
     """Bytes of the checkpoints that a run of this many updates keeps, and of the one that it is writing."""
     plan = memory.make_plan(run)
-    trained = next(part.size for part in plan.parts if part.name in ("LoRA", "controlnet"))
+    trained = next(part.size for part in plan.parts if part.name in ("LoRA", "DoRA", "LoKr", "controlnet"))
     count = checkpoint.count_more(updates, settings.checkpointing_steps, settings.checkpoints_total_limit)
     return count * (trained + plan.optimizer + plan.host_optimizer + plan.average)
 

@@ -8,7 +8,6 @@ simulated for Ascend. On an NPU we measured nothing of this.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
@@ -21,10 +20,10 @@ from mindtune.models.configs import read_config
 from mindtune.models.controlnets import controlnet_shapes
 from mindtune.models.loading import component_shapes
 from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
-from mindtune.models.named_parameters import ParameterShape
+from mindtune.models.lora_layouts import KINDS
 from mindtune.models.precision import DTYPES
 from mindtune.optim.optimizers import state_bytes
-from mindtune.run import ascend_memory, cpu_memory
+from mindtune.run import adapters, ascend_memory, cpu_memory
 from mindtune.run.activations import Block, clip_blocks, flux_blocks, recomputable, unet_controlnet_blocks
 
 MB, GB = 1 << 20, 1 << 30
@@ -57,7 +56,9 @@ class Settings(NamedTuple):
     use_ema: bool = False
     base_precision: str = "same"
     max_sequence_length: int = 512
+    adapter: str = "lora"
     lora_rank: int = 4
+    lokr_factor: int = -1
     lora_layers: Optional[str] = None
     train_text_encoder: bool = False
     with_prior_preservation: bool = False
@@ -148,25 +149,21 @@ def _frozen_part(settings: Settings, name: str, int8: bool = False) -> Part:
     return Part(name, count, f"int8, {dtype}" if int8 else dtype, size)
 
 
-def _lora_shapes(layers: Iterable[ParameterShape], targets: list[str], rank: int) -> list[tuple[int, ...]]:
-    """Shapes of A [rank, inputs] and B [outputs, rank] for every linear layer whose name ends in a target."""
-    found = []
-    for layer in layers:
-        if layer.linear and any(f".{layer.name}".endswith(f".{target}.weight") for target in targets):
-            outputs, inputs = layer.shape
-            found += [(rank, inputs), (outputs, rank)]
+def _adapted_layers(settings: Settings) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the layers that get an adapter, by name."""
+    layers = settings.lora_layers
+    targets = [target.strip() for target in layers.split(",")] if layers else TRANSFORMER_TARGETS
+    found = adapters.target_layers(component_shapes(settings.root, settings.base), targets)
+    if settings.train_text_encoder:
+        found.update(adapters.target_layers(component_shapes(settings.root, "text_encoder"), TEXT_ENCODER_TARGETS))
     return found
 
 
 def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:
     root, base = settings.root, settings.base
     if settings.system == "flux_lora":
-        layers = settings.lora_layers
-        targets = [target.strip() for target in layers.split(",")] if layers else TRANSFORMER_TARGETS
-        trained = _lora_shapes(component_shapes(root, base), targets, settings.lora_rank)
-        if settings.train_text_encoder:
-            trained += _lora_shapes(component_shapes(root, "text_encoder"), TEXT_ENCODER_TARGETS, settings.lora_rank)
-        return trained
+        layers = _adapted_layers(settings).values()
+        return adapters.trained_shapes(settings.adapter, layers, settings.lora_rank, settings.lokr_factor)
     if settings.controlnet:
         found = component_shapes(settings.controlnet.parent, settings.controlnet.name)
     elif settings.flux:
@@ -187,10 +184,13 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
 
     trained = _trained_shapes(settings)
     count = sum(map(math.prod, trained))
+    lora = settings.system == "flux_lora"
+    # A DoRA has a frozen vector of the size of every magnitude: the norms of the weights.
+    norms = sum(shape[0] for shape in trained if len(shape) == 1) if lora else 0
     parts = [_frozen_part(settings, settings.base, settings.int8)]
-    if settings.system == "flux_lora" and settings.train_text_encoder:
+    if lora and settings.train_text_encoder:
         parts.append(_frozen_part(settings, "text_encoder"))
-    parts.append(Part("LoRA" if settings.system == "flux_lora" else "controlnet", count, "float32", 4 * count))
+    parts.append(Part(KINDS[settings.adapter][0] if lora else "controlnet", count, "float32", 4 * (count + norms)))
     if not settings.cache_latents:
         parts.append(_frozen_part(settings, "vae"))
 
@@ -282,7 +282,8 @@ def _blocks(settings: Settings) -> list[Block]:
         blocks = flux_blocks(config, layers, batch, **tokens, trained=False)
         if settings.train_text_encoder:
             blocks += clip_blocks(read_config(settings.root, "text_encoder"), batch)
-        return blocks
+        rows = batch * tokens["image_tokens"], batch * tokens["text_tokens"], batch * CLIP_TOKENS
+        return adapters.with_adapters(blocks, settings.adapter, _adapted_layers(settings), settings.lokr_factor, rows)
     own = (settings.num_double_layers, settings.num_single_layers)
     if settings.controlnet:
         existing = read_config(settings.controlnet.parent, settings.controlnet.name)

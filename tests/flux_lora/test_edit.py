@@ -92,7 +92,7 @@ def names(folder):
 # ---- merge into a LoRA ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", lora_layouts.LAYOUTS)
+@pytest.mark.parametrize("layout", lora_layouts.KINDS["lora"][1])
 def test_a_merged_lora_changes_weights_by_the_weighted_sum(run, two_loras, tmp_path, layout):
     out = tmp_path / "out.safetensors"
     run("merge", "--lora", *two_loras, "--weight", 0.7, -1.5, "--layout", layout, "--output", out)

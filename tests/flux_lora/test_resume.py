@@ -25,6 +25,14 @@ CASES = {
     "CLIP trained in bf16, 8-bit": [
         "--cache_latents", "--train_text_encoder", "--mixed_precision", "bf16", "--use_8bit_adam", "--rank", 128,
     ],
+    "DoRA with CLIP in bf16": [
+        "--cache_latents", "--adapter", "dora", "--train_text_encoder", "--mixed_precision", "bf16",
+        "--learning_rate", 1e-2,
+    ],
+    "LoKr with int8 and recomputation": [
+        "--cache_latents", "--adapter", "lokr", "--base_precision", "int8", "--gradient_checkpointing",
+        "--learning_rate", 1e-2,
+    ],
     "prodigy in the graph": ["--cache_latents", "--optimizer", "prodigy", "--learning_rate", 1, "--mindspore_mode", 0],
     "buckets with prior preservation": [
         "--aspect_ratio_buckets", "48,32;32,48", "--with_prior_preservation", "--train_batch_size", 2,

@@ -36,6 +36,7 @@ NAMES = {
     "sd15": "SD 1.5 ControlNet",
     "sdxl": "SDXL ControlNet",
 }
+ADAPTERS = {"dora": "DoRA with CLIP's part", "lokr": "LoKr with CLIP's part"}
 LENGTH = 16
 # Every kind of linear layer that a FLUX LoRA can adapt.
 LAYERS = "to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,net.0.proj,net.2"
@@ -102,6 +103,9 @@ def prepare(work):
         np.save(folder / "noise.npy", rng.normal(0, "validation", 0, shape=(1, channels, 8, 12)))
         render_outline(scene(0, 0), 96).convert("RGB").resize((96, 64)).save(folder / "condition.png")
         train(folder, kind, root, data, "ours", 0.05, 3, *MORE.get(kind, ()))
+    for adapter in ADAPTERS:
+        more = (*MORE["flux_lora"], f"--adapter={adapter}")
+        train(work / "flux_lora", "flux_lora", roots["flux_lora"], data, f"ours_{adapter}", 0.05, 3, *more)
     layouts = work / "layouts"
     adapter = work / "flux_lora" / "ours" / lora_files.LORA_FILE
     layouts.mkdir()
@@ -121,6 +125,22 @@ def weight_changes(path):
         a, b = (tensors[f"{layer}.lora_{half}.weight"].astype(np.float64) for half in "AB")
         changes[layer] = b @ a * alphas.get(layer, len(a)) / len(a)
     return changes
+
+
+def compare_adapters(folder, root, found, base):
+    """The rows of `compare` for DoRA and LoKr. peft has a LoKr, but diffusers reads none."""
+    rows = []
+    for adapter, name in ADAPTERS.items():
+        tool = "diffusers" if adapter == "dora" else "peft"
+        rows.append(
+            (f"{name} of ours in {tool}: missing or unexpected keys", int(found[f"flux_lora keys_{adapter}"]), 0, None)
+        )
+        for source in ("ours", "theirs") if adapter == "dora" else ("ours",):
+            image = infer(folder, "flux_lora", root, folder / f"{source}_{adapter}")
+            error = np.abs(image - found[f"flux_lora {source}_{adapter}"]).mean()
+            where = f"ours in {tool}" if source == "ours" else f"{tool} in ours"
+            rows.append((f"{name} of {where}: difference of images, of 255", error, 1.0, np.abs(image - base).mean()))
+    return rows
 
 
 def compare(work, roots, data):
@@ -154,6 +174,7 @@ def compare(work, roots, data):
             (f"{name} of diffusers trained at learning rate 0: relative change of a weight", gaps[0], 1e-6, gaps[1])
         )
         if kind == "flux_lora":
+            rows += compare_adapters(folder, root, found, base)
             for layout in ("kohya", "comfyui"):
                 exported = infer(folder, kind, root, work / "layouts" / f"{layout}.safetensors")
                 gap = np.abs(exported - images["ours"]).mean()

@@ -56,39 +56,71 @@ def check_controlnet(folder, settings):
 
 
 def check_lora(folder, settings):
-    """`check_controlnet` for LoRA files."""
+    """`check_controlnet` for LoRA, DoRA and LoKr files."""
     root = Path(settings["root"])
     noise = torch.from_numpy(np.load(folder / "noise.npy"))
-    pipeline = diffusers.FluxPipeline.from_pretrained(root)
-    path = folder / "ours" / LORA_FILE
-    loaded = set()
-    pipeline.load_lora_weights(path)
-    for prefix in ("transformer", "text_encoder"):
-        loaded |= {
-            f"{prefix}.{key}"
-            for key in peft.get_peft_model_state_dict(getattr(pipeline, prefix), adapter_name="default_0")
-        }
-    found = {"keys": len(loaded ^ set(load_file(path)))}
-    found["ours"] = reference.generate_flux(
-        root, settings, noise, transformer=pipeline.transformer, text_encoder=pipeline.text_encoder
-    )
+    found = {}
 
+    def note(name, transformer, clip):
+        found[name] = reference.generate_flux(root, settings, noise, transformer=transformer, text_encoder=clip)
+
+    for end, dora in (("", False), ("_dora", True)):
+        pipeline = diffusers.FluxPipeline.from_pretrained(root)
+        pipeline.load_lora_weights(folder / f"ours{end}" / LORA_FILE)
+        parts = {"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder}
+        found[f"keys{end}"] = len(loaded_keys(parts) ^ set(load_file(folder / f"ours{end}" / LORA_FILE)))
+        note(f"ours{end}", *parts.values())
+        note(f"theirs{end}", *write_lora(root, folder / f"theirs{end}", dora))
+    models, found["keys_lokr"] = load_lokr(root, folder / "ours_lokr" / LORA_FILE)
+    note("ours_lokr", *models)
+    return found
+
+
+def loaded_keys(models):
+    """The names of the adapter's tensors in the models of a pipeline, as diffusers saves them."""
+    found = set()
+    for prefix, model in models.items():
+        found |= {f"{prefix}.{key}" for key in peft.get_peft_model_state_dict(model, adapter_name="default_0")}
+    return found
+
+
+def new_models(root):
     transformer = reference.freeze(diffusers.FluxTransformer2DModel.from_pretrained(root / "transformer"))
-    clip = reference.freeze(transformers.CLIPTextModel.from_pretrained(root / "text_encoder"))
-    layers = {}
-    metadata = {}
+    return transformer, reference.freeze(transformers.CLIPTextModel.from_pretrained(root / "text_encoder"))
+
+
+def write_lora(root, out, dora):
+    """Writes a LoRA or DoRA with diffusers. Returns the transformer and CLIP with it."""
+    models, layers, metadata = new_models(root), {}, {}
     targets = {"transformer": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2"], "text_encoder": ["q_proj", "out_proj"]}
-    for prefix, model in (("transformer", transformer), ("text_encoder", clip)):
-        model.add_adapter(peft.LoraConfig(r=6, lora_alpha=9, target_modules=targets[prefix]))
+    for prefix, model in zip(targets, models):
+        model.add_adapter(peft.LoraConfig(r=6, lora_alpha=9, target_modules=targets[prefix], use_dora=dora))
         layers[f"{prefix}_lora_layers"] = peft.get_peft_model_state_dict(changed(model, 0.15))
         metadata[f"{prefix}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
-    diffusers.FluxPipeline.save_lora_weights(folder / "theirs", **layers, **metadata)
-    with safe_open(folder / "theirs" / LORA_FILE, "numpy") as file:
+    diffusers.FluxPipeline.save_lora_weights(out, **layers, **metadata)
+    with safe_open(out / LORA_FILE, "numpy") as file:
         assert "lora_adapter_metadata" in file.metadata()
-    return {
-        **found,
-        "theirs": reference.generate_flux(root, settings, noise, transformer=transformer, text_encoder=clip),
-    }
+    return models
+
+
+def load_lokr(root, path):
+    """Loads a LoKr in LyCORIS' layout into peft's layers. Returns the models and the number of keys that do not match.
+
+    Its alpha is its rank, 4, so its scale is 1, as peft's alpha / rank.
+    """
+    models, tensors, wrong = new_models(root), load_file(path), 0
+    for prefix, model in zip(("lycoris_", "lora_te1_"), models):
+        names = {name.replace(".", "_"): name for name, _ in model.named_modules()}
+        state = {}
+        for name, value in tensors.items():
+            layer, _, factor = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and factor != "alpha":
+                state[f"{names[layer]}.{factor}"] = value
+        layers = sorted({name.rpartition(".")[0] for name in state})
+        peft.inject_adapter_in_model(peft.LoKrConfig(r=4, alpha=4, target_modules=layers), model)
+        result = peft.set_peft_model_state_dict(model, state)
+        wrong += len(result.unexpected_keys) + sum("lokr_" in key for key in result.missing_keys)
+    return models, wrong
 
 
 def main(work):

@@ -8,7 +8,7 @@ from lora_cases import Q0, Q1, SINGLE, WIDTH, header, weight_changes, write_adap
 from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
-from mindtune.models import lora_files, lora_layouts, lora_names
+from mindtune.models import lora_files, lora_names
 
 
 def check_scales(path, tensors, scales):
@@ -110,7 +110,8 @@ def test_layouts_of_other_tools_change_the_weights_equally(tmp_path, layout):
     tensors["transformer.norm_out.linear.lora_A.weight"] = rng.standard_normal((3, WIDTH)).astype(np.float32)
     tensors["transformer.norm_out.linear.lora_B.weight"] = rng.standard_normal((2 * WIDTH, 3)).astype(np.float32)
     alphas = {f"transformer.{Q0}": 6.0, "transformer.norm_out.linear": 1.0}
-    assert lora_files.write_lora(path, tensors, alphas, layout) == lora_layouts.ranks(load_file(path))
+    summary = lora_files.write_lora(path, tensors, alphas, layout)
+    assert summary == "3 layers of rank 3, 6, 32"
     assert lora_names.layout_of(load_file(path)) == layout
     changes = weight_changes(path)
     scales = {Q0: 3.0, SINGLE: 1.0, to_k: 1.0, "norm_out.linear": 1 / 3}
@@ -162,9 +163,9 @@ def test_a_lora_of_stable_diffusion(tmp_path):
 
 def test_other_adapters_are_rejected(tmp_path):
     """DoRA scales the sum of weight and change, so its other entries cannot be ignored."""
-    extra = {f"transformer.{Q0}.lora_magnitude_vector": np.ones(WIDTH, np.float32)}
+    extra = {f"transformer.{Q0}.dora_scale": np.ones((WIDTH, 1), np.float32)}
     path, _ = write_adapter(tmp_path / "f", {Q0: 4}, extra=extra)
-    with pytest.raises(UserError, match="lora_magnitude_vector: DoRA"):
+    with pytest.raises(UserError, match="dora_scale: DoRA"):
         lora_files.read_adapters(path, "--lora")
 
 

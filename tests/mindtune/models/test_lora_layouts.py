@@ -537,10 +537,23 @@ REJECTED = {
     "LyCORIS LoHa": (
         values(*(f"{PAIR}.hada_{w}" for w in ("w1_a", "w1_b", "w2_a", "w2_b")), f"{PAIR}.alpha"), "LoHa of LyCORIS",
     ),
-    "LyCORIS LoKr": (
-        values(f"{PAIR}.lokr_w1", f"{PAIR}.lokr_w2_a", f"{PAIR}.lokr_w2_b", f"{PAIR}.alpha"), "LoKr of LyCORIS",
+    "LyCORIS LoKr of q, k and v": (
+        values(*(f"lora_unet_double_blocks_0_img_attn_qkv.{x}" for x in ("lokr_w1", "lokr_w2", "alpha"))),
+        "DoRA or LoKr of a weight that diffusers divides or reorders",
     ),
-    "LyCORIS LoKr of SimpleTuner": (values("lycoris_transformer_blocks_0_attn_to_q.lokr_w1"), "LoKr of LyCORIS"),
+    "LoKr of peft": (
+        values(*(f"base_model.model.transformer_blocks.0.attn.to_q.lokr_{x}" for x in ("w1", "w2"))), "has no alpha",
+    ),
+    "LoKr with half of its factors": (
+        values(*(f"lycoris_transformer_blocks_0_attn_to_q.{x}" for x in ("lokr_w1", "lokr_w2_a", "alpha"))),
+        "which are not those of a linear layer",
+    ),
+    "LoKr with a Tucker core": (
+        values(*(f"{PAIR}.{x}" for x in ("lokr_w1", "lokr_t2", "lokr_w2_a", "lokr_w2_b", "alpha"))), "Tucker core",
+    ),
+    "LoKr and LoRA in one file": (
+        {**pair(NEXT, AB), **values(*(f"{PAIR}.{x}" for x in ("lokr_w1", "lokr_w2", "alpha")))}, "mixes LoRA",
+    ),
     "LyCORIS GLoRA": (values(*(f"{PAIR}.{x}.weight" for x in ("a1", "a2", "b1", "b2"))), "GLoRA"),
     "OFT": (values(f"{PAIR}.oft_blocks", f"{PAIR}.alpha"), "OFT"),
     "OFT of OneTrainer": (values("lora_transformer_transformer_blocks_0_attn_to_q.oft_R.weight"), "OFT"),
@@ -548,7 +561,11 @@ REJECTED = {
     "IA3": (values(f"{PAIR}.weight", f"{PAIR}.on_input"), "IA3"),
     "VeRA of peft": (values("base_model.model.transformer_blocks.0.attn.to_q.vera_lambda_b"), "VeRA"),
     "DoRA of kohya's layout": ({**pair(PAIR), **values(f"{PAIR}.dora_scale", shape=(4, 1))}, "DoRA"),
-    "DoRA of peft": ({**pair(NEXT, AB), **values(f"{NEXT}.lora_magnitude_vector", shape=(4,))}, "DoRA"),
+    "DoRA of some layers": (
+        {**pair(NEXT, AB), **values(f"{NEXT}.lora_magnitude_vector", shape=(4,)),
+         **pair("transformer.transformer_blocks.1.attn.to_q", AB)},
+        "mixes LoRA, DoRA",
+    ),
     "LoCon with a Tucker core": ({**pair(PAIR), **values(f"{PAIR}.lora_mid.weight", shape=(4, 4, 1, 1))}, "Tucker"),
     "full differences": ({**pair(PAIR), **values(f"{PAIR}.diff", f"{PAIR}.diff_b")}, "full differences"),
     "full differences alone": (values("diffusion_model.double_blocks.0.img_attn.proj.diff"), "full differences"),
