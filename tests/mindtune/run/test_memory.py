@@ -35,6 +35,28 @@ def test_bytes_of_frozen_weights_and_lora_layers_are_exact(tiny_flux, flags):
         assert optimizers.state_bytes([p.shape for p in trained], "adamw", eight_bit) == bytes_of(state)
 
 
+@pytest.mark.parametrize("adapter", ["dora", "lokr"])
+def test_what_dora_and_lokr_add_is_exact_and_their_activations_are_counted(tiny_flux, adapter):
+    """The frozen norms of a DoRA too. By hand: the outputs of the target layers, and their inputs of w1, 4 x 8 = 32."""
+    chosen = {"adapter": adapter, "lora_rank": 3, "train_text_encoder": True, "max_sequence_length": 16}
+    settings = Settings("flux_lora", tiny_flux, resolution=64, train_batch_size=2, **chosen)
+    names = ("transformer", "text_encoder")
+    dtypes = precision.resolve_precision("no")
+    models = {name: loading.load_model(tiny_flux, name, dtypes) for name in names}
+    before = sum(bytes_of(model.get_parameters()) for model in models.values())
+    targets = dict(zip(names, (lora.TRANSFORMER_TARGETS, lora.TEXT_ENCODER_TARGETS)))
+    lora.add_adapters(models, lora.Settings(adapter=adapter, lora_rank=3), targets, {}, dtypes.compute, seed=0)
+    trained = [p for model in models.values() for p in lora.lora_parameters(model).values()]
+    plan = memory.make_plan(settings)
+    assert plan.gradients == bytes_of(trained) and plan.parts[2].parameters == sum(p.size for p in trained)
+    assert plan.parts[2].size == sum(bytes_of(model.get_parameters()) for model in models.values()) - before
+    image, text = 2 * 16, 2 * 16
+    double, single, clip = 4 * 32 * image, 3 * 32 * (image + text), 4 * 32 * 2 * 77
+    assert [block.adapter for block in memory._blocks(settings)] == [double] * 2 + [single] * 2 + [clip] * 2
+    assert all(block.adapter == 0 for block in memory._blocks(settings._replace(adapter="lora")))
+    assert plan.activations > memory.make_plan(settings._replace(adapter="lora")).activations
+
+
 @pytest.mark.parametrize("blocks, parameters", [((4, 0), 1_442_333_696), ((4, 10), 2_952_654_336)])
 def test_parameters_of_published_models(flux_dev, blocks, parameters):
     settings = Settings("flux_controlnet", flux_dev, num_double_layers=blocks[0], num_single_layers=blocks[1])
