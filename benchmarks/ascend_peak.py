@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "tests" / "contract")]
 from steps import load_script
 
 from mindtune import flow
-from mindtune.models import adapted_layers, configs, controlnets, execution, loading, lora, precision
+from mindtune.models import adapted_layers, configs, controlnets, execution, loading, lora, lora_settings, precision
 from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.shared_blocks import use_shared_blocks
 from mindtune.models.train_step import train_all_weights
@@ -59,8 +59,8 @@ def lora_models(args, root, dtypes, count):
     transformer = loading.load_model(root, "transformer", dtypes, None, args.base_precision == "int8")
     precision.freeze_params(transformer)
     adapted_layers.squared_norms = lambda layer: np.zeros(layer.weight.shape[0], np.float32)  # reads no weight
-    targets = {"transformer": lora.TRANSFORMER_TARGETS}
-    lora.add_adapters({"transformer": transformer}, args.select(lora.Settings), targets, {}, dtypes.compute, 0)
+    targets = {"transformer": lora_settings.TRANSFORMER_TARGETS}
+    lora.add_adapters({"transformer": transformer}, args.select(lora_settings.Settings), targets, {}, dtypes.compute, 0)
     for parameter in lora.lora_parameters(transformer).values():
         fill_with_zeros(parameter)
     recompute_blocks(count, transformer)

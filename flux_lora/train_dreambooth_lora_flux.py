@@ -27,7 +27,18 @@ from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.encode.text_encoders import clip_pooled, token_ids
 from mindtune.flags import data_flags, image_flags, lora_flags, optimizer_flags, output_flags, training_flags
 from mindtune.flags.parser import Parser
-from mindtune.models import configs, execution, loading, lora, lora_files, pipelines, precision, resolve, sampling
+from mindtune.models import (
+    configs,
+    execution,
+    loading,
+    lora,
+    lora_files,
+    lora_settings,
+    pipelines,
+    precision,
+    resolve,
+    sampling,
+)
 from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.tokenization import load_tokenizer
 from mindtune.models.train_step import TrainStep
@@ -83,15 +94,17 @@ def find_pipeline(args):
 
 
 def find_targets(args, root, initial_lora):
-    """Returns the ends of the names of the layers to adapt, per model. Raises UserError if nothing has such a name."""
-    layers = lora.TRANSFORMER_TARGETS
-    if args.lora_layers:
-        layers = [name.strip() for name in args.lora_layers.split(",")]
-        if "transformer" not in initial_lora:  # which has layers of its own
-            lora.check_targets(loading.narrow_transformer(root), layers, "--lora_layers")
-    targets = {"transformer": layers}
+    """Returns the ends of the names of the layers to adapt, per model.
+
+    Raises UserError for flags that name layers if nothing has such a name.
+    """
+    targets = {"transformer": lora_settings.target_names(args.lora_layers)}
     if args.train_text_encoder:
-        targets["text_encoder"] = lora.TEXT_ENCODER_TARGETS
+        targets["text_encoder"] = lora_settings.TEXT_ENCODER_TARGETS
+    if "transformer" not in initial_lora:  # which has layers of its own
+        lora.check_targets(loading.narrow_transformer(root), targets["transformer"], "--lora_layers")
+        names = {name: list(linear_layers(root, name, args.variant)) for name in targets}
+        lora_settings.check_patterns(args.select(lora_settings.Settings), names, targets, args.learning_rate_pattern)
     return targets
 
 
@@ -113,9 +126,7 @@ def find_initial_lora(args, root):
     if "text_encoder" in adapters and not args.train_text_encoder:
         raise UserError(f"{flag} {path}: has a LoRA of CLIP, which would be lost. Add --train_text_encoder.")
     description = lora_files.describe_adapters(adapters)
-    print(
-        f"starting from {path} ({description}): its layers keep their ranks, --lora_rank and --lora_layers do not apply"
-    )
+    print(f"starting from {path} ({description}): its layers keep their ranks, flags of layers and ranks do not apply")
     return adapters, files.file_digest(path)
 
 
@@ -410,7 +421,7 @@ def main(argv=None):
     precision.freeze_params(*models.values())
 
     # ---- add what is trained ----
-    lora.add_adapters(adapted, args.select(lora.Settings), targets, initial_lora, dtypes.compute, run.seed)
+    lora.add_adapters(adapted, args.select(lora_settings.Settings), targets, initial_lora, dtypes.compute, run.seed)
     recompute_blocks(memory.recomputed_blocks(settings), *adapted.values())
     print(precision.parameter_table(models, dtypes))
 
@@ -419,14 +430,12 @@ def main(argv=None):
     image_tokens = [configs.image_tokens(size, vae_config) for size in sizes]
     sigmas = loading.load_scheduler(root).sigmas.asnumpy()
     sigmas = flow.training_sigmas(sigmas, args.timestep_shift, image_tokens, scheduler_config)
-    # The second rate and decay are CLIP's, and unused unless it is trained. prodigy has one step size for all groups:
-    # as in diffusers, CLIP then has the rate of the transformer.
-    base_rates = [schedule.base, schedule.base if args.optimizer == "prodigy" else args.text_encoder_lr]
-    decays = [args.adam_weight_decay, args.adam_weight_decay_text_encoder]
-    groups = [
-        {"params": model.trainable_params(), "lr": rate, "weight_decay": decay}
-        for model, rate, decay in zip(adapted.values(), base_rates, decays)
-    ]
+    # prodigy has one step size for all groups: as in diffusers, CLIP then has the rate of the transformer.
+    rates = {"transformer": schedule.base}
+    rates["text_encoder"] = schedule.base if args.optimizer == "prodigy" else args.text_encoder_lr
+    decays = {"transformer": args.adam_weight_decay, "text_encoder": args.adam_weight_decay_text_encoder}
+    scaled = schedule.base / args.learning_rate if args.learning_rate else 1.0  # --scale_lr
+    groups = lora.parameter_groups(adapted, rates, decays, args.learning_rate_pattern, scaled)
     optimizer = optimizers.create_optimizer(args.select(optimizers.Settings), groups)
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForFluxDevDB(
@@ -463,14 +472,14 @@ def main(argv=None):
         validate()
     micro_batches = encoded.iterate(batches.make)
     while run.step < run.max_train_steps and not run.stopped():
-        rates = [rate * schedule.factor(run.step) for rate in base_rates]
+        rates = [group["lr"] * schedule.factor(run.step) for group in groups]
         optimizers.set_learning_rates(optimizer, rates)
         losses = []
         for inputs in ranks.micro_batches(step, micro_batches, args.gradient_accumulation_steps):
             losses.append(float(step(*inputs)[1]))  # the last of these calls updates the weights
         if ema:
             ema.update(run.step + 1)
-        logged = {"lr_text_encoder": rates[1]} if args.train_text_encoder else {}
+        logged = {"lr_text_encoder": rates[-1]} if args.train_text_encoder else {}
         logged.update(optimizers.logged_values(optimizer, scaler))
         run.update(losses, lr=rates[0], grad_norm=step.grad_clipper.norm, **logged)
         if run.due(args.validation_epochs * data.epoch_length / run.samples_per_update):

@@ -9,7 +9,8 @@ import pytest
 import transformers
 from mindspore.nn.utils import no_init_parameters
 
-from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS, add_lora, lora_parameters
+from mindtune.models.lora import add_lora, lora_parameters, target_ranks
+from mindtune.models.lora_settings import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models.precision import freeze_params
 
 # black-forest-labs/FLUX.1-dev, transformer/config.json and text_encoder/config.json.
@@ -68,7 +69,7 @@ def test_parameters_of_flux_dev_and_of_its_rank_4_adapter(make, targets, paramet
         model = make()
     assert count(model.get_parameters()) == parameters
     freeze_params(model)
-    add_lora(model, 4, 4.0, 0.0, targets, ms.float32)
+    add_lora(model, target_ranks(model, targets, 4), 1.0, 0.0, ms.float32)
     assert len(lora_parameters(model)) == 2 * modules
     assert count(model.trainable_params()) == count(lora_parameters(model).values()) == adapter
     assert count(model.get_parameters()) == parameters + adapter

@@ -36,6 +36,7 @@ TEXT = {
     *("instance_prompt", "class_prompt", "validation_prompt", "lora_layers", "aspect_ratio_buckets", "timestep_shift"),
     *("image_column", "conditioning_image_column", "caption_column", "dataset_config_name", "revision", "variant"),
     *("hub_model_id", "trigger_word", "mask_column", "resolution"),
+    *("lora_blocks", "lora_rank_pattern", "learning_rate_pattern"),
 }
 
 

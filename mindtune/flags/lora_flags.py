@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mindtune.flags.parser import Parser
-from mindtune.models.lora import TRANSFORMER_TARGETS, Settings, check_settings
+from mindtune.cli import UserError
+from mindtune.flags.parser import Parser, Values
+from mindtune.models.lora_settings import TRANSFORMER_TARGETS, Settings, check_settings
 
 
 def lora(parser: Parser) -> None:
@@ -24,5 +25,22 @@ def lora(parser: Parser) -> None:
     add("lokr_factor", type=int, default=-1, help="LoKr: a factor of every width. -1: the one nearest its square root.")
     targets = ",".join(TRANSFORMER_TARGETS)
     add("lora_layers", help=f"Comma-separated ends of the names of the layers to adapt. Default: {targets}.")
+    add(
+        "lora_blocks",
+        help="Blocks to adapt, such as transformer_blocks.0-7,single_transformer_blocks.20-. Default: all.",
+    )
+    add(
+        "lora_rank_pattern",
+        help="Ranks of some layers, such as attn.to_q=16,transformer_blocks.0-7=8. Default: none.",
+    )
+    add("learning_rate_pattern", help="Learning rates of some layers, such as attn.to_q=5e-5. Default: none.")
     add("train_text_encoder", default=False, help="Also train a LoRA of the CLIP text encoder. T5 stays frozen.")
-    parser.checks.append(lambda args: check_settings(args.select(Settings)))
+    parser.checks.append(_check)
+
+
+def _check(args: Values) -> None:
+    check_settings(args.select(Settings))
+    if args.learning_rate_pattern and args.optimizer == "prodigy":
+        raise UserError(
+            "--learning_rate_pattern with --optimizer prodigy: it has one step size. Leave one of them out."
+        )

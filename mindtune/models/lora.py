@@ -10,26 +10,24 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn
 
 from mindtune.cli import UserError
-from mindtune.models import adapted_layers, lokr, lora_files, lora_layouts
+from mindtune.models import adapted_layers, layer_patterns, lokr, lora_files, lora_layouts
 from mindtune.models.library import BaseTunerLayer, LoraConfig
+from mindtune.models.lora_settings import Settings
 from mindtune.models.precision import LINEAR_LAYERS, cast_training_params
 from mindtune.models.shared_blocks import use_shared_blocks
 from mindtune.rng import normal
 
-TRANSFORMER_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
-TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-
 
 def check_targets(model: nn.Cell, targets: Iterable[str], flag: str) -> None:
     """Raises UserError, with similar names, unless every target is the end of the name of a linear layer in `model`."""
-    names = [name for name, cell in model.cells_and_names() if isinstance(cell, LINEAR_LAYERS)]
+    names = linear_names(model)
     suffixes = sorted({".".join(name.split(".")[-n:]) for name in names for n in (1, 2)} - {"0", "2"})
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -37,26 +35,28 @@ def check_targets(model: nn.Cell, targets: Iterable[str], flag: str) -> None:
             raise UserError(f"{flag} {target}: no linear layer has that name. Similar names: {', '.join(similar)}.")
 
 
-class Settings(NamedTuple):
-    """The adapter of a run. The fields have the names and meanings of the flags."""
+def parameter_groups(
+    models: dict[str, nn.Cell],
+    rates: dict[str, float],
+    decays: dict[str, float],
+    learning_rate_pattern: Optional[str],
+    scaled: float,
+) -> list[dict[str, Any]]:
+    """The groups of an optimizer: each model's parameters with its rate and weight decay.
 
-    adapter: str = "lora"
-    lora_rank: int = 4
-    lora_alpha: Optional[float] = None
-    lora_dropout: float = 0.0
-    lokr_factor: int = -1
-
-
-def check_settings(settings: Settings) -> None:
-    """Raises UserError for settings that do not go together."""
-    if settings.adapter != "lora" and settings.lora_dropout > 0:
-        raise UserError(f"--lora_dropout {settings.lora_dropout}: not with --adapter {settings.adapter}. Leave it out.")
-    if settings.lokr_factor != -1 and settings.adapter != "lokr":
-        raise UserError(f"--lokr_factor {settings.lokr_factor}: only for --adapter lokr. Leave it out.")
-    if settings.lokr_factor != -1 and settings.lokr_factor < 1:
-        raise UserError(
-            f"--lokr_factor {settings.lokr_factor}: must be at least 1, or -1 for factors near the square root."
-        )
+    Layers that a pattern matches are groups of their own, with its rate times `scaled`, behind the model's first group.
+    """
+    patterns = layer_patterns.parse_values(learning_rate_pattern, "--learning_rate_pattern", float)
+    groups = []
+    for name, model in models.items():
+        by_rate: dict[float, list[ms.Parameter]] = {rates[name]: []}
+        for parameter_name, parameter in lora_parameters(model).items():
+            rate = layer_patterns.value_of(parameter_name, patterns, 0.0) * scaled or rates[name]
+            by_rate.setdefault(rate, []).append(parameter)
+        groups += [
+            {"params": found, "lr": rate, "weight_decay": decays[name]} for rate, found in by_rate.items() if found
+        ]
+    return groups
 
 
 def add_adapters(
@@ -71,55 +71,62 @@ def add_adapters(
 
     Trained parameters are float32 in mixed precision too: MindSpore's optimizers update in the dtype of the parameter.
     """
-    rank, dora = settings.lora_rank, settings.adapter == "dora"
-    alpha = settings.lora_alpha if settings.lora_alpha is not None else float(rank)
+    alpha = float(settings.lora_rank) if settings.lora_alpha is None else settings.lora_alpha
     for name, model in models.items():
+        ranks = settings.ranks(linear_names(model), targets[name], in_blocks=name == "transformer")
         if name in initial:
             add_trained_lora(model, initial[name], settings.lora_alpha, settings.lora_dropout, compute)
         elif settings.adapter == "lokr":
-            add_lokr(model, rank, alpha, settings.lokr_factor, targets[name])
+            add_lokr(model, ranks, alpha, settings.lokr_factor)
         else:
-            add_lora(model, rank, alpha, settings.lora_dropout, targets[name], compute, dora)
+            scale, dora = alpha / settings.lora_rank, settings.adapter == "dora"
+            add_lora(model, ranks, scale, settings.lora_dropout, compute, dora)
         model.set_train(True)
     cast_training_params(models.values(), ms.float32)
     for name in models.keys() - initial.keys():
-        init_lora(models[name], rank, seed)
+        init_lora(models[name], seed)
+
+
+def linear_names(model: nn.Cell) -> list[str]:
+    """The names of the linear layers of a model."""
+    return [name for name, cell in model.cells_and_names() if isinstance(cell, LINEAR_LAYERS)]
+
+
+def target_ranks(model: nn.Cell, targets: Iterable[str], rank: int) -> dict[str, int]:
+    """`rank` for every linear layer whose name ends in a target."""
+    return Settings(lora_rank=rank).ranks(linear_names(model), targets, in_blocks=False)
 
 
 def add_lora(
-    model: nn.Cell,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    targets: list[str],
-    compute: ms.Type,
-    dora: bool = False,
+    model: nn.Cell, ranks: dict[str, int], scale: float, dropout: float, compute: ms.Type, dora: bool = False
 ) -> None:
-    """Adds trainable low-rank layers to the target layers, with `dora` also magnitudes.
+    """Adds trainable low-rank layers to layers, by their names, with `dora` also magnitudes.
 
-    They compute in `compute`, whatever their storage dtype.
+    `ranks` are theirs, and `scale`, alpha / rank, is that of all. They compute in `compute`, whatever their storage
+    dtype.
     """
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        init_lora_weights="gaussian",
-        target_modules=list(targets),
-    )
-    model.add_adapter(config)
+    model.add_adapter(_config(ranks, scale, dropout))
     if dora:
         adapted_layers.add_magnitudes(model)
     _finish_adding(model, compute)
 
 
-def add_lokr(model: nn.Cell, rank: int, alpha: float, factor: int, targets: list[str]) -> None:
-    """Adds a trainable LoKr of zeros to the target layers; see `lokr.shapes` for `rank` and `factor`."""
-    layers = [
-        (name, cell.weight.shape)
-        for name, cell in model.cells_and_names()
-        if isinstance(cell, LINEAR_LAYERS) and any(f".{name}".endswith(f".{target}") for target in targets)
-    ]
-    shapes = {name: lokr.shapes(outputs, inputs, rank, factor) for name, (outputs, inputs) in layers}
+def _config(ranks: dict[str, int], scale: float, dropout: float) -> LoraConfig:
+    rank, pattern = lora_files.rank_and_pattern(ranks)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,
+        rank_pattern=pattern,
+        alpha_pattern={layer: scale * layer_rank for layer, layer_rank in pattern.items()},
+        lora_dropout=dropout,
+        target_modules="|".join(map(re.escape, ranks)),  # a regular expression: a list also matches the ends of names
+    )
+
+
+def add_lokr(model: nn.Cell, ranks: dict[str, int], alpha: float, factor: int) -> None:
+    """Adds a trainable LoKr of zeros to layers, by their names; see `lokr.shapes` for their ranks and `factor`."""
+    cells = dict(model.cells_and_names())
+    shapes = {name: lokr.shapes(*cells[name].weight.shape, rank, factor) for name, rank in ranks.items()}
     adapted_layers.add_lokr(model, shapes, alpha)
     use_shared_blocks(model)
 
@@ -137,16 +144,7 @@ def add_trained_lora(
         return _add_trained_lokr(model, adapter, alpha)
     ranks = lora_layouts.ranks(adapter)
     scale = 1.0 if alpha is None else alpha / lora_files.most_common(ranks.values())
-    rank, pattern = lora_files.rank_and_pattern(ranks)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=scale * rank,
-        rank_pattern=pattern,
-        alpha_pattern={layer: scale * layer_rank for layer, layer_rank in pattern.items()},
-        lora_dropout=dropout,
-        target_modules="|".join(map(re.escape, ranks)),  # a regular expression: a list also matches the ends of names
-    )
-    model.add_adapter(config)
+    model.add_adapter(_config(ranks, scale, dropout))
     if lora_layouts.kind(adapter) == "dora":
         adapted_layers.add_magnitudes(model)
     for name, parameter in lora_parameters(model).items():
@@ -175,7 +173,7 @@ def _finish_adding(model: nn.Cell, compute: ms.Type) -> None:
                     layer.to_float(compute)
 
 
-def init_lora(model: nn.Cell, rank: int, seed: int) -> None:
+def init_lora(model: nn.Cell, seed: int) -> None:
     """Initialises A ~ N(0, 1/rank) and B = 0, as peft's "gaussian" does, and a LoKr as `lokr.initial_value` says.
 
     Each layer's numbers are drawn by its name, so they do not depend on the depth of the model or the order of its
@@ -183,7 +181,7 @@ def init_lora(model: nn.Cell, rank: int, seed: int) -> None:
     """
     for name, parameter in lora_parameters(model).items():
         if ".lora_A." in name:
-            value = normal(seed, f"lora/{name}", shape=parameter.shape) / rank
+            value = normal(seed, f"lora/{name}", shape=parameter.shape) / parameter.shape[0]
         elif ".lora_B." in name:
             value = np.zeros(parameter.shape)
         elif ".lokr_" in name:

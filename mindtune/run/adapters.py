@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from mindtune.models import lokr
+from mindtune.models import lokr, lora_settings
+from mindtune.models.loading import component_shapes
 from mindtune.models.named_parameters import ParameterShape
 from mindtune.run.activations import Block
 
@@ -17,19 +19,41 @@ _FIRST_NAMES = {
 }
 
 
-def target_layers(shapes: Iterable[ParameterShape], targets: list[str]) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of every linear layer whose name ends in a target, by name."""
-    return {
-        layer.name[: -len(".weight")]: layer.shape
-        for layer in shapes
-        if layer.linear and any(f".{layer.name}".endswith(f".{target}.weight") for target in targets)
-    }
+class AdaptedLayer(NamedTuple):
+    """The widths and the rank of a linear layer that gets an adapter."""
+
+    outputs: int
+    inputs: int
+    rank: int
 
 
-def trained_shapes(kind: str, layers: Iterable[tuple[int, int]], rank: int, factor: int) -> list[tuple[int, ...]]:
-    """The shapes of what trains in layers of these (outputs, inputs)."""
+def adapted_layers(settings: Any) -> dict[str, AdaptedLayer]:
+    """The layers that get an adapter, by name. `settings` is a `memory.Settings`."""
+    targets = lora_settings.target_names(settings.lora_layers)
+    found = _target_layers(settings, component_shapes(settings.root, settings.base), targets, True)
+    if settings.train_text_encoder:
+        shapes = component_shapes(settings.root, "text_encoder")
+        found.update(_target_layers(settings, shapes, lora_settings.TEXT_ENCODER_TARGETS, False))
+    return found
+
+
+def _target_layers(
+    settings: Any, shapes: Iterable[ParameterShape], targets: list[str], in_blocks: bool
+) -> dict[str, AdaptedLayer]:
+    linear = {layer.name[: -len(".weight")]: layer.shape for layer in shapes if layer.linear}
+    chosen = lora_settings.Settings(
+        lora_rank=settings.lora_rank,
+        lora_blocks=settings.lora_blocks,
+        lora_rank_pattern=settings.lora_rank_pattern,
+    )
+    ranks = chosen.ranks(linear, targets, in_blocks)
+    return {name: AdaptedLayer(*linear[name], rank) for name, rank in ranks.items()}
+
+
+def trained_shapes(kind: str, layers: Iterable[AdaptedLayer], factor: int) -> list[tuple[int, ...]]:
+    """The shapes of what trains in these layers."""
     found: list[tuple[int, ...]] = []
-    for outputs, inputs in layers:
+    for outputs, inputs, rank in layers:
         if kind == "lokr":
             found += lokr.shapes(outputs, inputs, rank, factor).values()
         else:
@@ -38,7 +62,7 @@ def trained_shapes(kind: str, layers: Iterable[tuple[int, int]], rank: int, fact
 
 
 def with_adapters(
-    blocks: list[Block], kind: str, layers: dict[str, tuple[int, int]], factor: int, rows: tuple[int, int, int]
+    blocks: list[Block], kind: str, layers: dict[str, AdaptedLayer], factor: int, rows: tuple[int, int, int]
 ) -> list[Block]:
     """FLUX's and CLIP's `blocks` with what a DoRA or LoKr in their `layers` keeps beyond a LoRA.
 
@@ -52,7 +76,7 @@ def with_adapters(
     for block in blocks:
         prefix, elements = f"{_FIRST_NAMES[block.type]}.{numbers[block.type]}.", 0
         numbers[block.type] += 1
-        for name, (outputs, inputs) in layers.items():
+        for name, (outputs, inputs, _) in layers.items():
             if name.startswith(prefix) and not re.search(r"\.norm\w*\.linear$", name):
                 of_text = re.search(r"add_|_context", name)
                 tokens = {"single": image + text, "clip": clip}.get(block.type, text if of_text else image)

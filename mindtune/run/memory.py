@@ -19,7 +19,6 @@ from mindtune.encode.jobs import vae_batch
 from mindtune.models.configs import read_config
 from mindtune.models.controlnets import controlnet_shapes
 from mindtune.models.loading import component_shapes
-from mindtune.models.lora import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models.lora_layouts import KINDS
 from mindtune.models.precision import DTYPES
 from mindtune.optim.optimizers import state_bytes
@@ -60,6 +59,8 @@ class Settings(NamedTuple):
     lora_rank: int = 4
     lokr_factor: int = -1
     lora_layers: Optional[str] = None
+    lora_blocks: Optional[str] = None
+    lora_rank_pattern: Optional[str] = None
     train_text_encoder: bool = False
     with_prior_preservation: bool = False
     num_double_layers: int = 4
@@ -149,21 +150,11 @@ def _frozen_part(settings: Settings, name: str, int8: bool = False) -> Part:
     return Part(name, count, f"int8, {dtype}" if int8 else dtype, size)
 
 
-def _adapted_layers(settings: Settings) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of the layers that get an adapter, by name."""
-    layers = settings.lora_layers
-    targets = [target.strip() for target in layers.split(",")] if layers else TRANSFORMER_TARGETS
-    found = adapters.target_layers(component_shapes(settings.root, settings.base), targets)
-    if settings.train_text_encoder:
-        found.update(adapters.target_layers(component_shapes(settings.root, "text_encoder"), TEXT_ENCODER_TARGETS))
-    return found
-
-
 def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:
     root, base = settings.root, settings.base
     if settings.system == "flux_lora":
-        layers = _adapted_layers(settings).values()
-        return adapters.trained_shapes(settings.adapter, layers, settings.lora_rank, settings.lokr_factor)
+        layers = adapters.adapted_layers(settings).values()
+        return adapters.trained_shapes(settings.adapter, layers, settings.lokr_factor)
     if settings.controlnet:
         found = component_shapes(settings.controlnet.parent, settings.controlnet.name)
     elif settings.flux:
@@ -283,7 +274,9 @@ def _blocks(settings: Settings) -> list[Block]:
         if settings.train_text_encoder:
             blocks += clip_blocks(read_config(settings.root, "text_encoder"), batch)
         rows = batch * tokens["image_tokens"], batch * tokens["text_tokens"], batch * CLIP_TOKENS
-        return adapters.with_adapters(blocks, settings.adapter, _adapted_layers(settings), settings.lokr_factor, rows)
+        return adapters.with_adapters(
+            blocks, settings.adapter, adapters.adapted_layers(settings), settings.lokr_factor, rows
+        )
     own = (settings.num_double_layers, settings.num_single_layers)
     if settings.controlnet:
         existing = read_config(settings.controlnet.parent, settings.controlnet.name)

@@ -39,6 +39,7 @@ from mindtune.models import (
     library,
     loading,
     lora,
+    lora_settings,
     named_parameters,
     pipelines,
     precision,
@@ -54,7 +55,7 @@ PARTS = [
     for part in getattr(pipelines, f"{kind.rstrip('15')}_COMPONENTS".upper())
 ]
 PARTS = [(kind, part) for kind, part in PARTS if "tokenizer" not in part and part != "scheduler"]
-TARGETS = {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS}
+TARGETS = {"transformer": lora_settings.TRANSFORMER_TARGETS, "text_encoder": lora_settings.TEXT_ENCODER_TARGETS}
 # Calls of methods: name -> (number of positional arguments, keywords).
 FLUX_INPUTS = "hidden_states encoder_hidden_states pooled_projections timestep img_ids txt_ids guidance return_dict"
 CALLS = {
@@ -226,8 +227,8 @@ def differing(what, expected, found):
 def adapted(root, part):
     """The model with a LoRA of weights that depend on the names of its parameters only."""
     model = loading.load_model(root, part, precision.resolve_precision("no"))
-    lora.add_lora(model, 4, 8.0, 0.0, TARGETS[part], ms.float32)
-    lora.init_lora(model, 4, seed=0)
+    lora.add_lora(model, lora.target_ranks(model, TARGETS[part], 4), 2.0, 0.0, ms.float32)
+    lora.init_lora(model, seed=0)
     steps.give_values(
         {name: parameter for name, parameter in lora.lora_parameters(model).items() if ".lora_B." in name}
     )

@@ -11,6 +11,7 @@ import numpy as np
 from mindtune import flow, rng
 from mindtune.models import configs, controlnets, loading, lora, named_parameters, precision
 from mindtune.models.gradient_checkpointing import recompute_blocks
+from mindtune.models.lora_settings import TRANSFORMER_TARGETS
 from mindtune.optim import adamw
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,9 +61,9 @@ def flux_lora(work, mixed_precision="no", recompute=False):
     args = script.parse_args(flags)
     transformer = loading.load_model(work / "flux", "transformer", dtypes)
     precision.freeze_params(transformer)
-    lora.add_lora(transformer, 4, 4.0, 0.0, lora.TRANSFORMER_TARGETS, dtypes.compute)
+    lora.add_lora(transformer, lora.target_ranks(transformer, TRANSFORMER_TARGETS, 4), 1.0, 0.0, dtypes.compute)
     precision.cast_training_params([transformer])
-    lora.init_lora(transformer, 4, seed=0)
+    lora.init_lora(transformer, seed=0)
     trained = lora.lora_parameters(transformer)
     give_values({name: parameter for name, parameter in trained.items() if ".lora_B." in name})
     if recompute:

@@ -11,10 +11,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
-from mindtune.models import lora, lora_files
+from mindtune.models import lora_files
+from mindtune.models.lora_settings import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models.weights import linear_layers
 
-ENDS = {"transformer": tuple(lora.TRANSFORMER_TARGETS), "text_encoder": tuple(lora.TEXT_ENCODER_TARGETS)}
+ENDS = {
+    "transformer": tuple(TRANSFORMER_TARGETS),
+    "text_encoder": tuple(TEXT_ENCODER_TARGETS),
+}
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def test_at_rate_zero_it_ends_with_the_weight_changes_it_started_from(run, saved
         np.testing.assert_allclose(after[layer], value, rtol=1e-5, atol=1e-6 * np.abs(value).max(), err_msg=layer)
     lines = [line for line in capsys.readouterr().out.splitlines() if "starting from" in line]
     ranks = "(transformer: 5 layers of rank 2, 3, 6)"
-    kept = "its layers keep their ranks, --lora_rank and --lora_layers do not apply"
+    kept = "its layers keep their ranks, flags of layers and ranks do not apply"
     assert lines == [f"starting from {path} {ranks}: {kept}"]
 
     losses = np.array([line["loss"] for line in metrics(out)])

@@ -9,6 +9,7 @@ from mindtune import flow, rng
 from mindtune.models import configs, lora, precision
 from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.loading import load_model
+from mindtune.models.lora_settings import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.optim import adamw
 
 SHIFT, SCALE = 0.1159, 0.3611
@@ -150,9 +151,9 @@ def lora_step(script, flags, small_flux, mixed_precision="no"):
     dtypes = precision.resolve_precision(mixed_precision)
     transformer = load_model(small_flux, "transformer", dtypes)
     precision.freeze_params(transformer)
-    lora.add_lora(transformer, 4, 4.0, 0.0, lora.TRANSFORMER_TARGETS, dtypes.compute)
+    lora.add_lora(transformer, lora.target_ranks(transformer, TRANSFORMER_TARGETS, 4), 1.0, 0.0, dtypes.compute)
     precision.cast_training_params([transformer])
-    lora.init_lora(transformer, 4, seed=0)
+    lora.init_lora(transformer, seed=0)
     for name, parameter in lora.lora_parameters(transformer).items():
         if ".lora_B." in name:
             parameter.set_data(ms.Tensor(0.1 * rng.normal(0, name, shape=parameter.shape)))
@@ -242,8 +243,8 @@ def test_clip_trains_with_its_own_rate_and_decay(lora_script, flags, tiny_flux, 
     dtypes = precision.resolve_precision("no")
     text_encoder = load_model(tiny_flux, "text_encoder", dtypes)
     precision.freeze_params(text_encoder)
-    lora.add_lora(text_encoder, 4, 4.0, 0.0, lora.TEXT_ENCODER_TARGETS, dtypes.compute)
-    lora.init_lora(text_encoder, 4, seed=0)
+    lora.add_lora(text_encoder, lora.target_ranks(text_encoder, TEXT_ENCODER_TARGETS, 4), 1.0, 0.0, dtypes.compute)
+    lora.init_lora(text_encoder, seed=0)
     transformer = LinearFlux()
     optimizer = adamw.AdamW(
         [

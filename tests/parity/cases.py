@@ -35,6 +35,7 @@ from mindtune.models import (
     execution,
     loading,
     lora,
+    lora_settings,
     named_parameters,
     precision,
     sampling,
@@ -67,11 +68,11 @@ class Case(NamedTuple):
 LORA = {
     "rank": 4,
     "alpha": 4.0,
-    "targets": {"transformer": lora.TRANSFORMER_TARGETS},
+    "targets": {"transformer": lora_settings.TRANSFORMER_TARGETS},
     "rates": {"transformer": [1e-3, 1e-4]},
 }
 CLIP = {
-    "targets": {"transformer": lora.TRANSFORMER_TARGETS, "text_encoder": lora.TEXT_ENCODER_TARGETS},
+    "targets": {"transformer": lora_settings.TRANSFORMER_TARGETS, "text_encoder": lora_settings.TEXT_ENCODER_TARGETS},
     "alpha": 8.0,
     "rates": {"transformer": [1e-3, 1e-4], "text_encoder": [5e-4, 1e-3]},
 }
@@ -275,7 +276,13 @@ class Ours:
             self.cells["text_encoder"] = loading.load_model(self.root, "text_encoder", FULL)
             precision.freeze_params(self.cells["text_encoder"])
         for prefix, cell in self.cells.items():
-            lora.add_lora(cell, settings["rank"], settings["alpha"], 0.0, settings["targets"][prefix], ms.float32)
+            lora.add_lora(
+                cell,
+                lora.target_ranks(cell, settings["targets"][prefix], settings["rank"]),
+                settings["alpha"] / settings["rank"],
+                0.0,
+                ms.float32,
+            )
         self.trained = {
             f"{prefix}.{name}": p
             for prefix, cell in self.cells.items()

@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 from flux_gradients import TARGETS
 
-from mindtune.models import lora, precision
+from mindtune.models import lora, lora_settings, precision
 
 RANK, ALPHA = 4, 6.0
 MORE_TARGETS = [*TARGETS, "proj_out", "linear_1", "norm_out.linear"]
@@ -13,7 +13,7 @@ MORE_TARGETS = [*TARGETS, "proj_out", "linear_1", "norm_out.linear"]
 def add_adapter(model, kind, compute=ms.float32, targets=MORE_TARGETS, trained=True):
     """Adds a LoRA, DoRA or LoKr, with values as after training unless not `trained`; everything else is frozen."""
     precision.freeze_params(model)
-    settings = lora.Settings(adapter=kind, lora_rank=RANK, lora_alpha=ALPHA)
+    settings = lora_settings.Settings(adapter=kind, lora_rank=RANK, lora_alpha=ALPHA)
     lora.add_adapters({"transformer": model}, settings, {"transformer": targets}, {}, compute, seed=0)
     rng = np.random.default_rng(0)
     for name, parameter in lora.lora_parameters(model).items() if trained else ():

@@ -74,7 +74,7 @@ def assert_close(found, expected, rtol):
 def add_adapter(model, alpha=6.0, compute=ms.float32):
     """Adds an adapter of rank 4 with values that are not zero; everything else is frozen."""
     precision.freeze_params(model)
-    lora.add_lora(model, 4, alpha, 0.0, TARGETS, compute)
+    lora.add_lora(model, lora.target_ranks(model, TARGETS, 4), alpha / 4, 0.0, compute)
     for number, parameter in enumerate(lora.lora_parameters(model).values()):
         parameter.set_dtype(ms.float32)
         parameter.set_data(ms.Tensor(random_values(*parameter.shape, seed=number, scale=0.3)))

@@ -10,7 +10,7 @@ from mindspore import nn
 from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
-from mindtune.models import loading, lora, lora_files
+from mindtune.models import loading, lora, lora_files, lora_settings
 
 KINDS = ["dora", "lokr"]
 
@@ -243,4 +243,4 @@ def test_a_scale_interpolates_between_the_weights_of_base_and_adapter(pynative, 
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        lora.check_settings(lora.Settings(**settings))
+        lora_settings.check_settings(lora_settings.Settings(**settings))

@@ -13,11 +13,12 @@ from mindtune.cli import UserError
 from mindtune.flow import latent_image_ids
 from mindtune.models import lora, lora_files
 from mindtune.models.loading import load_model, narrow_transformer
+from mindtune.models.lora_settings import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models.precision import cast_training_params, freeze_params, resolve_precision
 
 ms.runtime.launch_blocking()  # as the scripts do on the CPU
 
-TARGETS = lora.TRANSFORMER_TARGETS
+TARGETS = TRANSFORMER_TARGETS
 # The tiny transformer has 2 double blocks of width 32 with to_out.0, and 2 single blocks without.
 LAYERS = sorted(
     [f"transformer_blocks.{block}.attn.{name}" for block in (0, 1) for name in TARGETS]
@@ -56,9 +57,9 @@ def base_output(tiny_flux):
 
 
 def adapt(model, rank=4, alpha=4.0, seed=0, compute=ms.float32, targets=TARGETS):
-    lora.add_lora(model, rank, alpha, 0.0, targets, compute)
+    lora.add_lora(model, lora.target_ranks(model, targets, rank), alpha / rank, 0.0, compute)
     cast_training_params([model])
-    lora.init_lora(model, rank, seed)
+    lora.init_lora(model, seed)
     return model
 
 
@@ -129,7 +130,7 @@ def test_targets_of_other_widths(load):
 
 
 def test_an_adapter_in_a_text_encoder(load):
-    model = adapt(load(name="text_encoder"), rank=2, targets=lora.TEXT_ENCODER_TARGETS)
+    model = adapt(load(name="text_encoder"), rank=2, targets=TEXT_ENCODER_TARGETS)
     assert sum(p.size for p in model.trainable_params()) == 2 * 4 * 2 * (WIDTH + WIDTH)
 
 
@@ -179,7 +180,7 @@ def test_initial_values_depend_only_on_seed_and_name(load):
     again = {name: p.asnumpy() for name, p in lora.lora_parameters(other_model).items()}
     for name, value in values.items():
         np.testing.assert_array_equal(again[name], value)
-    lora.init_lora(model, 4, seed=4)
+    lora.init_lora(model, seed=4)
     other_seed = {name: p.asnumpy() for name, p in lora.lora_parameters(model).items()}
     assert all((other_seed[name] != values[name]).all() for name in values if ".lora_A." in name)
     assert len({value.tobytes() for name, value in values.items() if ".lora_A." in name}) == len(LAYERS)
@@ -275,7 +276,7 @@ def test_names_and_header_are_those_of_diffusers(load, tmp_path):
 def test_two_models_share_a_file(load, tmp_path):
     models = {
         "transformer": train(adapt(load(), alpha=6.0)),
-        "text_encoder": train(adapt(load(name="text_encoder"), alpha=6.0, targets=lora.TEXT_ENCODER_TARGETS), seed=2),
+        "text_encoder": train(adapt(load(name="text_encoder"), alpha=6.0, targets=TEXT_ENCODER_TARGETS), seed=2),
     }
     path = tmp_path / "lora.safetensors"
     lora.save_lora(path, models, ms.float32)

@@ -37,7 +37,7 @@ def test_a_disabled_adapter_has_no_effect(flux, expected_loss):
 def test_blocks_with_dropout_keep_mindones_code(flux, expected_loss, mode):
     """mindone's cells draw the masks. Dropout does nothing outside training."""
     precision.freeze_params(flux)
-    lora.add_lora(flux, 4, 4.0, 0.5, TARGETS, ms.float32)
-    lora.init_lora(flux, 4, seed=0)
+    lora.add_lora(flux, lora.target_ranks(flux, TARGETS, 4), 1.0, 0.5, ms.float32)
+    lora.init_lora(flux, seed=0)
     assert not any(isinstance(block, shared_blocks.SharedBlockCell) for block in blocks_of(flux))
     assert loss_of(flux) == pytest.approx(expected_loss, rel=1e-5)

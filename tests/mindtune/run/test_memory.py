@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import load_script
 
-from mindtune.models import loading, lora, precision
+from mindtune.models import loading, lora, lora_settings, precision
 from mindtune.optim import optimizers
 from mindtune.run import memory
 from mindtune.run.memory import Settings
@@ -22,7 +22,7 @@ def test_bytes_of_frozen_weights_and_lora_layers_are_exact(tiny_flux, flags):
     model = loading.load_model(tiny_flux, "transformer", dtypes, int8="base_precision" in flags)
     precision.freeze_params(model)
     assert plan.parts[0].size == bytes_of(model.get_parameters())
-    lora.add_lora(model, 3, 3.0, 0.0, lora.TRANSFORMER_TARGETS, dtypes.compute)
+    lora.add_lora(model, lora.target_ranks(model, lora_settings.TRANSFORMER_TARGETS, 3), 1.0, 0.0, dtypes.compute)
     precision.cast_training_params([model])
     trained = list(lora.lora_parameters(model).values())
     assert plan.parts[1].size == plan.gradients == bytes_of(trained)
@@ -44,8 +44,8 @@ def test_what_dora_and_lokr_add_is_exact_and_their_activations_are_counted(tiny_
     dtypes = precision.resolve_precision("no")
     models = {name: loading.load_model(tiny_flux, name, dtypes) for name in names}
     before = sum(bytes_of(model.get_parameters()) for model in models.values())
-    targets = dict(zip(names, (lora.TRANSFORMER_TARGETS, lora.TEXT_ENCODER_TARGETS)))
-    lora.add_adapters(models, lora.Settings(adapter=adapter, lora_rank=3), targets, {}, dtypes.compute, seed=0)
+    targets = dict(zip(names, (lora_settings.TRANSFORMER_TARGETS, lora_settings.TEXT_ENCODER_TARGETS)))
+    lora.add_adapters(models, lora_settings.Settings(adapter=adapter, lora_rank=3), targets, {}, dtypes.compute, seed=0)
     trained = [p for model in models.values() for p in lora.lora_parameters(model).values()]
     plan = memory.make_plan(settings)
     assert plan.gradients == bytes_of(trained) and plan.parts[2].parameters == sum(p.size for p in trained)

@@ -1,0 +1,82 @@
+"""What a LoRA, DoRA or LoKr adapts: the settings of its flags, and the layers and ranks that they name.
+
+Needs no model, only the names of its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Optional
+
+from mindtune.cli import UserError
+from mindtune.models import layer_patterns
+
+TRANSFORMER_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+class Settings(NamedTuple):
+    """The adapter of a run. The fields have the names and meanings of the flags."""
+
+    adapter: str = "lora"
+    lora_rank: int = 4
+    lora_alpha: Optional[float] = None
+    lora_dropout: float = 0.0
+    lokr_factor: int = -1
+    lora_blocks: Optional[str] = None
+    lora_rank_pattern: Optional[str] = None
+
+    @property
+    def blocks(self) -> list[str]:
+        """The patterns of --lora_blocks."""
+        return layer_patterns.parse_patterns(self.lora_blocks)
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """The ranks of --lora_rank_pattern by their patterns."""
+        return layer_patterns.parse_values(self.lora_rank_pattern, "--lora_rank_pattern", int)
+
+    def ranks(self, names: Iterable[str], targets: Iterable[str], in_blocks: bool) -> dict[str, int]:
+        """The rank of every layer that gets an adapter: of those of `names` that end in a target.
+
+        `in_blocks`: only those in --lora_blocks, which are blocks of the transformer.
+        """
+        blocks, patterns = self.blocks if in_blocks else [], self.rank_pattern
+        found = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+        found = [name for name in found if not blocks or any(layer_patterns.matches(block, name) for block in blocks)]
+        return {name: layer_patterns.value_of(name, patterns, self.lora_rank) for name in found}
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises UserError for settings that do not go together, and for ranks that are no numbers."""
+    layer_patterns.parse_values(settings.lora_rank_pattern, "--lora_rank_pattern", int)
+    if settings.adapter != "lora" and settings.lora_dropout > 0:
+        raise UserError(f"--lora_dropout {settings.lora_dropout}: not with --adapter {settings.adapter}. Leave it out.")
+    if settings.lokr_factor != -1 and settings.adapter != "lokr":
+        raise UserError(f"--lokr_factor {settings.lokr_factor}: only for --adapter lokr. Leave it out.")
+    if settings.lokr_factor != -1 and settings.lokr_factor < 1:
+        raise UserError(
+            f"--lokr_factor {settings.lokr_factor}: must be at least 1, or -1 for factors near the square root."
+        )
+
+
+def target_names(lora_layers: Optional[str]) -> list[str]:
+    """The ends of layer names in --lora_layers, or the default ones of the transformer."""
+    return [name.strip() for name in lora_layers.split(",")] if lora_layers else TRANSFORMER_TARGETS
+
+
+def check_patterns(
+    settings: Settings, names: dict[str, list[str]], targets: dict[str, list[str]], learning_rate_pattern: Optional[str]
+) -> None:
+    """Raises UserError for a pattern in a flag that matches none of the layers that get an adapter.
+
+    `names` are those of the linear layers of each model, and `targets` the ends of those that are adapted.
+    """
+    plain = settings._replace(lora_blocks=None)
+    layers = {model: list(plain.ranks(found, targets[model], in_blocks=False)) for model, found in names.items()}
+    layer_patterns.check(settings.blocks, layers["transformer"], "--lora_blocks")
+    layers["transformer"] = list(settings.ranks(names["transformer"], targets["transformer"], in_blocks=True))
+    adapted = [name for found in layers.values() for name in found]
+    layer_patterns.check(settings.rank_pattern, adapted, "--lora_rank_pattern")
+    rates = layer_patterns.parse_values(learning_rate_pattern, "--learning_rate_pattern", float)
+    layer_patterns.check(rates, adapted, "--learning_rate_pattern")
