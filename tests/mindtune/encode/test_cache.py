@@ -1,6 +1,10 @@
 """The cache of encoder outputs: what was written is read unchanged, and anything else counts as absent."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -174,3 +178,43 @@ def test_the_ends_of_a_large_file_count_and_bytes_between_samples_do_not(tmp_pat
 def test_an_entry_has_the_permissions_of_any_new_file(cache, tmp_path):
     (tmp_path / "any").touch()
     assert cache.path(KEY).stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_partial_files_are_removed_a_day_later(cache):
+    """Those of a process that was killed; another process may be writing the newer ones."""
+    cache.put("a", {"x": np.arange(3.0)}, temporary=True)
+    old, new = cache.windows / ".b.1.2.partial", cache.folder / ".c.1.2.partial"
+    for path in (old, new):
+        path.write_bytes(b"torn")
+    os.utime(old, (0, 0))
+    cache.remove_partial()
+    assert not old.exists() and new.exists() and cache.get("a") is not None
+
+
+EVICTING = """
+import sys
+from mindtune.encode.cache import Cache
+cache = Cache(sys.argv[1])
+print("begin", flush=True)
+cache.evict(0, keep={"0000"})
+"""
+
+
+def test_a_process_that_is_killed_while_it_evicts_leaves_whole_entries(tmp_path):
+    """Some entries are gone, the others are as they were, and the next eviction goes on."""
+    cache = Cache(tmp_path)
+    for number in range(2000):
+        cache.put(f"{number:04d}", {"x": np.full(4, number, np.float32)}, temporary=True)
+    process = subprocess.Popen([sys.executable, "-c", EVICTING, str(cache.folder)], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    while len(cache.keys()) > 1990 and process.poll() is None:
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = sorted(cache.keys())
+    assert 1 <= len(left) <= 1990 and "0000" in left
+    for key in left:
+        np.testing.assert_array_equal(cache.get(key)["x"], np.full(4, int(key), np.float32))
+    limit = max(cache.temporary_bytes() // 2, cache.path("0000").stat().st_size)
+    cache.evict(limit, keep={"0000"})
+    assert 0 < cache.temporary_bytes() <= limit and cache.get("0000") is not None
