@@ -431,11 +431,11 @@ def main(argv=None):
     sigmas = loading.load_scheduler(root).sigmas.asnumpy()
     sigmas = flow.training_sigmas(sigmas, args.timestep_shift, image_tokens, scheduler_config)
     # prodigy has one step size for all groups: as in diffusers, CLIP then has the rate of the transformer.
-    rates = {"transformer": schedule.base}
-    rates["text_encoder"] = schedule.base if args.optimizer == "prodigy" else args.text_encoder_lr
+    base_rates = {"transformer": schedule.base}
+    base_rates["text_encoder"] = schedule.base if args.optimizer == "prodigy" else args.text_encoder_lr
     decays = {"transformer": args.adam_weight_decay, "text_encoder": args.adam_weight_decay_text_encoder}
     scaled = schedule.base / args.learning_rate if args.learning_rate else 1.0  # --scale_lr
-    groups = lora.parameter_groups(adapted, rates, decays, args.learning_rate_pattern, scaled)
+    groups = lora.parameter_groups(adapted, base_rates, decays, args.learning_rate_pattern, scaled)
     optimizer = optimizers.create_optimizer(args.select(optimizers.Settings), groups)
     scaler = precision.loss_scaler(args.mixed_precision)
     step = TrainStepForFluxDevDB(
