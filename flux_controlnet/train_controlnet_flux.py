@@ -360,7 +360,8 @@ def main(argv=None):
     state = optimizers.training_state(optimizer, scaler, ema=dict(zip(weights, ema.averages)) if ema else {})
     if run.checkpoint:  # the weights have a file of their own, which diffusers can load
         checkpoint.load_state(run.checkpoint / FOLDER / loading.WEIGHTS, weights)
-    run.resume(args.fixed(), component_fingerprint(root, "transformer", args.variant), state)
+    fixed = {**args.fixed(), "shift": flow.shift_kind(args.timestep_shift, data.sizes)}
+    run.resume(fixed, component_fingerprint(root, "transformer", args.variant), state)
 
     # ---- train ----
     run.start(

@@ -18,6 +18,7 @@ from pathlib import Path
 from mindtune import files
 from mindtune.cli import UserError, indented_list, progress_bar, run_script, size_text
 from mindtune.models import (
+    hubs,
     lora_edit,
     lora_extract,
     lora_files,
@@ -80,7 +81,13 @@ def parse_args(argv=None):
 def add_base(add, text, required):
     """Adds the flags of the base pipeline."""
     add("--pretrained_model_name_or_path", required=required, help=text)
-    add("--revision", help="Branch, tag or commit on the hub. Default: main.")
+    add("--revision", help="Branch, tag or commit on the hub. Default: main, on ModelScope master.")
+    add(
+        "--hub",
+        choices=list(hubs.HUBS),
+        default=hubs.default(),
+        help="Hub of ids. Default: MINDTUNE_HUB, or huggingface.",
+    )
     add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add("--cache_dir", help="Directory for hub downloads. Default: the hub's cache.")
 
@@ -169,7 +176,12 @@ def merge_into_pipeline(args, factors):
     paths = [lora_files.find_lora(name, "--lora") for name in args.lora]
     adapters = [lora_files.read_adapters(path, "--lora") for path in paths]
     root = pipelines.resolve_pipeline(
-        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, pipelines.FLUX_COMPONENTS
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        args.cache_dir,
+        pipelines.FLUX_COMPONENTS,
+        hub=args.hub,
     )
     layers = {name: weights.linear_layers(root, name, args.variant) for name in ADAPTED}
     for path, adapter in zip(paths, adapters):
@@ -198,25 +210,25 @@ def merge_into_pipeline(args, factors):
 # ---- extract -------------------------------------------------------------------------------------
 
 
-def find_finetuned(name, cache_dir):
+def find_finetuned(name, cache_dir, hub):
     """Component -> its directory in the fine-tuned pipeline. A directory or hub id of a transformer is that alone."""
     found = [component for component in ADAPTED if (Path(name) / component).is_dir()]
     if not found:
-        return {"transformer": resolve_finetuned(name, cache_dir, "transformer")}
-    return {component: resolve_finetuned(str(Path(name) / component), cache_dir, component) for component in found}
+        return {"transformer": resolve_finetuned(name, cache_dir, "transformer", hub)}
+    return {component: resolve_finetuned(str(Path(name) / component), cache_dir, component, hub) for component in found}
 
 
-def resolve_finetuned(name, cache_dir, component):
-    return pipelines.resolve_model(name, "--finetuned", cache_dir, pipelines.FLUX_COMPONENTS[component][0])
+def resolve_finetuned(name, cache_dir, component, hub):
+    return pipelines.resolve_model(name, "--finetuned", cache_dir, pipelines.FLUX_COMPONENTS[component][0], hub=hub)
 
 
 def extract(args):
     check_rank(args.rank)
     files.require_new_file("--output", Path(args.output), ".safetensors", args.overwrite)
-    tuned = find_finetuned(args.finetuned, args.cache_dir)
+    tuned = find_finetuned(args.finetuned, args.cache_dir, args.hub)
     components = {name: pipelines.FLUX_COMPONENTS[name] for name in tuned}
     root = pipelines.resolve_pipeline(
-        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, components
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, components, hub=args.hub
     )
     before = {name: weights.stored_tensors(root, name, args.variant) for name in tuned}
     after = {name: weights.stored_tensors(folder.parent, folder.name) for name, folder in tuned.items()}
@@ -301,9 +313,9 @@ def info(args):
     dtypes = sorted({str(value.dtype) for name, value in entries.items() if not name.endswith("alpha")})
     size = size_text(path.stat().st_size)
     title = f"{path.name}: {lora_names.layout_of(entries)} layout, {' and '.join(dtypes)}, {size}"
-    found = lora_summary.blocks(lora_edit.to_pairs(path, "--lora", adapters), alphas)
     print(title)
     print(lora_files.describe_adapters(adapters))
+    found = lora_summary.blocks(lora_edit.to_pairs(path, "--lora", adapters), alphas)
     print(lora_summary.block_table(found))
     if args.plot:
         lora_summary.plot(Path(args.plot), f"{title}\n{lora_files.describe_adapters(adapters)}", found)

@@ -42,7 +42,6 @@ from mindtune.models import (
 from mindtune.models.gradient_checkpointing import recompute_blocks
 from mindtune.models.tokenization import load_tokenizer
 from mindtune.models.train_step import TrainStep
-from mindtune.models.weights import linear_layers
 from mindtune.optim import advice, averaging, optimizers, schedules
 from mindtune.run import disk, memory, plan, record, validation, validation_rows
 
@@ -94,17 +93,16 @@ def find_pipeline(args):
 
 
 def find_targets(args, root, initial_lora):
-    """Returns the ends of the names of the layers to adapt, per model.
-
-    Raises UserError for flags that name layers if nothing has such a name.
-    """
+    """Returns the ends of the names of the layers to adapt, per model. Raises UserError if no layer has such a name."""
     targets = {"transformer": lora_settings.target_names(args.lora_layers)}
     if args.train_text_encoder:
         targets["text_encoder"] = lora_settings.TEXT_ENCODER_TARGETS
     if "transformer" not in initial_lora:  # which has layers of its own
         lora.check_targets(loading.narrow_transformer(root), targets["transformer"], "--lora_layers")
-        names = {name: list(linear_layers(root, name, args.variant)) for name in targets}
-        lora_settings.check_patterns(args.select(lora_settings.Settings), names, targets, args.learning_rate_pattern)
+    names = {name: list(loading.linear_layers(root, name)) for name in targets}
+    initial = {name: list(lora_files.by_layer(adapter)) for name, adapter in initial_lora.items()}
+    settings = args.select(lora_settings.Settings)
+    lora_settings.check_patterns(settings, names, targets, initial, args.learning_rate_pattern)
     return targets
 
 
@@ -120,7 +118,7 @@ def find_initial_lora(args, root):
     if Path(args.output_dir).resolve() in path.resolve().parents:
         raise UserError(f"{flag} {path}: is in --output_dir, where this run writes. Name another output directory.")
     adapters = lora_files.read_adapters(path, flag)
-    layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
+    layers = {name: loading.linear_layers(root, name) for name in ("transformer", "text_encoder")}
     lora_files.check_adapters(path, flag, adapters, layers)
     lora_files.check_kind(path, flag, adapters, args.adapter)
     if "text_encoder" in adapters and not args.train_text_encoder:
@@ -347,6 +345,7 @@ def main(argv=None):
     # ---- check ----
     if args.dry_run:
         settings = args.select(memory.Settings, system="flux_lora", root=find_pipeline(args))
+        find_targets(args, settings.root, find_initial_lora(args, settings.root)[0])
         print(
             plan.describe(settings),
             disk.describe(args.select(disk.Settings), settings, lambda: concepts.find_samples(find_concepts(args))),
@@ -368,7 +367,9 @@ def main(argv=None):
     cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
     facts = ImageFacts(cache_dir, args.verify_data)
     samples, bucket_ids, sizes = buckets.of_samples(load_samples(args, buckets.min_size(crops), facts), crops)
-    order.split(len(samples), args.validation_split, run.seed)  # checks the flag before class images are generated
+    order.split(
+        len(set(map(id, samples))), args.validation_split, run.seed
+    )  # checks the flag before class images are generated
 
     # ---- encode ----
     stage = EncoderStage(
@@ -399,13 +400,9 @@ def main(argv=None):
     run.set_data(data)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
     print_lines(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
+    prompts = validation_rows.captions(rows)
     encoded = windows.encode(
-        stage,
-        data,
-        args.select(windows.Settings),
-        run.batch_range(),
-        run.batches_per_update,
-        validation_rows.captions(rows),
+        stage, data, args.select(windows.Settings), run.batch_range(), run.batches_per_update, prompts
     )
 
     # ---- load, freeze, cast ----
@@ -433,6 +430,7 @@ def main(argv=None):
     # prodigy has one step size for all groups: as in diffusers, CLIP then has the rate of the transformer.
     base_rates = {"transformer": schedule.base}
     base_rates["text_encoder"] = schedule.base if args.optimizer == "prodigy" else args.text_encoder_lr
+    logged = {"lr": "transformer", **({"lr_text_encoder": "text_encoder"} if args.train_text_encoder else {})}
     decays = {"transformer": args.adam_weight_decay, "text_encoder": args.adam_weight_decay_text_encoder}
     scaled = schedule.base / args.learning_rate if args.learning_rate else 1.0  # --scale_lr
     groups = lora.parameter_groups(adapted, base_rates, decays, args.learning_rate_pattern, scaled)
@@ -454,7 +452,8 @@ def main(argv=None):
 
     # ---- resume ----
     state = optimizers.training_state(optimizer, scaler, **weights, ema=ema.by_name() if ema else {})
-    fixed = {"lora_model": lora_digest, "dataset_config": concepts.digest(args.dataset_config), **args.fixed()}
+    fixed = {**args.fixed(), "lora_model": lora_digest, "dataset_config": concepts.digest(args.dataset_config)}
+    fixed["shift"] = flow.shift_kind(args.timestep_shift, sizes)
     run.resume(fixed, component_fingerprint(root, "transformer", args.variant), state)
 
     # ---- train ----
@@ -479,9 +478,9 @@ def main(argv=None):
             losses.append(float(step(*inputs)[1]))  # the last of these calls updates the weights
         if ema:
             ema.update(run.step + 1)
-        logged = {"lr_text_encoder": rates[-1]} if args.train_text_encoder else {}
-        logged.update(optimizers.logged_values(optimizer, scaler))
-        run.update(losses, lr=rates[0], grad_norm=step.grad_clipper.norm, **logged)
+        values = {name: base_rates[model] * schedule.factor(run.step) for name, model in logged.items()}
+        values.update(optimizers.logged_values(optimizer, scaler))
+        run.update(losses, grad_norm=step.grad_clipper.norm, **values)
         if run.due(args.validation_epochs * data.epoch_length / run.samples_per_update):
             validate()
         if run.due(args.checkpointing_steps):

@@ -45,6 +45,8 @@ def parse_args(argv: Optional[list[str]] = None) -> Values:
     add("caption_column", help="Column of captions. Default: for pairs found by its name; for images of a LoRA none.")
     add("instance_prompt", help="Prompt of images without a caption of their own.")
     add("class_prompt", help="Prompt of class images without a caption of their own.")
+    add("masked_loss", default=False, help="Check the masks too: NAME.mask.png beside an image, or --mask_column.")
+    add("mask_column", help="Column of masks. Default: none.")
     add("max_train_samples", type=int, minimum=1, help="Number of images or pairs to check. Default: all.")
     crops(parser, sample="image", multiple=8, smallest=16)
     add(
@@ -89,7 +91,8 @@ def check_items(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Found
 
 def is_images(flags: dict) -> bool:
     """Whether the flags name the images of a LoRA, and not pairs."""
-    return bool(flags["instance_data_dir"] or (flags["dataset_name"] and not flags["conditioning_image_column"]))
+    named = flags["instance_data_dir"] or (flags["dataset_name"] and not flags["conditioning_image_column"])
+    return bool(named and not flags.get("pairs"))  # the form knows the script
 
 
 def check_images(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Found:
@@ -100,10 +103,15 @@ def check_images(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Foun
     threads = flags["dataloader_num_workers"]
     flag, samples = find_samples(flags, cache_dir, notes.append)
     name = flags[flag.lstrip("-")]
+    for sample in samples:
+        sample.mask = sample.mask if flags["masked_loss"] else None
     groups = {name: inspect_images(samples, min_size, threads, f"{flag} {printable(name)}", notes)}
     if folder := flags["class_data_dir"]:
         where = f"--class_data_dir {printable(folder)}"
         samples = class_samples(folder, where, notes)
+        if flags["auto_buckets"]:  # class images have the sizes of the instance images
+            sizes = cropped_shares(groups[name], buckets.Settings.of(flags))
+            min_size = buckets.covering(list(sizes)) if sizes else min_size
         groups[folder] = inspect_images(samples, min_size, threads, where, notes)
     return Found(False, groups, notes)
 
@@ -123,6 +131,7 @@ def find_samples(flags: dict, cache_dir: str, say: Callable[[str], None]) -> tup
             cache_dir=cache_dir,
             image_column=flags["image_column"],
             caption_column=flags["caption_column"],
+            conditioning_image_column=flags["mask_column"],
             hub=flags["hub"],
         )
         samples = samples_in_dataset(source, say)
@@ -161,8 +170,8 @@ def find_pairs(flags: dict, cache_dir: str, say: Callable[[str], None]) -> tuple
 
 def make_report(flags: dict, cache_dir: str) -> dict:
     """The report, as --json writes it."""
-    crop_settings = buckets.Settings(**{name: flags[name] for name in buckets.Settings._fields})
-    found = check_items(flags, buckets.min_size(crop_settings), cache_dir)
+    crops_of_run = buckets.Settings.of(flags)
+    found = check_items(flags, buckets.min_size(crops_of_run), cache_dir)
     items = [item for group in found.groups.values() for item in group]
     problems = [f"{item.name}: {item.problem}" for item in items if item.problem]
     captions = used_captions(flags, found)
@@ -171,7 +180,7 @@ def make_report(flags: dict, cache_dir: str) -> dict:
     encoders = read_encoders(model, flags["cache_dir"], flags["hub"])
     prompts = [(f"--{name}", flags[name]) for name in ("instance_prompt", "class_prompt") if flags[name]]
     own_captions = [(item.name, item.caption or "") for item in items]
-    sizes = bucket_report(items, crop_settings)
+    sizes = bucket_report(items, crops_of_run)
     entries = EntrySizes.of_encoders(encoders, flags["mixed_precision"], flags["max_sequence_length"])
     encodes_conditions = found.is_pairs and encoders.kind == "flux"
     images_per_item = (1 + flags["random_flip"]) * (2 if encodes_conditions else 1)

@@ -80,6 +80,11 @@ def training_sigmas(sigmas: np.ndarray, timestep_shift: str, image_tokens: list[
     return np.stack([shift_sigmas(sigmas, float(timestep_shift))] * len(image_tokens))
 
 
+def shift_kind(timestep_shift: str, sizes: list) -> Optional[str]:
+    """What a checkpoint says of `training_sigmas`: until version 0.2, auto shifted all sizes as the largest one."""
+    return "by size" if timestep_shift == "auto" and len(sizes) > 1 else None
+
+
 def huber_deltas(
     schedule: Optional[str], delta: Optional[float], times: np.ndarray, signal_shares: np.ndarray
 ) -> np.ndarray:

@@ -21,6 +21,7 @@ def check(values: dict[str, Any], count: int = 12) -> tuple[str, list[tuple[Imag
     """
     flags = check_data.parse_args([]).recorded()
     flags.update((name, value) for name, value in values.items() if name in flags and value is not None)
+    flags["pairs"] = "train_data_dir" in values  # the script trains on pairs
     with tempfile.TemporaryDirectory() as folder:
         cache_dir = flags["cache_dir"] or folder
         report = check_data.format_report(check_data.make_report(flags, cache_dir))

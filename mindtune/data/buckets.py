@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache, lru_cache
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
@@ -53,6 +53,11 @@ class Settings(NamedTuple):
     bucket_step: int = 64
     bucket_max_ratio: float = 2.0
     bucket_max_side: Optional[int] = None
+
+    @classmethod
+    def of(cls, flags: dict[str, Any]) -> Settings:
+        """The settings among the values of all flags."""
+        return cls(**{name: flags[name] for name in cls._fields})
 
     def largest(self) -> Size:
         """(height, width) of the largest crop, or with --auto_buckets a square that has at least as many pixels."""
@@ -140,13 +145,14 @@ def _auto_shape(image: tuple[int, int], resolution: int, step: int, max_ratio: f
     """The crop that --auto_buckets makes for an image of this (width, height), with at most resolution^2 pixels.
 
     Its sides are multiples of `step` and at most `max_side`, the longer one at most `max_ratio` times the shorter one.
-    There is one shape per width, the highest, because a graph is compiled for every shape. The one that cuts off the
-    least is chosen.
+    There is one shape per width, the highest, and the same on its side, because a graph is compiled for every shape.
+    The one that cuts off the least is chosen.
     """
     longest = int(min(max_side or math.inf, resolution * math.sqrt(max_ratio)))
     sides = range(step, longest + 1, step)
-    heights = [(min(resolution**2 // width, longest) // step * step, width) for width in sides]
-    shapes = [shape for shape in heights if shape[0] and max(shape) <= max_ratio * min(shape)]
+    highest = [(int(min(resolution**2 // width, longest, max_ratio * width)) // step * step, width) for width in sides]
+    shapes = [shape for shape in highest if shape[0] and max(shape) <= max_ratio * min(shape)]
+    shapes += [(width, height) for height, width in shapes]
     return min(shapes, key=lambda shape: (round(cropped_share(image, shape), 9), -math.prod(shape)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple, Optional
 
 from mindtune import rng
@@ -22,7 +23,7 @@ UNCHANGED = Settings()
 
 def with_trigger_word(caption: Optional[str], word: Optional[str]) -> Optional[str]:
     """The caption with the trigger word as its first tag, unless it contains the word already."""
-    if not word or word in (caption or ""):
+    if not word or re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption or ""):
         return caption
     return f"{word}, {caption}" if caption else word
 
@@ -43,8 +44,12 @@ def reorder_tags(caption: str, settings: Any, seed: int, order: int) -> str:
 
     The first --keep_tags tags stay where they are, and so does a trigger word before them.
     """
-    tags = [tag.strip() for tag in caption.split(",")]
-    has_trigger = settings.trigger_word is not None and tags[0] == settings.trigger_word
-    first = settings.keep_tags + has_trigger
+    tags = _tags(caption)
+    trigger = _tags(settings.trigger_word or "")
+    first = settings.keep_tags + (len(trigger) if caption.startswith(settings.trigger_word or " ") else 0)
     permutation = rng.generator(seed, f"tag order/{caption}", order).permutation(len(tags[first:]))
     return ", ".join([*tags[:first], *(tags[first:][i] for i in permutation)])
+
+
+def _tags(caption: str) -> list[str]:
+    return [tag.strip() for tag in caption.split(",") if tag.strip()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Optional
+from typing import Any, Callable, Optional
 
 from mindtune.cli import UserError, indented_list, progress_bar, short_list
 from mindtune.data.buckets import MinSize, covers
@@ -33,17 +33,16 @@ def preflight(
     facts = facts or ImageFacts()
     with facts.opened(), progress_bar("checking", "image", len(samples), ranks.is_main_process()) as bar:
         for sample, inspection in zip(samples, prefetch(facts.inspect, samples, max(1, threads))):
-            problem = (
-                inspection.problem
-                or size_problem(inspection.size, min_size)
-                or _mask_problem(sample, inspection, facts)
-            )
+            problem = inspection.problem or size_problem(inspection.size, min_size)
+            problem = problem or mask_problem(sample, inspection, facts.inspect)
             inspected.append((sample, inspection._replace(problem=problem)))
             bar.update()
     problems = [f"{sample.name}: {inspection.problem}" for sample, inspection in inspected if inspection.problem]
     report_bad(problems, f"{len(samples)} files", flag, skip_bad)
     for note in image_notes([(sample.name, inspection) for sample, inspection in inspected], flag):
         print(note)
+    if dark := [sample.mask.name for sample, _ in inspected if is_dark_mask(sample.mask)]:
+        print(f"{flag}: {len(dark)} masks have no bright pixel, so little is learnt; is white 255? {short_list(dark)}")
     usable = []
     for sample, inspection in inspected:
         if not inspection.problem:
@@ -54,14 +53,23 @@ def preflight(
     return usable
 
 
-def _mask_problem(sample: Sample, inspection: Inspection, facts: ImageFacts) -> Optional[str]:
+def mask_problem(
+    sample: Sample, inspection: Inspection, inspect_image: Callable[[Sample], Inspection]
+) -> Optional[str]:
+    """Why the mask file of an image cannot be used; None if it can, or if there is none. Sets what is known of it."""
     if not isinstance(sample.mask, Sample):
         return None
-    mask = facts.inspect(sample.mask)
+    mask = inspect_image(sample.mask)
     if not mask.problem:
         sample.mask.size, sample.mask.known_digest = mask.size, mask.digests[sample.mask.background]
+        sample.mask.brightest = mask.brightest
     problem = mask.problem or shape_problem(inspection.size, mask.size)
     return problem and f"its mask {sample.mask.name}: {problem}"
+
+
+def is_dark_mask(mask: Any) -> bool:
+    """Whether a mask file has no pixel of at least half of the brightness, so that nearly nothing is learnt."""
+    return isinstance(mask, Sample) and mask.brightest is not None and mask.brightest < 128
 
 
 def report_bad(problems: list[str], total: str, flag: str, skip_bad: bool) -> None:

@@ -122,8 +122,9 @@ def find_columns(features: dict, asked: Columns, where: str, single: bool = Fals
 
 
 def _find_single_columns(features: dict, asked: Columns) -> Columns:
-    typed = _columns_of_images(features)
-    image = asked.image or _first_match(typed or features, IMAGE_COLUMN_NAMES, ("image.",)) or next(iter(typed), None)
+    others = {column: feature for column, feature in features.items() if column != asked.condition}
+    typed = _columns_of_images(others)
+    image = asked.image or _first_match(typed or others, IMAGE_COLUMN_NAMES, ("image.",)) or next(iter(typed), None)
     return Columns(image, asked.condition, asked.caption)
 
 

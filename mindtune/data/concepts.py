@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ DESCRIPTIONS: dict[Any, str] = {
     bool: "true or false",
     str: "text",
     "keep_tags": "a whole number of 0 or more",
+    "tag_orders": "a whole number of 2 or more",
     **dict.fromkeys(BELOW_ONE, "a number from 0 to below 1"),
 }
 
@@ -126,6 +128,7 @@ def _concept(values: dict[str, Any], defaults: Concept, folder: Path, where: str
         _check_value(key, value, where)
     if ("instance_data_dir" in values) == ("dataset_name" in values):
         raise UserError(f"{where}: give either instance_data_dir or dataset_name.")
+    _check_effect(values, defaults, where)
     if ("class_data_dir" in values) != ("class_prompt" in values):
         raise UserError(f"{where}: class_data_dir and class_prompt belong together. Give both, or none.")
     paths = {key: folder / Path(values[key]).expanduser() for key in PATHS if key in values}
@@ -135,13 +138,30 @@ def _concept(values: dict[str, Any], defaults: Concept, folder: Path, where: str
     return defaults._replace(**values)
 
 
+def _check_effect(values: dict[str, Any], defaults: Concept, where: str) -> None:
+    """Raises UserError for a key that needs another one."""
+    needed = {"keep_tags": "shuffle_tags", "tag_orders": "shuffle_tags"}
+    needed.update(unmasked_weight="masked_loss", mask_column="masked_loss")
+    for key, other in needed.items():
+        if key in values and not values.get(other, getattr(defaults, other)):
+            raise UserError(f"{where}: {key}: needs {other} = true. Add it, or leave {key} out.")
+    for key in ("image_column", "mask_column", "dataset_config_name"):
+        if key in values and "instance_data_dir" in values:
+            raise UserError(f"{where}: {key}: needs dataset_name. Leave it out.")
+
+
 def _check_value(key: str, value: Any, where: str) -> None:
     kind = TYPES.get(key, str)
     expected = DESCRIPTIONS.get(key, DESCRIPTIONS[kind])
     if kind in (int, float):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        is_right = is_number and (kind is float or isinstance(value, int)) and value >= 0
-        is_right = is_right and (value > 0 or key in FROM_ZERO) and (value < 1 or key not in BELOW_ONE)
+        is_right = is_number and (kind is float or isinstance(value, int)) and 0 <= value < math.inf
+        is_right = (
+            is_right
+            and (value > 1 or key != "tag_orders")
+            and (value > 0 or key in FROM_ZERO)
+            and (value < 1 or key not in BELOW_ONE)
+        )
     else:
         is_right = type(value) is kind and value != ""
     if not is_right:

@@ -9,10 +9,16 @@ from typing import Callable, Optional
 
 from mindtune.cli import UserError, printable, short_list
 from mindtune.data.folder_captions import assign_captions, match_caption_files, read_metadata_captions
-from mindtune.data.folder_contents import CAPTION_SUFFIXES, FolderContents, count_images, list_contents
-from mindtune.data.image_problems import HINTS_BY_SUFFIX
+from mindtune.data.folder_contents import (
+    CAPTION_SUFFIXES,
+    FolderContents,
+    count_images,
+    has_image_suffix,
+    list_contents,
+)
+from mindtune.data.image_problems import HINTS_BY_SUFFIX, readable_suffixes
 from mindtune.data.image_sample import Sample
-from mindtune.data.masks import match_mask_files
+from mindtune.data.masks import is_mask_file, match_mask_files
 from mindtune.data.metadata import metadata_file
 
 
@@ -43,11 +49,11 @@ def samples_in_folder(
     metadata = read_metadata_captions(table, caption_column) if table else {}
     direct = {path.name for path in contents.images}
     named = [root / name for name in sorted(metadata) if name not in direct]
-    in_subfolders = [Path(file) for files in contents.subfolders.values() for file in files if named]
-    mask_files = match_mask_files([*contents.images, *named, *in_subfolders])
-    images = [path for path in contents.images + named if path not in mask_files.values()]
+    images = [path for path in contents.images + named if not is_mask_file(path)]
+    mask_files = [path for path in contents.images if is_mask_file(path)] + _masks_in_subfolders(contents, named)
+    masks = match_mask_files(images, mask_files)
     caption_files = match_caption_files(images, contents.captions + _captions_in_subfolders(root, contents, named))
-    used = {*map(str, named), *map(str, mask_files.values())}
+    used = {*map(str, named), *map(str, mask_files)}
     used.update(str(file) for files in caption_files.values() for file in files)
     if not images:
         raise _no_image(contents, table, where, used)
@@ -57,8 +63,10 @@ def samples_in_folder(
         say(f"{where}: {table.name} has no rows")
     samples = assign_captions(root, metadata, caption_files, table, flag, say)
     for sample in samples:
-        if mask := mask_files.get(sample.source):
+        if mask := masks.get(sample.source):
             sample.mask = Sample(str(mask.relative_to(root)), mask)
+    if unmatched := [path.name for path in mask_files if path not in masks.values()]:
+        say(f"{where}: {len(unmatched)} masks without an image of their own are not used: {short_list(unmatched)}")
     if orphans := [path.name for path in contents.captions if str(path) not in used]:
         say(f"{where}: {len(orphans)} caption files without an image are not used: {short_list(orphans)}")
     without = [sample.name for sample in samples if not sample.caption]
@@ -73,6 +81,14 @@ def _captions_in_subfolders(root: Path, contents: FolderContents, named: list[Pa
     folders = {str(path.parent) for path in named} - {str(root)}
     files = [Path(file) for paths in contents.subfolders.values() for file in paths if os.path.dirname(file) in folders]
     return [path for path in files if path.suffix.lower() in CAPTION_SUFFIXES]
+
+
+def _masks_in_subfolders(contents: FolderContents, named: list[Path]) -> list[Path]:
+    """The masks in those subfolders that hold images named by metadata."""
+    folders = {str(path.parent) for path in named}
+    readable = readable_suffixes()
+    files = (Path(file) for paths in contents.subfolders.values() for file in paths if has_image_suffix(file, readable))
+    return [path for path in files if str(path.parent) in folders and is_mask_file(path)]
 
 
 def _no_image(contents: FolderContents, table: Optional[Path], where: str, used: set[str]) -> UserError:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from mindtune.cli import UserError
 from mindtune.data.labels import LINE_HEIGHT, draw_lines, wrap
-from mindtune.files import require_writable
+from mindtune.files import require_writable, write_atomically
 
 MIN_CELL_WIDTH = 192  # smaller images are enlarged by a whole number, to leave room for their labels
 LABEL_MARGIN = 3
@@ -50,7 +50,7 @@ def image_grid(rows: Sequence[Sequence[Image.Image]], labels: Optional[Sequence[
 def save_image(image: Image.Image, path: Path) -> Path:
     """Writes a PNG file, creating its directory if needed, and returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG")
+    write_atomically(path, lambda beside: image.save(beside, format="PNG"))
     return path
 
 

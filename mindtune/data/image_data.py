@@ -165,5 +165,5 @@ class ImageData:
         """What run.json says about the data."""
         return {
             "samples": len(self.train),
-            "held_out": [sample.name for sample in self.held_out],
+            "held_out": list(dict.fromkeys(sample.name for sample in self.held_out)),
         }

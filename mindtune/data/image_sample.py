@@ -31,6 +31,7 @@ class Sample:
     Transparent pixels are put on the colour `background`. `size` (upright width and height, in pixels) and
     `known_digest` are set when the image has been inspected. `concept` is the `Concept` that the image belongs to, if
     any. `mask` is the sample of a mask, or TRANSPARENCY if the image's own is the mask; see `masks`.
+    `brightest` is the largest gray value of a mask that has been inspected.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Sample:
     known_digest: Optional[str] = field(default=None, repr=False)
     concept: Any = field(default=None, repr=False)
     mask: Union[Sample, str, None] = field(default=None, repr=False)
+    brightest: Optional[int] = field(default=None, repr=False)
 
     def setting(self, name: str, default: Any) -> Any:
         """The value of a field of the image's concept, or `default`, that of the flag, if it belongs to none."""

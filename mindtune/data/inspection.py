@@ -19,6 +19,7 @@ class Inspection(NamedTuple):
     single_colour_on: of a condition image, the backgrounds on which it has a single colour.
     visibility: of a transparent condition image.
     digests: the hash of the image on each background that it may be put on; see `Sample.digest`.
+    brightest: the largest gray value, 0 to 255; None if it is not known.
     """
 
     size: Optional[tuple[int, int]] = None
@@ -28,6 +29,7 @@ class Inspection(NamedTuple):
     single_colour_on: tuple[str, ...] = ()
     visibility: Optional[Visibility] = None
     digests: Optional[dict[str, str]] = None
+    brightest: Optional[int] = None
 
 
 def inspect(sample: Sample, condition: bool = False) -> Inspection:
@@ -50,5 +52,6 @@ def inspect(sample: Sample, condition: bool = False) -> Inspection:
         is_dark=image.mode.startswith("I") and 0 < image.getextrema()[1] < 256,
         single_colour_on=tuple(single_colour_on),
         visibility=visibility,
+        brightest=flattened[backgrounds[0]].convert("L").getextrema()[1],
         digests={name: content_digest(content, name) for name in (("white", "black") if condition else ("white",))},
     )

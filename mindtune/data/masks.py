@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
 
@@ -9,25 +10,31 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mindtune.data.crops import Resolution, crop_box, height_width, resize_shorter_side
+from mindtune.data.file_names import normalize_name
 from mindtune.data.image_sample import TRANSPARENCY, Sample
 from mindtune.data.images import decode, flatten, is_transparent
 
 SUFFIX = ".mask"  # photo.jpg has the mask photo.mask.png
 
 
-def match_mask_files(images: list[Path]) -> dict[Path, Path]:
-    """The mask file of each image that has one, from all image files of some folders.
+def is_mask_file(path: Path) -> bool:
+    """Whether a file is named like a mask, as photo.mask.png is."""
+    return len(path.stem) > len(SUFFIX) and path.stem.lower().endswith(SUFFIX)
 
-    A name such as photo.mask.png is a mask only if there is a photo of another suffix next to it.
+
+def match_mask_files(images: Iterable[Path], files: Iterable[Path]) -> dict[Path, Path]:
+    """The first of the mask `files` of each image that has one: photo.mask.png or photo.jpg.mask.png for photo.jpg.
+
+    Names are compared by `normalize_name`.
     """
-    by_stem: dict[tuple[Path, str], list[Path]] = {}
-    for path in images:
-        by_stem.setdefault((path.parent, path.stem), []).append(path)
+    masks: dict[tuple[Path, str], Path] = {}
+    for path in sorted(files):
+        masks.setdefault((path.parent, normalize_name(path.stem[: -len(SUFFIX)])), path)
     found = {}
-    for path in images:
-        stem = path.stem[: -len(SUFFIX)]
-        if stem and path.stem.lower().endswith(SUFFIX):
-            found.update(dict.fromkeys(by_stem.get((path.parent, stem), []), path))
+    for image in images:
+        keys = ((image.parent, normalize_name(name)) for name in (image.stem, image.name))
+        if own := next((masks[key] for key in keys if key in masks), None):
+            found[image] = own
     return found
 
 

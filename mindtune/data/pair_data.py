@@ -158,7 +158,7 @@ class PairData:
         """What run.json says about the data."""
         return {
             "samples": self.epoch_length,
-            "held_out": [pair.image.name for pair in self.held_out],
+            "held_out": list(dict.fromkeys(pair.image.name for pair in self.held_out)),
             "condition_background": self.background,
         }
 
@@ -190,7 +190,7 @@ def load(
     With `encode_conditions` the VAE encodes condition images, too. An image that `facts` knows is not decoded again.
     Raises UserError that lists all problems.
     """
-    crops = buckets.Settings(*(getattr(settings, name) for name in buckets.Settings._fields))
+    crops = buckets.Settings.of(settings._asdict())
     caption_settings = captions.Settings(
         settings.proportion_empty_prompts, settings.shuffle_tags, settings.keep_tags, settings.tag_orders
     )

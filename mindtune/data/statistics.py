@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional
 
 from mindtune.data import buckets
 from mindtune.data.buckets import MinSize
-from mindtune.data.checks import image_notes, size_problem
+from mindtune.data.checks import image_notes, mask_problem, size_problem
 from mindtune.data.image_sample import Sample
 from mindtune.data.inspection import Inspection, inspect
 from mindtune.data.order import prefetch
@@ -37,6 +37,7 @@ def inspect_images(samples: list[Sample], min_size: MinSize, threads: int, flag:
         sample = samples[index]
         inspection = inspect(sample)
         problem = inspection.problem or size_problem(inspection.size, min_size)
+        problem = problem or mask_problem(sample, inspection, inspect)
         inspection = inspection._replace(problem=problem)
         digest = "" if problem else inspection.digests["white"]
         return Item(sample.name, inspection.size, inspection.problem, digest, sample.caption), inspection

@@ -125,7 +125,3 @@ class EntrySizes(NamedTuple):
     def image(self, size: tuple[int, int]) -> int:
         """Bytes of an image of (height, width) pixels."""
         return self.latent * (size[0] // self.factor) * (size[1] // self.factor)
-
-    def sample(self, size: tuple[int, int], images: int, captions: int = 1) -> int:
-        """Bytes of a sample with captions of its own and this number of encoded images."""
-        return captions * self.text + images * self.image(size)

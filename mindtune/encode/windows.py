@@ -82,13 +82,10 @@ class Windows:
             int(settings.cache_limit_gb * GB) if settings.cache_limit_gb else min(CACHE_LIMIT_GB * GB, room // 2)
         )
         self.sizes = estimate.EntrySizes.of(stage)
-        self.sample_bytes = self.sizes.sample(
-            max(data.sizes, key=math.prod),
-            data.images_per_sample if settings.cache_latents else 0,
-            data.captions_per_sample,
-        )
+        self.image_bytes = self.sizes.image(max(data.sizes, key=math.prod)) if settings.cache_latents else 0
         self.batch_size = settings.train_batch_size * (2 if settings.with_prior_preservation else 1)
-        self.largest = max(1, self.limit // 2 // (self.sample_bytes * per_update * self.batch_size))
+        use_bytes = self.sizes.text + data.images_per_sample * self.image_bytes
+        self.largest = max(1, self.limit // 2 // (use_bytes * per_update * self.batch_size))
         self.length = min(settings.encode_window or FIRST_WINDOW, self.largest)  # updates
         if settings.encode_window and self.length < settings.encode_window:
             print(
@@ -165,8 +162,9 @@ class Windows:
             )
 
     def _most_bytes(self) -> int:
-        """Bytes of all entries if every sample has a caption of its own."""
-        return self.data.count * self.sample_bytes * (2 if self.settings.random_flip else 1)
+        """Bytes of all entries if every sample has a caption of its own, and all images have the largest size."""
+        images = len(self.data.images(self.settings.random_flip)) if self.settings.cache_latents else 0
+        return images * self.image_bytes + self.data.count * self.data.captions_per_sample * self.sizes.text
 
     def _missing_bytes(self) -> int:
         """Bytes that encoding all of the data adds to the cache."""

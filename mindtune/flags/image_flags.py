@@ -112,7 +112,11 @@ def crops(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
                 )
         if args.auto_buckets:
             _check_auto_buckets(args, sides)
-        elif len(sides) > 1:
+            return
+        for name, default in buckets.Settings._field_defaults.items():
+            if name.startswith("bucket_") and getattr(args, name) != default:
+                raise UserError(f"--{name} {getattr(args, name)}: needs --auto_buckets. Add it, or leave this out.")
+        if len(sides) > 1:
             raise UserError(
                 f"--resolution {','.join(map(str, sides))}: several need --auto_buckets. Add it, or give one."
             )
@@ -121,6 +125,10 @@ def crops(parser: Parser, sample: str, multiple: int, smallest: int) -> None:
 
 
 def _check_auto_buckets(args: Values, resolutions: list[int]) -> None:
+    if len(resolutions) > 1 and getattr(args, "with_prior_preservation", False):
+        raise UserError(
+            "--with_prior_preservation with several values of --resolution: class images have one size. Give one."
+        )
     if args.aspect_ratio_buckets:
         raise UserError("--auto_buckets with --aspect_ratio_buckets: leave one of the two out.")
     if args.bucket_step % 16:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mindtune.cli import UserError
 from mindtune.flags.parser import Parser, Values
+from mindtune.models.layer_patterns import parse_values
 from mindtune.models.lora_settings import TRANSFORMER_TARGETS, Settings, check_settings
 
 
@@ -40,6 +41,7 @@ def lora(parser: Parser) -> None:
 
 def _check(args: Values) -> None:
     check_settings(args.select(Settings))
+    parse_values(args.learning_rate_pattern, "--learning_rate_pattern", float)
     if args.learning_rate_pattern and args.optimizer == "prodigy":
         raise UserError(
             "--learning_rate_pattern with --optimizer prodigy: it has one step size. Leave one of them out."

@@ -68,8 +68,10 @@ def command_words(parser: Parser, values: dict[str, Any]) -> list[str]:
         name = action.option_strings[0]
         if value is True and action.nargs == 0:
             words.append(name)
-        elif isinstance(value, list):
+        elif isinstance(value, list) and action.nargs:
             words += [name, *map(str, value)]
+        elif isinstance(value, list):
+            words += [name, ",".join(map(str, value))]
         elif str(value).startswith("-"):
             words.append(f"{name}={value}")
         else:

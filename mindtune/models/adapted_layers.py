@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Optional
+from typing import Callable
 
 import mindspore as ms
 import numpy as np
@@ -49,10 +49,10 @@ def add_magnitudes(model: nn.Cell) -> None:
     update_layers(model)
 
 
-def add_lokr(model: nn.Cell, factors: dict[str, dict[str, tuple[int, int]]], alpha: Optional[float] = None) -> None:
-    """Adds a LoKr of zeros with these shapes (layer -> name -> shape, see `lokr.shapes`). The scale is alpha / rank.
+def add_lokr(model: nn.Cell, factors: dict[str, dict[str, tuple[int, int]]], scale_of: Callable[[int], float]) -> None:
+    """Adds a LoKr of zeros with these shapes (layer -> name -> shape, see `lokr.shapes`), scaled by `scale_of(rank)`.
 
-    It is 1 without `alpha`, and where the factors have no rank. Everything else is frozen, and keeps its name.
+    The scale is 1 where the factors have no rank. Everything else is frozen, and keeps its name.
     """
     freeze_params(model)  # as peft does
     classes, cells = {}, dict(model.cells_and_names())
@@ -61,8 +61,7 @@ def add_lokr(model: nn.Cell, factors: dict[str, dict[str, tuple[int, int]]], alp
         _compute_with_its_function(layer, classes)
         for factor, shape in shapes.items():
             setattr(layer, factor, ms.Parameter(ms.Tensor(np.zeros(shape, np.float32)), name=f"{name}.{factor}"))
-        low_rank = alpha is not None and "lokr_w2_b" in shapes
-        layer.lokr_scale = alpha / shapes["lokr_w2_b"][0] if low_rank else 1.0
+        layer.lokr_scale = scale_of(shapes["lokr_w2_b"][0]) if "lokr_w2_b" in shapes else 1.0
     update_layers(model)
 
 

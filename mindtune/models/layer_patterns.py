@@ -42,6 +42,8 @@ def parse_values(text: Optional[str], flag: str, number: Callable[[str], Value])
     found = {}
     for part in parse_patterns(text):
         pattern, equals, value = part.partition("=")
+        if pattern.strip() in found:
+            raise UserError(f"{flag} {part}: the pattern is there twice. Keep one.")
         try:
             found[pattern.strip()] = number(value)
         except ValueError:
@@ -66,4 +68,16 @@ def check(patterns: Iterable[str], names: Iterable[str], flag: str) -> None:
             similar = difflib.get_close_matches(last, words, n=4, cutoff=0.5) or words
             raise UserError(
                 f"{flag} {pattern}: matches no layer that gets an adapter. Their names have {', '.join(similar)}."
+            )
+
+
+def check_first(patterns: Iterable[str], names: Iterable[str], flag: str) -> None:
+    """`check`, and raises UserError for a pattern whose layers all match an earlier one, which counts."""
+    patterns, names = list(patterns), list(names)
+    check(patterns, names, flag)
+    firsts = {next((pattern for pattern in patterns if matches(pattern, name)), None) for name in names}
+    for pattern in patterns:
+        if pattern not in firsts:
+            raise UserError(
+                f"{flag} {pattern}: its layers match an earlier pattern, which counts. Put {pattern} first."
             )

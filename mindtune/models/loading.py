@@ -208,6 +208,12 @@ def component_shapes(root: Path, name: str) -> list[ParameterShape]:
     return _layout(root, name).parameters
 
 
+def linear_layers(root: Path, name: str) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of every linear layer of a component, from its config alone."""
+    shapes = component_shapes(root, name)
+    return {shape.name[: -len(".weight")]: shape.shape[::-1] for shape in shapes if shape.linear}
+
+
 class _Layout(NamedTuple):
     """What a config tells about weight files. `legacy_names`: see `_legacy_names`."""
 

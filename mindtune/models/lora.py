@@ -71,16 +71,15 @@ def add_adapters(
 
     Trained parameters are float32 in mixed precision too: MindSpore's optimizers update in the dtype of the parameter.
     """
-    alpha = float(settings.lora_rank) if settings.lora_alpha is None else settings.lora_alpha
+    scale = 1.0 if settings.lora_alpha is None else settings.lora_alpha / settings.lora_rank
     for name, model in models.items():
         ranks = settings.ranks(linear_names(model), targets[name], in_blocks=name == "transformer")
         if name in initial:
             add_trained_lora(model, initial[name], settings.lora_alpha, settings.lora_dropout, compute)
         elif settings.adapter == "lokr":
-            add_lokr(model, ranks, alpha, settings.lokr_factor)
+            add_lokr(model, ranks, scale, settings.lokr_factor)
         else:
-            scale, dora = alpha / settings.lora_rank, settings.adapter == "dora"
-            add_lora(model, ranks, scale, settings.lora_dropout, compute, dora)
+            add_lora(model, ranks, scale, settings.lora_dropout, compute, settings.adapter == "dora")
         model.set_train(True)
     cast_training_params(models.values(), ms.float32)
     for name in models.keys() - initial.keys():
@@ -123,11 +122,14 @@ def _config(ranks: dict[str, int], scale: float, dropout: float) -> LoraConfig:
     )
 
 
-def add_lokr(model: nn.Cell, ranks: dict[str, int], alpha: float, factor: int) -> None:
-    """Adds a trainable LoKr of zeros to layers, by their names; see `lokr.shapes` for their ranks and `factor`."""
+def add_lokr(model: nn.Cell, ranks: dict[str, int], scale: float, factor: int) -> None:
+    """Adds a trainable LoKr of zeros to layers, by their names; see `lokr.shapes` for their ranks and `factor`.
+
+    `scale`, alpha / rank, is that of all layers whose w2 has a rank.
+    """
     cells = dict(model.cells_and_names())
     shapes = {name: lokr.shapes(*cells[name].weight.shape, rank, factor) for name, rank in ranks.items()}
-    adapted_layers.add_lokr(model, shapes, alpha)
+    adapted_layers.add_lokr(model, shapes, lambda rank: scale)
     use_shared_blocks(model)
 
 
@@ -156,7 +158,7 @@ def add_trained_lora(
 def _add_trained_lokr(model: nn.Cell, adapter: dict[str, np.ndarray], alpha: Optional[float]) -> None:
     layers = lora_files.by_layer(adapter)
     shapes = {layer: {end: value.shape for end, value in tensors.items()} for layer, tensors in layers.items()}
-    adapted_layers.add_lokr(model, shapes, alpha)
+    adapted_layers.add_lokr(model, shapes, lambda rank: 1.0 if alpha is None else alpha / rank)
     scales = lokr_scales(model)
     for name, parameter in lora_parameters(model).items():
         parameter.set_data(ms.Tensor(adapter[name] / scales.get(name, np.float32(1.0))))

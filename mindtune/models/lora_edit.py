@@ -54,10 +54,14 @@ class Reduced(NamedTuple):
 def to_pairs(path: Path, flag: str, adapters: dict[str, dict[str, np.ndarray]]) -> dict[str, Pair]:
     """The layers of `lora_files.read_adapters` by their names with the prefix of their model.
 
-    Raises UserError for tensors that are neither A nor B: they would be lost.
+    Raises UserError for a DoRA or LoKr, and for tensors that are neither A nor B: they would be lost.
     """
     pairs = {}
     for prefix, adapter in adapters.items():
+        if (kind := lora_layouts.kind(adapter)) != "lora":
+            raise UserError(
+                f"{flag} {path}: is a {lora_layouts.KINDS[kind][0]}, and only LoRA can be edited. Give a LoRA."
+            )
         for name in adapter:
             if not name.endswith((".lora_A.weight", ".lora_B.weight")):
                 raise UserError(f"{flag} {path}: holds {prefix}.{name}. Only plain LoRA (A and B) can be edited.")

@@ -98,6 +98,9 @@ def to_diffusers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             )
         if any(role.startswith("w") for role in values):
             layer = f"{model}.{layers[0]}"
+            if layer in adapted_by:
+                raise ValueError(f"{adapted_by[layer]} and {module} both adapt {layer}. Keep one of them")
+            adapted_by[layer] = module
             lokrs.update({f"{layer}.{name}": value for name, value in _make_lokr(module, values).items()})
             continue
         lora = _make_lora(module, values)

@@ -66,17 +66,25 @@ def target_names(lora_layers: Optional[str]) -> list[str]:
 
 
 def check_patterns(
-    settings: Settings, names: dict[str, list[str]], targets: dict[str, list[str]], learning_rate_pattern: Optional[str]
+    settings: Settings,
+    names: dict[str, list[str]],
+    targets: dict[str, list[str]],
+    initial: dict[str, list[str]],
+    learning_rate_pattern: Optional[str],
 ) -> None:
-    """Raises UserError for a pattern in a flag that matches none of the layers that get an adapter.
+    """Raises UserError for a pattern in a flag that has no effect on the layers that get an adapter.
 
-    `names` are those of the linear layers of each model, and `targets` the ends of those that are adapted.
+    `names` are those of the linear layers of each model, `targets` the ends of those that are adapted, and `initial`
+    the layers of models that have an adapter already, whose layers and ranks are given.
     """
-    plain = settings._replace(lora_blocks=None)
-    layers = {model: list(plain.ranks(found, targets[model], in_blocks=False)) for model, found in names.items()}
-    layer_patterns.check(settings.blocks, layers["transformer"], "--lora_blocks")
-    layers["transformer"] = list(settings.ranks(names["transformer"], targets["transformer"], in_blocks=True))
-    adapted = [name for found in layers.values() for name in found]
-    layer_patterns.check(settings.rank_pattern, adapted, "--lora_rank_pattern")
+    layers = dict(initial)
+    for model in names.keys() - initial.keys():
+        if model == "transformer":
+            everywhere = settings._replace(lora_blocks=None)
+            layer_patterns.check(settings.blocks, everywhere.ranks(names[model], targets[model], True), "--lora_blocks")
+        layers[model] = list(settings.ranks(names[model], targets[model], in_blocks=model == "transformer"))
+    chosen = [name for model in layers.keys() - initial.keys() for name in layers[model]]
+    if chosen:
+        layer_patterns.check_first(settings.rank_pattern, chosen, "--lora_rank_pattern")
     rates = layer_patterns.parse_values(learning_rate_pattern, "--learning_rate_pattern", float)
-    layer_patterns.check(rates, adapted, "--learning_rate_pattern")
+    layer_patterns.check_first(rates, [name for found in layers.values() for name in found], "--learning_rate_pattern")

@@ -72,7 +72,10 @@ def describe(settings: Settings, run: memory.Settings, find_samples: Callable[[]
         needed, lines = _cache(settings, run, captions, free_for_cache)
     except UserError as error:
         needed, lines = 0, [f"disk for the encoder cache: not computed, the data cannot be read: {error}"]
-    samples = settings.num_train_epochs * uses
+    crops = buckets.Settings(settings.resolution, settings.aspect_ratio_buckets)
+    samples = (
+        settings.num_train_epochs * uses * len(buckets.resolutions(crops))
+    )  # at most: small images have fewer crops
     per_update = settings.train_batch_size * settings.gradient_accumulation_steps
     updates = settings.max_train_steps or math.ceil(samples / per_update)
     checkpoints = checkpoint_bytes(settings, run, updates)
@@ -111,8 +114,10 @@ def _cache(settings: Settings, run: memory.Settings, captions: list[list[str]], 
     text = sizes.text * unique
     crops = buckets.Settings(settings.resolution, settings.aspect_ratio_buckets)
     images = (2 if run.system == "flux_controlnet" else 1) * (2 if settings.random_flip else 1) * len(captions)
-    images *= len(buckets.resolutions(crops))
-    latents = images * sizes.image(crops.largest())
+    sides = buckets.resolutions(crops)
+    sizes_of_crops = [crops.largest()] if len(sides) == 1 else [(side, side) for side in sides]
+    latents = images * sum(map(sizes.image, sizes_of_crops))
+    images *= len(sides)
     of_images = f"{size_text(latents)} for {images:,} images" if settings.cache_latents else "no --cache_latents"
     lines = [f"disk for the encoder cache: {size_text(text)} for {unique:,} different captions, {of_images}"]
     if encoders.kind == "flux":

@@ -14,6 +14,7 @@ from huggingface_hub.utils import yaml_dump
 
 from mindtune.models import hubs
 from mindtune.models.lora_files import LORA_FILE
+from mindtune.models.lora_layouts import KINDS
 
 MARK = "<!-- This card was written by MindTune; remove this line to keep your own changes. -->"
 FLUX_DEV = {
@@ -69,6 +70,9 @@ def model_card(output_dir: Path, repo_id: str, base_model: str, gallery: list[tu
     """
     record = json.loads((output_dir / "run.json").read_text())
     kind = kind_of(output_dir)
+    adapter = record["flags"].get("adapter") or "lora"
+    tags = [tag for tag in kind.tags if adapter == "lora" or tag not in ("lora", "template:sd-lora")]
+    tags += [adapter] if kind is LORA and adapter != "lora" else []
     # A path is no id, which a hub would refuse as metadata, and says nothing to others.
     base_id = base_model if hubs.is_id(base_model) and not Path(base_model).is_dir() else None
     base = base_id or f"path/to/{Path(base_model).resolve().name}"
@@ -80,7 +84,7 @@ def model_card(output_dir: Path, repo_id: str, base_model: str, gallery: list[tu
         "library_name": "diffusers",
         **_licence(base_id),
         "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "diffusers", *kind.tags, "mindspore", "mindone"],
+        "tags": ["text-to-image", "diffusers", *tags, "mindspore", "mindone"],
         "widget": [{"text": prompt, "output": {"url": file}} for prompt, file in gallery],
     }
     prompts = "".join(f"- {' '.join(prompt.split())}\n" for prompt, _ in gallery)
@@ -97,15 +101,10 @@ def model_card(output_dir: Path, repo_id: str, base_model: str, gallery: list[tu
 
 # {output_dir.resolve().name}
 
-A {"LoRA adapter" if kind is LORA else "ControlNet"} for `{base}`, trained with MindTune on MindSpore.
+A {f"{KINDS[adapter][0]} adapter" if kind is LORA else "ControlNet"} for `{base}`, trained with MindTune on MindSpore.
 Its licence is that of the base model.
 {images}
-## Use with diffusers
-
-```python
-{_python(kind, repo_id, base, prompt, hub)}
-```
-
+{_diffusers(kind, adapter, repo_id, base, prompt, hub)}
 ## Use with MindTune
 
 ```bash
@@ -140,7 +139,15 @@ def _licence(base_id: Optional[str]) -> dict[str, str]:
 def _code(value: Any) -> str:
     """A value as code in a cell of a table."""
     text = " ".join(str(value).split()).replace("|", "\\|")
+    text = Path(text).name if text.startswith("/") else text  # the directories of a machine say nothing to others
     return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def _diffusers(kind: Kind, adapter: str, repo_id: str, base: str, prompt: str, hub: str) -> str:
+    """The section on diffusers, which cannot load a LoKr."""
+    if adapter == "lokr":
+        return f"`{LORA_FILE}` has LyCORIS' layout, which ComfyUI loads. diffusers does not.\n"
+    return f"## Use with diffusers\n\n```python\n{_python(kind, repo_id, base, prompt, hub)}\n```\n"
 
 
 def _python(kind: Kind, repo_id: str, base: str, prompt: str, hub: str) -> str:

@@ -46,7 +46,7 @@ def _applies(saving: Saving, settings: Settings) -> bool:
         return False
     current = getattr(settings, saving.flag)
     if isinstance(saving.value, int) and not isinstance(saving.value, bool):
-        return current > saving.value
+        return (max(current) if isinstance(current, list) else current) > saving.value
     return current != saving.value
 
 

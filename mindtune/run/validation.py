@@ -66,6 +66,8 @@ class Validation:
             if run.data.held_out and not run.curve.has(run.step):
                 losses = held_out_loss(self.step, self.models, self._held_out_batch, len(run.data.held_out))
                 self._log_held_out(losses)
+            if final:
+                _remove_final(run.output_dir / "samples")
             if not self.sampler.rows or not run.step:
                 return None
             began = time.monotonic()
@@ -110,6 +112,13 @@ class Validation:
 
     def _held_out_batch(self, sample_id: int, timestep: int) -> tuple:
         return self.make_batch([self.run.data.held_out_use(sample_id, timestep)])
+
+
+def _remove_final(samples: Path) -> None:
+    """Removes the last images of an earlier end of this run, which this one replaces: they show other weights."""
+    for pattern in ("final.png", "final-[1-9].png", "final/row-[0-9]*.png", f"final/{ROWS_FILE}"):
+        for path in samples.glob(pattern):
+            path.unlink()
 
 
 def save_gallery(output_dir: Path, rows: Sequence[Row], images: Images) -> list[tuple[str, str]]:

@@ -102,6 +102,6 @@ def test_a_data_set_of_any_form_gives_the_same_samples(lora_script, flags, tmp_p
     write(tmp_path / "set", cells)
     source = ["--instance_data_dir", "", "--dataset_name", tmp_path / "set", "--caption_column", "text"]
     args = lora_script.parse_args(flags(tmp_path / "out", *source, "--cache_dir", tmp_path / "cache"))
-    samples = lora_script.load_samples(args, [(32, 32)], ImageFacts())
+    samples = lora_script.load_samples(args, 32, ImageFacts())
     assert [sample.read() for sample in samples] == [cell["bytes"] for cell in cells]
     assert [sample.caption for sample in samples] == ["one", "two", "a photo of sks cat"]

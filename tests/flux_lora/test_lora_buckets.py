@@ -8,6 +8,7 @@ from conftest import metrics
 from PIL import Image
 
 from mindtune import flow
+from mindtune.cli import UserError
 from mindtune.models.lora_files import LORA_FILE
 
 BUCKETS = [(32, 48), (48, 32), (32, 32)]  # height, width: three photographs are of the first, two of the second
@@ -107,6 +108,33 @@ def test_every_image_is_trained_at_each_resolution(lora, photos, tmp_path, capsy
     assert len([line for line in metrics(out) if "loss" in line]) == 2
     lora(tmp_path / "held", *AUTO, "--cache_latents", "--validation_split", 0.2, "--max_train_steps", 1)
     assert "8 samples per epoch, 2 held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--resolution", "32,64"], "--resolution 32,64: several need --auto_buckets"),
+        (["--bucket_step", 32], "--bucket_step 32: needs --auto_buckets"),
+        ([*AUTO, "--aspect_ratio_buckets", "32,32"], "--auto_buckets with --aspect_ratio_buckets"),
+        ([*AUTO, "--bucket_step", 24], "--bucket_step 24: must be a multiple of 16"),
+        ([*AUTO, "--bucket_step", 64], "--bucket_step 64: is larger than the crops"),
+        ([*AUTO, "--resolution", "32,40"], "--resolution 40: must be divisible by 16"),
+        (
+            [*AUTO, "--with_prior_preservation", "--class_data_dir", "c", "--class_prompt", "x"],
+            "--with_prior_preservation with several values of --resolution",
+        ),
+    ],
+)
+def test_sizes_that_are_refused(lora, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        lora(tmp_path / "out", *more)
+
+
+def test_the_plan_of_several_resolutions(lora_script, flags, tmp_path, capsys):
+    """It does not fit, so it suggests smaller images."""
+    more = ["--resolution", "16384,32768", "--auto_buckets", "--device_memory_gb", 1, "--dry_run"]
+    assert lora_script.main([*map(str, flags(tmp_path, *more))]) == 0
+    assert "--resolution 256" in capsys.readouterr().out
 
 
 def test_the_shift_is_that_of_each_size(batches):

@@ -2,14 +2,19 @@
 
 import json
 
+import mindspore as ms
 import numpy as np
 import pytest
+from conftest import metrics
 from safetensors.numpy import load_file
 
 from mindtune import rng
 from mindtune.cli import UserError
-from mindtune.models import lora_files
+from mindtune.models import lora as lora_cells
+from mindtune.models import lora_files, precision
+from mindtune.models.loading import load_model
 from mindtune.models.lora_files import LORA_FILE
+from mindtune.models.lora_settings import TRANSFORMER_TARGETS, Settings
 
 
 @pytest.fixture
@@ -66,6 +71,32 @@ def test_layers_have_their_own_learning_rate(lora, small_flux, tmp_path, mode):
             assert np.median(np.abs(value)) == pytest.approx(rate, rel=0.02), name
 
 
+def test_a_lokr_has_one_scale_too(tiny_flux):
+    """Where w2 is a product of two matrices; w2 as a whole has none."""
+    model = load_model(tiny_flux, "transformer", precision.resolve_precision("no"))
+    settings = Settings(adapter="lokr", lora_rank=2, lora_alpha=4, lora_rank_pattern="attn.to_q=1")
+    lora_cells.add_adapters({"transformer": model}, settings, {"transformer": TRANSFORMER_TARGETS}, {}, ms.float32, 0)
+    scales = {name: float(scale) for name, scale in lora_cells.lokr_scales(model).items()}
+    assert len(scales) > 8 and set(scales.values()) == {2.0}
+
+
+def test_the_logged_rates_are_those_of_the_flags(lora, tmp_path):
+    flags = ["--max_train_steps", 1, "--cache_latents", "--train_text_encoder", "--lr_scheduler", "constant"]
+    out = lora(tmp_path, *flags, "--learning_rate", 1e-3, "--learning_rate_pattern", "attn=5e-5,layers.0=1e-7")
+    (logged,) = [line for line in metrics(out) if "lr" in line]
+    assert logged["lr"] == pytest.approx(1e-3) and logged["lr_text_encoder"] == pytest.approx(5e-6)
+
+
+def test_rates_of_the_layers_of_a_file(lora, tmp_path):
+    """The layers are those of the file; a pattern without a layer is refused there, too."""
+    flags = ["--max_train_steps", 1, "--cache_latents"]
+    first = lora(tmp_path / "first", *flags, "--lora_layers", "to_k")
+    more = ["--lora_model_name_or_path", first, "--learning_rate_pattern"]
+    with pytest.raises(UserError, match="--learning_rate_pattern attn.to_q: matches no layer"):
+        lora(tmp_path / "refused", *flags, *more, "attn.to_q=1e-3")
+    lora(tmp_path / "second", *flags, *more, "attn.to_k=1e-3")
+
+
 def test_scale_lr_scales_all_rates(lora, tmp_path):
     flags = ["--max_train_steps", 1, "--cache_latents", "--learning_rate_pattern", "attn.to_q=2e-3"]
     flags += ["--learning_rate", 1e-3, "--scale_lr", "--train_batch_size", 2, "--adam_weight_decay", 0]
@@ -79,6 +110,10 @@ def test_scale_lr_scales_all_rates(lora, tmp_path):
     [
         (["--lora_blocks", "double_blocks.0-7"], "--lora_blocks double_blocks.0-7: matches no layer"),
         (["--lora_rank_pattern", "attn.to_q"], "--lora_rank_pattern attn.to_q: write PATTERN=NUMBER"),
+        (["--learning_rate_pattern", "attn.to_q"], "--learning_rate_pattern attn.to_q: write PATTERN=NUMBER"),
+        (["--lora_rank_pattern", "attn=8,attn.to_q=16"], "--lora_rank_pattern attn.to_q: its layers match an earlier"),
+        (["--lora_rank_pattern", "attn=8,attn=16"], "--lora_rank_pattern attn=16: the pattern is there twice"),
+        (["--dry_run", "--lora_blocks", "nosuch.0-7"], "--lora_blocks nosuch.0-7: matches no layer"),
         (["--lora_rank_pattern", "ff=8"], "--lora_rank_pattern ff: matches no layer that gets an adapter"),
         (
             ["--lora_blocks", "transformer_blocks.0", "--learning_rate_pattern", "transformer_blocks.1=1e-4"],

@@ -73,10 +73,11 @@ def shapes(image, settings=AUTO):
 
 
 def every_shape(resolution, step, ratio, longest):
-    """The highest shape of each width, by trying all sides."""
+    """The highest shape of each width, and the same on its side, by trying all sides."""
     sides = range(step, longest + 1, step)
-    heights = {w: max((h for h in sides if h * w <= resolution**2), default=None) for w in sides}
-    return [(h, w) for w, h in heights.items() if h and max(h, w) <= ratio * min(h, w)]
+    allowed = [(h, w) for w in sides for h in sides if h * w <= resolution**2 and max(h, w) <= ratio * min(h, w)]
+    highest = [(max(h for h, other in allowed if other == w), w) for w in {w for _, w in allowed}]
+    return highest + [(w, h) for h, w in highest]
 
 
 @pytest.mark.parametrize("step, ratio, side", [(64, 2.0, None), (16, 2.0, None), (16, 3.0, 640), (64, 1.0, None)])
@@ -97,12 +98,29 @@ def test_an_automatic_size_cuts_off_the_least(step, ratio, side):
         ((2000, 2000), (512, 512)),
         ((1500, 1000), (384, 640)),
         ((1000, 1500), (640, 384)),
-        ((9000, 1000), (384, 640)),  # 320 x 704 is above 2:1
+        ((9000, 1000), (320, 640)),
         ((512, 512), (512, 512)),
     ],
 )
 def test_automatic_sizes_of_common_images(image, expected):
     assert shapes(image) == [expected]
+
+
+@pytest.mark.parametrize("resolution", [112, 512, 640, 768, 1024])
+def test_an_image_on_its_side_has_the_same_size_on_its_side(resolution):
+    settings = AUTO._replace(resolution=resolution, bucket_step=16)
+    for image in np.random.default_rng(0).integers(2100, 5000, (30, 2)).tolist():
+        ((height, width),) = shapes(tuple(image), settings)
+        assert shapes(tuple(image[::-1]), settings) == [(width, height)]
+
+
+@pytest.mark.parametrize(
+    "values", [{"resolution": 112, "bucket_max_ratio": 1.5}, {"resolution": 768, "bucket_step": 512}]
+)
+def test_there_is_always_a_square(values):
+    settings = AUTO._replace(**{"bucket_max_ratio": 1.9, **values})
+    side = settings.resolution // settings.bucket_step * settings.bucket_step
+    assert shapes((2000, 2000), settings) == [(side, side)]
 
 
 def test_several_resolutions_do_not_enlarge_an_image():
@@ -126,9 +144,9 @@ def test_the_most_frequent_size_comes_first():
 
 
 def test_the_table_says_what_is_cut_off():
-    """3:1 in a size of 5:3 keeps 5/9, 2:1 keeps 5/6."""
+    """3:1 in a size of 2:1 keeps 2/3, 2:1 keeps all."""
     found = assign([(3000, 1000), (2000, 1000)], AUTO)
-    assert describe([(3000, 1000), (2000, 1000)], found).splitlines()[1].split()[-2:] == ["30.6%", "44.4%"]
+    assert describe([(3000, 1000), (2000, 1000)], found).splitlines()[1].split()[-2:] == ["16.7%", "33.3%"]
 
 
 @pytest.mark.parametrize("text, expected", [("512", 512), ("768,512,768", [512, 768])])

@@ -12,7 +12,14 @@ TAGS = "1girl, red hair,smile , outdoors"
 
 @pytest.mark.parametrize(
     "caption, expected",
-    [("a cat", "sks, a cat"), ("a photo of sks cat", "a photo of sks cat"), ("", "sks"), (None, "sks")],
+    [
+        ("a cat", "sks, a cat"),
+        ("a photo of sks cat", "a photo of sks cat"),
+        ("sks, a cat", "sks, a cat"),
+        ("asks a question", "sks, asks a question"),  # not a part of a word
+        ("", "sks"),
+        (None, "sks"),
+    ],
 )
 def test_a_trigger_word_is_added_once(caption, expected):
     assert with_trigger_word(caption, "sks") == expected
@@ -34,6 +41,18 @@ def test_the_trigger_word_stays_in_front():
     settings = Settings(shuffle_tags=True, keep_tags=1, trigger_word="sks")
     found = {reorder_tags("sks, a, b, c", settings, 0, order) for order in range(50)}
     assert found == {"sks, a, b, c", "sks, a, c, b"}
+
+
+def test_a_trigger_of_two_tags_stays_in_front_and_so_does_a_tag_that_starts_with_it():
+    settings = Settings(shuffle_tags=True, trigger_word="ohwx, man")
+    found = {reorder_tags("ohwx, man, a, b", settings, 0, order) for order in range(50)}
+    assert found == {"ohwx, man, a, b", "ohwx, man, b, a"}
+    settings = Settings(shuffle_tags=True, trigger_word="sks")
+    assert {reorder_tags("sks dog, a", settings, 0, order) for order in range(20)} == {"sks dog, a"}
+
+
+def test_empty_tags_are_dropped():
+    assert reorder_tags("a, , a,", Settings(shuffle_tags=True), 0, 1) == "a, a"
 
 
 def test_uses_have_only_the_forms_that_are_encoded_and_all_of_them():

@@ -134,6 +134,31 @@ def test_the_id_of_a_data_set_on_modelscope_is_refused(write, tmp_path):
         read(write('[[concept]]\ndataset_name = "someone/style"\nhub = "modelscope"\n'), Concept())
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("keep_tags = 2", "keep_tags: needs shuffle_tags = true"),
+        ("unmasked_weight = 0.5", "unmasked_weight: needs masked_loss = true"),
+        ('masked_loss = true\nmask_column = "m"', "mask_column: needs dataset_name"),
+        ("shuffle_tags = true\ntag_orders = 1", "tag_orders = 1: must be a whole number of 2 or more"),
+        ("weight = inf", "weight = inf: must be a number above 0"),
+        ("caption_dropout = 1.0", "caption_dropout = 1.0: must be a number from 0 to below 1"),
+    ],
+)
+def test_keys_without_effect_are_refused(write, line, message):
+    with pytest.raises(UserError, match=message):
+        read(write(f'[[concept]]\ninstance_data_dir = "dog"\ninstance_prompt = "x"\n{line}\n'), Concept())
+
+
+def test_captions_and_masks_of_a_concept(write, tmp_path):
+    text = (
+        '[[concept]]\ninstance_data_dir = "dog"\ninstance_prompt = "a dog"\ntrigger_word = "sks"\nmasked_loss = true\n'
+    )
+    samples = load(read(write(text), Concept()), 32, ImageFacts(), False, 1)
+    assert {sample.caption for sample in samples} == {"sks, a dog"}
+    assert all(sample.mask is not None for sample in samples)
+
+
 def test_an_image_without_a_caption_needs_a_prompt(write):
     with pytest.raises(UserError, match=r"2 images have no caption"):
         load(read(write(ONE), Concept()), 32, ImageFacts(), False, 1)

@@ -34,20 +34,39 @@ def samples(folder, **settings):
     return load([concept], 32, ImageFacts(), False, 1)
 
 
-def test_mask_files_belong_to_the_image_of_their_name(tmp_path):
-    names = [
-        "a.jpg",
-        "a.mask.png",
-        "b.png",
-        "B.mask.png",
-        "c.mask.png",
-        ".mask.png",
-        "d.png",
-        "d.MASK.webp",
-        "a/b.mask.png",
-    ]
-    found = match_mask_files([tmp_path / name for name in names])
-    assert {image.name: mask.name for image, mask in found.items()} == {"a.jpg": "a.mask.png", "d.png": "d.MASK.webp"}
+@pytest.mark.parametrize(
+    "image, files, expected",
+    [
+        ("a.jpg", ["a.mask.png"], "a.mask.png"),
+        ("A.jpg", ["a.mask.png"], "a.mask.png"),
+        ("a.jpg", ["a.MASK.webp"], "a.MASK.webp"),
+        ("a.jpg", ["a.jpg.mask.png"], "a.jpg.mask.png"),
+        ("a.jpg", ["a.mask.png", "a.mask.jpg"], "a.mask.jpg"),  # the first by name
+        ("a.jpg", ["ab.mask.png", "b.mask.png"], None),
+        ("a.jpg", ["sub/a.mask.png"], None),
+    ],
+)
+def test_mask_files_belong_to_the_image_of_their_name(tmp_path, image, files, expected):
+    found = match_mask_files([tmp_path / image], [tmp_path / file for file in files])
+    assert found == ({tmp_path / image: tmp_path / expected} if expected else {})
+
+
+def test_what_is_named_like_a_mask_is_no_image(folder, capsys):
+    """A second mask, and a mask without an image, are named."""
+    for name in ("a.mask.bmp", "z.mask.png"):
+        Image.new("L", (48, 32)).save(folder / name)
+    found = samples(folder, masked_loss=True)
+    assert [sample.name for sample in found] == ["a.jpg", "b.png", "c.png"] and found[0].mask.name == "a.mask.bmp"
+    assert "2 masks without an image of their own are not used: a.mask.png, z.mask.png" in capsys.readouterr().out
+
+
+def test_masks_without_a_bright_pixel_are_named(folder, capsys):
+    """Such as labels of 0 and 1. The second time nothing is decoded, and the note is the same."""
+    Image.fromarray(np.eye(32, 48, dtype=np.uint8)).save(folder / "a.mask.png")
+    concept = Concept(instance_data_dir=str(folder), instance_prompt="x", masked_loss=True)
+    for _ in range(2):
+        load([concept], 32, ImageFacts(folder / "cache"), False, 1)
+        assert "1 masks have no bright pixel" in capsys.readouterr().out
 
 
 def test_masks_of_a_folder(folder, capsys):
@@ -120,6 +139,24 @@ def test_masks_next_to_images_that_metadata_name(folder, tmp_path):
     }
     assert found["sub/a.jpg"].name == "sub/a.mask.png"
     assert not any("mask.png" in note for note in notes), notes
+
+
+def test_the_column_of_masks_is_not_the_column_of_images():
+    from mindtune.data.columns import Columns, find_columns
+
+    features = {name: {"bytes": None} for name in ("mask", "photo", "text")}
+    found = find_columns(features, Columns(condition="mask"), "--dataset_name x", single=True)
+    assert (found.image, found.condition) == ("photo", "mask")
+
+
+def test_other_files_of_that_name_in_subfolders_are_no_masks(folder):
+    (folder / "sub").mkdir()
+    for name in ("a.jpg", "a.mask.png"):
+        (folder / name).rename(folder / "sub" / name)
+    (folder / "sub" / "a.mask.bak").write_text("x")
+    (folder / "metadata.jsonl").write_text('{"file_name": "sub/a.jpg", "text": "x"}\n')
+    found = {sample.name: sample.mask for sample in samples_in_folder(str(folder), "--instance_data_dir")}
+    assert found["sub/a.jpg"].name == "sub/a.mask.png"
 
 
 def test_masks_in_a_column_of_a_data_set(folder):

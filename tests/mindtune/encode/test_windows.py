@@ -29,13 +29,14 @@ class Data:
 
     sizes = [(16, 16)]  # noqa: RUF012
     images_per_sample = 1
+    captions_per_sample = 1
 
     def __init__(self, count, held_out=()):
         self.count = count
         self.held_out = [f"held out {number}" for number in held_out]
 
     def batches(self, first, end):
-        return ([SimpleNamespace(sample=SimpleNamespace(caption=str(number)))] for number in range(first, end))
+        return ([SimpleNamespace(caption=str(number))] for number in range(first, end))
 
     def iterate(self, first, end, make, threads):
         return prefetch(lambda number: make([str(number)]), ranks.shard(range(first, end)), threads)
@@ -47,7 +48,7 @@ class Data:
         return [f"image {caption}" for caption in self.captions(held_out)]
 
     def images_of(self, use, flip):
-        return [f"image {use.sample.caption}"]
+        return [f"image {use.caption}"]
 
 
 class Stage:

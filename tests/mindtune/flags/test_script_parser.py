@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, TRAINING_SCRIPTS
 
 from mindtune.cli import UserError
+from mindtune.data.buckets import parse_resolution
 from mindtune.flags.parser import Parser
 from mindtune.flags.script_parser import command_words, raise_errors, read_values, script_parser
 
@@ -20,6 +21,7 @@ def parser():
     parser.add("prompts", nargs="+", default=[], help="Prompts.")
     parser.add("mode", choices=["a", "b"], default="a", help="Mode.")
     parser.add("fast", default=False, help="Fast.")
+    parser.add("resolution", type=parse_resolution, default=512, help="One or several.")
     raise_errors(parser)
     return parser
 
@@ -50,6 +52,8 @@ def test_a_script_that_does_not_parse_is_named(tmp_path):
         "--prompt=-",
         "--prompt ''",
         "--steps 3 --prompts one",
+        "--resolution 512,768",
+        "--resolution 64",
     ],
 )
 def test_values_of_a_command_line_give_the_same_values_again(parser, line):

@@ -548,6 +548,13 @@ REJECTED = {
         values(*(f"lycoris_transformer_blocks_0_attn_to_q.{x}" for x in ("lokr_w1", "lokr_w2_a", "alpha"))),
         "which are not those of a linear layer",
     ),
+    "LoKr twice for a layer": (
+        {
+            **values(*(f"lycoris_transformer_blocks_0_attn_to_q.{x}" for x in ("lokr_w1", "lokr_w2", "alpha"))),
+            **values(*(f"transformer.transformer_blocks.0.attn.to_q.{x}" for x in ("lokr_w1", "lokr_w2", "alpha"))),
+        },
+        "both adapt transformer.transformer_blocks.0.attn.to_q. Keep one of them",
+    ),
     "LoKr with a Tucker core": (
         values(*(f"{PAIR}.{x}" for x in ("lokr_w1", "lokr_t2", "lokr_w2_a", "lokr_w2_b", "alpha"))), "Tucker core",
     ),

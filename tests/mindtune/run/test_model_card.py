@@ -167,3 +167,17 @@ def test_the_command_of_the_inference_script_has_flags_that_it_takes(card, confi
     else:
         start = {"huggingface": ["huggingface-cli", "download"], "modelscope": ["modelscope", "download", "--model"]}
         assert download[0][:-2] == [*start[hub], "somebody/circles"] and download[0][-1] == args.lora
+
+
+@pytest.mark.parametrize("adapter, name", [("dora", "DoRA"), ("lokr", "LoKr")])
+def test_other_adapters_are_called_by_their_name(card, adapter, name):
+    """diffusers cannot load a LoKr, so the card and its tags do not offer it."""
+    metadata, body = card(adapter=adapter)
+    assert f"A {name} adapter for" in body and adapter in metadata["tags"]
+    assert "template:sd-lora" not in metadata["tags"]
+    assert ("load_lora_weights" in body) == (adapter == "dora")
+
+
+def test_the_directories_of_the_machine_are_not_shown(card, tmp_path):
+    _, body = card(output_dir=str(tmp_path / "dog"), instance_data_dir="photos/dog")
+    assert str(tmp_path) not in body and "| `--output_dir` | `dog` |" in body and "`photos/dog`" in body

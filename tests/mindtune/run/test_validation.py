@@ -189,6 +189,23 @@ def test_the_gallery_of_a_file_names_its_images(tmp_path):
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["final-1.png"]
 
 
+def test_the_last_images_of_an_earlier_end_are_removed(tmp_path):
+    """Those of rows and prompts that are not there any more, also if there are none at all. Others stay."""
+    run = FakeRun(tmp_path, held_out=0)
+    make_validation(run, Sampler([row("a", 0), row("b", 0, place=1), row("c", 0, place=2)]))(final=True)
+    samples = tmp_path / "samples"
+    (samples / "final-holiday.png").write_bytes(b"mine")
+    make_validation(run, Sampler([row("b", 0, place=1)]))(final=True)
+    assert not (samples / "final.png").exists()
+    assert sorted(path.name for path in (samples / "final").iterdir()) == [
+        "row-01-base.png",
+        "row-01.png",
+        "rows.jsonl",
+    ]
+    make_validation(run, Sampler([]))(final=True)
+    assert not list((samples / "final").iterdir()) and (samples / "final-holiday.png").exists()
+
+
 def test_a_gallery_of_many_prompts_has_eight_images(tmp_path):
     prompts = [str(number) for number in range(11)]
     images = {"trained": [Image.new("RGB", (8, 8))] * 11}
