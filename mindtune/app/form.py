@@ -113,7 +113,7 @@ class Form:
             out = self.inside(Path(output))
             metrics = self.inside(out / "metrics.jsonl")
             size = metrics.stat().st_size if metrics.is_file() else 0
-            newest = report_images.validation_images(out)[: -IMAGES - 1 : -1]
+            newest = report_images.newest_rows(out)[:IMAGES] + report_images.validation_images(out)[: -IMAGES - 1 : -1]
             images = [(self.inside(path), when) for path, when in newest]
             log = "\n".join(read_tail(self.log_of(out)).splitlines()[-LINES:])
             return View(running, status, log, (out, size), images)

@@ -48,6 +48,16 @@ def grids(output_dir: Path) -> str:
     return f'<p>{slider} {caption}</p><div id="images">{images}</div>'
 
 
+def newest_rows(output_dir: Path) -> list[tuple[Path, str]]:
+    """(PNG file, its prompt) of each row of --validation_file in the last validation."""
+    samples = output_dir / "samples"
+    folders = [*sorted(samples.glob(f"step-*/{ROWS_FILE}")), *samples.glob(f"final/{ROWS_FILE}")]
+    if not folders:
+        return []
+    prompts = [json.loads(text)["prompt"] for text, _ in _keys(folders[-1].parent)]
+    return [(folders[-1].with_name(picture_name(place)), prompt) for place, prompt in enumerate(prompts, 1)]
+
+
 class _Column(NamedTuple):
     """A column of the table: its title, and the file of each row's image, by the row's key."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindtune.run import report
+from mindtune.run import report, report_images
 
 # Scripts that the tests add to the page. WATCH records errors from the start, PROBE uses the slider and reports.
 WATCH = "<script>const errors = []; window.onerror = text => errors.push(text);</script>"
@@ -211,3 +211,14 @@ def test_a_run_stopped_before_its_first_validation(run):
     (run / "run.json").write_text(json.dumps({**record, "finished": False, "updates": 1}))
     page = report.write_report(run).read_text()
     assert "stopped after 1 updates" in page and "Validation images" not in page and "held-out" not in page.lower()
+
+
+def test_the_rows_of_the_last_validation(tmp_path):
+    """For the form: of the end, or else of the newest step."""
+    assert report_images.newest_rows(tmp_path) == []
+    for name, prompts in (("step-000002", ["a", "b"]), ("step-000010", ["a"]), ("final", ["b", "c"])):
+        folder = tmp_path / "samples" / name
+        folder.mkdir(parents=True)
+        (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        found = report_images.newest_rows(tmp_path)
+        assert found == [(folder / f"row-{place:02d}.png", prompt) for place, prompt in enumerate(prompts, 1)]
