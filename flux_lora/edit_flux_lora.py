@@ -315,6 +315,8 @@ def info(args):
     title = f"{path.name}: {lora_names.layout_of(entries)} layout, {' and '.join(dtypes)}, {size}"
     print(title)
     print(lora_files.describe_adapters(adapters))
+    if not args.plot and any(lora_layouts.kind(adapter) != "lora" for adapter in adapters.values()):
+        return
     found = lora_summary.blocks(lora_edit.to_pairs(path, "--lora", adapters), alphas)
     print(lora_summary.block_table(found))
     if args.plot:

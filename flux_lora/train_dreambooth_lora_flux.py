@@ -366,7 +366,8 @@ def main(argv=None):
     crops = args.select(buckets.Settings)
     cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
     facts = ImageFacts(cache_dir, args.verify_data)
-    samples, bucket_ids, sizes = buckets.of_samples(load_samples(args, buckets.min_size(crops), facts), crops)
+    samples = load_samples(args, buckets.min_size(crops), facts)
+    samples, bucket_ids, sizes = buckets.of_samples(samples, crops, args.train_batch_size)
     order.split(
         len(set(map(id, samples))), args.validation_split, run.seed
     )  # checks the flag before class images are generated

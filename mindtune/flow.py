@@ -188,8 +188,11 @@ def sample_losses(
     """
     error = ops.square(prediction.to(ms.float32) - target.to(ms.float32))
     if loss != "mse":
-        # (sqrt(e^2 + d^2) - d) (sqrt(e^2 + d^2) + d) = e^2: as a quotient, small errors do not cancel.
-        error = 2.0 * error / (ops.sqrt(error + ops.square(deltas)) + deltas)
+        # (sqrt(e^2 + d^2) - d) (sqrt(e^2 + d^2) + d) = e^2: as a quotient, small errors do not cancel. The derivative by
+        # e^2 is 1 / sqrt(e^2 + d^2), which the term with a gradient has: that of ops.sqrt is an old operator on Ascend.
+        root = ops.stop_gradient(ops.sqrt(error + ops.square(deltas)))
+        linear = error / root
+        error = linear + ops.stop_gradient(2.0 * error / (root + deltas) - linear)
     if loss == "huber":
         error = deltas * error
     error = error * weighting.to(ms.float32)

@@ -11,7 +11,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
-from mindtune.cli import UserError
+from mindtune.cli import UserError, print_lines
 from mindtune.rng import SampleStream, generator
 
 Size = tuple[int, int]  # (height, width) of a crop, in pixels
@@ -131,12 +131,13 @@ def assign(images: Sequence[tuple[int, int]], settings: Settings) -> Assignment:
     )
 
 
-def of_samples(samples: list, settings: Settings) -> tuple[list, np.ndarray, list[Size]]:
-    """(samples, bucket ids, sizes): `assign` for `Sample`s. Prints a table of automatic sizes."""
+def of_samples(samples: list, settings: Settings, batch_size: int) -> tuple[list, np.ndarray, list[Size]]:
+    """(samples, bucket ids, sizes): `assign` for `Sample`s. Prints a table of automatic sizes, and what is repeated."""
     images = [sample.size for sample in samples]
     found = assign(images, settings)
     if settings.auto_buckets:
         print(describe(images, found))
+    print_lines(repeated(found, batch_size))
     return [samples[i] for i in found.images], found.bucket_ids, found.sizes
 
 
@@ -167,12 +168,24 @@ def cropped_share(image: tuple[int, int], crop: Size) -> float:
     return 1.0 - crop[0] * crop[1] / (image[0] * scale * image[1] * scale)
 
 
+def repeated(found: Assignment, batch_size: int) -> list[str]:
+    """A line if sizes have fewer images than a batch, whose batches then have some of them several times; or none."""
+    counts = np.bincount(found.bucket_ids, minlength=len(found.sizes))
+    small = int(np.sum((counts > 0) & (counts < batch_size)))
+    if not small:
+        return []
+    return [
+        f"{small} of {len(found.sizes)} sizes have fewer images than --train_batch_size {batch_size}, so their batches "
+        "repeat images: give a smaller batch size, or fewer sizes (a larger --bucket_step)"
+    ]
+
+
 def describe(images: Sequence[tuple[int, int]], found: Assignment) -> str:
     """A table with a line per size: the number of images, and what cropping cuts off."""
-    lines = ["width x height   images  cropped away: mean    most"]
+    lines = [f"{'height,width':14s} {'images':>8s}  {'cropped away':>12s}  {'at most':>7s}"]
     for number, size in enumerate(found.sizes):
         lost = [cropped_share(images[i], size) for i in found.images[found.bucket_ids == number]]
-        lines.append(f"{f'{size[1]} x {size[0]}':<14}  {len(lost):>7}  {np.mean(lost):>18.1%}  {max(lost):>6.1%}")
+        lines.append(f"{f'{size[0]},{size[1]}':14s} {len(lost):8d}  {np.mean(lost):12.1%}  {max(lost):7.1%}")
     return "\n".join(lines)
 
 

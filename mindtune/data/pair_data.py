@@ -8,6 +8,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
+from mindtune.cli import print_lines
 from mindtune.data import buckets, captions
 from mindtune.data.buckets import BucketOrder
 from mindtune.data.columns import Source
@@ -222,6 +223,7 @@ def load(
     found = buckets.assign(images, crops)
     if settings.auto_buckets:
         print(buckets.describe(images, found))
+    print_lines(buckets.repeated(found, settings.train_batch_size))
     _, held_out = split(len(pairs), settings.validation_split, seed)
     is_held_out = np.isin(found.images, held_out)
     return PairData(

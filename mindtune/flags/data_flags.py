@@ -130,6 +130,8 @@ def _check_instance_images(args: Values) -> None:
             "give one of --instance_data_dir (a directory of images), --dataset_name and --dataset_config, only one."
         )
     check_hub(args.dataset_name, args.hub)
+    if args.trigger_word is not None and not args.trigger_word.strip():
+        raise UserError("--trigger_word: is empty. Give a word, or leave it out.")
     if (args.mask_column or args.unmasked_weight) and not (args.masked_loss or args.dataset_config):
         raise UserError("--mask_column and --unmasked_weight need --masked_loss. Add it, or leave them out.")
     in_file = (

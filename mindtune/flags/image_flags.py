@@ -133,5 +133,12 @@ def _check_auto_buckets(args: Values, resolutions: list[int]) -> None:
         raise UserError("--auto_buckets with --aspect_ratio_buckets: leave one of the two out.")
     if args.bucket_step % 16:
         raise UserError(f"--bucket_step {args.bucket_step}: must be a multiple of 16, such as 64.")
-    if args.bucket_step > min(resolutions[0], args.bucket_max_side or resolutions[0]):
-        raise UserError(f"--bucket_step {args.bucket_step}: is larger than the crops. Give 16, 32 or 64.")
+    if args.bucket_max_side and args.bucket_step > args.bucket_max_side:
+        raise UserError(
+            f"--bucket_max_side {args.bucket_max_side}: is smaller than --bucket_step {args.bucket_step}. Give a "
+            "larger side, or a step of 16."
+        )
+    if args.bucket_step > resolutions[0]:
+        raise UserError(
+            f"--bucket_step {args.bucket_step}: is larger than --resolution {resolutions[0]}. Give 16 or 32."
+        )

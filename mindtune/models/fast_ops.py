@@ -90,10 +90,12 @@ def _scale_to_norms(x, out, products, bias, adapter):
     """
     a, b, magnitude, squares = adapter
     wide_a, wide_b = a.astype(ms.float32), b.astype(ms.float32)
-    terms = 2.0 * products.astype(ms.float32) + _matmul_transposed_b(_matmul_transposed_b(wide_a, wide_a), wide_b)
+    products = products.astype(ms.float32)
+    # Without numbers where it can be: PyNative would copy each to the device.
+    terms = products + products + _matmul_transposed_b(_matmul_transposed_b(wide_a, wide_a), wide_b)
     squares = squares + _matmul(ones(1, a.shape[0]), terms * _transpose(wide_b, (1, 0))).reshape((-1,))
     norms = ops.stop_gradient(ops.sqrt(ops.maximum(squares, SMALLEST_SQUARE)))
-    change = (magnitude / norms - 1.0).astype(x.dtype).reshape((1, 1, -1))
+    change = ((magnitude - norms) / norms).astype(x.dtype).reshape((1, 1, -1))
     wide = out.expand_dims(0)
     out = backend.add_bias(backend.add_gated(wide, change, wide).reshape(out.shape), bias.astype(x.dtype))
     return out.reshape(x.shape[:-1] + (out.shape[-1],))

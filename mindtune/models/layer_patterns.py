@@ -49,7 +49,9 @@ def parse_values(text: Optional[str], flag: str, number: Callable[[str], Value])
         except ValueError:
             equals = ""
         if not equals or not pattern.strip() or not 0 < found[pattern.strip()] < float("inf"):
-            raise UserError(f"{flag} {part}: write PATTERN=NUMBER with a number above 0, such as attn.to_q=16.")
+            raise UserError(
+                f"{flag} {part}: write PATTERN=NUMBER with a number above 0, such as attn.to_q={number(8)}."
+            )
     return found
 
 
@@ -67,7 +69,8 @@ def check(patterns: Iterable[str], names: Iterable[str], flag: str) -> None:
             last = next((word for word in reversed(pattern.split(".")) if word.strip("0123456789-*")), pattern)
             similar = difflib.get_close_matches(last, words, n=4, cutoff=0.5) or words
             raise UserError(
-                f"{flag} {pattern}: matches no layer that gets an adapter. Their names have {', '.join(similar)}."
+                f"{flag} {pattern}: matches no layer that gets an adapter. Their names are {names[0]} to {names[-1]}; "
+                f"similar words: {', '.join(similar)}."
             )
 
 

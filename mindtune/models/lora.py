@@ -45,6 +45,7 @@ def parameter_groups(
     """The groups of an optimizer: each model's parameters with its rate and weight decay.
 
     Layers that a pattern matches are groups of their own, with its rate times `scaled`, behind the model's first group.
+    With patterns, prints the rates.
     """
     patterns = layer_patterns.parse_values(learning_rate_pattern, "--learning_rate_pattern", float)
     groups = []
@@ -53,9 +54,10 @@ def parameter_groups(
         for parameter_name, parameter in lora_parameters(model).items():
             rate = layer_patterns.value_of(parameter_name, patterns, 0.0) * scaled or rates[name]
             by_rate.setdefault(rate, []).append(parameter)
-        groups += [
-            {"params": found, "lr": rate, "weight_decay": decays[name]} for rate, found in by_rate.items() if found
-        ]
+        own = [{"params": found, "lr": rate, "weight_decay": decays[name]} for rate, found in by_rate.items() if found]
+        for group in own if patterns else ():
+            print(f"{name}: {len(group['params'])} trained tensors at learning rate {group['lr']:g}")
+        groups += own
     return groups
 
 

@@ -128,7 +128,7 @@ def from_diffusers(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.
     """
     name, layouts = KINDS[kind(tensors)]
     if layout not in layouts:
-        raise ValueError(f"is a {name}, which {layout}'s layout does not hold. Write it as {' or '.join(layouts)}")
+        raise ValueError(f"is a {name}, which the layout {layout} does not hold. Write it as {' or '.join(layouts)}")
     if layout == "diffusers":
         return tensors
     if layout == "lycoris":

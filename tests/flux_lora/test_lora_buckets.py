@@ -98,10 +98,11 @@ def test_every_image_is_trained_at_each_resolution(lora, photos, tmp_path, capsy
     """Five images in two resolutions: ten samples per epoch, and a table of sizes. A held-out image is so in both."""
     out = lora(tmp_path / "out", *AUTO, "--cache_latents", "--num_train_epochs", 1, "--max_train_steps", 2)
     printed = capsys.readouterr().out
-    table = printed[printed.index("width x height") :].splitlines()[1:]
+    table = printed[printed.index("height,width") :].splitlines()[1:]
     counts = {}
-    for line in table[: next(i for i, line in enumerate(table) if " x " not in line)]:
-        width, _, height, count, *_ = line.split()
+    for line in table[: next(i for i, line in enumerate(table) if "%" not in line)]:
+        size, count, *_ = line.split()
+        height, width = size.split(",")
         assert int(width) * int(height) <= 64 * 64 and int(width) % 16 == int(height) % 16 == 0
         counts[int(height), int(width)] = int(count)
     assert sum(counts.values()) == 10 and "10 samples per epoch" in printed
@@ -117,7 +118,11 @@ def test_every_image_is_trained_at_each_resolution(lora, photos, tmp_path, capsy
         (["--bucket_step", 32], "--bucket_step 32: needs --auto_buckets"),
         ([*AUTO, "--aspect_ratio_buckets", "32,32"], "--auto_buckets with --aspect_ratio_buckets"),
         ([*AUTO, "--bucket_step", 24], "--bucket_step 24: must be a multiple of 16"),
-        ([*AUTO, "--bucket_step", 64], "--bucket_step 64: is larger than the crops"),
+        ([*AUTO, "--bucket_step", 64], "--bucket_step 64: is larger than --resolution 32"),
+        (
+            [*AUTO, "--bucket_step", 32, "--bucket_max_side", 16],
+            "--bucket_max_side 16: is smaller than --bucket_step 32",
+        ),
         ([*AUTO, "--resolution", "32,40"], "--resolution 40: must be divisible by 16"),
         (
             [*AUTO, "--with_prior_preservation", "--class_data_dir", "c", "--class_prompt", "x"],

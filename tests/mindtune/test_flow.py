@@ -328,6 +328,20 @@ class SampleLosses(nn.Cell):
         return flow.sample_losses(prediction, target, weighting, self.loss, deltas)
 
 
+@pytest.mark.parametrize("loss", ["huber", "smooth_l1"])
+def test_the_gradient_of_huber_losses(mode, loss):
+    """Of the formula, in float64: w 2e / sqrt(e^2 + d^2), for huber times d, over the number of latents. Also at 0."""
+    prediction, target = random(2, 2, 4, 6), random(2, 2, 4, 6, seed=1)
+    prediction[0, 0, 0, 0] = target[0, 0, 0, 0]
+    deltas, weight = np.array([0.5, 0.01]), np.array([2.0, 1.0])
+    step = SampleLosses(loss)
+    gradient = ms.grad(lambda x: step(x, ms.Tensor(target), column(*weight), column(*deltas)).sum())
+    found = gradient(ms.Tensor(prediction)).asnumpy()
+    error, d, w = (prediction.astype(np.float64) - target), deltas.reshape(2, 1, 1, 1), weight.reshape(2, 1, 1, 1)
+    expected = w * 2 * error / np.sqrt(error**2 + d**2) * (d if loss == "huber" else 1) / 48
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("error, delta", [(1e-5, 1.0), (1e-3, 100.0), (30.0, 1e-3)])
 def test_huber_losses_of_errors_far_from_delta(error, delta):
     """Below delta huber is the squared error, without cancelling in float32; above it grows linearly."""

@@ -140,7 +140,7 @@ def test_the_most_frequent_size_comes_first():
     assert found.sizes == [(384, 640), (512, 512), (640, 384)]
     assert found.images.tolist() == [0, 1, 2, 3] and found.bucket_ids.tolist() == [0, 1, 0, 2]
     lines = describe(images, found).splitlines()
-    assert lines[1].split() == ["640", "x", "384", "2", "10.0%", "10.0%"]
+    assert lines[1].split() == ["384,640", "2", "10.0%", "10.0%"]
 
 
 def test_the_table_says_what_is_cut_off():

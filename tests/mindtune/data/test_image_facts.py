@@ -108,7 +108,7 @@ def test_verify_decodes_all(folder, tmp_path, decoded):
 def test_buckets_need_no_image_after_the_check(folder, monkeypatch):
     samples = checked(folder, ImageFacts())
     monkeypatch.setattr(Sample, "open", lambda self: pytest.fail("opened"))
-    _, ids, _ = of_samples(samples, Settings(aspect_ratio_buckets="16,32;16,16"))
+    _, ids, _ = of_samples(samples, Settings(aspect_ratio_buckets="16,32;16,16"), 1)
     assert ids.tolist() == [1, 1, 1]
 
 

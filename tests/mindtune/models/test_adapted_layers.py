@@ -169,9 +169,9 @@ def test_a_lokr_has_the_names_of_lycoris_and_those_of_kohya_for_clip(pynative, l
 @pytest.mark.parametrize(
     "kind, layout, message",
     [
-        ("dora", "kohya", "is a DoRA, which kohya's layout does not hold. Write it as diffusers"),
-        ("dora", "comfyui", "is a DoRA, which comfyui's layout does not hold. Write it as diffusers"),
-        ("lokr", "diffusers", "is a LoKr, which diffusers's layout does not hold. Write it as lycoris"),
+        ("dora", "kohya", "is a DoRA, which the layout kohya does not hold. Write it as diffusers"),
+        ("dora", "comfyui", "is a DoRA, which the layout comfyui does not hold. Write it as diffusers"),
+        ("lokr", "diffusers", "is a LoKr, which the layout diffusers does not hold. Write it as lycoris"),
         (
             "lora",
             "lycoris",

@@ -58,7 +58,7 @@ def test_rates_that_are_refused(text):
 
 def test_a_pattern_without_a_layer_is_refused():
     check(parse_patterns("attn, single_transformer_blocks.0-"), NAMES, "--lora_blocks")
-    with pytest.raises(UserError, match=r"--lora_blocks transformer_block.0-7: .* have transformer_blocks"):
+    with pytest.raises(UserError, match=r"--lora_blocks transformer_block.0-7: .* words: transformer_blocks"):
         check(["attn", "transformer_block.0-7"], NAMES, "--lora_blocks")
     with pytest.raises(UserError, match="single_transformer_blocks.38-"):
         check(["single_transformer_blocks.38-"], NAMES, "--lora_blocks")
