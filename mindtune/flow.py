@@ -188,8 +188,8 @@ def sample_losses(
     """
     error = ops.square(prediction.to(ms.float32) - target.to(ms.float32))
     if loss != "mse":
-        # (sqrt(e^2 + d^2) - d) (sqrt(e^2 + d^2) + d) = e^2: as a quotient, small errors do not cancel. The derivative by
-        # e^2 is 1 / sqrt(e^2 + d^2), which the term with a gradient has: that of ops.sqrt is an old operator on Ascend.
+        # (sqrt(e^2 + d^2) - d) (sqrt(e^2 + d^2) + d) = e^2: as a quotient, small errors do not cancel. The term with a
+        # gradient has its derivative by e^2, 1 / sqrt(e^2 + d^2): that of ops.sqrt is an old operator on Ascend.
         root = ops.stop_gradient(ops.sqrt(error + ops.square(deltas)))
         linear = error / root
         error = linear + ops.stop_gradient(2.0 * error / (root + deltas) - linear)

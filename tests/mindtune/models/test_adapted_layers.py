@@ -175,7 +175,7 @@ def test_a_lokr_has_the_names_of_lycoris_and_those_of_kohya_for_clip(pynative, l
         (
             "lora",
             "lycoris",
-            "is a LoRA, which lycoris's layout does not hold. Write it as diffusers or kohya or comfyui",
+            "is a LoRA, which the layout lycoris does not hold. Write it as diffusers or kohya or comfyui",
         ),
     ],
 )
