@@ -334,9 +334,8 @@ def test_the_gradient_of_huber_losses(mode, loss):
     prediction, target = random(2, 2, 4, 6), random(2, 2, 4, 6, seed=1)
     prediction[0, 0, 0, 0] = target[0, 0, 0, 0]
     deltas, weight = np.array([0.5, 0.01]), np.array([2.0, 1.0])
-    step = SampleLosses(loss)
-    summed = lambda x: step(x, ms.Tensor(target), column(*weight), column(*deltas)).sum()  # noqa: E731
-    found = ms.grad(summed)(ms.Tensor(prediction)).asnumpy()
+    inputs = ms.Tensor(prediction), ms.Tensor(target), column(*weight), column(*deltas)
+    found = ms.grad(SampleLosses(loss))(*inputs).asnumpy()  # of the sum of the losses
     error, d, w = (prediction.astype(np.float64) - target), deltas.reshape(2, 1, 1, 1), weight.reshape(2, 1, 1, 1)
     expected = w * 2 * error / np.sqrt(error**2 + d**2) * (d if loss == "huber" else 1) / 48
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
