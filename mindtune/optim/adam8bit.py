@@ -99,6 +99,8 @@ class AdamW8bit(nn.Optimizer):
         self.decay = tuple(ms.Tensor(float(w), ms.float32) for w in self.weight_decay)
         self.signed, self.unsigned = Quantiser(signed=True), Quantiser(signed=False)
         self.quantised = tuple(p.size >= MIN_SIZE for p in self.parameters)
+        self.large = tuple(i for i, quantised in enumerate(self.quantised) if quantised)
+        self.small = tuple(i for i, quantised in enumerate(self.quantised) if not quantised)
         self.scale_of = tuple(sum(self.quantised[:i]) for i in range(len(self.quantised)))
         self.exp_avg, self.exp_avg_scale = self._moments("exp_avg")
         self.exp_avg_sq, self.exp_avg_sq_scale = self._moments("exp_avg_sq")
@@ -123,25 +125,25 @@ class AdamW8bit(nn.Optimizer):
         root2 = ops.sqrt(-ops.expm1(step * self.log_beta2))
         rate = root2 / -ops.expm1(step * self.log_beta1)
         eps = self.eps * root2
+        # Two loops, because in a graph each `if` in a loop is a call inside the call of the iteration before: with the
+        # 340 tensors of Stable Diffusion's ControlNet they were nested deeper than MindSpore allows.
+        for i in self.small:
+            self.fused(
+                self.parameters[i],
+                self.exp_avg[i],
+                self.exp_avg_sq[i],
+                self.learning_rate[i] * rate,
+                self.beta1,
+                self.beta2,
+                eps,
+                self.decay[i] / rate,
+                gradients[i].to(self.parameters[i].dtype),
+            )
         previous = rate
-        for i in range(len(self.parameters)):
+        for i in self.large:
             lr, decay = self.learning_rate[i] * rate, self.decay[i] / rate
-            if self.quantised[i]:
-                # One after another: otherwise a graph computes all at once, with the float32 moments of all in memory.
-                previous = self._update(i, ops.depend(gradients[i], previous), lr, eps, decay)
-            else:
-                grad = gradients[i].to(self.parameters[i].dtype)
-                self.fused(
-                    self.parameters[i],
-                    self.exp_avg[i],
-                    self.exp_avg_sq[i],
-                    lr,
-                    self.beta1,
-                    self.beta2,
-                    eps,
-                    decay,
-                    grad,
-                )
+            # One after another: otherwise a graph computes all at once, with the float32 moments of all in memory.
+            previous = self._update(i, ops.depend(gradients[i], previous), lr, eps, decay)
         return True
 
     def _update(self, i, gradient, lr, eps, decay):

@@ -355,3 +355,16 @@ def graph_mode():
     ms.set_context(mode=ms.GRAPH_MODE)
     yield
     ms.set_context(mode=before)
+
+
+def test_a_graph_of_as_many_tensors_as_the_controlnet_of_stable_diffusion_compiles():
+    """340 and more. Branches in a loop would nest a call per tensor, deeper than MindSpore allows."""
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    values = [np.ones((64,), np.float32)] * 400 + [np.ones((MIN_SIZE,), np.float32)] * 2
+    parameters = [ms.Parameter(ms.Tensor(value), name=f"p{number}") for number, value in enumerate(values)]
+    created = AdamW8bit([{"params": parameters, "lr": 1e-3, "weight_decay": 0.0}])
+    created(tuple(ms.Tensor(value) for value in values))
+    ms.set_context(mode=before)
+    for parameter in (parameters[0], parameters[399], parameters[401]):
+        np.testing.assert_allclose(parameter.asnumpy(), 0.999, rtol=1e-5)
