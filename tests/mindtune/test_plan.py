@@ -1,5 +1,6 @@
 """python -m mindtune.plan: the plan of a script, from its flags."""
 
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,9 @@ def test_the_command_prints_what_dry_run_prints(tiny_flux, lora_script, capsys):
     done = subprocess.run(
         [sys.executable, "-m", "mindtune.plan", "--script", script, *flags], capture_output=True, text=True
     )
-    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    # Other processes write to the disk meanwhile.
+    found, expected = (re.sub(r"(free in .*:) .*", r"\1", text) for text in (done.stdout, expected))
+    assert (done.returncode, found) == (0, expected), done.stderr
     assert "activations, kept (this run)" in expected
 
 
