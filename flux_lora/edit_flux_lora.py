@@ -18,7 +18,6 @@ from pathlib import Path
 from mindtune import files
 from mindtune.cli import UserError, indented_list, progress_bar, run_script, size_text
 from mindtune.models import (
-    hubs,
     lora_edit,
     lora_extract,
     lora_files,
@@ -31,6 +30,7 @@ from mindtune.models import (
     weights,
 )
 from mindtune.models.safetensors_file import read_safetensors
+from mindtune.run import inference
 
 ADAPTED = ("transformer", "text_encoder")  # the components that a LoRA can adapt
 
@@ -81,13 +81,7 @@ def parse_args(argv=None):
 def add_base(add, text, required):
     """Adds the flags of the base pipeline."""
     add("--pretrained_model_name_or_path", required=required, help=text)
-    add("--revision", help="Branch, tag or commit on the hub. Default: main, on ModelScope master.")
-    add(
-        "--hub",
-        choices=list(hubs.HUBS),
-        default=hubs.default(),
-        help="Hub of ids. Default: MINDTUNE_HUB, or huggingface.",
-    )
+    inference.add_hub(add)
     add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add("--cache_dir", help="Directory for hub downloads. Default: the hub's cache.")
 

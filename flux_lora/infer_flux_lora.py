@@ -18,7 +18,6 @@ from mindtune.encode.text_encoders import clip_pooled
 from mindtune.models import (
     configs,
     execution,
-    hubs,
     loading,
     lora,
     lora_files,
@@ -37,13 +36,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="Directory or hub id of a FLUX.1 pipeline.")
-    add(
-        "--hub",
-        choices=list(hubs.HUBS),
-        default=hubs.default(),
-        help="Where the models of hub ids are. Default: MINDTUNE_HUB, or huggingface.",
-    )
-    add("--revision", help="Branch, tag or commit on the hub. Default: main, on ModelScope master.")
+    inference.add_hub(add)
     add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add(
         "--cache_dir",

@@ -14,7 +14,7 @@ import argparse
 from mindtune.cli import run_script
 from mindtune.data import grids
 from mindtune.encode.encoder_stage import EncoderStage
-from mindtune.models import execution, hubs, pipelines
+from mindtune.models import execution, pipelines
 from mindtune.run import inference
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -28,13 +28,7 @@ def parse_args(argv=None):
         required=True,
         help="Directory or hub id of a Stable Diffusion 1 or 2 pipeline.",
     )
-    add(
-        "--hub",
-        choices=list(hubs.HUBS),
-        default=hubs.default(),
-        help="Where the models of hub ids are. Default: MINDTUNE_HUB, or huggingface.",
-    )
-    add("--revision", help="Branch, tag or commit on the hub. Default: main, on ModelScope master.")
+    inference.add_hub(add)
     add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add(
         "--cache_dir",

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from mindtune.cli import UserError, matched
 from mindtune.data import conditions, grids
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.files import require_writable
-from mindtune.models import configs, execution, loading, resolve, sampling
+from mindtune.models import configs, execution, hubs, loading, resolve, sampling
 from mindtune.models.precision import resolve_precision
 
 Text = dict[str, np.ndarray]  # the embeddings of a prompt, as `EncoderStage.text` returns them
@@ -47,6 +47,17 @@ def require_t5_length(tokens: int) -> None:
             f"--max_sequence_length {tokens}: FLUX.1 was trained on at most {T5_LENGTH} T5 tokens; "
             f"use {T5_LENGTH} or less."
         )
+
+
+def add_hub(add: Callable[..., Any]) -> None:
+    """Adds the flags of the hub with `add`, the `add_argument` of a parser."""
+    add(
+        "--hub",
+        choices=list(hubs.HUBS),
+        default=hubs.default(),
+        help="Where the models of hub ids are. Default: MINDTUNE_HUB, or huggingface.",
+    )
+    add("--revision", help="Branch, tag or commit on the hub. Default: main, on ModelScope master.")
 
 
 def find_pipeline(
