@@ -18,6 +18,7 @@ from pathlib import Path
 from mindtune import files
 from mindtune.cli import UserError, indented_list, progress_bar, run_script, size_text
 from mindtune.models import (
+    loading,
     lora_edit,
     lora_extract,
     lora_files,
@@ -177,7 +178,7 @@ def merge_into_pipeline(args, factors):
         pipelines.FLUX_COMPONENTS,
         hub=args.hub,
     )
-    layers = {name: weights.linear_layers(root, name, args.variant) for name in ADAPTED}
+    layers = {name: loading.linear_layers(root, name) for name in ADAPTED}
     for path, adapter in zip(paths, adapters):
         lora_files.check_adapters(path, "--lora", adapter, layers)
     merged = {}
@@ -232,7 +233,7 @@ def extract(args):
     found, others, equal = {}, [], 0
     with progress_bar("extract", "tensor", sum(map(len, before.values()))) as bar:
         for name in tuned:
-            layers = lora_extract.adaptable_layers(root, name, args.variant)
+            layers = lora_extract.adaptable_layers(root, name)
             for key, difference in lora_extract.differences(before[name], after[name]):
                 layer = key[: -len(".weight")]
                 if difference is None:

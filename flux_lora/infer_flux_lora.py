@@ -26,7 +26,6 @@ from mindtune.models import (
     sampling,
     tokenization,
 )
-from mindtune.models.weights import linear_layers
 from mindtune.run import inference
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ def main(argv=None):
         args.hub,
     )
     if lora_path:
-        layers = {name: linear_layers(root, name, args.variant) for name in ("transformer", "text_encoder")}
+        layers = {name: loading.linear_layers(root, name) for name in ("transformer", "text_encoder")}
         lora_files.check_adapters(lora_path, "--lora", adapters, layers)
     adapts_clip = "text_encoder" in adapters
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from mindtune.cli import UserError, indented_list
 from mindtune.models.flux_layer_names import resolve
-from mindtune.models.loading import KNOWN_EXTRAS
-from mindtune.models.weights import FILE_DTYPES, StoredTensor, linear_layers, load_tensor
+from mindtune.models.loading import KNOWN_EXTRAS, linear_layers
+from mindtune.models.weights import FILE_DTYPES, StoredTensor, load_tensor
 
 
 def check_same_model(flag: str, folder: Path, base: dict[str, StoredTensor], tuned: dict[str, StoredTensor]) -> None:
@@ -30,10 +30,10 @@ def check_same_model(flag: str, folder: Path, base: dict[str, StoredTensor], tun
         )
 
 
-def adaptable_layers(root: Path, name: str, variant: Optional[str]) -> set[str]:
+def adaptable_layers(root: Path, name: str) -> set[str]:
     """The linear layers of a component that a LoRA of FLUX.1 can adapt."""
     found = set()
-    for layer in linear_layers(root, name, variant):
+    for layer in linear_layers(root, name):
         try:
             resolve(f"{name}.{layer}")
         except ValueError:

@@ -137,15 +137,6 @@ def load_tensor(stored: StoredTensor) -> np.ndarray:
     return np.fromfile(stored.path, np.uint8, count, offset=stored.offset).view(dtype).reshape(stored.shape)
 
 
-def linear_layers(root: Path, name: str, variant: Optional[str] = None) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of every linear layer of a component, from the headers of its weight files."""
-    shapes = {key: tensor.shape for key, tensor in stored_tensors(root, name, variant).items()}
-    matrices = {
-        key[: -len(".weight")]: shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2
-    }
-    return {layer: (shape[1], shape[0]) for layer, shape in matrices.items() if not layer.endswith("_embedding")}
-
-
 def missing_file_problem(name: str, path: Path, existing: list[str]) -> str:
     """The message for a missing weight file of a component whose folder has the files `existing`."""
     stem, problem = weight_file_stem(name), f"{name}/{path.name} is missing"

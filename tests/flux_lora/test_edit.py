@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
 from mindtune.models import loading, lora_files, lora_layouts, pipelines
+from mindtune.models.loading import linear_layers
 from mindtune.models.precision import DTYPES, NUMPY_DTYPES
-from mindtune.models.weights import linear_layers, weight_files
+from mindtune.models.weights import weight_files
 
 sys.path.insert(0, str(ROOT / "tests" / "mindtune" / "models"))
 from lora_cases import weight_changes

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
 from mindtune.models import lora_files
+from mindtune.models.loading import linear_layers
 from mindtune.models.lora_settings import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
-from mindtune.models.weights import linear_layers
 
 ENDS = {
     "transformer": tuple(TRANSFORMER_TARGETS),

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from mindtune.cli import UserError
 from mindtune.models import lora_files
+from mindtune.models.loading import linear_layers
 from mindtune.models.lora_files import LORA_FILE
-from mindtune.models.weights import linear_layers
 from mindtune.run import checkpoint
 
 # Layers of the tiny transformer and its CLIP, with ranks that differ, none of them the default 4 alone.

@@ -11,8 +11,8 @@ import pytest
 
 from mindtune.cli import UserError
 from mindtune.models import lora_files, lora_layouts, lora_names
+from mindtune.models.loading import linear_layers
 from mindtune.models.lora_layouts import from_diffusers, to_diffusers
-from mindtune.models.weights import linear_layers
 
 D = 8  # a model's width; its MLPs have 4 D
 OTHERS = ["kohya", "comfyui"]
