@@ -35,6 +35,7 @@ class Source(NamedTuple):
     conditioning_image_column: Optional[str] = None
     caption_column: Optional[str] = None
     hub: str = "huggingface"
+    condition_optional: bool = False
 
     @property
     def name(self) -> str:

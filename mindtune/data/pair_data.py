@@ -46,6 +46,7 @@ class Settings(NamedTuple):
     shuffle_tags: bool = False
     keep_tags: int = 0
     tag_orders: int = 8
+    own_condition_size: bool = False
 
 
 class PairUse(NamedTuple):
@@ -98,6 +99,9 @@ class PairData:
             held_out_bucket_ids if held_out_bucket_ids is not None else np.zeros(len(held_out), int)
         )
         self.order = None if self.streaming else BucketOrder(seed, self.bucket_ids, batch_size)
+
+    def condition_size(self, pair, size):
+        return size
 
     @property
     def count(self) -> int:

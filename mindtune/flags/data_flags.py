@@ -18,7 +18,7 @@ def dataset(parser: Parser, image: str) -> None:
     add("image_column", help=f"Column of the images. Default: {image}.")
 
 
-def pairs(parser: Parser) -> None:
+def pairs(parser: Parser, condition: str = "condition image") -> None:
     """Pairs of an image and a condition image, from one of three sources, loaded or streamed."""
     add = parser.add
     parser.section("data")
