@@ -77,6 +77,11 @@ class Row(NamedTuple):
     mask_image: Optional[Image.Image] = None
     place: int = 0
 
+    def sampling(self) -> dict[str, Any]:
+        """What `sampling.flux_image` takes of the row."""
+        names = ("size", "seed", "number", "steps", "guidance")
+        return {name: getattr(self, name) for name in names}
+
     def describe(self) -> dict[str, Any]:
         """The row with the keys of --validation_file: all that it depends on, except the contents of `image`."""
         height, width = self.size
