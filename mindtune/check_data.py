@@ -157,7 +157,7 @@ def check_pairs(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Found
 
 def find_pairs(flags: dict, cache_dir: str, say: Callable[[str], None]) -> tuple[str, Pairs]:
     """The flag that names the pairs of a ControlNet, and the pairs. `say` receives a line for everything not used."""
-    source_flags = {name: flags[name] for name in Source._fields if name != "cache_dir"}
+    source_flags = {name: flags[name] for name in Source._fields if name in flags and name != "cache_dir"}
     source = Source(**source_flags, cache_dir=cache_dir)
     check_source(source)
     pairs = load_pairs(source, say)
