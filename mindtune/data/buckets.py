@@ -212,8 +212,8 @@ def rows(images: Sequence[tuple[int, int]], found: Assignment) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The buckets with a line each, and a column for conditions if any have sizes of their own."""
-    with_conditions = any(row.condition and row.condition != row.size for row in rows)
+    """The buckets with a line each, and a column for conditions if they differ from the images, or some are missing."""
+    with_conditions = any(row.condition for row in rows) and any(row.condition != row.size for row in rows)
 
     def line(size: str, condition: str, *cells: str) -> str:
         return " ".join([f"{size:14s}", *([f"{condition:14s}"] if with_conditions else []), *cells])
