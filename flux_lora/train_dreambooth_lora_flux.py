@@ -9,14 +9,12 @@ run.json and report.html. Ctrl-C saves a checkpoint; the same command with --res
 run, bit for bit on the CPU.
 """
 
-from pathlib import Path
-
 import mindspore as ms
 import numpy as np
 from mindspore import ops
 
 from mindtune import files, flow, rng
-from mindtune.cli import UserError, print_lines, run_script
+from mindtune.cli import print_lines, run_script
 from mindtune.data import buckets, captions, concepts, masks, order
 from mindtune.data.image_data import ClassImages, ImageData
 from mindtune.data.image_facts import ImageFacts
@@ -30,6 +28,7 @@ from mindtune.flags.parser import Parser
 from mindtune.models import (
     configs,
     execution,
+    initial_lora,
     loading,
     lora,
     lora_files,
@@ -52,7 +51,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add
     training_flags.model(parser, pipeline="FLUX.1")
-    add("lora_model_name_or_path", may_change=True, help="LoRA (file or directory) to start from. Default: a new one.")
+    training_flags.initial_lora(parser)
     data_flags.instance_images(parser)
     image_flags.images(parser, sample="image", multiple=16, smallest=16)
     data_flags.prior_preservation(parser)
@@ -67,7 +66,7 @@ def parse_args(argv=None):
     optimizer_flags.schedule(parser)
     optimizer_flags.ema(parser)
     output_flags.output(parser, output_dir="flux-dreambooth-lora")
-    add("upcast_before_saving", default=False, may_change=True, help="Save the final LoRA in fp32.")
+    output_flags.upcast(parser)
     output_flags.validation(parser, num_inference_steps=28)
     add("validation_epochs", type=int, default=50, minimum=1, may_change=True, help="Epochs between validations.")
     output_flags.no_effect(
@@ -92,40 +91,11 @@ def find_pipeline(args):
     )
 
 
-def find_targets(args, root, initial_lora):
-    """Returns the ends of the names of the layers to adapt, per model. Raises UserError if no layer has such a name."""
-    targets = {"transformer": lora_settings.target_names(args.lora_layers)}
-    if args.train_text_encoder:
-        targets["text_encoder"] = lora_settings.TEXT_ENCODER_TARGETS
-    if "transformer" not in initial_lora:  # which has layers of its own
-        lora.check_targets(loading.narrow_transformer(root), targets["transformer"], "--lora_layers")
-    names = {name: list(loading.linear_layers(root, name)) for name in targets}
-    initial = {name: list(lora_files.by_layer(adapter)) for name, adapter in initial_lora.items()}
-    settings = args.select(lora_settings.Settings)
-    lora_settings.check_patterns(settings, names, targets, initial, args.learning_rate_pattern)
-    return targets
-
-
-def find_initial_lora(args, root):
-    """Returns (adapters by model, hash of the file) for --lora_model_name_or_path; ({}, None) without the flag.
-
-    Raises UserError if the run cannot start from this file.
-    """
-    flag = "--lora_model_name_or_path"
-    if not args.lora_model_name_or_path:
-        return {}, None
-    path = lora_files.find_lora(args.lora_model_name_or_path, flag)
-    if Path(args.output_dir).resolve() in path.resolve().parents:
-        raise UserError(f"{flag} {path}: is in --output_dir, where this run writes. Name another output directory.")
-    adapters = lora_files.read_adapters(path, flag)
+def find_adapters(args, root):
+    """Returns the layers to adapt, the adapters to start from, and a hash of their file. Raises UserError."""
     layers = {name: loading.linear_layers(root, name) for name in ("transformer", "text_encoder")}
-    lora_files.check_adapters(path, flag, adapters, layers)
-    lora_files.check_kind(path, flag, adapters, args.adapter)
-    if "text_encoder" in adapters and not args.train_text_encoder:
-        raise UserError(f"{flag} {path}: has a LoRA of CLIP, which would be lost. Add --train_text_encoder.")
-    description = lora_files.describe_adapters(adapters)
-    print(f"starting from {path} ({description}): its layers keep their ranks, flags of layers and ranks do not apply")
-    return adapters, files.file_digest(path)
+    settings = args.select(initial_lora.Settings, system="flux_lora")
+    return initial_lora.find_adapters(settings, args.select(lora_settings.Settings), layers)
 
 
 # ---- data (yours to change) ----------------------------------------------------------------------
@@ -345,7 +315,7 @@ def main(argv=None):
     # ---- check ----
     if args.dry_run:
         settings = args.select(memory.Settings, system="flux_lora", root=find_pipeline(args))
-        find_targets(args, settings.root, find_initial_lora(args, settings.root)[0])
+        find_adapters(args, settings.root)
         print(
             plan.describe(settings),
             disk.describe(args.select(disk.Settings), settings, lambda: concepts.find_samples(find_concepts(args))),
@@ -360,8 +330,7 @@ def main(argv=None):
     root = find_pipeline(args)
     settings = args.select(memory.Settings, system="flux_lora", root=root)
     plan.check_fit(settings)
-    initial_lora, lora_digest = find_initial_lora(args, root)
-    targets = find_targets(args, root, initial_lora)
+    targets, initial, lora_digest = find_adapters(args, root)
     rows = validation_rows.read(args.select(validation_rows.Settings, system="flux_lora", seed=run.seed))
     crops = args.select(buckets.Settings)
     cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
@@ -419,7 +388,7 @@ def main(argv=None):
     precision.freeze_params(*models.values())
 
     # ---- add what is trained ----
-    lora.add_adapters(adapted, args.select(lora_settings.Settings), targets, initial_lora, dtypes.compute, run.seed)
+    lora.add_adapters(adapted, args.select(lora_settings.Settings), targets, initial, dtypes.compute, run.seed)
     recompute_blocks(memory.recomputed_blocks(settings), *adapted.values())
     print(precision.parameter_table(models, dtypes))
 

@@ -234,15 +234,6 @@ def _layout(root: Path, name: str) -> _Layout:
     return _LAYOUTS[key]
 
 
-def narrow_transformer(root: Path) -> nn.Cell:
-    """FLUX's transformer with its real depth and a tiny width, to check names before gigabytes are loaded."""
-    config = accepted_arguments(mindone.diffusers.FluxTransformer2DModel, read_config(root, "transformer"))
-    config.update(num_attention_heads=1, attention_head_dim=8, axes_dims_rope=(4, 2, 2))
-    config.update(joint_attention_dim=8, pooled_projection_dim=8, in_channels=4)
-    # With the cells that a loaded model has.
-    return use_shared_blocks(mindone.diffusers.FluxTransformer2DModel(**config))
-
-
 def accepted_arguments(cls: type, config: dict) -> dict:
     """The items of another class's config that the constructor of `cls` accepts."""
     accepted = inspect.signature(cls.__init__).parameters

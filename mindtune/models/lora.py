@@ -6,7 +6,6 @@ those of the others. `lora_files` reads and writes the files.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,23 +15,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from mindtune.cli import UserError
 from mindtune.models import adapted_layers, layer_patterns, lokr, lora_files, lora_layouts
 from mindtune.models.library import BaseTunerLayer, LoraConfig
 from mindtune.models.lora_settings import Settings
 from mindtune.models.precision import LINEAR_LAYERS, cast_training_params
 from mindtune.models.shared_blocks import use_shared_blocks
 from mindtune.rng import normal
-
-
-def check_targets(model: nn.Cell, targets: Iterable[str], flag: str) -> None:
-    """Raises UserError, with similar names, unless every target is the end of the name of a linear layer in `model`."""
-    names = linear_names(model)
-    suffixes = sorted({".".join(name.split(".")[-n:]) for name in names for n in (1, 2)} - {"0", "2"})
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            similar = difflib.get_close_matches(target, suffixes, n=4, cutoff=0.5) or suffixes
-            raise UserError(f"{flag} {target}: no linear layer has that name. Similar names: {', '.join(similar)}.")
 
 
 def parameter_groups(
@@ -196,12 +184,35 @@ def init_lora(model: nn.Cell, seed: int) -> None:
 
 
 def lora_parameters(model: nn.Cell) -> dict[str, ms.Parameter]:
-    """What trains, by its name in the file without the prefix: `<layer>.lora_A.weight`, `.lora_magnitude_vector`."""
+    """What trains, by its name in the file without the prefix: `<layer>.lora_A.weight`, `.lora_magnitude_vector`.
+
+    With `train_norms` also `<norm>.weight`.
+    """
     return {
         name.replace(".default.", "."): parameter
         for name, parameter in model.parameters_and_names()
         if re.search(r"\.(lora_[AB]\.|lora_magnitude_vector$|lokr_)", name)
+        or (parameter.requires_grad and lora_layouts.NORM.search(name))
     }
+
+
+def train_norms(model: nn.Cell, initial: dict[str, np.ndarray]) -> None:
+    """Trains the norms of q and k too, in float32. They start as they are, or with those of the adapter `initial`."""
+    for name, parameter in model.parameters_and_names():
+        if lora_layouts.NORM.search(name):
+            value = initial.get(name, parameter.astype(ms.float32).asnumpy())
+            parameter.set_dtype(ms.float32)
+            parameter.set_data(ms.Tensor(value, ms.float32))
+            parameter.requires_grad = True
+    use_shared_blocks(model)
+
+
+def _load_norms(model: nn.Cell, adapter: dict[str, np.ndarray], scale: float) -> None:
+    """Moves the norms of a model towards those of an adapter, by `scale`."""
+    for name, parameter in model.parameters_and_names():
+        if name in adapter and lora_layouts.NORM.search(name):
+            value = parameter.astype(ms.float32).asnumpy()
+            parameter.set_data(ms.Tensor(value + np.float32(scale) * (adapter[name] - value), parameter.dtype))
 
 
 def lokr_scales(model: nn.Cell) -> dict[str, np.float32]:
@@ -250,6 +261,7 @@ def load_lora(
             name: value * np.float32(scale) if name.endswith((".lora_B.weight", ".lokr_w1")) and not dora else value
             for name, value in adapter.items()
         }
+        _load_norms(models[prefix], adapter, scale)
         add_trained_lora(models[prefix], scaled, alpha=None, dropout=0.0, compute=compute)
         if dora and scale != 1.0:
             adapted_layers.scale_doras(models[prefix], scale)

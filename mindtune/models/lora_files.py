@@ -5,8 +5,9 @@ with rank, alpha and targets as JSON in the header, and LoKr in LyCORIS' layout.
 be written too, and those of `lora_names` can be read.
 
 Here an adapter is a dict of the tensors for one model, `<layer>.lora_A.weight`, `<layer>.lora_B.weight` and, of a DoRA,
-`<layer>.lora_magnitude_vector`, or `<layer>.lokr_w1` and the other factors of a LoKr. `adapters` maps the prefix of a
-model (transformer, text_encoder) to its adapter.
+`<layer>.lora_magnitude_vector`, or `<layer>.lokr_w1` and the other factors of a LoKr. A Control-LoRA may also have
+`<norm>.weight`, the trained norms of q and k. `adapters` maps the prefix of a model (transformer, text_encoder) to its
+adapter.
 """
 
 from __future__ import annotations
@@ -183,7 +184,9 @@ def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, f
     """
     try:
         entries, header = read_safetensors(path)
-        tensors = lora_layouts.to_diffusers(entries)
+        trained_norms = lora_layouts.norms(entries)
+        tensors = lora_layouts.to_diffusers({name: entries[name] for name in entries if name not in trained_norms})
+        tensors.update(trained_norms)
     except ValueError as error:
         raise UserError(f"{flag} {path}: {error}.") from None
     config = {}
@@ -277,9 +280,11 @@ def check_kind(path: Path, flag: str, adapters: dict[str, dict[str, np.ndarray]]
 
 
 def by_layer(adapter: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Layer -> ending of the name, such as lora_A.weight or lokr_w1 -> tensor."""
+    """Layer -> ending of the name, such as lora_A.weight or lokr_w1 -> tensor. Without norms."""
     layers: dict[str, dict[str, np.ndarray]] = {}
     for name, value in adapter.items():
+        if lora_layouts.NORM.search(name):
+            continue
         layer, end = re.fullmatch(r"(.+)\.(lo(?:ra|kr)_\w+(?:\.weight)?)", name).groups()
         layers.setdefault(layer, {})[end] = value
     return layers

@@ -33,6 +33,7 @@ LAYOUTS = ("diffusers", "kohya", "comfyui", "lycoris")  # that can be written
 # Kind of adapter -> its name in messages, and the layouts that hold it.
 KINDS = {"lora": ("LoRA", LAYOUTS[:3]), "dora": ("DoRA", LAYOUTS[:1]), "lokr": ("LoKr", LAYOUTS[3:])}
 _MAGNITUDE = ".lora_magnitude_vector"
+NORM = re.compile(r"\.norm_(added_)?[qk]\.weight$")  # a trained norm of a Control-LoRA, as diffusers names it
 _A_ENDINGS = (".lora_A.weight", ".lora_down.weight")
 _ADVICE = "Give a LoRA of FLUX.1"
 _FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
@@ -65,6 +66,11 @@ def _kohya_name(native: str) -> str:
 def ranks(tensors: dict[str, np.ndarray]) -> dict[str, int]:
     """The rank of every adapted layer, for tensors in one of `LAYOUTS`."""
     return {name[: -len(end)]: a.shape[0] for name, a in tensors.items() for end in _A_ENDINGS if name.endswith(end)}
+
+
+def norms(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The trained norms among the tensors of a file or of an adapter."""
+    return {name: value for name, value in tensors.items() if NORM.search(name)}
 
 
 def kind(tensors: dict[str, np.ndarray]) -> str:

@@ -61,14 +61,22 @@ def add_hub(add: Callable[..., Any]) -> None:
 
 
 def find_pipeline(
-    name: str, revision: Optional[str], variant: Optional[str], cache_dir: Optional[str], components: dict, hub: str
+    name: str,
+    revision: Optional[str],
+    variant: Optional[str],
+    cache_dir: Optional[str],
+    components: dict,
+    hub: str,
+    task: str = "text-to-image",
 ) -> Path:
     """The directory of a pipeline, local or from `hub`; its `components` are checked, no weights are read.
+
+    `task` is a key of `supported.TASKS`.
 
     Raises UserError if the pipeline is incomplete or not supported, and if nothing can be written to `cache_dir`.
     """
     require_writable("--cache_dir", cache_dir)
-    return resolve.pipeline(name, revision, variant, cache_dir, components, hub=hub)
+    return resolve.pipeline(name, revision, variant, cache_dir, components, hub=hub, task=task)
 
 
 def find_controlnet(name: str, cache_dir: Optional[str], root: Path, base: str, hub: str) -> Path:

@@ -20,6 +20,7 @@ from mindtune.models.configs import read_config
 from mindtune.models.controlnets import controlnet_shapes
 from mindtune.models.loading import component_shapes
 from mindtune.models.lora_layouts import KINDS
+from mindtune.models.lora_settings import DEFAULT_TARGETS
 from mindtune.models.precision import DTYPES
 from mindtune.optim.optimizers import state_bytes
 from mindtune.run import adapters, ascend_memory, cpu_memory
@@ -31,11 +32,11 @@ MB, GB = 1 << 20, 1 << 30
 class Settings(NamedTuple):
     """What determines the memory of a run. The fields that are flags have the flag's name and meaning.
 
-    Some fields apply only to some systems: those of LoRA, the text encoder and prior preservation to flux_lora, the
-    numbers of blocks to flux_controlnet, `base_precision` and `max_sequence_length` to both.
+    Some fields apply only to some systems: those of adapters to LoRAs, the text encoder and prior preservation to
+    flux_lora, the numbers of blocks to flux_controlnet, `base_precision` and `max_sequence_length` to FLUX.1.
     """
 
-    system: str  # flux_lora, flux_controlnet, controlnet or controlnet_sdxl
+    system: str  # flux_lora, flux_kontext, flux_control, flux_controlnet, controlnet or controlnet_sdxl
     root: Path  # the folder of the pipeline; its configs are enough
     controlnet: Optional[Path] = None  # the folder of an existing ControlNet that training starts from
     mixed_precision: str = "no"
@@ -63,6 +64,8 @@ class Settings(NamedTuple):
     lora_rank_pattern: Optional[str] = None
     train_text_encoder: bool = False
     with_prior_preservation: bool = False
+    train_norm_layers: bool = False
+    fill: bool = False
     num_double_layers: int = 4
     num_single_layers: int = 4
     streaming: bool = False
@@ -72,6 +75,15 @@ class Settings(NamedTuple):
     @property
     def flux(self) -> bool:
         return self.system.startswith("flux")
+
+    @property
+    def lora(self) -> bool:
+        return self.system in DEFAULT_TARGETS
+
+    @property
+    def encodes_conditions(self) -> bool:
+        """Whether the VAE encodes condition images too, before training."""
+        return self.system in ("flux_controlnet", "flux_kontext", "flux_control") and not self.fill
 
     @property
     def base(self) -> str:
@@ -142,7 +154,8 @@ def _frozen_part(settings: Settings, name: str, int8: bool = False) -> Part:
     """A frozen component. int8 weights have a float32 scale per output."""
     itemsize = ITEMSIZE[settings.mixed_precision]
     size = count = 0
-    for shape in component_shapes(settings.root, name):
+    shapes = adapters.base_shapes(settings) if name == settings.base else component_shapes(settings.root, name)
+    for shape in shapes:
         elements = math.prod(shape.shape)
         count += elements
         size += elements + 4 * shape.shape[0] if int8 and shape.linear else itemsize * elements
@@ -152,9 +165,8 @@ def _frozen_part(settings: Settings, name: str, int8: bool = False) -> Part:
 
 def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:
     root, base = settings.root, settings.base
-    if settings.system == "flux_lora":
-        layers = adapters.adapted_layers(settings).values()
-        return adapters.trained_shapes(settings.adapter, layers, settings.lokr_factor)
+    if settings.lora:
+        return adapters.trained_shapes(settings)
     if settings.controlnet:
         found = component_shapes(settings.controlnet.parent, settings.controlnet.name)
     elif settings.flux:
@@ -175,14 +187,14 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
 
     trained = _trained_shapes(settings)
     count = sum(map(math.prod, trained))
-    lora = settings.system == "flux_lora"
+    lora = settings.lora
     # A DoRA has a frozen vector of the size of every magnitude: the norms of the weights.
-    norms = sum(shape[0] for shape in trained if len(shape) == 1) if lora else 0
+    norms = sum(shape[0] for shape in trained if len(shape) == 1) if settings.adapter == "dora" else 0
     parts = [_frozen_part(settings, settings.base, settings.int8)]
     if lora and settings.train_text_encoder:
         parts.append(_frozen_part(settings, "text_encoder"))
     parts.append(Part(KINDS[settings.adapter][0] if lora else "controlnet", count, "float32", 4 * (count + norms)))
-    if not settings.cache_latents:
+    if not settings.cache_latents or settings.fill:  # masked images are encoded in the step
         parts.append(_frozen_part(settings, "vae"))
 
     blocks = _blocks(settings)
@@ -268,7 +280,9 @@ def _blocks(settings: Settings) -> list[Block]:
         return unet_controlnet_blocks(config, batch, (rows, columns), (height, width), CLIP_TOKENS)
     tokens = {"image_tokens": rows * columns // 4, "text_tokens": settings.max_sequence_length}
     layers = (config["num_layers"], config["num_single_layers"])
-    if settings.system == "flux_lora":
+    if settings.system == "flux_kontext":
+        tokens["image_tokens"] *= 2  # the image and its source
+    if settings.lora:
         batch = 2 * batch if settings.with_prior_preservation else batch
         blocks = flux_blocks(config, layers, batch, **tokens, trained=False)
         if settings.train_text_encoder:
