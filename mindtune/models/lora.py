@@ -15,7 +15,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from mindtune.models import adapted_layers, layer_patterns, lokr, lora_files, lora_layouts
+from mindtune.models import adapted_layers, layer_patterns, lokr, lora_files, lora_layouts, lora_norms
 from mindtune.models.library import BaseTunerLayer, LoraConfig
 from mindtune.models.lora_settings import Settings
 from mindtune.models.precision import LINEAR_LAYERS, cast_training_params
@@ -192,27 +192,8 @@ def lora_parameters(model: nn.Cell) -> dict[str, ms.Parameter]:
         name.replace(".default.", "."): parameter
         for name, parameter in model.parameters_and_names()
         if re.search(r"\.(lora_[AB]\.|lora_magnitude_vector$|lokr_)", name)
-        or (parameter.requires_grad and lora_layouts.NORM.search(name))
+        or (parameter.requires_grad and lora_norms.is_norm(name))
     }
-
-
-def train_norms(model: nn.Cell, initial: dict[str, np.ndarray]) -> None:
-    """Trains the norms of q and k too, in float32. They start as they are, or with those of the adapter `initial`."""
-    for name, parameter in model.parameters_and_names():
-        if lora_layouts.NORM.search(name):
-            value = initial.get(name, parameter.astype(ms.float32).asnumpy())
-            parameter.set_dtype(ms.float32)
-            parameter.set_data(ms.Tensor(value, ms.float32))
-            parameter.requires_grad = True
-    use_shared_blocks(model)
-
-
-def _load_norms(model: nn.Cell, adapter: dict[str, np.ndarray], scale: float) -> None:
-    """Moves the norms of a model towards those of an adapter, by `scale`."""
-    for name, parameter in model.parameters_and_names():
-        if name in adapter and lora_layouts.NORM.search(name):
-            value = parameter.astype(ms.float32).asnumpy()
-            parameter.set_data(ms.Tensor(value + np.float32(scale) * (adapter[name] - value), parameter.dtype))
 
 
 def lokr_scales(model: nn.Cell) -> dict[str, np.float32]:
@@ -255,13 +236,15 @@ def load_lora(
         linear = {name: cell for name, cell in model.cells_and_names() if isinstance(cell, LINEAR_LAYERS)}
         layers[prefix] = {name: cell.weight.shape[::-1] for name, cell in linear.items()}
     lora_files.check_adapters(path, flag, adapters, layers)
+    if "transformer" in models:
+        lora_norms.check_norms(path, flag, adapters, lora_norms.norm_shapes(models["transformer"]))
     for prefix, adapter in adapters.items():
         dora = lora_layouts.kind(adapter) == "dora"
         scaled = {
             name: value * np.float32(scale) if name.endswith((".lora_B.weight", ".lokr_w1")) and not dora else value
             for name, value in adapter.items()
         }
-        _load_norms(models[prefix], adapter, scale)
+        lora_norms.load_norms(models[prefix], adapter, scale)
         add_trained_lora(models[prefix], scaled, alpha=None, dropout=0.0, compute=compute)
         if dora and scale != 1.0:
             adapted_layers.scale_doras(models[prefix], scale)

@@ -26,6 +26,8 @@ from safetensors.numpy import save
 
 from mindtune.cli import UserError
 from mindtune.models import lora_layouts, lora_names
+from mindtune.models.lora_layouts import norms
+from mindtune.models.lora_names import is_norm
 from mindtune.models.precision import NUMPY_DTYPES
 from mindtune.models.safetensors_file import read_safetensors
 from mindtune.models.weights import PICKLED
@@ -33,7 +35,7 @@ from mindtune.models.weights import PICKLED
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-KEPT_ENDINGS = (".alpha", ".lora_magnitude_vector")  # of tensors that are float32 in every file
+KEPT_ENDINGS = (".alpha", ".lora_magnitude_vector")  # of tensors that are float32 in every file, as norms are
 
 
 def most_common(values: Iterable) -> Any:
@@ -62,6 +64,7 @@ def describe(tensors: dict[str, np.ndarray]) -> str:
     if kind == "lokr":
         return f"LoKr, {sum(name.endswith('.lokr_w1') for name in tensors)} layers"
     summary = f"{len(ranks)} layers of rank {', '.join(map(str, sorted(set(ranks.values()))))}"
+    summary += f", {count} norms" if (count := len(norms(tensors))) else ""
     return f"DoRA, {summary}" if kind == "dora" else summary
 
 
@@ -94,7 +97,7 @@ def write_lora(
         header = _kohya_header(tensors) if layout == "kohya" else {}
     if dtype is not None:
         tensors = {
-            name: value if name.endswith(KEPT_ENDINGS) else value.astype(NUMPY_DTYPES[dtype])
+            name: value if name.endswith(KEPT_ENDINGS) or is_norm(name) else value.astype(NUMPY_DTYPES[dtype])
             for name, value in tensors.items()
         }
     path.write_bytes(_with_metadata(save(tensors), {"format": "pt", **header}))
@@ -184,9 +187,7 @@ def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, f
     """
     try:
         entries, header = read_safetensors(path)
-        trained_norms = lora_layouts.norms(entries)
-        tensors = lora_layouts.to_diffusers({name: entries[name] for name in entries if name not in trained_norms})
-        tensors.update(trained_norms)
+        tensors = lora_layouts.to_diffusers(entries)
     except ValueError as error:
         raise UserError(f"{flag} {path}: {error}.") from None
     config = {}
@@ -263,11 +264,12 @@ def check_adapters(
             inputs, outputs = layers[prefix][layer]
             shapes = {end: value.shape for end, value in tensors.items() if end != "lora_magnitude_vector"}
             if _widths(shapes) != (inputs, outputs):
+                advice = " Control-LoRAs are for examples/flux_control/ alone." if layer == "x_embedder" else ""
                 what = "A and B" if "lora_A.weight" in shapes else "the factors"
                 raise UserError(
                     f"{flag} {path}: made for another model; {what} of {layer} are "
                     f"{' and '.join(map(str, shapes.values()))}, but the layer of this {prefix} has {inputs} inputs "
-                    f"and {outputs} outputs."
+                    f"and {outputs} outputs.{advice}"
                 )
 
 
@@ -283,10 +285,9 @@ def by_layer(adapter: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]
     """Layer -> ending of the name, such as lora_A.weight or lokr_w1 -> tensor. Without norms."""
     layers: dict[str, dict[str, np.ndarray]] = {}
     for name, value in adapter.items():
-        if lora_layouts.NORM.search(name):
-            continue
-        layer, end = re.fullmatch(r"(.+)\.(lo(?:ra|kr)_\w+(?:\.weight)?)", name).groups()
-        layers.setdefault(layer, {})[end] = value
+        if not is_norm(name):
+            layer, end = re.fullmatch(r"(.+)\.(lo(?:ra|kr)_\w+(?:\.weight)?)", name).groups()
+            layers.setdefault(layer, {})[end] = value
     return layers
 
 

@@ -33,7 +33,6 @@ LAYOUTS = ("diffusers", "kohya", "comfyui", "lycoris")  # that can be written
 # Kind of adapter -> its name in messages, and the layouts that hold it.
 KINDS = {"lora": ("LoRA", LAYOUTS[:3]), "dora": ("DoRA", LAYOUTS[:1]), "lokr": ("LoKr", LAYOUTS[3:])}
 _MAGNITUDE = ".lora_magnitude_vector"
-NORM = re.compile(r"\.norm_(added_)?[qk]\.weight$")  # a trained norm of a Control-LoRA, as diffusers names it
 _A_ENDINGS = (".lora_A.weight", ".lora_down.weight")
 _ADVICE = "Give a LoRA of FLUX.1"
 _FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
@@ -69,8 +68,8 @@ def ranks(tensors: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def norms(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The trained norms among the tensors of a file or of an adapter."""
-    return {name: value for name, value in tensors.items() if NORM.search(name)}
+    """The trained norms of a Control-LoRA among the tensors of a file or of an adapter. Raises ValueError."""
+    return {name: _as_float(name, value) for name, value in tensors.items() if lora_names.is_norm(name)}
 
 
 def kind(tensors: dict[str, np.ndarray]) -> str:
@@ -91,8 +90,12 @@ def to_diffusers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     adapter has a B of zeros, so it counts as blocks; if its rank is not divisible, each layer gets all of A.) 8-bit
     weights become float16, which represents all of their values. The scale of a LoKr is multiplied into w1.
 
+    Norms of a Control-LoRA stay as they are.
+
     Raises ValueError for another type of file, for a layer that FLUX does not have, and for invalid shapes and values.
     """
+    trained = {f"transformer.{lora_names.norm_of(name)}": value for name, value in norms(tensors).items()}
+    tensors = {name: value for name, value in tensors.items() if not lora_names.is_norm(name)}
     loras, lokrs, adapted_by = {}, {}, {}
     for module, entries in lora_names.modules(tensors).items():
         model, layers, swapped = flux_layer_names.resolve(module)
@@ -118,7 +121,7 @@ def to_diffusers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         loras.update({f"{model}.{layer}": part for layer, part in zip(layers, split) if part is not None})
     found = {**_to_tensors(loras, "lora_A", "lora_B", every_alpha=False), **lokrs}
     kind(found)
-    return found
+    return {**found, **trained}
 
 
 def from_diffusers(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
@@ -137,6 +140,8 @@ def from_diffusers(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.
         raise ValueError(f"is a {name}, which the layout {layout} does not hold. Write it as {' or '.join(layouts)}")
     if layout == "diffusers":
         return tensors
+    if norms(tensors):
+        raise ValueError(f"has trained norms, which the layout {layout} does not hold. Write it as diffusers")
     if layout == "lycoris":
         return lokr.to_lycoris(tensors)
     groups: dict[str, dict[str, _Lora]] = {}

@@ -108,6 +108,8 @@ OTHER_MODELS = (
     ("a language model", r"(?<!text_)model[._]layers[._]\d+[._](self_attn|mlp)"),
 )
 
+# A norm that a Control-LoRA may set, by diffusers' names.
+_NORM = re.compile(r"(?:^|\.)((?:single_)?transformer_blocks\.\d+\.attn\.norm_(?:added_)?[qk]\.weight)$")
 _T5 = re.compile(r"encoder[._]block[._]\d+[._]layer|t5xxl|lora_te3")
 _HALF = re.compile(
     r"(.+?)[._]lora(\d?)(?:_linear_layer)?[._](?:(A|down)|B|up)(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?", re.I
@@ -115,6 +117,17 @@ _HALF = re.compile(
 _LOKR = re.compile(r"(.+)\.lokr_(w[12](?:_[ab])?)(?:\.([^.]+))?")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.(?!weight$)([^.]+))?(?:\.weight)?")
 _ALPHA = re.compile(r"(.+?)(?:[._]lora(\d?)(?:_linear_layer)?)?\.(?:lora_)?alpha")
+
+
+def is_norm(name: str) -> bool:
+    """Whether a tensor of this name, with or without the prefix of a model, is a norm that can be trained."""
+    return norm_of(name) is not None
+
+
+def norm_of(name: str) -> Optional[str]:
+    """The name of a norm without the prefix of its model; None for another tensor."""
+    match = _NORM.search(name)
+    return match and match[1]
 
 
 def layout_of(names: Iterable[str]) -> Optional[str]:

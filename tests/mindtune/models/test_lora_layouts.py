@@ -5,6 +5,7 @@ import re
 import tempfile
 from pathlib import Path
 
+import mindspore as ms
 import ml_dtypes
 import numpy as np
 import pytest
@@ -585,9 +586,6 @@ REJECTED = {
         },
         "control LoRA",
     ),
-    "control LoRA by diffusers' names": (
-        {**pair(NEXT, AB), **values("transformer.transformer_blocks.0.attn.norm_q.weight", shape=(4,))}, "control LoRA"
-    ),
     "OneTrainer with embeddings": ({**pair(PAIR), **values("bundle_emb.cat.clip_l", shape=(1, 4))}, "embeddings"),
     "peft with embeddings": (
         {**pair(NEXT, AB), **values("text_encoder.token_embedding.lora_embedding_A")}, "embedding",
@@ -633,13 +631,21 @@ REJECTED = {
 }  # fmt: skip
 
 
+# A LoRA with trained norms, by diffusers' names with and without prefixes.
+NORM_NAMES = [
+    "transformer.transformer_blocks.0.attn.norm_q.weight",
+    "transformer_blocks.3.attn.norm_added_k.weight",
+    "base_model.model.single_transformer_blocks.5.attn.norm_k.weight",
+]
+WITH_NORMS = {"Control-LoRA with norms, by diffusers' names": {**pair(NEXT, AB), **values(NORM_NAMES[0], shape=(4,))}}
+
+
 def adapter_rows(folder=None):
     """(tool or type, an entry of its file, "read" or the error message), from reading a small file of each."""
     with tempfile.TemporaryDirectory() as nowhere:
         path = Path(folder or nowhere) / "lora.safetensors"
-        files = {tool: tool_file(tool)[0] for tool in TOOLS} | {
-            kind: tensors for kind, (tensors, _) in REJECTED.items()
-        }
+        files = {tool: tool_file(tool)[0] for tool in TOOLS} | WITH_NORMS
+        files.update({kind: tensors for kind, (tensors, _) in REJECTED.items()})
         rows = []
         for tool, tensors in files.items():
             try:
@@ -653,10 +659,43 @@ def adapter_rows(folder=None):
 
 def test_every_file_is_read_or_rejected_by_name(tmp_path):
     rows = {tool: verdict for tool, _, verdict in adapter_rows(tmp_path)}
-    assert {tool for tool, verdict in rows.items() if verdict == "read"} == set(TOOLS)
+    assert {tool for tool, verdict in rows.items() if verdict == "read"} == {*TOOLS, *WITH_NORMS}
     for kind, (_, words) in REJECTED.items():
         assert re.search(words, rows[kind]), (kind, rows[kind])
         assert re.search(r"\. (Give|Save|Only|Keep) [^.]", rows[kind]), rows[kind]  # what to do
+
+
+@pytest.mark.parametrize("name", NORM_NAMES)
+def test_norms_of_a_control_lora_are_read_and_written_again(tmp_path, name):
+    """In float32 whatever the file's dtype; the layouts of other tools do not hold them."""
+    tensors = {**pair(NEXT, AB), name: np.array([1.0, 1.25], np.float32).astype(ml_dtypes.bfloat16)}
+    found, alphas = lora_files.read_lora(write(tmp_path / "f", tensors), "--lora")
+    block = re.search("(single_)?transformer_blocks.*", name)[0]
+    adapter = lora_files.read_adapters(tmp_path / "f", "--lora")["transformer"]
+    assert adapter[block].tolist() == [1.0, 1.25] and adapter[block].dtype == np.float32
+    assert list(lora_files.by_layer(adapter)) == ["transformer_blocks.0.attn.to_q"]
+    found[f"transformer.{block}"] = np.array([1.0, 1.0 + 2**-20], np.float32)
+    summary = lora_files.write_lora(tmp_path / "g", found, alphas, "diffusers", ms.bfloat16)
+    assert summary == lora_files.describe(adapter) == "1 layers of rank 4, 1 norms"
+    written = lora_files.read_safetensors(tmp_path / "g")[0]
+    assert written[f"transformer.{block}"].tolist() == [1.0, 1.0 + 2**-20]
+    assert written[f"{NEXT}.lora_A.weight"].dtype == ml_dtypes.bfloat16
+    for layout in ("kohya", "comfyui"):
+        message = f"has trained norms, which the layout {layout} does not hold. Write it as diffusers"
+        with pytest.raises(ValueError, match=message):
+            lora_files.write_lora(tmp_path / "h", found, alphas, layout)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (np.array([1.0, np.nan], np.float32), "holds NaN or infinity"),
+        (np.ones(2, np.int8), "is stored as int8, not as floating point"),
+    ],
+)
+def test_norms_that_cannot_be_used(tmp_path, value, message):
+    with pytest.raises(UserError, match=rf"--lora .*: {NORM_NAMES[0]} {message}.* Give a LoRA of FLUX.1"):
+        lora_files.read_adapters(write(tmp_path / "f", {**pair(NEXT, AB), NORM_NAMES[0]: value}), "--lora")
 
 
 def test_every_known_layout_and_adapter_has_a_file():
