@@ -23,7 +23,8 @@ FLUX_DEV = {
     "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
 }
 # Known base models -> their licences. ModelScope has them under these names too, and copies of AI-ModelScope.
-LICENCES = {"FLUX.1-dev": FLUX_DEV, "FLUX.1-Krea-dev": FLUX_DEV, "FLUX.1-schnell": {"license": "apache-2.0"}}
+DEV_MODELS = [f"FLUX.1-{name}dev" for name in ("", "Krea-", "Kontext-", "Fill-", "Depth-", "Canny-")]
+LICENCES = {**dict.fromkeys(DEV_MODELS, FLUX_DEV), "FLUX.1-schnell": {"license": "apache-2.0"}}
 OWNERS = ("black-forest-labs", "AI-ModelScope")
 OTHER_LICENCE = {"license": "other", "license_name": "as-the-base-model"}
 
@@ -34,27 +35,58 @@ class Kind(NamedTuple):
     tags: tuple[str, ...]
     model: Optional[str]  # None: a LoRA
     pipeline: str
-    condition: Optional[str]  # the argument of the pipeline that takes the condition image
+    images: dict[str, str]  # argument of the pipeline that takes an image -> file
     script: str
     precision: str
+    flags: tuple[str, ...] = ()  # of the script, with the files of the images
+    task: str = "text-to-image"
 
 
-LORA = Kind(("lora", "template:sd-lora", "flux"), None, "FluxPipeline", None, "flux_lora/infer_flux_lora.py", "bf16")
+CONDITION = ("--control_image", "condition.png")
+LORA = Kind(("lora", "template:sd-lora", "flux"), None, "FluxPipeline", {}, "flux_lora/infer_flux_lora.py", "bf16")
+KONTEXT = Kind(
+    ("lora", "template:sd-lora", "flux", "flux-kontext"),
+    None,
+    "FluxKontextPipeline",
+    {"image": "source.png"},
+    "examples/flux_kontext/infer_flux_kontext.py",
+    "bf16",
+    ("--image", "source.png"),
+    "image-to-image",
+)
+CONTROL = Kind(
+    ("lora", "flux", "control-lora"),
+    None,
+    "FluxControlPipeline",
+    {"control_image": "condition.png"},
+    "examples/flux_control/infer_control_lora_flux.py",
+    "bf16",
+    CONDITION,
+)
+FILL = CONTROL._replace(
+    tags=("lora", "flux", "inpainting"),
+    pipeline="FluxFillPipeline",
+    images={"image": "image.png", "mask_image": "mask.png"},
+    flags=("--fill", "--control_image", "image.png", "--mask_image", "mask.png"),
+    task="image-to-image",
+)
 FLUX_CONTROLNET = Kind(
     ("controlnet", "flux"),
     "FluxControlNetModel",
     "FluxControlNetPipeline",
-    "control_image",
+    {"control_image": "condition.png"},
     "flux_controlnet/infer_flux_controlnet.py",
     "bf16",
+    CONDITION,
 )
 CONTROLNET = Kind(
     ("controlnet", "stable-diffusion"),
     "ControlNetModel",
     "StableDiffusionControlNetPipeline",
-    "image",
+    {"image": "condition.png"},
     "examples/controlnet/infer_controlnet.py",
     "fp16",
+    CONDITION,
 )
 CONTROLNET_XL = CONTROLNET._replace(
     tags=("controlnet", "stable-diffusion-xl"),
@@ -69,22 +101,22 @@ def model_card(output_dir: Path, repo_id: str, base_model: str, gallery: list[tu
     `gallery` has the prompt and the file of each image, relative to the output directory.
     """
     record = json.loads((output_dir / "run.json").read_text())
-    kind = kind_of(output_dir)
+    kind = kind_of(output_dir, record)
     adapter = record["flags"].get("adapter") or "lora"
     tags = [tag for tag in kind.tags if adapter == "lora" or tag not in ("lora", "template:sd-lora")]
-    tags += [adapter] if kind is LORA and adapter != "lora" else []
+    tags += [adapter] if not kind.model and adapter != "lora" else []
     # A path is no id, which a hub would refuse as metadata, and says nothing to others.
     base_id = base_model if hubs.is_id(base_model) and not Path(base_model).is_dir() else None
     base = base_id or f"path/to/{Path(base_model).resolve().name}"
     instance_prompt = record["flags"].get("instance_prompt")
     metadata = {
         "base_model": base_id,
-        "base_model_relation": "adapter" if base_id and kind is LORA else None,
+        "base_model_relation": "adapter" if base_id and not kind.model else None,
         "instance_prompt": instance_prompt,
         "library_name": "diffusers",
         **_licence(base_id),
-        "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "diffusers", *tags, "mindspore", "mindone"],
+        "pipeline_tag": kind.task,
+        "tags": [kind.task, "diffusers", *tags, "mindspore", "mindone"],
         "widget": [{"text": prompt, "output": {"url": file}} for prompt, file in gallery],
     }
     prompts = "".join(f"- {' '.join(prompt.split())}\n" for prompt, _ in gallery)
@@ -101,7 +133,7 @@ def model_card(output_dir: Path, repo_id: str, base_model: str, gallery: list[tu
 
 # {output_dir.resolve().name}
 
-A {f"{KINDS[adapter][0]} adapter" if kind is LORA else "ControlNet"} for `{base}`, trained with MindTune on MindSpore.
+A {"ControlNet" if kind.model else f"{KINDS[adapter][0]} adapter"} for `{base}`, trained with MindTune on MindSpore.
 Its licence is that of the base model.
 {images}
 {_diffusers(kind, adapter, repo_id, base, prompt, hub)}
@@ -120,11 +152,12 @@ Seed {record["seed"]}, {record.get("updates", "?")} updates; {versions}.
 """
 
 
-def kind_of(output_dir: Path) -> Kind:
-    """What was trained, from the config of a ControlNet. A LoRA has none."""
+def kind_of(output_dir: Path, record: dict[str, Any]) -> Kind:
+    """What was trained, from the config of a ControlNet, or from the record of a LoRA, run.json."""
     path = output_dir / "config.json"
     if not path.is_file():
-        return LORA
+        control = FILL if record["flags"].get("fill") else CONTROL
+        return {"flux_kontext": KONTEXT, "flux_control": control}.get(record.get("system"), LORA)
     config = json.loads(path.read_text())
     if config["_class_name"] == FLUX_CONTROLNET.model:
         return FLUX_CONTROLNET
@@ -157,22 +190,21 @@ def _python(kind: Kind, repo_id: str, base: str, prompt: str, hub: str) -> str:
     base = f'"{base}"' if base.startswith("path/to/") else in_hub.format(base)
     text = json.dumps(prompt, ensure_ascii=False)
     dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[kind.precision]
-    imports = ["import torch"]
-    if kind is LORA:
-        imports.append(f"from diffusers import {kind.pipeline}")
-        lines = [
-            f'pipe = {kind.pipeline}.from_pretrained({base}, torch_dtype={dtype}).to("cuda")',
-            f'pipe.load_lora_weights({result}, weight_name="{LORA_FILE}")',
-            f"image = pipe({text}).images[0]",
-        ]
-    else:
-        imports += [f"from diffusers import {kind.model}, {kind.pipeline}", "from diffusers.utils import load_image"]
+    imports = ["import torch", f"from diffusers import {', '.join(filter(None, (kind.model, kind.pipeline)))}"]
+    imports += ["from diffusers.utils import load_image"] * bool(kind.images)
+    arguments = [f"prompt={text}", *(f'{name}=load_image("{file}")' for name, file in kind.images.items())]
+    if kind.model:
         lines = [
             f"controlnet = {kind.model}.from_pretrained({result}, torch_dtype={dtype})",
             f"pipe = {kind.pipeline}.from_pretrained({base}, controlnet=controlnet, torch_dtype={dtype})",
             'pipe.to("cuda")',
-            f'image = pipe({text}, {kind.condition}=load_image("condition.png")).images[0]',
         ]
+    else:
+        lines = [
+            f'pipe = {kind.pipeline}.from_pretrained({base}, torch_dtype={dtype}).to("cuda")',
+            f'pipe.load_lora_weights({result}, weight_name="{LORA_FILE}")',
+        ]
+    lines.append(f"image = pipe({', '.join(arguments)}).images[0]")
     if hub == "modelscope":
         imports.append("from modelscope import snapshot_download")
     return "\n".join([*imports, "", *lines, 'image.save("image.png")'])
@@ -182,12 +214,12 @@ def _commands(kind: Kind, repo_id: str, base: str, prompt: str, hub: str) -> str
     """The commands that use the result with this repository's script."""
     words = ["python", kind.script, "--pretrained_model_name_or_path", base]
     first = []
-    if kind is LORA:
+    if not kind.model:
         folder = repo_id.split("/")[1]
         first = [shlex.join(hubs.HUBS[hub].download_command(repo_id, folder))]
         words += ["--lora", folder]
     else:
-        words += ["--controlnet", repo_id, "--control_image", "condition.png"]
-    words += ["--prompt", " ".join(prompt.split()), "--mixed_precision", kind.precision]
+        words += ["--controlnet", repo_id]
+    words += [*kind.flags, "--prompt", " ".join(prompt.split()), "--mixed_precision", kind.precision]
     words += [] if hub == hubs.DEFAULT else ["--hub", hub]
     return "\n".join([*first, shlex.join(words)])

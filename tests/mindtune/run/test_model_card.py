@@ -23,6 +23,27 @@ CONFIGS = {
     "sd": {"_class_name": "ControlNetModel", "addition_embed_type": None},
     "sdxl": {"_class_name": "ControlNetModel", "addition_embed_type": "text_time"},
 }
+# LoRAs, which have no config: the entries of run.json by their names, and pipeline, arguments and tags of each.
+LORAS = {"lora": {}, "kontext": {"system": "flux_kontext"}, "control": {"system": "flux_control"}}
+LORAS["fill"] = {"system": "flux_control", "flags": {"fill": True}}
+PIPELINES = {
+    "lora": ("FluxPipeline", {"prompt"}, ["text-to-image", "diffusers", "lora", "template:sd-lora", "flux"]),
+    "kontext": (
+        "FluxKontextPipeline",
+        {"prompt", "image"},
+        ["image-to-image", "diffusers", "lora", "template:sd-lora", "flux", "flux-kontext"],
+    ),
+    "control": (
+        "FluxControlPipeline",
+        {"prompt", "control_image"},
+        ["text-to-image", "diffusers", "lora", "flux", "control-lora"],
+    ),
+    "fill": (
+        "FluxFillPipeline",
+        {"prompt", "image", "mask_image"},
+        ["image-to-image", "diffusers", "lora", "flux", "inpainting"],
+    ),
+}
 
 
 @pytest.fixture
@@ -32,9 +53,10 @@ def card(tmp_path):
     def make(config=None, base="black-forest-labs/FLUX.1-dev", gallery=GALLERY, hub="huggingface", **flags):
         out = tmp_path / "circles"
         out.mkdir(exist_ok=True)
-        if config:
+        if config in CONFIGS:
             (out / "config.json").write_text(json.dumps(CONFIGS[config]))
-        record = {"flags": flags, "seed": 7, "versions": {"mindspore": "2.7.1"}, "updates": 3}
+        record = {"seed": 7, "versions": {"mindspore": "2.7.1"}, "updates": 3, **LORAS.get(config, {})}
+        record["flags"] = {**record.get("flags", {}), **flags}
         (out / "run.json").write_text(json.dumps(record))
         (out / "samples").mkdir(exist_ok=True)
         (out / "samples" / "final.png").touch()
@@ -85,9 +107,19 @@ def test_the_metadata_of_a_controlnet(card, config, tags):
     assert not {"base_model_relation", "instance_prompt"} & set(metadata)
 
 
+@pytest.mark.parametrize("config", LORAS)
+def test_the_metadata_of_every_kind_of_lora(card, config):
+    metadata, body = card(config)
+    tags = PIPELINES[config][2]
+    assert metadata["tags"] == [*tags, "mindspore", "mindone"] and metadata["pipeline_tag"] == tags[0]
+    assert metadata["base_model_relation"] == "adapter" and "A LoRA adapter for" in body
+
+
 @pytest.mark.parametrize(
     "base, licence",
     [
+        ("black-forest-labs/FLUX.1-Kontext-dev", ["other", "flux-1-dev-non-commercial-license"]),
+        ("black-forest-labs/FLUX.1-Fill-dev", ["other", "flux-1-dev-non-commercial-license"]),
         ("black-forest-labs/FLUX.1-Krea-dev", ["other", "flux-1-dev-non-commercial-license"]),
         ("AI-ModelScope/FLUX.1-dev", ["other", "flux-1-dev-non-commercial-license"]),
         ("black-forest-labs/FLUX.1-schnell", ["apache-2.0", None]),
@@ -126,7 +158,7 @@ def test_flags_are_cells_of_the_table(card):
 
 @pytest.mark.parametrize("prompt", HARD)
 @pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
-@pytest.mark.parametrize("config", [None, *CONFIGS])
+@pytest.mark.parametrize("config", [*LORAS, *CONFIGS])
 def test_the_code_for_diffusers(card, config, hub, prompt):
     """It parses, loads the result and the base model from the hub, and has the prompt as it was given."""
     _, body = card(config, gallery=[(prompt, "samples/final-1.png")], hub=hub)
@@ -136,8 +168,9 @@ def test_the_code_for_diffusers(card, config, hub, prompt):
     calls = {ast.unparse(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     names = ["'somebody/circles'", "'black-forest-labs/FLUX.1-dev'"]
     result, base = [f"snapshot_download({name})" for name in names] if hub == "modelscope" else names
-    if config is None:
-        loads = {"FluxPipeline.from_pretrained": base, "pipe.load_lora_weights": result}
+    if config in LORAS:
+        pipeline, expected, _ = PIPELINES[config]
+        loads = {f"{pipeline}.from_pretrained": base, "pipe.load_lora_weights": result}
     else:
         kind = {
             "flux_controlnet": ("FluxControlNetModel", "FluxControlNetPipeline"),
@@ -145,8 +178,8 @@ def test_the_code_for_diffusers(card, config, hub, prompt):
             "sdxl": ("ControlNetModel", "StableDiffusionXLControlNetPipeline"),
         }[config]
         loads = {f"{kind[0]}.from_pretrained": result, f"{kind[1]}.from_pretrained": base}
-        arguments = {keyword.arg for keyword in calls["pipe"].keywords}
-        assert arguments == {"control_image" if config == "flux_controlnet" else "image"}
+        expected = {"prompt", "control_image" if config == "flux_controlnet" else "image"}
+    assert {keyword.arg for keyword in calls["pipe"].keywords} == expected and not calls["pipe"].args
     assert {name: ast.unparse(calls[name].args[0]) for name in loads} == loads
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert {name.split(".")[0] for name in loads} - {"pipe"} <= imported
@@ -154,15 +187,16 @@ def test_the_code_for_diffusers(card, config, hub, prompt):
 
 
 @pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
-@pytest.mark.parametrize("config", [None, *CONFIGS])
+@pytest.mark.parametrize("config", [*LORAS, *CONFIGS])
 def test_the_command_of_the_inference_script_has_flags_that_it_takes(card, config, hub, tmp_path):
     _, body = card(config, gallery=[(HARD[3], "samples/final-1.png")], hub=hub)
+    record = json.loads((tmp_path / "circles" / "run.json").read_text())
     *download, command = map(shlex.split, block(body, "bash").splitlines())
-    assert command[0] == "python" and command[1] == kind_of(tmp_path / "circles").script
+    assert command[0] == "python" and command[1] == kind_of(tmp_path / "circles", record).script
     args = load_script(ROOT / command[1]).parse_args(command[2:])
     assert args.prompt == [" ".join(HARD[3].split())] and args.hub == hub
     assert args.pretrained_model_name_or_path == "black-forest-labs/FLUX.1-dev"
-    if config:
+    if config in CONFIGS:
         assert download == [] and args.controlnet == "somebody/circles"
     else:
         start = {"huggingface": ["huggingface-cli", "download"], "modelscope": ["modelscope", "download", "--model"]}
