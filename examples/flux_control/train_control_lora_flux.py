@@ -275,7 +275,8 @@ def main(argv=None):
     if args.dry_run:
         settings = args.select(memory.Settings, system="flux_control", root=find_pipeline(args))
         find_adapters(args, settings.root)
-        print(plan.describe(settings), disk.describe(args.select(disk.Settings), settings, lambda: load_pairs(source)))
+        print(plan.describe(settings))
+        print(disk.describe(args.select(disk.Settings), settings, lambda: load_pairs(source)))
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)

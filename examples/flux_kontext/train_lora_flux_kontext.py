@@ -50,7 +50,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     training_flags.model(parser, pipeline="FLUX.1-Kontext")
     training_flags.initial_lora(parser)
-    data_flags.pairs(parser, condition="source image")
+    data_flags.pairs(parser, "sources", "a pair without one trains text-to-image", aliases=("cond_image_column",))
     image_flags.images(parser, sample="pair", multiple=16, smallest=16)
     lora_flags.lora(parser, "flux_kontext")
     training_flags.flux(parser, weighting_scheme="none")
@@ -269,7 +269,8 @@ def main(argv=None):
     if args.dry_run:
         settings = args.select(memory.Settings, system="flux_kontext", root=find_pipeline(args))
         find_adapters(args, settings.root)
-        print(plan.describe(settings), disk.describe(args.select(disk.Settings), settings, lambda: load_pairs(source)))
+        print(plan.describe(settings))
+        print(disk.describe(args.select(disk.Settings), settings, lambda: load_pairs(source)))
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from mindtune import check_data
+from mindtune.data import check_report
 from mindtune.data.image_sample import Sample
 
 SIDE = 256  # of a thumbnail, in pixels
@@ -24,7 +25,7 @@ def check(values: dict[str, Any], count: int = 12) -> tuple[str, list[tuple[Imag
     flags["pairs"] = "train_data_dir" in values  # the script trains on pairs
     with tempfile.TemporaryDirectory() as folder:
         cache_dir = flags["cache_dir"] or folder
-        report = check_data.format_report(check_data.make_report(flags, cache_dir))
+        report = check_report.format_report(check_data.make_report(flags, cache_dir))
         return report, thumbnails(flags, cache_dir, count)
 
 
@@ -37,7 +38,7 @@ def thumbnails(flags: dict[str, Any], cache_dir: str, count: int) -> list[tuple[
         rows = [([sample], sample.caption or flags["instance_prompt"] or sample.name) for sample in samples]
     else:
         _, pairs = check_data.find_pairs(flags, cache_dir, lambda note: None)
-        rows = [([pair.image, pair.condition], pair.caption or pair.image.name) for pair in pairs]
+        rows = [([*filter(None, pair[:2])], pair.caption or pair.image.name) for pair in pairs]
     found = []
     for samples, caption in rows:
         try:
