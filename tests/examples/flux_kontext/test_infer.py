@@ -93,7 +93,9 @@ def test_training_and_inference_generate_the_same_images(infer, trained, edits, 
 def test_rows_of_a_file_are_the_images_of_inference_with_the_same_settings(infer, trained):
     """The edit gets the size that its source was fitted to; without a source the size is given."""
     final = trained / "samples" / "final"
-    edited = infer("--lora", trained, "--image", final / "row-01-condition.png", *shlex.split("--seed 5 --guidance_scale 2"))
+    edited = infer(
+        "--lora", trained, "--image", final / "row-01-condition.png", *shlex.split("--seed 5 --guidance_scale 2")
+    )
     assert Image.open(edited).size == (64, 32)
     assert np.abs(pixels(edited) - pixels(final / "row-01.png")).max() <= 1
     words = "--prompt 'a cat' --seed 6 --height 32 --width 48 --num_inference_steps 3 --overwrite"
