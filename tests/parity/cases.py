@@ -118,7 +118,9 @@ CASES = [
     ),
     Case("flux_kontext", "FLUX.1-Kontext-dev", {**KONTEXT, **LENGTHS, "source": [4, 6], "real": "FLUX.1-Kontext-dev"}),
     Case("flux_control", "FLUX.1-Depth-dev", {**CONTROL_LORA, **LENGTHS, "real": "FLUX.1-Depth-dev"}),
-    Case("flux_control", "--fill, FLUX.1-Fill-dev", {**CONTROL_LORA, **LENGTHS, "fill": True, "real": "FLUX.1-Fill-dev"}),
+    Case(
+        "flux_control", "--fill, FLUX.1-Fill-dev", {**CONTROL_LORA, **LENGTHS, "fill": True, "real": "FLUX.1-Fill-dev"}
+    ),
     *(
         Case(kind, name, {**CONTROL, **LENGTHS, "prediction_type": predicted, "snr_gamma": None, "real": name})
         for kind, name, predicted in (
@@ -270,9 +272,7 @@ def arguments(settings, batch):
         given["indices"] = np.array(indices, np.int32)
         given["image_ids"] = flow.latent_image_ids(*batch["noise"].shape[2:])
     if kind == "flux_kontext" and "condition" in batch:
-        given["image_ids"] = np.concatenate(
-            [given["image_ids"], flow.source_image_ids(*batch["condition"].shape[2:])]
-        )
+        given["image_ids"] = np.concatenate([given["image_ids"], flow.source_image_ids(*batch["condition"].shape[2:])])
     if "mask" in batch:
         given["condition"] = batch["pixels"] * (1.0 - batch["mask"])
         given["masks"] = np.stack([flow.mask_channels(mask, 8) for mask in batch["mask"]])
