@@ -13,7 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from mindtune import files, flow, rng
+from mindtune import files, flow
 from mindtune.cli import print_lines, run_script
 from mindtune.data import buckets, captions, concepts, masks, order
 from mindtune.data.image_data import ClassImages, ImageData
@@ -202,10 +202,7 @@ class TrainStepForFluxDevDB(TrainStep):
         self.transformer = self.model
         self.vae = vae
         self.text_encoder = text_encoder
-        # Tables over the timesteps of all sizes, read by `get_sigmas`.
-        self.sigmas = ms.Tensor(sigmas.ravel(), ms.float32)
-        deltas = flow.huber_deltas(args.huber_schedule, args.huber_delta, sigmas, 1.0 - sigmas)
-        self.deltas = ms.Tensor(deltas.ravel(), ms.float32)
+        self.sigmas, self.deltas = flow.timestep_tables(sigmas, args.huber_schedule, args.huber_delta)
         self.compute_dtype = precision.resolve_precision(args.mixed_precision).compute
         # Read here, because a graph cannot read a dict such as a config.
         self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
@@ -289,21 +286,11 @@ class ValidationSampler:
 
     def image(self, vae, row):
         """Samples one image."""
-        text = self.stage.text(row.prompt)
-        pooled = text["pooled_prompt_embeds"]
+        text, transformer, compute = self.stage.text(row.prompt), self.models["transformer"], self.dtypes.compute
         if "text_encoder" in self.models:
             pooled = clip_pooled(self.models["text_encoder"], self.tokenizer, row.prompt)
-        latents = sampling.sample_latents(
-            self.models["transformer"],
-            self.scheduler_config,
-            text["prompt_embeds"][None],
-            pooled[None],
-            rng.normal(row.seed, "validation", row.number, shape=sampling.latent_shape(vae, row.size)),
-            row.steps,
-            row.guidance,
-            self.dtypes.compute,
-        )
-        return sampling.decode_latents(vae, latents, self.dtypes.compute)[0]
+            text = {**text, "pooled_prompt_embeds": pooled}
+        return sampling.flux_image(transformer, vae, self.scheduler_config, text, compute, **row.sampling())
 
 
 # ---- main (machinery) ----------------------------------------------------------------------------
@@ -393,10 +380,8 @@ def main(argv=None):
     print(precision.parameter_table(models, dtypes))
 
     # ---- step and optimizer ----
-    vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
-    image_tokens = [configs.image_tokens(size, vae_config) for size in sizes]
-    sigmas = loading.load_scheduler(root).sigmas.asnumpy()
-    sigmas = flow.training_sigmas(sigmas, args.timestep_shift, image_tokens, scheduler_config)
+    vae_config = configs.read_config(root, "vae")
+    sigmas, places = loading.training_sigmas(root, sizes, args.timestep_shift)
     # prodigy has one step size for all groups: as in diffusers, CLIP then has the rate of the transformer.
     base_rates = {"transformer": schedule.base}
     base_rates["text_encoder"] = schedule.base if args.optimizer == "prodigy" else args.text_encoder_lr
@@ -434,9 +419,7 @@ def main(argv=None):
         write_weights=lambda folder: lora.save_lora(folder / lora_files.LORA_FILE, adapted, ms.float32),
     )
     sampler = ValidationSampler(args, validation_rows.with_size(rows, sizes[0]), root, stage, models, tokenizer)
-    validate = validation.Validation(
-        run, step, list(adapted.values()), batches.make, sigmas[np.argmax(image_tokens)], sampler, ema
-    )
+    validate = validation.Validation(run, step, list(adapted.values()), batches.make, places, sampler, ema)
     if not run.checkpoint:
         validate()
     micro_batches = encoded.iterate(batches.make)

@@ -104,6 +104,12 @@ def huber_deltas(
     return delta**times
 
 
+def timestep_tables(sigmas: np.ndarray, schedule: str, delta: Optional[float]) -> tuple[ms.Tensor, ms.Tensor]:
+    """(sigmas, deltas of the Huber losses) of all timesteps and sizes as `get_sigmas` reads them, from sigmas [S, N]."""
+    deltas = huber_deltas(schedule, delta, sigmas, 1.0 - sigmas)
+    return ms.Tensor(sigmas.ravel(), ms.float32), ms.Tensor(deltas.ravel(), ms.float32)
+
+
 def latent_scale(vae: dict) -> tuple:
     """(shift, scale) from a VAE's config: the model's latents are (z - shift) * scale.
 

@@ -16,7 +16,7 @@ from conftest import ROOT, TRAINING_SCRIPTS, load_script, metrics
 from mindtune.flags.parser import NO_EFFECT
 from mindtune.flags.script_parser import script_parser
 
-FOLDERS = ("flux_lora", "flux_controlnet", "examples/controlnet")
+FOLDERS = ("flux_lora", "flux_controlnet", "examples/controlnet", "examples/flux_kontext", "examples/flux_control")
 SCRIPTS = [
     str(path.relative_to(ROOT))
     for folder in FOLDERS

@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from mindtune import files, flow, rng
+from mindtune import files, flow
 from mindtune.cli import UserError, print_lines, run_script
 from mindtune.data import columns, fill_masks, order, pair_data
 from mindtune.data.image_facts import ImageFacts
@@ -169,12 +169,9 @@ class TrainStepForFluxControl(TrainStep):
             max_grad_norm=args.max_grad_norm,
         )
         self.transformer = self.model
-        self.vae = vae
         self.encodes_images = not args.cache_latents
-        # Tables over the timesteps of all sizes, read by `get_sigmas`.
-        self.sigmas = ms.Tensor(sigmas.ravel(), ms.float32)
-        deltas = flow.huber_deltas(args.huber_schedule, args.huber_delta, sigmas, 1.0 - sigmas)
-        self.deltas = ms.Tensor(deltas.ravel(), ms.float32)
+        self.vae = vae
+        self.sigmas, self.deltas = flow.timestep_tables(sigmas, args.huber_schedule, args.huber_delta)
         self.compute_dtype = precision.resolve_precision(args.mixed_precision).compute
         # Read here, because a graph cannot read a dict such as a config.
         self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
@@ -230,7 +227,7 @@ class TrainStepForFluxControl(TrainStep):
 
 
 class ValidationSampler:
-    """Samples the images of `rows`, from the same noise in every validation."""
+    """Samples the images of `rows` from their conditions, from the same noise in every validation."""
 
     def __init__(self, args, rows, root, stage, models):
         self.args = args
@@ -249,19 +246,9 @@ class ValidationSampler:
 
     def image(self, vae, row):
         """Samples one image."""
-        text, compute = self.stage.text(row.prompt), self.dtypes.compute
-        latents = sampling.sample_latents(
-            self.transformer,
-            self.scheduler_config,
-            text["prompt_embeds"][None],
-            text["pooled_prompt_embeds"][None],
-            rng.normal(row.seed, "validation", row.number, shape=sampling.latent_shape(vae, row.size)),
-            row.steps,
-            row.guidance,
-            compute,
-            condition=sampling.encode_condition(vae, row.condition, row.mask_image, compute),
-        )
-        return sampling.decode_latents(vae, latents, compute)[0]
+        text, compute, inputs = self.stage.text(row.prompt), self.dtypes.compute, row.sampling()
+        inputs["condition"] = sampling.encode_condition(vae, row.condition, row.mask_image, compute)
+        return sampling.flux_image(self.transformer, vae, self.scheduler_config, text, compute, **inputs)
 
 
 # ---- main (machinery) ----------------------------------------------------------------------------
@@ -275,7 +262,8 @@ def main(argv=None):
     if args.dry_run:
         settings = args.select(memory.Settings, system="flux_control", root=find_pipeline(args))
         find_adapters(args, settings.root)
-        print(plan.describe(settings), disk.describe(args.select(disk.Settings), settings, lambda: load_pairs(source)))
+        print(plan.describe(settings))
+        print(disk.describe(args.select(disk.Settings), settings, lambda: load_pairs(source)))
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)
@@ -296,16 +284,9 @@ def main(argv=None):
     print_lines(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
 
     # ---- encode ----
-    stage = EncoderStage(
-        root,
-        args.variant,
-        args.mixed_precision,
-        cache_dir,
-        args.max_sequence_length,
-        args.image_interpolation_mode,
-        int8=args.base_precision == "int8",
-        verify=args.verify_data,
-    )
+    options = {"int8": args.base_precision == "int8", "verify": args.verify_data}
+    options["interpolation"] = args.image_interpolation_mode
+    stage = EncoderStage(root, args.variant, args.mixed_precision, cache_dir, args.max_sequence_length, **options)
     prompts, window = validation_rows.captions(rows), args.select(windows.Settings)
     encoded = windows.encode(stage, data, window, run.batch_range(), run.batches_per_update, prompts)
 
@@ -328,10 +309,8 @@ def main(argv=None):
     print(precision.parameter_table(models, dtypes))
 
     # ---- step and optimizer ----
-    vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
-    image_tokens = [configs.image_tokens(size, vae_config) for size in data.sizes]
-    sigmas = loading.load_scheduler(root).sigmas.asnumpy()
-    sigmas = flow.training_sigmas(sigmas, args.timestep_shift, image_tokens, scheduler_config)
+    vae_config = configs.read_config(root, "vae")
+    sigmas, places = loading.training_sigmas(root, data.sizes, args.timestep_shift)
     rates, decays = {"transformer": schedule.base}, {"transformer": args.adam_weight_decay}
     scaled = schedule.base / args.learning_rate if args.learning_rate else 1.0  # --scale_lr
     groups = lora.parameter_groups(adapted, rates, decays, args.learning_rate_pattern, scaled)
@@ -342,8 +321,7 @@ def main(argv=None):
     batches = Batches(args, stage, vae_config, data.sizes, sigmas.shape[1])
 
     # ---- resume ----
-    averages = ema.by_name() if ema else {}
-    state = optimizers.training_state(optimizer, scaler, transformer=weights, ema=averages)
+    state = optimizers.training_state(optimizer, scaler, transformer=weights, ema=ema.by_name() if ema else {})
     fixed = {**args.fixed(), "lora_model": lora_digest, "shift": flow.shift_kind(args.timestep_shift, data.sizes)}
     run.resume(fixed, component_fingerprint(root, "transformer", args.variant), state)
 
@@ -355,7 +333,6 @@ def main(argv=None):
         write_weights=lambda folder: lora.save_lora(folder / lora_files.LORA_FILE, adapted, ms.float32),
     )
     sampler = ValidationSampler(args, rows, root, stage, models)
-    places = sigmas[np.argmax(image_tokens)]
     validate = validation.Validation(run, step, [transformer], batches.make, places, sampler, ema)
     if not run.checkpoint:
         validate()

@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from mindtune import files, flow, rng
+from mindtune import files, flow
 from mindtune.cli import print_lines, run_script
 from mindtune.data import columns, order, pair_data
 from mindtune.data.image_facts import ImageFacts
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     training_flags.model(parser, pipeline="FLUX.1-Kontext")
     training_flags.initial_lora(parser)
-    data_flags.pairs(parser, condition="source image")
+    data_flags.pairs(parser, "sources", "a pair without one trains text-to-image", aliases=("cond_image_column",))
     image_flags.images(parser, sample="pair", multiple=16, smallest=16)
     lora_flags.lora(parser, "flux_kontext")
     training_flags.flux(parser, weighting_scheme="none")
@@ -162,10 +162,7 @@ class TrainStepForFluxKontext(TrainStep):
         )
         self.transformer = self.model
         self.vae = vae
-        # Tables over the timesteps of all sizes, read by `get_sigmas`.
-        self.sigmas = ms.Tensor(sigmas.ravel(), ms.float32)
-        deltas = flow.huber_deltas(args.huber_schedule, args.huber_delta, sigmas, 1.0 - sigmas)
-        self.deltas = ms.Tensor(deltas.ravel(), ms.float32)
+        self.sigmas, self.deltas = flow.timestep_tables(sigmas, args.huber_schedule, args.huber_delta)
         self.compute_dtype = precision.resolve_precision(args.mixed_precision).compute
         # Read here, because a graph cannot read a dict such as a config.
         self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
@@ -220,7 +217,7 @@ class TrainStepForFluxKontext(TrainStep):
 
 
 class ValidationSampler:
-    """Samples the images of `rows`, from the same noise in every validation."""
+    """Samples the images of `rows`, edits or images of a prompt alone, from the same noise in every validation."""
 
     def __init__(self, args, rows, root, stage, models):
         self.args = args
@@ -243,19 +240,10 @@ class ValidationSampler:
 
     def image(self, vae, row):
         """Samples one image: edits that of the row, or draws one from the prompt alone."""
-        text, compute = self.stage.text(row.prompt), self.dtypes.compute
-        latents = sampling.sample_latents(
-            self.transformer,
-            self.scheduler_config,
-            text["prompt_embeds"][None],
-            text["pooled_prompt_embeds"][None],
-            rng.normal(row.seed, "validation", row.number, shape=sampling.latent_shape(vae, row.size)),
-            row.steps,
-            row.guidance,
-            compute,
-            source=sampling.encode_image(vae, row.condition, compute) if row.condition else None,
-        )
-        return sampling.decode_latents(vae, latents, compute)[0]
+        text, compute, inputs = self.stage.text(row.prompt), self.dtypes.compute, row.sampling()
+        if row.condition:
+            inputs["source"] = sampling.encode_image(vae, row.condition, compute)
+        return sampling.flux_image(self.transformer, vae, self.scheduler_config, text, compute, **inputs)
 
 
 # ---- main (machinery) ----------------------------------------------------------------------------
@@ -269,7 +257,8 @@ def main(argv=None):
     if args.dry_run:
         settings = args.select(memory.Settings, system="flux_kontext", root=find_pipeline(args))
         find_adapters(args, settings.root)
-        print(plan.describe(settings), disk.describe(args.select(disk.Settings), settings, lambda: load_pairs(source)))
+        print(plan.describe(settings))
+        print(disk.describe(args.select(disk.Settings), settings, lambda: load_pairs(source)))
         return 0
     execution.set_up_device(graph_mode=args.mindspore_mode == 0)
     ranks.set_up(args.distributed)
@@ -291,16 +280,9 @@ def main(argv=None):
     print_lines(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
 
     # ---- encode ----
-    stage = EncoderStage(
-        root,
-        args.variant,
-        args.mixed_precision,
-        cache_dir,
-        args.max_sequence_length,
-        args.image_interpolation_mode,
-        int8=args.base_precision == "int8",
-        verify=args.verify_data,
-    )
+    options = {"int8": args.base_precision == "int8", "verify": args.verify_data}
+    options["interpolation"] = args.image_interpolation_mode
+    stage = EncoderStage(root, args.variant, args.mixed_precision, cache_dir, args.max_sequence_length, **options)
     prompts, window = validation_rows.captions(rows), args.select(windows.Settings)
     encoded = windows.encode(stage, data, window, run.batch_range(), run.batches_per_update, prompts)
 
@@ -320,10 +302,8 @@ def main(argv=None):
     print(precision.parameter_table(models, dtypes))
 
     # ---- step and optimizer ----
-    vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
-    image_tokens = [configs.image_tokens(size, vae_config) for size in data.sizes]  # sources do not count
-    sigmas = loading.load_scheduler(root).sigmas.asnumpy()
-    sigmas = flow.training_sigmas(sigmas, args.timestep_shift, image_tokens, scheduler_config)
+    vae_config = configs.read_config(root, "vae")
+    sigmas, places = loading.training_sigmas(root, data.sizes, args.timestep_shift)  # of the targets
     rates, decays = {"transformer": schedule.base}, {"transformer": args.adam_weight_decay}
     scaled = schedule.base / args.learning_rate if args.learning_rate else 1.0  # --scale_lr
     groups = lora.parameter_groups(adapted, rates, decays, args.learning_rate_pattern, scaled)
@@ -334,20 +314,18 @@ def main(argv=None):
     batches = Batches(args, stage, data, vae_config, sigmas.shape[1])
 
     # ---- resume ----
-    averages = ema.by_name() if ema else {}
-    state = optimizers.training_state(optimizer, scaler, transformer=weights, ema=averages)
+    state = optimizers.training_state(optimizer, scaler, transformer=weights, ema=ema.by_name() if ema else {})
     fixed = {**args.fixed(), "lora_model": lora_digest, "shift": flow.shift_kind(args.timestep_shift, data.sizes)}
     run.resume(fixed, component_fingerprint(root, "transformer", args.variant), state)
 
     # ---- train ----
+    sampler = ValidationSampler(args, rows, root, stage, models)
     run.start(
         settings,
         schedule.length,
         trainable={"transformer": sum(parameter.size for parameter in weights.values())},
         write_weights=lambda folder: lora.save_lora(folder / lora_files.LORA_FILE, adapted, ms.float32),
     )
-    sampler = ValidationSampler(args, rows, root, stage, models)
-    places = sigmas[np.argmax(image_tokens)]
     validate = validation.Validation(run, step, [transformer], batches.make, places, sampler, ema)
     if not run.checkpoint:
         validate()

@@ -105,8 +105,8 @@ class Edit(NamedTuple):
 
 
 def sample_edit(rng: np.random.Generator, split: str = "train") -> Edit:
-    """A random edit of a random scene of `scenes(split)`, at any position and size. The new colour is a third one."""
-    scene = sample_scene(rng, split, anywhere=True)
+    """A random edit of a random scene of `scenes(split)`. The new colour is a third one."""
+    scene = sample_scene(rng, split)
     others = [name for name in COLOURS if name not in (scene.colour, scene.background)]
     colour = others[rng.integers(len(others))]
     if rng.integers(2):

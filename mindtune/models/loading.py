@@ -15,9 +15,10 @@ from mindspore import nn
 from mindspore.nn.utils import no_init_parameters
 from safetensors.numpy import save_file
 
+from mindtune import flow
 from mindtune.cli import UserError
 from mindtune.files import make_readable
-from mindtune.models.configs import config_file, convert_errors, read_config
+from mindtune.models.configs import config_file, convert_errors, image_tokens, read_config
 from mindtune.models.int8 import use_int8
 from mindtune.models.library import mindone
 from mindtune.models.named_parameters import (
@@ -198,6 +199,18 @@ def save_model(model: nn.Cell, folder: Path, dtype: ms.Type) -> None:
     path = folder / WEIGHTS
     save_file(tensors, path, metadata={"format": "pt"})
     make_readable(path)
+
+
+def training_sigmas(root: Path, sizes: list[tuple[int, int]], timestep_shift: str) -> tuple[np.ndarray, np.ndarray]:
+    """The sigmas of FLUX's timesteps for images of each of `sizes`, float32 [S, N], and those of the largest size [N].
+
+    `sizes` are (height, width) in pixels. They are shifted by --timestep_shift: see `flow.training_sigmas`.
+    """
+    tokens = [image_tokens(size, read_config(root, "vae")) for size in sizes]
+    sigmas = flow.training_sigmas(
+        load_scheduler(root).sigmas.asnumpy(), timestep_shift, tokens, read_config(root, "scheduler")
+    )
+    return sigmas, sigmas[np.argmax(tokens)]
 
 
 # ---- from configs alone --------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -11,6 +11,7 @@ from mindspore import nn, ops
 from PIL import Image
 from tqdm import tqdm
 
+from mindtune import rng
 from mindtune.flow import (
     latent_image_ids,
     latent_scale,
@@ -87,6 +88,30 @@ def sample_latents(
         velocity = velocity if source is None else velocity[:, :tokens]
         latents = latents + float(next_sigma - sigma) * velocity.to(ms.float32)
     return unpack_latents(latents, height, width).asnumpy()
+
+
+def flux_image(
+    transformer: nn.Cell,
+    vae: nn.Cell,
+    scheduler: dict,
+    text: dict[str, np.ndarray],
+    compute: ms.Type,
+    *,
+    size: tuple[int, int],
+    seed: int,
+    number: int,
+    steps: int,
+    guidance: float,
+    **inputs: Any,
+) -> Image.Image:
+    """Image `number` of a prompt, of `size` (height, width) in pixels, from noise that `seed` and `number` determine.
+
+    `text` holds the prompt's embeddings, and `inputs` are those of `sample_latents` that come from other images.
+    """
+    noise = rng.normal(seed, "validation", number, shape=latent_shape(vae, size))
+    embeds, pooled = text["prompt_embeds"][None], text["pooled_prompt_embeds"][None]
+    latents = sample_latents(transformer, scheduler, embeds, pooled, noise, steps, guidance, compute, **inputs)
+    return decode_latents(vae, latents, compute)[0]
 
 
 def sample_unet_latents(

@@ -338,7 +338,7 @@ def check_loras(work, facts):
         lora.enable_lora(fresh, False)
         if not layers or not all(cell._disable_adapters for cell in layers):
             problems.append(f"{label}: is not disabled")
-        lora.check_targets(fresh, [f"{TARGETS[part][0]}.base_layer"], "a target")
+        lora_settings.check_targets(lora.linear_names(fresh), [f"{TARGETS[part][0]}.base_layer"], "a target")
     rows.append(
         ("LoRAs: injected, saved, loaded, disabled", len(adaptable()), "the files have the same bytes", problems)
     )

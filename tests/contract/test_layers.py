@@ -6,7 +6,7 @@ import pytest
 from mindspore import mint, nn
 
 from mindtune.cli import UserError
-from mindtune.models import lora, lora_files, precision
+from mindtune.models import lora, lora_files, lora_settings, precision
 
 
 class Model(nn.Cell):
@@ -22,9 +22,10 @@ class Model(nn.Cell):
 
 
 def test_targets_are_found_among_both_kinds():
-    lora.check_targets(Model(), ["to_q", "to_k"], "--lora_layers")
+    names = lora.linear_names(Model())
+    lora_settings.check_targets(names, ["to_q", "to_k"], "--lora_layers")
     with pytest.raises(UserError, match="Similar names: to_q, to_k"):
-        lora.check_targets(Model(), ["to_l"], "--lora_layers")
+        lora_settings.check_targets(names, ["to_l"], "--lora_layers")
 
 
 @pytest.mark.parametrize("name", ["to_q", "to_k"])

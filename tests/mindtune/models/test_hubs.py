@@ -208,7 +208,8 @@ def test_every_script_asks_the_hub_that_is_named(asked, script, by, tmp_path, mo
         if "lora" not in script:
             flags += ["--controlnet", "club/controlnet", "--control_image", str(tmp_path / "condition.png")]
     else:
-        flags += ["--instance_data_dir" if "lora" in script else "--train_data_dir", str(tmp_path), "--dry_run"]
+        data = "--instance_data_dir" if "dreambooth" in script else "--train_data_dir"
+        flags += [data, str(tmp_path), "--dry_run"]
     if by == "flag":
         flags += ["--hub", "modelscope"]
     else:

@@ -26,7 +26,6 @@ from mindtune.models.loading import (
     import_model_class_from_model_name_or_path,
     load_model,
     load_scheduler,
-    narrow_transformer,
 )
 from mindtune.models.named_parameters import model_parameters
 from mindtune.models.precision import cast_cell, resolve_precision
@@ -421,12 +420,3 @@ def test_tokenizers_and_scheduler(tiny_flux):
     sigmas = scheduler.sigmas.asnumpy()  # FLUX trains on unshifted ones: (1000 - index) / 1000
     np.testing.assert_allclose(sigmas, (1000 - np.arange(1000)) / 1000, rtol=1e-6)
     assert read_config(tiny_flux, "scheduler")["max_shift"] == 1.15
-
-
-def test_the_narrow_transformer_has_the_real_names(tiny_flux):
-    def layers(model):
-        return {name for name, _ in model.cells_and_names()}
-
-    narrow = narrow_transformer(tiny_flux)
-    assert layers(narrow) == layers(load_model(tiny_flux, "transformer", resolve_precision("no")))
-    assert sum(p.size for p in narrow.get_parameters()) < 20_000

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from mindtune.cli import UserError
 from mindtune.flow import latent_image_ids
-from mindtune.models import lora, lora_files
-from mindtune.models.loading import load_model, narrow_transformer
+from mindtune.models import lora, lora_files, lora_settings
+from mindtune.models.loading import linear_layers, load_model
 from mindtune.models.lora_settings import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models.precision import cast_training_params, freeze_params, resolve_precision
 
@@ -365,33 +365,38 @@ def test_files_for_another_model_are_rejected(load, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def narrow(tiny_flux):
-    return narrow_transformer(tiny_flux)
+def names(tiny_flux):
+    return list(linear_layers(tiny_flux, "transformer"))
+
+
+def test_the_names_in_configs_are_those_of_the_loaded_model(names, load):
+    assert sorted(names) == sorted(lora.linear_names(load()))
 
 
 @pytest.mark.parametrize(
-    "target", [*TARGETS, "add_q_proj", "ff.net.0.proj", "x_embedder", "transformer_blocks.1.attn.to_q"]
+    "target",
+    [*TARGETS, "add_q_proj", "ff.net.0.proj", "x_embedder", "transformer_blocks.1.attn.to_q", lora_settings.ALL_LINEAR],
 )
-def test_names_of_linear_layers_are_targets(narrow, target):
-    lora.check_targets(narrow, [target], "--lora_layers")
+def test_names_of_linear_layers_are_targets(names, target):
+    lora_settings.check_targets(names, [target], "--lora_layers")
 
 
 @pytest.mark.parametrize(
     "target, similar", [("to_qq", "to_q"), ("q_proj", "add_q_proj"), ("proj_mpl", "proj_mlp"), ("to_out", "to_out.0")]
 )
-def test_a_wrong_target_is_rejected_with_similar_names(narrow, target, similar):
+def test_a_wrong_target_is_rejected_with_similar_names(names, target, similar):
     with pytest.raises(UserError) as error:
-        lora.check_targets(narrow, ["to_k", target], "--lora_layers")
-    head, names = str(error.value).split(" Similar names: ")
+        lora_settings.check_targets(names, ["to_k", target], "--lora_layers")
+    head, found = str(error.value).split(" Similar names: ")
     assert head == f"--lora_layers {target}: no linear layer has that name."
-    assert similar in names.rstrip(".").split(", ")
+    assert similar in found.rstrip(".").split(", ")
 
 
 @pytest.mark.parametrize("target", ["norm_q", "attn", "o_q", "zzz", ""])
-def test_other_names_are_no_targets(narrow, target):
+def test_other_names_are_no_targets(names, target):
     """A norm, a block, part of a name, a name without similar ones, an empty name."""
     with pytest.raises(UserError, match=r"no linear layer has that name. Similar names: .*[a-z]"):
-        lora.check_targets(narrow, [target], "--lora_layers")
+        lora_settings.check_targets(names, [target], "--lora_layers")
 
 
 # ---- training on from a file ---------------------------------------------------------------------
