@@ -84,6 +84,7 @@ CLIP = {
 # `source`: the size of the source's latents, beside targets of 4 x 6 (8 x 8 with the trained pipeline).
 KONTEXT = {**LORA, "targets": {"transformer": lora_settings.DEFAULT_TARGETS["flux_kontext"]}, "scheme": "none"}
 CONTROL_LORA = {**LORA, "targets": {"transformer": lora_settings.DEFAULT_TARGETS["flux_control"]}, "scheme": "none"}
+FILL = {"fill": True}
 CONTROL = {"rates": {"controlnet": [1e-3, 1e-2]}}
 CASES = [
     *(Case("flux_lora", scheme, {**LORA, "scheme": scheme}) for scheme in flow.WEIGHTING_SCHEMES),
@@ -105,7 +106,7 @@ CASES = [
     Case("flux_control", "widened, norms", {**CONTROL_LORA, "norms": True}),
     Case("flux_control", "alpha 8, cosmap", {**CONTROL_LORA, "scheme": "cosmap", "alpha": 8.0}),
     Case("flux_control", "trained shapes pipeline, norms", {**CONTROL_LORA, "norms": True, "trained": True}),
-    Case("flux_control", "--fill, norms", {**CONTROL_LORA, "fill": True, "norms": True}),
+    Case("flux_control", "--fill, norms", {**CONTROL_LORA, **FILL, "norms": True}),
     Case("sd15", "epsilon", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": None}),
     Case("sd15", "v_prediction", {**CONTROL, "prediction_type": "v_prediction", "snr_gamma": None}),
     Case("sd15", "epsilon, Min-SNR", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": 5.0}),
@@ -118,7 +119,9 @@ CASES = [
     ),
     Case("flux_kontext", "FLUX.1-Kontext-dev", {**KONTEXT, **LENGTHS, "source": [4, 6], "real": "FLUX.1-Kontext-dev"}),
     Case("flux_control", "FLUX.1-Depth-dev", {**CONTROL_LORA, **LENGTHS, "real": "FLUX.1-Depth-dev"}),
-    Case("flux_control", "--fill, FLUX.1-Fill-dev", {**CONTROL_LORA, **LENGTHS, "fill": True, "real": "FLUX.1-Fill-dev"}),
+    Case(
+        "flux_control", "--fill, FLUX.1-Fill-dev", {**CONTROL_LORA, **LENGTHS, "fill": True, "real": "FLUX.1-Fill-dev"}
+    ),
     *(
         Case(kind, name, {**CONTROL, **LENGTHS, "prediction_type": predicted, "snr_gamma": None, "real": name})
         for kind, name, predicted in (
@@ -270,9 +273,7 @@ def arguments(settings, batch):
         given["indices"] = np.array(indices, np.int32)
         given["image_ids"] = flow.latent_image_ids(*batch["noise"].shape[2:])
     if kind == "flux_kontext" and "condition" in batch:
-        given["image_ids"] = np.concatenate(
-            [given["image_ids"], flow.source_image_ids(*batch["condition"].shape[2:])]
-        )
+        given["image_ids"] = np.concatenate([given["image_ids"], flow.source_image_ids(*batch["condition"].shape[2:])])
     if "mask" in batch:
         given["condition"] = batch["pixels"] * (1.0 - batch["mask"])
         given["masks"] = np.stack([flow.mask_channels(mask, 8) for mask in batch["mask"]])
