@@ -5,6 +5,7 @@ import pytest
 
 from mindtune.cli import UserError
 from mindtune.data.buckets import (
+    Row,
     Settings,
     assign,
     crop_sizes,
@@ -14,6 +15,7 @@ from mindtune.data.buckets import (
     nearest_bucket,
     parse_buckets,
     parse_resolution,
+    table,
 )
 
 
@@ -143,6 +145,19 @@ def test_the_table_says_what_is_cut_off():
     """3:1 in a size of 2:1 keeps 2/3, 2:1 keeps all."""
     found = assign([(3000, 1000), (2000, 1000)], AUTO)
     assert describe([(3000, 1000), (2000, 1000)], found).splitlines()[1].split()[-2:] == ["16.7%", "33.3%"]
+
+
+def test_the_table_has_a_column_for_conditions_only_if_they_differ_from_the_images():
+    rows = [Row((64, 96), 3, 0.125, 0.25, (64, 96)), Row((64, 96), 12, 0.0, 0.0, None)]
+    assert table(rows).splitlines() == [
+        "height,width   condition        images  cropped away  at most",
+        "64,96          64,96                 3         12.5%    25.0%",
+        "64,96          none                 12          0.0%     0.0%",
+    ]
+    plain = "height,width     images  cropped away  at most"
+    assert table(rows[:1]).splitlines()[0] == plain
+    assert table([row._replace(condition=None) for row in rows]).splitlines()[0] == plain
+    assert table([rows[0]._replace(condition=(80, 64))]).splitlines()[1].split()[:3] == ["64,96", "80,64", "3"]
 
 
 @pytest.mark.parametrize("text, expected", [("512", 512), ("768,512,768", [512, 768])])
