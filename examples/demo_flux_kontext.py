@@ -1,6 +1,6 @@
 """Editing on a CPU: trains a LoRA with which a small FLUX recolours shapes and backgrounds, as an instruction says.
 
-    python examples/demo_flux_kontext.py [--output_dir out/demo-kontext] [--max_train_steps 1500]
+    python examples/demo_flux_kontext.py [--output_dir out/demo-kontext] [--max_train_steps 2500]
 
 `make demo-kontext` runs this. The base model, examples/tiny/flux-shapes, draws shapes from captions and has never read
 a source image. The demo trains it on pairs with instructions such as "make the shape red", edits images of colour and
@@ -24,6 +24,7 @@ from shapes import make_edits
 
 from mindtune.data.grids import image_grid, save_image
 
+PAIRS, UPDATES = 4000, 2500
 TRAIN = """examples/flux_kontext/train_lora_flux_kontext.py
 --pretrained_model_name_or_path examples/tiny/flux-shapes --train_data_dir {out}/train --image_column target
 --conditioning_image_column source --caption_column instruction --output_dir {out}/lora --overwrite_output_dir
@@ -47,11 +48,11 @@ def generate(out, name, scale):
 
 
 def main():
-    args = parse_args(__doc__, "out/demo-kontext", steps=1500)
+    args = parse_args(__doc__, "out/demo-kontext", steps=UPDATES)
     out = folder_of(args.output_dir)
     started = time.time()
 
-    for split, count in (("train", 1000), ("held_out", args.count)):
+    for split, count in (("train", PAIRS), ("held_out", args.count)):
         shutil.rmtree(ROOT / out / split, ignore_errors=True)
         make_edits(ROOT / out / split, count, 64, seed=0, split=split)
     run(TRAIN, out=out, steps=args.max_train_steps)

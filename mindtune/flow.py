@@ -105,7 +105,7 @@ def huber_deltas(
 
 
 def timestep_tables(sigmas: np.ndarray, schedule: str, delta: Optional[float]) -> tuple[ms.Tensor, ms.Tensor]:
-    """(sigmas, deltas of the Huber losses) of all sizes' timesteps as `get_sigmas` reads them, from sigmas [S, N]."""
+    """(sigmas, deltas of the Huber losses) as `get_sigmas` reads them, of every timestep for each size, from [S, N]."""
     deltas = huber_deltas(schedule, delta, sigmas, 1.0 - sigmas)
     return ms.Tensor(sigmas.ravel(), ms.float32), ms.Tensor(deltas.ravel(), ms.float32)
 

@@ -33,7 +33,6 @@ from mindtune.models import (
     loading,
     lora,
     lora_files,
-    lora_norms,
     lora_settings,
     pipelines,
     precision,
@@ -306,7 +305,7 @@ def main(argv=None):
     adapted = {"transformer": transformer}
     lora.add_adapters(adapted, args.select(lora_settings.Settings), targets, initial, dtypes.compute, run.seed)
     if args.train_norm_layers:
-        lora_norms.train_norms(transformer, initial.get("transformer", {}))
+        lora.train_norms(transformer, initial.get("transformer", {}))
     recompute_blocks(memory.recomputed_blocks(settings), transformer)
     weights = lora.lora_parameters(transformer)
     print(precision.parameter_table(models, dtypes))

@@ -50,7 +50,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     training_flags.model(parser, pipeline="FLUX.1-Kontext")
     training_flags.initial_lora(parser)
-    data_flags.pairs(parser, "source", "a pair without one trains text-to-image", aliases=("cond_image_column",))
+    data_flags.pairs(parser, "sources", "a pair without one trains text-to-image", aliases=("cond_image_column",))
     image_flags.images(parser, sample="pair", multiple=16, smallest=16)
     lora_flags.lora(parser, "flux_kontext")
     training_flags.flux(parser, weighting_scheme="none")

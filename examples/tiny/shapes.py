@@ -223,12 +223,16 @@ def write_scenes(out: Path, chosen: Iterable[Scene], size: int) -> None:
     (out / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 
 
-def make_edits(out: Path, count: int, size: int, seed: int, split: str) -> list[Edit]:
-    """Writes the images and instructions of `count` random edits, and returns these. Raises as `write_scenes`."""
+def make_edits(out: Path, count: int, size: int, seed: int, split: str) -> None:
+    """Writes `count` random edits; equal arguments give equal bytes. Raises as `write_scenes`."""
+    rng = np.random.default_rng(seed)
+    write_edits(out, [sample_edit(rng, split) for _ in range(count)], size)
+
+
+def write_edits(out: Path, edits: Iterable[Edit], size: int) -> None:
+    """Writes targets, sources and instructions of edits. Raises as `write_scenes`."""
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: name a new directory")
-    rng = np.random.default_rng(seed)
-    edits = [sample_edit(rng, split) for _ in range(count)]
     rows = []
     for folder in ("targets", "sources"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -239,7 +243,6 @@ def make_edits(out: Path, count: int, size: int, seed: int, split: str) -> list[
         row = {"target": f"targets/{name}", "source": f"sources/{name}", "instruction": edit.instruction}
         rows.append(json.dumps(row))
     (out / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    return edits
 
 
 SUBJECT = ("red", "white")  # the colours of the checkered circle of demo_flux_lora.py

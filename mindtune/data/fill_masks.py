@@ -16,6 +16,7 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 WHOLE = 0.1  # the share of random masks that cover the whole image
 LEAST, MOST = 0.1, 0.7  # the shares of the image that the others cover
+ENOUGH = 0.6  # no shape is added above this share, so that there is room for one below MOST
 
 
 def fill_mask(
@@ -51,20 +52,17 @@ def random_mask(size: Size, generator: np.random.Generator) -> np.ndarray:
     """
     if generator.random() < WHOLE:
         return np.ones((1, *size), dtype=np.float32)
-    mask = Image.new("L", size[::-1])
-    wanted = generator.uniform(LEAST, MOST)
+    mask, share = Image.new("L", size[::-1]), 0.0
+    wanted = generator.uniform(LEAST, ENOUGH)
     kind = generator.integers(len(SHAPES) + 1)
-    while _share(mask) < wanted:
+    while share < wanted:
         more = mask.copy()
         draw_shape = SHAPES[kind if kind < len(SHAPES) else generator.integers(len(SHAPES))]
         draw_shape(ImageDraw.Draw(more), size, generator)
-        if _share(more) <= MOST:
-            mask = more
+        share_of_more = more.histogram()[255] / (more.width * more.height)
+        if share_of_more <= MOST:
+            mask, share = more, share_of_more
     return _values(mask)
-
-
-def _share(mask: Image.Image) -> float:
-    return mask.histogram()[255] / (mask.width * mask.height)
 
 
 def _values(mask: Image.Image) -> np.ndarray:
@@ -72,13 +70,16 @@ def _values(mask: Image.Image) -> np.ndarray:
 
 
 def _box(size: Size, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom), all inclusive, of a box inside of the image with 10 to 80 percent of each side."""
-    box = []
+    """(left, top, right, bottom), inclusive, of a box with 10 to 80 percent of each side.
+
+    It may be partly outside of the image, so that it covers corners as often as the middle.
+    """
+    spans = []
     for side in size[::-1]:
         length = max(1, int(side * generator.uniform(0.1, 0.8)))
-        start = int(generator.integers(side - length + 1))
-        box.append((start, start + length - 1))
-    (left, right), (top, bottom) = box
+        start = int(generator.integers(1 - length, side))
+        spans.append((start, start + length - 1))
+    (left, right), (top, bottom) = spans
     return left, top, right, bottom
 
 

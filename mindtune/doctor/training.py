@@ -47,7 +47,7 @@ SCRIPTS = {
         "bf16",
         (*PAIRS, "--num_double_layers", "1", "--num_single_layers", "1", "--max_sequence_length", "16"),
     ),
-    "FLUX Kontext": Script(
+    "FLUX Kontext LoRA": Script(
         "examples/flux_kontext/train_lora_flux_kontext.py", "flux", "bf16", (*PAIRS, "--max_sequence_length", "16")
     ),
     "FLUX Control-LoRA": Script(

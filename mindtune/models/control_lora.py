@@ -16,9 +16,8 @@ import numpy as np
 from mindspore import nn
 
 from mindtune.cli import UserError
-from mindtune.models import configs, loading, lora_settings
+from mindtune.models import configs, loading, lora_layouts, lora_settings
 from mindtune.models.lora_files import by_layer
-from mindtune.models.lora_names import is_norm
 from mindtune.models.named_parameters import ParameterShape
 from mindtune.models.precision import Precision
 
@@ -45,7 +44,7 @@ def linear_layers(root: Path, fill: bool) -> dict[str, tuple[int, int]]:
 
 def norm_shapes(root: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the transformer's norms that can be trained, by name."""
-    return {s.name: s.shape for s in loading.component_shapes(root, "transformer") if is_norm(s.name)}
+    return {s.name: s.shape for s in loading.component_shapes(root, "transformer") if lora_layouts.NORM.search(s.name)}
 
 
 def check_input_layer(

@@ -9,9 +9,10 @@ import numpy as np
 
 from mindtune import files
 from mindtune.cli import UserError
-from mindtune.models import lora_files, lora_layouts, lora_norms, lora_settings
+from mindtune.models import lora_files, lora_layouts, lora_settings
 
 FLAG = "--lora_model_name_or_path"
+NORMS_ADVICE = "Add --train_norm_layers", "Only examples/flux_control/ trains them"
 Layers = dict[str, dict[str, tuple[int, int]]]  # model -> layer -> (inputs, outputs), as `loading.linear_layers`
 Adapters = dict[str, dict[str, np.ndarray]]  # model -> its adapter, see `lora_files`
 
@@ -59,11 +60,9 @@ def _read(
     if "text_encoder" in adapters and not settings.train_text_encoder:
         raise UserError(f"{FLAG} {path}: has a LoRA of CLIP, which would be lost. Add --train_text_encoder.")
     if any(map(lora_layouts.norms, adapters.values())) and not settings.train_norm_layers:
-        advice = (
-            "Add --train_norm_layers" if settings.system == "flux_control" else "Train it with examples/flux_control/"
-        )
-        raise UserError(f"{FLAG} {path}: has trained norms, which would be lost. {advice}.")
-    lora_norms.check_norms(path, FLAG, adapters, norms or {})
+        raise UserError(f"{FLAG} {path}: has trained norms, which would be lost. {NORMS_ADVICE[norms is None]}.")
+    if norm := lora_layouts.foreign_norm(adapters.get("transformer", {}), norms or {}):
+        raise UserError(f"{FLAG} {path}: made for another model; this transformer has no {norm}.")
     description = lora_files.describe_adapters(adapters)
     print(f"starting from {path} ({description}): its layers keep their ranks, flags of layers and ranks do not apply")
     return adapters, files.file_digest(path)

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from mindtune.models import control_lora, lokr, lora_settings
+from mindtune.models import control_lora, lokr, lora_layouts, lora_settings
 from mindtune.models.loading import component_shapes
-from mindtune.models.lora_names import is_norm
 from mindtune.models.named_parameters import ParameterShape
 from mindtune.run.activations import Block
 
@@ -66,7 +65,7 @@ def trained_shapes(settings: Any) -> list[tuple[int, ...]]:
             found += lokr.shapes(outputs, inputs, rank, settings.lokr_factor).values()
         else:
             found += [(rank, inputs), (outputs, rank)] + ([(outputs,)] if kind == "dora" else [])
-    norms = [shape.shape for shape in base_shapes(settings) if is_norm(shape.name)]
+    norms = [shape.shape for shape in base_shapes(settings) if lora_layouts.NORM.search(shape.name)]
     return found + (norms if settings.train_norm_layers else [])
 
 

@@ -23,70 +23,71 @@ FLUX_DEV = {
     "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
 }
 # Known base models -> their licences. ModelScope has them under these names too, and copies of AI-ModelScope.
-DEV_MODELS = [f"FLUX.1-{name}dev" for name in ("", "Krea-", "Kontext-", "Fill-", "Depth-", "Canny-")]
-LICENCES = {**dict.fromkeys(DEV_MODELS, FLUX_DEV), "FLUX.1-schnell": {"license": "apache-2.0"}}
+LICENCES = {
+    "FLUX.1-schnell": {"license": "apache-2.0"},
+    **{f"FLUX.1-{name}": FLUX_DEV for name in ("dev", "Krea-dev", "Kontext-dev", "Depth-dev", "Canny-dev", "Fill-dev")},
+}
 OWNERS = ("black-forest-labs", "AI-ModelScope")
 OTHER_LICENCE = {"license": "other", "license_name": "as-the-base-model"}
 
 
 class Kind(NamedTuple):
-    """What was trained: its tags, its class and its pipeline in diffusers, and the script that uses it here."""
+    """What was trained: its tags, its class and its pipeline in diffusers, and the script that uses it here.
+
+    `inputs` are the arguments of the pipeline beside the prompt, `flags` those of the script, both with the example's
+    files.
+    """
 
     tags: tuple[str, ...]
     model: Optional[str]  # None: a LoRA
     pipeline: str
-    images: dict[str, str]  # argument of the pipeline that takes an image -> file
+    inputs: tuple[str, ...]
     script: str
+    flags: tuple[str, ...]
     precision: str
-    flags: tuple[str, ...] = ()  # of the script, with the files of the images
+    name: str = ""  # what stands before LoRA in the name of the adapter
     task: str = "text-to-image"
 
 
-CONDITION = ("--control_image", "condition.png")
-LORA = Kind(("lora", "template:sd-lora", "flux"), None, "FluxPipeline", {}, "flux_lora/infer_flux_lora.py", "bf16")
-KONTEXT = Kind(
-    ("lora", "template:sd-lora", "flux", "flux-kontext"),
-    None,
-    "FluxKontextPipeline",
-    {"image": "source.png"},
-    "examples/flux_kontext/infer_flux_kontext.py",
-    "bf16",
-    ("--image", "source.png"),
-    "image-to-image",
+LORA = Kind(("lora", "template:sd-lora", "flux"), None, "FluxPipeline", (), "flux_lora/infer_flux_lora.py", (), "bf16")
+KONTEXT = LORA._replace(
+    tags=(*LORA.tags, "flux-kontext"),
+    pipeline="FluxKontextPipeline",
+    inputs=('image=load_image("source.png")',),
+    script="examples/flux_kontext/infer_flux_kontext.py",
+    flags=("--image", "source.png"),
+    task="image-to-image",
 )
-CONTROL = Kind(
-    ("lora", "flux", "control-lora"),
-    None,
-    "FluxControlPipeline",
-    {"control_image": "condition.png"},
-    "examples/flux_control/infer_control_lora_flux.py",
-    "bf16",
-    CONDITION,
+CONTROL = LORA._replace(
+    tags=("lora", "control-lora", "flux"),
+    pipeline="FluxControlPipeline",
+    inputs=('control_image=load_image("condition.png")',),
+    script="examples/flux_control/infer_control_lora_flux.py",
+    flags=("--control_image", "condition.png"),
+    name="Control-",
 )
 FILL = CONTROL._replace(
-    tags=("lora", "flux", "inpainting"),
     pipeline="FluxFillPipeline",
-    images={"image": "image.png", "mask_image": "mask.png"},
-    flags=("--fill", "--control_image", "image.png", "--mask_image", "mask.png"),
-    task="image-to-image",
+    inputs=('image=load_image("source.png")', 'mask_image=load_image("mask.png")'),
+    flags=("--fill", "--control_image", "source.png", "--mask_image", "mask.png"),
 )
 FLUX_CONTROLNET = Kind(
     ("controlnet", "flux"),
     "FluxControlNetModel",
     "FluxControlNetPipeline",
-    {"control_image": "condition.png"},
+    ('control_image=load_image("condition.png")',),
     "flux_controlnet/infer_flux_controlnet.py",
+    ("--control_image", "condition.png"),
     "bf16",
-    CONDITION,
 )
 CONTROLNET = Kind(
     ("controlnet", "stable-diffusion"),
     "ControlNetModel",
     "StableDiffusionControlNetPipeline",
-    {"image": "condition.png"},
+    ('image=load_image("condition.png")',),
     "examples/controlnet/infer_controlnet.py",
+    ("--control_image", "condition.png"),
     "fp16",
-    CONDITION,
 )
 CONTROLNET_XL = CONTROLNET._replace(
     tags=("controlnet", "stable-diffusion-xl"),
@@ -101,17 +102,19 @@ def model_card(output_dir: Path, repo_id: str, base_model: str, gallery: list[tu
     `gallery` has the prompt and the file of each image, relative to the output directory.
     """
     record = json.loads((output_dir / "run.json").read_text())
-    kind = kind_of(output_dir, record)
+    kind = kind_of(output_dir)
+    is_lora = kind.model is None
     adapter = record["flags"].get("adapter") or "lora"
+    name = f"{kind.name}{KINDS[adapter][0]} adapter" if is_lora else "ControlNet"
     tags = [tag for tag in kind.tags if adapter == "lora" or tag not in ("lora", "template:sd-lora")]
-    tags += [adapter] if not kind.model and adapter != "lora" else []
+    tags += [adapter] if is_lora and adapter != "lora" else []
     # A path is no id, which a hub would refuse as metadata, and says nothing to others.
     base_id = base_model if hubs.is_id(base_model) and not Path(base_model).is_dir() else None
     base = base_id or f"path/to/{Path(base_model).resolve().name}"
     instance_prompt = record["flags"].get("instance_prompt")
     metadata = {
         "base_model": base_id,
-        "base_model_relation": "adapter" if base_id and not kind.model else None,
+        "base_model_relation": "adapter" if base_id and is_lora else None,
         "instance_prompt": instance_prompt,
         "library_name": "diffusers",
         **_licence(base_id),
@@ -133,7 +136,7 @@ def model_card(output_dir: Path, repo_id: str, base_model: str, gallery: list[tu
 
 # {output_dir.resolve().name}
 
-A {"ControlNet" if kind.model else f"{KINDS[adapter][0]} adapter"} for `{base}`, trained with MindTune on MindSpore.
+A {name} for `{base}`, trained with MindTune on MindSpore.
 Its licence is that of the base model.
 {images}
 {_diffusers(kind, adapter, repo_id, base, prompt, hub)}
@@ -152,16 +155,26 @@ Seed {record["seed"]}, {record.get("updates", "?")} updates; {versions}.
 """
 
 
-def kind_of(output_dir: Path, record: dict[str, Any]) -> Kind:
-    """What was trained, from the config of a ControlNet, or from the record of a LoRA, run.json."""
+def kind_of(output_dir: Path) -> Kind:
+    """What was trained: from the config of a ControlNet, and the system that run.json names, which older ones do not.
+
+    A LoRA has no config.
+    """
     path = output_dir / "config.json"
-    if not path.is_file():
-        control = FILL if record["flags"].get("fill") else CONTROL
-        return {"flux_kontext": KONTEXT, "flux_control": control}.get(record.get("system"), LORA)
-    config = json.loads(path.read_text())
-    if config["_class_name"] == FLUX_CONTROLNET.model:
-        return FLUX_CONTROLNET
-    return CONTROLNET_XL if config.get("addition_embed_type") == "text_time" else CONTROLNET
+    if path.is_file():
+        config = json.loads(path.read_text())
+        if config["_class_name"] == FLUX_CONTROLNET.model:
+            return FLUX_CONTROLNET
+        return CONTROLNET_XL if config.get("addition_embed_type") == "text_time" else CONTROLNET
+    record = json.loads((output_dir / "run.json").read_text())
+    control = FILL if record["flags"].get("fill") else CONTROL
+    kind = {"flux_kontext": KONTEXT, "flux_control": control}.get(record.get("system"), LORA)
+    if kind is LORA:
+        return LORA
+    # Their pipelines, and the scripts, have other defaults than training.
+    scale = str(record["flags"]["guidance_scale"])
+    inputs, flags = (*kind.inputs, f"guidance_scale={scale}"), (*kind.flags, "--guidance_scale", scale)
+    return kind._replace(inputs=inputs, flags=flags)
 
 
 def _licence(base_id: Optional[str]) -> dict[str, str]:
@@ -191,20 +204,20 @@ def _python(kind: Kind, repo_id: str, base: str, prompt: str, hub: str) -> str:
     text = json.dumps(prompt, ensure_ascii=False)
     dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[kind.precision]
     imports = ["import torch", f"from diffusers import {', '.join(filter(None, (kind.model, kind.pipeline)))}"]
-    imports += ["from diffusers.utils import load_image"] * bool(kind.images)
-    arguments = [f"prompt={text}", *(f'{name}=load_image("{file}")' for name, file in kind.images.items())]
-    if kind.model:
+    if kind.inputs:
+        imports.append("from diffusers.utils import load_image")
+    if kind.model is None:
+        lines = [
+            f'pipe = {kind.pipeline}.from_pretrained({base}, torch_dtype={dtype}).to("cuda")',
+            f'pipe.load_lora_weights({result}, weight_name="{LORA_FILE}")',
+        ]
+    else:
         lines = [
             f"controlnet = {kind.model}.from_pretrained({result}, torch_dtype={dtype})",
             f"pipe = {kind.pipeline}.from_pretrained({base}, controlnet=controlnet, torch_dtype={dtype})",
             'pipe.to("cuda")',
         ]
-    else:
-        lines = [
-            f'pipe = {kind.pipeline}.from_pretrained({base}, torch_dtype={dtype}).to("cuda")',
-            f'pipe.load_lora_weights({result}, weight_name="{LORA_FILE}")',
-        ]
-    lines.append(f"image = pipe({', '.join(arguments)}).images[0]")
+    lines.append(f"image = pipe({', '.join((text, *kind.inputs))}).images[0]")
     if hub == "modelscope":
         imports.append("from modelscope import snapshot_download")
     return "\n".join([*imports, "", *lines, 'image.save("image.png")'])
@@ -214,7 +227,7 @@ def _commands(kind: Kind, repo_id: str, base: str, prompt: str, hub: str) -> str
     """The commands that use the result with this repository's script."""
     words = ["python", kind.script, "--pretrained_model_name_or_path", base]
     first = []
-    if not kind.model:
+    if kind.model is None:
         folder = repo_id.split("/")[1]
         first = [shlex.join(hubs.HUBS[hub].download_command(repo_id, folder))]
         words += ["--lora", folder]

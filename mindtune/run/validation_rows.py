@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional, Union
 from PIL import Image
 
 from mindtune.cli import UserError, indented_list, matched, printable
-from mindtune.data.conditions import condition_image, require_condition
+from mindtune.data.conditions import condition_image, mask_image, require_condition
 from mindtune.data.file_names import FileNames
 from mindtune.data.image_problems import open_image
 from mindtune.data.metadata import read_rows
@@ -165,7 +165,7 @@ def _with_condition(row: Row, image: Image.Image) -> Row:
     row = row._replace(condition=image, size=size)
     if row.mask is None:
         return row
-    return row._replace(mask_image=condition_image(row.mask, "--validation_mask", 0, 1, "black", size).convert("L"))
+    return row._replace(mask_image=mask_image(row.mask, "--validation_mask", size))
 
 
 def captions(rows: list[Row]) -> list[str]:

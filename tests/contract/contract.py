@@ -48,7 +48,10 @@ from mindtune.models.shared_blocks import SharedBlockCell
 from mindtune.models.weights import weight_files
 from mindtune.run import tracking
 
-FOLDERS = ("mindtune", "flux_lora", "flux_controlnet", "examples/controlnet", "examples/tiny")
+FOLDERS = (
+    *("mindtune", "flux_lora", "flux_controlnet"),
+    *("examples/flux_kontext", "examples/flux_control", "examples/controlnet", "examples/tiny"),
+)
 PARTS = [
     (kind, part)
     for kind in ("flux", "sd15", "sdxl")

@@ -1,4 +1,4 @@
-"""What the tests of the Kontext and Control-LoRA scripts share: folders of pairs, and a stand-in for the transformer."""
+"""What the tests of the Kontext and Control-LoRA scripts share: folders of pairs, and stand-ins for models."""
 
 import json
 

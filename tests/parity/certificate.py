@@ -32,6 +32,8 @@ HERE = Path(__file__).parent
 TITLES = {
     "flux_lora": "flux_lora/train_dreambooth_lora_flux.py",
     "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
+    "flux_kontext": "examples/flux_kontext/train_lora_flux_kontext.py",
+    "flux_control": "examples/flux_control/train_control_lora_flux.py",
     "sd15": "examples/controlnet/train_controlnet.py",
     "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
 }
@@ -80,7 +82,15 @@ def prepare(case, work, pipelines, stages):
     size = (64, 64) if settings.get("trained") else (64, 96)
     fit = {"size": size, "interpolation": "lanczos", "place": None, "flip": False}
     pixels = crops.pixel_values(render(example, 96), *fit.values())[None]
-    render_outline(example, 96).convert("RGB").resize(size[::-1]).save(work / "condition.png")
+    outline = render_outline(example, 96).resize(size[::-1])
+    outline.convert("L").save(work / "mask.png")
+    condition = outline.convert("RGB")
+    if settings.get("fill") or settings.get("source"):
+        condition = render(example, 96).resize(size[::-1])
+    if source := settings.get("source"):
+        factor = size[0] // batches[0]["noise"].shape[2]
+        condition = condition.resize((factor * source[1], factor * source[0]))
+    condition.save(work / "condition.png")
     start = rng.normal(0, "start", shape=(1, batches[0]["noise"].shape[1], size[0] // 8, size[1] // 8))
     flat = {f"{number}/{name}": value for number, batch in enumerate(batches) for name, value in batch.items()}
     np.savez(work / "inputs.npz", pixels=pixels, start=start, **flat)
@@ -116,7 +126,8 @@ def compare(work, settings, root, stage, batches):
     errors["gradient of each trainable"] = [
         worst(value, theirs[f"gradient {name}"]) for name, value in gradients.items()
     ]
-    image = ours.image(stage, inputs["start"], Image.open(work / "condition.png")).astype(float)
+    shown = [Image.open(work / f"{name}.png") for name in ("condition", "mask")]
+    image = ours.image(stage, inputs["start"], *shown).astype(float)
     errors["image, mean difference of 255"] = [np.abs(image - theirs["image"]).mean()]
 
     start = {name: p.asnumpy().copy() for name, p in ours.trained.items()}

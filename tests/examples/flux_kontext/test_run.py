@@ -12,8 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from mindtune import rng
-from mindtune.models import loading, lora_files, lora_settings
+from mindtune.models import lora_settings
 from mindtune.models.lora_files import LORA_FILE
 from mindtune.run import checkpoint, validation
 

@@ -23,40 +23,19 @@ CONFIGS = {
     "sd": {"_class_name": "ControlNetModel", "addition_embed_type": None},
     "sdxl": {"_class_name": "ControlNetModel", "addition_embed_type": "text_time"},
 }
-# LoRAs, which have no config: the entries of run.json by their names, and pipeline, arguments and tags of each.
-LORAS = {"lora": {}, "kontext": {"system": "flux_kontext"}, "control": {"system": "flux_control"}}
-LORAS["fill"] = {"system": "flux_control", "flags": {"fill": True}}
-PIPELINES = {
-    "lora": ("FluxPipeline", {"prompt"}, ["text-to-image", "diffusers", "lora", "template:sd-lora", "flux"]),
-    "kontext": (
-        "FluxKontextPipeline",
-        {"prompt", "image"},
-        ["image-to-image", "diffusers", "lora", "template:sd-lora", "flux", "flux-kontext"],
-    ),
-    "control": (
-        "FluxControlPipeline",
-        {"prompt", "control_image"},
-        ["text-to-image", "diffusers", "lora", "flux", "control-lora"],
-    ),
-    "fill": (
-        "FluxFillPipeline",
-        {"prompt", "image", "mask_image"},
-        ["image-to-image", "diffusers", "lora", "flux", "inpainting"],
-    ),
-}
 
 
 @pytest.fixture
 def card(tmp_path):
-    """card(config, base, gallery, hub, **flags): the card of a run, (metadata, text)."""
+    """card(config, base, gallery, hub, system, **flags): the card of a run, (metadata, text)."""
 
-    def make(config=None, base="black-forest-labs/FLUX.1-dev", gallery=GALLERY, hub="huggingface", **flags):
+    def make(config=None, base="black-forest-labs/FLUX.1-dev", gallery=GALLERY, hub="huggingface", system="", **flags):
         out = tmp_path / "circles"
         out.mkdir(exist_ok=True)
-        if config in CONFIGS:
+        if config:
             (out / "config.json").write_text(json.dumps(CONFIGS[config]))
-        record = {"seed": 7, "versions": {"mindspore": "2.7.1"}, "updates": 3, **LORAS.get(config, {})}
-        record["flags"] = {**record.get("flags", {}), **flags}
+        record = {"flags": flags, "seed": 7, "versions": {"mindspore": "2.7.1"}, "updates": 3}
+        record.update({"system": system} if system else {})  # older runs have none
         (out / "run.json").write_text(json.dumps(record))
         (out / "samples").mkdir(exist_ok=True)
         (out / "samples" / "final.png").touch()
@@ -107,20 +86,14 @@ def test_the_metadata_of_a_controlnet(card, config, tags):
     assert not {"base_model_relation", "instance_prompt"} & set(metadata)
 
 
-@pytest.mark.parametrize("config", LORAS)
-def test_the_metadata_of_every_kind_of_lora(card, config):
-    metadata, body = card(config)
-    tags = PIPELINES[config][2]
-    assert metadata["tags"] == [*tags, "mindspore", "mindone"] and metadata["pipeline_tag"] == tags[0]
-    assert metadata["base_model_relation"] == "adapter" and "A LoRA adapter for" in body
-
-
 @pytest.mark.parametrize(
     "base, licence",
     [
-        ("black-forest-labs/FLUX.1-Kontext-dev", ["other", "flux-1-dev-non-commercial-license"]),
-        ("black-forest-labs/FLUX.1-Fill-dev", ["other", "flux-1-dev-non-commercial-license"]),
         ("black-forest-labs/FLUX.1-Krea-dev", ["other", "flux-1-dev-non-commercial-license"]),
+        ("black-forest-labs/FLUX.1-Kontext-dev", ["other", "flux-1-dev-non-commercial-license"]),
+        ("black-forest-labs/FLUX.1-Depth-dev", ["other", "flux-1-dev-non-commercial-license"]),
+        ("black-forest-labs/FLUX.1-Canny-dev", ["other", "flux-1-dev-non-commercial-license"]),
+        ("black-forest-labs/FLUX.1-Fill-dev", ["other", "flux-1-dev-non-commercial-license"]),
         ("AI-ModelScope/FLUX.1-dev", ["other", "flux-1-dev-non-commercial-license"]),
         ("black-forest-labs/FLUX.1-schnell", ["apache-2.0", None]),
         ("somebody/FLUX.1-dev", ["other", "as-the-base-model"]),
@@ -158,7 +131,7 @@ def test_flags_are_cells_of_the_table(card):
 
 @pytest.mark.parametrize("prompt", HARD)
 @pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
-@pytest.mark.parametrize("config", [*LORAS, *CONFIGS])
+@pytest.mark.parametrize("config", [None, *CONFIGS])
 def test_the_code_for_diffusers(card, config, hub, prompt):
     """It parses, loads the result and the base model from the hub, and has the prompt as it was given."""
     _, body = card(config, gallery=[(prompt, "samples/final-1.png")], hub=hub)
@@ -168,9 +141,8 @@ def test_the_code_for_diffusers(card, config, hub, prompt):
     calls = {ast.unparse(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     names = ["'somebody/circles'", "'black-forest-labs/FLUX.1-dev'"]
     result, base = [f"snapshot_download({name})" for name in names] if hub == "modelscope" else names
-    if config in LORAS:
-        pipeline, expected, _ = PIPELINES[config]
-        loads = {f"{pipeline}.from_pretrained": base, "pipe.load_lora_weights": result}
+    if config is None:
+        loads = {"FluxPipeline.from_pretrained": base, "pipe.load_lora_weights": result}
     else:
         kind = {
             "flux_controlnet": ("FluxControlNetModel", "FluxControlNetPipeline"),
@@ -178,8 +150,8 @@ def test_the_code_for_diffusers(card, config, hub, prompt):
             "sdxl": ("ControlNetModel", "StableDiffusionXLControlNetPipeline"),
         }[config]
         loads = {f"{kind[0]}.from_pretrained": result, f"{kind[1]}.from_pretrained": base}
-        expected = {"prompt", "control_image" if config == "flux_controlnet" else "image"}
-    assert {keyword.arg for keyword in calls["pipe"].keywords} == expected and not calls["pipe"].args
+        arguments = {keyword.arg for keyword in calls["pipe"].keywords}
+        assert arguments == {"control_image" if config == "flux_controlnet" else "image"}
     assert {name: ast.unparse(calls[name].args[0]) for name in loads} == loads
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert {name.split(".")[0] for name in loads} - {"pipe"} <= imported
@@ -187,20 +159,73 @@ def test_the_code_for_diffusers(card, config, hub, prompt):
 
 
 @pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
-@pytest.mark.parametrize("config", [*LORAS, *CONFIGS])
+@pytest.mark.parametrize("config", [None, *CONFIGS])
 def test_the_command_of_the_inference_script_has_flags_that_it_takes(card, config, hub, tmp_path):
     _, body = card(config, gallery=[(HARD[3], "samples/final-1.png")], hub=hub)
-    record = json.loads((tmp_path / "circles" / "run.json").read_text())
     *download, command = map(shlex.split, block(body, "bash").splitlines())
-    assert command[0] == "python" and command[1] == kind_of(tmp_path / "circles", record).script
+    assert command[0] == "python" and command[1] == kind_of(tmp_path / "circles").script
     args = load_script(ROOT / command[1]).parse_args(command[2:])
     assert args.prompt == [" ".join(HARD[3].split())] and args.hub == hub
     assert args.pretrained_model_name_or_path == "black-forest-labs/FLUX.1-dev"
-    if config in CONFIGS:
+    if config:
         assert download == [] and args.controlnet == "somebody/circles"
     else:
         start = {"huggingface": ["huggingface-cli", "download"], "modelscope": ["modelscope", "download", "--model"]}
         assert download[0][:-2] == [*start[hub], "somebody/circles"] and download[0][-1] == args.lora
+
+
+SYSTEMS = {  # system, flags -> pipeline, its images, the script's flags for them, tags, and what the card calls it
+    "kontext": (
+        ("flux_kontext", {}),
+        "FluxKontextPipeline",
+        {"image": "source.png"},
+        {"image": ["source.png"]},
+        ["image-to-image", "diffusers", "lora", "template:sd-lora", "flux", "flux-kontext"],
+        "A LoRA adapter",
+    ),
+    "control": (
+        ("flux_control", {"fill": False}),
+        "FluxControlPipeline",
+        {"control_image": "condition.png"},
+        {"control_image": ["condition.png"], "fill": False},
+        ["text-to-image", "diffusers", "lora", "control-lora", "flux"],
+        "A Control-LoRA adapter",
+    ),
+    "fill": (
+        ("flux_control", {"fill": True}),
+        "FluxFillPipeline",
+        {"image": "source.png", "mask_image": "mask.png"},
+        {"control_image": ["source.png"], "mask_image": ["mask.png"], "fill": True},
+        ["text-to-image", "diffusers", "lora", "control-lora", "flux"],
+        "A Control-LoRA adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_lora_of_a_system_with_images(card, name):
+    """Its own pipeline and script, with images and with the guidance that was trained, which is not their default."""
+    (system, flags), pipeline, images, given, tags, what = SYSTEMS[name]
+    metadata, body = card(gallery=[], system=system, guidance_scale=3.25, lora_rank=4, **flags)
+    assert metadata["tags"] == [*tags, "mindspore", "mindone"] and metadata["pipeline_tag"] == tags[0]
+    assert metadata["base_model_relation"] == "adapter"
+    assert f"{what} for `black-forest-labs/FLUX.1-dev`" in body
+    tree = ast.parse(block(body, "python"))
+    calls = {ast.unparse(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert ast.unparse(calls["pipe.load_lora_weights"].args[0]) == "'somebody/circles'"
+    assert f"{pipeline}.from_pretrained" in calls
+    arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in calls["pipe"].keywords}
+    assert arguments == {**{key: f"load_image('{file}')" for key, file in images.items()}, "guidance_scale": "3.25"}
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported == {pipeline, "load_image"}
+    _, command = map(shlex.split, block(body, "bash").splitlines())
+    args = load_script(ROOT / command[1]).parse_args(command[2:])
+    assert args.lora == "circles" and args.guidance_scale == 3.25
+    assert {key: getattr(args, key) for key in given} == given
+
+
+def test_a_run_of_the_lora_script_names_its_system_too(card):
+    assert card(gallery=[], system="flux_lora", guidance_scale=3.25)[1] == card(gallery=[], guidance_scale=3.25)[1]
 
 
 @pytest.mark.parametrize("adapter, name", [("dora", "DoRA"), ("lokr", "LoKr")])
