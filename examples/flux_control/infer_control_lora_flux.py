@@ -80,7 +80,7 @@ def main(argv=None):
     found = find_rows(args)
     output, singles = grids.output_files(args.output, len(found) * args.num_images_per_prompt, args.overwrite)
     lora_path = lora_files.find_lora(args.lora, "--lora") if args.lora else None
-    adapters = lora_files.read_adapters(lora_path, "--lora") if lora_path else {}
+    adapters = lora_files.read_adapters(lora_path, "--lora", biases=True) if lora_path else {}
     execution.set_up_device(graph_mode=False)
     root = inference.find_pipeline(
         args.pretrained_model_name_or_path,

@@ -15,6 +15,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
+from mindtune.cli import UserError
 from mindtune.models import adapted_layers, layer_patterns, lokr, lora_files, lora_layouts
 from mindtune.models.library import BaseTunerLayer, LoraConfig
 from mindtune.models.lora_settings import Settings
@@ -207,12 +208,20 @@ def train_norms(model: nn.Cell, initial: dict[str, np.ndarray]) -> None:
     use_shared_blocks(model)
 
 
-def _load_norms(model: nn.Cell, adapter: dict[str, np.ndarray], scale: float) -> None:
-    """Moves the norms of a model towards those of an adapter, by `scale`."""
+def _change_parameters(model: nn.Cell, adapter: dict[str, np.ndarray], scale: float) -> None:
+    """Moves the norms of a model towards those of an adapter, by `scale`, and adds the biases of B to those of layers.
+
+    `enable_lora` undoes and repeats it.
+    """
+    changed = model.__dict__.setdefault("changed_parameters", [])  # parameter, its values without and with the adapter
     for name, parameter in model.parameters_and_names():
-        if name in adapter and lora_layouts.NORM.search(name):
+        bias = re.sub(r"\.bias$", lora_layouts.BIAS, name)
+        if name in adapter or bias in adapter:
             value = parameter.astype(ms.float32).asnumpy()
-            parameter.set_data(ms.Tensor(value + np.float32(scale) * (adapter[name] - value), parameter.dtype))
+            change = adapter[name] - value if name in adapter else adapter[bias]
+            values = [ms.Tensor(each, parameter.dtype) for each in (value, value + np.float32(scale) * change)]
+            changed.append((parameter, values))
+            parameter.set_data(values[1])
 
 
 def lokr_scales(model: nn.Cell) -> dict[str, np.float32]:
@@ -223,6 +232,8 @@ def lokr_scales(model: nn.Cell) -> dict[str, np.float32]:
 
 def enable_lora(model: nn.Cell, enabled: bool) -> None:
     """Enables or disables the adapter for calls in PyNative. A compiled graph keeps its setting."""
+    for parameter, values in getattr(model, "changed_parameters", ()):
+        parameter.set_data(values[enabled])
     for _, layer in adapted_layers.adapted_layers(model):
         layer._disable_adapters = not enabled
     adapted_layers.update_layers(model)
@@ -250,18 +261,22 @@ def load_lora(
 
     Raises UserError if the file is not a LoRA, or if its models, layers or widths are not those of `models`.
     """
-    adapters, layers = lora_files.read_adapters(path, flag), {}
+    adapters, layers = lora_files.read_adapters(path, flag, biases=True), {}
     for prefix, model in models.items():
         linear = {name: cell for name, cell in model.cells_and_names() if isinstance(cell, LINEAR_LAYERS)}
         layers[prefix] = {name: cell.weight.shape[::-1] for name, cell in linear.items()}
     lora_files.check_adapters(path, flag, adapters, layers)
     for prefix, adapter in adapters.items():
+        shapes = {name: parameter.shape for name, parameter in models[prefix].parameters_and_names()}
+        for name, value in lora_layouts.norms(adapter).items():
+            if value.shape != shapes.get(name):
+                raise UserError(f"{flag} {path}: made for another model; this {prefix} has no {name} {value.shape}.")
         dora = lora_layouts.kind(adapter) == "dora"
         scaled = {
             name: value * np.float32(scale) if name.endswith((".lora_B.weight", ".lokr_w1")) and not dora else value
             for name, value in adapter.items()
         }
-        _load_norms(models[prefix], adapter, scale)
+        _change_parameters(models[prefix], adapter, scale)
         add_trained_lora(models[prefix], scaled, alpha=None, dropout=0.0, compute=compute)
         if dora and scale != 1.0:
             adapted_layers.scale_doras(models[prefix], scale)

@@ -6,8 +6,8 @@ be written too, and those of `lora_names` can be read.
 
 Here an adapter is a dict of the tensors for one model, `<layer>.lora_A.weight`, `<layer>.lora_B.weight` and, of a DoRA,
 `<layer>.lora_magnitude_vector`, or `<layer>.lokr_w1` and the other factors of a LoKr. A Control-LoRA may also have
-`<norm>.weight`, the trained norms of q and k. `adapters` maps the prefix of a model (transformer, text_encoder) to its
-adapter.
+`<norm>.weight`, trained norms of q and k, and `<layer>.lora_B.bias`. `adapters` maps the prefix of a model
+(transformer, text_encoder) to its adapter.
 """
 
 from __future__ import annotations
@@ -135,12 +135,12 @@ def _lora_config(tensors: dict[str, np.ndarray]) -> dict:
 
 
 def _multiply_scale_into_b(tensors: dict[str, np.ndarray], alphas: dict[str, float]) -> dict[str, np.ndarray]:
-    """The tensors with alpha / rank multiplied into B. Where that is not 1, B becomes float32."""
+    """The tensors with alpha / rank multiplied into B and its bias. Where that is not 1, they become float32."""
     ranks, scaled = lora_layouts.ranks(tensors), dict(tensors)
     for layer, alpha in alphas.items():
-        if alpha != ranks[layer]:
-            name = f"{layer}.lora_B.weight"
-            scaled[name] = tensors[name].astype(np.float32) * np.float32(alpha / ranks[layer])
+        for name in {f"{layer}.lora_B.weight", layer + lora_layouts.BIAS} & tensors.keys():
+            if alpha != ranks[layer]:
+                scaled[name] = tensors[name].astype(np.float32) * np.float32(alpha / ranks[layer])
     return scaled
 
 
@@ -174,21 +174,22 @@ def find_lora(name: str, flag: str) -> Path:
     return path
 
 
-def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def read_lora(path: Path, flag: str, biases: bool = False) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The tensors of a LoRA file by diffusers' names, and the alpha of every layer but those of a LoKr.
 
     Alpha comes from the `.alpha` entries, otherwise from the file's LoRA config, otherwise it is the rank. The config
     is in the header of diffusers' files, and in adapter_config.json next to peft's. The arrays may be memory-mapped.
     Raises UserError, which says what the file is, unless it is a LoRA, DoRA or LoKr of FLUX.1 in one of
-    `lora_names.LAYOUTS_READ`.
+    `lora_names.LAYOUTS_READ`, and, without `biases`, if B has biases.
     """
     try:
         entries, header = read_safetensors(path)
-        trained_norms = lora_layouts.norms(entries)
-        tensors = lora_layouts.to_diffusers({name: entries[name] for name in entries if name not in trained_norms})
-        tensors.update(trained_norms)
+        tensors = lora_layouts.to_diffusers(entries)
     except ValueError as error:
         raise UserError(f"{flag} {path}: {error}.") from None
+    if not biases and (bias := next((name for name in tensors if name.endswith(lora_layouts.BIAS)), None)):
+        advice = "Only generate images with it, or give a LoRA without biases (lora_bias=False in peft)"
+        raise UserError(f"{flag} {path}: has biases ({bias}), which cannot be trained, edited or exported. {advice}.")
     config = {}
     if not any(name.endswith("alpha") for name in entries):
         config = _read_lora_config(path, header, lora_names.layout_of(entries), flag)
@@ -198,13 +199,13 @@ def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, f
         raise UserError(f"{flag} {path}: its LoRA config cannot be used ({error}). Give a LoRA of FLUX.1.") from None
 
 
-def read_adapters(path: Path, flag: str) -> dict[str, dict[str, np.ndarray]]:
-    """The adapters in a LoRA file, float32, with alpha / rank multiplied into B.
+def read_adapters(path: Path, flag: str, biases: bool = False) -> dict[str, dict[str, np.ndarray]]:
+    """The adapters in a LoRA file, float32, with alpha / rank multiplied into B and its bias.
 
     Raises UserError as `read_lora` does.
     """
     adapters: dict[str, dict[str, np.ndarray]] = {}
-    for name, value in _multiply_scale_into_b(*read_lora(path, flag)).items():
+    for name, value in _multiply_scale_into_b(*read_lora(path, flag, biases)).items():
         prefix, _, tensor_name = name.partition(".")
         adapters.setdefault(prefix, {})[tensor_name] = value.astype(np.float32, order="C")
     return adapters
@@ -261,7 +262,7 @@ def check_adapters(
             if layer not in layers[prefix]:
                 raise UserError(f"{flag} {path}: made for another model; this {prefix} has no layer {layer}.")
             inputs, outputs = layers[prefix][layer]
-            shapes = {end: value.shape for end, value in tensors.items() if end != "lora_magnitude_vector"}
+            shapes = {end: value.shape for end, value in tensors.items() if value.ndim == 2}  # no magnitudes or biases
             if _widths(shapes) != (inputs, outputs):
                 what = "A and B" if "lora_A.weight" in shapes else "the factors"
                 raise UserError(
@@ -285,7 +286,7 @@ def by_layer(adapter: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]
     for name, value in adapter.items():
         if lora_layouts.NORM.search(name):
             continue
-        layer, end = re.fullmatch(r"(.+)\.(lo(?:ra|kr)_\w+(?:\.weight)?)", name).groups()
+        layer, end = re.fullmatch(r"(.+)\.(lo(?:ra|kr)_\w+(?:\.(?:weight|bias))?)", name).groups()
         layers.setdefault(layer, {})[end] = value
     return layers
 

@@ -84,6 +84,7 @@ CLIP = {
 # `source`: the size of the source's latents, beside targets of 4 x 6 (8 x 8 with the trained pipeline).
 KONTEXT = {**LORA, "targets": {"transformer": lora_settings.DEFAULT_TARGETS["flux_kontext"]}, "scheme": "none"}
 CONTROL_LORA = {**LORA, "targets": {"transformer": lora_settings.DEFAULT_TARGETS["flux_control"]}, "scheme": "none"}
+FILL = {"fill": True}
 CONTROL = {"rates": {"controlnet": [1e-3, 1e-2]}}
 CASES = [
     *(Case("flux_lora", scheme, {**LORA, "scheme": scheme}) for scheme in flow.WEIGHTING_SCHEMES),
@@ -105,7 +106,7 @@ CASES = [
     Case("flux_control", "widened, norms", {**CONTROL_LORA, "norms": True}),
     Case("flux_control", "alpha 8, cosmap", {**CONTROL_LORA, "scheme": "cosmap", "alpha": 8.0}),
     Case("flux_control", "trained shapes pipeline, norms", {**CONTROL_LORA, "norms": True, "trained": True}),
-    Case("flux_control", "--fill, norms", {**CONTROL_LORA, "fill": True, "norms": True}),
+    Case("flux_control", "--fill, norms", {**CONTROL_LORA, **FILL, "norms": True}),
     Case("sd15", "epsilon", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": None}),
     Case("sd15", "v_prediction", {**CONTROL, "prediction_type": "v_prediction", "snr_gamma": None}),
     Case("sd15", "epsilon, Min-SNR", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": 5.0}),
