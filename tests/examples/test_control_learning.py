@@ -7,7 +7,6 @@ from conftest import ROOT, load_script
 from mindtune import rng
 from mindtune.models import execution, loading, precision, sampling
 
-learning = load_script("benchmarks/learning.py")
 evaluator = load_script("examples/tiny/evaluate_shapes.py")
 shapes = load_script("examples/tiny/shapes.py")
 PIPELINE = ROOT / "examples/tiny/flux-shapes"
@@ -16,7 +15,7 @@ SCENES = [scene for scene in shapes.scenes("train") if scene.caption == "a green
 FEWER = ["--train_batch_size", 8, "--learning_rate", 3e-3, "--lr_warmup_steps", 10]
 
 
-def test_generated_shapes_follow_the_outline(tmp_path, monkeypatch):
+def test_generated_shapes_follow_the_outline(learning, tmp_path, monkeypatch):
     """Mean intersection over union with the circle of the outline, and with one of another position or size.
 
     Each image from a noise of its own, all generated at once in a fraction of the inference script's time.
