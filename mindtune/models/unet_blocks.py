@@ -10,6 +10,7 @@ Sources of the architecture: Rombach et al., "High-Resolution Image Synthesis wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -250,13 +251,13 @@ def is_usual_transformer(cell):
 
 
 class CellType(NamedTuple):
-    """How a class of mindone becomes a recomputed block."""
+    """How a class of mindone becomes a recomputed block: functions of a cell, and the `construct` that it gets."""
 
     block: type
-    construct: object
-    weights: object
-    settings: object
-    is_usual: object
+    construct: Callable
+    weights: Callable
+    settings: Callable
+    is_usual: Callable
 
 
 CELL_TYPES = {
