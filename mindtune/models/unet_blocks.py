@@ -53,8 +53,11 @@ def layer_norm(x, layer, eps):
 
 
 def gelu(x):
-    """x times the distribution function of the normal distribution at x (https://arxiv.org/abs/1606.08415)."""
-    return x * (1.0 + ops.erf(x * 0.7071067811865476)) * 0.5
+    """x times the distribution function of the normal distribution at x (https://arxiv.org/abs/1606.08415).
+
+    In the order of `ops.gelu`, so that recomputing changes no bit.
+    """
+    return x * (ops.erf(x / 2.0**0.5) + 1.0) * 0.5
 
 
 # ---- blocks --------------------------------------------------------------------------------------
