@@ -21,6 +21,9 @@ SCRIPTS = {
     "flux_controlnet": "[ControlNet](flux_controlnet.md)",
     "sd": "[ControlNet](controlnet.md)",
     "sdxl": "[ControlNet, XL](controlnet.md)",
+    "flux_kontext": "[Kontext](flux_kontext.md)",
+    "flux_control": "[Control-LoRA](flux_control.md)",
+    "flux_fill": "[Control-LoRA with --fill](flux_control.md)",
 }
 TEXT = """# Supported models
 

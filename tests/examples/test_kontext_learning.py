@@ -11,7 +11,6 @@ from safetensors.numpy import load_file
 from mindtune import rng
 from mindtune.models import execution, loading, lora_files, precision, sampling
 
-learning = load_script("benchmarks/learning.py")
 evaluator = load_script("examples/tiny/evaluate_shapes.py")
 shapes = load_script("examples/tiny/shapes.py")
 PIPELINE = ROOT / "examples/tiny/flux-shapes"
@@ -35,7 +34,7 @@ def edited(monkeypatch, adapter):
 
 
 @pytest.fixture
-def train(tmp_path):
+def train(learning, tmp_path):
     shapes.write_edits(tmp_path / "train", EDITS, 64)
 
     def run(updates, *flags):
