@@ -107,35 +107,36 @@ def read(settings: Settings) -> list[Row]:
         guidance=settings.guidance_scale,
         scale=settings.controlnet_conditioning_scale if "scale" in settings.keys else None,
     )
-    pairs = [(prompt, None) for prompt in prompts]
+    masks = _masks(settings)
+    pairs = [(prompt, (None, None)) for prompt in prompts]
     if settings.validation_file is not None and not prompts and len(images) == 1:
         default = default._replace(image=images[0])
     elif settings.system != "flux_lora" and (images or settings.system != "flux_kontext"):
-        pairs = matched(prompts, images, "--validation_prompt", "--validation_image")
+        pairs = matched(prompts, list(zip(images, masks)), "--validation_prompt", "--validation_image")
     for flag, paths in (("--validation_image", images), ("--validation_mask", settings.validation_mask)):
         for path in paths:
             require_condition(path, flag)
-    masks = _masks(settings)
     numbers = range(settings.num_validation_images)
     rows = [
-        default._replace(prompt=prompt, image=path, mask=masks.get(path), number=n)
-        for prompt, path in pairs
+        default._replace(prompt=prompt, image=image, mask=mask, number=n)
+        for prompt, (image, mask) in pairs
         for n in numbers
     ]
-    default = default._replace(mask=masks.get(default.image))
+    if len(settings.validation_mask) == 1:
+        default = default._replace(mask=settings.validation_mask[0])
     return rows if settings.validation_file is None else rows + _read_file(settings, default)
 
 
-def _masks(settings: Settings) -> dict[Optional[str], Optional[str]]:
-    """The mask of each --validation_image; a single one is also that of the lines of --validation_file (None)."""
+def _masks(settings: Settings) -> list[Optional[str]]:
+    """The mask of each --validation_image, None if the system has no masks. Raises UserError for another number."""
     images, masks = settings.validation_image, settings.validation_mask
-    if not settings.fill or (not masks and not images):
-        return {}
+    if not settings.fill:
+        return [None] * len(images)
     if len(masks) not in (1, len(images)):
         raise UserError(
             f"--validation_mask: {len(masks)} for {len(images)} of --validation_image. Give one each, or one for all."
         )
-    return {None: masks[0] if len(masks) == 1 else None, **dict(zip(images, list(masks) * len(images)))}
+    return list(masks) * len(images) if len(masks) == 1 else list(masks)
 
 
 def with_size(rows: list[Row], size: tuple[int, int]) -> list[Row]:
