@@ -263,7 +263,8 @@ Files come from our scripts (three updates; LoRA of rank 4, alpha 8, with every 
 diffusers and peft (LoRA of rank 6, alpha 9; Control-LoRAs of alpha 6, saved as
 `train_control_lora_flux.py` does, and loaded on the text-to-image model). Our inference scripts and
 diffusers' pipelines generate images with them from the same noise. The last column is for comparison:
-the difference when the file is not loaded or, in the rows about training, when the learning rate is not 0.
+the difference when the file is not loaded or, in the rows about training, when the learning rate is
+not 0.
 
 {exchange}
 diffusers' converters require FLUX.1's width, so our tensors are repeated to that width. In kohya's
@@ -271,8 +272,8 @@ layout, diffusers {theirs[1]} does not read the CLIP part under the name that sd
 renames it (`tests/parity/lora_layouts_reference.py`). In Black Forest Labs' Control-LoRAs, diffusers
 {theirs[1]} swaps the halves of both A and B of `norm_out.linear`. Only those of B are halves of its
 outputs; the test undoes the other swap. The trained norms that diffusers' `train_control_lora_flux.py`
-writes have the prefix `transformer.` twice: our scripts load them, diffusers' pipeline ignores them with a
-warning. The image to compare with is that of the trained model itself.
+writes have the prefix `transformer.` twice: our scripts load them, diffusers' pipeline ignores them with
+a warning. The image to compare with is that of the trained model itself.
 
 ## Optimizers and schedules
 
