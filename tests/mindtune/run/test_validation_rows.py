@@ -123,6 +123,13 @@ def test_masks_are_matched_by_position(image, tmp_path):
         found(["x", "y"], [image], masks)
 
 
+def test_the_lines_of_one_image_may_have_masks_of_their_own(rows_of, image):
+    (row,) = rows_of([{"prompt": "a", "mask": image}], control("flux_control", fill=True, validation_image=[image]))
+    assert row.image == row.mask == image
+    with pytest.raises(UserError, match="line 1: mask is missing"):
+        rows_of([{"prompt": "a"}], control("flux_control", fill=True, validation_image=[image]))
+
+
 def test_a_mask_of_a_file_that_cannot_be_used_is_named_by_its_row(rows_of, image, tmp_path):
     Image.fromarray(np.full((40, 80), 0.5, np.float32)).save(tmp_path / "float.tif")
     rows = rows_of([{"prompt": "a", "image": image, "mask": "float.tif"}], control("flux_control", fill=True))
