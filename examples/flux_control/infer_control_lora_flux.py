@@ -61,14 +61,13 @@ def find_rows(args):
     return inference.pair_masks(pairs, args.mask_image) if args.fill else [(*pair, None) for pair in pairs]
 
 
-def require_condition_input(args, root):
+def require_condition_input(args, root, adapters):
     """Raises UserError if nothing would read the condition: a text-to-image model without a Control-LoRA."""
     inputs = configs.read_config(root, "transformer")["in_channels"]
-    if not args.lora and inputs != control_lora.count_inputs(root, args.fill):
-        raise UserError(
-            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: a text-to-image model, which reads "
-            "no condition. Add --lora with a Control-LoRA."
-        )
+    adapted = lora_files.by_layer(adapters.get("transformer", {}))
+    if control_lora.INPUT_LAYER not in adapted and inputs != control_lora.count_inputs(root, args.fill):
+        found = f"--lora {args.lora}: adapts no {control_lora.INPUT_LAYER}, so the" if args.lora else "without --lora a"
+        raise UserError(f"{found} text-to-image model reads no condition. Give --lora with a Control-LoRA.")
 
 
 # ---- inference -----------------------------------------------------------------------------------
@@ -91,7 +90,7 @@ def main(argv=None):
         args.hub,
         task="fill" if args.fill else "control",
     )
-    require_condition_input(args, root)
+    require_condition_input(args, root, adapters)
     layers = {"transformer": control_lora.linear_layers(root, args.fill)}
     lora_files.check_adapters(lora_path, "--lora", adapters, layers)
 
