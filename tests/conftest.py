@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -197,12 +198,12 @@ def fake_modelscope(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def flags(tiny_flux, photos, encoder_cache):
+def flags(small_flux, photos, encoder_cache):
     """flags(out, *more): the command line of a small PyNative run on the photographs. Later flags win."""
 
     def make(out, *more):
         values = {
-            "pretrained_model_name_or_path": tiny_flux,
+            "pretrained_model_name_or_path": small_flux,
             "instance_data_dir": photos,
             "instance_prompt": "a photo of sks cat",
             "output_dir": out,
@@ -275,6 +276,13 @@ def encode_here(job):
     ms.set_context(mode=mode)
 
 
+@functools.cache
+def keep_imports(script):
+    """What the first run of a script has imported stays to the end, too: later collections leave it out."""
+    gc.collect()
+    gc.freeze()
+
+
 def run_here(script, arguments):
     """Runs a script, a module, to its end in this process, which has imported everything.
 
@@ -288,6 +296,21 @@ def run_here(script, arguments):
             assert script.main([str(word) for word in arguments]) == 0
         finally:
             ms.set_context(mode=ms.PYNATIVE_MODE)
+    keep_imports(script)
+
+
+@pytest.fixture
+def learning(monkeypatch):
+    """benchmarks/learning.py, which then trains in this process."""
+    module = load_script("benchmarks/learning.py")
+
+    def run(words, *flags):
+        script, *arguments = shlex.split(words)
+        run_here(load_script(script), [*arguments, *flags])
+
+    monkeypatch.setattr(module, "run", run)
+    monkeypatch.chdir(ROOT)
+    return module
 
 
 class StageWithoutEncoders:

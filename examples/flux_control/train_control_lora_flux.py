@@ -52,7 +52,7 @@ def parse_args(argv=None):
     training_flags.model(parser, pipeline="FLUX.1")
     training_flags.initial_lora(parser)
     parser.add("fill", default=False, help="Train to fill masked parts of images: the conditions are masks.")
-    data_flags.pairs(parser)
+    data_flags.pairs(parser, without="with --fill of masks, or none")
     image_flags.images(parser, sample="pair", multiple=16, smallest=16)
     lora_flags.lora(parser, "flux_control")
     parser.add("train_norm_layers", default=False, help="Also train the norms of queries and keys.")
@@ -86,9 +86,11 @@ def find_pipeline(args):
 
 def find_adapters(args, root):
     """Returns the layers to adapt, the adapter to start from, and a hash of its file. Raises UserError."""
-    settings = args.select(initial_lora.Settings, system="flux_control")
-    layers = {"transformer": control_lora.linear_layers(root, args.fill)}
-    return initial_lora.find_adapters(settings, args.select(lora_settings.Settings), layers)
+    initial, settings = args.select(initial_lora.Settings, system="flux_control"), args.select(lora_settings.Settings)
+    layers, norms = {"transformer": control_lora.linear_layers(root, args.fill)}, control_lora.norm_shapes(root)
+    found = initial_lora.find_adapters(initial, settings, layers, norms)
+    control_lora.check_input_layer(root, args.fill, settings, *found[:2])
+    return found
 
 
 # ---- data (yours to change) ----------------------------------------------------------------------

@@ -152,6 +152,9 @@ def auto_shape(image: tuple[int, int], pixels: int, step: int, max_ratio: float,
     """
     longest = int(min(max_side or math.inf, math.sqrt(pixels) * math.sqrt(max_ratio)))
     sides = range(step, longest + 1, step)
+    # Where only the ratio limits the height, the largest shape is enough: smaller ones have few pixels.
+    limited = [width for width in sides if max_ratio * width < min(pixels // width, longest)]
+    sides = sides[max(0, len(limited) - 1) :]
     highest = [(int(min(pixels // width, longest, max_ratio * width)) // step * step, width) for width in sides]
     shapes = [shape for shape in highest if shape[0] and max(shape) <= max_ratio * min(shape)]
     shapes += [(width, height) for height, width in shapes]

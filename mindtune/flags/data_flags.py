@@ -18,10 +18,12 @@ def dataset(parser: Parser, image: str) -> None:
     add("image_column", help=f"Column of the images. Default: {image}.")
 
 
-def pairs(parser: Parser, condition: str = "condition image", without: str = "", aliases: tuple[str, ...] = ()) -> None:
+def pairs(
+    parser: Parser, conditions: str = "condition images", without: str = "", aliases: tuple[str, ...] = ()
+) -> None:
     """Pairs of an image and a condition image, from one of three sources, loaded or streamed.
 
-    `condition` is the word for a condition image in help lines. `without` says what a pair without one is used for, if
+    `conditions` is the word for condition images in help lines. `without` says what a pair without one is used for, if
     that is allowed. `aliases` are further names of --conditioning_image_column.
     """
     keys = "image, text and perhaps conditioning_image" if without else "image, conditioning_image (paths) and text"
@@ -41,7 +43,7 @@ def pairs(parser: Parser, condition: str = "condition image", without: str = "",
     add(
         "conditioning_image_column",
         *aliases,
-        help=f"Column of the {condition}s{without and f'; {without}'}. Default: the first that starts with condition.",
+        help=f"Column of the {conditions}{without and f'; {without}'}. Default: the first that starts with condition.",
     )
     add("caption_column", help="Column of the captions. Default: text, caption or prompt.")
     add("streaming", default=False, help="Read the data set during training, not before it. Needs --max_train_steps.")

@@ -15,7 +15,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from mindtune.models import configs, loading
+from mindtune.cli import UserError
+from mindtune.models import configs, loading, lora_layouts, lora_settings
+from mindtune.models.lora_files import by_layer
 from mindtune.models.named_parameters import ParameterShape
 from mindtune.models.precision import Precision
 
@@ -38,6 +40,33 @@ def linear_layers(root: Path, fill: bool) -> dict[str, tuple[int, int]]:
     """`loading.linear_layers` of the transformer with its widened input layer."""
     layers = loading.linear_layers(root, "transformer")
     return {**layers, INPUT_LAYER: (count_inputs(root, fill), layers[INPUT_LAYER][1])}
+
+
+def norm_shapes(root: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the transformer's norms that can be trained, by name."""
+    return {s.name: s.shape for s in loading.component_shapes(root, "transformer") if lora_layouts.NORM.search(s.name)}
+
+
+def check_input_layer(
+    root: Path, fill: bool, settings: lora_settings.Settings, targets: dict[str, list[str]], initial: dict[str, dict]
+) -> None:
+    """Raises UserError if the input layer is widened and not adapted: then the model would never read the condition.
+
+    `targets` and `initial` are those of `initial_lora.find_adapters`.
+    """
+    if loading.linear_layers(root, "transformer")[INPUT_LAYER][0] == count_inputs(root, fill):
+        return
+    if "transformer" in initial:
+        if INPUT_LAYER not in by_layer(initial["transformer"]):
+            raise UserError(
+                f"--lora_model_name_or_path: adapts no {INPUT_LAYER}, which reads the condition. Give a Control-LoRA."
+            )
+    elif not settings.ranks([INPUT_LAYER], targets["transformer"], in_blocks=True):
+        blocks = settings.lora_blocks
+        raise UserError(
+            f"--lora_blocks {blocks}: leaves out {INPUT_LAYER}, which reads the condition. Add it: "
+            f"--lora_blocks {INPUT_LAYER},{blocks}."
+        )
 
 
 def load_transformer(

@@ -12,6 +12,7 @@ from mindtune.cli import UserError
 from mindtune.models import lora_files, lora_layouts, lora_settings
 
 FLAG = "--lora_model_name_or_path"
+NORMS_ADVICE = "Add --train_norm_layers", "Only examples/flux_control/ trains them"
 Layers = dict[str, dict[str, tuple[int, int]]]  # model -> layer -> (inputs, outputs), as `loading.linear_layers`
 Adapters = dict[str, dict[str, np.ndarray]]  # model -> its adapter, see `lora_files`
 
@@ -30,18 +31,24 @@ class Settings(NamedTuple):
 
 
 def find_adapters(
-    settings: Settings, lora: lora_settings.Settings, layers: Layers
+    settings: Settings,
+    lora: lora_settings.Settings,
+    layers: Layers,
+    norms: Optional[dict[str, tuple[int, ...]]] = None,
 ) -> tuple[dict[str, list[str]], Adapters, Optional[str]]:
     """(ends of the names of the layers to adapt by model, adapters to start from by model, hash of the latter's file).
 
-    Without --lora_model_name_or_path there is no adapter and no hash. Raises UserError if the run cannot start from
+    Without --lora_model_name_or_path there is no adapter and no hash. `norms` are the shapes of the transformer's norms
+    that can be trained, if the system trains them. Raises UserError if the run cannot start from
     this file, if no layer has a name that a flag gives, and for a pattern in a flag that has no effect.
     """
-    initial, digest = _read(settings, layers)
+    initial, digest = _read(settings, layers, norms)
     return _find_targets(settings, lora, layers, initial), initial, digest
 
 
-def _read(settings: Settings, layers: Layers) -> tuple[Adapters, Optional[str]]:
+def _read(
+    settings: Settings, layers: Layers, norms: Optional[dict[str, tuple[int, ...]]]
+) -> tuple[Adapters, Optional[str]]:
     if not settings.lora_model_name_or_path:
         return {}, None
     path = lora_files.find_lora(settings.lora_model_name_or_path, FLAG)
@@ -53,7 +60,9 @@ def _read(settings: Settings, layers: Layers) -> tuple[Adapters, Optional[str]]:
     if "text_encoder" in adapters and not settings.train_text_encoder:
         raise UserError(f"{FLAG} {path}: has a LoRA of CLIP, which would be lost. Add --train_text_encoder.")
     if any(map(lora_layouts.norms, adapters.values())) and not settings.train_norm_layers:
-        raise UserError(f"{FLAG} {path}: has trained norms, which would be lost. Add --train_norm_layers.")
+        raise UserError(f"{FLAG} {path}: has trained norms, which would be lost. {NORMS_ADVICE[norms is None]}.")
+    if norm := lora_layouts.foreign_norm(adapters.get("transformer", {}), norms or {}):
+        raise UserError(f"{FLAG} {path}: made for another model; this transformer has no {norm}.")
     description = lora_files.describe_adapters(adapters)
     print(f"starting from {path} ({description}): its layers keep their ranks, flags of layers and ranks do not apply")
     return adapters, files.file_digest(path)

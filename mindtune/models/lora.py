@@ -268,9 +268,8 @@ def load_lora(
     lora_files.check_adapters(path, flag, adapters, layers)
     for prefix, adapter in adapters.items():
         shapes = {name: parameter.shape for name, parameter in models[prefix].parameters_and_names()}
-        for name, value in lora_layouts.norms(adapter).items():
-            if value.shape != shapes.get(name):
-                raise UserError(f"{flag} {path}: made for another model; this {prefix} has no {name} {value.shape}.")
+        if norm := lora_layouts.foreign_norm(adapter, shapes):
+            raise UserError(f"{flag} {path}: made for another model; this {prefix} has no {norm}.")
         dora = lora_layouts.kind(adapter) == "dora"
         scaled = {
             name: value * np.float32(scale) if name.endswith((".lora_B.weight", ".lokr_w1")) and not dora else value

@@ -33,7 +33,8 @@ from mindtune.models.weights import PICKLED
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-KEPT_ENDINGS = (".alpha", ".lora_magnitude_vector")  # of tensors that are float32 in every file
+KEPT = re.compile(r"\.(alpha|lora_magnitude_vector|norm_(added_)?[qk]\.weight)$")  # tensors that stay float32
+_ADVICE = {"x_embedder": " Only examples/flux_control/ trains Control-LoRAs, with --fill those of fill models."}
 
 
 def most_common(values: Iterable) -> Any:
@@ -62,6 +63,7 @@ def describe(tensors: dict[str, np.ndarray]) -> str:
     if kind == "lokr":
         return f"LoKr, {sum(name.endswith('.lokr_w1') for name in tensors)} layers"
     summary = f"{len(ranks)} layers of rank {', '.join(map(str, sorted(set(ranks.values()))))}"
+    summary += f", {count} norms" if (count := len(lora_layouts.norms(tensors))) else ""
     return f"DoRA, {summary}" if kind == "dora" else summary
 
 
@@ -94,8 +96,7 @@ def write_lora(
         header = _kohya_header(tensors) if layout == "kohya" else {}
     if dtype is not None:
         tensors = {
-            name: value if name.endswith(KEPT_ENDINGS) else value.astype(NUMPY_DTYPES[dtype])
-            for name, value in tensors.items()
+            name: value if KEPT.search(name) else value.astype(NUMPY_DTYPES[dtype]) for name, value in tensors.items()
         }
     path.write_bytes(_with_metadata(save(tensors), {"format": "pt", **header}))
     return describe(tensors)
@@ -268,7 +269,7 @@ def check_adapters(
                 raise UserError(
                     f"{flag} {path}: made for another model; {what} of {layer} are "
                     f"{' and '.join(map(str, shapes.values()))}, but the layer of this {prefix} has {inputs} inputs "
-                    f"and {outputs} outputs."
+                    f"and {outputs} outputs.{_ADVICE.get(layer, '')}"
                 )
 
 
@@ -284,10 +285,9 @@ def by_layer(adapter: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]
     """Layer -> ending of the name, such as lora_A.weight or lokr_w1 -> tensor. Without norms."""
     layers: dict[str, dict[str, np.ndarray]] = {}
     for name, value in adapter.items():
-        if lora_layouts.NORM.search(name):
-            continue
-        layer, end = re.fullmatch(r"(.+)\.(lo(?:ra|kr)_\w+(?:\.(?:weight|bias))?)", name).groups()
-        layers.setdefault(layer, {})[end] = value
+        if not lora_layouts.NORM.search(name):
+            layer, end = re.fullmatch(r"(.+)\.(lo(?:ra|kr)_\w+(?:\.(?:weight|bias))?)", name).groups()
+            layers.setdefault(layer, {})[end] = value
     return layers
 
 

@@ -22,6 +22,7 @@ ValueError.
 from __future__ import annotations
 
 import re
+from typing import Optional
 
 import ml_dtypes
 import numpy as np
@@ -65,6 +66,12 @@ def ranks(tensors: dict[str, np.ndarray]) -> dict[str, int]:
 def norms(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The trained norms among the tensors of a file or of an adapter."""
     return {name: value for name, value in tensors.items() if NORM.search(name)}
+
+
+def foreign_norm(adapter: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> Optional[str]:
+    """Name and shape of a trained norm of an adapter that is none of the model's parameters; None if there is none."""
+    wrong = (f"{name} {value.shape}" for name, value in norms(adapter).items() if value.shape != shapes.get(name))
+    return next(wrong, None)
 
 
 def kind(tensors: dict[str, np.ndarray]) -> str:
@@ -134,7 +141,9 @@ def from_diffusers(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.
     if layout == "diffusers":
         return tensors
     if further := norms(tensors):
-        raise ValueError(f"has trained norms ({min(further)}), which the layout {layout} does not hold")
+        raise ValueError(
+            f"has trained norms ({min(further)}), which the layout {layout} does not hold. Write it as diffusers"
+        )
     if layout == "lycoris":
         return lokr.to_lycoris(tensors)
     groups: dict[str, dict[str, Lora]] = {}

@@ -162,18 +162,8 @@ class FluxSampler:
 
         `inputs` are those of `sampling.sample_latents` that come from images: control, source or condition.
         """
-        latents = sampling.sample_latents(
-            self.transformer,
-            self.scheduler,
-            prompt_embeds=text["prompt_embeds"][None],
-            pooled_prompt_embeds=text["pooled_prompt_embeds"][None],
-            noise=rng.normal(self.seed, "validation", number, shape=sampling.latent_shape(self.vae, size)),
-            steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            compute=self.compute,
-            **inputs,
-        )
-        return sampling.decode_latents(self.vae, latents, self.compute)[0]
+        inputs.update(size=size, seed=self.seed, number=number, steps=self.steps, guidance=self.guidance_scale)
+        return sampling.flux_image(self.transformer, self.vae, self.scheduler, text, self.compute, **inputs)
 
 
 class Settings(NamedTuple):

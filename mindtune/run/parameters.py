@@ -6,9 +6,9 @@ import math
 from typing import Any, NamedTuple
 
 from mindtune.encode.estimate import ITEMSIZE
+from mindtune.models import lora_layouts
 from mindtune.models.controlnets import controlnet_shapes
 from mindtune.models.loading import component_shapes
-from mindtune.models.lora_layouts import NORM
 from mindtune.models.precision import DTYPES
 from mindtune.run import adapters
 
@@ -28,7 +28,7 @@ def frozen_part(settings: Any, name: str, int8: bool = False) -> Part:
     size = count = 0
     shapes = adapters.base_shapes(settings) if name == settings.base else component_shapes(settings.root, name)
     for shape in shapes:
-        if settings.train_norm_layers and NORM.search(shape.name):  # one of the `trained_shapes`
+        if settings.train_norm_layers and lora_layouts.NORM.search(shape.name):  # one of the `trained_shapes`
             continue
         elements = math.prod(shape.shape)
         count += elements

@@ -1,12 +1,14 @@
 """A short rehearsal on the simulated device, where there is a compiler. `make rehearse` has all of it."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import build_stand_ins
 import pytest
 import rehearse
 from record import Record
+from small_sd import make_pipeline
 
 UPDATES = 5  # the first compiles, the last two save
 
@@ -22,8 +24,11 @@ def stand_ins(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
+    """The rehearsal's inputs, with half of Stable Diffusion's UNet."""
     folder = tmp_path_factory.mktemp("rehearsal")
     rehearse.make_inputs(folder)
+    shutil.rmtree(folder / "sd15")
+    make_pipeline("sd15", folder / "sd15")
     return folder
 
 

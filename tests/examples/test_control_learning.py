@@ -11,7 +11,6 @@ from conftest import ROOT, load_script
 from mindtune import rng
 from mindtune.models import control_lora, execution, loading, lora, lora_files, precision, sampling
 
-learning = load_script("benchmarks/learning.py")
 evaluator = load_script("examples/tiny/evaluate_shapes.py")
 shapes = load_script("examples/tiny/shapes.py")
 PIPELINE = ROOT / "examples/tiny/flux-shapes"
@@ -56,15 +55,15 @@ def assert_shapes_follow_their_outlines(images):
     assert own >= 0.75 and other <= 0.45
 
 
-def test_shapes_of_a_controlnet_follow_the_outline(pairs, outlines, monkeypatch):
+def test_shapes_of_a_controlnet_follow_the_outline(learning, pairs, outlines, monkeypatch):
     learning.train_controlnet(pairs, 120, *FEWER)
     controlnet = loading.load_model(pairs, "controlnet", FULL)
     noise = rng.normal(1, "noise", shape=outlines.shape)  # one of its own for each image
     assert_shapes_follow_their_outlines(generate(monkeypatch, noise=noise, control=(controlnet, outlines, 1.0)))
 
 
-def test_shapes_of_a_control_lora_follow_the_outline(pairs, outlines, monkeypatch):
-    learning.train_control_lora(pairs, 60, *FEWER)
+def test_shapes_of_a_control_lora_follow_the_outline(learning, pairs, outlines, monkeypatch):
+    learning.train_control_lora(pairs, 100, *FEWER, "--learning_rate", 6e-3)
     load = lora.load_lora
 
     def widen_and_load(path, models, *more):

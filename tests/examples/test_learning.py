@@ -5,7 +5,6 @@ from conftest import ROOT, load_script
 
 from mindtune.models.lora_files import LORA_FILE
 
-learning = load_script("benchmarks/learning.py")
 evaluator = load_script("examples/tiny/evaluate_shapes.py")
 shapes = load_script("examples/tiny/shapes.py")
 PIPELINE = ROOT / "examples/tiny/flux-shapes"
@@ -20,7 +19,7 @@ def test_the_base_model_generates_held_out_pairs():
     assert scores["both_colours"] >= 0.85 and scores["shape"] >= 0.7
 
 
-def test_the_adapter_generates_the_subject_and_the_base_model_does_not(tmp_path):
+def test_the_adapter_generates_the_subject_and_the_base_model_does_not(learning, tmp_path):
     prompts = learning.SUBJECT_PROMPTS * 3
     adapter = learning.train_lora(tmp_path, "lora", "--max_train_steps", UPDATES) / LORA_FILE
     assert learning.subject_rate(evaluator.generate(PIPELINE, prompts)) <= 0.1

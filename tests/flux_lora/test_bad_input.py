@@ -49,7 +49,7 @@ def cut_in_half(path):
 
 
 @pytest.fixture
-def refused(lora_script, flags, tmp_path, tiny_flux, photos, encoder_cache, monkeypatch):
+def refused(lora_script, flags, tmp_path, small_flux, photos, encoder_cache, monkeypatch):
     """refused(*flags, drop=None): the message of the UserError. No model was loaded and no file changed."""
 
     def never(*_):
@@ -59,11 +59,11 @@ def refused(lora_script, flags, tmp_path, tiny_flux, photos, encoder_cache, monk
         monkeypatch.setattr("mindtune.models.loading.load_model", never)
         monkeypatch.setattr("mindtune.encode.encoder_stage.run_in_child", never)
         arguments = flags(tmp_path / "out", *more)
-        before, mode = tree(tmp_path, tiny_flux, photos, encoder_cache), ms.get_context("mode")
+        before, mode = tree(tmp_path, small_flux, photos, encoder_cache), ms.get_context("mode")
         with pytest.raises(UserError) as caught:
             lora_script.main(without(arguments, drop) if drop else arguments)
         ms.set_context(mode=mode)
-        assert tree(tmp_path, tiny_flux, photos, encoder_cache) == before
+        assert tree(tmp_path, small_flux, photos, encoder_cache) == before
         return str(caught.value)
 
     return run

@@ -207,7 +207,7 @@ def test_streaming_first_samples_and_empty_prompts_together(sd, run, tmp_path):
 def test_windows_change_nothing_but_the_disk(sd15, run, tmp_path, more):
     """A stream, and a set that does not fit its limit: the losses are those of a run that encodes all at once."""
     load_script("examples/tiny/shapes.py").make_folder(tmp_path / "pairs", 20, 80, seed=0, split="train")
-    more = [*more, "--train_data_dir", tmp_path / "pairs", "--cache_latents", "--max_train_steps", 16, "--cache_dir"]
+    more = [*more, "--train_data_dir", tmp_path / "pairs", "--cache_latents", "--max_train_steps", 10, "--cache_dir"]
     run(sd15, tmp_path / "at once", *more, tmp_path / "a", "--encode_window", 100)
     run(sd15, tmp_path / "in turn", *more, tmp_path / "b", "--encode_window", 1, "--cache_limit_gb", 1e-9)
     assert metrics(tmp_path / "at once") == metrics(tmp_path / "in turn")

@@ -28,7 +28,7 @@ def help_of(parser, name):
 def test_the_help_names_what_a_script_calls_a_condition(parser):
     column = "conditioning_image_column"
     assert help_of(parser(), column) == "Column of the condition images. Default: the first that starts with condition."
-    found = parser(condition="source", without="a pair without one is text-to-image", aliases=("cond_image_column",))
+    found = parser(conditions="sources", without="a pair without one is text-to-image", aliases=("cond_image_column",))
     assert help_of(found, column) == (
         "Column of the sources; a pair without one is text-to-image. Default: the first that starts with condition."
     )

@@ -5,6 +5,7 @@ import re
 import tempfile
 from pathlib import Path
 
+import mindspore as ms
 import ml_dtypes
 import numpy as np
 import pytest
@@ -691,6 +692,36 @@ def test_a_control_lora_of_black_forest_labs(tmp_path, dtype):
             a, b = (found.pop(f"{layer}.lora_{half}.weight").astype(np.float64) for half in "AB")
             np.testing.assert_allclose(b @ a, changes[f"transformer.{layer}"], rtol=1e-6, atol=1e-6, err_msg=layer)
     assert not found
+
+
+NORM_NAMES = [
+    "transformer.transformer_blocks.0.attn.norm_q.weight",
+    "transformer_blocks.3.attn.norm_added_k.weight",
+    "base_model.model.single_transformer_blocks.5.attn.norm_k.weight",
+]
+
+
+@pytest.mark.parametrize("name", NORM_NAMES)
+def test_norms_of_a_control_lora_are_read_and_written_again(tmp_path, name):
+    """In float32 whatever the file's dtype: near 1, half precision would lose what training changed.
+
+    The layouts of other tools do not hold them.
+    """
+    tensors = {**pair(NEXT, AB), name: np.array([1.0, 1.25]).astype(ml_dtypes.bfloat16)}
+    found, alphas = lora_files.read_lora(write(tmp_path / "f", tensors), "--lora")
+    block = re.search("(single_)?transformer_blocks.*", name)[0]
+    adapter = lora_files.read_adapters(tmp_path / "f", "--lora")["transformer"]
+    assert adapter[block].tolist() == [1.0, 1.25] and adapter[block].dtype == np.float32
+    assert list(lora_files.by_layer(adapter)) == ["transformer_blocks.0.attn.to_q"]
+    found[f"transformer.{block}"] = np.array([1.0, 1.0 + 2**-20], np.float32)
+    summary = lora_files.write_lora(tmp_path / "g", found, alphas, "diffusers", ms.bfloat16)
+    assert summary == lora_files.describe(adapter) == "1 layers of rank 4, 1 norms"
+    written = lora_files.read_safetensors(tmp_path / "g")[0]
+    assert written[f"transformer.{block}"].tolist() == [1.0, 1.0 + 2**-20]
+    assert written[f"{NEXT}.lora_A.weight"].dtype == ml_dtypes.bfloat16
+    for layout in ("kohya", "comfyui"):
+        with pytest.raises(ValueError, match=f"has trained norms .*, which the layout {layout} does not hold"):
+            lora_files.write_lora(tmp_path / "h", found, alphas, layout)
 
 
 def test_every_known_layout_and_adapter_has_a_file():
