@@ -10,6 +10,7 @@ from pipeline_cases import error_message, tiny_pipeline, unsupported
 from mindtune.models.configs import read_config
 from mindtune.models.pipeline_checks import check_pipeline
 from mindtune.models.pipelines import FLUX_COMPONENTS, SD_COMPONENTS, SDXL_COMPONENTS
+from mindtune.models.supported import model_problems
 
 
 @pytest.fixture
@@ -111,6 +112,15 @@ def test_other_flux_models(pipeline, part, key, value, expected):
     lines = unsupported(pipeline)
     assert any(line.startswith(f"{part}/") and expected in line for line in lines)
     assert unsupported(pipeline, weights=False) == lines
+
+
+@pytest.mark.parametrize("task, inputs", [("control", 128), ("fill", 384)])
+def test_a_model_that_reads_conditions_predicts_the_latents_alone(pipeline, task, inputs):
+    """out_channels null, the default, would be as many as in_channels."""
+    for outputs, expected in ((64, []), (None, ["transformer/config.json: out_channels is None, expected 64"])):
+        edit(pipeline / "transformer" / "config.json", in_channels=inputs, out_channels=outputs)
+        found = model_problems(pipeline, FLUX_COMPONENTS, task)
+        assert [line.split(": it does")[0] for line in found] == expected
 
 
 @pytest.mark.parametrize(

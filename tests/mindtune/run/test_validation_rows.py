@@ -105,6 +105,31 @@ def test_prompts_and_condition_images_are_matched(image):
         pairs(["x"], [image.replace("half", "absent")])
 
 
+def test_masks_are_matched_by_position(image, tmp_path):
+    """An image that is given twice may have two masks. A mask that cannot be read is named by its row."""
+    masks = [str(tmp_path / f"mask-{name}.png") for name in "ab"]
+    for path in masks:
+        Image.new("L", (80, 40), 255).save(path)
+
+    def found(prompts, images, masks):
+        flags = {"validation_prompt": prompts, "validation_image": images, "validation_mask": masks}
+        rows = read(control("flux_control", fill=True, num_validation_images=1, **flags))
+        return [(row.prompt, row.image, row.mask) for row in rows]
+
+    assert found(["x"], [image, image], masks) == [("x", image, masks[0]), ("x", image, masks[1])]
+    assert found(["x", "y"], [image, image], masks) == [("x", image, masks[0]), ("y", image, masks[1])]
+    assert found(["x", "y"], [image], masks[:1]) == [("x", image, masks[0]), ("y", image, masks[0])]
+    with pytest.raises(UserError, match="--validation_mask: 2 for 1 of --validation_image"):
+        found(["x", "y"], [image], masks)
+
+
+def test_a_mask_of_a_file_that_cannot_be_used_is_named_by_its_row(rows_of, image, tmp_path):
+    Image.fromarray(np.full((40, 80), 0.5, np.float32)).save(tmp_path / "float.tif")
+    rows = rows_of([{"prompt": "a", "image": image, "mask": "float.tif"}], control("flux_control", fill=True))
+    with pytest.raises(UserError, match="--validation_file, row 1: .*float.tif: cannot be read"):
+        load_conditions(rows, 32, 16, "white")
+
+
 def test_conditions_are_resized_to_the_resolution_or_to_the_size_of_the_line(rows_of, image, capsys):
     lines = [{"prompt": "a", "image": "half.png"}, {"prompt": "b", "image": "half.png", "width": 64, "height": 128}]
     rows = rows_of(lines, control("flux_controlnet", validation_image=[image], validation_prompt=["x"]))
