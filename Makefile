@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # MindSpore brings jemalloc. With glibc's allocator, operators take twice the time in a process that has compiled much.
 WITH_JEMALLOC = LD_PRELOAD="$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/mindspore/lib/libjemalloc.so.2 2> /dev/null)"
 
-.PHONY: venv demo demo-controlnet check test test-app bench parity contract rehearse lint clean
+.PHONY: venv demo demo-controlnet demo-kontext demo-control-lora check test test-app bench parity contract rehearse lint clean
 
 venv: .venv/made
 .venv/made: requirements.txt setup.py
@@ -19,6 +19,12 @@ demo: venv
 
 demo-controlnet: venv
 	$(BIN)/python examples/demo_flux_controlnet.py
+
+demo-kontext: venv
+	$(BIN)/python examples/demo_flux_kontext.py
+
+demo-control-lora: venv
+	$(BIN)/python examples/demo_flux_control_lora.py
 
 # The fast tier, for every commit: lint, and unit tests and bad input that are not marked slow, in at most three
 # minutes on two cores.

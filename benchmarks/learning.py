@@ -1,9 +1,9 @@
 """Trains the demos in every setting that must learn equally well, and in settings that must not learn. For `make
 bench`.
 
-    python benchmarks/learning.py [lora] [masks] [controlnet]
+    python benchmarks/learning.py [lora] [masks] [controlnet] [control-lora] [kontext]
 
-Expect about half an hour on two cores. Prints one line per measured value with its bound, and exits with 1 if a bound
+Expect about an hour on two cores. Prints one line per measured value with its bound, and exits with 1 if a bound
 is not met. `make test` trains less: the LoRA for fewer updates, the ControlNet on eight pairs
 (tests/examples/test_learning.py, test_control_learning.py).
 """
@@ -23,7 +23,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "tiny")]
 
+import demo_flux_control_lora
 import demo_flux_controlnet
+import demo_flux_kontext
 import demo_flux_lora
 import evaluate_shapes
 import shapes
@@ -202,11 +204,58 @@ def controlnet(work):
     yield "shuffled outlines: overlap", mean_overlap(work / "shuffled", "controlled", 1.0), 0.0, 0.5
 
 
+# ---- the Control-LoRA demo -----------------------------------------------------------------------
+
+
+def train_control_lora(work, updates, *flags):
+    """A short run of the demo's training, with further flags, on the pairs below `work`."""
+    words = demo_flux_control_lora.TRAIN.format(out=shlex.quote(str(work)), steps=updates)
+    run(words, "--validation_split", 0, "--report_to", "none", *flags)
+
+
+def control_lora(work):
+    """Rows of (what, value, least, most)."""
+    for name, shuffled in (("paired", False), ("shuffled", True)):
+        make_pairs(work / name, shuffled)
+        train_control_lora(work / name, 250)
+
+    def overlap(name, scale):
+        return float(np.mean(demo_flux_control_lora.generate(work / name, f"scale {scale}", scale)[1]))
+
+    base = overlap("paired", 0.0)
+    yield "paired outlines, Control-LoRA: overlap", overlap("paired", 1.0), max(0.58, base + 0.25), 1.0
+    yield "shuffled outlines, Control-LoRA: overlap", overlap("shuffled", 1.0), 0.0, 0.5
+
+
+# ---- the Kontext demo ----------------------------------------------------------------------------
+
+
+def train_kontext(work, updates, *flags):
+    """A run of the demo's training, with further flags, on the edits below `work`."""
+    words = demo_flux_kontext.TRAIN.format(out=shlex.quote(str(work)), steps=updates)
+    run(words, "--validation_split", 0, "--report_to", "none", *flags)
+
+
+def kontext(work):
+    """Rows of (what, value, least, most)."""
+    shapes.make_edits(work / "train", demo_flux_kontext.PAIRS, 64, 0, "train")
+    shapes.make_edits(work / "held_out", 48, 64, 0, "held_out")
+
+    def rate(name, scale):
+        return float(np.mean(demo_flux_kontext.generate(work, name, scale)[1]))
+
+    train_kontext(work, 10, "--learning_rate", 0)
+    yield "base model: rate of right edits", rate("base", 0.0), 0.0, 0.2
+    yield "learning rate 0: rate of right edits", rate("rate 0", 1.0), 0.0, 0.2
+    train_kontext(work, demo_flux_kontext.UPDATES)
+    yield "rate of right edits", rate("edited", 1.0), 0.7, 1.0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    demos = {"lora": lora, "masks": masks, "controlnet": controlnet}
+    demos = {"lora": lora, "masks": masks, "controlnet": controlnet, "control-lora": control_lora, "kontext": kontext}
     parser.add_argument(
-        "demos", nargs="*", metavar="DEMO", default=list(demos), help="lora, masks, controlnet. Default: all."
+        "demos", nargs="*", metavar="DEMO", default=list(demos), help=f"{', '.join(demos)}. Default: all."
     )
     failed = False
     for name in parser.parse_args().demos:

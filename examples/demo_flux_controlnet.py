@@ -8,11 +8,7 @@ model has seen, and measures the intersection over union of the generated and th
 ControlNet.
 """
 
-import argparse
-import json
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +19,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
+from demo import folder_of, images_of, parse_args, rows_of, run
 from evaluate_shapes import overlap
 from shapes import make_folder
 
@@ -40,42 +37,23 @@ INFER = """flux_controlnet/infer_flux_controlnet.py
 --max_sequence_length 12 --output {out}/pictures/{name}.png --overwrite"""
 
 
-def run(command, **values):
-    """Prints a command as a user would type it and runs it."""
-    words = shlex.split(command.format(**values))
-    print(f"\n$ python {shlex.join(words)}"[:2000], flush=True)
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
-
-
 def held_out(out):
     """(paths of the outlines, paths of the target images, prompts) of the held-out pairs."""
-    folder = ROOT / out / "held_out"
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    outlines = [folder / row["conditioning_image_file_name"] for row in rows]
-    targets = [folder / row["image_file_name"] for row in rows]
-    return outlines, targets, [row["text"] for row in rows]
+    rows = rows_of(ROOT / out / "held_out")
+    return tuple([row[key] for row in rows] for key in ("conditioning_image_file_name", "image_file_name", "text"))
 
 
 def generate(out, name, scale):
     """The images for the held-out pairs with the ControlNet at `scale`, and the overlap of each with its target."""
     outlines, targets, prompts = held_out(out)
-    run(INFER, out=out, prompts=shlex.join(prompts), images=shlex.join(map(str, outlines)), name=name, scale=scale)
-    images = [Image.open(ROOT / out / "pictures" / f"{name}-{k + 1}.png") for k in range(len(targets))]
+    run(INFER, out=out, prompts=prompts, images=outlines, name=name, scale=scale)
+    images = images_of(ROOT / out / "pictures" / f"{name}.png", len(targets))
     return images, [overlap(image, Image.open(target)) for image, target in zip(images, targets)]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--output_dir",
-        default="out/demo-controlnet",
-        help="Directory for all results; an earlier run of the demo there is replaced.",
-    )
-    parser.add_argument("--max_train_steps", type=int, default=1000, help="Number of updates. Default: 1000.")
-    parser.add_argument("--count", type=int, default=48, help="Number of held-out images to generate. Default: 48.")
-    args = parser.parse_args()
-    out = Path(args.output_dir).resolve()
-    out = out.relative_to(ROOT) if ROOT in out.parents else out
+    args = parse_args(__doc__, "out/demo-controlnet", steps=1000)
+    out = folder_of(args.output_dir)
     started = time.time()
 
     for split, count in (("train", 1000), ("held_out", args.count)):

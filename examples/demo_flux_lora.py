@@ -6,20 +6,17 @@
 adapter, generates images with and without it from the same noise, and counts how many show the subject.
 """
 
-import argparse
 import json
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
+from demo import folder_of, images_of, parse_args, run
 from evaluate_shapes import is_subject
 from shapes import COLOURS, SUBJECT, make_subject
 
@@ -36,33 +33,20 @@ INFER = """flux_lora/infer_flux_lora.py
 PROMPTS = [f"a sks circle on a {background} background" for background in COLOURS if background not in SUBJECT][:3]
 
 
-def run(command, out, **values):
-    """Prints a command as a user would type it and runs it."""
-    words = shlex.split(command.format(out=shlex.quote(str(out)), **values))
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--output_dir",
-        default="out/demo",
-        help="Directory for all results; an earlier run of the demo there is replaced.",
-    )
-    out = Path(parser.parse_args().output_dir).resolve()
-    out = out.relative_to(ROOT) if ROOT in out.parents else out
+    args = parse_args(__doc__, "out/demo")
+    out = folder_of(args.output_dir)
     started = time.time()
 
     make_subject(ROOT / out / "subject", 64)
-    run(TRAIN, out)
-    run(INFER, out, prompts=shlex.join(PROMPTS))
+    run(TRAIN, out=out)
+    run(INFER, out=out, prompts=PROMPTS)
 
     lines = [json.loads(line) for line in (ROOT / out / "lora" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     print(f"\nloss, first and last 20 updates: {np.mean(losses[:20]):.3f} -> {np.mean(losses[-20:]):.3f}")
     # The order of the images: for each prompt six of the base model, then six with the adapter.
-    images = [Image.open(ROOT / out / "pictures" / f"grid-{n + 1}.png") for n in range(12 * len(PROMPTS))]
+    images = images_of(ROOT / out / "pictures" / "grid.png", 12 * len(PROMPTS))
     shown = np.array([is_subject(image, SUBJECT) for image in images])
     rates = shown.reshape(-1, 2, 6).mean((0, 2))
     print(f"images that show the subject:  base {rates[0]:.0%}, adapter {rates[1]:.0%}")

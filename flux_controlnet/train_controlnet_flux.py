@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from mindtune import files, flow, rng
+from mindtune import files, flow
 from mindtune.cli import UserError, print_lines, run_script
 from mindtune.data import columns, order, pair_data
 from mindtune.data.image_facts import ImageFacts
@@ -161,10 +161,7 @@ class TrainStepForFluxControlNet(TrainStep):
         self.controlnet = self.model
         self.transformer = transformer
         self.vae = vae
-        # Tables over the timesteps of all sizes, read by `get_sigmas`.
-        self.sigmas = ms.Tensor(sigmas.ravel(), ms.float32)
-        deltas = flow.huber_deltas(args.huber_schedule, args.huber_delta, sigmas, 1.0 - sigmas)
-        self.deltas = ms.Tensor(deltas.ravel(), ms.float32)
+        self.sigmas, self.deltas = flow.timestep_tables(sigmas, args.huber_schedule, args.huber_delta)
         self.compute_dtype = precision.resolve_precision(args.mixed_precision).compute
         # Read here, because a graph cannot read a dict such as a config.
         self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
@@ -254,20 +251,10 @@ class ValidationSampler:
 
     def image(self, vae, row):
         """Samples one image."""
-        text = self.stage.text(row.prompt)
-        condition_latents = sampling.encode_image(vae, row.condition, self.dtypes.compute)
-        latents = sampling.sample_latents(
-            self.models["transformer"],
-            self.scheduler_config,
-            text["prompt_embeds"][None],
-            text["pooled_prompt_embeds"][None],
-            rng.normal(row.seed, "validation", row.number, shape=condition_latents.shape),
-            row.steps,
-            row.guidance,
-            self.dtypes.compute,
-            control=(self.models["controlnet"], condition_latents, row.scale),
-        )
-        return sampling.decode_latents(vae, latents, self.dtypes.compute)[0]
+        text, transformer, compute = self.stage.text(row.prompt), self.models["transformer"], self.dtypes.compute
+        inputs = row.sampling()
+        inputs["control"] = self.models["controlnet"], sampling.encode_image(vae, row.condition, compute), row.scale
+        return sampling.flux_image(transformer, vae, self.scheduler_config, text, compute, **inputs)
 
 
 # ---- main (machinery) ----------------------------------------------------------------------------
@@ -336,10 +323,8 @@ def main(argv=None):
     print(precision.parameter_table(models, dtypes))
 
     # ---- step and optimizer ----
-    vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
-    image_tokens = [configs.image_tokens(size, vae_config) for size in data.sizes]
-    sigmas = loading.load_scheduler(root).sigmas.asnumpy()
-    sigmas = flow.training_sigmas(sigmas, args.timestep_shift, image_tokens, scheduler_config)
+    vae_config = configs.read_config(root, "vae")
+    sigmas, places = loading.training_sigmas(root, data.sizes, args.timestep_shift)
     groups = [{"params": list(weights.values()), "lr": schedule.base, "weight_decay": args.adam_weight_decay}]
     optimizer = optimizers.create_optimizer(args.select(optimizers.Settings), groups)
     scaler = precision.loss_scaler(args.mixed_precision)
@@ -371,9 +356,7 @@ def main(argv=None):
         write_weights=lambda folder: loading.save_model(controlnet, folder / FOLDER, ms.float32),
     )
     sampler = ValidationSampler(args, rows, root, stage, models)
-    validate = validation.Validation(
-        run, step, [controlnet], batches.make, sigmas[np.argmax(image_tokens)], sampler, ema
-    )
+    validate = validation.Validation(run, step, [controlnet], batches.make, places, sampler, ema)
     if not run.checkpoint:
         validate()
     micro_batches = encoded.iterate(batches.make)

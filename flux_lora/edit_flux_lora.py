@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mindtune import files
 from mindtune.cli import UserError, indented_list, progress_bar, run_script, size_text
+from mindtune.flags import inference_flags
 from mindtune.models import (
     loading,
     lora_edit,
@@ -31,7 +32,6 @@ from mindtune.models import (
     weights,
 )
 from mindtune.models.safetensors_file import read_safetensors
-from mindtune.run import inference
 
 ADAPTED = ("transformer", "text_encoder")  # the components that a LoRA can adapt
 
@@ -82,7 +82,7 @@ def parse_args(argv=None):
 def add_base(add, text, required):
     """Adds the flags of the base pipeline."""
     add("--pretrained_model_name_or_path", required=required, help=text)
-    inference.add_hub(add)
+    inference_flags.hub(add)
     add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
     add("--cache_dir", help="Directory for hub downloads. Default: the hub's cache.")
 
@@ -312,7 +312,11 @@ def info(args):
     print(lora_files.describe_adapters(adapters))
     if not args.plot and any(lora_layouts.kind(adapter) != "lora" for adapter in adapters.values()):
         return
-    found = lora_summary.blocks(lora_edit.to_pairs(path, "--lora", adapters), alphas)
+    halves = {  # without the norms of a Control-LoRA
+        name: {key: value for key, value in adapter.items() if not lora_layouts.NORM.search(key)}
+        for name, adapter in adapters.items()
+    }
+    found = lora_summary.blocks(lora_edit.to_pairs(path, "--lora", halves), alphas)
     print(lora_summary.block_table(found))
     if args.plot:
         lora_summary.plot(Path(args.plot), f"{title}\n{lora_files.describe_adapters(adapters)}", found)

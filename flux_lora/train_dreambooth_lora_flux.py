@@ -9,14 +9,12 @@ run.json and report.html. Ctrl-C saves a checkpoint; the same command with --res
 run, bit for bit on the CPU.
 """
 
-from pathlib import Path
-
 import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from mindtune import files, flow, rng
-from mindtune.cli import UserError, print_lines, run_script
+from mindtune import files, flow
+from mindtune.cli import print_lines, run_script
 from mindtune.data import buckets, captions, concepts, masks, order
 from mindtune.data.image_data import ClassImages, ImageData
 from mindtune.data.image_facts import ImageFacts
@@ -30,6 +28,7 @@ from mindtune.flags.parser import Parser
 from mindtune.models import (
     configs,
     execution,
+    initial_lora,
     loading,
     lora,
     lora_files,
@@ -52,7 +51,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add
     training_flags.model(parser, pipeline="FLUX.1")
-    add("lora_model_name_or_path", may_change=True, help="LoRA (file or directory) to start from. Default: a new one.")
+    training_flags.initial_lora(parser)
     data_flags.instance_images(parser)
     image_flags.images(parser, sample="image", multiple=16, smallest=16)
     data_flags.prior_preservation(parser)
@@ -67,7 +66,7 @@ def parse_args(argv=None):
     optimizer_flags.schedule(parser)
     optimizer_flags.ema(parser)
     output_flags.output(parser, output_dir="flux-dreambooth-lora")
-    add("upcast_before_saving", default=False, may_change=True, help="Save the final LoRA in fp32.")
+    output_flags.upcast(parser)
     output_flags.validation(parser, num_inference_steps=28)
     add("validation_epochs", type=int, default=50, minimum=1, may_change=True, help="Epochs between validations.")
     output_flags.no_effect(
@@ -92,40 +91,11 @@ def find_pipeline(args):
     )
 
 
-def find_targets(args, root, initial_lora):
-    """Returns the ends of the names of the layers to adapt, per model. Raises UserError if no layer has such a name."""
-    targets = {"transformer": lora_settings.target_names(args.lora_layers)}
-    if args.train_text_encoder:
-        targets["text_encoder"] = lora_settings.TEXT_ENCODER_TARGETS
-    if "transformer" not in initial_lora:  # which has layers of its own
-        lora.check_targets(loading.narrow_transformer(root), targets["transformer"], "--lora_layers")
-    names = {name: list(loading.linear_layers(root, name)) for name in targets}
-    initial = {name: list(lora_files.by_layer(adapter)) for name, adapter in initial_lora.items()}
-    settings = args.select(lora_settings.Settings)
-    lora_settings.check_patterns(settings, names, targets, initial, args.learning_rate_pattern)
-    return targets
-
-
-def find_initial_lora(args, root):
-    """Returns (adapters by model, hash of the file) for --lora_model_name_or_path; ({}, None) without the flag.
-
-    Raises UserError if the run cannot start from this file.
-    """
-    flag = "--lora_model_name_or_path"
-    if not args.lora_model_name_or_path:
-        return {}, None
-    path = lora_files.find_lora(args.lora_model_name_or_path, flag)
-    if Path(args.output_dir).resolve() in path.resolve().parents:
-        raise UserError(f"{flag} {path}: is in --output_dir, where this run writes. Name another output directory.")
-    adapters = lora_files.read_adapters(path, flag)
+def find_adapters(args, root):
+    """Returns the layers to adapt, the adapters to start from, and a hash of their file. Raises UserError."""
     layers = {name: loading.linear_layers(root, name) for name in ("transformer", "text_encoder")}
-    lora_files.check_adapters(path, flag, adapters, layers)
-    lora_files.check_kind(path, flag, adapters, args.adapter)
-    if "text_encoder" in adapters and not args.train_text_encoder:
-        raise UserError(f"{flag} {path}: has a LoRA of CLIP, which would be lost. Add --train_text_encoder.")
-    description = lora_files.describe_adapters(adapters)
-    print(f"starting from {path} ({description}): its layers keep their ranks, flags of layers and ranks do not apply")
-    return adapters, files.file_digest(path)
+    settings = args.select(initial_lora.Settings, system="flux_lora")
+    return initial_lora.find_adapters(settings, args.select(lora_settings.Settings), layers)
 
 
 # ---- data (yours to change) ----------------------------------------------------------------------
@@ -232,10 +202,7 @@ class TrainStepForFluxDevDB(TrainStep):
         self.transformer = self.model
         self.vae = vae
         self.text_encoder = text_encoder
-        # Tables over the timesteps of all sizes, read by `get_sigmas`.
-        self.sigmas = ms.Tensor(sigmas.ravel(), ms.float32)
-        deltas = flow.huber_deltas(args.huber_schedule, args.huber_delta, sigmas, 1.0 - sigmas)
-        self.deltas = ms.Tensor(deltas.ravel(), ms.float32)
+        self.sigmas, self.deltas = flow.timestep_tables(sigmas, args.huber_schedule, args.huber_delta)
         self.compute_dtype = precision.resolve_precision(args.mixed_precision).compute
         # Read here, because a graph cannot read a dict such as a config.
         self.latent_shift, self.latent_scale = flow.scale_constants(vae_config)
@@ -319,21 +286,11 @@ class ValidationSampler:
 
     def image(self, vae, row):
         """Samples one image."""
-        text = self.stage.text(row.prompt)
-        pooled = text["pooled_prompt_embeds"]
+        text, transformer, compute = self.stage.text(row.prompt), self.models["transformer"], self.dtypes.compute
         if "text_encoder" in self.models:
             pooled = clip_pooled(self.models["text_encoder"], self.tokenizer, row.prompt)
-        latents = sampling.sample_latents(
-            self.models["transformer"],
-            self.scheduler_config,
-            text["prompt_embeds"][None],
-            pooled[None],
-            rng.normal(row.seed, "validation", row.number, shape=sampling.latent_shape(vae, row.size)),
-            row.steps,
-            row.guidance,
-            self.dtypes.compute,
-        )
-        return sampling.decode_latents(vae, latents, self.dtypes.compute)[0]
+            text = {**text, "pooled_prompt_embeds": pooled}
+        return sampling.flux_image(transformer, vae, self.scheduler_config, text, compute, **row.sampling())
 
 
 # ---- main (machinery) ----------------------------------------------------------------------------
@@ -345,7 +302,7 @@ def main(argv=None):
     # ---- check ----
     if args.dry_run:
         settings = args.select(memory.Settings, system="flux_lora", root=find_pipeline(args))
-        find_targets(args, settings.root, find_initial_lora(args, settings.root)[0])
+        find_adapters(args, settings.root)
         print(
             plan.describe(settings),
             disk.describe(args.select(disk.Settings), settings, lambda: concepts.find_samples(find_concepts(args))),
@@ -360,8 +317,7 @@ def main(argv=None):
     root = find_pipeline(args)
     settings = args.select(memory.Settings, system="flux_lora", root=root)
     plan.check_fit(settings)
-    initial_lora, lora_digest = find_initial_lora(args, root)
-    targets = find_targets(args, root, initial_lora)
+    targets, initial, lora_digest = find_adapters(args, root)
     rows = validation_rows.read(args.select(validation_rows.Settings, system="flux_lora", seed=run.seed))
     crops = args.select(buckets.Settings)
     cache_dir = files.encoder_cache(args.cache_dir, run.output_dir)
@@ -419,15 +375,13 @@ def main(argv=None):
     precision.freeze_params(*models.values())
 
     # ---- add what is trained ----
-    lora.add_adapters(adapted, args.select(lora_settings.Settings), targets, initial_lora, dtypes.compute, run.seed)
+    lora.add_adapters(adapted, args.select(lora_settings.Settings), targets, initial, dtypes.compute, run.seed)
     recompute_blocks(memory.recomputed_blocks(settings), *adapted.values())
     print(precision.parameter_table(models, dtypes))
 
     # ---- step and optimizer ----
-    vae_config, scheduler_config = configs.read_config(root, "vae"), configs.read_config(root, "scheduler")
-    image_tokens = [configs.image_tokens(size, vae_config) for size in sizes]
-    sigmas = loading.load_scheduler(root).sigmas.asnumpy()
-    sigmas = flow.training_sigmas(sigmas, args.timestep_shift, image_tokens, scheduler_config)
+    vae_config = configs.read_config(root, "vae")
+    sigmas, places = loading.training_sigmas(root, sizes, args.timestep_shift)
     # prodigy has one step size for all groups: as in diffusers, CLIP then has the rate of the transformer.
     base_rates = {"transformer": schedule.base}
     base_rates["text_encoder"] = schedule.base if args.optimizer == "prodigy" else args.text_encoder_lr
@@ -465,9 +419,7 @@ def main(argv=None):
         write_weights=lambda folder: lora.save_lora(folder / lora_files.LORA_FILE, adapted, ms.float32),
     )
     sampler = ValidationSampler(args, validation_rows.with_size(rows, sizes[0]), root, stage, models, tokenizer)
-    validate = validation.Validation(
-        run, step, list(adapted.values()), batches.make, sigmas[np.argmax(image_tokens)], sampler, ema
-    )
+    validate = validation.Validation(run, step, list(adapted.values()), batches.make, places, sampler, ema)
     if not run.checkpoint:
         validate()
     micro_batches = encoded.iterate(batches.make)

@@ -15,13 +15,14 @@ import tempfile
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
-from mindtune.cli import UserError, indented_list, printable, run_script, size_text
-from mindtune.data import buckets
+from mindtune.cli import UserError, printable, run_script
+from mindtune.data import buckets, check_report
 from mindtune.data.columns import Source, check_source
+from mindtune.data.condition_sizes import enlarged_note
 from mindtune.data.folders import holds_no_image, samples_in_folder
 from mindtune.data.image_sample import Sample
 from mindtune.data.pairs import Pairs, load_pairs
-from mindtune.data.statistics import Item, cropped_shares, duplicates, inspect_images, inspect_pairs
+from mindtune.data.statistics import Item, bucket_rows, duplicates, inspect_images, inspect_pairs
 from mindtune.data.tables import samples_in_dataset
 from mindtune.encode.estimate import EntrySizes, captions_too_long, read_encoders, shorter_captions
 from mindtune.files import free_bytes, require_writable
@@ -36,12 +37,18 @@ def parse_args(argv: Optional[list[str]] = None) -> Values:
     add = parser.add
     add("instance_data_dir", help="Directory of images for a LoRA.")
     add("class_data_dir", help="Directory of class images for a LoRA, checked too.")
-    add("train_data_dir", help="Directory of pairs for a ControlNet.")
+    add("train_data_dir", help="Directory of pairs.")
+    add(
+        "task",
+        choices=["controlnet", "kontext", "fill"],
+        default="controlnet",
+        help="What pairs are for: for kontext and fill a condition may be missing, for kontext have another size.",
+    )
     add("jsonl_for_train", help="A .jsonl file of pairs.")
     add("dataset_name", help="A data set for the datasets library; of pairs if --conditioning_image_column is given.")
     add("dataset_config_name", help="Configuration of that data set. Default: its only one.")
     add("image_column", help="Column of images. Default: found by its name.")
-    add("conditioning_image_column", help="Column of condition images. Default: found by its name.")
+    add("conditioning_image_column", "cond_image_column", help="Column of conditions. Default: found by its name.")
     add("caption_column", help="Column of captions. Default: for pairs found by its name; for images of a LoRA none.")
     add("instance_prompt", help="Prompt of images without a caption of their own.")
     add("class_prompt", help="Prompt of class images without a caption of their own.")
@@ -77,9 +84,13 @@ def parse_args(argv: Optional[list[str]] = None) -> Values:
 
 
 class Found(NamedTuple):
-    """The checked items, by the name of their directory or data set, whether they are pairs, and notes on them."""
+    """The checked items, by the name of their directory or data set, and notes on them.
 
-    is_pairs: bool
+    `task` is --task if they are pairs, and "" if they are images of a LoRA. `where` starts a note.
+    """
+
+    task: str
+    where: str
     groups: dict[str, list[Item]]
     notes: list[str]
 
@@ -91,7 +102,8 @@ def check_items(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Found
 
 def is_images(flags: dict) -> bool:
     """Whether the flags name the images of a LoRA, and not pairs."""
-    named = flags["instance_data_dir"] or (flags["dataset_name"] and not flags["conditioning_image_column"])
+    is_of_pairs = flags["conditioning_image_column"] or flags["task"] != "controlnet"
+    named = flags["instance_data_dir"] or (flags["dataset_name"] and not is_of_pairs)
     return bool(named and not flags.get("pairs"))  # the form knows the script
 
 
@@ -99,21 +111,24 @@ def check_images(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Foun
     """Checks the images of a LoRA and its class images."""
     if others := [name for name in ("train_data_dir", "jsonl_for_train") if flags[name]]:
         raise UserError(f"--{others[0]}: holds pairs, but the other flags name images. Give one data set.")
+    if flags["task"] != "controlnet":
+        raise UserError(f"--task {flags['task']}: is for pairs, and --instance_data_dir holds images. Leave one out.")
     notes: list[str] = []
     threads = flags["dataloader_num_workers"]
     flag, samples = find_samples(flags, cache_dir, notes.append)
     name = flags[flag.lstrip("-")]
     for sample in samples:
         sample.mask = sample.mask if flags["masked_loss"] else None
-    groups = {name: inspect_images(samples, min_size, threads, f"{flag} {printable(name)}", notes)}
+    where = f"{flag} {printable(name)}"
+    groups = {name: inspect_images(samples, min_size, threads, where, notes)}
     if folder := flags["class_data_dir"]:
-        where = f"--class_data_dir {printable(folder)}"
-        samples = class_samples(folder, where, notes)
+        class_flag = f"--class_data_dir {printable(folder)}"
+        samples = class_samples(folder, class_flag, notes)
         if flags["auto_buckets"]:  # class images have the sizes of the instance images
-            sizes = cropped_shares(groups[name], buckets.Settings.of(flags))
-            min_size = buckets.covering(list(sizes)) if sizes else min_size
-        groups[folder] = inspect_images(samples, min_size, threads, where, notes)
-    return Found(False, groups, notes)
+            rows, _ = bucket_rows(groups[name], buckets.Settings.of(flags))
+            min_size = buckets.covering([row.size for row in rows]) if rows else min_size
+        groups[folder] = inspect_images(samples, min_size, threads, class_flag, notes)
+    return Found("", where, groups, notes)
 
 
 def find_samples(flags: dict, cache_dir: str, say: Callable[[str], None]) -> tuple[str, list[Sample]]:
@@ -147,18 +162,19 @@ def class_samples(folder: str, where: str, notes: list[str]) -> list[Sample]:
 
 
 def check_pairs(flags: dict, min_size: buckets.MinSize, cache_dir: str) -> Found:
-    """Checks the pairs of a ControlNet."""
+    """Checks pairs by the rules of --task."""
     notes: list[str] = []
     flag, pairs = find_pairs(flags, cache_dir, notes.append)
-    name = flags[flag.lstrip("-")]
-    items = inspect_pairs(pairs, min_size, flags["dataloader_num_workers"], f"{flag} {printable(name)}", notes)
-    return Found(True, {name: items}, notes)
+    name, task = flags[flag.lstrip("-")], flags["task"]
+    where = f"{flag} {printable(name)}"
+    items = inspect_pairs(pairs, min_size, flags["dataloader_num_workers"], where, notes, task == "kontext")
+    return Found(task, where, {name: items}, notes)
 
 
 def find_pairs(flags: dict, cache_dir: str, say: Callable[[str], None]) -> tuple[str, Pairs]:
-    """The flag that names the pairs of a ControlNet, and the pairs. `say` receives a line for everything not used."""
-    source_flags = {name: flags[name] for name in Source._fields if name != "cache_dir"}
-    source = Source(**source_flags, cache_dir=cache_dir)
+    """The flag that names the pairs, and the pairs. `say` receives a line for everything not used."""
+    source_flags = {name: flags[name] for name in Source._fields if name in flags and name != "cache_dir"}
+    source = Source(**source_flags, cache_dir=cache_dir, condition_optional=flags["task"] != "controlnet")
     check_source(source)
     pairs = load_pairs(source, say)
     count = min(flags["max_train_samples"] or len(pairs), len(pairs))
@@ -180,24 +196,23 @@ def make_report(flags: dict, cache_dir: str) -> dict:
     encoders = read_encoders(model, flags["cache_dir"], flags["hub"])
     prompts = [(f"--{name}", flags[name]) for name in ("instance_prompt", "class_prompt") if flags[name]]
     own_captions = [(item.name, item.caption or "") for item in items]
-    sizes = bucket_report(items, crops_of_run)
+    rows, enlarged = bucket_rows(items, crops_of_run, found.task == "kontext")
     entries = EntrySizes.of_encoders(encoders, flags["mixed_precision"], flags["max_sequence_length"])
-    encodes_conditions = found.is_pairs and encoders.kind == "flux"
-    images_per_item = (1 + flags["random_flip"]) * (2 if encodes_conditions else 1)
+    latents = latent_bytes(rows, found.task if encoders.kind == "flux" else "", entries)
     cache_sizes = {
         "text": entries.text * len({caption for _, caption in captions}),
-        "latents": images_per_item
-        * sum(bucket["pictures"] * entries.image((bucket["height"], bucket["width"])) for bucket in sizes),
+        "latents": (1 + flags["random_flip"]) * latents,
     }
     return {
         "data": list(found.groups),
-        # "pictures" here and in `bucket_report` is part of the file format.
-        "kind": "pairs" if found.is_pairs else "pictures",
+        # "pictures" here and in `check_report.bucket` is part of the file format.
+        "kind": "pairs" if found.task else "pictures",
         "found": len(items),
         "usable": len(items) - len(problems),
-        "can_start": not problems and (found.is_pairs or not without_caption),
+        "without_condition": sum(not (item.problem or item.condition_size) for item in items) if found.task else 0,
+        "can_start": not problems and bool(found.task or not without_caption),
         "problems": problems,
-        "notes": found.notes,
+        "notes": found.notes + enlarged_note(enlarged, found.where),
         "duplicates": duplicates(items),
         "without_caption": without_caption,
         "tokens_counted_with": model,
@@ -212,7 +227,7 @@ def make_report(flags: dict, cache_dir: str) -> dict:
         )
         if "T5" in encoders.tokenizers
         else [],
-        "buckets": sizes,
+        "buckets": [check_report.bucket(row, found.task) for row in rows],
         "cache_for": model or "FLUX.1-dev",
         "cache_bytes": cache_sizes,
         "free_bytes": free_bytes(Path(flags["cache_dir"] or ".")),
@@ -228,56 +243,13 @@ def used_captions(flags: dict, found: Found) -> list[tuple[str, str]]:
     return captions
 
 
-def bucket_report(items: list[Item], settings: buckets.Settings) -> list[dict]:
-    """For every bucket the number of its items, and the mean and the largest of their `cropped_share`."""
-    report = []
-    for (height, width), shares in cropped_shares(items, settings).items():
-        report.append(
-            {
-                "height": height,
-                "width": width,
-                "pictures": len(shares),
-                "cropped_away_mean": sum(shares) / max(1, len(shares)),
-                "cropped_away_most": max(shares, default=0.0),
-            }
-        )
-    return report
-
-
-def format_report(report: dict) -> str:
-    """The report as text."""
-    is_pairs = report["kind"] == "pairs"
-    names = " and ".join(map(printable, report["data"]))
-    lines = [f"{names}: {report['found']} {'pairs' if is_pairs else 'images'}, {report['usable']} usable"]
-    lines += report["notes"]
-    too_long = [
-        f"{item['name']}: {item['tokens']} tokens, {item['encoder']} reads {item['limit']}"
-        for item in report["captions_too_long"]
-    ]
-    sections = {
-        "cannot be used": report["problems"],
-        "identical files": [" = ".join(names) for names in report["duplicates"]],
-        "without a caption" + ("" if is_pairs else ", and no prompt is given"): report["without_caption"],
-        "captions that are truncated": too_long,
-    }
-    for title, items in sections.items():
-        if items:
-            lines += [f"{title}: {len(items)}", indented_list(items)]
-    if report["tokens_counted_with"] is None:
-        lines.append("tokens of captions: not counted without --pretrained_model_name_or_path")
-    lines.append(f"{'height,width':14s} {'images':>8s}  {'cropped away':>12s}  {'at most':>7s}")
-    for bucket in report["buckets"]:
-        size = f"{bucket['height']},{bucket['width']}"
-        mean = 100 * bucket["cropped_away_mean"]
-        most = 100 * bucket["cropped_away_most"]
-        lines.append(f"{size:14s} {bucket['pictures']:8d}  {mean:11.1f}%  {most:6.1f}%")
-    text, latents = (size_text(report["cache_bytes"][what]) for what in ("text", "latents"))
-    lines.append(f"disk for the cache ({report['cache_for']}): text {text}, with --cache_latents {latents} more")
-    lines += report["shorter_captions"]
-    free = report["free_bytes"]
-    lines.append(f"free: {size_text(free)}" + (", too little" if sum(report["cache_bytes"].values()) > free else ""))
-    lines.append("a run can start with this data" if report["can_start"] else "a run would not start with this data")
-    return "\n".join(lines)
+def latent_bytes(rows: list[buckets.Row], task: str, entries: EntrySizes) -> int:
+    """Bytes of the cached latents of all images, and for a ControlNet and for Kontext of their conditions."""
+    total = 0
+    for row in rows:
+        condition = {"controlnet": row.size, "kontext": row.condition}.get(task)
+        total += row.count * sum(entries.image(size) for size in (row.size, condition) if size)
+    return total
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -287,7 +259,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         require_writable("--json", Path(flags["json"]).absolute().parent)
     with tempfile.TemporaryDirectory() as folder:
         report = make_report(flags, flags["cache_dir"] or folder)
-    print(format_report(report))
+    print(check_report.format_report(report))
     if flags["json"]:
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         # Bytes of names that are not UTF-8 are written as \\udce9, which is an escape of JSON too.

@@ -104,6 +104,12 @@ def huber_deltas(
     return delta**times
 
 
+def timestep_tables(sigmas: np.ndarray, schedule: str, delta: Optional[float]) -> tuple[ms.Tensor, ms.Tensor]:
+    """(sigmas, deltas of the Huber losses) as `get_sigmas` reads them, of every timestep for each size, from [S, N]."""
+    deltas = huber_deltas(schedule, delta, sigmas, 1.0 - sigmas)
+    return ms.Tensor(sigmas.ravel(), ms.float32), ms.Tensor(deltas.ravel(), ms.float32)
+
+
 def latent_scale(vae: dict) -> tuple:
     """(shift, scale) from a VAE's config: the model's latents are (z - shift) * scale.
 
@@ -136,6 +142,11 @@ def sample_posterior(moments: ms.Tensor, noise: ms.Tensor) -> ms.Tensor:
     return mean + ops.exp(0.5 * ops.clamp(logvar, -30.0, 20.0)) * noise
 
 
+def posterior_mean(moments: ms.Tensor) -> ms.Tensor:
+    """The mean of the latents, float32 [B, C, H, W], from the mean and log-variance [B, 2C, H, W]."""
+    return ops.chunk(moments.to(ms.float32), 2, axis=1)[0]
+
+
 def scale_constants(vae: dict) -> tuple:
     """`latent_scale` as values that a graph can read as constants."""
     return tuple(ms.Tensor(value) if isinstance(value, np.ndarray) else value for value in latent_scale(vae))
@@ -162,6 +173,24 @@ def latent_image_ids(height: int, width: int) -> np.ndarray:
     """(0, row, column) of every token of latents of `height` x `width`, float32 [H/2 * W/2, 3]."""
     rows, columns = np.meshgrid(np.arange(height // 2), np.arange(width // 2), indexing="ij")
     return np.stack([np.zeros_like(rows), rows, columns], axis=-1).reshape(-1, 3).astype(np.float32)
+
+
+def source_image_ids(height: int, width: int) -> np.ndarray:
+    """`latent_image_ids` with 1 in place of 0: the ids of an image that FLUX.1-Kontext edits, float32 [H/2 * W/2, 3].
+
+    Source: "FLUX.1 Kontext" (arXiv 2506.15742), section 3.
+    """
+    return latent_image_ids(height, width) + np.array([1, 0, 0], np.float32)
+
+
+def mask_channels(mask: np.ndarray, factor: int) -> np.ndarray:
+    """The pixels of a mask [1, H, W] as channels of its latents, [factor^2, H / factor, W / factor], row by row.
+
+    As FluxFillPipeline of diffusers gives them to the model.
+    """
+    _, height, width = mask.shape
+    grid = mask.reshape(height // factor, factor, width // factor, factor)
+    return grid.transpose(1, 3, 0, 2).reshape(factor * factor, height // factor, width // factor)
 
 
 def loss_weighting(scheme: str, sigmas: ms.Tensor) -> ms.Tensor:

@@ -42,6 +42,8 @@ TRAINING_SCRIPTS = [
     "flux_controlnet/train_controlnet_flux.py",
     "examples/controlnet/train_controlnet.py",
     "examples/controlnet/train_controlnet_sdxl.py",
+    "examples/flux_kontext/train_lora_flux_kontext.py",
+    "examples/flux_control/train_control_lora_flux.py",
 ]
 # These take half a minute or more: `make test` starts with them, so that no core waits for the last of them alone.
 SLOW_FILES = [

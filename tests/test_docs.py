@@ -16,6 +16,8 @@ from mindtune.cli import UserError
 PAGES = {
     "flux_lora/train_dreambooth_lora_flux.py": "docs/flux_lora.md",
     "flux_controlnet/train_controlnet_flux.py": "docs/flux_controlnet.md",
+    "examples/flux_kontext/train_lora_flux_kontext.py": "docs/flux_kontext.md",
+    "examples/flux_control/train_control_lora_flux.py": "docs/flux_control.md",
     "examples/controlnet/train_controlnet.py": "docs/controlnet.md",
     "examples/controlnet/train_controlnet_sdxl.py": "docs/controlnet.md",
 }

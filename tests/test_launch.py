@@ -16,6 +16,8 @@ from mindtune.run.checkpoint import checkpoints, damage
 LAUNCH = {
     "flux_lora/train_dreambooth_lora_flux.py": "flux_lora/launch/train_devices.sh",
     "flux_controlnet/train_controlnet_flux.py": "flux_controlnet/launch/train_devices.sh",
+    "examples/flux_kontext/train_lora_flux_kontext.py": "examples/flux_kontext/launch/train_devices.sh",
+    "examples/flux_control/train_control_lora_flux.py": "examples/flux_control/launch/train_devices.sh",
     "examples/controlnet/train_controlnet.py": "examples/controlnet/launch/train_devices.sh",
 }
 

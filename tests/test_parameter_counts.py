@@ -10,7 +10,7 @@ import transformers
 from mindspore.nn.utils import no_init_parameters
 
 from mindtune.models.lora import add_lora, lora_parameters, target_ranks
-from mindtune.models.lora_settings import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
+from mindtune.models.lora_settings import DEFAULT_TARGETS, TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models.precision import freeze_params
 
 # black-forest-labs/FLUX.1-dev, transformer/config.json and text_encoder/config.json.
@@ -42,6 +42,11 @@ def make_transformer():
     return mindone.diffusers.FluxTransformer2DModel(**TRANSFORMER)
 
 
+def make_control_transformer():
+    """One that reads the latents of a condition too, such as FLUX.1-Depth-dev."""
+    return mindone.diffusers.FluxTransformer2DModel(**{**TRANSFORMER, "in_channels": 128, "out_channels": 64})
+
+
 def make_clip():
     return mindone.transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP))
 
@@ -59,9 +64,11 @@ def count(parameters):
     "make, targets, parameters, modules, adapter",
     [
         (make_transformer, TRANSFORMER_TARGETS, 11_901_408_320, 19 * 4 + 38 * 3, 4_669_440),
+        (make_transformer, DEFAULT_TARGETS["flux_kontext"], 11_901_408_320, 19 * 12 + 38 * 4, 13_541_376),
+        (make_control_transformer, DEFAULT_TARGETS["flux_control"], 11_901_604_928, 504, 21_686_016),
         (make_clip, TEXT_ENCODER_TARGETS, 123_060_480, 12 * 4, 294_912),
     ],
-    ids=["transformer", "clip"],
+    ids=["transformer", "kontext", "control", "clip"],
 )
 def test_parameters_of_flux_dev_and_of_its_rank_4_adapter(make, targets, parameters, modules, adapter):
     before = gigabytes()

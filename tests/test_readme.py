@@ -30,7 +30,10 @@ LEFT = (
     "out/dog/report.html", "out/dog/pytorch_lora_weights.safetensors", "out/dog/logs", "dog.png", "dog.safetensors",
     "out/outlines/diffusion_pytorch_model.safetensors", "circle.png",
 )  # fmt: skip
-MAKE_TARGETS = ["demo", "demo-controlnet", "venv", "check", "test", "bench", "parity", "contract", "rehearse"]
+MAKE_TARGETS = [
+    *("demo", "demo-controlnet", "demo-kontext", "demo-control-lora"),
+    *("venv", "check", "test", "bench", "parity", "contract", "rehearse"),
+]
 # Commands that are checked without running them: they install or download, or run everything.
 NOT_RUN = ("make ", "source ", "pip ", "huggingface-cli ")
 
@@ -120,7 +123,8 @@ def test_make_venv_creates_the_environment_that_is_activated():
 def test_the_quoted_output_is_what_the_demos_print():
     """The words of every line, without its numbers."""
     (quoted,) = fences("README.md", "text")
-    sources = "".join((ROOT / f"examples/demo_flux_{name}.py").read_text() for name in ("lora", "controlnet"))
+    names = ("lora", "controlnet", "kontext", "control_lora")
+    sources = "".join((ROOT / f"examples/demo_flux_{name}.py").read_text() for name in names)
     lines = [re.split(r"[:\d]|  out/|  tensorboard", line)[0].rstrip() for line in quoted.splitlines() if line]
     assert len(lines) == 7 and [line for line in lines if line not in sources] == []
 

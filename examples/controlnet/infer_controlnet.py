@@ -14,6 +14,7 @@ import argparse
 from mindtune.cli import run_script
 from mindtune.data import grids
 from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.flags import inference_flags
 from mindtune.models import execution, pipelines
 from mindtune.run import inference
 
@@ -22,60 +23,11 @@ from mindtune.run import inference
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "--pretrained_model_name_or_path",
-        required=True,
-        help="Directory or hub id of a Stable Diffusion 1 or 2 pipeline.",
-    )
-    inference.add_hub(add)
-    add("--variant", help="Variant of the weight files, such as fp16. Default: the files without a variant.")
-    add(
-        "--cache_dir",
-        help="Directory for hub downloads and encoded prompts. Default: the hub's cache, prompts are not kept.",
-    )
-    add("--controlnet", required=True, help="Directory of a ControlNet (config.json and weights), or a hub id.")
-    add(
-        "--controlnet_conditioning_scale",
-        type=float,
-        default=1.0,
-        help="Strength of the ControlNet. 0: the base model alone. Default: 1, as in training.",
-    )
-    add("--prompt", nargs="+", required=True, help="One or more prompts.")
-    add(
-        "--control_image",
-        nargs="+",
-        required=True,
-        help="Paths of condition images: one per prompt, one for all prompts, or several for one prompt.",
-    )
-    add(
-        "--num_images_per_prompt",
-        type=int,
-        default=1,
-        help="Number of images per prompt and condition, each from other noise. Default: 1.",
-    )
-    add(
-        "--resolution",
-        type=int,
-        default=512,
-        help="Shorter side of the images in pixels, a multiple of 8, at least 64. Default: 512.",
-    )
-    add("--num_inference_steps", type=int, default=20, help="Number of denoising steps. Default: 20.")
-    add(
-        "--guidance_scale",
-        type=float,
-        default=7.5,
-        help="Scale of classifier-free guidance. 1: no guidance. Default: 7.5.",
-    )
-    add(
-        "--mixed_precision",
-        choices=["no", "fp16", "bf16"],
-        default="no",
-        help="Dtype of the weights and of the computation. Default: no, which is fp32.",
-    )
-    add("--seed", type=int, default=0, help="Seed of the noise. Default: 0.")
-    add("--output", default="controlnet.png", help="PNG file for the image or the grid. Default: controlnet.png.")
-    add("--overwrite", action="store_true", help="Replace existing files.")
+    inference_flags.model(parser, "Stable Diffusion 1 or 2")
+    inference_flags.controlnet(parser)
+    inference_flags.conditions(parser, 512, "a multiple of 8, at least 64")
+    inference_flags.unet_sampling(parser, guidance_scale=7.5)
+    inference_flags.output(parser, "controlnet.png")
     return parser.parse_args(argv)
 
 

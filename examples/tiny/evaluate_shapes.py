@@ -86,6 +86,13 @@ def iou_of(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.logical_and(first, second).sum() / max(1, np.logical_or(first, second).sum()))
 
 
+def is_edit(image: Image.Image, target: Image.Image) -> bool:
+    """Whether an image has both colours of another one, and its shape overlaps with that of the other by 0.8."""
+    found, wanted = recognize(image), recognize(target)
+    colours = (found.colour, found.background) == (wanted.colour, wanted.background)
+    return colours and iou_of(found.cover, wanted.cover) >= 0.8
+
+
 def is_subject(image: Image.Image, colours: tuple[str, str]) -> bool:
     """Whether the image shows a shape checkered in these two colours.
 

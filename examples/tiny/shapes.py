@@ -1,11 +1,14 @@
 """A synthetic data set: images of one shape in one colour on a background of another, with captions and outlines.
 
-    python examples/tiny/shapes.py OUT --count 1000 --size 64 --seed 0 [--split train|held_out|all]
+    python examples/tiny/shapes.py OUT --count 1000 --size 64 --seed 0 [--split train|held_out|all] [--edits]
 
 Writes OUT/images, OUT/conditioning (white outlines on black) and OUT/metadata.jsonl, which the `datasets` library reads
 with the columns image, conditioning_image and text ("a red circle on a blue background"), like fill50k. The split
 `held_out` has the quarter of the colour and shape pairs that `train` leaves out: a model that draws them has learned
 colours and shapes separately.
+
+With --edits it writes OUT/targets, OUT/sources and OUT/metadata.jsonl with the columns target, source and instruction:
+"make the shape red" or "make the background blue".
 """
 
 from __future__ import annotations
@@ -91,6 +94,24 @@ def sample_scene(rng: np.random.Generator, split: str = "train", anywhere: bool 
         centre = tuple((0.5 + rng.uniform(-1, 1, 2) / 8).tolist())
         scene = scene._replace(centre=centre, radius=float(rng.uniform(*RADII)))
     return scene
+
+
+class Edit(NamedTuple):
+    """A scene, an instruction to give one of its two colours another value, and the scene that it asks for."""
+
+    source: Scene
+    instruction: str
+    target: Scene
+
+
+def sample_edit(rng: np.random.Generator, split: str = "train") -> Edit:
+    """A random edit of a random scene of `scenes(split)`. The new colour is a third one."""
+    scene = sample_scene(rng, split)
+    others = [name for name in COLOURS if name not in (scene.colour, scene.background)]
+    colour = others[rng.integers(len(others))]
+    if rng.integers(2):
+        return Edit(scene, f"make the shape {colour}", scene._replace(colour=colour))
+    return Edit(scene, f"make the background {colour}", scene._replace(background=colour))
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -202,6 +223,28 @@ def write_scenes(out: Path, chosen: Iterable[Scene], size: int) -> None:
     (out / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 
 
+def make_edits(out: Path, count: int, size: int, seed: int, split: str) -> None:
+    """Writes `count` random edits; equal arguments give equal bytes. Raises as `write_scenes`."""
+    rng = np.random.default_rng(seed)
+    write_edits(out, [sample_edit(rng, split) for _ in range(count)], size)
+
+
+def write_edits(out: Path, edits: Iterable[Edit], size: int) -> None:
+    """Writes targets, sources and instructions of edits. Raises as `write_scenes`."""
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty: name a new directory")
+    rows = []
+    for folder in ("targets", "sources"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for number, edit in enumerate(edits):
+        name = f"{number:06d}.png"
+        render(edit.target, size).save(out / "targets" / name)
+        render(edit.source, size).save(out / "sources" / name)
+        row = {"target": f"targets/{name}", "source": f"sources/{name}", "instruction": edit.instruction}
+        rows.append(json.dumps(row))
+    (out / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+
+
 SUBJECT = ("red", "white")  # the colours of the checkered circle of demo_flux_lora.py
 
 
@@ -227,9 +270,11 @@ def main(argv=None) -> int:
         default="train",
         help="Colour and shape pairs to use. Default: train.",
     )
+    parser.add_argument("--edits", action="store_true", help="Write pairs with instructions, to train editing.")
     args = parser.parse_args(argv)
+    make = make_edits if args.edits else make_folder
     try:
-        make_folder(args.out, args.count, args.size, args.seed, args.split)
+        make(args.out, args.count, args.size, args.seed, args.split)
     except FileExistsError as error:
         parser.error(str(error))
     print(f"wrote {args.count} scenes of the split {args.split} to {args.out}")

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from mindtune import check_data
+from mindtune.data import check_report
 from mindtune.data.image_sample import Sample
 
 SIDE = 256  # of a thumbnail, in pixels
 
 
-def check(values: dict[str, Any], count: int = 12) -> tuple[str, list[tuple[Image.Image, str]]]:
+def task_of(script: str, values: dict[str, Any]) -> str:
+    """The --task of check_data for the pairs of a training script with these values of its flags."""
+    if "kontext" in Path(script).name:
+        return "kontext"
+    return "fill" if values.get("fill") else "controlnet"
+
+
+def check(
+    values: dict[str, Any], count: int = 12, task: str = "controlnet"
+) -> tuple[str, list[tuple[Image.Image, str]]]:
     """The report on the data of a command line as text, and thumbnails with captions of the first `count` images.
 
-    `values` are those of a training script's flags; check_data has flags of the same names. A pair is one thumbnail,
-    the condition image on the right. Raises UserError if the data cannot be read at all.
+    `values` are those of a training script's flags; check_data has flags of the same names, and `task`. A pair is one
+    thumbnail, the condition image on the right. Raises UserError if the data cannot be read at all.
     """
     flags = check_data.parse_args([]).recorded()
     flags.update((name, value) for name, value in values.items() if name in flags and value is not None)
-    flags["pairs"] = "train_data_dir" in values  # the script trains on pairs
+    flags["task"], flags["pairs"] = task, "train_data_dir" in values  # the script trains on pairs
     with tempfile.TemporaryDirectory() as folder:
         cache_dir = flags["cache_dir"] or folder
-        report = check_data.format_report(check_data.make_report(flags, cache_dir))
+        report = check_report.format_report(check_data.make_report(flags, cache_dir))
         return report, thumbnails(flags, cache_dir, count)
 
 
@@ -37,7 +48,7 @@ def thumbnails(flags: dict[str, Any], cache_dir: str, count: int) -> list[tuple[
         rows = [([sample], sample.caption or flags["instance_prompt"] or sample.name) for sample in samples]
     else:
         _, pairs = check_data.find_pairs(flags, cache_dir, lambda note: None)
-        rows = [([pair.image, pair.condition], pair.caption or pair.image.name) for pair in pairs]
+        rows = [([*filter(None, pair[:2])], pair.caption or pair.image.name) for pair in pairs]
     found = []
     for samples, caption in rows:
         try:

@@ -21,6 +21,7 @@ PATHS = {
     "train_data_dir": ("data",),
     "dataset_name": ("data",),
     "validation_image": ("data",),
+    "validation_mask": ("data",),
     "pretrained_model_name_or_path": ("models",),
     "pretrained_vae_model_name_or_path": ("models",),
     "tokenizer_name": ("models",),

@@ -62,7 +62,8 @@ class Form:
     def check_data(self, *inputs: Any) -> tuple:
         command = self.command(inputs)
         self.folders.check_links(command.values)
-        return gr.Tabs(selected="data"), *data.check(command.values)
+        task = data.task_of(command.words[0], command.values)
+        return gr.Tabs(selected="data"), *data.check(command.values, task=task)
 
     def plan(self, *inputs: Any) -> tuple:
         command = self.command(inputs)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the sizes that images are cropped to, and batches whose images all have the same size."""
+"""Aspect-ratio buckets: the sizes that images are cropped to."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
 from mindtune.cli import UserError, print_lines
-from mindtune.rng import SampleStream, generator
 
 Size = tuple[int, int]  # (height, width) of a crop, in pixels
 # The crop that an image must cover: the square of this side, or what the function returns for its (width, height).
@@ -67,12 +66,14 @@ class Settings(NamedTuple):
 class Assignment(NamedTuple):
     """Crops of images: image `images[k]` is cropped to `sizes[bucket_ids[k]]`, int [K].
 
-    An image has one crop, or with --auto_buckets one per resolution.
+    An image has one crop, or with --auto_buckets one per resolution. `condition_sizes` are what the conditions of each
+    bucket are cropped to, None for a bucket of pairs without; it is None if they are cropped like the images.
     """
 
     sizes: list[Size]
     images: np.ndarray
     bucket_ids: np.ndarray
+    condition_sizes: Optional[list[Optional[Size]]] = None
 
 
 def parse_resolution(text: str) -> Union[int, list[int]]:
@@ -100,7 +101,7 @@ def crop_sizes(settings: Settings) -> list[Size]:
 def min_size(settings: Settings) -> MinSize:
     """What images must cover: the square of --resolution, the nearest of the buckets, or their smallest own crop."""
     if settings.auto_buckets:
-        return lambda image: _auto_shape(image, resolutions(settings)[0], *settings[-3:])
+        return lambda image: auto_shape(image, resolutions(settings)[0] ** 2, *settings[-3:])
     return resolutions(settings)[0] if not settings.aspect_ratio_buckets else covering(crop_sizes(settings))
 
 
@@ -121,7 +122,7 @@ def assign(images: Sequence[tuple[int, int]], settings: Settings) -> Assignment:
         return Assignment(sizes, np.arange(len(images)), bucket_ids(images, sizes))
     crops = []
     for i, image in enumerate(images):
-        shapes = [_auto_shape(image, resolution, *settings[-3:]) for resolution in resolutions(settings)]
+        shapes = [auto_shape(image, resolution**2, *settings[-3:]) for resolution in resolutions(settings)]
         crops += [(i, shape) for shape in dict.fromkeys(shapes) if covers(image, shape)]
     counts = Counter(shape for _, shape in crops)
     sizes = sorted(counts, key=lambda shape: (-counts[shape], -math.prod(shape), shape))
@@ -142,16 +143,19 @@ def of_samples(samples: list, settings: Settings, batch_size: int) -> tuple[list
 
 
 @cache
-def _auto_shape(image: tuple[int, int], resolution: int, step: int, max_ratio: float, max_side: Optional[int]) -> Size:
-    """The crop that --auto_buckets makes for an image of this (width, height), with at most resolution^2 pixels.
+def auto_shape(image: tuple[int, int], pixels: int, step: int, max_ratio: float, max_side: Optional[int]) -> Size:
+    """The crop that --auto_buckets makes for an image of this (width, height), with at most this number of pixels.
 
     Its sides are multiples of `step` and at most `max_side`, the longer one at most `max_ratio` times the shorter one.
     There is one shape per width, the highest, and the same on its side, because a graph is compiled for every shape.
     The one that cuts off the least is chosen.
     """
-    longest = int(min(max_side or math.inf, resolution * math.sqrt(max_ratio)))
+    longest = int(min(max_side or math.inf, math.sqrt(pixels) * math.sqrt(max_ratio)))
     sides = range(step, longest + 1, step)
-    highest = [(int(min(resolution**2 // width, longest, max_ratio * width)) // step * step, width) for width in sides]
+    # Where only the ratio limits the height, the largest shape is enough: smaller ones have few pixels.
+    limited = [width for width in sides if max_ratio * width < min(pixels // width, longest)]
+    sides = sides[max(0, len(limited) - 1) :]
+    highest = [(int(min(pixels // width, longest, max_ratio * width)) // step * step, width) for width in sides]
     shapes = [shape for shape in highest if shape[0] and max(shape) <= max_ratio * min(shape)]
     shapes += [(width, height) for height, width in shapes]
     return min(shapes, key=lambda shape: (round(cropped_share(image, shape), 9), -math.prod(shape)))
@@ -181,12 +185,51 @@ def repeated(found: Assignment, batch_size: int) -> list[str]:
 
 
 def describe(images: Sequence[tuple[int, int]], found: Assignment) -> str:
-    """A table with a line per size: the number of images, and what cropping cuts off."""
-    lines = [f"{'height,width':14s} {'images':>8s}  {'cropped away':>12s}  {'at most':>7s}"]
-    for number, size in enumerate(found.sizes):
-        lost = [cropped_share(images[i], size) for i in found.images[found.bucket_ids == number]]
-        lines.append(f"{f'{size[0]},{size[1]}':14s} {len(lost):8d}  {np.mean(lost):12.1%}  {max(lost):7.1%}")
+    """A table with a line per bucket: the number of images, and what cropping cuts off."""
+    return table(rows(images, found))
+
+
+class Row(NamedTuple):
+    """A bucket: its size, the number of images, the mean and the largest of their `cropped_share`, and its conditions.
+
+    `condition` is the bucket's `Assignment.condition_sizes`.
+    """
+
+    size: Size
+    count: int
+    cropped_mean: float
+    cropped_most: float
+    condition: Optional[Size] = None
+
+
+def rows(images: Sequence[tuple[int, int]], found: Assignment) -> list[Row]:
+    """The buckets of images of these (width, height)."""
+    shares: list[list[float]] = [[] for _ in found.sizes]
+    for i, bucket in zip(found.images, found.bucket_ids):
+        shares[bucket].append(cropped_share(images[i], found.sizes[bucket]))
+    conditions = found.condition_sizes or [None] * len(shares)
+    return [
+        Row(size, len(lost), sum(lost) / max(1, len(lost)), max(lost, default=0.0), condition)
+        for size, lost, condition in zip(found.sizes, shares, conditions)
+    ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The buckets with a line each, and a column for conditions if they differ from the images, or some are missing."""
+    with_conditions = any(row.condition for row in rows) and any(row.condition != row.size for row in rows)
+
+    def line(size: str, condition: str, *cells: str) -> str:
+        return " ".join([f"{size:14s}", *([f"{condition:14s}"] if with_conditions else []), *cells])
+
+    lines = [line("height,width", "condition", f"{'images':>8s}  {'cropped away':>12s}  {'at most':>7s}")]
+    for row in rows:
+        cells = f"{row.count:8d}  {row.cropped_mean:12.1%}  {row.cropped_most:7.1%}"
+        lines.append(line(_text(row.size), _text(row.condition), cells))
     return "\n".join(lines)
+
+
+def _text(size: Optional[Size]) -> str:
+    return f"{size[0]},{size[1]}" if size else "none"
 
 
 def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
@@ -209,67 +252,3 @@ def bucket_ids(images: Sequence[tuple[int, int]], buckets: list[Size]) -> np.nda
     if len(buckets) == 1:
         return np.zeros(len(images), dtype=np.int64)
     return np.array([nearest_bucket(image, buckets) for image in images], dtype=np.int64)
-
-
-class BucketOrder:
-    """The samples of every batch, all of one bucket, as a pure function of the batch number. Thread-safe.
-
-    Each bucket has an endless shuffled stream of its own (a `SampleStream`, named by `purpose` and the bucket), which
-    is cut into full batches. One pass uses each of the N samples `repeats` times. Pass e takes, from a bucket with n
-    uses per pass and a batch size of B, the batches floor(e n / B) up to floor((e + 1) n / B) of its stream. So no
-    sample is dropped, every bucket is used in proportion, and a batch may reach into its bucket's next pass. The
-    order of the buckets is shuffled in every pass; with a single bucket the order of the samples is that of the
-    stream, whatever the batch size.
-    """
-
-    def __init__(
-        self, seed: int, buckets_of_samples: np.ndarray, batch_size: int, purpose: str = "bucket {}", repeats: int = 1
-    ) -> None:
-        if not len(buckets_of_samples) or batch_size < 1:
-            raise ValueError(
-                f"an order needs samples and a batch size of 1 or more, got {len(buckets_of_samples)} and {batch_size}"
-            )
-        self.seed = seed
-        self.batch_size = batch_size
-        self.repeats = repeats
-        self.epoch_length = len(buckets_of_samples) * repeats
-        self.buckets = np.unique(buckets_of_samples).tolist()
-        self.members = [np.flatnonzero(buckets_of_samples == bucket) for bucket in self.buckets]
-        self.streams = [
-            SampleStream(seed, purpose.format(bucket), len(members), repeats)
-            for bucket, members in zip(self.buckets, self.members)
-        ]
-
-    def at(self, batch: int) -> tuple[int, list[tuple[int, int]]]:
-        """The bucket of a batch, and its samples as (sample id, number of earlier uses of that sample)."""
-        which, first = self.place(batch)
-        return self.buckets[which], self.uses(which, first)
-
-    def place(self, batch: int) -> tuple[int, int]:
-        """The index in `buckets` of a batch's bucket, and the position of its first sample in that bucket's stream."""
-        # A lower bound of the pass: the passes before it have at most `batch` batches.
-        epoch = batch * self.batch_size // self.epoch_length
-        while sum(self._batches_before(epoch + 1)) <= batch:
-            epoch += 1
-        before = self._batches_before(epoch)
-        counts = tuple(end - start for start, end in zip(before, self._batches_before(epoch + 1)))
-        order = _bucket_order(self.seed, epoch, counts)
-        offset = batch - sum(before)
-        which = int(order[offset])
-        earlier_in_this_pass = int(np.count_nonzero(order[:offset] == which))
-        return which, (before[which] + earlier_in_this_pass) * self.batch_size
-
-    def uses(self, which: int, first: int) -> list[tuple[int, int]]:
-        """(sample id, number of earlier uses) of each sample in the batch at `place`."""
-        found = (self.streams[which].at(position) for position in range(first, first + self.batch_size))
-        return [(int(self.members[which][sample]), use) for sample, use in found]
-
-    def _batches_before(self, epoch: int) -> list[int]:
-        """The number of batches of each bucket before pass number `epoch`."""
-        return [epoch * len(members) * self.repeats // self.batch_size for members in self.members]
-
-
-@lru_cache(maxsize=8)
-def _bucket_order(seed: int, epoch: int, counts: tuple[int, ...]) -> np.ndarray:
-    """The bucket index of every batch of one pass. Each index occurs as often as `counts` says."""
-    return generator(seed, "bucket order", epoch).permutation(np.repeat(np.arange(len(counts)), counts))

@@ -23,7 +23,8 @@ class Columns(NamedTuple):
 class Source(NamedTuple):
     """Where the rows come from. The fields are named like the flags of the scripts.
 
-    Exactly one of `dataset_name`, `train_data_dir` and `jsonl_for_train` is set.
+    Exactly one of `dataset_name`, `train_data_dir` and `jsonl_for_train` is set. `condition_optional` is no flag: pairs
+    may lack a condition, because their row or the whole data set has none.
     """
 
     dataset_name: Optional[str] = None
@@ -35,6 +36,7 @@ class Source(NamedTuple):
     conditioning_image_column: Optional[str] = None
     caption_column: Optional[str] = None
     hub: str = "huggingface"
+    condition_optional: bool = False
 
     @property
     def name(self) -> str:
@@ -95,12 +97,15 @@ TEXT_TYPES = ("string", "large_string", "string_view")
 IMAGE_TYPES = (*TEXT_TYPES, "binary", "large_binary", "Image")
 
 
-def find_columns(features: dict, asked: Columns, where: str, single: bool = False) -> Columns:
+def find_columns(
+    features: dict, asked: Columns, where: str, single: bool = False, condition_optional: bool = False
+) -> Columns:
     """The columns of image, condition and caption: those in `asked`, or else the columns with the usual names.
 
     `features` maps each column to its feature type, or to None if the type is unknown. `single`: the data set holds
-    images instead of pairs, and captions are used only if they are asked for. `where` starts the messages. Raises
-    UserError that lists the columns of the data set if one is missing or holds something else.
+    images instead of pairs, and captions are used only if they are asked for. `condition_optional`: the column of
+    conditions is None if no column has a usual name. `where` starts the messages. Raises UserError that lists the
+    columns of the data set if one is missing or holds something else.
     """
     flags = COLUMN_FLAGS._replace(condition="--mask_column") if single else COLUMN_FLAGS
     there = f"{where} has the columns {', '.join(features)}"
@@ -108,17 +113,28 @@ def find_columns(features: dict, asked: Columns, where: str, single: bool = Fals
         if column and column not in features:
             raise UserError(f"{flag} {column}: {there}. Name one of them.")
     found = _find_single_columns(features, asked) if single else _find_pair_columns(features, asked)
+    unneeded = (flags.condition, flags.caption) if single else (flags.condition,) * condition_optional
     for flag, column, what in zip(flags, found, ("images", "images", "text")):
-        if column is None and single and flag != COLUMN_FLAGS.image:
+        if column is None and flag in unneeded:
             continue
         if column is None:
             is_plain_folder = set(features) <= {"image", "label", "text"}
             hint = (IMAGES_HINT if single else PAIRS_HINT) if is_plain_folder else ""
             raise UserError(f"{flag}: {there}; none has a known name. Name the one to use with {flag}.{hint}")
         type_name = _type_name(features[column])
+        if type_name == "null" and condition_optional and flag == flags.condition:  # all cells are empty
+            continue
         if type_name and type_name not in (IMAGE_TYPES if what == "images" else TEXT_TYPES):
             raise UserError(f"{flag} {column}: holds {type_name}, not {what}. {there}. Name another with {flag}.")
     return found
+
+
+def no_condition(features: Iterable[str], where: str) -> str:
+    """The line about a data set of pairs in which no column of conditions was found, although some may be meant."""
+    return (
+        f"{where}: has the columns {', '.join(features)}; none is known to hold conditions, so no pair has one. Name "
+        f"one with {COLUMN_FLAGS.condition} if the pairs have conditions"
+    )
 
 
 def _find_single_columns(features: dict, asked: Columns) -> Columns:

@@ -54,6 +54,11 @@ def condition_image(
     return ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
 
 
+def mask_image(path: str, flag: str, size: tuple[int, int]) -> Image.Image:
+    """A mask in gray, of `size` (height, width) in pixels. Raises UserError naming `flag` if it cannot be read."""
+    return condition_image(path, flag, 0, 1, "black", size).convert("L")
+
+
 def condition_pixels(image: Image.Image) -> np.ndarray:
     """An RGB image as the input of a UNet's ControlNet: float32 [1, 3, H, W] in [0, 1]."""
     return (np.asarray(image, dtype=np.float32) / 255.0).transpose(2, 0, 1)[None]

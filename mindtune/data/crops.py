@@ -44,6 +44,19 @@ def crop_box(
     return left, top, left + width, top + height
 
 
+def cropped(
+    image: Image.Image,
+    resolution: Resolution,
+    interpolation: str,
+    position: Optional[tuple[float, float]],
+    flip: bool,
+) -> Image.Image:
+    """The image resized and cropped to `resolution`, mirrored if `flip`. `position` is that of `crop_box`."""
+    image = resize_shorter_side(image, resolution, interpolation)
+    image = image.crop(crop_box(image.size, resolution, position))
+    return ImageOps.mirror(image) if flip else image
+
+
 def pixel_values(
     image: Image.Image,
     resolution: Resolution,
@@ -55,8 +68,5 @@ def pixel_values(
 
     `position` is that of `crop_box`.
     """
-    image = resize_shorter_side(image, resolution, interpolation)
-    image = image.crop(crop_box(image.size, resolution, position))
-    if flip:
-        image = ImageOps.mirror(image)
+    image = cropped(image, resolution, interpolation, position, flip)
     return (np.asarray(image, dtype=np.float32) / 127.5 - 1.0).transpose(2, 0, 1)

@@ -41,6 +41,10 @@ class TrainingDraws:
         purpose = purpose if purpose == "condition posterior" else f"{self.group} {purpose}"
         return rng.normal(self.seed, purpose, *self.key, shape=shape)
 
+    def generator(self, purpose: str) -> np.random.Generator:
+        """A generator for another purpose, such as a random mask."""
+        return rng.generator(self.seed, f"{self.group} {purpose}", *self.key)
+
     def caption(self, caption: str, settings: Any) -> str:
         """The caption as `settings`, a `captions.Settings` or a `Concept`, say: empty, reordered or unchanged."""
         if rng.generator(self.seed, "empty prompt", *self.key).random() < settings.caption_dropout:
@@ -78,6 +82,10 @@ class HeldOutDraws:
         """Standard normal float32 of `shape`; the noise depends on the timestep, the posteriors do not."""
         key = (self.sample_id, self._timestep) if purpose == "noise" else (self.sample_id,)
         return rng.normal(self.seed, f"held-out {purpose}", *key, shape=shape)
+
+    def generator(self, purpose: str) -> np.random.Generator:
+        """A generator for another purpose, such as a random mask: the same at all timesteps."""
+        return rng.generator(self.seed, f"held-out {purpose}", self.sample_id)
 
     def caption(self, caption: str, settings: Any) -> str:
         """The caption, unchanged."""

@@ -15,12 +15,16 @@ from mindtune.data.text_files import is_valid_text
 
 
 class Options(NamedTuple):
-    """How to open a data set. `where` starts the messages; `say` receives a line for everything that is not used."""
+    """How to open a data set. `where` starts the messages; `say` receives a line for everything that is not used.
+
+    `condition_optional` is that of `Source`.
+    """
 
     where: str
     cache_dir: Optional[str]
     streaming: bool
     say: Callable[[str], None]
+    condition_optional: bool = False
 
 
 def dataset_from_rows(generate: Callable, features: Any, arguments: dict, digest: Any, options: Options) -> Any:

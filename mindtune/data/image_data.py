@@ -9,7 +9,7 @@ import numpy as np
 
 from mindtune import rng
 from mindtune.data import captions
-from mindtune.data.buckets import BucketOrder
+from mindtune.data.bucket_order import BucketOrder
 from mindtune.data.draws import HeldOutDraws, TrainingDraws
 from mindtune.data.image_sample import Sample
 from mindtune.data.order import prefetch, split

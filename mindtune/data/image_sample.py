@@ -103,6 +103,11 @@ def read_cell(cell: Any, root: Optional[str] = None) -> bytes:
     return Path(text).read_bytes()
 
 
+def is_empty_cell(cell: Any) -> bool:
+    """Whether a cell neither holds nor names an image: it is null, an empty text, or a struct of such fields."""
+    return not (cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell)
+
+
 def find_file(text: str, root: Optional[str]) -> Optional[str]:
     """The file that the text of a cell names, tried relative to `root` first; None if there is none."""
     if len(text) > LONGEST_PATH:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Optional
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from mindtune.data.crops import Resolution, crop_box, height_width, resize_shorter_side
+from mindtune.data.crops import Resolution, cropped, height_width
 from mindtune.data.file_names import normalize_name
 from mindtune.data.image_sample import TRANSPARENCY, Sample
 from mindtune.data.images import decode, flatten, is_transparent
@@ -62,9 +62,8 @@ def loss_weights(
     height, width = (side // factor for side in height_width(resolution))
     if sample.mask is None:
         return np.ones((1, height, width), np.float32)
-    mask = resize_shorter_side(open_mask(sample), resolution, "bilinear")
-    mask = mask.crop(crop_box(mask.size, resolution, position))
-    values = np.asarray(ImageOps.mirror(mask) if flip else mask, dtype=np.float32) / 255.0
+    mask = cropped(open_mask(sample), resolution, "bilinear", position, flip)
+    values = np.asarray(mask, dtype=np.float32) / 255.0
     means = values.reshape(height, factor, width, factor).mean(axis=(1, 3))
     return unmasked + (1.0 - np.float32(unmasked)) * means[None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from array import array
@@ -13,7 +14,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from mindtune.cli import UserError, indented_list, printable, short_list
-from mindtune.data.columns import JSON_COLUMNS, Columns, find_columns
+from mindtune.data.columns import JSON_COLUMNS, Columns, find_columns, no_condition
 from mindtune.data.file_names import FileNames, is_inside
 from mindtune.data.folder_contents import walk_files
 from mindtune.data.hf_datasets import Options, dataset_from_rows
@@ -39,7 +40,12 @@ def open_named_files(path: Path, asked: Columns, inside: bool, single: bool, opt
     dataset = dataset_from_rows(
         _read_named_files,
         features=datasets.Features({column: datasets.Value("string") for column in columns if column}),
-        arguments={"path": str(path.absolute()), "keys": tuple(check.keys), "inside": inside},
+        arguments={
+            "path": str(path.absolute()),
+            "keys": tuple(check.keys),
+            "inside": inside,
+            "condition_optional": options.condition_optional,
+        },
         digest=check.digest,
         options=options,
     )
@@ -72,6 +78,7 @@ class _RowCheck:
         self.options = options
         self.names = FileNames(path.absolute().parent)
         self.keys: Optional[Columns] = None
+        self.all_keys: dict[str, None] = {}
         self.digest = hashlib.sha256(str(path.absolute()).encode())
         self.row_hashes = array("q")
         self.image_hashes = array("q")
@@ -100,6 +107,8 @@ class _RowCheck:
             self.options.say(f"{where}: {repeated} lines of {name} repeat an earlier line; each is a sample of its own")
         if self.inside:
             _report_unused(self.path, self.image_hashes, self.options)
+        if not self.keys.condition and not self.single:
+            self.options.say(no_condition(self.all_keys, where))
         self.digest.update(repr(self.keys).encode())
 
     def _read(self) -> list[str]:
@@ -123,9 +132,11 @@ class _RowCheck:
         if isinstance(row, ValueError):
             raise row
         row = _with_short_keys(row)
+        optional = self.options.condition_optional
         if self.keys is None:
-            self.keys = find_columns(dict.fromkeys(row), self.asked, self.options.where, self.single)
-        named = _resolve_row(row, self.keys, self.names, self.inside)
+            self.all_keys = _keys_of_all_rows(self.path) if optional else dict.fromkeys(row)
+            self.keys = find_columns(self.all_keys, self.asked, self.options.where, self.single, optional)
+        named = _resolve_row(row, self.keys, self.names, self.inside, optional)
         self.digest.update(repr(named).encode())
         self.row_hashes.append(hash(tuple(named.values())))
         for image in (named.get(JSON_COLUMNS.image), named.get(JSON_COLUMNS.condition)):
@@ -178,17 +189,32 @@ def _with_short_keys(row: dict) -> dict:
     return {**{lower: row[key] for key, lower in lower_case.items() if lower in JSON_COLUMNS}, **row}
 
 
+def _keys_of_all_rows(path: Path) -> dict[str, None]:
+    """The short keys of all rows: the first ones may lack the condition."""
+    keys: dict[str, None] = {}
+    with contextlib.suppress(UnicodeDecodeError):  # which is reported when the rows are checked
+        for _, row in read_rows(path):
+            if not isinstance(row, ValueError):
+                keys.update(dict.fromkeys(_with_short_keys(row)))
+    return keys
+
+
 def is_url_or_base64(cell: str) -> bool:
     """Whether a cell is a URL of another machine, or holds the image itself in base64."""
     return ("://" in cell and not cell.startswith("file:")) or decode_base64(cell) is not None
 
 
-def _resolve_row(row: dict, keys: tuple, names: FileNames, inside: bool) -> dict[str, Optional[str]]:
+def _resolve_row(
+    row: dict, keys: tuple, names: FileNames, inside: bool, condition_optional: bool
+) -> dict[str, Optional[str]]:
     """The row by the names of JSON_COLUMNS, with absolute paths. `keys` are its keys of image, condition and caption.
 
     Raises ValueError for a missing key, a value that is not text, lone surrogates, and with `inside` for files
-    outside the directory of `names`.
+    outside the directory of `names`. With `condition_optional` the key of the condition may be missing.
     """
+    image_key, condition_key, caption_key = keys
+    if condition_optional and condition_key not in row:
+        keys = (image_key, caption_key)
     needed = [key for key in keys if key]
     if missing := [key for key in needed if key not in row]:
         raise ValueError(f"lacks {', '.join(missing)}; has {printable(', '.join(row)) or 'no keys'}")
@@ -196,12 +222,11 @@ def _resolve_row(row: dict, keys: tuple, names: FileNames, inside: bool) -> dict
         raise ValueError("; ".join(f"{key} is {printable(repr(row[key]), 120)}, not text" for key in wrong))
     if invalid := [key for key in needed if row[key] and not is_valid_text(row[key])]:
         raise ValueError(f"{invalid[0]} is {printable(repr(row[invalid[0]]), 120)}, which is not valid text")
-    image_key, condition_key, caption_key = keys
     resolved = {}
     if image_key:
         resolved[JSON_COLUMNS.image] = _resolve_path(row[image_key], names, inside)
     if condition_key:
-        resolved[JSON_COLUMNS.condition] = _resolve_path(row[condition_key], names, inside)
+        resolved[JSON_COLUMNS.condition] = _resolve_path(row.get(condition_key), names, inside)
     if caption_key:
         resolved[JSON_COLUMNS.caption] = row[caption_key]
     return resolved
@@ -229,9 +254,9 @@ def _resolve_path(cell: Optional[str], names: FileNames, inside: bool) -> Option
     return str(names.root / (found or cell))
 
 
-def _read_named_files(path: str, keys: tuple, inside: bool) -> Iterator[dict]:
+def _read_named_files(path: str, keys: tuple, inside: bool, condition_optional: bool) -> Iterator[dict]:
     names = FileNames(Path(path).parent)
     for _, row in read_rows(Path(path)):
         if isinstance(row, ValueError):
             raise row
-        yield _resolve_row(_with_short_keys(row), keys, names, inside)
+        yield _resolve_row(_with_short_keys(row), keys, names, inside, condition_optional)

@@ -20,19 +20,20 @@ from mindtune.distributed import ranks
 class PairInspection(NamedTuple):
     """What decoding the two images of a pair shows.
 
-    size: (width, height) of both images; None if there is a problem with either.
+    size: (width, height) of the image; None if there is a problem with the image or its condition.
     problem: why the pair cannot be used; None if it can.
+    condition: None if the pair has no condition.
     """
 
     size: Optional[tuple[int, int]]
     problem: Optional[str]
     image: Inspection
-    condition: Inspection
+    condition: Optional[Inspection]
 
     @property
     def digest(self) -> str:
         """A hash of both images, of a pair without a problem."""
-        return self.image.digests["white"] + self.condition.digests["white"]
+        return "".join(found.digests["white"] for found in (self.image, self.condition) if found)
 
 
 def preflight_pairs(
@@ -42,12 +43,13 @@ def preflight_pairs(
     skip_bad: bool,
     threads: int = 2,
     facts: Optional[ImageFacts] = None,
+    own_condition_size: bool = False,
 ) -> Pairs:
     """The pairs that can be used, with transparent condition images on the background that shows them.
 
     Decodes the images that `facts` does not know. Raises UserError that lists every pair with a missing or unreadable
-    image, images of different sizes, or an image smaller than `min_size`; with `skip_bad` the list is printed instead.
-    Raises UserError too if no pair is left.
+    image, images of different sizes unless `own_condition_size`, or an image smaller than `min_size`; with `skip_bad`
+    the list is printed instead. Raises UserError too if no pair is left.
     """
     usable = np.ones(len(pairs), dtype=bool)
     problems = []
@@ -56,7 +58,7 @@ def preflight_pairs(
     facts = facts or ImageFacts()
 
     def inspect_one(pair: Pair) -> tuple[Pair, PairInspection]:
-        return pair, inspect_pair(pair, min_size, facts.inspect)
+        return pair, inspect_pair(pair, min_size, own_condition_size, facts.inspect)
 
     with facts.opened(), progress_bar("checking", "pair", len(pairs), ranks.is_main_process()) as bar:
         for index, (pair, inspection) in enumerate(prefetch(inspect_one, pairs, max(1, threads))):
@@ -65,7 +67,7 @@ def preflight_pairs(
                 usable[index] = False
                 problems.append(f"{pair.image.name}: {inspection.problem}")
             else:
-                found.set(index, inspection.size, inspection.image.digests, inspection.condition.digests)
+                found.set(index, inspection.image, inspection.condition)
             bar.update()
     report_bad(problems, f"{len(pairs)} pairs", flag, skip_bad)
     if not usable.any():
@@ -76,36 +78,46 @@ def preflight_pairs(
     return pairs.select(np.flatnonzero(usable)) if problems else pairs
 
 
-def inspect_pair(pair: Pair, min_size: MinSize, inspect_image: Callable[..., Inspection] = inspect) -> PairInspection:
-    """Inspects both images of a pair and compares their sizes."""
+def inspect_pair(
+    pair: Pair,
+    min_size: MinSize,
+    own_condition_size: bool = False,
+    inspect_image: Callable[..., Inspection] = inspect,
+) -> PairInspection:
+    """Inspects both images of a pair, and compares their sizes unless `own_condition_size`."""
     image = inspect_image(pair.image)
-    condition = inspect_image(pair.condition, condition=True)
-    problem = _pair_problem(image, condition, min_size)
+    condition = inspect_image(pair.condition, condition=True) if pair.condition else None
+    problem = _pair_problem(image, condition, min_size, own_condition_size)
     return PairInspection(None if problem else image.size, problem, image, condition)
 
 
-def _pair_problem(image: Inspection, condition: Inspection, min_size: MinSize) -> Optional[str]:
+def _pair_problem(
+    image: Inspection, condition: Optional[Inspection], min_size: MinSize, own_condition_size: bool
+) -> Optional[str]:
     problems = []
     if image.problem:
         problems.append(image.problem)
-    if condition.problem:
+    if condition and condition.problem:
         problems.append(f"its condition: {condition.problem}")
     if problems:
         return "; ".join(problems)
-    if image.size != condition.size:
+    if condition and condition.size != image.size and not own_condition_size:
         return "{}x{}, its condition {}x{}".format(*image.size, *condition.size)
     return size_problem(image.size, min_size)
 
 
 class PairNotes:
-    """Collects notes on the usable pairs of a data set: on animations, blank and transparent condition images.
+    """Collects notes on the usable pairs of a data set: on animations, and blank, transparent and lacking conditions.
 
-    `count` is the number of usable pairs, `transparent` that of transparent condition images.
+    `count` is the number of usable pairs, `without_condition` that of pairs without a condition, and `transparent` that
+    of transparent condition images.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.without_condition = 0
         self.transparent = 0
+        self._first_without: list[str] = []  # names
         self._visibility = Visibility()  # the sum over the transparent condition images
         self._single_colour = {"white": [], "black": []}  # the names of the condition images, by background
         self._images = []
@@ -115,8 +127,12 @@ class PairNotes:
             return
         self.count += 1
         for sample, found in ((pair.image, inspection.image), (pair.condition, inspection.condition)):
-            if found.animated or found.is_dark:
+            if found and (found.animated or found.is_dark):
                 self._images.append((sample.name, found))
+        if inspection.condition is None:
+            self.without_condition += 1
+            self._first_without = [*self._first_without, pair.image.name][:3]
+            return
         if visibility := inspection.condition.visibility:
             self.transparent += 1
             self._visibility = Visibility(*map(sum, zip(self._visibility, visibility)))
@@ -132,6 +148,10 @@ class PairNotes:
         """The notes, each starting with `flag`."""
         background = self.background
         lines = image_notes(self._images, flag)
+        conditions = self.count - self.without_condition
+        if self.without_condition and conditions:
+            share = f"{self.without_condition} of {self.count} pairs"
+            lines.append(f"{flag}: {share} have no condition, such as {short_list(self._first_without)}")
         subject = f"{flag}: {self.transparent} transparent condition images are put on {background}"
         if background == "black":
             hidden = self._visibility.hidden_share("white")
@@ -144,14 +164,14 @@ class PairNotes:
             )
         if names := self._single_colour[background]:
             lines.append(
-                f"{flag}: {len(names)} of {self.count} condition images are blank, all pixels have the same colour: "
+                f"{flag}: {len(names)} of {conditions} condition images are blank, all pixels have the same colour: "
                 f"{short_list(names)}"
             )
         return lines
 
 
-def require_usable(pair: Pair, min_size: MinSize) -> None:
+def require_usable(pair: Pair, min_size: MinSize, own_condition_size: bool = False) -> None:
     """Raises UserError for a pair that `preflight_pairs` refuses. Streams call it for each pair, as it is reached."""
-    problem = inspect_pair(pair, min_size).problem
+    problem = inspect_pair(pair, min_size, own_condition_size).problem
     if problem:
         raise UserError(f"{pair.image.name}: {problem}. Fix the data set, or remove the pair from it.")

@@ -1,4 +1,4 @@
-"""The pairs of a ControlNet run, and its batches by their numbers. `image_data` does the same for LoRA."""
+"""The pairs of a run, and its batches by their numbers. `image_data` does the same for images without conditions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import numpy as np
 
 from mindtune.cli import print_lines
 from mindtune.data import buckets, captions
-from mindtune.data.buckets import BucketOrder
+from mindtune.data.bucket_order import BucketOrder
 from mindtune.data.columns import Source
+from mindtune.data.condition_sizes import condition_crop, enlarged, enlarged_note, split_by_conditions
 from mindtune.data.draws import HeldOutDraws, TrainingDraws
 from mindtune.data.image_facts import ImageFacts
 from mindtune.data.image_sample import Sample
+from mindtune.data.masks import shape_problem
 from mindtune.data.order import prefetch, split
 from mindtune.data.pair_checks import preflight_pairs, require_usable
+from mindtune.data.pair_images import PairImages
 from mindtune.data.pair_stream import PairStream
 from mindtune.data.pairs import Pair, Pairs, load_pairs
 from mindtune.distributed import ranks
@@ -24,7 +27,10 @@ from mindtune.files import text_digest
 
 
 class Settings(NamedTuple):
-    """How a run reads its pairs. The fields have the names of the flags."""
+    """How a run reads its pairs. The fields have the names of the flags, but for `own_condition_size`.
+
+    With `own_condition_size` a condition may have another size than its image, as the sources of FLUX.1-Kontext have.
+    """
 
     train_batch_size: int
     resolution: Union[int, list[int]]
@@ -46,6 +52,7 @@ class Settings(NamedTuple):
     shuffle_tags: bool = False
     keep_tags: int = 0
     tag_orders: int = 8
+    own_condition_size: bool = False
 
 
 class PairUse(NamedTuple):
@@ -64,7 +71,8 @@ class PairData:
     """Training pairs and held-out pairs, and which of them make up the batch of a given number.
 
     With `encode_conditions` the VAE encodes condition images, too. With `check_pairs`, `iterate` checks the pairs of a
-    stream; without it `images_of` does, before the VAE encodes them.
+    stream; without it `images_of` does, before the VAE encodes them. With `own_condition_size` the buckets are the
+    combinations of an image's and a condition's size, so `sizes` may have the same size several times.
     """
 
     def __init__(
@@ -80,6 +88,7 @@ class PairData:
         caption_settings: captions.Settings = captions.UNCHANGED,
         encode_conditions: bool = False,
         check_pairs: bool = False,
+        own_condition_size: bool = False,
     ) -> None:
         self.train = train
         self.held_out = held_out
@@ -90,6 +99,7 @@ class PairData:
         self.streaming = isinstance(train, PairStream)
         self.images_per_sample = 2 if encode_conditions else 1
         self.check_pairs = check_pairs and self.streaming
+        self.own_condition_size = own_condition_size
         self.background = train.background
         # The length of a stream is not known, so an epoch is the whole run.
         self.epoch_length = train.count if self.streaming else len(train)
@@ -129,6 +139,34 @@ class PairData:
         size = self.sizes[self.held_out_bucket_ids[sample_id]]
         return self._use(self.held_out[sample_id], size, HeldOutDraws(self.seed, sample_id, timestep))
 
+    def condition_size(self, pair: Pair, size: tuple[int, int]) -> Optional[tuple[int, int]]:
+        """The (height, width) that a pair's condition is cropped to if its image is cropped to `size`.
+
+        None if it has no condition; another size than `size` only for a condition of another shape, with
+        `own_condition_size`, and not in a stream.
+        """
+        if pair.condition is None:
+            return None
+        if self.streaming or not self.own_condition_size:
+            return size
+        return condition_crop(pair.image.size, pair.condition.size, size)
+
+    def condition_position(self, pair: Pair, position: Optional[tuple[float, float]]) -> Optional[tuple[float, float]]:
+        """The position of the crop of a pair's condition, if its image is cropped at `position`: see `crops.crop_box`.
+
+        A condition of another shape, where `condition_size` may give another size, is cropped in the middle.
+        """
+        if self.streaming or not self.own_condition_size:
+            return position
+        return None if shape_problem(pair.image.size, pair.condition.size) else position
+
+    def encoded_images(self, pair: Pair, size: tuple[int, int]) -> list[tuple[Sample, tuple[int, int]]]:
+        """(image, size) of what the VAE encodes of a pair whose image is cropped to `size`."""
+        images = [(pair.image, size)]
+        if self.images_per_sample == 2 and pair.condition:
+            images.append((pair.condition, self.condition_size(pair, size)))
+        return images
+
     def captions(self, held_out: bool = False) -> Iterator[str]:
         """Every caption of the run in every form that is used, or with `held_out` those of the held-out pairs."""
         yield from (pair.caption for pair in self.held_out)
@@ -147,13 +185,16 @@ class PairData:
     def images_of(self, use: PairUse, random_flip: bool) -> list[tuple[Sample, tuple[int, int], bool]]:
         """(image, size, flip) of a use, as in `images`. The pairs of a stream are checked."""
         self._checked([use], self.streaming)
-        samples = use.sample[: self.images_per_sample]
-        return [(sample, use.size, use.draws.flip(random_flip)) for sample in samples]
+        flip = use.draws.flip(random_flip)
+        return [(sample, size, flip) for sample, size in self.encoded_images(use.sample, use.size)]
 
     def fingerprint(self) -> str:
         """A hash of the contents of all training pairs. All streams have the same: they are not read in advance."""
         pairs = () if self.streaming else self.train
-        return text_digest(pair.image.digest + pair.condition.digest + pair.caption for pair in pairs)
+        return text_digest(
+            pair.image.digest + (pair.condition.digest if pair.condition else "no condition") + pair.caption
+            for pair in pairs
+        )
 
     def facts(self) -> dict[str, Any]:
         """What run.json says about the data."""
@@ -175,7 +216,7 @@ class PairData:
 
     def _checked(self, uses: list[PairUse], check: bool) -> list[PairUse]:
         for use in uses if check else ():
-            require_usable(use.sample, buckets.covering(self.sizes))
+            require_usable(use.sample, buckets.covering(self.sizes), self.own_condition_size)
         return uses
 
 
@@ -195,19 +236,20 @@ def load(
     caption_settings = captions.Settings(
         settings.proportion_empty_prompts, settings.shuffle_tags, settings.keep_tags, settings.tag_orders
     )
+    own_condition_size = settings.own_condition_size
+    common = {
+        "seed": seed,
+        "batch_size": settings.train_batch_size,
+        "caption_settings": caption_settings,
+        "encode_conditions": encode_conditions,
+        "own_condition_size": own_condition_size,
+    }
     if settings.streaming:
         samples_per_update = settings.train_batch_size * settings.gradient_accumulation_steps * ranks.world_size()
-        stream = PairStream(source, seed, settings.shuffle_buffer_size, settings.max_train_steps * samples_per_update)
-        return PairData(
-            stream,
-            [],
-            sizes=buckets.crop_sizes(crops),
-            seed=seed,
-            batch_size=settings.train_batch_size,
-            caption_settings=caption_settings,
-            encode_conditions=encode_conditions,
-            check_pairs=not settings.cache_latents,
-        )
+        count = settings.max_train_steps * samples_per_update
+        stream = PairStream(source, seed, settings.shuffle_buffer_size, count, own_condition_size=own_condition_size)
+        sizes = buckets.crop_sizes(crops)
+        return PairData(stream, [], sizes=sizes, check_pairs=not settings.cache_latents, **common)
     pairs = load_pairs(source)
     if settings.max_train_samples:
         pairs = pairs.select(range(min(settings.max_train_samples, len(pairs))))
@@ -218,10 +260,16 @@ def load(
         settings.skip_bad_images,
         settings.dataloader_num_workers,
         facts,
+        own_condition_size,
     )
     images = [tuple(size) for size in pairs.facts.sizes.tolist()]
     found = buckets.assign(images, crops)
-    if settings.auto_buckets:
+    if own_condition_size:
+        conditions = [tuple(size) if any(size) else None for size in pairs.facts.condition_sizes.tolist()]
+        found = split_by_conditions(found, images, conditions)
+        names = [pairs[i].image.name for i in enlarged(found, conditions)]
+        print_lines(enlarged_note(names, f"{source.flag} {source.name}"))
+    if settings.auto_buckets or (own_condition_size and len(found.sizes) > 1):
         print(buckets.describe(images, found))
     print_lines(buckets.repeated(found, settings.train_batch_size))
     _, held_out = split(len(pairs), settings.validation_split, seed)
@@ -232,35 +280,5 @@ def load(
         sizes=found.sizes,
         bucket_ids=found.bucket_ids[~is_held_out],
         held_out_bucket_ids=found.bucket_ids[is_held_out],
-        seed=seed,
-        batch_size=settings.train_batch_size,
-        caption_settings=caption_settings,
-        encode_conditions=encode_conditions,
+        **common,
     )
-
-
-class PairImages:
-    """Every (image, size, flip) of a run, read anew in each iteration, so that memory does not grow with the set."""
-
-    def __init__(self, data: PairData, random_flip: bool, held_out: bool) -> None:
-        self.data = data
-        self.flips = [False, True] if random_flip else [False]
-        self.held_out = held_out
-
-    def __len__(self) -> int:
-        train = 0 if self.held_out else len(self.data.train) * len(self.flips)
-        return (train + len(self.data.held_out)) * self.data.images_per_sample
-
-    def __iter__(self) -> Iterator[tuple[Sample, tuple[int, int], bool]]:
-        data = self.data
-        for pair, bucket in zip(data.held_out, data.held_out_bucket_ids):
-            yield from self._images(pair, data.sizes[bucket], [False])
-        for pair, bucket in zip(data.train, data.bucket_ids) if not self.held_out else ():
-            yield from self._images(pair, data.sizes[bucket], self.flips)
-
-    def _images(
-        self, pair: Pair, size: tuple[int, int], flips: list[bool]
-    ) -> Iterator[tuple[Sample, tuple[int, int], bool]]:
-        for flip in flips:
-            for sample in pair[: self.data.images_per_sample]:
-                yield sample, size, flip

@@ -13,7 +13,7 @@ from PIL import Image
 from mindtune.cli import UserError, printable
 from mindtune.data.columns import Source
 from mindtune.data.image_problems import describe_problem
-from mindtune.data.image_sample import Sample, read_cell
+from mindtune.data.image_sample import Sample, is_empty_cell, read_cell
 from mindtune.data.images import is_transparent
 from mindtune.data.pair_checks import PairNotes, inspect_pair
 from mindtune.data.pairs import Pair
@@ -24,6 +24,10 @@ from mindtune.rng import generator
 # rows are inspected in any case.
 INSPECTED_ROWS = 16
 EXAMINED_ROWS = 256
+EACH_NEEDS_ONE = (
+    "Pairs with and without one are never in one batch, and a stream is not sorted by that: leave --streaming out, or "
+    "stream pairs that all have one."
+)
 
 
 class PairStream:
@@ -31,7 +35,8 @@ class PairStream:
 
     Each pass is shuffled anew, in a buffer of `buffer_size` rows. The order depends on `seed` and `buffer_size` only,
     so every iteration gives the same pairs, also from a position on. The samples hold the encoded images. Sources and
-    errors are those of `load_pairs`; a pair without one of its images raises UserError when it is reached.
+    errors are those of `load_pairs`; a pair without one of its images raises UserError when it is reached. With
+    `own_condition_size` conditions may have another size than their images, and each pair needs one.
     """
 
     def __init__(
@@ -41,13 +46,18 @@ class PairStream:
         buffer_size: int = 1000,
         count: Optional[int] = None,
         say: Callable[[str], None] = print,
+        own_condition_size: bool = False,
     ) -> None:
         self.dataset, self.columns = open_rows(source, streaming=True, say=say)
+        if own_condition_size and not self.columns.condition:
+            raise UserError(f"{source.flag} {printable(source.name)}: has no column of conditions. {EACH_NEEDS_ONE}")
         self.name = source.name
         self.root = source.root
         self.seed = seed
         self.buffer_size = buffer_size
         self.count = count
+        self.condition_optional = source.condition_optional
+        self.own_condition_size = own_condition_size
         self.background = "white"
         notes = self._inspect_first_rows()
         self.background = notes.background
@@ -67,10 +77,13 @@ class PairStream:
                     break
                 with contextlib.suppress(Exception):  # the row is invalid
                     pair = self._make_pair(row, position)
-                    condition = Image.open(io.BytesIO(pair.condition.source)) if position >= INSPECTED_ROWS else None
-                    if condition is None or is_transparent(condition):
-                        notes.add(pair, inspect_pair(pair, 1))
+                    if position < INSPECTED_ROWS or self._may_be_transparent(pair.condition):
+                        notes.add(pair, inspect_pair(pair, 1, self.own_condition_size))
         return notes
+
+    @staticmethod
+    def _may_be_transparent(condition: Optional[Sample]) -> bool:
+        return condition is not None and is_transparent(Image.open(io.BytesIO(condition.source)))
 
     def __iter__(self) -> Iterator[Pair]:
         return self.from_position(0)
@@ -124,5 +137,9 @@ class PairStream:
                 ) from None
 
         image = sample("image", self.columns.image, "white")
-        condition = sample("condition", self.columns.condition, self.background)
+        condition = None
+        if not self.condition_optional or not is_empty_cell(row.get(self.columns.condition)):
+            condition = sample("condition", self.columns.condition, self.background)
+        elif self.own_condition_size:
+            raise UserError(f"{name}: has no condition. {EACH_NEEDS_ONE}")
         return Pair(image, condition, row[self.columns.caption] or "")

@@ -8,6 +8,7 @@ from typing import NamedTuple, Optional
 from mindtune.data import buckets
 from mindtune.data.buckets import MinSize
 from mindtune.data.checks import image_notes, mask_problem, size_problem
+from mindtune.data.condition_sizes import enlarged, split_by_conditions
 from mindtune.data.image_sample import Sample
 from mindtune.data.inspection import Inspection, inspect
 from mindtune.data.order import prefetch
@@ -21,6 +22,7 @@ class Item(NamedTuple):
     size: (width, height) in pixels; None if it cannot be used.
     problem: why it cannot be used; None if it can.
     digest: the hash of its files; "" if it cannot be used.
+    condition_size: (width, height) of the condition of a pair that can be used; None if it has none.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Item(NamedTuple):
     problem: Optional[str]
     digest: str
     caption: Optional[str]
+    condition_size: Optional[tuple[int, int]] = None
 
 
 def inspect_images(samples: list[Sample], min_size: MinSize, threads: int, flag: str, notes: list[str]) -> list[Item]:
@@ -47,14 +50,21 @@ def inspect_images(samples: list[Sample], min_size: MinSize, threads: int, flag:
     return [item for item, _ in inspected]
 
 
-def inspect_pairs(pairs: Pairs, min_size: MinSize, threads: int, flag: str, notes: list[str]) -> list[Item]:
-    """Decodes both images of all pairs. Appends to `notes` what a run would print about them, starting with `flag`."""
+def inspect_pairs(
+    pairs: Pairs, min_size: MinSize, threads: int, flag: str, notes: list[str], own_condition_size: bool = False
+) -> list[Item]:
+    """Decodes both images of all pairs. Appends to `notes` what a run would print about them, starting with `flag`.
+
+    `own_condition_size` is that of `pair_data.Settings`.
+    """
 
     def inspect_at(index: int) -> tuple[Pair, PairInspection, Item]:
         pair = pairs[index]
-        inspection = inspect_pair(pair, min_size)
-        digest = "" if inspection.problem else inspection.digest
-        return pair, inspection, Item(pair.image.name, inspection.size, inspection.problem, digest, pair.caption)
+        inspection = inspect_pair(pair, min_size, own_condition_size)
+        name, problem, condition = pair.image.name, inspection.problem, inspection.condition
+        digest = "" if problem else inspection.digest
+        condition_size = condition.size if condition and not problem else None
+        return pair, inspection, Item(name, inspection.size, problem, digest, pair.caption, condition_size)
 
     items = []
     pair_notes = PairNotes()
@@ -65,15 +75,18 @@ def inspect_pairs(pairs: Pairs, min_size: MinSize, threads: int, flag: str, note
     return items
 
 
-def cropped_shares(items: Iterable[Item], settings: buckets.Settings) -> dict[tuple[int, int], list[float]]:
-    """For every size (height, width) the `cropped_share` of each of its items that can be used."""
-    images = [item.size for item in items if not item.problem]
+def bucket_rows(
+    items: Iterable[Item], settings: buckets.Settings, own_condition_size: bool = False
+) -> tuple[list[buckets.Row], list[str]]:
+    """The buckets of the items that can be used, as a run has them, and the names of pairs with enlarged conditions."""
+    used = [item for item in items if not item.problem]
+    images = [item.size for item in used]
     found = buckets.assign(images, settings)
-    shares: dict[tuple[int, int], list[float]] = {size: [] for size in found.sizes}
-    for image, bucket in zip(found.images, found.bucket_ids):
-        size = found.sizes[bucket]
-        shares[size].append(buckets.cropped_share(images[image], size))
-    return shares
+    if not own_condition_size:
+        return buckets.rows(images, found), []
+    conditions = [item.condition_size for item in used]
+    found = split_by_conditions(found, images, conditions)
+    return buckets.rows(images, found), [used[i].name for i in enlarged(found, conditions)]
 
 
 def duplicates(items: Iterable[Item]) -> list[list[str]]:

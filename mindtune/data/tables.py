@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from mindtune.cli import UserError, printable, short_list
-from mindtune.data.columns import CAPTION_COLUMN_NAMES, Columns, Source, check_hub, find_columns
+from mindtune.data.columns import CAPTION_COLUMN_NAMES, Columns, Source, check_hub, find_columns, no_condition
 from mindtune.data.folder_contents import is_hidden_or_system_file
 from mindtune.data.hf_datasets import Options, open_dataset
 from mindtune.data.image_sample import Sample
@@ -39,7 +39,7 @@ def open_rows(
         others = sorted(name for name in os.listdir(root) if name != "train" and not is_hidden_or_system_file(name))
         if others:
             say(f"{where}: only train/ is used, not {short_list(others)}")
-    options = Options(where, source.cache_dir, streaming, say)
+    options = Options(where, source.cache_dir, streaming, say, source.condition_optional)
     # The `datasets` library reads folders with metadata too. But it fails at a row without a condition, without
     # naming the line.
     rows_file = root if source.jsonl_for_train else table
@@ -95,7 +95,10 @@ def _open_columns(root: Path, source: Source, asked: Columns, single: bool, opti
     lower_case = {name: name.lower() for name in names if name not in asked and name.lower() not in names}
     if lower_case:
         dataset = dataset.rename_columns(lower_case)
-    return dataset, find_columns(dataset.features, asked, options.where, single)
+    columns = find_columns(dataset.features, asked, options.where, single, options.condition_optional)
+    if not columns.condition and not single:
+        options.say(no_condition(dataset.features, options.where))
+    return dataset, columns
 
 
 def _keep_columns(dataset: Any, columns: Columns) -> Any:

@@ -134,8 +134,9 @@ def square_sum(g, x):
 
 
 def timesteps(g, t, channels=320):
-    """Stable Diffusion's: cosines first."""
-    angles = t[:, None] * np.exp(-math.log(10000.0) * np.arange(channels // 2) / (channels // 2))
+    """Stable Diffusion's: cosines first, and frequencies from exponents in float32, as in training."""
+    exponents = np.float32(-math.log(10000.0)) * np.arange(channels // 2, dtype=np.float32) / np.float32(channels // 2)
+    angles = t[:, None] * np.exp(exponents.astype(np.float64))
     return np.concatenate((np.cos(angles), np.sin(angles)), -1), (None,)
 
 

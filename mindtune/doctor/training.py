@@ -47,6 +47,12 @@ SCRIPTS = {
         "bf16",
         (*PAIRS, "--num_double_layers", "1", "--num_single_layers", "1", "--max_sequence_length", "16"),
     ),
+    "FLUX Kontext LoRA": Script(
+        "examples/flux_kontext/train_lora_flux_kontext.py", "flux", "bf16", (*PAIRS, "--max_sequence_length", "16")
+    ),
+    "FLUX Control-LoRA": Script(
+        "examples/flux_control/train_control_lora_flux.py", "flux", "bf16", (*PAIRS, "--max_sequence_length", "16")
+    ),
     "SD ControlNet": Script("examples/controlnet/train_controlnet.py", "sd15", "fp16", PAIRS),
     "SDXL ControlNet": Script("examples/controlnet/train_controlnet_sdxl.py", "sdxl", "fp16", PAIRS),
 }

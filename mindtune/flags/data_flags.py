@@ -18,8 +18,15 @@ def dataset(parser: Parser, image: str) -> None:
     add("image_column", help=f"Column of the images. Default: {image}.")
 
 
-def pairs(parser: Parser) -> None:
-    """Pairs of an image and a condition image, from one of three sources, loaded or streamed."""
+def pairs(
+    parser: Parser, conditions: str = "condition images", without: str = "", aliases: tuple[str, ...] = ()
+) -> None:
+    """Pairs of an image and a condition image, from one of three sources, loaded or streamed.
+
+    `conditions` is the word for condition images in help lines. `without` says what a pair without one is used for, if
+    that is allowed. `aliases` are further names of --conditioning_image_column.
+    """
+    keys = "image, text and perhaps conditioning_image" if without else "image, conditioning_image (paths) and text"
     add = parser.add
     parser.section("data")
     dataset(parser, image="image, or the first image column")
@@ -31,11 +38,12 @@ def pairs(parser: Parser) -> None:
     add(
         "jsonl_for_train",
         may_change=True,
-        help="Instead of --dataset_name: a .jsonl file whose lines have image, conditioning_image (paths) and text.",
+        help=f"Instead of --dataset_name: a .jsonl file whose lines have {keys}.",
     )
     add(
         "conditioning_image_column",
-        help="Column of the condition images. Default: the first that starts with condition.",
+        *aliases,
+        help=f"Column of the {conditions}{without and f'; {without}'}. Default: the first that starts with condition.",
     )
     add("caption_column", help="Column of the captions. Default: text, caption or prompt.")
     add("streaming", default=False, help="Read the data set during training, not before it. Needs --max_train_steps.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mindtune.flags.parser import NO_EFFECT, Parser
+from mindtune.cli import UserError
+from mindtune.flags.parser import NO_EFFECT, Parser, Values
 
 
 def output(parser: Parser, output_dir: str) -> None:
@@ -73,8 +74,8 @@ def validation(parser: Parser, num_inference_steps: int) -> None:
     )
 
 
-def controlnet_validation(parser: Parser, num_inference_steps: int) -> None:
-    """Images of a ControlNet, sampled during training and at the end."""
+def condition_validation(parser: Parser, num_inference_steps: int, image: str) -> None:
+    """Images that are sampled from other images during training and at the end. `image` is what those are, in help."""
     validation(parser, num_inference_steps)
 
     def add(name: str, **settings: Any) -> None:
@@ -84,10 +85,40 @@ def controlnet_validation(parser: Parser, num_inference_steps: int) -> None:
         "validation_image",
         nargs="+",
         default=[],
-        help="Paths of condition images: one per prompt, one for all prompts, or several for one prompt.",
+        help=f"Paths of {image}s: one per prompt, one for all prompts, or several for one prompt.",
     )
-    add("controlnet_conditioning_scale", type=float, default=1.0, help="Strength of the ControlNet in validation.")
     add("validation_steps", type=int, default=100, minimum=1, help="Number of updates between validations.")
+
+
+def validation_mask(parser: Parser) -> None:
+    """Masks of the images that a fill model fills."""
+    parser.add(
+        "validation_mask",
+        nargs="+",
+        default=[],
+        may_change=True,
+        help="With --fill, paths of masks: one per --validation_image, or one for all. White is filled.",
+    )
+
+    def check(args: Values) -> None:
+        if args.validation_mask and not args.fill:
+            raise UserError("--validation_mask: needs --fill. Add it, or leave this out.")
+        if args.validation_mask and not (args.validation_image or args.validation_file):
+            raise UserError("--validation_mask: needs --validation_image or --validation_file. Add one of them.")
+
+    parser.checks.append(check)
+
+
+def controlnet_validation(parser: Parser, num_inference_steps: int) -> None:
+    """Images of a ControlNet, sampled during training and at the end."""
+    condition_validation(parser, num_inference_steps, "condition image")
+    parser.add(
+        "controlnet_conditioning_scale",
+        type=float,
+        default=1.0,
+        may_change=True,
+        help="Strength of the ControlNet in validation.",
+    )
 
 
 def guidance(parser: Parser, guidance_scale: float) -> None:
@@ -111,6 +142,11 @@ def saved_dtype(parser: Parser) -> None:
         help="Dtype of the final weights.",
     )
     parser.add("upcast_before_saving", default=False, may_change=True, help="Same as --save_weight_dtype fp32.")
+
+
+def upcast(parser: Parser) -> None:
+    """The dtype of a final adapter."""
+    parser.add("upcast_before_saving", default=False, may_change=True, help="Save the final LoRA in fp32.")
 
 
 def no_effect(parser: Parser, *names: str) -> None:

@@ -92,6 +92,15 @@ def flux(parser: Parser, weighting_scheme: str) -> None:
     parser.checks.append(_check_flux)
 
 
+def initial_lora(parser: Parser) -> None:
+    """The adapter to start from."""
+    parser.add(
+        "lora_model_name_or_path",
+        may_change=True,
+        help="LoRA (file or directory) to start from. Default: a new one.",
+    )
+
+
 def _check_flux(args: Values) -> None:
     if args.max_sequence_length > 512:
         raise UserError(

@@ -59,6 +59,16 @@ def latent_layout(vae_config: dict[str, Any]) -> tuple[int, int]:
     return vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
+def control_inputs(vae_config: dict[str, Any], fill: bool) -> int:
+    """The number of inputs of x_embedder in a FLUX model that reads a condition beside the noisy latents.
+
+    Both have four values per latent channel and token. A fill model also reads the mask's values of the token's pixels.
+    Sources: FluxControlPipeline and FluxFillPipeline of diffusers; 128 and 384 for FLUX.1.
+    """
+    channels, factor = latent_layout(vae_config)
+    return 8 * channels + (4 * factor**2 if fill else 0)
+
+
 def image_tokens(size: tuple[int, int], vae_config: dict[str, Any]) -> int:
     """The number of FLUX's tokens of an image of `size` (height, width) in pixels: one per patch of 2x2 latents."""
     patch = 2 * latent_layout(vae_config)[1]

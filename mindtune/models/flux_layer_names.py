@@ -7,6 +7,7 @@ one weight. Files of kohya and OneTrainer have _ in place of every dot, so names
 from __future__ import annotations
 
 import re
+from typing import Optional
 
 
 def _native_layers() -> dict[str, list[str]]:
@@ -85,6 +86,26 @@ _MODULE_PATTERNS = {
     model: re.compile(f"(?:{'|'.join(_WRAPPERS + _PREFIXES[model])})*({'|'.join(names).replace('#', '[0-9]+')})")
     for model, names in _NAMES.items()
 }
+
+
+_NORM = re.compile(
+    r"(?:(?:base_model|model|diffusion_model|transformer)\.)*"
+    r"(?:(?P<diffusers>(?:single_)?transformer_blocks\.\d+\.attn\.norm_(?:added_)?[qk])\.weight"
+    r"|(?P<blocks>single|double)_blocks\.(?P<number>\d+)\.(?:(?P<stream>img|txt)_attn\.)?"
+    r"norm\.(?P<letter>query|key)_norm\.scale)"
+)
+
+
+def norm_name(name: str) -> Optional[str]:
+    """The name in diffusers' layout of a norm of q or k that a Control-LoRA sets; None for any other entry.
+
+    The training script of diffusers writes the prefix transformer. twice, and its pipeline does not load these norms.
+    """
+    match = _NORM.fullmatch(name)
+    if match is None or match["diffusers"]:
+        return match and f"transformer.{match['diffusers']}.weight"
+    single, added = "single_" * (match["blocks"] == "single"), "added_" * (match["stream"] == "txt")
+    return f"transformer.{single}transformer_blocks.{match['number']}.attn.norm_{added}{match['letter'][0]}.weight"
 
 
 def resolve(module: str) -> tuple[str, list[str], bool]:

@@ -15,9 +15,10 @@ from mindspore import nn
 from mindspore.nn.utils import no_init_parameters
 from safetensors.numpy import save_file
 
+from mindtune import flow
 from mindtune.cli import UserError
 from mindtune.files import make_readable
-from mindtune.models.configs import config_file, convert_errors, read_config
+from mindtune.models.configs import config_file, convert_errors, image_tokens, read_config
 from mindtune.models.int8 import use_int8
 from mindtune.models.library import mindone
 from mindtune.models.named_parameters import (
@@ -200,6 +201,18 @@ def save_model(model: nn.Cell, folder: Path, dtype: ms.Type) -> None:
     make_readable(path)
 
 
+def training_sigmas(root: Path, sizes: list[tuple[int, int]], timestep_shift: str) -> tuple[np.ndarray, np.ndarray]:
+    """The sigmas of FLUX's timesteps for images of each of `sizes`, float32 [S, N], and those of the largest size [N].
+
+    `sizes` are (height, width) in pixels. They are shifted by --timestep_shift: see `flow.training_sigmas`.
+    """
+    tokens = [image_tokens(size, read_config(root, "vae")) for size in sizes]
+    sigmas = flow.training_sigmas(
+        load_scheduler(root).sigmas.asnumpy(), timestep_shift, tokens, read_config(root, "scheduler")
+    )
+    return sigmas, sigmas[np.argmax(tokens)]
+
+
 # ---- from configs alone --------------------------------------------------------------------------
 
 
@@ -232,15 +245,6 @@ def _layout(root: Path, name: str) -> _Layout:
         model = _empty_model(root, name, ms.float32)
         _LAYOUTS[key] = _Layout(parameter_shapes(model), _legacy_names(model, model_parameters(model)))
     return _LAYOUTS[key]
-
-
-def narrow_transformer(root: Path) -> nn.Cell:
-    """FLUX's transformer with its real depth and a tiny width, to check names before gigabytes are loaded."""
-    config = accepted_arguments(mindone.diffusers.FluxTransformer2DModel, read_config(root, "transformer"))
-    config.update(num_attention_heads=1, attention_head_dim=8, axes_dims_rope=(4, 2, 2))
-    config.update(joint_attention_dim=8, pooled_projection_dim=8, in_channels=4)
-    # With the cells that a loaded model has.
-    return use_shared_blocks(mindone.diffusers.FluxTransformer2DModel(**config))
 
 
 def accepted_arguments(cls: type, config: dict) -> dict:

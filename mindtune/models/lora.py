@@ -6,7 +6,6 @@ those of the others. `lora_files` reads and writes the files.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,16 +22,6 @@ from mindtune.models.lora_settings import Settings
 from mindtune.models.precision import LINEAR_LAYERS, cast_training_params
 from mindtune.models.shared_blocks import use_shared_blocks
 from mindtune.rng import normal
-
-
-def check_targets(model: nn.Cell, targets: Iterable[str], flag: str) -> None:
-    """Raises UserError, with similar names, unless every target is the end of the name of a linear layer in `model`."""
-    names = linear_names(model)
-    suffixes = sorted({".".join(name.split(".")[-n:]) for name in names for n in (1, 2)} - {"0", "2"})
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            similar = difflib.get_close_matches(target, suffixes, n=4, cutoff=0.5) or suffixes
-            raise UserError(f"{flag} {target}: no linear layer has that name. Similar names: {', '.join(similar)}.")
 
 
 def parameter_groups(
@@ -196,12 +185,43 @@ def init_lora(model: nn.Cell, seed: int) -> None:
 
 
 def lora_parameters(model: nn.Cell) -> dict[str, ms.Parameter]:
-    """What trains, by its name in the file without the prefix: `<layer>.lora_A.weight`, `.lora_magnitude_vector`."""
+    """What trains, by its name in the file without the prefix: `<layer>.lora_A.weight`, `.lora_magnitude_vector`.
+
+    With `train_norms` also `<norm>.weight`.
+    """
     return {
         name.replace(".default.", "."): parameter
         for name, parameter in model.parameters_and_names()
         if re.search(r"\.(lora_[AB]\.|lora_magnitude_vector$|lokr_)", name)
+        or (parameter.requires_grad and lora_layouts.NORM.search(name))
     }
+
+
+def train_norms(model: nn.Cell, initial: dict[str, np.ndarray]) -> None:
+    """Trains the norms of q and k too, in float32. They start as they are, or with those of the adapter `initial`."""
+    for name, parameter in model.parameters_and_names():
+        if lora_layouts.NORM.search(name):
+            value = initial.get(name, parameter.astype(ms.float32).asnumpy())
+            parameter.set_dtype(ms.float32)
+            parameter.set_data(ms.Tensor(value, ms.float32))
+            parameter.requires_grad = True
+    use_shared_blocks(model)
+
+
+def _change_parameters(model: nn.Cell, adapter: dict[str, np.ndarray], scale: float) -> None:
+    """Moves the norms of a model towards those of an adapter, by `scale`, and adds the biases of B to those of layers.
+
+    `enable_lora` undoes and repeats it.
+    """
+    changed = model.__dict__.setdefault("changed_parameters", [])  # parameter, its values without and with the adapter
+    for name, parameter in model.parameters_and_names():
+        bias = re.sub(r"\.bias$", lora_layouts.BIAS, name)
+        if name in adapter or bias in adapter:
+            value = parameter.astype(ms.float32).asnumpy()
+            change = adapter[name] - value if name in adapter else adapter[bias]
+            values = [ms.Tensor(each, parameter.dtype) for each in (value, value + np.float32(scale) * change)]
+            changed.append((parameter, values))
+            parameter.set_data(values[1])
 
 
 def lokr_scales(model: nn.Cell) -> dict[str, np.float32]:
@@ -212,6 +232,8 @@ def lokr_scales(model: nn.Cell) -> dict[str, np.float32]:
 
 def enable_lora(model: nn.Cell, enabled: bool) -> None:
     """Enables or disables the adapter for calls in PyNative. A compiled graph keeps its setting."""
+    for parameter, values in getattr(model, "changed_parameters", ()):
+        parameter.set_data(values[enabled])
     for _, layer in adapted_layers.adapted_layers(model):
         layer._disable_adapters = not enabled
     adapted_layers.update_layers(model)
@@ -239,17 +261,21 @@ def load_lora(
 
     Raises UserError if the file is not a LoRA, or if its models, layers or widths are not those of `models`.
     """
-    adapters, layers = lora_files.read_adapters(path, flag), {}
+    adapters, layers = lora_files.read_adapters(path, flag, biases=True), {}
     for prefix, model in models.items():
         linear = {name: cell for name, cell in model.cells_and_names() if isinstance(cell, LINEAR_LAYERS)}
         layers[prefix] = {name: cell.weight.shape[::-1] for name, cell in linear.items()}
     lora_files.check_adapters(path, flag, adapters, layers)
     for prefix, adapter in adapters.items():
+        shapes = {name: parameter.shape for name, parameter in models[prefix].parameters_and_names()}
+        if norm := lora_layouts.foreign_norm(adapter, shapes):
+            raise UserError(f"{flag} {path}: made for another model; this {prefix} has no {norm}.")
         dora = lora_layouts.kind(adapter) == "dora"
         scaled = {
             name: value * np.float32(scale) if name.endswith((".lora_B.weight", ".lokr_w1")) and not dora else value
             for name, value in adapter.items()
         }
+        _change_parameters(models[prefix], adapter, scale)
         add_trained_lora(models[prefix], scaled, alpha=None, dropout=0.0, compute=compute)
         if dora and scale != 1.0:
             adapted_layers.scale_doras(models[prefix], scale)

@@ -5,8 +5,9 @@ with rank, alpha and targets as JSON in the header, and LoKr in LyCORIS' layout.
 be written too, and those of `lora_names` can be read.
 
 Here an adapter is a dict of the tensors for one model, `<layer>.lora_A.weight`, `<layer>.lora_B.weight` and, of a DoRA,
-`<layer>.lora_magnitude_vector`, or `<layer>.lokr_w1` and the other factors of a LoKr. `adapters` maps the prefix of a
-model (transformer, text_encoder) to its adapter.
+`<layer>.lora_magnitude_vector`, or `<layer>.lokr_w1` and the other factors of a LoKr. A Control-LoRA may also have
+`<norm>.weight`, trained norms of q and k, and `<layer>.lora_B.bias`. `adapters` maps the prefix of a model
+(transformer, text_encoder) to its adapter.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from mindtune.models.weights import PICKLED
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-KEPT_ENDINGS = (".alpha", ".lora_magnitude_vector")  # of tensors that are float32 in every file
+KEPT = re.compile(r"\.(alpha|lora_magnitude_vector|norm_(added_)?[qk]\.weight)$")  # tensors that stay float32
+_ADVICE = {"x_embedder": " Only examples/flux_control/ trains Control-LoRAs, with --fill those of fill models."}
 
 
 def most_common(values: Iterable) -> Any:
@@ -61,6 +63,7 @@ def describe(tensors: dict[str, np.ndarray]) -> str:
     if kind == "lokr":
         return f"LoKr, {sum(name.endswith('.lokr_w1') for name in tensors)} layers"
     summary = f"{len(ranks)} layers of rank {', '.join(map(str, sorted(set(ranks.values()))))}"
+    summary += f", {count} norms" if (count := len(lora_layouts.norms(tensors))) else ""
     return f"DoRA, {summary}" if kind == "dora" else summary
 
 
@@ -93,8 +96,7 @@ def write_lora(
         header = _kohya_header(tensors) if layout == "kohya" else {}
     if dtype is not None:
         tensors = {
-            name: value if name.endswith(KEPT_ENDINGS) else value.astype(NUMPY_DTYPES[dtype])
-            for name, value in tensors.items()
+            name: value if KEPT.search(name) else value.astype(NUMPY_DTYPES[dtype]) for name, value in tensors.items()
         }
     path.write_bytes(_with_metadata(save(tensors), {"format": "pt", **header}))
     return describe(tensors)
@@ -134,12 +136,12 @@ def _lora_config(tensors: dict[str, np.ndarray]) -> dict:
 
 
 def _multiply_scale_into_b(tensors: dict[str, np.ndarray], alphas: dict[str, float]) -> dict[str, np.ndarray]:
-    """The tensors with alpha / rank multiplied into B. Where that is not 1, B becomes float32."""
+    """The tensors with alpha / rank multiplied into B and its bias. Where that is not 1, they become float32."""
     ranks, scaled = lora_layouts.ranks(tensors), dict(tensors)
     for layer, alpha in alphas.items():
-        if alpha != ranks[layer]:
-            name = f"{layer}.lora_B.weight"
-            scaled[name] = tensors[name].astype(np.float32) * np.float32(alpha / ranks[layer])
+        for name in {f"{layer}.lora_B.weight", layer + lora_layouts.BIAS} & tensors.keys():
+            if alpha != ranks[layer]:
+                scaled[name] = tensors[name].astype(np.float32) * np.float32(alpha / ranks[layer])
     return scaled
 
 
@@ -173,19 +175,22 @@ def find_lora(name: str, flag: str) -> Path:
     return path
 
 
-def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def read_lora(path: Path, flag: str, biases: bool = False) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The tensors of a LoRA file by diffusers' names, and the alpha of every layer but those of a LoKr.
 
     Alpha comes from the `.alpha` entries, otherwise from the file's LoRA config, otherwise it is the rank. The config
     is in the header of diffusers' files, and in adapter_config.json next to peft's. The arrays may be memory-mapped.
     Raises UserError, which says what the file is, unless it is a LoRA, DoRA or LoKr of FLUX.1 in one of
-    `lora_names.LAYOUTS_READ`.
+    `lora_names.LAYOUTS_READ`, and, without `biases`, if B has biases.
     """
     try:
         entries, header = read_safetensors(path)
         tensors = lora_layouts.to_diffusers(entries)
     except ValueError as error:
         raise UserError(f"{flag} {path}: {error}.") from None
+    if not biases and (bias := next((name for name in tensors if name.endswith(lora_layouts.BIAS)), None)):
+        advice = "Only generate images with it, or give a LoRA without biases (lora_bias=False in peft)"
+        raise UserError(f"{flag} {path}: has biases ({bias}), which cannot be trained, edited or exported. {advice}.")
     config = {}
     if not any(name.endswith("alpha") for name in entries):
         config = _read_lora_config(path, header, lora_names.layout_of(entries), flag)
@@ -195,13 +200,13 @@ def read_lora(path: Path, flag: str) -> tuple[dict[str, np.ndarray], dict[str, f
         raise UserError(f"{flag} {path}: its LoRA config cannot be used ({error}). Give a LoRA of FLUX.1.") from None
 
 
-def read_adapters(path: Path, flag: str) -> dict[str, dict[str, np.ndarray]]:
-    """The adapters in a LoRA file, float32, with alpha / rank multiplied into B.
+def read_adapters(path: Path, flag: str, biases: bool = False) -> dict[str, dict[str, np.ndarray]]:
+    """The adapters in a LoRA file, float32, with alpha / rank multiplied into B and its bias.
 
     Raises UserError as `read_lora` does.
     """
     adapters: dict[str, dict[str, np.ndarray]] = {}
-    for name, value in _multiply_scale_into_b(*read_lora(path, flag)).items():
+    for name, value in _multiply_scale_into_b(*read_lora(path, flag, biases)).items():
         prefix, _, tensor_name = name.partition(".")
         adapters.setdefault(prefix, {})[tensor_name] = value.astype(np.float32, order="C")
     return adapters
@@ -258,13 +263,13 @@ def check_adapters(
             if layer not in layers[prefix]:
                 raise UserError(f"{flag} {path}: made for another model; this {prefix} has no layer {layer}.")
             inputs, outputs = layers[prefix][layer]
-            shapes = {end: value.shape for end, value in tensors.items() if end != "lora_magnitude_vector"}
+            shapes = {end: value.shape for end, value in tensors.items() if value.ndim == 2}  # no magnitudes or biases
             if _widths(shapes) != (inputs, outputs):
                 what = "A and B" if "lora_A.weight" in shapes else "the factors"
                 raise UserError(
                     f"{flag} {path}: made for another model; {what} of {layer} are "
                     f"{' and '.join(map(str, shapes.values()))}, but the layer of this {prefix} has {inputs} inputs "
-                    f"and {outputs} outputs."
+                    f"and {outputs} outputs.{_ADVICE.get(layer, '')}"
                 )
 
 
@@ -277,11 +282,12 @@ def check_kind(path: Path, flag: str, adapters: dict[str, dict[str, np.ndarray]]
 
 
 def by_layer(adapter: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Layer -> ending of the name, such as lora_A.weight or lokr_w1 -> tensor."""
+    """Layer -> ending of the name, such as lora_A.weight or lokr_w1 -> tensor. Without norms."""
     layers: dict[str, dict[str, np.ndarray]] = {}
     for name, value in adapter.items():
-        layer, end = re.fullmatch(r"(.+)\.(lo(?:ra|kr)_\w+(?:\.weight)?)", name).groups()
-        layers.setdefault(layer, {})[end] = value
+        if not lora_layouts.NORM.search(name):
+            layer, end = re.fullmatch(r"(.+)\.(lo(?:ra|kr)_\w+(?:\.(?:weight|bias))?)", name).groups()
+            layers.setdefault(layer, {})[end] = value
     return layers
 
 

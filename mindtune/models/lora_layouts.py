@@ -6,7 +6,8 @@
     lycoris     lycoris_<layer>.lokr_w1, .lokr_w2 or .lokr_w2_a, .lokr_w2_b     lora_te1_<layer of CLIP>...   (_ for .)
 
 The first three are of LoRA, the last of LoKr (see `lokr`). Only diffusers' holds a DoRA, which also has
-`<layer>.lora_magnitude_vector` [outputs], the norms of the rows of the adapted weight.
+`<layer>.lora_magnitude_vector` [outputs], the norms of the rows of the adapted weight. Control-LoRAs may have trained
+norms of q and k, and biases of B, `<layer>.lora_B.bias` [outputs], which change the layer's bias by alpha / rank.
 
 A (or down) is [rank, inputs] and B (or up) is [outputs, rank]. A file may also have a number `.alpha` per layer. The
 layer's weight changes by alpha / rank * B A, or by B A without alpha. "Native" layers are those of Black Forest Labs'
@@ -21,20 +22,22 @@ ValueError.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import ml_dtypes
 import numpy as np
 
 from mindtune.models import flux_layer_names, lokr, lora_names
 from mindtune.models.flux_layer_names import NATIVE_LAYERS, SWAPPED_LAYER
+from mindtune.models.fused_lora import ADVICE, Lora, fuse, split, swap_halves
 
 LAYOUTS = ("diffusers", "kohya", "comfyui", "lycoris")  # that can be written
 # Kind of adapter -> its name in messages, and the layouts that hold it.
 KINDS = {"lora": ("LoRA", LAYOUTS[:3]), "dora": ("DoRA", LAYOUTS[:1]), "lokr": ("LoKr", LAYOUTS[3:])}
 _MAGNITUDE = ".lora_magnitude_vector"
+NORM = re.compile(r"\.norm_(added_)?[qk]\.weight$")  # a trained norm of a Control-LoRA, as diffusers names it
+BIAS = ".lora_B.bias"
 _A_ENDINGS = (".lora_A.weight", ".lora_down.weight")
-_ADVICE = "Give a LoRA of FLUX.1"
 _FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 _KOHYA_PREFIXES = {"diffusion_model.": "lora_unet_", "text_encoders.clip_l.transformer.": "lora_te1_"}
 
@@ -49,13 +52,6 @@ _CONTAINED.update(
 _CONTAINER = {layer: native for native, layers in _CONTAINED.items() for layer in layers}
 
 
-class _Lora(NamedTuple):
-    a: np.ndarray  # [rank, inputs]
-    b: np.ndarray  # [outputs, rank]
-    scale: float  # alpha / rank
-    magnitude: Optional[np.ndarray] = None  # [outputs], of a DoRA
-
-
 def _kohya_name(native: str) -> str:
     """Kohya's name of a layer in ComfyUI's layout."""
     prefix = next(prefix for prefix in _KOHYA_PREFIXES if native.startswith(prefix))
@@ -65,6 +61,17 @@ def _kohya_name(native: str) -> str:
 def ranks(tensors: dict[str, np.ndarray]) -> dict[str, int]:
     """The rank of every adapted layer, for tensors in one of `LAYOUTS`."""
     return {name[: -len(end)]: a.shape[0] for name, a in tensors.items() for end in _A_ENDINGS if name.endswith(end)}
+
+
+def norms(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The trained norms among the tensors of a file or of an adapter."""
+    return {name: value for name, value in tensors.items() if NORM.search(name)}
+
+
+def foreign_norm(adapter: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> Optional[str]:
+    """Name and shape of a trained norm of an adapter that is none of the model's parameters; None if there is none."""
+    wrong = (f"{name} {value.shape}" for name, value in norms(adapter).items() if value.shape != shapes.get(name))
+    return next(wrong, None)
 
 
 def kind(tensors: dict[str, np.ndarray]) -> str:
@@ -83,15 +90,17 @@ def to_diffusers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     gets its block without padding columns, which are zero in A and in B. Otherwise each layer gets the columns in which
     its rows of B are not all zero, and the matching rows of A. A layer without columns is not adapted. (An untrained
     adapter has a B of zeros, so it counts as blocks; if its rank is not divisible, each layer gets all of A.) 8-bit
-    weights become float16, which represents all of their values. The scale of a LoKr is multiplied into w1.
+    weights become float16, which represents all of their values. The scale of a LoKr is multiplied into w1. Trained
+    norms get diffusers' names.
 
     Raises ValueError for another type of file, for a layer that FLUX does not have, and for invalid shapes and values.
     """
     loras, lokrs, adapted_by = {}, {}, {}
-    for module, entries in lora_names.modules(tensors).items():
+    norms = {name: found for name in tensors if (found := flux_layer_names.norm_name(name))}
+    for module, entries in lora_names.modules([name for name in tensors if name not in norms] or norms).items():
         model, layers, swapped = flux_layer_names.resolve(module)
         values = {role: tensors[name] for role, name in entries.items()}
-        if (len(layers) > 1 or swapped) and not values.keys() <= {"a", "b", "alpha"}:
+        if (len(layers) > 1 or swapped) and not values.keys() <= {"a", "b", "alpha", "bias"}:
             raise ValueError(
                 f"{module} is a DoRA or LoKr of a weight that diffusers divides or reorders ({', '.join(layers)}), "
                 "which is not supported. Give one that was trained with diffusers' layers"
@@ -104,15 +113,15 @@ def to_diffusers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             lokrs.update({f"{layer}.{name}": value for name, value in _make_lokr(module, values).items()})
             continue
         lora = _make_lora(module, values)
-        split = _split(module, lora, len(layers)) if len(layers) > 1 else [_swap_halves(lora) if swapped else lora]
+        parts = split(module, lora, len(layers)) if len(layers) > 1 else [swap_halves(lora) if swapped else lora]
         for name in (f"{model}.{layer}" for layer in layers):
             if name in adapted_by:
                 raise ValueError(f"{adapted_by[name]} and {module} both adapt {name}. Keep one of them")
             adapted_by[name] = module
-        loras.update({f"{model}.{layer}": part for layer, part in zip(layers, split) if part is not None})
+        loras.update({f"{model}.{layer}": part for layer, part in zip(layers, parts) if part is not None})
     found = {**_to_tensors(loras, "lora_A", "lora_B", every_alpha=False), **lokrs}
     kind(found)
-    return found
+    return {**found, **{norms[name]: _as_float(name, tensors[name]) for name in norms}}
 
 
 def from_diffusers(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
@@ -131,44 +140,53 @@ def from_diffusers(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.
         raise ValueError(f"is a {name}, which the layout {layout} does not hold. Write it as {' or '.join(layouts)}")
     if layout == "diffusers":
         return tensors
+    if further := norms(tensors):
+        raise ValueError(
+            f"has trained norms ({min(further)}), which the layout {layout} does not hold. Write it as diffusers"
+        )
     if layout == "lycoris":
         return lokr.to_lycoris(tensors)
-    groups: dict[str, dict[str, _Lora]] = {}
+    groups: dict[str, dict[str, Lora]] = {}
     for module, entries in lora_names.modules(tensors).items():
         lora = _make_lora(module, {role: tensors[name] for role, name in entries.items()})
         template, number = _template(module)
         if template not in _CONTAINER:
-            raise ValueError(f"{layout}'s layout has no name for the layer {module}. {_ADVICE}")
+            raise ValueError(f"{layout}'s layout has no name for the layer {module}. {ADVICE}")
         groups.setdefault(_CONTAINER[template].replace("#", number), {})[template] = lora
     loras = {}
     for native, found in groups.items():
         template = _template(native)[0]
         parts = [found.get(layer) for layer in _CONTAINED[template]]
-        lora = _fuse(native, parts) if len(parts) > 1 else parts[0]
-        loras[native] = _swap_halves(lora) if template == f"diffusion_model.{SWAPPED_LAYER}" else lora
+        lora = fuse(native, parts) if len(parts) > 1 else parts[0]
+        loras[native] = swap_halves(lora) if template == f"diffusion_model.{SWAPPED_LAYER}" else lora
     if layout == "kohya":
         loras = {_kohya_name(native): lora for native, lora in loras.items()}
         return _to_tensors(loras, "lora_down", "lora_up", every_alpha=True)
     return _to_tensors(loras, "lora_A", "lora_B", every_alpha=True)
 
 
-def _make_lora(module: str, entries: dict[str, np.ndarray]) -> _Lora:
-    """Checks the entries "a", "b" and perhaps "alpha" of one layer."""
+def _make_lora(module: str, entries: dict[str, np.ndarray]) -> Lora:
+    """Checks the entries "a", "b" and perhaps "alpha", "magnitude" or "bias" of one layer."""
     shapes = [entries[role].shape if role in entries else "nothing" for role in "ab"]
     if "nothing" in shapes or [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
         raise ValueError(
-            f"A and B of {module} are {shapes[0]} and {shapes[1]}, which is not a LoRA of a linear layer. {_ADVICE}"
+            f"A and B of {module} are {shapes[0]} and {shapes[1]}, which is not a LoRA of a linear layer. {ADVICE}"
         )
     if 0 in shapes[0] + shapes[1]:
-        raise ValueError(f"A and B of {module} are {shapes[0]} and {shapes[1]}: empty. {_ADVICE}")
+        raise ValueError(f"A and B of {module} are {shapes[0]} and {shapes[1]}: empty. {ADVICE}")
     a, b = (_as_float(f"{role.upper()} of {module}", entries[role]) for role in "ab")
     scale = _alpha(module, entries["alpha"]) / a.shape[0] if "alpha" in entries else 1.0
+    if "bias" in entries:
+        bias = _as_float(f"bias of {module}", entries["bias"])
+        if bias.shape != b.shape[:1] or "magnitude" in entries:
+            raise ValueError(f"bias of {module} is {bias.shape}, expected {b.shape[:1]} and no DoRA. {ADVICE}")
+        return Lora(a, b, scale, bias=bias)
     if "magnitude" not in entries:
-        return _Lora(a, b, scale)
+        return Lora(a, b, scale)
     magnitude = _as_float(f"lora_magnitude_vector of {module}", entries["magnitude"])
     if magnitude.size != b.shape[0]:
-        raise ValueError(f"lora_magnitude_vector of {module} is {magnitude.shape}, expected {b.shape[:1]}. {_ADVICE}")
-    return _Lora(a, b, scale, magnitude.reshape(-1))
+        raise ValueError(f"lora_magnitude_vector of {module} is {magnitude.shape}, expected {b.shape[:1]}. {ADVICE}")
+    return Lora(a, b, scale, magnitude.reshape(-1))
 
 
 def _make_lokr(module: str, entries: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -183,7 +201,7 @@ def _make_lokr(module: str, entries: dict[str, np.ndarray]) -> dict[str, np.ndar
     try:
         return lokr.with_scale(factors, _alpha(module, entries["alpha"]))
     except ValueError as error:
-        raise ValueError(f"{module} has {error}. {_ADVICE}") from None
+        raise ValueError(f"{module} has {error}. {ADVICE}") from None
 
 
 def _as_float(name: str, value: np.ndarray) -> np.ndarray:
@@ -191,10 +209,10 @@ def _as_float(name: str, value: np.ndarray) -> np.ndarray:
         value = value.astype(np.float16)
     if value.dtype not in _FLOATS:
         raise ValueError(
-            f"{name} is stored as {value.dtype}, not as floating point: quantised LoRAs are not supported. {_ADVICE}"
+            f"{name} is stored as {value.dtype}, not as floating point: quantised LoRAs are not supported. {ADVICE}"
         )
     if not np.isfinite(value).all():
-        raise ValueError(f"{name} holds NaN or infinity: the file is damaged, or its training failed. {_ADVICE}")
+        raise ValueError(f"{name} holds NaN or infinity: the file is damaged, or its training failed. {ADVICE}")
     return value
 
 
@@ -202,11 +220,11 @@ def _alpha(module: str, value: np.ndarray) -> float:
     """The value of an `.alpha` entry: one number in an array of any shape."""
     values = np.unique(value.astype(np.float64))
     if values.size != 1 or not np.isfinite(values[0]):
-        raise ValueError(f"alpha of {module} is {value.tolist()}, expected one finite number. {_ADVICE}")
+        raise ValueError(f"alpha of {module} is {value.tolist()}, expected one finite number. {ADVICE}")
     return float(values[0])
 
 
-def _to_tensors(loras: dict[str, _Lora], a: str, b: str, every_alpha: bool) -> dict[str, np.ndarray]:
+def _to_tensors(loras: dict[str, Lora], a: str, b: str, every_alpha: bool) -> dict[str, np.ndarray]:
     """Names the tensors; `a` and `b` are the layout's names of the two halves."""
     tensors = {}
     for module, lora in loras.items():
@@ -214,6 +232,8 @@ def _to_tensors(loras: dict[str, _Lora], a: str, b: str, every_alpha: bool) -> d
         tensors[f"{module}.{b}.weight"] = lora.b
         if lora.magnitude is not None:
             tensors[f"{module}{_MAGNITUDE}"] = lora.magnitude
+        if lora.bias is not None:
+            tensors[f"{module}{BIAS}"] = lora.bias
         if every_alpha or lora.scale != 1.0:
             tensors[f"{module}.alpha"] = np.array(lora.scale * lora.a.shape[0], np.float32)
     return tensors
@@ -223,62 +243,3 @@ def _template(module: str) -> tuple[str, str]:
     """The name with # in place of its block number, and that number (empty without a block)."""
     number = re.search(r"(?<=blocks[._]|layers[._])\d+(?=[._])", module)
     return (module[: number.start()] + "#" + module[number.end() :], number[0]) if number else (module, "")
-
-
-def _output_widths(count: int, inputs: int) -> list[int]:
-    """The number of outputs of the layers in a native weight: `inputs` for q, k and v, four times that for the MLP."""
-    return [inputs, inputs, inputs, 4 * inputs][:count]
-
-
-def _fuse(native: str, parts: list[Optional[_Lora]]) -> _Lora:
-    """Joins the LoRAs of the layers in one native weight; see `from_diffusers`."""
-    found = [part for part in parts if part is not None]
-    inputs = found[0].a.shape[1]
-    rows = _output_widths(len(parts), inputs)
-    for part, outputs in zip(parts, rows):
-        if part is not None and (part.a.shape[1], part.b.shape[0]) != (inputs, outputs):
-            raise ValueError(
-                f"A and B of a layer in {native} are {part.a.shape} and {part.b.shape}, expected {inputs} inputs and "
-                f"{outputs} outputs. {_ADVICE}"
-            )
-    scale = found[0].scale
-    if any(part.scale != scale for part in found):
-        parts = [part and part._replace(b=(part.b * np.float32(part.scale)).astype(part.b.dtype)) for part in parts]
-        scale = 1.0
-    if all(part is not None and np.array_equal(part.a, found[0].a) for part in parts):
-        return _Lora(found[0].a, np.concatenate([part.b for part in parts]), scale)
-    block = max(part.a.shape[0] for part in found)
-    a = np.zeros((block * len(parts), inputs), found[0].a.dtype)
-    b = np.zeros((sum(rows), block * len(parts)), found[0].b.dtype)
-    for number, part in enumerate(parts):
-        if part is not None:
-            columns = slice(block * number, block * number + part.a.shape[0])
-            a[columns] = part.a
-            b[sum(rows[:number]) : sum(rows[: number + 1]), columns] = part.b
-    return _Lora(a, b, scale)
-
-
-def _split(module: str, lora: _Lora, count: int) -> list[Optional[_Lora]]:
-    """Splits the LoRA of a native weight, None for a layer that is not adapted; see `to_diffusers`."""
-    rank, inputs = lora.a.shape
-    rows = _output_widths(count, inputs)
-    if lora.b.shape[0] != sum(rows):
-        raise ValueError(
-            f"B of {module} has {lora.b.shape[0]} rows, expected {sum(rows)} for {inputs} inputs. {_ADVICE}"
-        )
-    pieces = np.split(lora.b, np.cumsum(rows)[:-1])
-    used = np.array([np.any(piece != 0, axis=0) for piece in pieces])
-    blocks = np.arange(rank) * count // rank == np.arange(count)[:, None]
-    if rank % count == 0 and not np.any(used & ~blocks):
-        used = blocks & (used | np.any(lora.a != 0, axis=1))
-    elif not np.any(used):
-        used[:] = True
-    return [
-        _Lora(lora.a[mask], piece[:, mask], lora.scale) if mask.any() else None for piece, mask in zip(pieces, used)
-    ]
-
-
-def _swap_halves(lora: _Lora) -> _Lora:
-    """Swaps the two halves of the outputs."""
-    half = lora.b.shape[0] // 2
-    return lora._replace(b=np.concatenate([lora.b[half:], lora.b[:half]]))

@@ -67,7 +67,6 @@ LAYOUTS_READ = (
     ),
 )  # fmt: skip
 
-_CONTROL = "control LoRA of Black Forest Labs, which also sets norms"
 _EMBEDDINGS = "embeddings trained together with the LoRA by OneTrainer"
 # Other adapters than LoRA, DoRA and LoKr, and other contents, by the ending of an entry's name.
 OTHER_ADAPTERS = (
@@ -79,8 +78,7 @@ OTHER_ADAPTERS = (
     ("VeRA", r"\.vera_lambda_\w(\.\w+)*"),
     ("DoRA of kohya's layout or LyCORIS", r"\.dora_scale"),
     ("LoCon with a Tucker core", r"\.lora_mid(\.weight)?"),
-    (_CONTROL, r"\.(query_norm|key_norm)\.scale|\.norm_(added_)?[qk]\.weight"),
-    ("LoRA with biases", r"\.(lora_[AB]|lora_up|lora_down|up|down)(\.\w+)?\.bias"),
+    ("LoRA with biases of A", r"\.(lora_A|lora_down|down)(\.\w+)?\.bias"),
     ("LoRA of an embedding", r"\.lora_embedding_[AB](\.\w+)*"),
     ("full differences of weights, biases or norms", r"\.(diff|diff_b|w_norm|b_norm|set_weight|reshape_weight)"),
     (_EMBEDDINGS, r"bundle_emb\..*"),
@@ -127,9 +125,9 @@ def layout_of(names: Iterable[str]) -> Optional[str]:
 def modules(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Module name in the file -> role -> name of the entry.
 
-    The roles are "a", "b", "magnitude" (of a DoRA) and "alpha", or those of a LoKr: "w1" or "w1_a" and "w1_b", "w2" or
-    "w2_a" and "w2_b", and "alpha". Raises ValueError, which says what the file is and what to do, unless it is a LoRA,
-    DoRA or LoKr of FLUX.1.
+    The roles are "a", "b", "bias" (of B), "magnitude" (of a DoRA) and "alpha", or those of a LoKr: "w1" or "w1_a" and
+    "w1_b", "w2" or "w2_a" and "w2_b", and "alpha". Raises ValueError, which says what the file is and what to do,
+    unless it is a LoRA, DoRA or LoKr of FLUX.1.
     """
     names, found, adapters = list(names), {}, set()
     _reject_others(names)
@@ -159,6 +157,8 @@ def _parse(name: str) -> Optional[tuple[str, str, Optional[str]]]:
     """(module, role, name of the adapter) of an entry, or None."""
     if match := _ALPHA.fullmatch(name):
         return match[1] + (match[2] or ""), "alpha", None
+    if name.endswith(".bias") and (match := _HALF.fullmatch(f"{name[: -len('bias')]}weight")):
+        return match[1] + (match[2] or ""), "bias", match[4]
     if match := _HALF.fullmatch(name):
         return match[1] + (match[2] or ""), "a" if match[3] else "b", match[4]
     if match := _LOKR.fullmatch(name):
@@ -173,7 +173,7 @@ def _reject_others(names: list[str]) -> None:
     others = [
         (adapter, name) for adapter, ending in OTHER_ADAPTERS for name in names if re.search(f"(?:{ending})$", name)
     ]
-    if not any(map(_is_weight, names)) and {adapter for adapter, _ in others} <= {_CONTROL, _EMBEDDINGS}:
+    if not any(map(_is_weight, names)) and {adapter for adapter, _ in others} <= {_EMBEDDINGS}:
         raise ValueError(
             f"holds no lora_A/lora_B or lora_down/lora_up weights{_describe_file(names)}. Give a LoRA of FLUX.1"
         )

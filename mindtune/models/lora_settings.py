@@ -5,6 +5,7 @@ Needs no model, only the names of its layers.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import NamedTuple, Optional
 
@@ -13,6 +14,18 @@ from mindtune.models import layer_patterns
 
 TRANSFORMER_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+ALL_LINEAR = "all-linear"
+# System -> the ends of the names of the transformer's layers that are adapted unless --lora_layers names others. Those
+# of Kontext are the ones of diffusers' training example.
+DEFAULT_TARGETS = {
+    "flux_lora": TRANSFORMER_TARGETS,
+    "flux_kontext": [
+        "attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0",
+        "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
+    ],
+    "flux_control": [ALL_LINEAR],
+}  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -37,12 +50,13 @@ class Settings(NamedTuple):
         return layer_patterns.parse_values(self.lora_rank_pattern, "--lora_rank_pattern", int)
 
     def ranks(self, names: Iterable[str], targets: Iterable[str], in_blocks: bool) -> dict[str, int]:
-        """The rank of every layer that gets an adapter: of those of `names` that end in a target.
+        """The rank of every layer that gets an adapter: of those of `names` that end in a target, or ALL_LINEAR.
 
         `in_blocks`: only those in --lora_blocks, which are blocks of the transformer.
         """
         blocks, patterns = self.blocks if in_blocks else [], self.rank_pattern
-        found = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+        targets = list(targets)
+        found = [name for name in names if ALL_LINEAR in targets or any(map(f".{name}".endswith, _dotted(targets)))]
         found = [name for name in found if not blocks or any(layer_patterns.matches(block, name) for block in blocks)]
         return {name: layer_patterns.value_of(name, patterns, self.lora_rank) for name in found}
 
@@ -60,9 +74,29 @@ def check_settings(settings: Settings) -> None:
         )
 
 
-def target_names(lora_layers: Optional[str]) -> list[str]:
-    """The ends of layer names in --lora_layers, or the default ones of the transformer."""
-    return [name.strip() for name in lora_layers.split(",")] if lora_layers else TRANSFORMER_TARGETS
+def _dotted(targets: Iterable[str]) -> list[str]:
+    return [f".{target}" for target in targets]
+
+
+def target_names(lora_layers: Optional[str], system: str) -> list[str]:
+    """The ends of layer names in --lora_layers, or the default ones of the `system`, a key of DEFAULT_TARGETS.
+
+    A Control-LoRA always adapts the input layer, which reads the condition.
+    """
+    if not lora_layers:
+        return DEFAULT_TARGETS[system]
+    names = [name.strip() for name in lora_layers.split(",")]
+    return names if system != "flux_control" or "x_embedder" in names else [*names, "x_embedder"]
+
+
+def check_targets(names: Iterable[str], targets: Iterable[str], flag: str) -> None:
+    """Raises UserError, with similar names, unless every target is ALL_LINEAR or the end of one of these names."""
+    names = list(names)
+    suffixes = sorted({".".join(name.split(".")[-n:]) for name in names for n in (1, 2)} - {"0", "2"})
+    for target in targets:
+        if target != ALL_LINEAR and not any(f".{name}".endswith(f".{target}") for name in names):
+            similar = difflib.get_close_matches(target, suffixes, n=4, cutoff=0.5) or suffixes
+            raise UserError(f"{flag} {target}: no linear layer has that name. Similar names: {', '.join(similar)}.")
 
 
 def check_patterns(

@@ -44,15 +44,16 @@ def check_pipeline(
     variant: Optional[str] = None,
     weights: bool = True,
     hub_files: Optional[list[str]] = None,
+    task: str = "text-to-image",
 ) -> None:
     """Raises UserError with every problem unless the pipeline is complete and can be trained.
 
     `components` maps every needed component to its supported classes. Reads only configs and headers; without `weights`
     only the configs of models are needed. `hub_files` are all files of the repository on the hub, of which only some
-    were downloaded.
+    were downloaded. `task` is a key of `supported.TASKS`.
     """
     flag = "--pretrained_model_name_or_path"
-    if problem := class_problem(root, components):
+    if problem := class_problem(root, components, task):
         raise UserError(f"{flag} {root}: {problem}.")
     unsupported = []
     broken = [] if not weights or (root / "model_index.json").is_file() else [_missing_index(root)]
@@ -65,7 +66,7 @@ def check_pipeline(
             broken += problems.broken
     if not broken and not unsupported:
         with convert_errors(root):
-            unsupported = model_problems(root, components)
+            unsupported = model_problems(root, components, task)
     if unsupported:
         raise UserError(
             f"{flag} {root}: cannot be trained by this script:\n{indented_list(unsupported)}\n"

@@ -79,12 +79,13 @@ def resolve_pipeline(
     components: dict,
     weights: bool = True,
     hub: str = hubs.DEFAULT,
+    task: str = "text-to-image",
 ) -> Path:
     """The directory of a pipeline: `name` if it is a local directory, otherwise downloaded from `hub`. Checks it.
 
     Downloads only files of the `components`: configs, tokenizers, and safetensors of the variant, or those without a
     variant if a component has none. Without `weights` only the configs are needed. Raises UserError if there is no such
-    pipeline, if it is not complete, or if the script cannot train it (`check_pipeline`).
+    pipeline, if it is not complete, or if a script for this `task` cannot train it (`check_pipeline`).
     """
     flag, root, hub_files = "--pretrained_model_name_or_path", Path(name), None
     if not root.is_dir():
@@ -93,7 +94,7 @@ def resolve_pipeline(
         for component in components:
             patterns += _download_patterns(component, variant, weights, hub_files)
         root = hubs.download(flag, name, revision, cache_dir, patterns, hub)
-    check_pipeline(root, components, variant, weights, hub_files)
+    check_pipeline(root, components, variant, weights, hub_files, task)
     return root
 
 

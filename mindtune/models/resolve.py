@@ -17,12 +17,16 @@ def pipeline(
     components: Iterable[str],
     weights: bool = True,
     hub: str = hubs.DEFAULT,
+    task: str = "text-to-image",
 ) -> Path:
     """The directory of --pretrained_model_name_or_path, checked. An id is downloaded from `hub`, here and below.
 
-    Without `weights`, for a memory plan, weight files may be missing. Raises UserError.
+    Without `weights`, for a memory plan, weight files may be missing. `task` is a key of `supported.TASKS`. Raises
+    UserError.
     """
-    root = pipelines.resolve_pipeline(name, revision, variant, cache_dir, components, weights=weights, hub=hub)
+    root = pipelines.resolve_pipeline(
+        name, revision, variant, cache_dir, components, weights=weights, hub=hub, task=task
+    )
     loading.check_files(root, components if weights else loading.with_weights(root, components, variant), variant)
     return root
 

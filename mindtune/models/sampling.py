@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -10,7 +11,17 @@ from mindspore import nn, ops
 from PIL import Image
 from tqdm import tqdm
 
-from mindtune.flow import latent_image_ids, latent_scale, pack_latents, resolution_shift, shift_sigmas, unpack_latents
+from mindtune import rng
+from mindtune.flow import (
+    latent_image_ids,
+    latent_scale,
+    mask_channels,
+    pack_latents,
+    resolution_shift,
+    shift_sigmas,
+    source_image_ids,
+    unpack_latents,
+)
 from mindtune.models.configs import latent_layout
 from mindtune.models.loading import create_unipc
 
@@ -27,26 +38,37 @@ def sample_latents(
     guidance_scale: float,
     compute: ms.Type,
     control: Optional[tuple[nn.Cell, np.ndarray, float]] = None,
+    source: Optional[np.ndarray] = None,
+    condition: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
     """Denoises `noise`, float32 [B, C, H, W], with FLUX and returns scaled latents of the same shape.
 
     `prompt_embeds` is [B, L, D] and `pooled_prompt_embeds` [B, P]. sigma goes linearly from 1 to 1/steps and is shifted
     for the image size as the `scheduler` config specifies. `control` is (ControlNet, scaled latents [B, C, H, W] of its
     condition image, scale of its residuals).
+
+    `source` are scaled latents [B, C, h, w] of an image to edit, for FLUX.1-Kontext: further tokens, whose prediction
+    is not used. `condition` are arrays [B, c, H, W] that the input layer reads beside the latents, for a Control-LoRA.
     """
     batch, _, height, width = noise.shape
     latents = pack_latents(ms.Tensor(noise, ms.float32))
     shift = resolution_shift(latents.shape[1], scheduler) if scheduler["use_dynamic_shifting"] else scheduler["shift"]
     sigmas = np.append(shift_sigmas(np.linspace(1.0, 1.0 / steps, steps), shift), 0.0)
     text, pooled = ms.Tensor(prompt_embeds).to(compute), ms.Tensor(pooled_prompt_embeds).to(compute)
-    img_ids, txt_ids = ms.Tensor(latent_image_ids(height, width)), ms.Tensor(np.zeros((text.shape[1], 3), np.float32))
+    tokens, img_ids = latents.shape[1], latent_image_ids(height, width)
+    if source is not None:
+        further = pack_latents(ms.Tensor(source)).to(compute)
+        img_ids = np.concatenate([img_ids, source_image_ids(*source.shape[2:])])
+    img_ids, txt_ids = ms.Tensor(img_ids), ms.Tensor(np.zeros((text.shape[1], 3), np.float32))
+    beside = [pack_latents(ms.Tensor(each)).to(compute) for each in condition]
     guidance = ms.Tensor(np.full(batch, guidance_scale, np.float32))
     if control:
-        controlnet, condition = control[0], pack_latents(ms.Tensor(control[1])).to(compute)
+        controlnet, controlnet_cond = control[0], pack_latents(ms.Tensor(control[1])).to(compute)
 
     def predict(model, **inputs):
+        hidden = ops.cat([latents.to(compute), *beside], 2) if beside else latents.to(compute)
         return model(
-            hidden_states=latents.to(compute),
+            hidden_states=hidden if source is None else ops.cat([hidden, further], 1),
             encoder_hidden_states=text,
             pooled_projections=pooled,
             timestep=ms.Tensor(np.full(batch, sigma, np.float32)),
@@ -60,11 +82,36 @@ def sample_latents(
     for sigma, next_sigma in tqdm(list(zip(sigmas[:-1], sigmas[1:])), **BAR):
         residuals = {}
         if control:
-            blocks, single_blocks = predict(controlnet, controlnet_cond=condition, conditioning_scale=control[2])
+            blocks, single_blocks = predict(controlnet, controlnet_cond=controlnet_cond, conditioning_scale=control[2])
             residuals = {"controlnet_block_samples": blocks, "controlnet_single_block_samples": single_blocks}
         velocity = predict(transformer, **residuals)[0]
+        velocity = velocity if source is None else velocity[:, :tokens]
         latents = latents + float(next_sigma - sigma) * velocity.to(ms.float32)
     return unpack_latents(latents, height, width).asnumpy()
+
+
+def flux_image(
+    transformer: nn.Cell,
+    vae: nn.Cell,
+    scheduler: dict,
+    text: dict[str, np.ndarray],
+    compute: ms.Type,
+    *,
+    size: tuple[int, int],
+    seed: int,
+    number: int,
+    steps: int,
+    guidance: float,
+    **inputs: Any,
+) -> Image.Image:
+    """Image `number` of a prompt, of `size` (height, width) in pixels, from noise that `seed` and `number` determine.
+
+    `text` holds the prompt's embeddings, and `inputs` are those of `sample_latents` that come from other images.
+    """
+    noise = rng.normal(seed, "validation", number, shape=latent_shape(vae, size))
+    embeds, pooled = text["prompt_embeds"][None], text["pooled_prompt_embeds"][None]
+    latents = sample_latents(transformer, scheduler, embeds, pooled, noise, steps, guidance, compute, **inputs)
+    return decode_latents(vae, latents, compute)[0]
 
 
 def sample_unet_latents(
@@ -131,7 +178,27 @@ def encode_image(vae: nn.Cell, image: Image.Image, compute: ms.Type) -> np.ndarr
 
     Its sides are divisible by 16.
     """
+    return _encode_pixels(vae, (np.asarray(image, dtype=np.float32) / 127.5 - 1.0).transpose(2, 0, 1), compute)
+
+
+def encode_condition(
+    vae: nn.Cell, image: Image.Image, mask: Optional[Image.Image], compute: ms.Type
+) -> tuple[np.ndarray, ...]:
+    """The `condition` of `sample_latents`: the latents of a condition image, or of a masked image, and the mask.
+
+    The mask is gray, of the image's size; the white half of its values is filled. Pixels there are 0, the middle of
+    [-1, 1], as in diffusers' FluxFillPipeline.
+    """
+    if mask is None:
+        return (encode_image(vae, image, compute),)
+    filled = (np.asarray(mask)[None] >= 128).astype(np.float32)
     pixels = (np.asarray(image, dtype=np.float32) / 127.5 - 1.0).transpose(2, 0, 1)
+    channels = mask_channels(filled, latent_layout(vae.config)[1])
+    return _encode_pixels(vae, pixels * (1.0 - filled), compute), channels[None]
+
+
+def _encode_pixels(vae: nn.Cell, pixels: np.ndarray, compute: ms.Type) -> np.ndarray:
+    """The scaled latents [1, C, h, w] of pixels [3, H, W] in [-1, 1]."""
     mean = vae.encode(ms.Tensor(pixels[None]).to(compute))[0].chunk(2, 1)[0].to(ms.float32).asnumpy()
     shift, scale = (np.asarray(value, np.float32) for value in latent_scale(vae.config))
     return (mean - shift) * scale

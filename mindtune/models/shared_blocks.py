@@ -14,6 +14,7 @@ from mindtune.models.flux_blocks import DoubleBlock, OutputNorm, SingleBlock, sh
 from mindtune.models.flux_transformer import construct_transformer
 
 ADAPTER = re.compile(r"\.(lora|lokr)_")  # in the name of an adapter's parameter
+NORM = re.compile(r"\.norm_(added_)?[qk]\.")  # in that of a norm of q or k
 POSITIONS = 4096  # images of 65,536 pixels
 
 _cast = ops.Cast()
@@ -23,7 +24,7 @@ _cast = ops.Cast()
 
 
 def as_tensors(weights, frozen, dtype):
-    """Turns a block's parameters into tensors; what trains is cast to `dtype`.
+    """Turns a block's parameters into tensors; what trains is cast to `dtype`. `frozen`: (linear layers, norms).
 
     A linear layer becomes (W, b), with int8 weights (codes, b, scales), each followed by what its adapter has: A times
     alpha / rank and B, for a DoRA also the magnitudes and the squared norms of W, or the factors of a LoKr, w1 times
@@ -35,7 +36,7 @@ def as_tensors(weights, frozen, dtype):
     """
     return tuple(
         [
-            layer_tensors(weight, frozen, dtype) if isinstance(weight, tuple) else _tensor(weight, frozen, dtype)
+            layer_tensors(weight, frozen[0], dtype) if isinstance(weight, tuple) else _tensor(weight, frozen[1], dtype)
             for weight in weights
         ]
     )
@@ -263,7 +264,8 @@ def _update_weights(cell: nn.Cell) -> None:
     flat = weights[0] + weights[1] if block_class is DoubleBlock else weights
     layer_types = tuple(layer_type(layer) for layer in flat if isinstance(layer, tuple))
     cell.shared_block = shared_block(block_class, layer_types, cell.recomputes)
-    cell.frozen = not any(p.requires_grad for name, p in cell.parameters_and_names() if not ADAPTER.search(name))
+    own = [name for name, p in cell.parameters_and_names() if p.requires_grad and not ADAPTER.search(name)]
+    cell.frozen = not any(not NORM.search(f".{name}") for name in own), not own
     object.__setattr__(cell, "weights", weights)  # Cell.__setattr__ would register the parameters a second time
 
 

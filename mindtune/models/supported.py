@@ -9,23 +9,33 @@ from typing import Any, Optional
 
 from mindtune import diffusion
 from mindtune.cli import UserError
-from mindtune.models.configs import class_of, config_file, read_config
+from mindtune.models.configs import class_of, config_file, control_inputs, read_config
 from mindtune.models.weights import read_json
 
 # Prefix of a pipeline's class -> the model family, and the scripts that train it. The longest matching prefix counts.
 FAMILIES = {
-    "Flux": ("FLUX.1", "flux_lora/ and flux_controlnet/"),
+    "Flux": ("FLUX.1", "flux_lora/, flux_controlnet/ and examples/flux_*/"),
     "Flux2": ("FLUX.2", ""),
     "StableDiffusionXL": ("Stable Diffusion XL", "examples/controlnet/train_controlnet_sdxl.py"),
     "StableDiffusion3": ("Stable Diffusion 3", ""),
     "StableDiffusion": ("Stable Diffusion 1 or 2", "examples/controlnet/train_controlnet.py"),
 }
+# What a script trains, its task -> the pipeline class that is made for it. A script also takes text-to-image models.
+TASKS = {
+    "text-to-image": None,
+    "kontext": "FluxKontextPipeline",
+    "control": "FluxControlPipeline",
+    "fill": "FluxFillPipeline",
+}
 # Pipeline classes whose weights need another training method than the rest of their family.
 SPECIAL = {
-    "FluxKontextPipeline": "it edits a reference image, which is not supported. Give black-forest-labs/FLUX.1-dev",
-    "FluxFillPipeline": "it fills a masked image. Give black-forest-labs/FLUX.1-dev",
+    "FluxKontextPipeline": "it edits a reference image. Train it with examples/flux_kontext/, or give "
+    "black-forest-labs/FLUX.1-dev",
+    "FluxFillPipeline": "it fills a masked image. Train it with examples/flux_control/ and --fill, or give "
+    "black-forest-labs/FLUX.1-dev",
     "FluxPriorReduxPipeline": "it encodes images for another pipeline. Give black-forest-labs/FLUX.1-dev",
-    "FluxControlPipeline": "it reads a condition with the latents. Give black-forest-labs/FLUX.1-dev",
+    "FluxControlPipeline": "it reads a condition with the latents. Train it with examples/flux_control/, or give "
+    "black-forest-labs/FLUX.1-dev",
     "StableDiffusionUpscalePipeline": "it reads a small image with the latents. Give the text-to-image model",
     "StableDiffusionLatentUpscalePipeline": "it reads a small image with the latents. Give the text-to-image model",
     "StableDiffusionInstructPix2PixPipeline": "it edits a reference image. Give the text-to-image model",
@@ -53,7 +63,7 @@ REQUIRED_VALUES = {
 }  # fmt: skip
 
 
-def class_problem(root: Path, components: dict) -> Optional[str]:
+def class_problem(root: Path, components: dict, task: str) -> Optional[str]:
     """Describes why the class in model_index.json cannot be trained; None for supported and for unknown classes."""
     if not {"transformer", "unet"} & components.keys():
         return None
@@ -69,7 +79,7 @@ def class_problem(root: Path, components: dict) -> Optional[str]:
     except (OSError, ValueError):
         return None  # reported with the other problems
     found = str(found)
-    if found in SPECIAL:
+    if found in SPECIAL and found != TASKS[task]:
         return f"model_index.json: _class_name is {found}: {SPECIAL[found]}"
     family = max((family for family in FAMILIES if found.startswith(family)), key=len, default=expected)
     if family != expected:
@@ -79,7 +89,7 @@ def class_problem(root: Path, components: dict) -> Optional[str]:
     return None
 
 
-def model_problems(root: Path, components: dict) -> list[str]:
+def model_problems(root: Path, components: dict, task: str) -> list[str]:
     """Describes every setting in the configs that is not supported or that contradicts another config."""
     configs = {name: read_config(root, name) for name in components if (root / config_file(name)).is_file()}
     base = "transformer" if "transformer" in components else "unet"
@@ -89,7 +99,7 @@ def model_problems(root: Path, components: dict) -> list[str]:
     if base not in configs:
         return problems
     expectations = _transformer_expectations(configs) if base == "transformer" else _unet_expectations(configs)
-    for key, value, expected, reason in (*_common_expectations(configs, base), *expectations):
+    for key, value, expected, reason in (*_common_expectations(configs, base, task), *expectations):
         if value != expected:
             problems.append(f"{base}/config.json: {key} is {value}, expected {expected}{reason}")
     return problems
@@ -98,14 +108,16 @@ def model_problems(root: Path, components: dict) -> list[str]:
 Expectation = tuple[str, Any, Any, str]  # key, its value, the supported value, the reason
 
 
-def _common_expectations(configs: dict[str, dict], base: str) -> Iterator[Expectation]:
+def _common_expectations(configs: dict[str, dict], base: str, task: str) -> Iterator[Expectation]:
     """The expectations that a transformer and a UNet share."""
     config = configs[base]
     if vae := configs.get("vae"):
         channels = vae["latent_channels"] * (4 if base == "transformer" else 1)
-        model = EXTRA_INPUTS.get(config["in_channels"], "a model that reads more than the noisy latents")
-        yield "in_channels", config["in_channels"], channels, f": {model}. Give the text-to-image model"
-        if config["out_channels"] is not None:
+        reads_condition = task in ("control", "fill") and config["in_channels"] == control_inputs(vae, task == "fill")
+        if not reads_condition:
+            model = EXTRA_INPUTS.get(config["in_channels"], "a model that reads more than the noisy latents")
+            yield "in_channels", config["in_channels"], channels, f": {model}. Give the text-to-image model"
+        if reads_condition or config["out_channels"] is not None:  # None: as many as in_channels
             reason = ": it does not predict noise. Give the text-to-image model"
             yield "out_channels", config["out_channels"], channels, reason
     for key, expected in REQUIRED_VALUES.get(base, {}).items():

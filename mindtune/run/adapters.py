@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from mindtune.models import lokr, lora_settings
+from mindtune.models import control_lora, lokr, lora_layouts, lora_settings
 from mindtune.models.loading import component_shapes
 from mindtune.models.named_parameters import ParameterShape
 from mindtune.run.activations import Block
@@ -27,10 +27,17 @@ class AdaptedLayer(NamedTuple):
     rank: int
 
 
+def base_shapes(settings: Any) -> list[ParameterShape]:
+    """The parameters of the model that a run builds on, from configs. `settings` is a `memory.Settings`."""
+    if settings.system == "flux_control":
+        return control_lora.component_shapes(settings.root, settings.fill)
+    return component_shapes(settings.root, settings.base)
+
+
 def adapted_layers(settings: Any) -> dict[str, AdaptedLayer]:
     """The layers that get an adapter, by name. `settings` is a `memory.Settings`."""
-    targets = lora_settings.target_names(settings.lora_layers)
-    found = _target_layers(settings, component_shapes(settings.root, settings.base), targets, True)
+    targets = lora_settings.target_names(settings.lora_layers, settings.system)
+    found = _target_layers(settings, base_shapes(settings), targets, True)
     if settings.train_text_encoder:
         shapes = component_shapes(settings.root, "text_encoder")
         found.update(_target_layers(settings, shapes, lora_settings.TEXT_ENCODER_TARGETS, False))
@@ -50,15 +57,16 @@ def _target_layers(
     return {name: AdaptedLayer(*linear[name], rank) for name, rank in ranks.items()}
 
 
-def trained_shapes(kind: str, layers: Iterable[AdaptedLayer], factor: int) -> list[tuple[int, ...]]:
-    """The shapes of what trains in these layers."""
-    found: list[tuple[int, ...]] = []
-    for outputs, inputs, rank in layers:
+def trained_shapes(settings: Any) -> list[tuple[int, ...]]:
+    """The shapes of what trains in the `adapted_layers`, and of the norms that --train_norm_layers trains."""
+    kind, found = settings.adapter, []
+    for outputs, inputs, rank in adapted_layers(settings).values():
         if kind == "lokr":
-            found += lokr.shapes(outputs, inputs, rank, factor).values()
+            found += lokr.shapes(outputs, inputs, rank, settings.lokr_factor).values()
         else:
             found += [(rank, inputs), (outputs, rank)] + ([(outputs,)] if kind == "dora" else [])
-    return found
+    norms = [shape.shape for shape in base_shapes(settings) if lora_layouts.NORM.search(shape.name)]
+    return found + (norms if settings.train_norm_layers else [])
 
 
 def with_adapters(

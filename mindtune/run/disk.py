@@ -113,7 +113,7 @@ def _cache(settings: Settings, run: memory.Settings, captions: list[list[str]], 
     unique = len(forms)
     text = sizes.text * unique
     crops = buckets.Settings(settings.resolution, settings.aspect_ratio_buckets)
-    images = (2 if run.system == "flux_controlnet" else 1) * (2 if settings.random_flip else 1) * len(captions)
+    images = (2 if run.encodes_conditions else 1) * (2 if settings.random_flip else 1) * len(captions)
     sides = buckets.resolutions(crops)
     sizes_of_crops = [crops.largest()] if len(sides) == 1 else [(side, side) for side in sides]
     latents = images * sum(map(sizes.image, sizes_of_crops))

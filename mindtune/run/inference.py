@@ -1,4 +1,4 @@
-"""What the inference scripts share: checks, prompt encoding, sampling with a UNet, saving images."""
+"""What the inference scripts share: checks, prompt encoding, sampling, saving images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
+from mindspore import nn
 from PIL import Image
 
 from mindtune import rng
@@ -16,8 +17,8 @@ from mindtune.cli import UserError, matched
 from mindtune.data import conditions, grids
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.files import require_writable
-from mindtune.models import configs, execution, hubs, loading, resolve, sampling
-from mindtune.models.precision import resolve_precision
+from mindtune.models import configs, execution, loading, lora, resolve, sampling
+from mindtune.models.precision import Precision, resolve_precision
 
 Text = dict[str, np.ndarray]  # the embeddings of a prompt, as `EncoderStage.text` returns them
 T5_LENGTH = 512  # tokens that FLUX.1 was trained with
@@ -49,26 +50,23 @@ def require_t5_length(tokens: int) -> None:
         )
 
 
-def add_hub(add: Callable[..., Any]) -> None:
-    """Adds the flags of the hub with `add`, the `add_argument` of a parser."""
-    add(
-        "--hub",
-        choices=list(hubs.HUBS),
-        default=hubs.default(),
-        help="Where the models of hub ids are. Default: MINDTUNE_HUB, or huggingface.",
-    )
-    add("--revision", help="Branch, tag or commit on the hub. Default: main, on ModelScope master.")
-
-
 def find_pipeline(
-    name: str, revision: Optional[str], variant: Optional[str], cache_dir: Optional[str], components: dict, hub: str
+    name: str,
+    revision: Optional[str],
+    variant: Optional[str],
+    cache_dir: Optional[str],
+    components: dict,
+    hub: str,
+    task: str = "text-to-image",
 ) -> Path:
     """The directory of a pipeline, local or from `hub`; its `components` are checked, no weights are read.
+
+    `task` is a key of `supported.TASKS`.
 
     Raises UserError if the pipeline is incomplete or not supported, and if nothing can be written to `cache_dir`.
     """
     require_writable("--cache_dir", cache_dir)
-    return resolve.pipeline(name, revision, variant, cache_dir, components, hub=hub)
+    return resolve.pipeline(name, revision, variant, cache_dir, components, hub=hub, task=task)
 
 
 def find_controlnet(name: str, cache_dir: Optional[str], root: Path, base: str, hub: str) -> Path:
@@ -80,15 +78,31 @@ def find_controlnet(name: str, cache_dir: Optional[str], root: Path, base: str, 
 
 
 def pair_conditions(
-    prompts: list[str], paths: list[str], resolution: int, multiple: int
+    prompts: list[str], paths: list[str], resolution: int, multiple: int, flag: str = "--control_image"
 ) -> list[tuple[str, Image.Image]]:
     """(prompt, condition image) for every row of the grid. The shorter side of an image is `resolution`.
 
-    Raises UserError if the numbers of prompts and images do not match or an image cannot be read.
+    `flag` gave the paths. Raises UserError if the numbers of prompts and images do not match or an image cannot be
+    read.
     """
-    pairs = matched(prompts, paths, "--prompt", "--control_image")
+    pairs = matched(prompts, paths, "--prompt", flag)
+    return [(prompt, conditions.condition_image(path, flag, resolution, multiple)) for prompt, path in pairs]
+
+
+def pair_masks(pairs: list[tuple[str, Image.Image]], paths: list[str]) -> list[tuple[str, Image.Image, Image.Image]]:
+    """(prompt, image, mask in gray) for every row of the grid, from the pairs of `pair_conditions`.
+
+    A mask gets the size of its image. Raises UserError unless --mask_image has one path for each row, or one for all,
+    and for a mask that cannot be read.
+    """
+    if len(paths) not in (1, len(pairs)):
+        raise UserError(
+            f"--mask_image has {len(paths)} for {len(pairs)} rows of prompt and image. Give one each, or one for all."
+        )
+    masks = list(paths) * (len(pairs) // len(paths))
     return [
-        (prompt, conditions.condition_image(path, "--control_image", resolution, multiple)) for prompt, path in pairs
+        (prompt, image, conditions.mask_image(mask, "--mask_image", (image.height, image.width)))
+        for (prompt, image), mask in zip(pairs, masks)
     ]
 
 
@@ -102,6 +116,12 @@ def prompt_cache(cache_dir: Optional[str]) -> Iterator[Path]:
         yield Path(cache_dir or temporary, "mindtune")
 
 
+def encode_for_flux(stage: EncoderStage, prompts: Sequence[str]) -> dict[str, Text]:
+    """Prompt -> its text embeddings."""
+    stage.prepare(prompts, [])
+    return {prompt: stage.text(prompt) for prompt in prompts}
+
+
 def encode_for_unet(stage: EncoderStage, prompts: Sequence[str]) -> tuple[dict[str, Text], Text]:
     """Prompt -> its text embeddings, and those of the unconditional prediction of classifier-free guidance."""
     stage.prepare([*prompts, ""], [])
@@ -109,6 +129,41 @@ def encode_for_unet(stage: EncoderStage, prompts: Sequence[str]) -> tuple[dict[s
 
 
 # ---- sampling ------------------------------------------------------------------------------------
+
+
+class FluxSampler:
+    """Samples with a `transformer` of FLUX.1 and the VAE of the pipeline in the directory `root`."""
+
+    def __init__(
+        self,
+        root: Path,
+        transformer: nn.Cell,
+        precision: Precision,
+        variant: Optional[str],
+        *,
+        seed: int,
+        steps: int,
+        guidance_scale: float,
+    ) -> None:
+        self.transformer = transformer
+        self.vae = loading.load_model(root, "vae", precision, variant)
+        self.scheduler = configs.read_config(root, "scheduler")
+        self.compute = precision.compute
+        self.seed = seed
+        self.steps = steps
+        self.guidance_scale = guidance_scale
+
+    def encode(self, image: Image.Image) -> np.ndarray:
+        """The scaled latents of an image: see `sampling.encode_image`."""
+        return sampling.encode_image(self.vae, image, self.compute)
+
+    def sample(self, text: Text, size: tuple[int, int], number: int, **inputs: Any) -> Image.Image:
+        """Image `number` for a prompt, of `size` (height, width). Its noise depends only on seed and number.
+
+        `inputs` are those of `sampling.sample_latents` that come from images: control, source or condition.
+        """
+        inputs.update(size=size, seed=self.seed, number=number, steps=self.steps, guidance=self.guidance_scale)
+        return sampling.flux_image(self.transformer, self.vae, self.scheduler, text, self.compute, **inputs)
 
 
 class Settings(NamedTuple):
@@ -170,6 +225,17 @@ class Row(NamedTuple):
     label: str
     images: list[Image.Image]
     condition: Optional[Image.Image] = None
+
+
+def adapter_labels(prompt: str, models: Sequence[nn.Cell], compare: bool) -> Iterator[str]:
+    """The labels of a prompt's rows: that with the adapter of `models`, and with `compare` before it that without.
+
+    The adapter is enabled or disabled for the row whose label was given last.
+    """
+    for adapted in (False, True) if compare else (True,):
+        for model in models:
+            lora.enable_lora(model, adapted)
+        yield f"{prompt} ({'adapter' if adapted else 'base'})" if compare else prompt
 
 
 def save_rows(rows: Sequence[Row], output: Path, singles: Sequence[Path]) -> None:

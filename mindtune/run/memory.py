@@ -17,13 +17,12 @@ from mindtune.data import buckets
 from mindtune.encode.estimate import CLIP_TOKENS, ITEMSIZE
 from mindtune.encode.jobs import vae_batch
 from mindtune.models.configs import read_config
-from mindtune.models.controlnets import controlnet_shapes
-from mindtune.models.loading import component_shapes
 from mindtune.models.lora_layouts import KINDS
-from mindtune.models.precision import DTYPES
+from mindtune.models.lora_settings import DEFAULT_TARGETS
 from mindtune.optim.optimizers import state_bytes
 from mindtune.run import adapters, ascend_memory, cpu_memory
 from mindtune.run.activations import Block, clip_blocks, flux_blocks, recomputable, unet_controlnet_blocks
+from mindtune.run.parameters import Part, frozen_part, largest_int8_weight, trained_shapes
 
 MB, GB = 1 << 20, 1 << 30
 
@@ -31,11 +30,11 @@ MB, GB = 1 << 20, 1 << 30
 class Settings(NamedTuple):
     """What determines the memory of a run. The fields that are flags have the flag's name and meaning.
 
-    Some fields apply only to some systems: those of LoRA, the text encoder and prior preservation to flux_lora, the
-    numbers of blocks to flux_controlnet, `base_precision` and `max_sequence_length` to both.
+    Some fields apply only to some systems: those of adapters to LoRAs, the text encoder and prior preservation to
+    flux_lora, the numbers of blocks to flux_controlnet, `base_precision` and `max_sequence_length` to FLUX.1.
     """
 
-    system: str  # flux_lora, flux_controlnet, controlnet or controlnet_sdxl
+    system: str  # flux_lora, flux_kontext, flux_control, flux_controlnet, controlnet or controlnet_sdxl
     root: Path  # the folder of the pipeline; its configs are enough
     controlnet: Optional[Path] = None  # the folder of an existing ControlNet that training starts from
     mixed_precision: str = "no"
@@ -63,6 +62,8 @@ class Settings(NamedTuple):
     lora_rank_pattern: Optional[str] = None
     train_text_encoder: bool = False
     with_prior_preservation: bool = False
+    train_norm_layers: bool = False
+    fill: bool = False
     num_double_layers: int = 4
     num_single_layers: int = 4
     streaming: bool = False
@@ -72,6 +73,15 @@ class Settings(NamedTuple):
     @property
     def flux(self) -> bool:
         return self.system.startswith("flux")
+
+    @property
+    def lora(self) -> bool:
+        return self.system in DEFAULT_TARGETS
+
+    @property
+    def encodes_conditions(self) -> bool:
+        """Whether the VAE encodes condition images too, before training."""
+        return self.system in ("flux_controlnet", "flux_kontext", "flux_control") and not self.fill
 
     @property
     def base(self) -> str:
@@ -90,15 +100,6 @@ class Settings(NamedTuple):
     def largest_crop(self) -> tuple[int, int]:
         """(height, width) in pixels of the largest training image."""
         return buckets.Settings(self.resolution, self.aspect_ratio_buckets).largest()
-
-
-class Part(NamedTuple):
-    """A module in the training process: its number of parameters, their dtype, and their size in bytes."""
-
-    name: str
-    parameters: int
-    dtype: str
-    size: int
 
 
 class Plan(NamedTuple):
@@ -135,35 +136,6 @@ class Plan(NamedTuple):
         return self.device() - self.encoder + self.host_optimizer + self.runtime
 
 
-# ---- parameters ----------------------------------------------------------------------------------
-
-
-def _frozen_part(settings: Settings, name: str, int8: bool = False) -> Part:
-    """A frozen component. int8 weights have a float32 scale per output."""
-    itemsize = ITEMSIZE[settings.mixed_precision]
-    size = count = 0
-    for shape in component_shapes(settings.root, name):
-        elements = math.prod(shape.shape)
-        count += elements
-        size += elements + 4 * shape.shape[0] if int8 and shape.linear else itemsize * elements
-    dtype = str(DTYPES[settings.mixed_precision]).lower()
-    return Part(name, count, f"int8, {dtype}" if int8 else dtype, size)
-
-
-def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:
-    root, base = settings.root, settings.base
-    if settings.system == "flux_lora":
-        layers = adapters.adapted_layers(settings).values()
-        return adapters.trained_shapes(settings.adapter, layers, settings.lokr_factor)
-    if settings.controlnet:
-        found = component_shapes(settings.controlnet.parent, settings.controlnet.name)
-    elif settings.flux:
-        found = controlnet_shapes(root, base, settings.num_double_layers, settings.num_single_layers)
-    else:
-        found = controlnet_shapes(root, base)
-    return [shape.shape for shape in found]
-
-
 # ---- the plan ------------------------------------------------------------------------------------
 
 
@@ -173,17 +145,18 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
     graph_mode = settings.mindspore_mode == 0
     itemsize = 4 if on_cpu and precision == "bf16" else ITEMSIZE[precision]
 
-    trained = _trained_shapes(settings)
+    trained = trained_shapes(settings)
     count = sum(map(math.prod, trained))
-    lora = settings.system == "flux_lora"
+    lora = settings.lora
     # A DoRA has a frozen vector of the size of every magnitude: the norms of the weights.
-    norms = sum(shape[0] for shape in trained if len(shape) == 1) if lora else 0
-    parts = [_frozen_part(settings, settings.base, settings.int8)]
+    dora = adapters.adapted_layers(settings).values() if settings.adapter == "dora" else ()
+    norms = sum(layer.outputs for layer in dora)
+    parts = [frozen_part(settings, settings.base, settings.int8)]
     if lora and settings.train_text_encoder:
-        parts.append(_frozen_part(settings, "text_encoder"))
+        parts.append(frozen_part(settings, "text_encoder"))
     parts.append(Part(KINDS[settings.adapter][0] if lora else "controlnet", count, "float32", 4 * (count + norms)))
-    if not settings.cache_latents:
-        parts.append(_frozen_part(settings, "vae"))
+    if not settings.cache_latents or settings.fill:  # masked images are encoded in the step
+        parts.append(frozen_part(settings, "vae"))
 
     blocks = _blocks(settings)
     everything, chosen = recomputable(blocks), recomputed_blocks(settings)
@@ -194,7 +167,7 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
             itemsize,
             graph_mode,
             [math.prod(shape) for shape in trained],
-            _largest_int8_weight(settings),
+            largest_int8_weight(settings),
             settings.use_8bit_adam,
         )
         sizes = [ascend_memory.activation_bytes(blocks, n, step) for n in (0, everything, chosen)]
@@ -213,7 +186,7 @@ def make_plan(settings: Settings, on_cpu: bool = False) -> Plan:
         encoder=_encoder_bytes(settings, itemsize) if settings.windows else 0,
         loading=int(1.01 * sum(part.size for part in parts)),
         runtime=cpu_memory.runtime_bytes(
-            blocks, itemsize, settings.mindspore_mode, settings.flux, count, _largest_int8_weight(settings)
+            blocks, itemsize, settings.mindspore_mode, settings.flux, count, largest_int8_weight(settings)
         )
         if on_cpu
         else 0,
@@ -249,11 +222,11 @@ def _encoder_bytes(settings: Settings, itemsize: int) -> int:
     sizes = []
     for name in names:  # one encoder is in memory at a time
         int8 = settings.int8 and read_config(root, name)["architectures"] == ["T5EncoderModel"]
-        sizes.append(_frozen_part(settings, name, int8).size)
+        sizes.append(frozen_part(settings, name, int8).size)
     # The largest activations of the VAE are those of its first level, at the image's own size; it needs six at a time.
     crop = settings.largest_crop()
     elements = 6 * vae_batch(crop) * math.prod(crop) * read_config(root, "vae")["block_out_channels"][0]
-    sizes.append(_frozen_part(settings, "vae").size + itemsize * elements)
+    sizes.append(frozen_part(settings, "vae").size + itemsize * elements)
     return max(sizes)
 
 
@@ -268,7 +241,9 @@ def _blocks(settings: Settings) -> list[Block]:
         return unet_controlnet_blocks(config, batch, (rows, columns), (height, width), CLIP_TOKENS)
     tokens = {"image_tokens": rows * columns // 4, "text_tokens": settings.max_sequence_length}
     layers = (config["num_layers"], config["num_single_layers"])
-    if settings.system == "flux_lora":
+    if settings.system == "flux_kontext":
+        tokens["image_tokens"] *= 2  # the image and its source
+    if settings.lora:
         batch = 2 * batch if settings.with_prior_preservation else batch
         blocks = flux_blocks(config, layers, batch, **tokens, trained=False)
         if settings.train_text_encoder:
@@ -284,9 +259,3 @@ def _blocks(settings: Settings) -> list[Block]:
     frozen = (max(0, layers[0] - 1), layers[1])  # the ControlNet's residuals enter after the first block
     controlnet = flux_blocks(config, own, batch, **tokens, trained=True)
     return controlnet + flux_blocks(config, frozen, batch, **tokens, trained=False)
-
-
-def _largest_int8_weight(settings: Settings) -> int:
-    """The elements of the largest linear layer that is int8, 0 without int8."""
-    layers = component_shapes(settings.root, settings.base) if settings.int8 else ()
-    return max((math.prod(shape.shape) for shape in layers if shape.linear), default=0)

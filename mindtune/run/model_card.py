@@ -23,37 +23,70 @@ FLUX_DEV = {
     "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
 }
 # Known base models -> their licences. ModelScope has them under these names too, and copies of AI-ModelScope.
-LICENCES = {"FLUX.1-dev": FLUX_DEV, "FLUX.1-Krea-dev": FLUX_DEV, "FLUX.1-schnell": {"license": "apache-2.0"}}
+LICENCES = {
+    "FLUX.1-schnell": {"license": "apache-2.0"},
+    **{f"FLUX.1-{name}": FLUX_DEV for name in ("dev", "Krea-dev", "Kontext-dev", "Depth-dev", "Canny-dev", "Fill-dev")},
+}
 OWNERS = ("black-forest-labs", "AI-ModelScope")
 OTHER_LICENCE = {"license": "other", "license_name": "as-the-base-model"}
 
 
 class Kind(NamedTuple):
-    """What was trained: its tags, its class and its pipeline in diffusers, and the script that uses it here."""
+    """What was trained: its tags, its class and its pipeline in diffusers, and the script that uses it here.
+
+    `inputs` are the arguments of the pipeline beside the prompt, `flags` those of the script, both with the example's
+    files.
+    """
 
     tags: tuple[str, ...]
     model: Optional[str]  # None: a LoRA
     pipeline: str
-    condition: Optional[str]  # the argument of the pipeline that takes the condition image
+    inputs: tuple[str, ...]
     script: str
+    flags: tuple[str, ...]
     precision: str
+    name: str = ""  # what stands before LoRA in the name of the adapter
+    task: str = "text-to-image"
 
 
-LORA = Kind(("lora", "template:sd-lora", "flux"), None, "FluxPipeline", None, "flux_lora/infer_flux_lora.py", "bf16")
+LORA = Kind(("lora", "template:sd-lora", "flux"), None, "FluxPipeline", (), "flux_lora/infer_flux_lora.py", (), "bf16")
+KONTEXT = LORA._replace(
+    tags=(*LORA.tags, "flux-kontext"),
+    pipeline="FluxKontextPipeline",
+    inputs=('image=load_image("source.png")',),
+    script="examples/flux_kontext/infer_flux_kontext.py",
+    flags=("--image", "source.png"),
+    task="image-to-image",
+)
+CONTROL = LORA._replace(
+    tags=("lora", "control-lora", "flux"),
+    pipeline="FluxControlPipeline",
+    inputs=('control_image=load_image("condition.png")',),
+    script="examples/flux_control/infer_control_lora_flux.py",
+    flags=("--control_image", "condition.png"),
+    name="Control-",
+)
+FILL = CONTROL._replace(
+    pipeline="FluxFillPipeline",
+    inputs=('image=load_image("source.png")', 'mask_image=load_image("mask.png")'),
+    flags=("--fill", "--control_image", "source.png", "--mask_image", "mask.png"),
+)
 FLUX_CONTROLNET = Kind(
     ("controlnet", "flux"),
     "FluxControlNetModel",
     "FluxControlNetPipeline",
-    "control_image",
+    ('control_image=load_image("condition.png")',),
     "flux_controlnet/infer_flux_controlnet.py",
+    ("--control_image", "condition.png"),
     "bf16",
 )
 CONTROLNET = Kind(
     ("controlnet", "stable-diffusion"),
     "ControlNetModel",
     "StableDiffusionControlNetPipeline",
-    "image",
+    ('image=load_image("condition.png")',),
     "examples/controlnet/infer_controlnet.py",
+    ("--control_image", "condition.png"),
     "fp16",
 )
 CONTROLNET_XL = CONTROLNET._replace(
@@ -70,21 +103,23 @@ def model_card(output_dir: Path, repo_id: str, base_model: str, gallery: list[tu
     """
     record = json.loads((output_dir / "run.json").read_text())
     kind = kind_of(output_dir)
+    is_lora = kind.model is None
     adapter = record["flags"].get("adapter") or "lora"
+    name = f"{kind.name}{KINDS[adapter][0]} adapter" if is_lora else "ControlNet"
     tags = [tag for tag in kind.tags if adapter == "lora" or tag not in ("lora", "template:sd-lora")]
-    tags += [adapter] if kind is LORA and adapter != "lora" else []
+    tags += [adapter] if is_lora and adapter != "lora" else []
     # A path is no id, which a hub would refuse as metadata, and says nothing to others.
     base_id = base_model if hubs.is_id(base_model) and not Path(base_model).is_dir() else None
     base = base_id or f"path/to/{Path(base_model).resolve().name}"
     instance_prompt = record["flags"].get("instance_prompt")
     metadata = {
         "base_model": base_id,
-        "base_model_relation": "adapter" if base_id and kind is LORA else None,
+        "base_model_relation": "adapter" if base_id and is_lora else None,
         "instance_prompt": instance_prompt,
         "library_name": "diffusers",
         **_licence(base_id),
-        "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "diffusers", *tags, "mindspore", "mindone"],
+        "pipeline_tag": kind.task,
+        "tags": [kind.task, "diffusers", *tags, "mindspore", "mindone"],
         "widget": [{"text": prompt, "output": {"url": file}} for prompt, file in gallery],
     }
     prompts = "".join(f"- {' '.join(prompt.split())}\n" for prompt, _ in gallery)
@@ -101,7 +136,7 @@ def model_card(output_dir: Path, repo_id: str, base_model: str, gallery: list[tu
 
 # {output_dir.resolve().name}
 
-A {f"{KINDS[adapter][0]} adapter" if kind is LORA else "ControlNet"} for `{base}`, trained with MindTune on MindSpore.
+A {name} for `{base}`, trained with MindTune on MindSpore.
 Its licence is that of the base model.
 {images}
 {_diffusers(kind, adapter, repo_id, base, prompt, hub)}
@@ -121,14 +156,25 @@ Seed {record["seed"]}, {record.get("updates", "?")} updates; {versions}.
 
 
 def kind_of(output_dir: Path) -> Kind:
-    """What was trained, from the config of a ControlNet. A LoRA has none."""
+    """What was trained: from the config of a ControlNet, and the system that run.json names, which older ones do not.
+
+    A LoRA has no config.
+    """
     path = output_dir / "config.json"
-    if not path.is_file():
+    if path.is_file():
+        config = json.loads(path.read_text())
+        if config["_class_name"] == FLUX_CONTROLNET.model:
+            return FLUX_CONTROLNET
+        return CONTROLNET_XL if config.get("addition_embed_type") == "text_time" else CONTROLNET
+    record = json.loads((output_dir / "run.json").read_text())
+    control = FILL if record["flags"].get("fill") else CONTROL
+    kind = {"flux_kontext": KONTEXT, "flux_control": control}.get(record.get("system"), LORA)
+    if kind is LORA:
         return LORA
-    config = json.loads(path.read_text())
-    if config["_class_name"] == FLUX_CONTROLNET.model:
-        return FLUX_CONTROLNET
-    return CONTROLNET_XL if config.get("addition_embed_type") == "text_time" else CONTROLNET
+    # Their pipelines, and the scripts, have other defaults than training.
+    scale = str(record["flags"]["guidance_scale"])
+    inputs, flags = (*kind.inputs, f"guidance_scale={scale}"), (*kind.flags, "--guidance_scale", scale)
+    return kind._replace(inputs=inputs, flags=flags)
 
 
 def _licence(base_id: Optional[str]) -> dict[str, str]:
@@ -157,22 +203,22 @@ def _python(kind: Kind, repo_id: str, base: str, prompt: str, hub: str) -> str:
     base = f'"{base}"' if base.startswith("path/to/") else in_hub.format(base)
     text = json.dumps(prompt, ensure_ascii=False)
     dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[kind.precision]
-    imports = ["import torch"]
-    if kind is LORA:
-        imports.append(f"from diffusers import {kind.pipeline}")
+    imports = ["import torch", f"from diffusers import {', '.join(filter(None, (kind.model, kind.pipeline)))}"]
+    if kind.inputs:
+        imports.append("from diffusers.utils import load_image")
+    if kind.model is None:
         lines = [
             f'pipe = {kind.pipeline}.from_pretrained({base}, torch_dtype={dtype}).to("cuda")',
             f'pipe.load_lora_weights({result}, weight_name="{LORA_FILE}")',
-            f"image = pipe({text}).images[0]",
         ]
     else:
-        imports += [f"from diffusers import {kind.model}, {kind.pipeline}", "from diffusers.utils import load_image"]
         lines = [
             f"controlnet = {kind.model}.from_pretrained({result}, torch_dtype={dtype})",
             f"pipe = {kind.pipeline}.from_pretrained({base}, controlnet=controlnet, torch_dtype={dtype})",
             'pipe.to("cuda")',
-            f'image = pipe({text}, {kind.condition}=load_image("condition.png")).images[0]',
         ]
+    arguments = [f"prompt={text}", *kind.inputs]  # FLUX.1-Kontext's pipeline takes the image first
+    lines.append(f"image = pipe({', '.join(arguments)}).images[0]")
     if hub == "modelscope":
         imports.append("from modelscope import snapshot_download")
     return "\n".join([*imports, "", *lines, 'image.save("image.png")'])
@@ -182,12 +228,12 @@ def _commands(kind: Kind, repo_id: str, base: str, prompt: str, hub: str) -> str
     """The commands that use the result with this repository's script."""
     words = ["python", kind.script, "--pretrained_model_name_or_path", base]
     first = []
-    if kind is LORA:
+    if kind.model is None:
         folder = repo_id.split("/")[1]
         first = [shlex.join(hubs.HUBS[hub].download_command(repo_id, folder))]
         words += ["--lora", folder]
     else:
-        words += ["--controlnet", repo_id, "--control_image", "condition.png"]
-    words += ["--prompt", " ".join(prompt.split()), "--mixed_precision", kind.precision]
+        words += ["--controlnet", repo_id]
+    words += [*kind.flags, "--prompt", " ".join(prompt.split()), "--mixed_precision", kind.precision]
     words += [] if hub == hubs.DEFAULT else ["--hub", hub]
     return "\n".join([*first, shlex.join(words)])

@@ -146,6 +146,7 @@ class Run:
         self.write_weights = write_weights
         self.axis = axis
         self.record = {
+            "system": settings.system,
             "flags": self.flags,
             "seed": self.seed,
             "versions": tracking.package_versions(),

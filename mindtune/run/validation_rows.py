@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional, Union
 from PIL import Image
 
 from mindtune.cli import UserError, indented_list, matched, printable
-from mindtune.data.conditions import condition_image, require_condition
+from mindtune.data.conditions import condition_image, mask_image, require_condition
 from mindtune.data.file_names import FileNames
 from mindtune.data.image_problems import open_image
 from mindtune.data.metadata import read_rows
@@ -23,10 +23,12 @@ WHOLE = ("seed", "steps", "width", "height", "size")  # keys of whole numbers
 class Settings(NamedTuple):
     """What the flags say about validation images. The fields that are flags have the flag's name and meaning."""
 
-    system: str  # flux_lora, flux_controlnet, controlnet or controlnet_sdxl
+    system: str  # as in memory.Settings
     seed: int  # of the run
     validation_prompt: Sequence[str] = ()
     validation_image: Sequence[str] = ()
+    validation_mask: Sequence[str] = ()
+    fill: bool = False
     validation_file: Optional[str] = None
     num_validation_images: int = 4
     num_inference_steps: int = 28
@@ -43,7 +45,11 @@ class Settings(NamedTuple):
         """The keys that a line of --validation_file may have."""
         keys = ["prompt", "seed", "width", "height", "size", "steps", "guidance"]
         if self.system != "flux_lora":
-            keys += ["image", "scale"]
+            keys.append("image")
+        if "controlnet" in self.system:
+            keys.append("scale")
+        if self.fill:
+            keys.append("mask")
         return keys if self.system.startswith("flux") else [*keys, "negative_prompt"]
 
 
@@ -52,7 +58,8 @@ class Row(NamedTuple):
 
     Its noise has the key (`seed`, "validation", `number`). `size` is (height, width) in pixels; a row without one gets
     it from `load_conditions` or `with_size`. `image` is the path of the condition image, which `load_conditions` reads
-    into `condition`, and `scale` the conditioning scale. `place` is the number of the row in --validation_file, from 1;
+    into `condition`, and `scale` the conditioning scale. `mask` is the path of the mask of a fill model, which is read
+    into `mask_image`, in gray. `place` is the number of the row in --validation_file, from 1;
     0 for an image of the flags.
     """
 
@@ -64,9 +71,16 @@ class Row(NamedTuple):
     number: int = 0
     negative_prompt: Optional[str] = None
     image: Optional[str] = None
-    scale: float = 1.0
+    scale: Optional[float] = None
     condition: Optional[Image.Image] = None
+    mask: Optional[str] = None
+    mask_image: Optional[Image.Image] = None
     place: int = 0
+
+    def sampling(self) -> dict[str, Any]:
+        """What `sampling.flux_image` takes of the row."""
+        names = ("size", "seed", "number", "steps", "guidance")
+        return {name: getattr(self, name) for name in names}
 
     def describe(self) -> dict[str, Any]:
         """The row with the keys of --validation_file: all that it depends on, except the contents of `image`."""
@@ -74,15 +88,16 @@ class Row(NamedTuple):
         row = {"prompt": self.prompt, "negative_prompt": self.negative_prompt, "seed": self.seed}
         row.update(width=width, height=height, steps=self.steps, guidance=self.guidance)
         if self.image:
-            row.update(image=self.image, scale=self.scale)
+            row.update(image=self.image, mask=self.mask, scale=self.scale)
         return {key: value for key, value in row.items() if value is not None}
 
 
 def read(settings: Settings) -> list[Row]:
     """The images of the prompts in the flags, and then those of --validation_file.
 
-    A line without `image` has that of --validation_image, if it is one and has no prompt of its own. Raises UserError
-    that lists all lines that cannot be used, or if prompts and condition images do not match or cannot be read.
+    A line without `image` has that of --validation_image, if it is one and has no prompt of its own, and a line without
+    `mask` that of --validation_mask. Images to edit (flux_kontext) may be left out. Raises UserError that lists all
+    lines that cannot be used, or if prompts and condition images do not match or cannot be read.
     """
     prompts, images = settings.validation_prompt, settings.validation_image
     default = Row(
@@ -90,18 +105,37 @@ def read(settings: Settings) -> list[Row]:
         seed=settings.seed,
         steps=settings.num_inference_steps,
         guidance=settings.guidance_scale,
-        scale=settings.controlnet_conditioning_scale,
+        scale=settings.controlnet_conditioning_scale if "scale" in settings.keys else None,
     )
-    pairs = [(prompt, None) for prompt in prompts]
+    pairs = [(prompt, (None, None)) for prompt in prompts]
     if settings.validation_file is not None and not prompts and len(images) == 1:
         default = default._replace(image=images[0])
-    elif settings.system != "flux_lora":
-        pairs = matched(prompts, images, "--validation_prompt", "--validation_image")
-    for path in images:
-        require_condition(path, "--validation_image")
+    elif settings.system != "flux_lora" and (images or settings.system != "flux_kontext"):
+        pairs = matched(prompts, _with_masks(settings), "--validation_prompt", "--validation_image")
+    for flag, paths in (("--validation_image", images), ("--validation_mask", settings.validation_mask)):
+        for path in paths:
+            require_condition(path, flag)
     numbers = range(settings.num_validation_images)
-    rows = [default._replace(prompt=prompt, image=path, number=n) for prompt, path in pairs for n in numbers]
+    rows = [
+        default._replace(prompt=prompt, image=path, mask=mask, number=n)
+        for prompt, (path, mask) in pairs
+        for n in numbers
+    ]
+    if len(settings.validation_mask) == 1:
+        default = default._replace(mask=settings.validation_mask[0])
     return rows if settings.validation_file is None else rows + _read_file(settings, default)
+
+
+def _with_masks(settings: Settings) -> list[tuple[str, Optional[str]]]:
+    """(image, mask) of each --validation_image; the mask is None unless a fill model is trained."""
+    images, masks = settings.validation_image, settings.validation_mask
+    if not settings.fill:
+        return [(image, None) for image in images]
+    if len(masks) not in (1, len(images)):
+        raise UserError(
+            f"--validation_mask: {len(masks)} for {len(images)} of --validation_image. Give one each, or one for all."
+        )
+    return list(zip(images, list(masks) * len(images)))
 
 
 def with_size(rows: list[Row], size: tuple[int, int]) -> list[Row]:
@@ -112,18 +146,31 @@ def with_size(rows: list[Row], size: tuple[int, int]) -> list[Row]:
 def load_conditions(rows: list[Row], resolution: Union[int, list[int]], multiple: int, background: str) -> list[Row]:
     """The rows with their condition images, resized by `condition_image`, on the background of the training data.
 
-    Rows without a size get that of their condition. Of several resolutions the largest counts. Raises UserError if an
-    image cannot be read.
+    Rows without a size get that of their condition; rows without a condition stay as they are. Of several resolutions
+    the largest counts. Raises UserError if an image cannot be read.
     """
     resolution = max(resolution) if isinstance(resolution, list) else resolution
     loaded: dict[tuple, Image.Image] = {}
     for row in rows:
-        flag = f"--validation_file, row {row.place}:" if row.place else "--validation_image"
-        if (row.image, row.size) not in loaded:
+        if row.image and (row.image, row.size) not in loaded:
+            flag = _source_of(row, "--validation_image")
             image = condition_image(row.image, flag, resolution, multiple, background, row.size)
             loaded[row.image, row.size] = image
-    conditions = [loaded[row.image, row.size] for row in rows]
-    return [row._replace(condition=each, size=(each.height, each.width)) for row, each in zip(rows, conditions)]
+    return [_with_condition(row, loaded[row.image, row.size]) if row.image else row for row in rows]
+
+
+def _with_condition(row: Row, image: Image.Image) -> Row:
+    """The row with its loaded condition image, and with its mask in the same size."""
+    size = (image.height, image.width)
+    row = row._replace(condition=image, size=size)
+    if row.mask is None:
+        return row
+    return row._replace(mask_image=mask_image(row.mask, _source_of(row, "--validation_mask"), size))
+
+
+def _source_of(row: Row, flag: str) -> str:
+    """What named an image of the row, in messages: its line in --validation_file, or the flag."""
+    return f"--validation_file, row {row.place}:" if row.place else flag
 
 
 def captions(rows: list[Row]) -> list[str]:
@@ -185,10 +232,13 @@ def _make_row(content: Any, settings: Settings, default: Row, names: FileNames) 
     size = (side, side) if side else None
     if "width" in values:
         size = (values.pop("height"), values.pop("width"))
-    if "image" in values:
-        values["image"] = _find_image(values["image"], names)
+    for key in ("image", "mask"):
+        if key in values:
+            values[key] = _find_image(key, values[key], names)
     row = default._replace(size=size, **values)
-    if row.image is None and "image" in settings.keys:
+    if settings.fill and row.mask is None:
+        raise ValueError("mask is missing: name the mask of the image, or one for all lines by --validation_mask")
+    if row.image is None and "image" in settings.keys and settings.system != "flux_kontext":
         raise ValueError("image is missing: name a condition image, or one for all lines by --validation_image")
     if row.negative_prompt is not None and row.guidance == 1:
         raise ValueError("negative_prompt has no effect with a guidance of 1: give a higher one, or leave it out")
@@ -219,15 +269,16 @@ def _problem(key: str, value: Any, settings: Settings) -> Optional[str]:
         "guidance": (number and value >= 0, "a number of 0 or more"),
         "scale": (number, "a number"),
         "image": (text and value != "", "the path of an image, relative to this file"),
+        "mask": (text and value != "", "the path of an image, relative to this file"),
     }.get(key, (text, "text"))
     return None if is_right else f"{key} is {printable(repr(value), 120)}, must be {kind}"
 
 
-def _find_image(name: str, names: FileNames) -> str:
-    """The path of a condition image that can be read. Raises ValueError."""
+def _find_image(key: str, name: str, names: FileNames) -> str:
+    """The path of a condition image or mask that can be read. Raises ValueError."""
     path = names.root / (names.find(name) or Path(name).expanduser())
     try:
         open_image(path)
     except ValueError as error:
-        raise ValueError(f"image {printable(name)} cannot be read ({error})") from None
+        raise ValueError(f"{key} {printable(name)} cannot be read ({error})") from None
     return str(path)

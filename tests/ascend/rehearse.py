@@ -40,12 +40,26 @@ BEGIN, END = "<!-- rehearsal: begin -->", "<!-- rehearsal: end -->"
 COUNTED = ("kernels", "casts", "transposes", "old", "flash")
 OLD_OPERATORS = HERE / "old_operators.txt"
 LORA, FLUX_CONTROLNET = "flux_lora/train_dreambooth_lora_flux.py", "flux_controlnet/train_controlnet_flux.py"
+KONTEXT, CONTROL_LORA = (
+    "examples/flux_kontext/train_lora_flux_kontext.py",
+    "examples/flux_control/train_control_lora_flux.py",
+)
 SD_CONTROLNET = "examples/controlnet/train_controlnet.py"
 SDXL_CONTROLNET = "examples/controlnet/train_controlnet_sdxl.py"
-SCRIPTS = {"lora": LORA, "flux_cn": FLUX_CONTROLNET, "sd": SD_CONTROLNET, "sdxl": SDXL_CONTROLNET}
-PIPELINES = {"lora": "flux", "flux_cn": "flux", "sd": "sd15", "sdxl": "sdxl"}
+SCRIPTS = {
+    "lora": LORA,
+    "kontext": KONTEXT,
+    "control": CONTROL_LORA,
+    "flux_cn": FLUX_CONTROLNET,
+    "sd": SD_CONTROLNET,
+    "sdxl": SDXL_CONTROLNET,
+}
+FLUX = ("lora", "kontext", "control", "flux_cn")
+PIPELINES = {**dict.fromkeys(FLUX, "flux"), "sd": "sd15", "sdxl": "sdxl"}
 INFERENCE = {
     "lora": "flux_lora/infer_flux_lora.py",
+    "kontext": "examples/flux_kontext/infer_flux_kontext.py",
+    "control": "examples/flux_control/infer_control_lora_flux.py",
     "flux_cn": "flux_controlnet/infer_flux_controlnet.py",
     "sd": "examples/controlnet/infer_controlnet.py",
     "sdxl": "examples/controlnet/infer_controlnet_sdxl.py",
@@ -102,8 +116,10 @@ def training_cases() -> list[Case]:
         for system in SCRIPTS for precision in ("bf16", "fp16", "no") for mode in MODES
     ]  # fmt: skip
     features = {
-        "checkpointing": (("lora", "flux_cn", "sd", "sdxl"), ("--gradient_checkpointing",), MODES),
-        "int8": (("lora", "flux_cn"), ("--base_precision", "int8"), MODES),
+        "checkpointing": (tuple(SCRIPTS), ("--gradient_checkpointing",), MODES),
+        "int8": (FLUX, ("--base_precision", "int8"), MODES),
+        "fill": (("control",), ("--fill",), MODES),
+        "norms": (("control",), ("--train_norm_layers",), MODES),
         "int8 checkpointing": (("lora",), ("--base_precision", "int8", "--gradient_checkpointing"), ("graph",)),
         "8-bit Adam": (("flux_cn",), ("--use_8bit_adam",), MODES),
         "prodigy": (("lora",), ("--optimizer", "prodigy", "--learning_rate", "1"), ("graph",)),
@@ -129,10 +145,11 @@ def training_cases() -> list[Case]:
 
 
 def inference_cases() -> list[Case]:
-    return [
+    cases = [
         Case(f"infer {system} {precision}", system, precision, after=f"{system} {precision} graph")
         for system in SCRIPTS for precision in ("bf16", "fp16", "no")
     ]  # fmt: skip
+    return [*cases, Case("infer control fill", "control", "bf16", ("--fill",), after="control fill graph")]
 
 
 def resumed_cases() -> list[Case]:
@@ -175,6 +192,11 @@ def folder(name: str) -> str:
     return name.replace(" ", "-")
 
 
+def condition(work: Path) -> Path:
+    """A condition image, which is also a source to edit and a mask."""
+    return work / "pairs/conditioning/000000.png"
+
+
 def training_flags(case: Case, work: Path) -> list[str]:
     flags: dict[str, Any] = {
         "pretrained_model_name_or_path": work / PIPELINES[case.system],
@@ -196,12 +218,13 @@ def training_flags(case: Case, work: Path) -> list[str]:
     else:
         flags.update(train_data_dir=work / "pairs")
         if case.validates:
-            flags.update(validation_image=work / "pairs/conditioning/000000.png", validation_steps=case.updates)
+            flags.update(validation_image=condition(work), validation_steps=case.updates)
+            flags.update({"validation_mask": condition(work)} if "--fill" in case.flags else {})
     if case.system == "sdxl":  # its VAE computes in float32, so that no attention in it is flash attention
         flags.update(cache_latents=None)
     if case.system == "flux_cn":
         flags.update(num_double_layers=1, num_single_layers=1)
-    if case.system in ("lora", "flux_cn"):
+    if case.system in FLUX:
         flags.update(max_sequence_length=16)
     words = [word for name, value in flags.items() for word in (f"--{name}", value) if word is not None]
     return [*map(str, words), *([] if case.after else ["--overwrite_output_dir"]), *case.flags]
@@ -219,9 +242,14 @@ def inference_flags(case: Case, work: Path, steps: int) -> list[str]:
     }
     if case.system == "lora":
         flags.update(lora=trained, height=64, width=64)
+    elif case.system == "kontext":
+        flags.update(lora=trained, image=condition(work), resolution=64)
     else:
-        flags.update(controlnet=trained, control_image=work / "pairs/conditioning/000000.png", resolution=64)
-    return [*(str(word) for name, value in flags.items() for word in (f"--{name}", value)), "--overwrite"]
+        kind = "lora" if case.system == "control" else "controlnet"
+        flags.update({kind: trained}, control_image=condition(work), resolution=64)
+    if "--fill" in case.flags:
+        flags.update(mask_image=condition(work))
+    return [*(str(word) for name, value in flags.items() for word in (f"--{name}", value)), "--overwrite", *case.flags]
 
 
 # ---- running -------------------------------------------------------------------------------------

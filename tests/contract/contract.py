@@ -48,7 +48,10 @@ from mindtune.models.shared_blocks import SharedBlockCell
 from mindtune.models.weights import weight_files
 from mindtune.run import tracking
 
-FOLDERS = ("mindtune", "flux_lora", "flux_controlnet", "examples/controlnet", "examples/tiny")
+FOLDERS = (
+    *("mindtune", "flux_lora", "flux_controlnet"),
+    *("examples/flux_kontext", "examples/flux_control", "examples/controlnet", "examples/tiny"),
+)
 PARTS = [
     (kind, part)
     for kind in ("flux", "sd15", "sdxl")
@@ -338,7 +341,7 @@ def check_loras(work, facts):
         lora.enable_lora(fresh, False)
         if not layers or not all(cell._disable_adapters for cell in layers):
             problems.append(f"{label}: is not disabled")
-        lora.check_targets(fresh, [f"{TARGETS[part][0]}.base_layer"], "a target")
+        lora_settings.check_targets(lora.linear_names(fresh), [f"{TARGETS[part][0]}.base_layer"], "a target")
     rows.append(
         ("LoRAs: injected, saved, loaded, disabled", len(adaptable()), "the files have the same bytes", problems)
     )

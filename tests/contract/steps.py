@@ -9,9 +9,9 @@ import mindspore as ms
 import numpy as np
 
 from mindtune import flow, rng
-from mindtune.models import configs, controlnets, loading, lora, named_parameters, precision
+from mindtune.models import configs, control_lora, controlnets, loading, lora, named_parameters, precision
 from mindtune.models.gradient_checkpointing import recompute_blocks
-from mindtune.models.lora_settings import TRANSFORMER_TARGETS
+from mindtune.models.lora_settings import ALL_LINEAR, DEFAULT_TARGETS, TRANSFORMER_TARGETS
 from mindtune.optim import adamw
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +52,19 @@ def one_step(step, batch, names):
     return {"loss": np.array(loss), "norm": np.array(float(step.grad_clipper.norm)), **gradients}
 
 
+def add_lora(transformer, targets, compute, recompute=False):
+    """Freezes a transformer and adds a LoRA of rank 4, none of whose matrices are zero; its parameters."""
+    precision.freeze_params(transformer)
+    lora.add_lora(transformer, lora.target_ranks(transformer, targets, 4), 1.0, 0.0, compute)
+    precision.cast_training_params([transformer])
+    lora.init_lora(transformer, seed=0)
+    trained = lora.lora_parameters(transformer)
+    give_values({name: parameter for name, parameter in trained.items() if ".lora_B." in name})
+    if recompute:
+        recompute_blocks(ALL, transformer)
+    return trained
+
+
 def flux_lora(work, mixed_precision="no", recompute=False):
     """DreamBooth LoRA, batch 2, not square."""
     dtypes = precision.resolve_precision(mixed_precision)
@@ -60,14 +73,7 @@ def flux_lora(work, mixed_precision="no", recompute=False):
     flags += ["--max_grad_norm=0", "--max_sequence_length=5", f"--mixed_precision={mixed_precision}"]
     args = script.parse_args(flags)
     transformer = loading.load_model(work / "flux", "transformer", dtypes)
-    precision.freeze_params(transformer)
-    lora.add_lora(transformer, lora.target_ranks(transformer, TRANSFORMER_TARGETS, 4), 1.0, 0.0, dtypes.compute)
-    precision.cast_training_params([transformer])
-    lora.init_lora(transformer, seed=0)
-    trained = lora.lora_parameters(transformer)
-    give_values({name: parameter for name, parameter in trained.items() if ".lora_B." in name})
-    if recompute:
-        recompute_blocks(ALL, transformer)
+    trained = add_lora(transformer, TRANSFORMER_TARGETS, dtypes.compute, recompute)
     step = script.TrainStepForFluxDevDB(
         transformer.set_train(True),
         adam(list(trained.values())),
@@ -86,6 +92,55 @@ def flux_lora(work, mixed_precision="no", recompute=False):
         ms.Tensor(flow.latent_image_ids(4, 6)),
     )
     return one_step(step, batch, trained)
+
+
+def flux_kontext(work, mixed_precision="no"):
+    """Kontext LoRA, batch 2, with sources of another size."""
+    dtypes = precision.resolve_precision(mixed_precision)
+    script = load_script("examples/flux_kontext/train_lora_flux_kontext.py")
+    flags = ["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_grad_norm=0", "--max_sequence_length=5"]
+    args = script.parse_args([*flags, f"--mixed_precision={mixed_precision}"])
+    transformer = loading.load_model(work / "flux", "transformer", dtypes)
+    trained = add_lora(transformer, DEFAULT_TARGETS["flux_kontext"], dtypes.compute)
+    step = script.TrainStepForFluxKontext(
+        transformer.set_train(True),
+        adam(list(trained.values())),
+        precision.loss_scaler("no"),
+        args,
+        vae=None,
+        vae_config=LATENTS,
+        sigmas=SIGMAS.asnumpy()[None],
+    )
+    ids = np.concatenate([flow.latent_image_ids(4, 6), flow.source_image_ids(6, 2)])
+    batch = normal("moments", 2, 32, 4, 6), normal("posterior", 2, 16, 4, 6), normal("noise", 2, 16, 4, 6)
+    batch += ms.Tensor([100, 900]), normal("text", 2, 5, 32), normal("pooled", 2, 32), ms.Tensor(ids)
+    return one_step(step, (*batch, normal("source", 2, 32, 6, 2)), trained)
+
+
+def flux_control(work, mixed_precision="no"):
+    """Control-LoRA with all norms, which fills masks, batch 2."""
+    dtypes = precision.resolve_precision(mixed_precision)
+    script = load_script("examples/flux_control/train_control_lora_flux.py")
+    flags = ["--pretrained_model_name_or_path=x", "--train_data_dir=x", "--max_grad_norm=0", "--max_sequence_length=5"]
+    args = script.parse_args([*flags, "--fill", "--cache_latents", f"--mixed_precision={mixed_precision}"])
+    transformer = control_lora.load_transformer(work / "flux", True, dtypes)
+    add_lora(transformer, [ALL_LINEAR], dtypes.compute)
+    lora.train_norms(transformer, {})
+    trained = lora.lora_parameters(transformer)
+    step = script.TrainStepForFluxControl(
+        transformer.set_train(True),
+        adam(list(trained.values())),
+        precision.loss_scaler("no"),
+        args,
+        vae=None,
+        vae_config=LATENTS,
+        sigmas=SIGMAS.asnumpy()[None],
+    )
+    batch = [normal(name, 2, 32, 4, 6) for name in ("moments", "condition")]
+    batch += [normal(name, 2, 16, 4, 6) for name in ("posterior", "noise")]
+    batch += [ms.Tensor([100, 900]), normal("text", 2, 5, 32), normal("pooled", 2, 32)]
+    masks = (normal("masks", 2, 64, 4, 6) > 0).astype(ms.float32)
+    return one_step(step, [*batch, ms.Tensor(flow.latent_image_ids(4, 6)), masks], trained)
 
 
 def flux_controlnet(work, mixed_precision="no", recompute=False):
@@ -183,10 +238,14 @@ def encoders(work):
 
 STEPS = {
     "FLUX LoRA step": flux_lora,
+    "FLUX Kontext step": flux_kontext,
+    "FLUX Control-LoRA step": flux_control,
     "FLUX ControlNet step": flux_controlnet,
     "SD 1.5 ControlNet step": sd_controlnet,
     "SDXL ControlNet step": partial(sd_controlnet, base="sdxl"),
     "FLUX LoRA step, fp16": partial(flux_lora, mixed_precision="fp16"),
+    "FLUX Kontext step, fp16": partial(flux_kontext, mixed_precision="fp16"),
+    "FLUX Control-LoRA step, fp16": partial(flux_control, mixed_precision="fp16"),
     "FLUX ControlNet step, fp16": partial(flux_controlnet, mixed_precision="fp16"),
     "SD 1.5 ControlNet step, fp16": partial(sd_controlnet, mixed_precision="fp16"),
     "SDXL ControlNet step, fp16": partial(sd_controlnet, mixed_precision="fp16", base="sdxl"),

@@ -126,6 +126,59 @@ def test_pairs_of_different_sizes_and_cropping_to_buckets(check, tmp_path):
     assert report["buckets"][0]["cropped_away_mean"] == pytest.approx(0.5) and " 50.0%" in table
 
 
+@pytest.fixture
+def edits(tmp_path):
+    """Pairs with a condition of the same size, of another shape, smaller, and two without one."""
+    folder = tmp_path / "edits"
+    folder.mkdir()
+    rows = []
+    for number, condition in enumerate([(64, 64), (90, 60), (32, 32), None, None]):
+        write_image(folder / f"{number}.png", 64, 64, seed=number)
+        row = {"file_name": f"{number}.png", "text": "make it red"}
+        if condition:
+            write_image(folder / f"{number}-source.png", *condition, seed=10 + number)
+            row["source_file_name"] = f"{number}-source.png"
+        rows.append(row)
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["--train_data_dir", folder, "--cond_image_column", "source", "--resolution", 64]
+
+
+def test_pairs_of_kontext_may_lack_a_condition_or_have_one_of_another_size(check, edits):
+    code, report, table = check(*edits, "--task", "kontext")
+    assert code == 0 and (report["usable"], report["without_condition"]) == (5, 2)
+    assert "5 pairs, 5 usable, 2 of them without a condition" in table
+    keys = ("height", "width", "condition", "pictures")
+    assert [[bucket[key] for key in keys] for bucket in report["buckets"]] == [
+        [64, 64, None, 2],
+        [64, 64, [64, 64], 2],
+        [64, 64, [48, 80], 1],
+    ]
+    assert [line.split()[:3] for line in table.splitlines() if line.startswith("64,64")] == [
+        ["64,64", "none", "2"],
+        ["64,64", "64,64", "2"],
+        ["64,64", "48,80", "1"],
+    ]
+    lacking, small = report["notes"]
+    assert "2 of 5 pairs have no condition, such as " in lacking
+    note = "1 conditions are smaller than their crops, and are enlarged: those of"
+    assert small == f"--train_data_dir {edits[1]}: {note} {edits[1] / '2.png'}"
+    latent = 4 * 32  # bytes of the mean and the variance of 16 channels at one place, in float32
+    assert report["cache_bytes"]["latents"] == latent * (5 * 8 * 8 + 2 * 8 * 8 + 6 * 10)
+
+
+def test_pairs_to_fill_may_lack_a_mask_and_masks_have_the_size_of_the_image(check, edits):
+    """Masks are not encoded."""
+    code, report, _ = check(*edits, "--task", "fill")
+    assert code == 1 and len(report["problems"]) == 2 and "64x64, its condition 90x60" in report["problems"][0]
+    assert report["without_condition"] == 2 and report["buckets"][0]["pictures"] == 3
+    assert "condition" not in report["buckets"][0] and report["cache_bytes"]["latents"] == 3 * 4 * 32 * 8 * 8
+
+
+def test_pairs_of_a_controlnet_need_a_condition_each(check, edits):
+    with pytest.raises(UserError, match="2 lines of metadata.jsonl cannot be used"):
+        check(*edits[:2], "--conditioning_image_column", "source", *edits[4:])
+
+
 def test_notes_of_a_run_are_in_both(check, tmp_path):
     data = tmp_path / "data"
     (data / "side").mkdir(parents=True)
@@ -214,6 +267,7 @@ def test_sizes_of_flux_dev_without_a_model(check, photos):
         ([], ["--dataset_name, --train_data_dir and --jsonl_for_train", "none"]),
         (["--instance_data_dir", "no/where"], ["--instance_data_dir no/where", "no such directory"]),
         (["--instance_data_dir", "x", "--train_data_dir", "y"], ["--train_data_dir", "holds pairs"]),
+        (["--instance_data_dir", "x", "--task", "fill"], ["--task fill", "is for pairs"]),
         (["--train_data_dir", "no/where"], ["--train_data_dir no/where", "no such directory"]),
         (["--instance_data_dir", "x", "--max_train_samples", "0"], ["--max_train_samples 0: must be at least 1"]),
         (["--instance_data_dir", "x", "--max_train_samples", "-1"], ["--max_train_samples -1: must be at least 1"]),

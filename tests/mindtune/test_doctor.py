@@ -55,7 +55,7 @@ def test_it_passes_on_the_cpu_and_reports_everything(no_scripts, tmp_path, capsy
 
 @pytest.mark.slow
 def test_an_update_of_a_script(monkeypatch, tmp_path):
-    """One of the four; together they take two minutes."""
+    """One of the six; together they take three minutes."""
     monkeypatch.setattr(training, "SCRIPTS", {"FLUX LoRA": training.SCRIPTS["FLUX LoRA"]})
     path = tmp_path / "report.json"
     assert doctor.main(["--mindspore_mode", "1", "--only", "FLUX LoRA", "--json", str(path)]) == 0

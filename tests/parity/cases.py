@@ -15,15 +15,18 @@ from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 # The root comes first: tests has a folder mindtune, too.
-FOLDERS = ("", "tests", "examples/tiny", "examples/controlnet", "flux_lora", "flux_controlnet")
+FOLDERS = ("", "tests", "examples/tiny", "examples/controlnet", "examples/flux_kontext", "examples/flux_control")
+FOLDERS += ("flux_lora", "flux_controlnet")
 sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 
 import make_tiny_pipeline
 import real_pipelines
+import train_control_lora_flux
 import train_controlnet
 import train_controlnet_flux
 import train_controlnet_sdxl
 import train_dreambooth_lora_flux
+import train_lora_flux_kontext
 from shapes import render, render_outline, sample_scene
 
 from mindtune import flow, rng
@@ -31,10 +34,12 @@ from mindtune.data import conditions, crops
 from mindtune.encode import encoder_stage, text_encoders
 from mindtune.models import (
     configs,
+    control_lora,
     controlnets,
     execution,
     loading,
     lora,
+    lora_layouts,
     lora_settings,
     named_parameters,
     precision,
@@ -54,11 +59,12 @@ BLOCK = r"^$|(^|\.)((single_)?transformer_blocks|down_blocks|up_blocks|encoder\.
 
 
 class Case(NamedTuple):
-    """A column of the table of a script; `label` is its key in golden.json."""
+    """A column of the table of a script; `label` is its key in golden.json if it is `golden`, a case of `make test`."""
 
     kind: str
     name: str
     settings: dict
+    golden: bool = True
 
     @property
     def label(self):
@@ -76,6 +82,9 @@ CLIP = {
     "alpha": 8.0,
     "rates": {"transformer": [1e-3, 1e-4], "text_encoder": [5e-4, 1e-3]},
 }
+# `source`: the size of the source's latents, beside targets of 4 x 6 (8 x 8 with the trained pipeline).
+KONTEXT = {**LORA, "targets": {"transformer": lora_settings.DEFAULT_TARGETS["flux_kontext"]}, "scheme": "none"}
+CONTROL_LORA = {**LORA, "targets": {"transformer": lora_settings.DEFAULT_TARGETS["flux_control"]}, "scheme": "none"}
 CONTROL = {"rates": {"controlnet": [1e-3, 1e-2]}}
 CASES = [
     *(Case("flux_lora", scheme, {**LORA, "scheme": scheme}) for scheme in flow.WEIGHTING_SCHEMES),
@@ -90,6 +99,14 @@ CASES = [
         "trained shapes pipeline, 2 + 2",
         {**CONTROL, "scheme": "mode", "blocks": [2, 2], "trained": True},
     ),
+    Case("flux_kontext", "source of the target's size", {**KONTEXT, "source": [4, 6]}, golden=False),
+    Case("flux_kontext", "source of another size", {**KONTEXT, "scheme": "logit_normal", "source": [6, 2]}),
+    Case("flux_kontext", "no source, alpha 8", {**KONTEXT, "scheme": "sigma_sqrt", "alpha": 8.0}, golden=False),
+    Case("flux_kontext", "trained shapes pipeline", {**KONTEXT, "source": [8, 8], "trained": True}, golden=False),
+    Case("flux_control", "widened, norms", {**CONTROL_LORA, "norms": True}),
+    Case("flux_control", "alpha 8, cosmap", {**CONTROL_LORA, "scheme": "cosmap", "alpha": 8.0}, golden=False),
+    Case("flux_control", "trained shapes pipeline", {**CONTROL_LORA, "trained": True}, golden=False),
+    Case("flux_control", "--fill, norms", {**CONTROL_LORA, "fill": True, "norms": True}),
     Case("sd15", "epsilon", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": None}),
     Case("sd15", "v_prediction", {**CONTROL, "prediction_type": "v_prediction", "snr_gamma": None}),
     Case("sd15", "epsilon, Min-SNR", {**CONTROL, "prediction_type": "epsilon", "snr_gamma": 5.0}),
@@ -99,6 +116,14 @@ CASES = [
     *(
         Case("flux_lora", name, {**LORA, **LENGTHS, "scheme": "none", "real": name})
         for name in ("FLUX.1-dev", "FLUX.1-schnell")
+    ),
+    *(
+        Case(kind, name, {**settings, **LENGTHS, "real": name}, golden=False)
+        for kind, name, settings in (
+            ("flux_kontext", "FLUX.1-Kontext-dev", {**KONTEXT, "source": [4, 6]}),
+            ("flux_control", "FLUX.1-Depth-dev", {**CONTROL_LORA, "norms": True}),
+            ("flux_control", "FLUX.1-Fill-dev", {**CONTROL_LORA, "fill": True}),
+        )
     ),
     *(
         Case(kind, name, {**CONTROL, **LENGTHS, "prediction_type": predicted, "snr_gamma": None, "real": name})
@@ -186,8 +211,12 @@ def make_batch(settings, root, number, stage, vae):
             pooled=normal("pooled", config["pooled_projection_dim"]),
             uniform=rng.generator(0, "parity u", number).random(size),
         )
+    if kind in ("flux_controlnet", "flux_control") or settings.get("source"):
+        batch["condition"] = normal("condition", 2 * channels, *settings.get("source", (height, width)))
+    if settings.get("fill"):
+        batch["pixels"] = np.tanh(normal("pixels", 3, 8 * height, 8 * width))
+        batch["mask"] = (normal("mask", 1, 8 * height, 8 * width) > 0).astype(np.float32)
     if kind == "flux_controlnet":
-        batch["condition"] = normal("condition", 2 * channels, height, width)
         batch["condition_posterior"] = normal("condition posterior", channels, height, width)
     if "text_encoder" in settings.get("targets", ()):
         tokenizer = tokenization.load_tokenizer(root / "tokenizer")
@@ -229,6 +258,8 @@ def make_batches(settings, root, count, stage):
 ORDER = {
     "flux_lora": "moments posterior noise indices text ids pooled image_ids",
     "flux_controlnet": "moments condition posterior condition_posterior noise indices text pooled image_ids",
+    "flux_kontext": "moments posterior noise indices text pooled image_ids condition",
+    "flux_control": "moments condition posterior noise indices text pooled image_ids masks",
     "sd15": "moments condition posterior noise timesteps text",
     "sdxl": "moments condition posterior noise timesteps text pooled time_ids",
 }
@@ -244,6 +275,11 @@ def arguments(settings, batch):
         indices = [flow.density_to_index(flow.sample_density(each, *density), 1000) for each in draws]
         given["indices"] = np.array(indices, np.int32)
         given["image_ids"] = flow.latent_image_ids(*batch["noise"].shape[2:])
+    if kind == "flux_kontext" and "condition" in batch:
+        given["image_ids"] = np.concatenate([given["image_ids"], flow.source_image_ids(*batch["condition"].shape[2:])])
+    if "mask" in batch:
+        given["condition"] = batch["pixels"] * (1.0 - batch["mask"])
+        given["masks"] = np.stack([flow.mask_channels(mask, 8) for mask in batch["mask"]])
     if "ids" in given:
         del given["pooled"]
     return [ms.Tensor(given[name]) for name in ORDER[kind].split() if name in given]
@@ -262,10 +298,13 @@ class Ours:
         self.settings = settings
         self.root = root
         base = "transformer" if settings["kind"].startswith("flux") else "unet"
-        self.base = loading.load_model(root, base, FULL)
+        if settings["kind"] == "flux_control":
+            self.base = control_lora.load_transformer(root, settings.get("fill", False), FULL)
+        else:
+            self.base = loading.load_model(root, base, FULL)
         precision.freeze_params(self.base)
         self.cells = {base: self.base}
-        if settings["kind"] == "flux_lora":
+        if "targets" in settings:
             self._add_lora()
         else:
             self._add_controlnet(base)
@@ -283,6 +322,8 @@ class Ours:
                 0.0,
                 ms.float32,
             )
+        if settings.get("norms"):
+            lora.train_norms(self.base, {})
         self.trained = {
             f"{prefix}.{name}": p
             for prefix, cell in self.cells.items()
@@ -290,7 +331,8 @@ class Ours:
         }
         for name, parameter in self.trained.items():
             value = rng.normal(0, name, shape=parameter.shape)
-            parameter.set_data(ms.Tensor(value / settings["rank"] if ".lora_A." in name else 0.1 * value))
+            value = value / settings["rank"] if ".lora_A." in name else 0.1 * value
+            parameter.set_data(ms.Tensor(1.0 + value if lora_layouts.NORM.search(name) else value))
 
     def _add_controlnet(self, base):
         flux = base == "transformer"
@@ -346,6 +388,17 @@ class Ours:
                 self.base, optimizer, scaler, args, text_encoder=self.cells.get("text_encoder"), **more
             )
         flags.append("--train_data_dir=x")
+        if kind == "flux_kontext":
+            args = train_lora_flux_kontext.parse_args(flags)
+            return train_lora_flux_kontext.TrainStepForFluxKontext(self.base, optimizer, scaler, args, **more)
+        if kind == "flux_control":
+            flags.append("--cache_latents")
+            if settings.get("fill"):
+                flags.append("--fill")
+                more["vae"] = loading.load_model(self.root, "vae", FULL)
+                precision.freeze_params(more["vae"])
+            args = train_control_lora_flux.parse_args(flags)
+            return train_control_lora_flux.TrainStepForFluxControl(self.base, optimizer, scaler, args, **more)
         if kind == "flux_controlnet":
             args = train_controlnet_flux.parse_args(flags)
             return train_controlnet_flux.TrainStepForFluxControlNet(
@@ -395,14 +448,15 @@ class Ours:
             handle.remove()
         return caught, result
 
-    def image(self, stage, noise, condition):
+    def image(self, stage, noise, condition, mask):
         """uint8 [H, W, 3] after eight steps from the noise [1, C, h, w], by the sampling loop of the scripts."""
+        settings = self.settings
         text = stage.text(CAPTION)
         vae = stage.load_vae()
         scheduler = configs.read_config(self.root, "scheduler")
         controlnet = self.cells.get("controlnet")
         with execution.pynative():
-            if self.settings["kind"].startswith("sd"):
+            if settings["kind"].startswith("sd"):
                 control = (controlnet, conditions.condition_pixels(condition), 1.0)
                 latents = sampling.sample_unet_latents(
                     self.base,
@@ -421,7 +475,14 @@ class Ours:
                     pooled = text_encoders.clip_pooled(
                         clip, tokenization.load_tokenizer(self.root / "tokenizer"), CAPTION
                     )
-                control = (controlnet, sampling.encode_image(vae, condition, ms.float32), 1.0) if controlnet else None
+                further = {}
+                if controlnet:
+                    further["control"] = (controlnet, sampling.encode_image(vae, condition, ms.float32), 1.0)
+                elif settings["kind"] == "flux_control":
+                    mask = mask if settings.get("fill") else None
+                    further["condition"] = sampling.encode_condition(vae, condition, mask, ms.float32)
+                elif settings.get("source"):
+                    further["source"] = sampling.encode_image(vae, condition, ms.float32)
                 latents = sampling.sample_latents(
                     self.base,
                     scheduler,
@@ -431,7 +492,7 @@ class Ours:
                     steps=8,
                     guidance_scale=3.5,
                     compute=ms.float32,
-                    control=control,
+                    **further,
                 )
             return np.asarray(sampling.decode_latents(vae, latents, ms.float32)[0])
 

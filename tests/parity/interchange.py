@@ -6,32 +6,42 @@ import shutil
 import numpy as np
 from cases import CAPTION, Case, make_pipeline, scene
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 # `cases` has put the folders of the scripts on the path.
 # isort: split
 import export_flux_lora
+import infer_control_lora_flux
 import infer_controlnet
 import infer_controlnet_sdxl
 import infer_flux_controlnet
+import infer_flux_kontext
 import infer_flux_lora
+import train_control_lora_flux
 import train_controlnet
 import train_controlnet_flux
 import train_controlnet_sdxl
 import train_dreambooth_lora_flux
-from shapes import make_folder, make_subject, render_outline
+import train_lora_flux_kontext
+from shapes import make_folder, make_subject, render, render_outline
 
 from mindtune import rng
-from mindtune.models import configs, lora_files
+from mindtune.models import configs, flux_layer_names, lora_files, lora_layouts
 
 SCRIPTS = {
     "flux_lora": (train_dreambooth_lora_flux, infer_flux_lora),
+    "flux_kontext": (train_lora_flux_kontext, infer_flux_kontext),
+    "flux_control": (train_control_lora_flux, infer_control_lora_flux),
+    "flux_fill": (train_control_lora_flux, infer_control_lora_flux),
     "flux_controlnet": (train_controlnet_flux, infer_flux_controlnet),
     "sd15": (train_controlnet, infer_controlnet),
     "sdxl": (train_controlnet_sdxl, infer_controlnet_sdxl),
 }
 NAMES = {
     "flux_lora": "LoRA with CLIP's part",
+    "flux_kontext": "Kontext LoRA",
+    "flux_control": "Control-LoRA with norms",
+    "flux_fill": "Control-LoRA with norms, --fill,",
     "flux_controlnet": "FLUX ControlNet",
     "sd15": "SD 1.5 ControlNet",
     "sdxl": "SDXL ControlNet",
@@ -42,10 +52,16 @@ LENGTH = 16
 LAYERS = "to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,net.0.proj,net.2"
 LAYERS += ",norm1.linear,norm1_context.linear,norm.linear,proj_mlp,proj_out"
 LAYERS += ",x_embedder,context_embedder,norm_out.linear,linear_1,linear_2"
+RANK = ("--lora_rank=4", "--lora_alpha=8")
 MORE = {
-    "flux_lora": ("--lora_rank=4", "--lora_alpha=8", f"--lora_layers={LAYERS}"),
+    "flux_lora": (*RANK, f"--lora_layers={LAYERS}"),
+    **dict.fromkeys(("flux_kontext", "flux_control", "flux_fill"), RANK),
     "flux_controlnet": ("--num_double_layers=2", "--num_single_layers=1"),
 }
+
+# Flags that these kinds also need to go on from a file.
+WITH_NORMS = ("--train_norm_layers",)
+ALWAYS = {"flux_control": WITH_NORMS, "flux_fill": ("--fill", *WITH_NORMS)}
 
 
 def train(folder, kind, root, data, out, rate, updates, *more):
@@ -74,9 +90,15 @@ def infer(folder, kind, root, adapter):
     output = folder / f"{adapter.stem if adapter else 'base'}.png"
     flags = ["--pretrained_model_name_or_path", root, "--prompt", CAPTION]
     flags += ["--num_inference_steps", 8, "--output", output]
-    flags += ["--max_sequence_length", LENGTH] if kind.startswith("flux") else ["--guidance_scale", 5.0]
+    flags += ["--max_sequence_length", LENGTH] if kind.startswith("flux") else []
+    flags += ["--guidance_scale", 3.5 if kind.startswith("flux") else 5.0]
     if kind == "flux_lora":
         flags += ["--height", 64, "--width", 96, *(["--lora", adapter] if adapter else [])]
+    elif kind in ("flux_kontext", "flux_control", "flux_fill"):
+        flags += ["--lora", adapter or folder / "ours", *([] if adapter else ["--lora_scale", 0.0])]
+        flags += ["--resolution", 64, "--image" if kind == "flux_kontext" else "--control_image"]
+        flags += [folder / "condition.png"]
+        flags += ["--fill", "--mask_image", folder / "mask.png"] if kind == "flux_fill" else []
     else:
         flags += ["--resolution", 64, "--control_image", folder / "condition.png"]
         flags += ["--controlnet", adapter or folder / "ours"]
@@ -101,8 +123,12 @@ def prepare(work):
         (folder / "settings.json").write_text(json.dumps(settings))
         channels = configs.read_config(root, "vae")["latent_channels"]
         np.save(folder / "noise.npy", rng.normal(0, "validation", 0, shape=(1, channels, 8, 12)))
-        render_outline(scene(0, 0), 96).convert("RGB").resize((96, 64)).save(folder / "condition.png")
-        train(folder, kind, root, data, "ours", 0.05, 3, *MORE.get(kind, ()))
+        outline = render_outline(scene(0, 0), 96).resize((96, 64))
+        outline.convert("L").save(folder / "mask.png")
+        shown = render(scene(0, 0), 96).resize((96, 64)) if kind in ("flux_kontext", "flux_fill") else outline
+        shown.convert("RGB").save(folder / "condition.png")
+        train(folder, kind, root, data, "ours", 0.05, 3, *MORE.get(kind, ()), *ALWAYS.get(kind, ()))
+    train(work / "flux_control", "flux_control", roots["flux_control"], data, "ours_plain", 0.05, 3, *RANK)
     for adapter in ADAPTERS:
         more = (*MORE["flux_lora"], f"--adapter={adapter}")
         train(work / "flux_lora", "flux_lora", roots["flux_lora"], data, f"ours_{adapter}", 0.05, 3, *more)
@@ -114,14 +140,54 @@ def prepare(work):
     for layout in ("kohya", "comfyui"):
         words = ["--lora", adapter, "--format", layout, "--output", layouts / f"{layout}.safetensors"]
         assert export_flux_lora.main([str(word) for word in words]) == 0
+    save_file(native_control_lora(), layouts / "native_control.safetensors")
     return roots, data
 
 
+def native_control_lora():
+    """A Control-LoRA of FLUX.1's size with the names of FLUX.1-Depth-dev-lora: rank 2, biases of B, norms; float16.
+
+    Widths are FLUX.1's only where its weights are divided.
+    """
+    tensors = {}
+
+    def draw(name, *shape):
+        tensors[name] = rng.normal(0, name, shape=shape).astype(np.float16)
+
+    for native, layers in flux_layer_names.NATIVE_LAYERS.items():
+        count = 1 if "#" not in native else 19 if native.startswith("double") else 38
+        for number in range(count):
+            name = native.replace("#", str(number))
+            outputs = {3: 3 * 3072, 4: 7 * 3072}.get(len(layers), 512)
+            draw(f"{name}.lora_A.weight", 2, 3072)
+            draw(f"{name}.lora_B.weight", outputs, 2)
+            draw(f"{name}.lora_B.bias", outputs)
+    norms = [f"double_blocks.{n}.{stream}_attn.norm" for n in range(19) for stream in ("img", "txt")]
+    for norm in (*norms, *(f"single_blocks.{n}.norm" for n in range(38))):
+        for letter in ("query", "key"):
+            draw(f"{norm}.{letter}_norm.scale", 128)
+    return tensors
+
+
+def native_error(folder):
+    """The largest error of a value of `native_control_lora` as we read it, by the conversion of diffusers.
+
+    diffusers 0.35.2 swaps the halves of norm_out's A too, which are not those of its outputs. That is undone.
+    """
+    tensors, _ = lora_files.read_lora(folder / "native_control.safetensors", "--lora", biases=True)
+    expected = load_file(folder / "native_control_in_diffusers.safetensors")
+    swapped = "transformer.norm_out.linear.lora_A.weight"
+    expected[swapped] = expected[swapped][::-1]
+    assert tensors.keys() == expected.keys(), tensors.keys() ^ expected.keys()
+    assert all(tensors[name].shape == value.shape for name, value in expected.items())
+    return max(np.abs(tensors[name].astype(np.float64) - value).max() for name, value in expected.items())
+
+
 def weight_changes(path):
-    """Layer -> the weight change B A alpha / rank of a LoRA file."""
+    """Layer -> the weight change B A alpha / rank of a LoRA file; and its norms."""
     tensors, alphas = lora_files.read_lora(path, "--lora")
-    changes = {}
-    for layer in {name.rpartition(".lora_")[0] for name in tensors}:
+    changes = lora_layouts.norms(tensors)
+    for layer in {name.rpartition(".lora_")[0] for name in tensors.keys() - changes.keys()}:
         a, b = (tensors[f"{layer}.lora_{half}.weight"].astype(np.float64) for half in "AB")
         changes[layer] = b @ a * alphas.get(layer, len(a)) / len(a)
     return changes
@@ -143,6 +209,16 @@ def compare_adapters(folder, root, found, base):
     return rows
 
 
+def compare_control_loras(folder, root, found, base):
+    """The rows of `compare` for a Control-LoRA of ours without norms, and one of diffusers with biases."""
+    rows = []
+    for source, what in (("ours_plain", "ours in diffusers"), ("theirs_bias", "diffusers with biases in ours")):
+        image = infer(folder, "flux_control", root, folder / source)
+        error = np.abs(image - found[f"flux_control {source}"]).mean()
+        rows.append((f"Control-LoRA of {what}: difference of images, of 255", error, 1.0, np.abs(image - base).mean()))
+    return rows
+
+
 def compare(work, roots, data):
     """Rows of (what, value, its bound, the value if the file were not loaded or were trained, or None)."""
     found = np.load(work / "found.npz")
@@ -160,11 +236,12 @@ def compare(work, roots, data):
             (f"{name} of diffusers in ours: difference of images, of 255", error["theirs"], 1.0, effect["theirs"])
         )
 
-        flag = "--lora_model_name_or_path" if kind == "flux_lora" else "--controlnet_model_name_or_path"
-        read = weight_changes if kind == "flux_lora" else load_file
-        file = lora_files.LORA_FILE if kind == "flux_lora" else "diffusion_pytorch_model.safetensors"
+        controlnet = kind in ("flux_controlnet", "sd15", "sdxl")
+        flag = "--controlnet_model_name_or_path" if controlnet else "--lora_model_name_or_path"
+        read = load_file if controlnet else weight_changes
+        file = "diffusion_pytorch_model.safetensors" if controlnet else lora_files.LORA_FILE
         for out, rate in (("unchanged", 0.0), ("moved", 1e-3)):
-            train(folder, kind, root, data, out, rate, 1, f"{flag}={folder / 'theirs'}")
+            train(folder, kind, root, data, out, rate, 1, f"{flag}={folder / 'theirs'}", *ALWAYS.get(kind, ()))
         before, unchanged, moved = (read(folder / out / file) for out in ("theirs", "unchanged", "moved"))
         assert before.keys() == unchanged.keys() == moved.keys()
         gaps = [
@@ -173,6 +250,8 @@ def compare(work, roots, data):
         rows.append(
             (f"{name} of diffusers trained at learning rate 0: relative change of a weight", gaps[0], 1e-6, gaps[1])
         )
+        if kind == "flux_control":
+            rows += compare_control_loras(folder, root, found, base)
         if kind == "flux_lora":
             rows += compare_adapters(folder, root, found, base)
             for layout in ("kohya", "comfyui"):
@@ -181,6 +260,8 @@ def compare(work, roots, data):
                 rows.append(
                     (f"LoRA exported for {layout} in ours: difference of images, of 255", gap, 1.0, effect["ours"])
                 )
+    what = "Control-LoRA with the names of FLUX.1-Depth-dev-lora in ours: error by diffusers' conversion"
+    rows.append((what, native_error(work / "layouts"), 0, None))
     for what, error in json.loads((work / "layouts" / "layouts.json").read_text()).items():
         rows.append((f"LoRA in diffusers' converters: {what}: relative error of a weight change", error, 1e-5, None))
     return rows

@@ -2,7 +2,8 @@
 
     python interchange_reference.py WORK
 
-Reads WORK/<kind>/ours, settings.json, noise.npy and condition.png; writes WORK/<kind>/theirs and WORK/found.npz.
+Reads WORK/<kind>/ours*, settings.json, noise.npy, condition.png and mask.png; writes WORK/<kind>/theirs* and
+WORK/found.npz.
 """
 
 import json
@@ -76,6 +77,75 @@ def check_lora(folder, settings):
     return found
 
 
+FURTHER_LORAS = {  # kind -> its pipeline, and the layers that `write_further_lora` adapts
+    "flux_kontext": (diffusers.FluxKontextPipeline, ["attn.to_q", "attn.to_add_out", "ff.net.0.proj", "proj_mlp"]),
+    "flux_control": (diffusers.FluxControlPipeline, None),
+    "flux_fill": (diffusers.FluxFillPipeline, None),
+}
+
+
+def check_further_loras(folder, settings):
+    """`check_controlnet` for LoRAs of Kontext, and for Control-LoRAs, which are loaded on the base as it is."""
+    kind = settings["kind"]
+    root = Path(settings["root"])
+    noise = torch.from_numpy(np.load(folder / "noise.npy"))
+    condition, mask = (Image.open(folder / f"{name}.png") for name in ("condition", "mask"))
+
+    def generate(transformer):
+        if kind == "flux_kontext":
+            return reference.generate_flux_kontext(root, settings, transformer, noise, condition)
+        shown = (condition, mask) if kind == "flux_fill" else (condition,)
+        return reference.generate_flux_control(root, settings, transformer, noise, *shown)
+
+    found = {}
+    for name in sorted(path.name for path in folder.glob("ours*")):
+        pipeline = FURTHER_LORAS[kind][0].from_pretrained(root)
+        pipeline.load_lora_weights(folder / name / LORA_FILE)
+        found[name] = generate(pipeline.transformer)
+        found.setdefault("keys", 0)
+        found["keys"] += wrong_tensors(pipeline.transformer, load_file(folder / name / LORA_FILE))
+    found["theirs"] = generate(write_further_lora(root, folder / "theirs", kind, biases=False))
+    if kind == "flux_control":
+        found["theirs_bias"] = generate(write_further_lora(root, folder / "theirs_bias", kind, biases=True))
+    return found
+
+
+def wrong_tensors(transformer, tensors):
+    """The number of tensors of a file that the transformer has not got from it, and of those that are not in it."""
+    state = {f"transformer.{name}": value for name, value in transformer.state_dict().items()}
+    norms = {name for name in tensors if ".lora_" not in name}
+    unequal = sum(not torch.equal(state[name], tensors[name]) for name in norms)
+    return unequal + len(loaded_keys({"transformer": transformer}) ^ (tensors.keys() - norms))
+
+
+def write_further_lora(root, out, kind, biases):
+    """Writes a LoRA as the training scripts of diffusers do. Returns the transformer with it.
+
+    Those of Control-LoRAs write no alpha, which is the rank, and give the trained norms the prefix transformer., to
+    which save_lora_weights adds another one.
+    """
+    transformer, _ = new_models(root)
+    pipeline, targets = FURTHER_LORAS[kind]
+    if kind != "flux_kontext":
+        channels = json.loads((root / "vae" / "config.json").read_text())["latent_channels"]
+        reference.widen(transformer, 8 * channels + (256 if kind == "flux_fill" else 0))
+        targets = reference.linear_layers(transformer)
+    alpha = 9 if kind == "flux_kontext" else 6
+    transformer.add_adapter(peft.LoraConfig(r=6, lora_alpha=alpha, target_modules=targets, lora_bias=biases))
+    if kind == "flux_kontext":
+        further, metadata = {}, {"transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict()}
+    else:
+        reference.train_norms(transformer)
+        norms = {name: p for name, p in transformer.named_parameters() if p.requires_grad and ".lora_" not in name}
+        further, metadata = {f"transformer.{name}": norm for name, norm in norms.items()}, {}
+    layers = {**peft.get_peft_model_state_dict(changed(transformer, 0.15)), **further}
+    pipeline.save_lora_weights(out, transformer_lora_layers=layers, **metadata)
+    found = load_file(out / LORA_FILE)
+    assert biases == any(name.endswith(".lora_B.bias") for name in found)
+    assert bool(further) == any(name.startswith("transformer.transformer.") for name in found)
+    return transformer
+
+
 def loaded_keys(models):
     """The names of the adapter's tensors in the models of a pipeline, as diffusers saves them."""
     found = set()
@@ -128,7 +198,8 @@ def main(work):
     found = {}
     for folder in sorted(path.parent for path in work.glob("*/settings.json")):
         settings = json.loads((folder / "settings.json").read_text())
-        values = (check_lora if settings["kind"] == "flux_lora" else check_controlnet)(folder, settings)
+        check = check_further_loras if settings["kind"] in FURTHER_LORAS else check_controlnet
+        values = (check_lora if settings["kind"] == "flux_lora" else check)(folder, settings)
         found.update({f"{settings['kind']} {name}": value for name, value in values.items()})
     np.savez(work / "found.npz", **found)
 

@@ -3,7 +3,8 @@
     python lora_layouts_reference.py WORK
 
 WORK has adapter.safetensors (diffusers' layout), kohya.safetensors, comfyui.safetensors and pipeline/, their tiny FLUX.
-Writes WORK/layouts.json.
+Writes WORK/layouts.json. Also converts WORK/native_control.safetensors, a Control-LoRA of Black Forest Labs, to
+diffusers' layout: WORK/native_control_in_diffusers.safetensors.
 
 Every number is the largest error of a weight change, relative to its largest entry. diffusers' converters require a
 width of 3072, so the rows of B, or of a weight, are repeated to that width, and the result is subsampled.
@@ -16,7 +17,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 # diffusers 0.35.2 refuses these layers of kohya's layout if they have an alpha, as those of sd-scripts have. It reads
 # CLIP only under the name lora_te_ and drops lora_te1_.
@@ -101,6 +102,9 @@ def main(work):
     }
     theirs = {name: value for name, value in expected.items() if name.startswith("transformer.")}
     results["comfyui.safetensors, single-file converter"] = largest_difference(found, theirs)
+    control = diffusers.FluxControlPipeline.lora_state_dict(work / "native_control.safetensors")
+    control = {name: value.contiguous() for name, value in control.items()}
+    save_file(control, work / "native_control_in_diffusers.safetensors")
     (work / "layouts.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

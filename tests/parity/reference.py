@@ -92,7 +92,7 @@ class UNetControlNet:
             weights = snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
         return prediction, target, weights
 
-    def image(self, noise, condition):
+    def image(self, noise, condition, mask):
         """The image of diffusers' pipeline, uint8 [H, W, 3]."""
         return generate_unet(self.root, self.settings, self.models["controlnet"], noise, condition)
 
@@ -194,6 +194,9 @@ class FluxLora(Flux):
 
     def __init__(self, root, work, settings):
         super().__init__(root, settings)
+        if settings["kind"] == "flux_control":
+            channels = self.vae_config["latent_channels"]
+            widen(self.models["transformer"], 8 * channels + (4 * 64 if settings.get("fill") else 0))
         if "text_encoder" in settings["targets"]:
             self.models["text_encoder"] = freeze(load(transformers.CLIPTextModel, root / "text_encoder"))
         self.trained = {}
@@ -202,8 +205,12 @@ class FluxLora(Flux):
             rank = settings["rank"]
             alpha = settings["alpha"]
             targets = settings["targets"][prefix]
+            if targets == ["all-linear"]:
+                targets = linear_layers(model)
             model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
-            own = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+            if settings.get("norms"):
+                train_norms(model)
+            own = {name: p for name, p in model.named_parameters() if p.requires_grad}
             self.trained.update({f"{prefix}.{name.replace('.default.', '.')}": p for name, p in own.items()})
         for name, parameter in self.trained.items():
             parameter.data.copy_(start[name])
@@ -215,8 +222,148 @@ class FluxLora(Flux):
         prediction = self.models["transformer"](**self.common(batch, sigma, latents, pooled))[0]
         return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
 
-    def image(self, noise, condition):
+    def image(self, noise, condition, mask):
         return generate_flux(self.root, self.settings, noise, **self.models)
+
+
+def linear_layers(model):
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def train_norms(transformer):
+    """Trains the norms of queries and keys, too."""
+    for name, parameter in transformer.named_parameters():
+        if re.search(r"\.norm_(added_)?[qk]\.", name):
+            parameter.requires_grad = True
+
+
+@torch.no_grad()
+def widen(transformer, inputs):
+    """Gives the input layer `inputs` inputs. What it reads beyond the noisy latents has weights of zero."""
+    old = transformer.x_embedder
+    if inputs == old.in_features:
+        return
+    new = torch.nn.Linear(inputs, old.out_features).requires_grad_(False)
+    new.weight.zero_()
+    new.weight[:, : old.in_features] = old.weight
+    new.bias.copy_(old.bias)
+    transformer.x_embedder = new
+    transformer.register_to_config(in_channels=inputs, out_channels=old.in_features)
+
+
+class FluxKontext(FluxLora):
+    """LoRA of a transformer that reads the tokens of a source image after those of the noisy latents."""
+
+    def outputs(self, batch):
+        sigma = self.sigma(batch)
+        latents = self.latents(batch["moments"], batch["posterior"])
+        given = self.common(batch, sigma, latents, batch["pooled"])
+        count = given["hidden_states"].shape[1]
+        if "condition" in batch:
+            source = self.latents(batch["condition"], 0.0)  # the mean
+            height, width = source.shape[2:]
+            ids = diffusers.FluxKontextPipeline._prepare_latent_image_ids(None, height // 2, width // 2, "cpu", None)
+            ids[:, 0] = 1
+            given["hidden_states"] = torch.cat([given["hidden_states"], pack(source)], dim=1)
+            given["img_ids"] = torch.cat([given["img_ids"], ids])
+        prediction = self.models["transformer"](**given)[0][:, :count]
+        return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
+
+    def image(self, noise, condition, mask):
+        source = condition if self.settings.get("source") else None
+        return generate_flux_kontext(self.root, self.settings, self.models["transformer"], noise, source)
+
+
+def generate_flux_kontext(root, settings, transformer, noise, source):
+    pipeline = diffusers.FluxKontextPipeline.from_pretrained(root, transformer=transformer, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    height = 8 * noise.shape[2]
+    width = 8 * noise.shape[3]
+    image = pipeline(
+        image=source,
+        prompt=settings["caption"],
+        latents=pack(noise),
+        height=height,
+        width=width,
+        max_area=height * width,  # otherwise the image gets about a million pixels,
+        _auto_resize=False,  # and the source too
+        num_inference_steps=8,
+        guidance_scale=3.5,
+        max_sequence_length=settings["length"],
+    ).images[0]
+    return np.asarray(image)
+
+
+class FluxControlLora(FluxLora):
+    """LoRA of a transformer that reads the latents of a condition beside the noisy ones, or a masked image and mask."""
+
+    def outputs(self, batch):
+        sigma = self.sigma(batch)
+        latents = self.latents(batch["moments"], batch["posterior"])
+        given = self.common(batch, sigma, latents, batch["pooled"])
+        if self.settings.get("fill"):
+            beside = self.fill_inputs(batch)
+        else:
+            beside = [pack(self.latents(batch["condition"], 0.0))]  # the mean
+        given["hidden_states"] = torch.cat([given["hidden_states"], *beside], dim=2)
+        prediction = self.models["transformer"](**given)[0]
+        return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
+
+    @torch.no_grad()
+    def fill_inputs(self, batch):
+        """The masked images' latents and the masks, packed by the pipeline."""
+        vae = with_mean(load(diffusers.AutoencoderKL, self.root / "vae"))
+        part = SimpleNamespace(vae=vae, vae_scale_factor=8, _pack_latents=diffusers.FluxFillPipeline._pack_latents)
+        mask, image = diffusers.FluxFillPipeline.prepare_mask_latents(
+            part,
+            mask=batch["mask"],
+            masked_image=batch["pixels"] * (1 - batch["mask"]),
+            batch_size=len(batch["mask"]),
+            num_channels_latents=self.vae_config["latent_channels"],
+            num_images_per_prompt=1,
+            height=batch["mask"].shape[2],
+            width=batch["mask"].shape[3],
+            dtype=torch.float32,
+            device="cpu",
+            generator=None,
+        )
+        return image, mask
+
+    def image(self, noise, condition, mask):
+        mask = mask if self.settings.get("fill") else None
+        return generate_flux_control(self.root, self.settings, self.models["transformer"], noise, condition, mask)
+
+
+def with_mean(vae):
+    """The VAE, encoding to the mean of the posterior, as in our validation and inference, where pipelines sample."""
+    encode = vae.encode
+
+    def encode_to_mean(pixels):
+        mean = encode(pixels).latent_dist.mode()
+        return SimpleNamespace(latents=mean, latent_dist=SimpleNamespace(sample=lambda generator: mean))
+
+    vae.encode = encode_to_mean
+    return vae
+
+
+def generate_flux_control(root, settings, transformer, noise, condition, mask=None):
+    """The image for a condition, or, with a mask, of filling an image."""
+    cls = diffusers.FluxFillPipeline if mask else diffusers.FluxControlPipeline
+    pipeline = cls.from_pretrained(root, transformer=transformer, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    with_mean(pipeline.vae)
+    given = {"image": condition, "mask_image": mask} if mask else {"control_image": condition}
+    image = pipeline(
+        settings["caption"],
+        latents=pack(noise),
+        height=condition.height,
+        width=condition.width,
+        num_inference_steps=8,
+        guidance_scale=3.5,
+        max_sequence_length=settings["length"],
+        **given,
+    ).images[0]
+    return np.asarray(image)
 
 
 def generate_flux(root, settings, noise, **models):
@@ -255,17 +402,14 @@ class FluxControlNet(Flux):
         prediction = self.models["transformer"](**given, **residuals)[0]
         return unpack(prediction, *latents.shape[2:]), batch["noise"] - latents, self.weights(sigma)
 
-    def image(self, noise, condition):
+    def image(self, noise, condition, mask):
         return generate_flux_controlnet(self.root, self.settings, self.models["controlnet"], noise, condition)
 
 
 def generate_flux_controlnet(root, settings, controlnet, noise, condition):
     pipeline = diffusers.FluxControlNetPipeline.from_pretrained(root, controlnet=controlnet, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    # The pipeline samples the latents of the condition. Here they are the mean of the posterior, as in our validation
-    # and inference.
-    encode = pipeline.vae.encode
-    pipeline.vae.encode = lambda pixels: SimpleNamespace(latents=encode(pixels).latent_dist.mode())
+    with_mean(pipeline.vae)
     image = pipeline(
         settings["caption"],
         control_image=condition,
@@ -282,7 +426,14 @@ def generate_flux_controlnet(root, settings, controlnet, noise, condition):
 
 # ---- one case ------------------------------------------------------------------------------------
 
-KINDS = {"sd15": UNetControlNet, "sdxl": UNetControlNet, "flux_lora": FluxLora, "flux_controlnet": FluxControlNet}
+KINDS = {
+    "sd15": UNetControlNet,
+    "sdxl": UNetControlNet,
+    "flux_lora": FluxLora,
+    "flux_controlnet": FluxControlNet,
+    "flux_kontext": FluxKontext,
+    "flux_control": FluxControlLora,
+}
 
 
 def tensors_of(output):
@@ -346,9 +497,8 @@ def main(work):
         blocks, (found["prediction"], found["target"], _) = block_outputs(
             step.models, settings["block"], lambda: step.outputs(batches[0])
         )
-        found["image"] = torch.from_numpy(
-            step.image(torch.from_numpy(inputs["start"]), Image.open(work / "condition.png")).copy()
-        )
+        shown = [Image.open(work / f"{name}.png") for name in ("condition", "mask")]
+        found["image"] = torch.from_numpy(step.image(torch.from_numpy(inputs["start"]), *shown).copy())
     for parameter in step.trained.values():
         # Without single blocks, the last double block's text stream does not affect the loss: torch has no gradient for
         # it and AdamW would skip it. Our gradient is zero there, and the weights decay.

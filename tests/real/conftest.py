@@ -19,6 +19,9 @@ SCRIPTS = {
     "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
     "sd": "examples/controlnet/train_controlnet.py",
     "sdxl": "examples/controlnet/train_controlnet_sdxl.py",
+    "flux_kontext": "examples/flux_kontext/train_lora_flux_kontext.py",
+    "flux_control": "examples/flux_control/train_control_lora_flux.py",
+    "flux_fill": "examples/flux_control/train_control_lora_flux.py",
 }
 load_script = functools.cache(conftest.load_script)
 
@@ -80,6 +83,8 @@ def line(pairs, photos, encoder_cache):
             words += ["--instance_data_dir", photos, "--instance_prompt", "a photo of sks cat"]
         else:
             words += ["--train_data_dir", pairs]
+        if script == "flux_fill":
+            words += ["--fill", "--conditioning_image_column", "conditioning_image"]
         if script == "flux_controlnet":
             words += ["--num_double_layers", 1, "--num_single_layers", 1]
         return [str(word) for word in (*words, *more)]
@@ -116,6 +121,8 @@ def trains(run, pairs, tmp_path):
         validation = ["--validation_prompt", "a red circle", "--num_validation_images", 1]
         if script != "flux_lora":
             validation += ["--validation_image", pairs / "conditioning" / "000000.png"]
+        if script == "flux_fill":
+            validation += ["--validation_mask", pairs / "conditioning" / "000000.png"]
         losses = run(script, root, out, *validation, *more)
         assert list((out / "samples").glob("final*.png")), "no validation image"
         if resume:

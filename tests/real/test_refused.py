@@ -14,20 +14,22 @@ from conftest import load_script
 from safetensors.numpy import load_file
 
 from .conftest import SCRIPTS, copy, edit
-from .verdicts import FLUX, LORA, PIPELINES, SD, SDXL
+from .verdicts import CONTROL, FILL, FLUX, KONTEXT, LORA, PIPELINES, SD, SDXL
 
 FINAL = "diffusion_pytorch_model.safetensors"
-REFUSED = [name for name, verdict in PIPELINES.items() if not verdict.scripts]
+REFUSED = [name for name, verdict in PIPELINES.items() if verdict.script]
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_pipeline_that_is_not_trained(name, refused, real):
+    """By any script, or by the LoRA script."""
     verdict = PIPELINES[name]
     refused(verdict.script, real(name), (name, *verdict.words))
 
 
 CHANNELS = [
     ("FLUX.1-Fill-dev", LORA, "FluxPipeline", "384"), ("FLUX.1-Depth-dev", FLUX, "FluxPipeline", "128"),
+    ("FLUX.1-Fill-dev", CONTROL, "FluxPipeline", "384"), ("FLUX.1-Depth-dev", KONTEXT, "FluxPipeline", "128"),
     ("stable-diffusion-inpainting", SD, "StableDiffusionPipeline", "9"),
 ]  # fmt: skip
 
@@ -46,6 +48,8 @@ OTHER_SCRIPTS = [
     ("FLUX.1-dev", SD, "FluxPipeline"), ("FLUX.1-schnell", SDXL, "FluxPipeline"),
     ("stable-diffusion-2-1", LORA, "StableDiffusionPipeline"),
     ("stable-diffusion-xl-base-1.0", FLUX, "StableDiffusionXLPipeline"),
+    ("FLUX.1-Kontext-dev", FILL, "FluxKontextPipeline"), ("FLUX.1-Fill-dev", KONTEXT, "FluxFillPipeline"),
+    ("FLUX.1-Canny-dev", FILL, "FluxControlPipeline"),
 ]  # fmt: skip
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 LORA, FLUX, SD, SDXL = "flux_lora", "flux_controlnet", "sd", "sdxl"
+KONTEXT, CONTROL, FILL = "flux_kontext", "flux_control", "flux_fill"  # the last is the second's script with --fill
 
 
 class Verdict(NamedTuple):
-    """`scripts` train it. Without any, `script` refuses it with a message of all `words`; `why` is for the page."""
+    """`scripts` train it, and `script` refuses it with a message of all `words`; `why` is for the page."""
 
     scripts: tuple[str, ...] = ()
     script: str = ""
@@ -18,6 +19,11 @@ class Verdict(NamedTuple):
 
 def trained(*scripts: str, why: str = "") -> Verdict:
     return Verdict(scripts, why=why)
+
+
+def tool(kind: str, script: str, words: tuple[str, ...], why: str) -> Verdict:
+    """A model for one job, which the LoRA script refuses with the advice to use the job's script."""
+    return Verdict((script,), LORA, (f"Flux{kind}Pipeline", *words), why)
 
 
 def refused(script: str, *words: str, why: str) -> Verdict:
@@ -34,20 +40,24 @@ def inpainting() -> Verdict:
     )
 
 
-def tool(kind: str, why: str) -> Verdict:
-    return refused(LORA, f"Flux{kind}Pipeline", why=why)
-
-
 PIPELINES = {
-    "FLUX.1-dev": trained(LORA, FLUX),
+    "FLUX.1-dev": trained(LORA, FLUX, CONTROL),
     "FLUX.1-schnell": trained(LORA, FLUX),
     "FLUX.1-Krea-dev": trained(LORA),
-    "FLUX.1-Kontext-dev": tool("Kontext", "edits an image, which the scripts do not give it"),
+    "FLUX.1-Kontext-dev": tool("Kontext", KONTEXT, ("examples/flux_kontext/",), "edits an image"),
     "FLUX.1-Fill-dev": tool(
-        "Fill", "inpainting: the transformer takes 384 channels, latents with a mask and a masked image"
+        "Fill",
+        FILL,
+        ("examples/flux_control/ and --fill",),
+        "inpainting: the transformer takes 384 channels, latents with a mask and a masked image",
     ),
     **{
-        f"FLUX.1-{what}-dev": tool("Control", "the transformer takes 128 channels, latents with those of a condition")
+        f"FLUX.1-{what}-dev": tool(
+            "Control",
+            CONTROL,
+            ("examples/flux_control/",),
+            "the transformer takes 128 channels, latents with those of a condition",
+        )
         for what in ("Canny", "Depth")
     },
     **{name: trained(SD) for name in ("stable-diffusion-v1-4", "stable-diffusion-v1-5")},

@@ -40,6 +40,28 @@ def test_a_pair_is_one_thumbnail_with_the_condition_on_the_right(tmp_path):
         assert np.array_equal(half, np.asarray(Image.open(first).convert("RGB")))
 
 
+def test_pairs_are_checked_by_the_rules_of_their_script(tmp_path, scripts):
+    """A source may have another size, or be missing; a mask may be missing; the condition of a Control-LoRA may not."""
+    for name, size in (("a", (64, 64)), ("b", (96, 64)), ("c", (64, 64))):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(
+            tmp_path / f"{name}.png"
+        )
+    lines = ['"a.png", "conditioning_image_file_name": "b.png"', '"c.png", "conditioning_image_file_name": "a.png"']
+    lines = [f'{{"file_name": {line}, "text": "x"}}\n' for line in lines]
+
+    def usable(script, **values):
+        values = {"train_data_dir": str(tmp_path), "resolution": 64, **values}
+        task = data.task_of(str(scripts[script][0]), values)
+        report, thumbnails = data.check(values, task=task)
+        return task, "2 pairs, 2 usable" in report, [image.width for image, _ in thumbnails]
+
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    assert usable("FLUX Kontext LoRA") == ("kontext", True, [160, 128])
+    assert usable("FLUX Control-LoRA", fill=False) == ("controlnet", False, [160, 128])
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + lines[1])
+    assert usable("FLUX Control-LoRA", fill=True)[:2] == ("fill", True)
+
+
 def test_a_folder_without_images_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no image in this directory"):
         data.check({"instance_data_dir": str(tmp_path), "resolution": 64})

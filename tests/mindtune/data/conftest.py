@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from .image_files import noise
-from .pair_files import FORMS
+from .pair_files import FORMS, SOME_FORMS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -22,6 +22,16 @@ def sources(tmp_path_factory):
     for form in FORMS:
         folder = tmp_path_factory.mktemp(form.__name__)
         found[form] = {**form(folder), "cache_dir": str(tmp_path_factory.mktemp("cache"))}
+    return found
+
+
+@pytest.fixture(scope="session")
+def some_sources(tmp_path_factory):
+    """As `sources`, of the forms in which some pairs have no condition."""
+    found = {}
+    for form in SOME_FORMS:
+        options = {"cache_dir": str(tmp_path_factory.mktemp("cache")), "condition_optional": True}
+        found[form] = {**form(tmp_path_factory.mktemp(form.__name__)), **options}
     return found
 
 

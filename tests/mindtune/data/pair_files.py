@@ -34,7 +34,7 @@ WANTED = list(zip(IMAGES, CONDITIONS, CAPTIONS))
 
 
 def contents(pairs):
-    return [(pair.image.read(), pair.condition.read(), pair.caption) for pair in pairs]
+    return [(pair.image.read(), pair.condition and pair.condition.read(), pair.caption) for pair in pairs]
 
 
 def table(count=COUNT, **columns):
@@ -204,6 +204,93 @@ def as_shards_with_short_names(folder):
 
 
 FORMS = [value for name, value in list(globals().items()) if name.startswith("as_")]
+
+
+# ---- pairs without a condition -------------------------------------------------------------------
+
+# The library takes the columns of .tar shards from the first one, of 4 samples.
+LACKING = (4, 6)
+
+
+SOME_CONDITIONS = [None if number in LACKING else cell for number, cell in enumerate(CONDITIONS)]
+
+
+SOME_WANTED = list(zip(IMAGES, SOME_CONDITIONS, CAPTIONS))
+
+
+def some_as_parquet(folder):
+    table(conditioning_image=SOME_CONDITIONS).to_parquet(folder / "train.parquet")
+    return {"train_data_dir": str(folder)}
+
+
+def some_as_parquet_of_plain_structs(folder):
+    """An empty struct and a null."""
+    cells = [cell and {"bytes": cell, "path": "any.png"} for cell in SOME_CONDITIONS]
+    cells[LACKING[0]] = {"bytes": None, "path": ""}
+    columns = {"image": [{"bytes": cell, "path": None} for cell in IMAGES], "conditioning_image": cells}
+    pq.write_table(pa.table({**columns, "text": CAPTIONS}), folder / "train.parquet")
+    return {"dataset_name": str(folder)}
+
+
+def some_as_saved(folder):
+    table(conditioning_image=SOME_CONDITIONS).save_to_disk(folder)
+    return {"train_data_dir": str(folder)}
+
+
+def some_as_parquet_of_bytes(folder):
+    columns = {"image": IMAGES, "conditioning_image": SOME_CONDITIONS, "text": CAPTIONS}
+    pq.write_table(pa.table(columns), folder / "train.parquet")
+    return {"train_data_dir": str(folder)}
+
+
+def some_as_parquet_in_base64(folder):
+    """An empty text and a null, in the type of texts that newer programs write."""
+    conditions = [cell and base64.b64encode(cell).decode() for cell in SOME_CONDITIONS]
+    conditions[LACKING[1]] = ""
+    columns = {"image": IMAGES, "conditioning_image": pa.array(conditions, pa.large_string()), "text": CAPTIONS}
+    pq.write_table(pa.table(columns), folder / "train.parquet")
+    return {"train_data_dir": str(folder)}
+
+
+def some_rows(folder, image="file_name", condition="conditioning_image_file_name"):
+    """The first of the rows without a condition lacks the key, the second one has null."""
+    write_files(folder)
+    rows = [{image: f"images/{n}.png", condition: f"conditions/{n}.png", "text": CAPTIONS[n]} for n in range(COUNT)]
+    del rows[LACKING[0]][condition]
+    rows[LACKING[1]][condition] = None
+    for number in LACKING:
+        (folder / f"conditions/{number}.png").unlink()
+    return rows
+
+
+def some_as_folder(folder):
+    write_lines(folder / "metadata.jsonl", some_rows(folder))
+    return {"train_data_dir": str(folder)}
+
+
+def some_as_jsonl(folder):
+    rows = some_rows(folder, "image", "conditioning_image")
+    return {"jsonl_for_train": str(write_lines(folder / "pairs.jsonl", rows))}
+
+
+def some_as_metadata_csv(folder):
+    keys = ["file_name", "conditioning_image_file_name", "text"]
+    rows = [[row.get(key) or "" for key in keys] for row in some_rows(folder)]
+    (folder / "metadata.csv").write_text("\n".join(",".join(row) for row in [keys, *rows]))
+    return {"train_data_dir": str(folder)}
+
+
+def some_as_shards(folder):
+    samples = shard(range(COUNT))
+    for number in LACKING:
+        del samples[f"{number:04d}"]["conditioning.png"]
+    names = list(samples)
+    write_tar(folder / "0.tar", {name: samples[name] for name in names[:4]})
+    write_tar(folder / "1.tar", {name: samples[name] for name in names[4:]})
+    return {"train_data_dir": str(folder)}
+
+
+SOME_FORMS = [value for name, value in list(globals().items()) if name.startswith("some_as_")]
 
 
 def refusal(call=load_pairs, **arguments):

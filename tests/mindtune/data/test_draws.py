@@ -68,3 +68,12 @@ def test_held_out_draws_are_central_unflipped_and_the_same_at_every_evaluation()
         expected = rng.normal(7, f"held-out {purpose}", 3, shape=SHAPE)
         np.testing.assert_array_equal(draws.normal(purpose, SHAPE), expected)
         np.testing.assert_array_equal(HeldOutDraws(7, 3, 62).normal(purpose, SHAPE), expected)
+
+
+def test_generators_for_other_purposes():
+    """Those of training by pair and use, those of held-out samples by sample alone."""
+    expected = rng.generator(7, "pair fill mask", 3, 2).random(4)
+    np.testing.assert_array_equal(TrainingDraws(7, "pair", 3, 2).generator("fill mask").random(4), expected)
+    expected = rng.generator(7, "held-out fill mask", 3).random(4)
+    for timestep in (0, 437):
+        np.testing.assert_array_equal(HeldOutDraws(7, 3, timestep).generator("fill mask").random(4), expected)

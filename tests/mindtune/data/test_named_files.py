@@ -252,3 +252,51 @@ def test_files_that_metadata_name_are_not_reported_as_unused(tmp_path):
         "1 files next to metadata.jsonl are not used: notes.bin",
         "2 images are not used, because metadata.jsonl does not name them: .z.png, more/m.png",
     ]
+
+
+# ---- lines without a condition -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+@pytest.mark.parametrize("column", [None, "source_file_name"])
+def test_the_first_line_may_lack_the_condition(tmp_path, open_pairs, column):
+    """The keys of all lines count."""
+    write_files(tmp_path)
+    key = column or "conditioning_image_file_name"
+    rows = [{"file_name": f"images/{n}.png", "text": str(n)} for n in range(3)]
+    rows[1][key] = "conditions/1.png"
+    path = write_lines(tmp_path / "pairs.jsonl", rows)
+    source = Source(jsonl_for_train=str(path), conditioning_image_column=column, condition_optional=True)
+    found = sorted(contents(islice(open_pairs(source), 3)), key=lambda pair: pair[2])
+    assert found == [(IMAGES[0], None, "0"), (IMAGES[1], CONDITIONS[1], "1"), (IMAGES[2], None, "2")]
+
+
+def test_an_optional_condition_that_a_line_names_must_be_there(tmp_path):
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    rows = [{"image": "a.png", "text": "x"}, {"image": "a.png", "conditioning_image": "b.png", "text": "x"}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    found = refusal(jsonl_for_train=str(path), condition_optional=True)
+    assert "1 files named in a.jsonl are missing" in found and "b.png (line 2)" in found
+    path = write_lines(tmp_path / "a.jsonl", [rows[0], {**rows[1], "conditioning_image": 3}, {"text": "x"}])
+    found = refusal(jsonl_for_train=str(path), condition_optional=True)
+    assert "line 2: conditioning_image is 3, not text" in found and "line 3: lacks image; has text" in found
+    assert "--conditioning_image_column source: " in refusal(
+        jsonl_for_train=str(path), condition_optional=True, conditioning_image_column="source"
+    )
+
+
+def test_a_file_without_any_condition_is_named_with_all_of_its_keys(tmp_path):
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    rows = [{"image": "a.png", "text": "x"}, {"image": "a.png", "text": "y", "source": "a.png"}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    (line,) = notes_on_pairs(jsonl_for_train=str(path), condition_optional=True)
+    assert line.startswith("has the columns image, text, source; none is known to hold conditions, so no pair has one")
+
+
+def test_text_in_another_encoding_after_the_first_line_is_one_error(tmp_path):
+    """Also where the keys of all lines are read before."""
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    line = b'{"image": "a.png", "text": "x"}\n'
+    (tmp_path / "a.jsonl").write_bytes(line * 2 + line.replace(b"x", b"caf\xe9") + line)
+    found = refusal(jsonl_for_train=str(tmp_path / "a.jsonl"), condition_optional=True)
+    assert "a.jsonl is not UTF-8" in found

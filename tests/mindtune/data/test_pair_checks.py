@@ -1,5 +1,6 @@
 """The check of all pairs before a run, and the background of transparent condition images."""
 
+import hashlib
 import io
 import pickle
 
@@ -134,3 +135,56 @@ def test_opaque_conditions_of_a_single_colour_are_reported(tmp_path, capsys):
         capsys.readouterr().out
         == f"--train_data_dir: 1 of 3 condition images are blank, all pixels have the same colour: {tmp_path}/d[1]\n"
     )
+
+
+# ---- pairs without a condition, and conditions of other sizes -------------------------------------
+
+
+@pytest.fixture
+def varied(tmp_path):
+    """Pairs with a condition of the same size, of another one, without one, and with one that is not an image."""
+    images = [png(40, 32), png(40, 32, 1), png(40, 32, 2), png(40, 32, 3)]
+    conditions = [png(40, 32, 4), png(20, 30, 5), None, b"no image"]
+    table(4, image=images, conditioning_image=conditions, text=list("abcd")).save_to_disk(tmp_path / "varied")
+    return load_pairs(Source(train_data_dir=str(tmp_path / "varied"), condition_optional=True))
+
+
+def test_what_is_found_of_a_condition_is_its_own(varied, capsys):
+    good = preflight_pairs(varied, 32, "--flag", skip_bad=True, own_condition_size=True)
+    assert [pair.caption for pair in good] == ["a", "b", "c"]
+    assert [pair.image.size for pair in good] == [(40, 32)] * 3
+    assert [pair.condition and pair.condition.size for pair in good] == [(40, 32), (20, 30), None]
+    for pair in good:
+        assert pair.image.known_digest == hashlib.sha256(pair.image.read()).hexdigest()
+        if pair.condition:
+            assert pair.condition.known_digest == hashlib.sha256(pair.condition.read()).hexdigest()
+    assert [pair.caption for pair in good.select([2, 1])] == ["c", "b"]
+    assert [pair.condition and pair.condition.size for pair in good.select([2, 1])] == [None, (20, 30)]
+    printed = capsys.readouterr().out.splitlines()
+    assert "continuing without 1 of 4 pairs" in printed[0] and "varied[3]: its condition: not an image" in printed[1]
+    assert printed[2:] == [f"--flag: 1 of 3 pairs have no condition, such as {varied.name}[2]"]
+
+
+def test_a_condition_of_another_size_is_refused_where_sizes_must_agree(varied):
+    found = refusal(preflight_pairs, pairs=varied.select([0, 1, 2]), min_size=32, flag="--flag", skip_bad=False)
+    assert "1 of 3 pairs cannot be used" in found and "[1]: 40x32, its condition 20x30" in found
+
+
+def test_an_image_that_is_too_small_is_refused_and_a_condition_is_not(varied):
+    options = {"flag": "--flag", "skip_bad": False, "own_condition_size": True}
+    found = refusal(preflight_pairs, pairs=varied.select([1, 2]), min_size=40, **options)
+    assert "2 of 2 pairs" in found and "[1]: 40x32 is smaller than --resolution 40" in found
+    assert len(preflight_pairs(varied.select([1, 2]), 32, **options)) == 2
+
+
+def test_blank_conditions_are_counted_among_the_conditions(tmp_path, capsys):
+    """A mask without anything to fill is such a condition."""
+    black = io.BytesIO()
+    Image.new("L", (16, 16)).save(black, "png")
+    table(3, conditioning_image=[CONDITIONS[0], None, black.getvalue()]).save_to_disk(tmp_path / "d")
+    pairs = load_pairs(Source(train_data_dir=str(tmp_path / "d"), condition_optional=True))
+    preflight_pairs(pairs, 16, "--flag", False)
+    assert capsys.readouterr().out.splitlines() == [
+        f"--flag: 1 of 3 pairs have no condition, such as {tmp_path}/d[1]",
+        f"--flag: 1 of 2 condition images are blank, all pixels have the same colour: {tmp_path}/d[2]",
+    ]

@@ -1,10 +1,12 @@
 """Pairs that are streamed: their order, where they start, and what cannot be read."""
 
+import io
 import pickle
 from itertools import islice
 
 import datasets
 import pytest
+from PIL import Image
 
 from mindtune.cli import UserError
 from mindtune.data.columns import Source
@@ -16,6 +18,8 @@ from .pair_files import (
     COUNT,
     FORMS,
     IMAGES,
+    SOME_FORMS,
+    SOME_WANTED,
     WANTED,
     WHITE,
     as_folder,
@@ -25,6 +29,7 @@ from .pair_files import (
     contents,
     drawing,
     shard,
+    some_as_folder,
     table,
     write_tar,
 )
@@ -133,3 +138,41 @@ def test_a_stream_that_fails_reports_the_pass(tmp_path):
     stream = iter(PairStream(Source(train_data_dir=str(tmp_path)), buffer_size=1))
     with pytest.raises(UserError, match="cannot continue reading in pass 0: UnicodeDecodeError"):
         list(islice(stream, COUNT))
+
+
+# ---- pairs without a condition -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", SOME_FORMS, ids=lambda form: form.__name__)
+def test_streamed_pairs_may_lack_a_condition(some_sources, form, capsys):
+    stream = PairStream(Source(**some_sources[form]), seed=3, buffer_size=1, count=COUNT)
+    assert sorted(contents(stream), key=lambda pair: pair[2]) == SOME_WANTED
+    assert ", 7 pairs of its first 256 rows: 2 of 7 pairs have no condition, such as " in capsys.readouterr().out
+
+
+def test_a_streamed_pair_that_needs_a_condition_is_an_error_when_it_is_reached(some_sources):
+    source = Source(**some_sources[some_as_folder])
+    pairs = iter(PairStream(source, buffer_size=1, own_condition_size=True))
+    assert contents(islice(pairs, 4)) == SOME_WANTED[:4]
+    with pytest.raises(UserError, match="position 4 of the stream: has no condition.* leave --streaming out"):
+        next(pairs)
+
+
+def test_a_stream_that_needs_conditions_and_has_no_column_of_them_is_refused(tmp_path):
+    (tmp_path / "d").mkdir()
+    table(conditioning_image=None).to_parquet(tmp_path / "d/train.parquet")
+    source = Source(train_data_dir=f"{tmp_path}/d", cache_dir=str(tmp_path / "cache"), condition_optional=True)
+    with pytest.raises(UserError, match="has no column of conditions.* leave --streaming out"):
+        PairStream(source, own_condition_size=True)
+
+
+def test_notes_on_streamed_conditions_of_another_size(tmp_path):
+    """Such a pair is no bad one, so what is found of its condition counts."""
+    large = Image.open(io.BytesIO(drawing(WHITE))).resize((48, 32))
+    file = io.BytesIO()
+    large.save(file, "png")
+    (tmp_path / "d").mkdir()
+    table(2, conditioning_image=[file.getvalue()] * 2).to_parquet(tmp_path / "d/train.parquet")
+    source = Source(train_data_dir=f"{tmp_path}/d", cache_dir=str(tmp_path / "cache"))
+    assert PairStream(source, own_condition_size=True).background == "black"
+    assert PairStream(source).background == "white"

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mindtune.cli import UserError
+from mindtune.data import pairs as pairs_module
 from mindtune.data.columns import Source
+from mindtune.data.image_sample import is_empty_cell
+from mindtune.data.pair_checks import preflight_pairs
 from mindtune.data.pair_stream import PairStream
 from mindtune.data.pairs import Pairs, load_pairs
 
@@ -19,8 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "tiny"))
 import shapes
 
 from .pair_files import (
+    CAPTIONS,
     COUNT,
     FORMS,
+    IMAGES,
+    SOME_FORMS,
+    SOME_WANTED,
     WANTED,
     as_folder,
     as_jsonl,
@@ -28,6 +36,8 @@ from .pair_files import (
     contents,
     notes_on_pairs,
     refusal,
+    some_as_folder,
+    some_as_jsonl,
     table,
     write_files,
     write_lines,
@@ -90,6 +100,82 @@ def test_an_image_may_have_several_conditions_and_captions(tmp_path):
         (tmp_path / f"images/{number}.png").unlink()
     write_lines(tmp_path / "metadata.jsonl", rows)
     assert notes_on_pairs(train_data_dir=str(tmp_path), cache_dir=str(tmp_path.parent / "cache")) == []
+
+
+# ---- pairs without a condition -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", SOME_FORMS, ids=lambda form: form.__name__)
+def test_a_pair_may_lack_a_condition_in_every_form(some_sources, form):
+    """With the empty and the missing cells of each form; also in a selection, and after pickling."""
+    pairs = load_pairs(Source(**some_sources[form]))
+    assert contents(pairs) == contents(pairs[n] for n in range(COUNT)) == SOME_WANTED
+    assert pairs.condition_count == COUNT - 2
+    chosen = pickle.loads(pickle.dumps(pairs.select([6, 0, 4, 6])))
+    assert contents(chosen) == [SOME_WANTED[n] for n in (6, 0, 4, 6)] and chosen.condition_count == 1
+
+
+@pytest.mark.parametrize("form", SOME_FORMS, ids=lambda form: form.__name__)
+def test_a_pair_without_a_condition_stays_an_error_where_each_needs_one(some_sources, form):
+    """A line without the key is refused at once, an empty cell when it is opened."""
+    arguments = {**some_sources[form], "condition_optional": False}
+    if form in (some_as_folder, some_as_jsonl):
+        assert "line 5: lacks conditioning_image; has image, text" in refusal(**arguments)
+        return
+    pairs = load_pairs(Source(**arguments))
+    assert pairs.condition_count == COUNT
+    with pytest.raises(FileNotFoundError, match="the cell of the data set is empty"):
+        pairs[4].condition.open()
+
+
+@pytest.mark.parametrize("open_pairs", [load_pairs, PairStream])
+def test_a_data_set_without_conditions_is_named_with_its_columns(tmp_path, open_pairs):
+    """They may be there under another name, so the line says how to name them."""
+    (tmp_path / "d").mkdir()
+    table(conditioning_image=None, sketch=IMAGES).to_parquet(tmp_path / "d/train.parquet")
+    arguments = {"train_data_dir": f"{tmp_path}/d", "condition_optional": True, "cache_dir": str(tmp_path / "cache")}
+    (line,) = notes_on_pairs(open_pairs, **arguments)
+    assert line == (
+        "has the columns image, text, sketch; none is known to hold conditions, so no pair has one. "
+        "Name one with --conditioning_image_column if the pairs have conditions"
+    )
+    if open_pairs is load_pairs:
+        pairs = open_pairs(Source(**arguments))
+        assert contents(pairs) == [(image, None, text) for image, _, text in WANTED] and pairs.condition_count == 0
+        assert contents(preflight_pairs(pairs, 16, "--flag", False)) == contents(pairs)
+    named = open_pairs(Source(**arguments, conditioning_image_column="sketch"))
+    assert next(iter(named)).condition.read() in IMAGES
+    assert "--conditioning_image_column scetch: " in refusal(
+        open_pairs, **arguments, conditioning_image_column="scetch"
+    )
+
+
+@pytest.mark.parametrize("cells", [[None] * COUNT, [""] * COUNT])
+def test_a_column_of_conditions_may_be_empty_throughout(tmp_path, cells):
+    """Of nulls alone it has the type null."""
+    columns = {"image": [{"bytes": cell} for cell in IMAGES], "conditioning_image": cells, "text": CAPTIONS}
+    (tmp_path / "d").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "d/train.parquet")
+    arguments = {"train_data_dir": f"{tmp_path}/d", "cache_dir": str(tmp_path / "cache"), "condition_optional": True}
+    assert notes_on_pairs(**arguments) == ["column conditioning_image is empty throughout, so no pair has a condition"]
+    assert [pair.condition for pair in load_pairs(Source(**arguments))] == [None] * COUNT
+
+
+def test_which_cells_are_empty_is_found_without_reading_images(tmp_path, monkeypatch):
+    """As `is_empty_cell` says for each cell, over more than one block of rows."""
+    kinds = [None, {"bytes": None, "path": None}, {"bytes": b"", "path": ""}, {"bytes": None, "path": "a.png"}]
+    kinds += [{"bytes": b"x", "path": None}, {"bytes": b"", "path": "a.png"}]
+    order = np.random.default_rng(0).integers(len(kinds), size=2500)
+    rows = datasets.Dataset.from_dict({"image": [kinds[n] for n in order]})
+    expected = [not is_empty_cell(kinds[n]) for n in order]
+    assert [is_empty_cell(kind) for kind in kinds] == [True, True, True, False, False, False]
+    assert pairs_module._filled_cells(rows, "image").tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "large_binary"])
+def test_empty_cells_of_every_type_of_text_and_bytes(kind):
+    cells = pa.chunked_array([pa.array(["a", "", None], "string").cast(getattr(pa, kind)())] * 2)
+    assert pairs_module._is_filled(cells).tolist() == [True, False, False] * 2
 
 
 # ---- what cannot be read -------------------------------------------------------------------------

@@ -14,6 +14,8 @@ REQUIRED = {
     "flux_controlnet/train_controlnet_flux.py": ["--train_data_dir=x"],
     "examples/controlnet/train_controlnet.py": ["--train_data_dir=x"],
     "examples/controlnet/train_controlnet_sdxl.py": ["--train_data_dir=x"],
+    "examples/flux_kontext/train_lora_flux_kontext.py": ["--train_data_dir=x"],
+    "examples/flux_control/train_control_lora_flux.py": ["--train_data_dir=x"],
 }
 
 

@@ -26,7 +26,7 @@ from mindtune.models.loading import (
     import_model_class_from_model_name_or_path,
     load_model,
     load_scheduler,
-    narrow_transformer,
+    training_sigmas,
 )
 from mindtune.models.named_parameters import model_parameters
 from mindtune.models.precision import cast_cell, resolve_precision
@@ -423,10 +423,14 @@ def test_tokenizers_and_scheduler(tiny_flux):
     assert read_config(tiny_flux, "scheduler")["max_shift"] == 1.15
 
 
-def test_the_narrow_transformer_has_the_real_names(tiny_flux):
-    def layers(model):
-        return {name for name, _ in model.cells_and_names()}
-
-    narrow = narrow_transformer(tiny_flux)
-    assert layers(narrow) == layers(load_model(tiny_flux, "transformer", resolve_precision("no")))
-    assert sum(p.size for p in narrow.get_parameters()) < 20_000
+@pytest.mark.parametrize("shift", ["auto", "2.5"])
+def test_sigmas_of_several_sizes_are_shifted_for_each(tiny_flux, shift):
+    """Of (1000 - index) / 1000; auto: by exp(mu), linear in the tokens from 256 to 4096. Places: the largest size's."""
+    sizes = [(512, 256), (1024, 512), (256, 256)]
+    sigmas, places = training_sigmas(tiny_flux, sizes, shift)
+    plain = (1000 - np.arange(1000)) / 1000
+    for found, (height, width) in zip(sigmas, sizes):
+        mu = 0.5 + 0.65 * (height * width / 256 - 256) / (4096 - 256)
+        factor = np.exp(mu) if shift == "auto" else 2.5
+        np.testing.assert_allclose(found, factor * plain / (1 + (factor - 1) * plain), rtol=1e-6)
+    np.testing.assert_array_equal(places, sigmas[1])

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from mindtune.cli import UserError
 from mindtune.flow import latent_image_ids
-from mindtune.models import lora, lora_files
-from mindtune.models.loading import load_model, narrow_transformer
+from mindtune.models import lora, lora_files, lora_settings
+from mindtune.models.loading import linear_layers, load_model
 from mindtune.models.lora_settings import TEXT_ENCODER_TARGETS, TRANSFORMER_TARGETS
 from mindtune.models.precision import cast_training_params, freeze_params, resolve_precision
 
@@ -238,6 +238,54 @@ def test_a_scale_weakens_the_adapter(load, base_output, tmp_path, scale):
     np.testing.assert_allclose(forward(loaded), expected, rtol=1e-4, atol=1e-4)
 
 
+# A Control-LoRA of each origin: the norms and biases of these layers by the names in its file, and then in the model.
+NORM, ADDED = "transformer_blocks.1.attn.norm_added_k.weight", "single_transformer_blocks.0.attn.norm_q.weight"
+CONTROL_NAMES = {
+    "ours": {f"transformer.{NORM}": NORM, f"transformer.{ADDED}": ADDED},
+    "diffusers' script": {f"transformer.transformer.{NORM}": NORM, f"transformer.transformer.{ADDED}": ADDED},
+    "native": {
+        "double_blocks.1.txt_attn.norm.key_norm.scale": NORM,
+        "single_blocks.0.norm.query_norm.scale": ADDED,
+    },
+}
+
+
+@pytest.mark.parametrize("origin, scale", zip(CONTROL_NAMES, (1.0, 0.25, 0.25)))
+def test_norms_and_biases_of_a_file(load, base_output, tmp_path, origin, scale):
+    """Norms move towards those of the file, and biases of B are added to those of the layers. Both can be disabled."""
+    rng, expected = np.random.default_rng(4), load()
+    extra = {
+        f"transformer.{layer}.lora_B.bias": rng.standard_normal(WIDTH).astype(np.float32) for layer in (Q0, SINGLE)
+    }
+    for name, value in extra.items():
+        layer = dict(expected.cells_and_names())[name[len("transformer.") : -len(".lora_B.bias")]]
+        layer.bias.set_data(ms.Tensor(layer.bias.asnumpy() + scale * 1.5 * value))
+    for entry, name in CONTROL_NAMES[origin].items():
+        norm = dict(expected.parameters_and_names())[name]
+        extra[entry] = rng.uniform(0.5, 2.0, norm.shape).astype(np.float32)
+        norm.set_data(ms.Tensor((1 - scale) * norm.asnumpy() + scale * extra[entry]))
+    extra.update({f"transformer.{layer}.alpha": np.array(6.0, np.float32) for layer in (Q0, SINGLE)})
+    path, tensors = write_adapter(tmp_path / "f", {Q0: 4, SINGLE: 4}, extra=extra)
+    loaded = load()
+    lora.load_lora(path, {"transformer": loaded}, ms.float32, scale=scale)
+    found = forward(loaded)
+    np.testing.assert_allclose(
+        found, forward(merged(expected, tensors, lambda layer: 1.5 * scale)), rtol=1e-4, atol=1e-4
+    )
+    assert np.abs(found - base_output).max() > 0.1 * scale
+    lora.enable_lora(loaded, False)
+    np.testing.assert_array_equal(forward(loaded), base_output)
+    lora.enable_lora(loaded, True)
+    np.testing.assert_array_equal(forward(loaded), found)
+
+
+@pytest.mark.parametrize("name, size", [(NORM.replace("1", "7"), 16), (NORM, 8)])
+def test_norms_that_the_model_does_not_have(load, tmp_path, name, size):
+    path, _ = write_adapter(tmp_path / "f", {Q0: 4}, extra={f"transformer.{name}": np.ones(size, np.float32)})
+    with pytest.raises(UserError, match=f"made for another model; this transformer has no {name} .{size},."):
+        lora.load_lora(path, {"transformer": load()}, ms.float32)
+
+
 def test_layers_with_different_ranks_and_scales(load, tmp_path):
     """The file of another tool, with alpha entries."""
     extra = {f"transformer.{layer}.alpha": np.array(4.0, np.float32) for layer in (Q0, Q1, SINGLE)}
@@ -365,33 +413,38 @@ def test_files_for_another_model_are_rejected(load, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def narrow(tiny_flux):
-    return narrow_transformer(tiny_flux)
+def names(tiny_flux):
+    return list(linear_layers(tiny_flux, "transformer"))
+
+
+def test_the_names_in_configs_are_those_of_the_loaded_model(names, load):
+    assert sorted(names) == sorted(lora.linear_names(load()))
 
 
 @pytest.mark.parametrize(
-    "target", [*TARGETS, "add_q_proj", "ff.net.0.proj", "x_embedder", "transformer_blocks.1.attn.to_q"]
+    "target",
+    [*TARGETS, "add_q_proj", "ff.net.0.proj", "x_embedder", "transformer_blocks.1.attn.to_q", lora_settings.ALL_LINEAR],
 )
-def test_names_of_linear_layers_are_targets(narrow, target):
-    lora.check_targets(narrow, [target], "--lora_layers")
+def test_names_of_linear_layers_are_targets(names, target):
+    lora_settings.check_targets(names, [target], "--lora_layers")
 
 
 @pytest.mark.parametrize(
     "target, similar", [("to_qq", "to_q"), ("q_proj", "add_q_proj"), ("proj_mpl", "proj_mlp"), ("to_out", "to_out.0")]
 )
-def test_a_wrong_target_is_rejected_with_similar_names(narrow, target, similar):
+def test_a_wrong_target_is_rejected_with_similar_names(names, target, similar):
     with pytest.raises(UserError) as error:
-        lora.check_targets(narrow, ["to_k", target], "--lora_layers")
-    head, names = str(error.value).split(" Similar names: ")
+        lora_settings.check_targets(names, ["to_k", target], "--lora_layers")
+    head, found = str(error.value).split(" Similar names: ")
     assert head == f"--lora_layers {target}: no linear layer has that name."
-    assert similar in names.rstrip(".").split(", ")
+    assert similar in found.rstrip(".").split(", ")
 
 
 @pytest.mark.parametrize("target", ["norm_q", "attn", "o_q", "zzz", ""])
-def test_other_names_are_no_targets(narrow, target):
+def test_other_names_are_no_targets(names, target):
     """A norm, a block, part of a name, a name without similar ones, an empty name."""
     with pytest.raises(UserError, match=r"no linear layer has that name. Similar names: .*[a-z]"):
-        lora.check_targets(narrow, [target], "--lora_layers")
+        lora_settings.check_targets(names, [target], "--lora_layers")
 
 
 # ---- training on from a file ---------------------------------------------------------------------

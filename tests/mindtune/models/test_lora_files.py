@@ -121,6 +121,15 @@ def test_layouts_of_other_tools_change_the_weights_equally(tmp_path, layout):
         np.testing.assert_allclose(changes[f"transformer.{layer}"], scale * (b @ a), rtol=1e-5, atol=1e-6)
 
 
+def test_alpha_scales_the_bias_of_b(tmp_path):
+    """As in peft: it is part of what B computes."""
+    bias = np.arange(WIDTH, dtype=np.float32)
+    extra = {f"transformer.{Q0}.alpha": np.array(6.0, np.float32), f"transformer.{Q0}.lora_B.bias": bias}
+    path, _ = write_adapter(tmp_path / "f", {Q0: 4}, extra=extra)
+    adapter = lora_files.read_adapters(path, "--lora", biases=True)["transformer"]
+    np.testing.assert_array_equal(adapter[f"{Q0}.lora_B.bias"], 1.5 * bias)
+
+
 def test_the_last_layer_has_the_default_rank(tmp_path):
     """proj_out is also the end of single_transformer_blocks.1.proj_out, which a key of peft's pattern would match."""
     assert lora_files.rank_and_pattern({"a.proj_out": 3, "b": 3, "proj_out": 2}) == (2, {"a.proj_out": 3, "b": 3})

@@ -5,6 +5,7 @@ import re
 import tempfile
 from pathlib import Path
 
+import mindspore as ms
 import ml_dtypes
 import numpy as np
 import pytest
@@ -577,17 +578,8 @@ REJECTED = {
     "full differences": ({**pair(PAIR), **values(f"{PAIR}.diff", f"{PAIR}.diff_b")}, "full differences"),
     "full differences alone": (values("diffusion_model.double_blocks.0.img_attn.proj.diff"), "full differences"),
     "LyCORIS norms": ({**pair(PAIR), **values("lora_unet_double_blocks_0_img_norm.w_norm", shape=(4,))}, "norms"),
-    "LoRA with biases": ({**pair(NEXT, AB), **values(f"{NEXT}.lora_B.bias", shape=(4,))}, "biases"),
-    "Black Forest Labs' control LoRA": (
-        {
-            **pair("img_in", AB),
-            **values("img_in.lora_B.bias", "double_blocks.0.img_attn.norm.query_norm.scale", shape=(4,)),
-        },
-        "control LoRA",
-    ),
-    "control LoRA by diffusers' names": (
-        {**pair(NEXT, AB), **values("transformer.transformer_blocks.0.attn.norm_q.weight", shape=(4,))}, "control LoRA"
-    ),
+    "LoRA with biases of A": ({**pair(NEXT, AB), **values(f"{NEXT}.lora_A.bias", shape=(4,))}, "biases of A"),
+    "norms alone": (values("transformer.transformer_blocks.0.attn.norm_q.weight", shape=(4,)), "full weights"),
     "OneTrainer with embeddings": ({**pair(PAIR), **values("bundle_emb.cat.clip_l", shape=(1, 4))}, "embeddings"),
     "peft with embeddings": (
         {**pair(NEXT, AB), **values("text_encoder.token_embedding.lora_embedding_A")}, "embedding",
@@ -633,17 +625,29 @@ REJECTED = {
 }  # fmt: skip
 
 
+# Files that are read to generate images: some have biases, which can be used for nothing else.
+CONTROL_LORAS = {
+    "Control-LoRA of Black Forest Labs": {
+        **pair("img_in", AB),
+        **values("img_in.lora_B.bias", "double_blocks.0.img_attn.norm.query_norm.scale", shape=(4,)),
+    },
+    "Control-LoRA of diffusers": {
+        **pair(NEXT, AB), **values("transformer.transformer_blocks.0.attn.norm_q.weight", shape=(4,)),
+    },
+    "LoRA with biases of B": {**pair(NEXT, AB), **values(f"{NEXT}.lora_B.bias", shape=(4,))},
+}  # fmt: skip
+
+
 def adapter_rows(folder=None):
     """(tool or type, an entry of its file, "read" or the error message), from reading a small file of each."""
     with tempfile.TemporaryDirectory() as nowhere:
         path = Path(folder or nowhere) / "lora.safetensors"
-        files = {tool: tool_file(tool)[0] for tool in TOOLS} | {
-            kind: tensors for kind, (tensors, _) in REJECTED.items()
-        }
+        rejected = {kind: tensors for kind, (tensors, _) in REJECTED.items()}
+        files = {tool: tool_file(tool)[0] for tool in TOOLS} | CONTROL_LORAS | rejected
         rows = []
         for tool, tensors in files.items():
             try:
-                lora_files.read_adapters(write(path, tensors), "--lora")
+                lora_files.read_adapters(write(path, tensors), "--lora", biases=True)
                 verdict = "read"
             except UserError as error:
                 verdict = str(error)[len(f"--lora {path}: ") :]
@@ -653,10 +657,71 @@ def adapter_rows(folder=None):
 
 def test_every_file_is_read_or_rejected_by_name(tmp_path):
     rows = {tool: verdict for tool, _, verdict in adapter_rows(tmp_path)}
-    assert {tool for tool, verdict in rows.items() if verdict == "read"} == set(TOOLS)
+    assert {tool for tool, verdict in rows.items() if verdict == "read"} == {*TOOLS, *CONTROL_LORAS}
     for kind, (_, words) in REJECTED.items():
         assert re.search(words, rows[kind]), (kind, rows[kind])
         assert re.search(r"\. (Give|Save|Only|Keep) [^.]", rows[kind]), rows[kind]  # what to do
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_control_lora_of_black_forest_labs(tmp_path, dtype):
+    """B has biases and is not block-diagonal: every layer gets all of A, and its rows of B and of the bias."""
+    tensors, changes = tool_file("Black Forest Labs' names", dtype)
+    rng, norms = np.random.default_rng(3), {}
+    biases = {name[: -len("weight")] + "bias": len(value) for name, value in tensors.items() if ".lora_B." in name}
+    biases = {name: rng.standard_normal(rows).astype(dtype) for name, rows in biases.items()}
+    for native, own in {
+        "double_blocks.1.img_attn.norm.query_norm": "transformer_blocks.1.attn.norm_q",
+        "double_blocks.1.img_attn.norm.key_norm": "transformer_blocks.1.attn.norm_k",
+        "double_blocks.1.txt_attn.norm.query_norm": "transformer_blocks.1.attn.norm_added_q",
+        "double_blocks.1.txt_attn.norm.key_norm": "transformer_blocks.1.attn.norm_added_k",
+        "single_blocks.12.norm.query_norm": "single_transformer_blocks.12.attn.norm_q",
+        "single_blocks.12.norm.key_norm": "single_transformer_blocks.12.attn.norm_k",
+    }.items():
+        norms[f"{own}.weight"] = tensors[f"{native}.scale"] = rng.standard_normal(4).astype(dtype)
+    path = write(tmp_path / "f", {**tensors, **biases})
+    found = lora_files.read_adapters(path, "--lora", biases=True)["transformer"]
+    for name, value in norms.items():
+        np.testing.assert_array_equal(found.pop(name), value.astype(np.float32), err_msg=name)
+    for native, layers in NATIVE.items():
+        whole = biases[f"{native}.lora_B.bias"].astype(np.float32)
+        if native == "final_layer.adaLN_modulation.1":
+            whole = np.concatenate([whole[D:], whole[:D]])
+        for layer, piece in zip(layers, np.split(whole, np.cumsum([outputs(layer) for layer in layers])[:-1])):
+            np.testing.assert_array_equal(found.pop(f"{layer}.lora_B.bias"), piece, err_msg=layer)
+            a, b = (found.pop(f"{layer}.lora_{half}.weight").astype(np.float64) for half in "AB")
+            np.testing.assert_allclose(b @ a, changes[f"transformer.{layer}"], rtol=1e-6, atol=1e-6, err_msg=layer)
+    assert not found
+
+
+NORM_NAMES = [
+    "transformer.transformer_blocks.0.attn.norm_q.weight",
+    "transformer_blocks.3.attn.norm_added_k.weight",
+    "base_model.model.single_transformer_blocks.5.attn.norm_k.weight",
+]
+
+
+@pytest.mark.parametrize("name", NORM_NAMES)
+def test_norms_of_a_control_lora_are_read_and_written_again(tmp_path, name):
+    """In float32 whatever the file's dtype: near 1, half precision would lose what training changed.
+
+    The layouts of other tools do not hold them.
+    """
+    tensors = {**pair(NEXT, AB), name: np.array([1.0, 1.25]).astype(ml_dtypes.bfloat16)}
+    found, alphas = lora_files.read_lora(write(tmp_path / "f", tensors), "--lora")
+    block = re.search("(single_)?transformer_blocks.*", name)[0]
+    adapter = lora_files.read_adapters(tmp_path / "f", "--lora")["transformer"]
+    assert adapter[block].tolist() == [1.0, 1.25] and adapter[block].dtype == np.float32
+    assert list(lora_files.by_layer(adapter)) == ["transformer_blocks.0.attn.to_q"]
+    found[f"transformer.{block}"] = np.array([1.0, 1.0 + 2**-20], np.float32)
+    summary = lora_files.write_lora(tmp_path / "g", found, alphas, "diffusers", ms.bfloat16)
+    assert summary == lora_files.describe(adapter) == "1 layers of rank 4, 1 norms"
+    written = lora_files.read_safetensors(tmp_path / "g")[0]
+    assert written[f"transformer.{block}"].tolist() == [1.0, 1.0 + 2**-20]
+    assert written[f"{NEXT}.lora_A.weight"].dtype == ml_dtypes.bfloat16
+    for layout in ("kohya", "comfyui"):
+        with pytest.raises(ValueError, match=f"has trained norms .*, which the layout {layout} does not hold"):
+            lora_files.write_lora(tmp_path / "h", found, alphas, layout)
 
 
 def test_every_known_layout_and_adapter_has_a_file():
@@ -701,6 +766,13 @@ A, B = (f"{PAIR}{end}" for end in DOWN_UP)
         (
             pair("transformer.transformer_blocks.0.attn.to_x", AB),
             "FLUX.1 has no layer transformer.transformer_blocks.0.attn.to_x",
+        ),
+        ({**pair(NEXT, AB), f"{NEXT}.lora_B.bias": np.ones(4)}, "has biases .*bias.*Only generate images"),
+        ({**pair(NEXT, AB), f"{NEXT}.lora_B.bias": np.ones(3)}, r"bias of .*to_q is \(3,\), expected \(4,\)"),
+        ({**pair(NEXT, AB), f"{NEXT}.lora_B.bias": np.full(4, np.inf)}, "bias of .*to_q holds NaN"),
+        (
+            {**pair(NEXT, AB), "transformer.transformer_blocks.0.attn.norm_q.weight": np.full(4, np.nan)},
+            "norm_q.weight holds NaN",
         ),
         (pair("text_encoder.text_projection", AB), "FLUX.1 has no layer text_encoder.text_projection"),
         (

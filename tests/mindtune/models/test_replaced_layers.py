@@ -25,6 +25,13 @@ def test_embeddings_of_large_timesteps(mode, channels, cosine_first, shift):
     np.testing.assert_allclose(found.asnumpy(), np.concatenate(waves, axis=1), atol=8e-5)
 
 
+def test_embeddings_are_those_that_the_models_were_trained_with():
+    """The four values that differ most between PyTorch (diffusers' get_timestep_embedding) and exact sinusoids."""
+    found = replaced_layers.Timesteps(embeddings.Timesteps(256, True, 0))(ms.Tensor([3500.0], ms.float32)).asnumpy()[0]
+    pytorch = {130: 0.69030511, 10: -0.07215314, 147: -0.30369273, 131: -0.64627516}
+    np.testing.assert_allclose(found[list(pytorch)], list(pytorch.values()), atol=1e-7)  # exact ones differ by 1e-4
+
+
 def test_boundaries_of_t5s_position_buckets():
     """Per sign 8 buckets for one distance each and 8 that grow by 16^(1/8). 16, 32 and 64 each start a bucket."""
     distances = np.arange(-600, 601)

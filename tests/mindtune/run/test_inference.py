@@ -37,6 +37,34 @@ def test_one_condition_for_all_prompts(tmp_path):
     assert [(prompt, image.size) for prompt, image in pairs] == [("a cat", (64, 96)), ("a dog", (64, 96))]
 
 
+def test_masks_get_the_size_of_their_images(tmp_path):
+    """One for all rows, or one each. Gray, the middle is kept: of 40 x 20 pixels, the middle 20 x 20."""
+    wide, bar = Image.new("RGB", (16, 16)), np.zeros((20, 40), np.uint8)
+    bar[:, :10], bar[:, 10:20] = 200, 255
+    Image.fromarray(bar).save(tmp_path / "bar.png")
+    Image.new("RGB", (8, 8), "black").save(tmp_path / "none.png")
+    pairs, (one, none) = [("a", wide), ("b", wide)], [str(tmp_path / f"{name}.png") for name in ("bar", "none")]
+    for paths in ([one], [one, none]):
+        found = inference.pair_masks(pairs, paths)
+        assert [(prompt, image is wide, mask.mode, mask.size) for prompt, image, mask in found] == [
+            (prompt, True, "L", (16, 16)) for prompt in "ab"
+        ]
+        first, second = (np.asarray(mask) for _, _, mask in found)
+        assert first[:, :6].min() > 250 and first[:, 10:].max() < 5
+        assert second.max() == (255 if len(paths) == 1 else 0)
+    with pytest.raises(UserError, match="--mask_image has 3 for 2 rows of prompt and image"):
+        inference.pair_masks(pairs, [one] * 3)
+
+
+def test_labels_of_rows_with_and_without_an_adapter(monkeypatch):
+    """The model has its adapter, or not, while the row with that label is made."""
+    enabled = []
+    monkeypatch.setattr(inference.lora, "enable_lora", lambda model, on: enabled.append((model, on)))
+    found = [(label, enabled[-1]) for label in inference.adapter_labels("a cat", ["model"], compare=True)]
+    assert found == [("a cat (base)", ("model", False)), ("a cat (adapter)", ("model", True))]
+    assert list(inference.adapter_labels("a cat", ["model"], compare=False)) == ["a cat"] and enabled[-1][1]
+
+
 def test_the_prompt_cache_is_kept_only_below_a_cache_dir(tmp_path):
     with inference.prompt_cache(str(tmp_path)) as kept:
         assert kept == tmp_path / "mindtune"

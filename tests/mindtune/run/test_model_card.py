@@ -27,14 +27,15 @@ CONFIGS = {
 
 @pytest.fixture
 def card(tmp_path):
-    """card(config, base, gallery, hub, **flags): the card of a run, (metadata, text)."""
+    """card(config, base, gallery, hub, system, **flags): the card of a run, (metadata, text)."""
 
-    def make(config=None, base="black-forest-labs/FLUX.1-dev", gallery=GALLERY, hub="huggingface", **flags):
+    def make(config=None, base="black-forest-labs/FLUX.1-dev", gallery=GALLERY, hub="huggingface", system="", **flags):
         out = tmp_path / "circles"
         out.mkdir(exist_ok=True)
         if config:
             (out / "config.json").write_text(json.dumps(CONFIGS[config]))
         record = {"flags": flags, "seed": 7, "versions": {"mindspore": "2.7.1"}, "updates": 3}
+        record.update({"system": system} if system else {})  # older runs have none
         (out / "run.json").write_text(json.dumps(record))
         (out / "samples").mkdir(exist_ok=True)
         (out / "samples" / "final.png").touch()
@@ -89,6 +90,10 @@ def test_the_metadata_of_a_controlnet(card, config, tags):
     "base, licence",
     [
         ("black-forest-labs/FLUX.1-Krea-dev", ["other", "flux-1-dev-non-commercial-license"]),
+        ("black-forest-labs/FLUX.1-Kontext-dev", ["other", "flux-1-dev-non-commercial-license"]),
+        ("black-forest-labs/FLUX.1-Depth-dev", ["other", "flux-1-dev-non-commercial-license"]),
+        ("black-forest-labs/FLUX.1-Canny-dev", ["other", "flux-1-dev-non-commercial-license"]),
+        ("black-forest-labs/FLUX.1-Fill-dev", ["other", "flux-1-dev-non-commercial-license"]),
         ("AI-ModelScope/FLUX.1-dev", ["other", "flux-1-dev-non-commercial-license"]),
         ("black-forest-labs/FLUX.1-schnell", ["apache-2.0", None]),
         ("somebody/FLUX.1-dev", ["other", "as-the-base-model"]),
@@ -146,7 +151,7 @@ def test_the_code_for_diffusers(card, config, hub, prompt):
         }[config]
         loads = {f"{kind[0]}.from_pretrained": result, f"{kind[1]}.from_pretrained": base}
         arguments = {keyword.arg for keyword in calls["pipe"].keywords}
-        assert arguments == {"control_image" if config == "flux_controlnet" else "image"}
+        assert arguments == {"prompt", "control_image" if config == "flux_controlnet" else "image"}
     assert {name: ast.unparse(calls[name].args[0]) for name in loads} == loads
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert {name.split(".")[0] for name in loads} - {"pipe"} <= imported
@@ -167,6 +172,62 @@ def test_the_command_of_the_inference_script_has_flags_that_it_takes(card, confi
     else:
         start = {"huggingface": ["huggingface-cli", "download"], "modelscope": ["modelscope", "download", "--model"]}
         assert download[0][:-2] == [*start[hub], "somebody/circles"] and download[0][-1] == args.lora
+
+
+SYSTEMS = {  # system, flags -> pipeline, its images, the script's flags for them, tags, and what the card calls it
+    "kontext": (
+        ("flux_kontext", {}),
+        "FluxKontextPipeline",
+        {"image": "source.png"},
+        {"image": ["source.png"]},
+        ["image-to-image", "diffusers", "lora", "template:sd-lora", "flux", "flux-kontext"],
+        "A LoRA adapter",
+    ),
+    "control": (
+        ("flux_control", {"fill": False}),
+        "FluxControlPipeline",
+        {"control_image": "condition.png"},
+        {"control_image": ["condition.png"], "fill": False},
+        ["text-to-image", "diffusers", "lora", "control-lora", "flux"],
+        "A Control-LoRA adapter",
+    ),
+    "fill": (
+        ("flux_control", {"fill": True}),
+        "FluxFillPipeline",
+        {"image": "source.png", "mask_image": "mask.png"},
+        {"control_image": ["source.png"], "mask_image": ["mask.png"], "fill": True},
+        ["text-to-image", "diffusers", "lora", "control-lora", "flux"],
+        "A Control-LoRA adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_lora_of_a_system_with_images(card, name):
+    """Its own pipeline and script, with images and with the guidance that was trained, which is not their default."""
+    (system, flags), pipeline, images, given, tags, what = SYSTEMS[name]
+    metadata, body = card(gallery=[], system=system, guidance_scale=3.25, lora_rank=4, **flags)
+    assert metadata["tags"] == [*tags, "mindspore", "mindone"] and metadata["pipeline_tag"] == tags[0]
+    assert metadata["base_model_relation"] == "adapter"
+    assert f"{what} for `black-forest-labs/FLUX.1-dev`" in body
+    tree = ast.parse(block(body, "python"))
+    calls = {ast.unparse(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert ast.unparse(calls["pipe.load_lora_weights"].args[0]) == "'somebody/circles'"
+    assert f"{pipeline}.from_pretrained" in calls
+    arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in calls["pipe"].keywords}
+    prompt = arguments.pop("prompt")  # by its name: the first argument of FluxKontextPipeline is the image
+    assert ast.literal_eval(prompt) == "a photo of a cat" and not calls["pipe"].args
+    assert arguments == {**{key: f"load_image('{file}')" for key, file in images.items()}, "guidance_scale": "3.25"}
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported == {pipeline, "load_image"}
+    _, command = map(shlex.split, block(body, "bash").splitlines())
+    args = load_script(ROOT / command[1]).parse_args(command[2:])
+    assert args.lora == "circles" and args.guidance_scale == 3.25
+    assert {key: getattr(args, key) for key in given} == given
+
+
+def test_a_run_of_the_lora_script_names_its_system_too(card):
+    assert card(gallery=[], system="flux_lora", guidance_scale=3.25)[1] == card(gallery=[], guidance_scale=3.25)[1]
 
 
 @pytest.mark.parametrize("adapter, name", [("dora", "DoRA"), ("lokr", "LoKr")])

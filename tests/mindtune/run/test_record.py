@@ -1,6 +1,7 @@
 """The record of a run: its length, when something is due, what it logs, and which losses stop it."""
 
 import json
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
@@ -36,7 +37,12 @@ class Start:
         self.run.set_data(data or Data())
         self.weight = ms.Parameter(ms.Tensor([1.0, 2.0], ms.float32), name="w")
         self.run.resume(fixed or {"rank": 4}, "base hash", {"optimizer.w": self.weight})
-        self.run.start(None, 50, {"model": 2}, lambda folder: (folder / "adapter.bin").write_text("weights"))
+        self.run.start(
+            SimpleNamespace(system="flux_lora"),
+            50,
+            {"model": 2},
+            lambda folder: (folder / "adapter.bin").write_text("weights"),
+        )
 
     def update(self, loss=1.0, norm=0.5, **values):
         assert not self.run.stopped()
