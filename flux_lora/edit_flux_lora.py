@@ -312,7 +312,11 @@ def info(args):
     print(lora_files.describe_adapters(adapters))
     if not args.plot and any(lora_layouts.kind(adapter) != "lora" for adapter in adapters.values()):
         return
-    found = lora_summary.blocks(lora_edit.to_pairs(path, "--lora", adapters), alphas)
+    halves = {  # without the norms of a Control-LoRA
+        name: {key: value for key, value in adapter.items() if not lora_layouts.NORM.search(key)}
+        for name, adapter in adapters.items()
+    }
+    found = lora_summary.blocks(lora_edit.to_pairs(path, "--lora", halves), alphas)
     print(lora_summary.block_table(found))
     if args.plot:
         lora_summary.plot(Path(args.plot), f"{title}\n{lora_files.describe_adapters(adapters)}", found)

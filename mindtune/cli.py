@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import os
 import re
@@ -11,10 +12,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Callable, Optional
+from typing import Callable, Optional, TypeVar
 
 from safetensors import SafetensorError
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -23,6 +26,7 @@ class UserError(Exception):
 
 def run_script(main: Callable[[], Optional[int]]) -> None:
     """Calls `main` and exits: with its result or 0, with 2 after a `UserError` or a full disk, 130 after Ctrl-C."""
+    gc.freeze()  # what was imported stays to the end: no collection looks at it again
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # escape the characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
@@ -75,7 +79,7 @@ class StopRequest:
         os.write(2, b"\nstopping after this update; press Ctrl-C again to stop at once\n")
 
 
-def matched(prompts: list[str], images: list[str], prompt_flag: str, image_flag: str) -> list[tuple[str, str]]:
+def matched(prompts: list[str], images: list[T], prompt_flag: str, image_flag: str) -> list[tuple[str, T]]:
     """(prompt, image) pairs: the n-th prompt with the n-th image, or a single prompt or image with all of the others.
 
     Raises UserError if the numbers differ and neither is 1, or if only one of the two is given.

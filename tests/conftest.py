@@ -198,12 +198,12 @@ def fake_modelscope(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def flags(tiny_flux, photos, encoder_cache):
+def flags(small_flux, photos, encoder_cache):
     """flags(out, *more): the command line of a small PyNative run on the photographs. Later flags win."""
 
     def make(out, *more):
         values = {
-            "pretrained_model_name_or_path": tiny_flux,
+            "pretrained_model_name_or_path": small_flux,
             "instance_data_dir": photos,
             "instance_prompt": "a photo of sks cat",
             "output_dir": out,

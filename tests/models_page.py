@@ -34,6 +34,10 @@ File names, config keys and tensor names are the published ones; no published we
 - **refused**: the script refuses the model before anything is encoded or written. The message names the
   model, the key and its value.
 
+A pipeline that edits images, follows a condition or fills masks is trained by the script for this; the
+LoRA script refuses it, with a message that names the other script. [Kontext](flux_kontext.md) and
+[Control-LoRA](flux_control.md) also take text-to-image models of FLUX.1.
+
 Where a published file was not available, `tests/real_configs.py` says what is used instead. Names
 without an owner exist in several repositories. [Hubs](hub.md) says where models are downloaded from.
 

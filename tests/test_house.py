@@ -234,7 +234,10 @@ def test_training_script_and_inference_run_elsewhere_with_only_mindtune_installe
         done = subprocess.run(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, done.stdout
 
-    run_copy("flux_lora/train_dreambooth_lora_flux.py", *flags("out", "--max_train_steps", 1))
+    run_copy(
+        "flux_lora/train_dreambooth_lora_flux.py",
+        *flags("out", "--pretrained_model_name_or_path", tiny_flux, "--max_train_steps", 1),
+    )
     model = ["--pretrained_model_name_or_path", tiny_flux, "--lora", "out", "--prompt", "a cat"]
     size = ["--height", 32, "--width", 32, "--num_inference_steps", 2, "--max_sequence_length", 16]
     run_copy("flux_lora/infer_flux_lora.py", *model, *size)

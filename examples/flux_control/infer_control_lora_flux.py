@@ -16,7 +16,7 @@ from mindtune.cli import UserError, run_script
 from mindtune.data import grids
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.flags import inference_flags
-from mindtune.models import configs, control_lora, execution, lora, lora_files, pipelines, precision, sampling
+from mindtune.models import control_lora, execution, lora, lora_files, pipelines, precision, sampling
 from mindtune.run import inference
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -61,10 +61,13 @@ def find_rows(args):
     return inference.pair_masks(pairs, args.mask_image) if args.fill else [(*pair, None) for pair in pairs]
 
 
-def require_condition_input(args, root):
+def require_condition_input(args, root, adapters):
     """Raises UserError if nothing would read the condition: a text-to-image model without a Control-LoRA."""
-    inputs = configs.read_config(root, "transformer")["in_channels"]
-    if not args.lora and inputs != control_lora.count_inputs(root, args.fill):
+    if not control_lora.is_widened(root, args.fill):
+        return
+    if args.lora:
+        control_lora.require_input_layer("--lora", adapters)
+    else:
         raise UserError(
             f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: a text-to-image model, which reads "
             "no condition. Add --lora with a Control-LoRA."
@@ -91,9 +94,9 @@ def main(argv=None):
         args.hub,
         task="fill" if args.fill else "control",
     )
-    require_condition_input(args, root)
     layers = {"transformer": control_lora.linear_layers(root, args.fill)}
     lora_files.check_adapters(lora_path, "--lora", adapters, layers)
+    require_condition_input(args, root, adapters)
 
     # Encode the prompts in a child process. Its memory is freed before the transformer loads.
     dtypes = precision.resolve_precision(args.mixed_precision)

@@ -281,7 +281,8 @@ def main(argv=None):
     pairs = args.select(pair_data.Settings)
     data = pair_data.load(source, pairs, run.seed, facts, encode_conditions=not args.fill)
     run.set_data(data)
-    rows = validation_rows.load_conditions(rows, args.resolution, 16, data.background)
+    background = "white" if args.fill else data.background  # images to fill are put on that of training images
+    rows = validation_rows.load_conditions(rows, args.resolution, 16, background)
     schedule = schedules.create(args.select(schedules.Settings), run.samples_per_update, run.max_train_steps)
     print_lines(advice.on_schedule(args.optimizer, schedule, run.max_train_steps, run.state))
 

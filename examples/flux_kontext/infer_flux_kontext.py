@@ -121,11 +121,6 @@ def main(argv=None):
     with execution.pynative():
         for prompt, image, size in found:
             source = sampler.encode(image) if image else None
-            size = (
-                (image.height, image.width)
-                if image
-                else (args.height or args.resolution, args.width or args.resolution)
-            )
             for label in inference.adapter_labels(prompt, [transformer], args.compare):
                 images = [
                     sampler.sample(texts[prompt], size, number, source=source)

@@ -131,8 +131,7 @@ class Batches:
         source_size = self.data.condition_size(pair, size)
         if source_size is None:
             return row
-        # A source of the target's shape is cropped like the target, another one in the middle.
-        crop = crop if source_size == size else None
+        crop = self.data.condition_position(pair, crop)
         return *row, self.stage.image(pair.condition, source_size, crop=crop, flip=flip, cached=args.cache_latents)
 
     def timestep(self, generator):

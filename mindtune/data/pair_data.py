@@ -16,6 +16,7 @@ from mindtune.data.condition_sizes import condition_crop, enlarged, enlarged_not
 from mindtune.data.draws import HeldOutDraws, TrainingDraws
 from mindtune.data.image_facts import ImageFacts
 from mindtune.data.image_sample import Sample
+from mindtune.data.masks import shape_problem
 from mindtune.data.order import prefetch, split
 from mindtune.data.pair_checks import preflight_pairs, require_usable
 from mindtune.data.pair_images import PairImages
@@ -149,6 +150,15 @@ class PairData:
         if self.streaming or not self.own_condition_size:
             return size
         return condition_crop(pair.image.size, pair.condition.size, size)
+
+    def condition_position(self, pair: Pair, position: Optional[tuple[float, float]]) -> Optional[tuple[float, float]]:
+        """The position of the crop of a pair's condition, if its image is cropped at `position`: see `crops.crop_box`.
+
+        A condition of another shape, where `condition_size` may give another size, is cropped in the middle.
+        """
+        if self.streaming or not self.own_condition_size:
+            return position
+        return None if shape_problem(pair.image.size, pair.condition.size) else position
 
     def encoded_images(self, pair: Pair, size: tuple[int, int]) -> list[tuple[Sample, tuple[int, int]]]:
         """(image, size) of what the VAE encodes of a pair whose image is cropped to `size`."""

@@ -29,6 +29,11 @@ def count_inputs(root: Path, fill: bool) -> int:
     return configs.control_inputs(configs.read_config(root, "vae"), fill)
 
 
+def is_widened(root: Path, fill: bool) -> bool:
+    """Whether the input layer gets inputs for the condition, as that of a text-to-image model does."""
+    return loading.linear_layers(root, "transformer")[INPUT_LAYER][0] != count_inputs(root, fill)
+
+
 def component_shapes(root: Path, fill: bool) -> list[ParameterShape]:
     """`loading.component_shapes` of the transformer with its widened input layer."""
     inputs, name = count_inputs(root, fill), f"{INPUT_LAYER}.weight"
@@ -54,19 +59,22 @@ def check_input_layer(
 
     `targets` and `initial` are those of `initial_lora.find_adapters`.
     """
-    if loading.linear_layers(root, "transformer")[INPUT_LAYER][0] == count_inputs(root, fill):
+    if not is_widened(root, fill):
         return
     if "transformer" in initial:
-        if INPUT_LAYER not in by_layer(initial["transformer"]):
-            raise UserError(
-                f"--lora_model_name_or_path: adapts no {INPUT_LAYER}, which reads the condition. Give a Control-LoRA."
-            )
+        require_input_layer("--lora_model_name_or_path", initial)
     elif not settings.ranks([INPUT_LAYER], targets["transformer"], in_blocks=True):
         blocks = settings.lora_blocks
         raise UserError(
             f"--lora_blocks {blocks}: leaves out {INPUT_LAYER}, which reads the condition. Add it: "
             f"--lora_blocks {INPUT_LAYER},{blocks}."
         )
+
+
+def require_input_layer(flag: str, adapters: dict[str, dict]) -> None:
+    """Raises UserError that names `flag` if the adapters leave out the input layer, as those of other systems do."""
+    if INPUT_LAYER not in by_layer(adapters.get("transformer", {})):
+        raise UserError(f"{flag}: adapts no {INPUT_LAYER}, which reads the condition. Give a Control-LoRA.")
 
 
 def load_transformer(

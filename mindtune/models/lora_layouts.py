@@ -141,7 +141,9 @@ def from_diffusers(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.
     if layout == "diffusers":
         return tensors
     if further := norms(tensors):
-        raise ValueError(f"has trained norms ({min(further)}), which the layout {layout} does not hold")
+        raise ValueError(
+            f"has trained norms ({min(further)}), which the layout {layout} does not hold. Write it as diffusers"
+        )
     if layout == "lycoris":
         return lokr.to_lycoris(tensors)
     groups: dict[str, dict[str, Lora]] = {}

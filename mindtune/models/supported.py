@@ -113,10 +113,11 @@ def _common_expectations(configs: dict[str, dict], base: str, task: str) -> Iter
     config = configs[base]
     if vae := configs.get("vae"):
         channels = vae["latent_channels"] * (4 if base == "transformer" else 1)
-        if task in ("text-to-image", "kontext") or config["in_channels"] != control_inputs(vae, task == "fill"):
+        reads_condition = task in ("control", "fill") and config["in_channels"] == control_inputs(vae, task == "fill")
+        if not reads_condition:
             model = EXTRA_INPUTS.get(config["in_channels"], "a model that reads more than the noisy latents")
             yield "in_channels", config["in_channels"], channels, f": {model}. Give the text-to-image model"
-        if config["out_channels"] is not None:
+        if reads_condition or config["out_channels"] is not None:  # None: as many as in_channels
             reason = ": it does not predict noise. Give the text-to-image model"
             yield "out_channels", config["out_channels"], channels, reason
     for key, expected in REQUIRED_VALUES.get(base, {}).items():

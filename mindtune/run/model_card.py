@@ -217,7 +217,8 @@ def _python(kind: Kind, repo_id: str, base: str, prompt: str, hub: str) -> str:
             f"pipe = {kind.pipeline}.from_pretrained({base}, controlnet=controlnet, torch_dtype={dtype})",
             'pipe.to("cuda")',
         ]
-    lines.append(f"image = pipe({', '.join((text, *kind.inputs))}).images[0]")
+    arguments = [f"prompt={text}", *kind.inputs]  # FLUX.1-Kontext's pipeline takes the image first
+    lines.append(f"image = pipe({', '.join(arguments)}).images[0]")
     if hub == "modelscope":
         imports.append("from modelscope import snapshot_download")
     return "\n".join([*imports, "", *lines, 'image.save("image.png")'])

@@ -107,35 +107,35 @@ def read(settings: Settings) -> list[Row]:
         guidance=settings.guidance_scale,
         scale=settings.controlnet_conditioning_scale if "scale" in settings.keys else None,
     )
-    pairs = [(prompt, None) for prompt in prompts]
+    pairs = [(prompt, (None, None)) for prompt in prompts]
     if settings.validation_file is not None and not prompts and len(images) == 1:
         default = default._replace(image=images[0])
     elif settings.system != "flux_lora" and (images or settings.system != "flux_kontext"):
-        pairs = matched(prompts, images, "--validation_prompt", "--validation_image")
+        pairs = matched(prompts, _with_masks(settings), "--validation_prompt", "--validation_image")
     for flag, paths in (("--validation_image", images), ("--validation_mask", settings.validation_mask)):
         for path in paths:
             require_condition(path, flag)
-    masks = _masks(settings)
     numbers = range(settings.num_validation_images)
     rows = [
-        default._replace(prompt=prompt, image=path, mask=masks.get(path), number=n)
-        for prompt, path in pairs
+        default._replace(prompt=prompt, image=path, mask=mask, number=n)
+        for prompt, (path, mask) in pairs
         for n in numbers
     ]
-    default = default._replace(mask=masks.get(default.image))
+    if len(settings.validation_mask) == 1:
+        default = default._replace(mask=settings.validation_mask[0])
     return rows if settings.validation_file is None else rows + _read_file(settings, default)
 
 
-def _masks(settings: Settings) -> dict[Optional[str], Optional[str]]:
-    """The mask of each --validation_image; a single one is also that of the lines of --validation_file (None)."""
+def _with_masks(settings: Settings) -> list[tuple[str, Optional[str]]]:
+    """(image, mask) of each --validation_image; the mask is None unless a fill model is trained."""
     images, masks = settings.validation_image, settings.validation_mask
-    if not settings.fill or (not masks and not images):
-        return {}
+    if not settings.fill:
+        return [(image, None) for image in images]
     if len(masks) not in (1, len(images)):
         raise UserError(
             f"--validation_mask: {len(masks)} for {len(images)} of --validation_image. Give one each, or one for all."
         )
-    return {None: masks[0] if len(masks) == 1 else None, **dict(zip(images, list(masks) * len(images)))}
+    return list(zip(images, list(masks) * len(images)))
 
 
 def with_size(rows: list[Row], size: tuple[int, int]) -> list[Row]:
@@ -152,8 +152,8 @@ def load_conditions(rows: list[Row], resolution: Union[int, list[int]], multiple
     resolution = max(resolution) if isinstance(resolution, list) else resolution
     loaded: dict[tuple, Image.Image] = {}
     for row in rows:
-        flag = f"--validation_file, row {row.place}:" if row.place else "--validation_image"
         if row.image and (row.image, row.size) not in loaded:
+            flag = _source_of(row, "--validation_image")
             image = condition_image(row.image, flag, resolution, multiple, background, row.size)
             loaded[row.image, row.size] = image
     return [_with_condition(row, loaded[row.image, row.size]) if row.image else row for row in rows]
@@ -165,7 +165,12 @@ def _with_condition(row: Row, image: Image.Image) -> Row:
     row = row._replace(condition=image, size=size)
     if row.mask is None:
         return row
-    return row._replace(mask_image=mask_image(row.mask, "--validation_mask", size))
+    return row._replace(mask_image=mask_image(row.mask, _source_of(row, "--validation_mask"), size))
+
+
+def _source_of(row: Row, flag: str) -> str:
+    """What named an image of the row, in messages: its line in --validation_file, or the flag."""
+    return f"--validation_file, row {row.place}:" if row.place else flag
 
 
 def captions(rows: list[Row]) -> list[str]:

@@ -33,7 +33,7 @@ def test_a_file_for_another_width_is_refused_of_both_kinds(monkeypatch, tmp_path
     halves = {"A": np.zeros((2, 5), np.float32), "B": np.zeros((3, 2), np.float32)}
     part = {f"{name}.lora_{half}.weight": value for half, value in halves.items()}
     # Without the check that the layers belong to FLUX.1.
-    monkeypatch.setattr(lora_files, "read_adapters", lambda *_: {"transformer": part})
+    monkeypatch.setattr(lora_files, "read_adapters", lambda *_, **__: {"transformer": part})
     message = r"A and B of to_. are \(2, 5\) and \(3, 2\), but the layer of this transformer has 4 inputs and 3 outputs"
     with pytest.raises(UserError, match=message):
         lora.load_lora(tmp_path / "lora.safetensors", {"transformer": Model()}, ms.float32)

@@ -4,8 +4,12 @@ import json
 
 import mindspore as ms
 import numpy as np
+import pytest
 from mindspore import nn
 from PIL import Image
+from safetensors.numpy import save_file
+
+from mindtune.cli import UserError
 
 SHIFT, SCALE = 0.1159, 0.3611  # of a stand-in for the VAE's config
 SIGMAS = (np.arange(1000, 0, -1) / 1000).astype(np.float32)[None]
@@ -88,3 +92,42 @@ def unpacked(tokens, height, width):
     for k in range(4):
         latents[:, :, k // 2 :: 2, k % 2 :: 2] = corners[:, :, k]
     return latents
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def files_of(*folders):
+    """Path -> content of every file; but for what was learnt of images, which stays."""
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in paths if path.name != "images.jsonl"}
+
+
+def message_of(script, arguments, *folders):
+    """The message of the UserError with which a script ends. No model was loaded, and no file in `folders` changed."""
+
+    def never(*_, **__):
+        pytest.fail("a model was loaded before the input was checked")
+
+    before, mode = files_of(*folders), ms.get_context("mode")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
+        patch.setattr("mindtune.models.loading.load_model", never)
+        patch.setattr("mindtune.encode.encoder_stage.run_in_child", never)
+        script.main([str(word) for word in arguments])
+    ms.set_context(mode=mode)
+    assert files_of(*folders) == before
+    message = str(caught.value)
+    assert message.endswith((".", ")")) or "\n" in message, message  # lists end with their last line
+    return message
+
+
+def write_adapter(path, layers, norms=None):
+    """A LoRA file of rank 2 with (inputs, outputs) of layers by name, and norms by name with their widths."""
+    random, tensors = np.random.default_rng(0), {}
+    for layer, (inputs, outputs) in layers.items():
+        tensors[f"transformer.{layer}.lora_A.weight"] = random.standard_normal((2, inputs)).astype(np.float32)
+        tensors[f"transformer.{layer}.lora_B.weight"] = random.standard_normal((outputs, 2)).astype(np.float32)
+    for name, width in (norms or {}).items():
+        tensors[f"transformer.{name}"] = random.uniform(0.5, 1.5, width).astype(np.float32)
+    save_file(tensors, path)
+    return path

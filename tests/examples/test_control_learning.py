@@ -63,7 +63,7 @@ def test_shapes_of_a_controlnet_follow_the_outline(learning, pairs, outlines, mo
 
 
 def test_shapes_of_a_control_lora_follow_the_outline(learning, pairs, outlines, monkeypatch):
-    learning.train_control_lora(pairs, 60, *FEWER)
+    learning.train_control_lora(pairs, 100, *FEWER, "--learning_rate", 6e-3)
     load = lora.load_lora
 
     def widen_and_load(path, models, *more):

@@ -15,10 +15,10 @@ evaluator = load_script("examples/tiny/evaluate_shapes.py")
 shapes = load_script("examples/tiny/shapes.py")
 PIPELINE = ROOT / "examples/tiny/flux-shapes"
 INSTRUCTION = "make the shape green"
-# A red circle on white at four positions in two sizes: only the source tells which.
-SCENES = [scene for scene in shapes.scenes("train") if scene.caption == "a red circle on a white background"]
+# A blue circle on white at four positions in two sizes: only the source tells which.
+SCENES = [scene for scene in shapes.scenes("train") if scene.caption == "a blue circle on a white background"]
 EDITS = [shapes.Edit(scene, INSTRUCTION, scene._replace(colour="green")) for scene in SCENES]
-FEWER = ["--train_batch_size", 8, "--learning_rate", 3e-3, "--lr_warmup_steps", 10]
+FEWER = ["--train_batch_size", 8, "--learning_rate", 6e-3, "--lr_warmup_steps", 10]
 
 
 def edited(monkeypatch, adapter):

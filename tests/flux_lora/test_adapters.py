@@ -18,11 +18,9 @@ KINDS = ["dora", "lokr"]
 
 
 @pytest.fixture
-def run(finished_lora, small_flux):
-    """run(kind, *flags): a run's output directory; its model has one block of each kind."""
-    return lambda kind, *more: finished_lora(
-        *MORE, "--pretrained_model_name_or_path", small_flux, "--adapter", kind, *more
-    )
+def run(finished_lora):
+    """run(kind, *flags): a run's output directory."""
+    return lambda kind, *more: finished_lora(*MORE, "--adapter", kind, *more)
 
 
 def pixels(image):

@@ -49,7 +49,7 @@ def cut_in_half(path):
 
 
 @pytest.fixture
-def refused(lora_script, flags, tmp_path, tiny_flux, photos, encoder_cache, monkeypatch):
+def refused(lora_script, flags, tmp_path, small_flux, photos, encoder_cache, monkeypatch):
     """refused(*flags, drop=None): the message of the UserError. No model was loaded and no file changed."""
 
     def never(*_):
@@ -59,11 +59,11 @@ def refused(lora_script, flags, tmp_path, tiny_flux, photos, encoder_cache, monk
         monkeypatch.setattr("mindtune.models.loading.load_model", never)
         monkeypatch.setattr("mindtune.encode.encoder_stage.run_in_child", never)
         arguments = flags(tmp_path / "out", *more)
-        before, mode = tree(tmp_path, tiny_flux, photos, encoder_cache), ms.get_context("mode")
+        before, mode = tree(tmp_path, small_flux, photos, encoder_cache), ms.get_context("mode")
         with pytest.raises(UserError) as caught:
             lora_script.main(without(arguments, drop) if drop else arguments)
         ms.set_context(mode=mode)
-        assert tree(tmp_path, tiny_flux, photos, encoder_cache) == before
+        assert tree(tmp_path, small_flux, photos, encoder_cache) == before
         return str(caught.value)
 
     return run
@@ -459,13 +459,13 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_update(lora, good_run):
 
 
 def test_a_disk_that_fills_up_leaves_the_checkpoints_before_whole(train, good_run):
-    """A limit on file sizes stands for the full disk: the adapter (18 KB) fits, the optimizer state (55) not."""
+    """A limit on file sizes stands for the full disk: the adapter (9 KB) fits, the optimizer state (27) not."""
     before = tree(good_run / "checkpoint-1", good_run / "checkpoint-2")
     before[str(good_run / LORA_FILE)] = tree(good_run)[str(good_run / LORA_FILE)]
 
     def almost_full():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     more = ["--cache_latents", "--resume_from_checkpoint", "latest", "--max_train_steps", 3]
     done = train(good_run, *more, check=2, preexec_fn=almost_full)

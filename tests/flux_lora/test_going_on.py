@@ -15,12 +15,12 @@ from mindtune.models.loading import linear_layers
 from mindtune.models.lora_files import LORA_FILE
 from mindtune.run import checkpoint
 
-# Layers of the tiny transformer and its CLIP, with ranks that differ, none of them the default 4 alone.
+# Layers of the small transformer and its CLIP, with ranks that differ, none of them the default 4 alone.
 LAYERS = {
     "transformer.transformer_blocks.0.attn.to_q": 2,
     "transformer.transformer_blocks.0.attn.to_k": 6,
-    "transformer.transformer_blocks.1.ff.net.0.proj": 6,
-    "transformer.single_transformer_blocks.1.proj_out": 6,
+    "transformer.transformer_blocks.0.ff.net.0.proj": 6,
+    "transformer.single_transformer_blocks.0.proj_out": 6,
     "transformer.proj_out": 3,
 }
 CLIP = {
@@ -30,12 +30,12 @@ CLIP = {
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_flux, tmp_path_factory):
+def saved(small_flux, tmp_path_factory):
     """saved(clip, layout, dtype): the file of a trained LoRA, alpha 3 for every layer. `clip`: no, too or only."""
     widths = {
         f"{model}.{name}": width
         for model in ("transformer", "text_encoder")
-        for name, width in linear_layers(tiny_flux, model).items()
+        for name, width in linear_layers(small_flux, model).items()
     }
 
     @functools.cache
@@ -126,7 +126,7 @@ def test_the_transformer_starts_anew_beside_a_file_of_clip(run, saved):
     more = ["--train_text_encoder", "--lora_rank", 2, "--lora_layers", "to_v"]
     out = run("--lora_model_name_or_path", path, *more, *STILL)
     found = lora_files.read_adapters(out / LORA_FILE, "")
-    assert len(found["transformer"]) == 2 * 4 and len(found["text_encoder"]) == 2 * len(CLIP)
+    assert len(found["transformer"]) == 2 * 2 and len(found["text_encoder"]) == 2 * len(CLIP)
     for layer, value in changes(path).items():
         np.testing.assert_allclose(changes(out / LORA_FILE)[layer], value, rtol=1e-5, atol=1e-6)
 

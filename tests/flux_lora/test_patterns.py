@@ -28,9 +28,10 @@ def ranks():
     return read
 
 
-def test_only_the_layers_of_the_blocks_are_adapted(lora, tmp_path, ranks):
+def test_only_the_layers_of_the_blocks_are_adapted(lora, tiny_flux, tmp_path, ranks):
     """The tiny transformer has two blocks of each kind. CLIP is not one of them, so it is adapted whole."""
     flags = ["--max_train_steps", 1, "--cache_latents", "--train_text_encoder"]
+    flags += ["--pretrained_model_name_or_path", tiny_flux]
     blocks = "transformer_blocks.1-,single_transformer_blocks.0"
     found = ranks(lora(tmp_path, *flags, "--lora_blocks", blocks))
     prefixes = {".".join(name.split(".")[:3]) for name in found if name.startswith("transformer.")}
@@ -58,10 +59,10 @@ def test_layers_have_their_own_rank_and_one_scale(lora, tmp_path, ranks, adapter
 
 
 @pytest.mark.parametrize("mode", [0, 1], ids=["graph", "pynative"])
-def test_layers_have_their_own_learning_rate(lora, small_flux, tmp_path, mode):
+def test_layers_have_their_own_learning_rate(lora, tmp_path, mode):
     """The first update of AdamW moves every element by about its rate; B starts at 0, and A has no gradient yet."""
     flags = ["--max_train_steps", 1, "--cache_latents", "--mindspore_mode", mode, "--adam_weight_decay", 0]
-    flags += ["--pretrained_model_name_or_path", small_flux, "--train_text_encoder", "--text_encoder_lr", 3e-3]
+    flags += ["--train_text_encoder", "--text_encoder_lr", 3e-3]
     flags += ["--learning_rate", 1e-3, "--learning_rate_pattern", "attn.to_q=2e-3,layers.0=5e-4", "--max_grad_norm", 0]
     tensors = load_file(lora(tmp_path, *flags) / LORA_FILE)
     for name, value in tensors.items():

@@ -47,17 +47,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_killed_and_resumed_equals_not_killed(lora, small_flux, tmp_path, capfd, case):
-    more = [*CASES[case], "--pretrained_model_name_or_path", small_flux]
+def test_killed_and_resumed_equals_not_killed(lora, tmp_path, capfd, case):
+    more = [*CASES[case]]
     if "prior" in case:
         more += ["--class_data_dir", tmp_path / "class", "--class_prompt", "a photo of a cat", "--num_class_images", 3]
     kills = 1 if "graph" in case else 2  # every start compiles
     assert_resumes_exactly(lora, more, tmp_path, RESULTS, capfd, kills)
 
 
-def test_a_process_that_is_killed_and_resumed_equals_one_that_is_not(lora, flags, small_flux, tmp_path):
-    more = ["--cache_latents", "--pretrained_model_name_or_path", small_flux]
-    assert_a_killed_process_resumes(SCRIPT, flags, lora, more, tmp_path, RESULTS)
+def test_a_process_that_is_killed_and_resumed_equals_one_that_is_not(lora, flags, tmp_path):
+    assert_a_killed_process_resumes(SCRIPT, flags, lora, ["--cache_latents"], tmp_path, RESULTS)
 
 
 def test_resume_by_name_and_by_path_and_from_before_a_truncated_checkpoint(finished_lora, lora, tmp_path, capfd):

@@ -28,19 +28,18 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.fixture
-def whole(finished_lora, small_flux):
+def whole(finished_lora):
     """A run of one rank whose updates have six samples, of a data set of five."""
-    model = ["--pretrained_model_name_or_path", small_flux]
-    return finished_lora(*MORE, *model, "--train_batch_size", 6, "--max_train_steps", 4)
+    return finished_lora(*MORE, "--train_batch_size", 6, "--max_train_steps", 4)
 
 
-def test_two_ranks_then_three_then_one_are_the_run_of_one_rank(job, flags, lora, whole, small_flux, tmp_path, capfd):
+def test_two_ranks_then_three_then_one_are_the_run_of_one_rank(job, flags, lora, whole, tmp_path, capfd):
     """ZeRO 1 on two ranks in a graph, resumed on three in PyNative, and on one without ZeRO.
 
     Five samples, six per update: none is lost, none is used twice.
     """
     out, cache = tmp_path / "shared", tmp_path / "cache"
-    more = [*MORE, "--pretrained_model_name_or_path", small_flux, "--cache_dir", cache]
+    more = [*MORE, "--cache_dir", cache]
     more += ["--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
     two_flags = ["--max_train_steps", 2, "--gradient_accumulation_steps", 3, "--zero_stage", 1, "--mindspore_mode", 0]
     two = job(SCRIPT, 2, out, flags(out, *more, *two_flags))
@@ -77,10 +76,10 @@ def assert_ends(done, rank, since):
     assert [damage(folder) for folder in checkpoints(done.out)] == [None] * len(checkpoints(done.out))
 
 
-def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(job, flags, lora, whole, small_flux, tmp_path):
+def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(job, flags, lora, whole, tmp_path):
     """Rank 1 in a step, rank 0 while it saves: the folder of its first checkpoint has no name yet."""
     out = tmp_path / "killed"
-    more = [*MORE, "--pretrained_model_name_or_path", small_flux, "--train_batch_size", 3]
+    more = [*MORE, "--train_batch_size", 3]
     more += ["--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
     first = job(SCRIPT, 2, out, flags(out, *more, "--checkpointing_steps", 1))
     first.wait_for(lambda: checkpoints(out))
@@ -98,11 +97,10 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(job, flags, lor
     assert_same_run(out, whole, 4)
 
 
-def test_sigterm_to_one_rank_stops_all_after_the_same_update(job, flags, whole, small_flux, tmp_path):
+def test_sigterm_to_one_rank_stops_all_after_the_same_update(job, flags, whole, tmp_path):
     """`whole` has filled the encoder cache."""
     out = tmp_path / "stopped"
-    model = ["--pretrained_model_name_or_path", small_flux]
-    two = job(SCRIPT, 2, out, flags(out, *MORE, *model, "--max_train_steps", 10_000))
+    two = job(SCRIPT, 2, out, flags(out, *MORE, "--max_train_steps", 10_000))
     two.wait_for(lambda: (out / "metrics.jsonl").is_file() and len(metrics(out)) >= 2)
     os.kill(two.worker(1), signal.SIGTERM)
     two.wait(timeout=60)

@@ -59,7 +59,7 @@ BLOCK = r"^$|(^|\.)((single_)?transformer_blocks|down_blocks|up_blocks|encoder\.
 
 
 class Case(NamedTuple):
-    """A column of the table of a script; `label` is its key in golden.json, if it is `golden`: a case of `make test`."""
+    """A column of the table of a script; `label` is its key in golden.json if it is `golden`, a case of `make test`."""
 
     kind: str
     name: str

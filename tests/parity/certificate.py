@@ -247,9 +247,9 @@ Three differences explain the remaining errors:
 
 - mindone computes the frequencies of the timestep's sinusoids with `ops.exp`, whose CPU kernel has an
   error of 5e-6. At a timestep of 1000 this alone caused errors of 3e-4 in FLUX's blocks and 1.3e-3 in
-  the gradients. `mindtune/models/fast_ops.py` computes the frequencies on the host instead. The
-  remaining error in FLUX's blocks is float32's rounding of angles up to 1000 on both sides (PyTorch's
-  sinusoids are 2.8e-5 from the exact ones).
+  the gradients. `mindtune/models/replaced_layers.py` computes the frequencies on the host instead, from
+  exponents that are rounded to float32 as PyTorch's are. With exact exponents, the sinusoids of
+  guidance 3.5, an angle of 3500, differed by 1e-4, and the loss of a Control-LoRA by 2e-5.
 - AdamW's epsilon is 1e-5 in these tables. At 1e-8, a gradient that is only rounding error moves its
   weight by a whole step in either direction; one such weight caused an error of 4.4e-3 in the adapter.
   The table of optimizers below uses 1e-8.
@@ -260,18 +260,20 @@ Three differences explain the remaining errors:
 ## Files that go both ways
 
 Files come from our scripts (three updates; LoRA of rank 4, alpha 8, with every kind of layer) or from
-diffusers and peft (LoRA of rank 6, alpha 9). Our inference scripts and diffusers' pipelines generate
-images with them from the same noise. The last column is for comparison: the difference when the file is
-not loaded or, in the rows about training, when the learning rate is not 0.
+diffusers and peft (LoRA of rank 6, alpha 9; Control-LoRAs of alpha 6, saved as
+`train_control_lora_flux.py` does, and loaded on the text-to-image model). Our inference scripts and
+diffusers' pipelines generate images with them from the same noise. The last column is for comparison:
+the difference when the file is not loaded or, in the rows about training, when the learning rate is
+not 0.
 
 {exchange}
 diffusers' converters require FLUX.1's width, so our tensors are repeated to that width. In kohya's
 layout, diffusers {theirs[1]} does not read the CLIP part under the name that sd-scripts writes; the test
-renames it (`tests/parity/lora_layouts_reference.py`). In Black Forest Labs' Control-LoRAs, diffusers {theirs[1]}
-swaps the halves of both A and B of `norm_out.linear`. Only those of B are halves of its outputs; the test
-undoes the other swap. The trained norms that diffusers' `train_control_lora_flux.py` writes have the prefix
-`transformer.` twice: our scripts load them, diffusers' pipeline ignores them with a warning. The image to
-compare with is that of the trained model itself.
+renames it (`tests/parity/lora_layouts_reference.py`). In Black Forest Labs' Control-LoRAs, diffusers
+{theirs[1]} swaps the halves of both A and B of `norm_out.linear`. Only those of B are halves of its
+outputs; the test undoes the other swap. The trained norms that diffusers' `train_control_lora_flux.py`
+writes have the prefix `transformer.` twice: our scripts load them, diffusers' pipeline ignores them with
+a warning. The image to compare with is that of the trained model itself.
 
 ## Optimizers and schedules
 

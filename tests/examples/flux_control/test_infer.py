@@ -211,6 +211,15 @@ def test_bad_flags_are_refused(infer, more, message, monkeypatch):
         infer(*more)
 
 
+def test_a_lora_of_another_system_is_refused(infer, tmp_path):
+    """It has no weights for the condition, which would be ignored."""
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    a, b = np.ones((1, 32), np.float32), np.ones((32, 1), np.float32)
+    save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, tmp_path / "text.safetensors")
+    with pytest.raises(UserError, match="--lora: adapts no x_embedder, which reads the condition"):
+        infer("--lora", tmp_path / "text.safetensors")
+
+
 def test_a_lora_of_the_other_input_layer_is_refused(infer, trained, shapes):
     """One that was not trained to fill has half of the further inputs."""
     with pytest.raises(UserError, match="made for another model; A and B of x_embedder"):

@@ -51,6 +51,7 @@ def kontext_flags(small_flux, edits, encoder_cache):
             "train_data_dir": edits,
             "output_dir": out,
             "cache_dir": encoder_cache,
+            "resolution": 32,
             "aspect_ratio_buckets": "32,48;48,32",
             "max_sequence_length": 16,
             "seed": 0,

@@ -76,6 +76,21 @@ def test_the_crop_of_a_condition(load, capsys):
     ]
 
 
+def test_the_position_of_the_crop_of_a_condition(load, tmp_path):
+    """That of its image for the same shape, the middle for another one, also where both crops have the same size."""
+    position = (0.1, 0.9)
+    data = load()
+    found = {kind(pair): data.condition_position(pair, position) for pair in data.train if pair.condition}
+    assert found == {0: position, 1: None, 3: position, 4: None}
+    noise(64, 64, 0).save(tmp_path / "square.png")
+    noise(72, 64, 1).save(tmp_path / "nearly.png")
+    row = {"file_name": "square.png", "conditioning_image_file_name": "nearly.png", "text": "0"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    data = load(folder=tmp_path)
+    assert data.condition_size(data.train[0], (64, 64)) == (64, 64)
+    assert data.condition_position(data.train[0], position) is None
+
+
 def test_all_pairs_of_a_batch_have_the_same_sizes(load):
     """Also where fewer pairs than a batch have these sizes. In an epoch all pairs are used."""
     data = load(train_batch_size=3)

@@ -20,8 +20,8 @@ from mindtune.models.pipelines import FLUX_COMPONENTS
 FLAG = "--pretrained_model_name_or_path"
 INFERENCE_SCRIPTS = sorted(
     str(path.relative_to(ROOT))
-    for folder in ("flux_lora", "flux_controlnet", "examples/controlnet")
-    for path in (ROOT / folder).glob("infer_*.py")
+    for folder in ("flux_lora", "flux_controlnet", "examples")
+    for path in (ROOT / folder).rglob("infer_*.py")
 )
 
 
@@ -205,8 +205,9 @@ def test_every_script_asks_the_hub_that_is_named(asked, script, by, tmp_path, mo
     flags = [FLAG, "club/model"]
     if script in INFERENCE_SCRIPTS:
         flags += ["--prompt", "a cat", "--output", str(tmp_path / "out.png")]
-        if "lora" not in script:
-            flags += ["--controlnet", "club/controlnet", "--control_image", str(tmp_path / "condition.png")]
+        name = script.rpartition("/")[2]
+        flags += ["--controlnet", "club/controlnet"] if "controlnet" in name else []
+        flags += ["--control_image", str(tmp_path / "condition.png")] if "control" in name else []
     else:
         data = "--instance_data_dir" if "dreambooth" in script else "--train_data_dir"
         flags += [data, str(tmp_path), "--dry_run"]

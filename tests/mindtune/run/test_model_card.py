@@ -151,7 +151,7 @@ def test_the_code_for_diffusers(card, config, hub, prompt):
         }[config]
         loads = {f"{kind[0]}.from_pretrained": result, f"{kind[1]}.from_pretrained": base}
         arguments = {keyword.arg for keyword in calls["pipe"].keywords}
-        assert arguments == {"control_image" if config == "flux_controlnet" else "image"}
+        assert arguments == {"prompt", "control_image" if config == "flux_controlnet" else "image"}
     assert {name: ast.unparse(calls[name].args[0]) for name in loads} == loads
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert {name.split(".")[0] for name in loads} - {"pipe"} <= imported
@@ -215,6 +215,8 @@ def test_a_lora_of_a_system_with_images(card, name):
     assert ast.unparse(calls["pipe.load_lora_weights"].args[0]) == "'somebody/circles'"
     assert f"{pipeline}.from_pretrained" in calls
     arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in calls["pipe"].keywords}
+    prompt = arguments.pop("prompt")  # by its name: the first argument of FluxKontextPipeline is the image
+    assert ast.literal_eval(prompt) == "a photo of a cat" and not calls["pipe"].args
     assert arguments == {**{key: f"load_image('{file}')" for key, file in images.items()}, "guidance_scale": "3.25"}
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert imported == {pipeline, "load_image"}
