@@ -67,14 +67,10 @@ SETTINGS = [
     ("controlnet", "mid", "--resolution 512 --num_double_layers 2 --num_single_layers 0 --mindspore_mode 1"),
     ("controlnet", "wide", f"--resolution 256 {WIDE_BLOCKS} --mindspore_mode 1 --gradient_checkpointing"),
     ("sdxl", "sdxl", "--resolution 256"),
-    ("sdxl", "sdxl", "--resolution 512"),
-    ("sdxl", "sdxl", "--resolution 512 --gradient_checkpointing"),
     ("sdxl", "sdxl", "--resolution 256 --train_batch_size 2 --mindspore_mode 1"),
     ("sdxl", "sdxl", "--resolution 512 --mindspore_mode 1"),
     ("sdxl", "sdxl", "--resolution 512 --mindspore_mode 1 --gradient_checkpointing"),
     ("sd", "sd15", "--resolution 256"),
-    ("sd", "sd15", "--resolution 512"),
-    ("sd", "sd15", "--resolution 512 --gradient_checkpointing"),
     ("sd", "sd15", "--resolution 512 --mindspore_mode 1"),
 ]
 # With --ascend: script, pipeline of published.py, flags.

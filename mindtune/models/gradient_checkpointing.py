@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import zip_longest
 
-import mindspore as ms
 from mindspore import nn
-
-from mindtune.models.fast_ops import ON_CPU
-from mindtune.models.unet_blocks import use_recomputed_block
 
 
 def recompute_blocks(count: int, trained: nn.Cell, *others: nn.Cell) -> None:
-    """Makes the first `count` of `blocks_with_gradient` recompute their activations instead of keeping them.
-
-    Call it after freezing. In a graph on the CPU, MindSpore's `recompute()` of a UNet's block would free nothing.
-    """
-    in_graph = ON_CPU and ms.get_context("mode") == ms.GRAPH_MODE
+    """Makes the first `count` of `blocks_with_gradient` recompute their activations instead of keeping them."""
     for block in blocks_with_gradient(trained, *others)[:count]:
-        if not (in_graph and use_recomputed_block(block)):
-            block.recompute()
+        block.recompute()
 
 
 def blocks_with_gradient(trained: nn.Cell, *others: nn.Cell) -> list[nn.Cell]:
