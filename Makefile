@@ -15,16 +15,16 @@ venv: .venv/made
 	touch $@
 
 demo: venv
-	$(BIN)/python examples/demo_flux_lora.py
+	$(WITH_JEMALLOC) $(BIN)/python examples/demo_flux_lora.py
 
 demo-controlnet: venv
-	$(BIN)/python examples/demo_flux_controlnet.py
+	$(WITH_JEMALLOC) $(BIN)/python examples/demo_flux_controlnet.py
 
 demo-kontext: venv
-	$(BIN)/python examples/demo_flux_kontext.py
+	$(WITH_JEMALLOC) $(BIN)/python examples/demo_flux_kontext.py
 
 demo-control-lora: venv
-	$(BIN)/python examples/demo_flux_control_lora.py
+	$(WITH_JEMALLOC) $(BIN)/python examples/demo_flux_control_lora.py
 
 # The fast tier, for every commit: lint, and unit tests and bad input that are not marked slow, in at most three
 # minutes on two cores.

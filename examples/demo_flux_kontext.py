@@ -30,7 +30,7 @@ TRAIN = """examples/flux_kontext/train_lora_flux_kontext.py
 --conditioning_image_column source --caption_column instruction --output_dir {out}/lora --overwrite_output_dir
 --cache_dir {out}/cache --resolution 64 --cache_latents --max_sequence_length 16 --lora_layers all-linear
 --lora_rank 64 --train_batch_size 16 --max_train_steps {steps} --learning_rate 2e-3 --lr_scheduler cosine
---lr_warmup_steps 50 --timestep_shift 2.5 --checkpointing_steps 500 --validation_split 0.02 --validation_steps 500
+--lr_warmup_steps 50 --timestep_shift 2.5 --checkpointing_steps 500 --validation_split 0.005 --validation_steps 1000
 --seed 0"""
 INFER = """examples/flux_kontext/infer_flux_kontext.py
 --pretrained_model_name_or_path examples/tiny/flux-shapes --lora {out}/lora --lora_scale {scale} --prompt {prompts}

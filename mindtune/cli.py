@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import os
 import re
@@ -25,6 +26,7 @@ class UserError(Exception):
 
 def run_script(main: Callable[[], Optional[int]]) -> None:
     """Calls `main` and exits: with its result or 0, with 2 after a `UserError` or a full disk, 130 after Ctrl-C."""
+    gc.freeze()  # what was imported stays to the end: no collection looks at it again
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # escape the characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")

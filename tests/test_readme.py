@@ -123,9 +123,10 @@ def test_make_venv_creates_the_environment_that_is_activated():
 def test_the_quoted_output_is_what_the_demos_print():
     """The words of every line, without its numbers."""
     (quoted,) = fences("README.md", "text")
-    sources = "".join((ROOT / f"examples/demo_flux_{name}.py").read_text() for name in ("lora", "controlnet"))
+    names = ("lora", "controlnet", "kontext", "control_lora")
+    sources = "".join((ROOT / f"examples/demo_flux_{name}.py").read_text() for name in names)
     lines = [re.split(r"[:\d]|  out/|  tensorboard", line)[0].rstrip() for line in quoted.splitlines() if line]
-    assert len(lines) == 6 and [line for line in lines if line not in sources] == []
+    assert len(lines) == 7 and [line for line in lines if line not in sources] == []
 
 
 def test_what_is_asked_of_pip_and_of_the_hub():

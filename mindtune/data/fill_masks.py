@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from mindtune.data.crops import cropped
 from mindtune.data.draws import HeldOutDraws, TrainingDraws
+from mindtune.data.images import decode, flatten
 from mindtune.data.pairs import Pair
 
 Size = tuple[int, int]  # (height, width) in pixels
@@ -29,11 +30,12 @@ def fill_mask(
     """The mask of a pair's crop to `size`, float32 [1, H, W]: 1 where the image is to be filled, 0 elsewhere.
 
     It is the pair's condition, white where to fill, with the image's `crop` (the position of `crops.crop_box`) and
-    `flip`; gray becomes white from one half on. Without a condition it is a `random_mask` of these draws.
+    `flip`; gray becomes white from one half on, and transparent pixels are kept, as in validation.
+    Without a condition it is a `random_mask` of these draws.
     """
     if pair.condition is None:
         return random_mask(size, draws.generator("fill mask"))
-    mask = _binary(pair.condition.open().convert("L"))
+    mask = _binary(flatten(decode(pair.condition.read()), "black").convert("L"))
     # Averages of black and white become black or white again.
     mask = _binary(cropped(mask, size, "box", crop, flip))
     return _values(mask)

@@ -103,6 +103,8 @@ def validation_mask(parser: Parser) -> None:
     def check(args: Values) -> None:
         if args.validation_mask and not args.fill:
             raise UserError("--validation_mask: needs --fill. Add it, or leave this out.")
+        if args.validation_mask and not (args.validation_image or args.validation_file):
+            raise UserError("--validation_mask: needs --validation_image or --validation_file. Add one of them.")
 
     parser.checks.append(check)
 

@@ -547,6 +547,21 @@ def test_damaged_files_are_refused(refused, make_lora, pipeline, tiny_flux, tmp_
     refused("--lora .*lora.safetensors: cannot be read as safetensors", "info", "--lora", lora)
 
 
+def test_norms_of_a_control_lora_are_described_and_not_edited(run, refused, make_lora, tmp_path, capsys):
+    """A sum or a lower rank of norms has no meaning, and nothing is lost silently."""
+    path, out = make_lora("lora", ("to_q",), 4), tmp_path / "out.safetensors"
+    norm = {"transformer.transformer_blocks.0.attn.norm_q.weight": np.ones(16, np.float32)}
+    save_file({**load_file(path), **norm}, path)
+    run("info", "--lora", path)
+    printed = capsys.readouterr().out
+    assert "transformer: 4 layers of rank 4, 1 norms" in printed and "transformer, all" in printed
+    for command in (["merge"], ["resize", "--rank", 2]):
+        message = (
+            r"holds transformer.transformer_blocks.0.attn.norm_q.weight. Only plain LoRA \(A and B\) can be edited"
+        )
+        refused(message, *command, "--lora", path, "--output", out)
+
+
 def test_the_adapters_of_a_run_are_found(run, make_lora, tmp_path):
     """--lora takes the directory of a run, as in the other scripts."""
     (tmp_path / "run").mkdir()

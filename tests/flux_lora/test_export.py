@@ -163,6 +163,17 @@ def test_images_of_kohyas_and_comfyuis_files_are_those_of_ours(export, adapter, 
     assert np.abs(images["base"] - images["diffusers"]).mean() > 1
 
 
+def test_a_control_lora_with_norms_is_written_as_diffusers_alone(export, adapter, tmp_path):
+    path, name = adapter / lora_files.LORA_FILE, "transformer.transformer_blocks.0.attn.norm_q.weight"
+    save_file({**load_file(path), name: np.linspace(0.5, 1.5, 16, dtype=np.float32)}, path)
+    found = load_file(export(adapter, "diffusers", "--dtype", "bf16"))
+    np.testing.assert_array_equal(found[name], np.linspace(0.5, 1.5, 16, dtype=np.float32))
+    message = "--lora .*: has trained norms .*, which the layout kohya does not hold. Write it as diffusers"
+    with pytest.raises(UserError, match=message):
+        export(adapter, "kohya", name="other")
+    assert not (tmp_path / "other.safetensors").exists()
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 

@@ -126,7 +126,7 @@ def test_the_transformer_starts_anew_beside_a_file_of_clip(run, saved):
     more = ["--train_text_encoder", "--lora_rank", 2, "--lora_layers", "to_v"]
     out = run("--lora_model_name_or_path", path, *more, *STILL)
     found = lora_files.read_adapters(out / LORA_FILE, "")
-    assert len(found["transformer"]) == 2 * 4 and len(found["text_encoder"]) == 2 * len(CLIP)
+    assert len(found["transformer"]) == 2 * 2 and len(found["text_encoder"]) == 2 * len(CLIP)
     for layer, value in changes(path).items():
         np.testing.assert_allclose(changes(out / LORA_FILE)[layer], value, rtol=1e-5, atol=1e-6)
 

@@ -397,3 +397,36 @@ def test_the_scale_of_latents():
     latents = (np.array([[[[5.0]], [[3.0]]]]) - shift) * scale
     np.testing.assert_allclose(latents.ravel(), [(5 - 1) * 0.5 / 4, (3 + 2) * 0.5 / 5], rtol=1e-6)
     assert shift.dtype == scale.dtype == np.float32 and shift.shape == (1, 2, 1, 1)
+
+
+# ---- sources, masks, tables ----------------------------------------------------------------------
+
+
+def test_the_ids_of_a_source_start_with_1():
+    ids = flow.source_image_ids(4, 6)
+    assert ids.dtype == np.float32 and ids.tolist() == [[1.0, y, x] for y in range(2) for x in range(3)]
+    np.testing.assert_array_equal(flow.latent_image_ids(4, 6)[:, 1:], ids[:, 1:])
+
+
+def test_the_pixels_of_a_mask_are_channels_of_their_latent():
+    """Row by row. Not square, and with a factor that is no power of the sizes."""
+    mask = random(1, 6, 9)
+    found = flow.mask_channels(mask, 3)
+    assert found.shape == (9, 2, 3)
+    for y, x in np.ndindex(6, 9):
+        assert found[y % 3 * 3 + x % 3, y // 3, x // 3] == mask[0, y, x]
+
+
+def test_the_mean_of_the_posterior():
+    moments = random(2, 6, 4, 5)
+    found = flow.posterior_mean(ms.Tensor(moments.astype(np.float16)))
+    assert found.dtype == ms.float32
+    np.testing.assert_array_equal(found.asnumpy(), moments[:, :3].astype(np.float16).astype(np.float32))
+
+
+def test_tables_of_several_sizes_are_read_by_one_index():
+    sigmas = np.array([[1.0, 0.5], [0.8, 0.2]], np.float32)
+    tables = flow.timestep_tables(sigmas, "exponential", 0.01)
+    indices = ms.Tensor(np.array([3, 0], np.int32))
+    found = [flow.get_sigmas(table, indices).asnumpy().ravel() for table in tables]
+    np.testing.assert_allclose(found, [[0.2, 1.0], [0.01**0.2, 0.01]], rtol=1e-6)

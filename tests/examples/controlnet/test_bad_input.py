@@ -76,7 +76,8 @@ def test_another_kind_of_pipeline(sd, refused, pipelines, tiny_flux):
     script = "train_controlnet_sdxl.py" if sd.kind == "sd15" else "train_controlnet.py"
     assert refused("--pretrained_model_name_or_path", other).endswith(f"train it with examples/controlnet/{script}.")
     message = refused("--pretrained_model_name_or_path", tiny_flux)
-    assert "_class_name is FluxPipeline, FLUX.1; train it with flux_lora/ and flux_controlnet/" in message
+    scripts = "flux_lora/, flux_controlnet/ and examples/flux_*/"
+    assert f"_class_name is FluxPipeline, FLUX.1; train it with {scripts}" in message
 
 
 def changed(sd, tmp_path, file, **changes):

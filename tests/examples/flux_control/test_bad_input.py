@@ -33,6 +33,7 @@ def says(message, *parts):
     "bad, parts",
     [
         (["--validation_mask", "mask.png"], ["--validation_mask: needs --fill. Add it, or leave this out"]),
+        (["--fill", "--validation_mask", "mask.png"], ["needs --validation_image or --validation_file"]),
         (
             ["--train_norm_layers", "--adapter", "lokr"],
             ["--train_norm_layers", "--adapter lokr", "Leave one of the two"],

@@ -14,8 +14,8 @@ CASES = {
         "--cache_latents", "--random_flip", "--train_norm_layers", "--use_ema", "--encode_window", 2,
         "--validation_split", 0.2, "--lr_scheduler", "cosine",
     ],
-    "fill, random masks, accumulation, fp16": [
-        "--fill", "--gradient_accumulation_steps", 2, "--mixed_precision", "fp16", "--dataloader_num_workers", 2,
+    "fill, random masks, accumulation, bf16": [
+        "--fill", "--gradient_accumulation_steps", 2, "--mixed_precision", "bf16", "--dataloader_num_workers", 2,
     ],
 }  # fmt: skip
 
@@ -23,7 +23,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_killed_and_resumed_equals_not_killed(control_lora, masked, tmp_path, capfd, case):
     more = [*CASES[case], *(["--train_data_dir", masked] if "fill" in case else [])]
-    assert_resumes_exactly(control_lora, more, tmp_path, RESULTS, capfd, kills=1 if "fp16" in case else 2)
+    assert_resumes_exactly(control_lora, more, tmp_path, RESULTS, capfd, kills=1 if "bf16" in case else 2)
 
 
 def test_norms_that_the_checkpoint_lacks_are_refused(control_lora, finished_control_lora, tmp_path):

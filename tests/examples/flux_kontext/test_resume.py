@@ -17,16 +17,16 @@ CASES = {
         "--cache_latents", "--random_flip", "--use_ema", "--lr_scheduler", "cosine", "--lr_warmup_steps", 2,
         "--validation_split", 0.2, "--encode_window", 2,
     ],
-    "crops, accumulation, fp16, empty captions": [
+    "crops, accumulation, bf16, empty captions": [
         "--resolution", 16, "--aspect_ratio_buckets", "16,32;32,16", "--gradient_accumulation_steps", 2,
-        "--mixed_precision", "fp16", "--proportion_empty_prompts", 0.3, "--dataloader_num_workers", 2,
+        "--mixed_precision", "bf16", "--proportion_empty_prompts", 0.3, "--dataloader_num_workers", 2,
     ],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_killed_and_resumed_equals_not_killed(kontext, tmp_path, capfd, case):
-    assert_resumes_exactly(kontext, CASES[case], tmp_path, RESULTS, capfd, kills=1 if "fp16" in case else 2)
+    assert_resumes_exactly(kontext, CASES[case], tmp_path, RESULTS, capfd, kills=1 if "bf16" in case else 2)
 
 
 def test_a_process_that_is_killed_and_resumed_equals_one_that_is_not(kontext, kontext_flags, tmp_path):

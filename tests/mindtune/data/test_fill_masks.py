@@ -64,11 +64,11 @@ def test_no_gray_is_left_after_scaling():
         assert set(np.unique(found)) <= {0.0, 1.0}
 
 
-def test_strokes_on_a_transparent_mask_are_on_the_background_of_the_data():
-    """White ones, as an editor saves them, with the background that shows them."""
+def test_strokes_on_a_transparent_mask_are_filled():
+    """White ones, as an editor saves them. The transparent rest is kept on any background of the data's conditions."""
     pixels = np.zeros((16, 16, 4), np.uint8)
     pixels[4:8] = 255
-    found = fill_mask(pair_of(sample(pixels, background="black")), (16, 16), TrainingDraws(0, "pair", 0, 0))
+    found = fill_mask(pair_of(sample(pixels, background="white")), (16, 16), TrainingDraws(0, "pair", 0, 0))
     assert found[0, 4:8].all() and found.sum() == 4 * 16
 
 

@@ -26,6 +26,7 @@ from mindtune.models.loading import (
     import_model_class_from_model_name_or_path,
     load_model,
     load_scheduler,
+    training_sigmas,
 )
 from mindtune.models.named_parameters import model_parameters
 from mindtune.models.precision import cast_cell, resolve_precision
@@ -420,3 +421,16 @@ def test_tokenizers_and_scheduler(tiny_flux):
     sigmas = scheduler.sigmas.asnumpy()  # FLUX trains on unshifted ones: (1000 - index) / 1000
     np.testing.assert_allclose(sigmas, (1000 - np.arange(1000)) / 1000, rtol=1e-6)
     assert read_config(tiny_flux, "scheduler")["max_shift"] == 1.15
+
+
+@pytest.mark.parametrize("shift", ["auto", "2.5"])
+def test_sigmas_of_several_sizes_are_shifted_for_each(tiny_flux, shift):
+    """Of (1000 - index) / 1000; auto: by exp(mu), linear in the tokens from 256 to 4096. Places: the largest size's."""
+    sizes = [(512, 256), (1024, 512), (256, 256)]
+    sigmas, places = training_sigmas(tiny_flux, sizes, shift)
+    plain = (1000 - np.arange(1000)) / 1000
+    for found, (height, width) in zip(sigmas, sizes):
+        mu = 0.5 + 0.65 * (height * width / 256 - 256) / (4096 - 256)
+        factor = np.exp(mu) if shift == "auto" else 2.5
+        np.testing.assert_allclose(found, factor * plain / (1 + (factor - 1) * plain), rtol=1e-6)
+    np.testing.assert_array_equal(places, sigmas[1])

@@ -7,6 +7,7 @@ import pytest
 from conftest import edit
 from pipeline_cases import error_message, tiny_pipeline, unsupported
 
+from mindtune.cli import UserError
 from mindtune.models.configs import read_config
 from mindtune.models.pipeline_checks import check_pipeline
 from mindtune.models.pipelines import FLUX_COMPONENTS, SD_COMPONENTS, SDXL_COMPONENTS
@@ -43,6 +44,39 @@ def test_a_pipeline_of_another_class(pipeline, cls, expected):
         and f"model_index.json: _class_name is {cls}" in message
         and expected in message
     )
+
+
+TASK_CLASSES = {"kontext": "FluxKontextPipeline", "control": "FluxControlPipeline", "fill": "FluxFillPipeline"}
+
+
+@pytest.mark.parametrize("task", TASK_CLASSES)
+def test_a_script_takes_the_pipelines_of_its_task_and_text_to_image_models(pipeline, task):
+    """And no others, which it sends to their script."""
+    for cls in (TASK_CLASSES[task], "FluxPipeline"):
+        edit(pipeline / "model_index.json", _class_name=cls)
+        check_pipeline(pipeline, FLUX_COMPONENTS, task=task)
+    for other in TASK_CLASSES.keys() - {task}:
+        edit(pipeline / "model_index.json", _class_name=TASK_CLASSES[other])
+        with pytest.raises(UserError, match=f"{TASK_CLASSES[other]}: it .* Train it with examples/flux_"):
+            check_pipeline(pipeline, FLUX_COMPONENTS, task=task)
+
+
+@pytest.mark.parametrize(
+    "task, accepted",
+    [("text-to-image", [64]), ("kontext", [64]), ("control", [64, 128]), ("fill", [64, 384])],
+)
+def test_the_inputs_of_a_transformer_for_each_task(pipeline, task, accepted):
+    """A model that reads a condition predicts as many values as one that reads none."""
+    for inputs in (64, 96, 128, 384):
+        edit(pipeline / "transformer" / "config.json", in_channels=inputs, out_channels=64)
+        if inputs in accepted:
+            check_pipeline(pipeline, FLUX_COMPONENTS, weights=False, task=task)
+            continue
+        with pytest.raises(UserError, match=f"in_channels is {inputs}, expected 64: .* Give the text-to-image model"):
+            check_pipeline(pipeline, FLUX_COMPONENTS, weights=False, task=task)
+    edit(pipeline / "transformer" / "config.json", in_channels=accepted[-1], out_channels=accepted[-1] + 1)
+    with pytest.raises(UserError, match=f"out_channels is {accepted[-1] + 1}, expected 64"):
+        check_pipeline(pipeline, FLUX_COMPONENTS, weights=False, task=task)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import load_script
 
-from mindtune.models import loading, lora, lora_settings, precision
+from mindtune.models import control_lora, loading, lora, lora_settings, precision
 from mindtune.optim import optimizers
 from mindtune.run import memory
 from mindtune.run.memory import Settings
@@ -55,6 +55,61 @@ def test_what_dora_and_lokr_add_is_exact_and_their_activations_are_counted(tiny_
     assert [block.adapter for block in memory._blocks(settings)] == [double] * 2 + [single] * 2 + [clip] * 2
     assert all(block.adapter == 0 for block in memory._blocks(settings._replace(adapter="lora")))
     assert plan.activations > memory.make_plan(settings._replace(adapter="lora")).activations
+
+
+def plan_and_model(root, system, adapter="lora", fill=False, norms=False, **flags):
+    """The plan of a run, and its transformer as the script makes it, with what trains, by name."""
+    given = {"adapter": adapter, "lora_rank": 3, "fill": fill, "train_norm_layers": norms, **flags}
+    plan = memory.make_plan(Settings(system, root, **given))
+    dtypes, int8 = precision.resolve_precision(flags.get("mixed_precision", "no")), "base_precision" in flags
+    if system == "flux_control":
+        model = control_lora.load_transformer(root, fill, dtypes, int8=int8)
+    else:
+        model = loading.load_model(root, "transformer", dtypes, int8=int8)
+    precision.freeze_params(model)
+    targets = {"transformer": lora_settings.target_names(None, system)}
+    settings = lora_settings.Settings(adapter=adapter, lora_rank=3)
+    lora.add_adapters({"transformer": model}, settings, targets, {}, dtypes.compute, seed=0)
+    if norms:
+        lora.train_norms(model, {})
+    return plan, model, list(lora.lora_parameters(model).values())
+
+
+@pytest.mark.parametrize(
+    "system, flags",
+    [
+        ("flux_kontext", {"mixed_precision": "bf16"}),
+        ("flux_kontext", {"adapter": "lokr"}),
+        ("flux_control", {"norms": True}),
+        ("flux_control", {"norms": True, "mixed_precision": "bf16", "adapter": "dora"}),
+        ("flux_control", {"fill": True, "base_precision": "int8"}),
+    ],
+    ids=str,
+)
+def test_bytes_of_kontext_and_of_a_control_lora_are_exact(small_flux, system, flags):
+    """Of everything in memory: the widened input layer, trained norms in float32, and a DoRA's frozen norms."""
+    plan, model, trained = plan_and_model(small_flux, system, **flags)
+    assert plan.parts[1].parameters == sum(p.size for p in trained) and plan.gradients == bytes_of(trained)
+    assert plan.parts[0].size + plan.parts[1].size == bytes_of(model.get_parameters())
+    groups = [{"params": trained, "lr": 1.0, "weight_decay": 0.0}]
+    optimizer = optimizers.create_optimizer(optimizers.Settings(), groups)
+    assert plan.optimizer == bytes_of(p for key, p in optimizers.optimizer_state(optimizer).items() if "exp_avg" in key)
+
+
+def test_what_the_two_systems_keep_beside_the_transformer(small_flux):
+    """Masked images are encoded in the step: the VAE stays. A source has as many tokens as its image."""
+
+    def names(system, **flags):
+        return [part.name for part in memory.make_plan(Settings(system, small_flux, cache_latents=True, **flags)).parts]
+
+    assert names("flux_kontext") == names("flux_control") == ["transformer", "LoRA"]
+    assert names("flux_control", fill=True) == ["transformer", "LoRA", "vae"]
+    same = {"train_batch_size": 2, "max_sequence_length": 16}
+    edit, plain = (memory.make_plan(Settings(system, small_flux, **same)) for system in ("flux_kontext", "flux_lora"))
+    assert plain.activations < edit.activations
+    blocks = memory._blocks(Settings("flux_kontext", small_flux, resolution=64, **same))
+    twice = memory._blocks(Settings("flux_lora", small_flux, aspect_ratio_buckets="64,128", **same))
+    assert blocks == twice
 
 
 @pytest.mark.parametrize("blocks, parameters", [((4, 0), 1_442_333_696), ((4, 10), 2_952_654_336)])

@@ -16,6 +16,8 @@ SCRIPTS = {
     "flux_controlnet": "flux_controlnet/train_controlnet_flux.py",
     "controlnet": "examples/controlnet/train_controlnet.py",
     "controlnet_sdxl": "examples/controlnet/train_controlnet_sdxl.py",
+    "flux_kontext": "examples/flux_kontext/train_lora_flux_kontext.py",
+    "flux_control": "examples/flux_control/train_control_lora_flux.py",
 }
 
 
@@ -33,7 +35,7 @@ def pipelines(tmp_path_factory):
         make(work / "whole" / name)
         weights = shutil.ignore_patterns("*.safetensors", "*.txt", "*.model", "tokenizer*")
         folders[name] = shutil.copytree(work / "whole" / name, work / "configs" / name, ignore=weights)
-    return {**folders, "flux_lora": folders["flux"], "flux_controlnet": folders["flux"]}
+    return {**folders, **{name: folders["flux"] for name in SCRIPTS if name.startswith("flux")}}
 
 
 # ---- suggestions ---------------------------------------------------------------------------------

@@ -157,6 +157,92 @@ def test_a_description_has_all_that_the_image_depends_on(rows_of, image):
     assert captions([row, row._replace(negative_prompt=None)]) == ["ein Bär", "a fox", "ein Bär"]
 
 
+# ---- images to edit, conditions and masks of FLUX ------------------------------------------------
+
+
+def flux(system, **values):
+    return Settings(system=system, **{**DEFAULTS, "num_validation_images": 1, **values})
+
+
+def test_images_to_edit_may_be_left_out(rows_of, image):
+    """In the flags and in a line. A row without one keeps its size, or gets that of `with_size`."""
+    prompts = ["a", "b"]
+    alone = read(flux("flux_kontext", validation_prompt=prompts))
+    assert [(row.prompt, row.image) for row in alone] == [("a", None), ("b", None)]
+    pairs = read(flux("flux_kontext", validation_prompt=prompts, validation_image=[image]))
+    assert [(row.prompt, row.image) for row in pairs] == [("a", image), ("b", image)]
+    lines = [{"prompt": "c"}, {"prompt": "d", "size": 48}, {"prompt": "e", "image": image}]
+    rows = load_conditions(rows_of(lines, flux("flux_kontext")), 32, 16, "white")
+    assert [row.condition and row.condition.size for row in rows] == [None, None, (64, 32)]
+    assert [row.size for row in with_size(rows, (16, 32))] == [(16, 32), (48, 48), (32, 64)]
+    assert [row.scale for row in rows] == [None] * 3 and "scale" not in rows[2].describe()
+
+
+def test_what_a_row_is_sampled_with(rows_of):
+    (row,) = rows_of([{"prompt": "a", "size": 32, "steps": 3, "guidance": 2, "seed": 9}], flux("flux_kontext"))
+    assert row.sampling() == {"size": (32, 32), "seed": 9, "number": 0, "steps": 3, "guidance": 2}
+
+
+@pytest.mark.parametrize("system", ["flux_kontext", "flux_control"])
+@pytest.mark.parametrize("key, value", [("scale", 0.5), ("mask", "half.png"), ("negative_prompt", "x")])
+def test_keys_that_a_system_does_not_have(rows_of, image, system, key, value):
+    with pytest.raises(UserError, match=f"line 1: {key} is no key"):
+        rows_of([{"prompt": "a", "image": image, key: value}], flux(system))
+
+
+def test_a_control_lora_needs_a_condition(rows_of):
+    with pytest.raises(UserError, match="line 1: image is missing: name a condition image"):
+        rows_of([{"prompt": "a"}], flux("flux_control"))
+
+
+@pytest.fixture
+def masks(tmp_path):
+    """Paths of two masks of 20 x 10 pixels, white above and white below."""
+    paths = []
+    for number in range(2):
+        pixels = np.zeros((10, 20), np.uint8)
+        pixels[5 * number : 5 * number + 5] = 255
+        Image.fromarray(pixels).save(tmp_path / f"mask-{number}.png")
+        paths.append(str(tmp_path / f"mask-{number}.png"))
+    return paths
+
+
+def fill(**values):
+    return flux("flux_control", fill=True, **values)
+
+
+def test_masks_that_do_not_match_or_cannot_be_read(image, masks):
+    for chosen in ([], [*masks, masks[0]]):
+        with pytest.raises(UserError, match=f"--validation_mask: {len(chosen)} for 2 .* Give one each, or one for all"):
+            read(fill(validation_prompt=["a"], validation_image=[image, image], validation_mask=chosen))
+    with pytest.raises(UserError, match="--validation_mask .*absent.png: cannot be read as an image"):
+        absent = masks[0].replace("mask-0", "absent")
+        read(fill(validation_prompt=["a"], validation_image=[image], validation_mask=[absent]))
+
+
+def test_a_line_has_its_own_mask_or_that_of_the_flags(rows_of, image, masks):
+    lines = [{"prompt": "a", "image": "half.png"}, {"prompt": "b", "image": "half.png", "mask": "mask-1.png"}]
+    rows = rows_of(lines, fill(validation_mask=masks[:1]))
+    assert [row.mask for row in rows] == masks
+    whole = rows_of([{"prompt": "a"}], fill(validation_image=[image], validation_mask=masks[:1]))
+    assert [(row.image, row.mask) for row in whole] == [(image, masks[0])]
+    with pytest.raises(UserError, match="line 1: mask is missing: name the mask of the image, or one for all lines"):
+        rows_of(lines, fill())
+    with pytest.raises(UserError, match=r"line 1: mask absent.png cannot be read \(missing"):
+        rows_of([{**lines[0], "mask": "absent.png"}], fill())
+    (row,) = with_size(rows[1:], (32, 64))
+    assert row.describe()["mask"] == masks[1]
+
+
+def test_a_mask_has_the_size_of_its_image_in_gray(rows_of, image, masks):
+    rows = read(fill(validation_prompt=["a"], validation_image=[image, image], validation_mask=masks))
+    above, below = load_conditions(rows, 32, 16, "white")
+    assert above.condition.size == above.mask_image.size == (64, 32) and above.mask_image.mode == "L"
+    values = [np.asarray(row.mask_image) for row in (above, below)]
+    assert values[0][:14].min() > 200 and values[0][18:].max() < 50
+    np.testing.assert_allclose(values[0][::-1].astype(int), values[1], atol=2)
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
