@@ -3,7 +3,7 @@
 from functools import partial
 
 import pytest
-from killed_runs import assert_a_killed_process_resumes, assert_resumes_exactly, start, wait_until
+from killed_runs import assert_a_killed_process_resumes, assert_resumes_exactly, start
 
 from .conftest import FINAL
 
@@ -34,21 +34,15 @@ def test_a_process_that_is_killed_and_resumed_equals_one_that_is_not(sd15, run, 
 
 
 def test_two_runs_on_the_same_cache_at_the_same_time(sd15, run, sd_flags, tmp_path):
-    """Each removes entries that the other one may still need; both end as a run that is alone.
-
-    One is a process of its own and one is this process.
-    """
+    """Each removes entries that the other one may still need; both end as a run that is alone."""
     more = ["--cache_latents", "--streaming", "--shuffle_buffer_size", 3, "--max_train_steps", 8]
     more += ["--encode_window", 1, "--cache_limit_gb", 1e-9, "--cache_dir"]
-    shared, log = tmp_path / "cache", tmp_path / "log"
-    with open(log, "w") as file:
-        one = start(sd15.path, sd_flags(sd15, tmp_path / "one", *more, shared), file)
-        wait_until(lambda: list(shared.rglob("*.safetensors")), one, log)
-        run(sd15, tmp_path / "other", *more, shared)
-        assert one.poll() is None  # they have met
-        assert one.wait() == 0, log.read_text()
+    names = ("one", "other")
+    with open(tmp_path / "log", "w") as log:
+        runs = [start(sd15.path, sd_flags(sd15, tmp_path / name, *more, tmp_path / "cache"), log) for name in names]
+        assert [process.wait() for process in runs] == [0, 0], (tmp_path / "log").read_text()
     run(sd15, tmp_path / "alone", *more, tmp_path / "another cache")
-    weights = [(tmp_path / name / FINAL).read_bytes() for name in ("one", "other", "alone")]
+    weights = [(tmp_path / name / FINAL).read_bytes() for name in (*names, "alone")]
     assert weights[0] == weights[1] == weights[2]
 
 
