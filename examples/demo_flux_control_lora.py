@@ -8,7 +8,6 @@ images of colour and shape pairs that neither model has seen, and measures the i
 and the outlined shape, with and without the LoRA.
 """
 
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,11 +18,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
-from demo import folder_of, images_of, parse_args, rows_of, run
+import demo
 from evaluate_shapes import overlap
 from shapes import make_folder
-
-from mindtune.data.grids import image_grid, save_image
 
 TRAIN = """examples/flux_control/train_control_lora_flux.py
 --pretrained_model_name_or_path examples/tiny/flux-shapes --train_data_dir {out}/train --output_dir {out}/lora
@@ -39,36 +36,27 @@ INFER = """examples/flux_control/infer_control_lora_flux.py
 
 def generate(out, name, scale):
     """The images for the held-out outlines with the LoRA at `scale`, and the overlap of each with its target."""
-    rows = rows_of(ROOT / out / "held_out")
-    outlines, prompts = ([row[key] for row in rows] for key in ("conditioning_image_file_name", "text"))
-    run(INFER, out=out, prompts=prompts, images=outlines, name=name, scale=scale)
-    images = images_of(ROOT / out / "pictures" / f"{name}.png", len(rows))
+    images, rows = demo.generate(INFER, out, name, scale, prompts="text", images="conditioning_image_file_name")
     return images, [overlap(image, Image.open(row["image_file_name"])) for image, row in zip(images, rows)]
 
 
 def main():
-    args = parse_args(__doc__, "out/demo-control-lora", steps=1000)
-    out = folder_of(args.output_dir)
+    args = demo.parse_args(__doc__, "out/demo-control-lora", steps=1000)
+    out = demo.folder_of(args.output_dir)
     started = time.time()
 
-    for split, count in (("train", 1000), ("held_out", args.count)):
-        shutil.rmtree(ROOT / out / split, ignore_errors=True)
-        make_folder(ROOT / out / split, count, 64, seed=0, split=split)
-    run(TRAIN, out=out, steps=args.max_train_steps)
+    demo.make_splits(out, make_folder, 1000, args.count)
+    demo.run(TRAIN, out=out, steps=args.max_train_steps)
     trained = time.time() - started
 
     controlled, controlled_overlap = generate(out, "controlled", 1.0)
     base, base_overlap = generate(out, "base", 0.0)
-    shown = rows_of(ROOT / out / "held_out")[:10]
-    cells = [
-        [Image.open(row["conditioning_image_file_name"]) for row in shown],
-        controlled[:10],
-        [Image.open(row["image_file_name"]) for row in shown],
-        base[:10],
-    ]
-    grid = image_grid(cells, ["outline", "with the Control-LoRA", "target", "base alone"])
-    save_image(grid, ROOT / out / "pictures" / "grid.png")
-    print(f"\nintersection over union with the outlined shape, {len(base)} held-out pairs:")
+    rows = demo.rows_of(ROOT / out / "held_out")
+    outlines, targets = ([row[f"{key}_file_name"] for row in rows] for key in ("conditioning_image", "image"))
+    demo.save_grid(
+        out, {"outline": outlines, "with the Control-LoRA": controlled, "target": targets, "base alone": base}
+    )
+    print(f"\nintersection over union with the outlined shape, {len(rows)} held-out pairs:")
     print(f"  with the Control-LoRA {np.mean(controlled_overlap):.3f}, base alone {np.mean(base_overlap):.3f}")
     print(f"adapter       {out}/lora/pytorch_lora_weights.safetensors")
     print(f"image grid    {out}/pictures/grid.png")

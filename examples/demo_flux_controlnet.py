@@ -8,7 +8,6 @@ model has seen, and measures the intersection over union of the generated and th
 ControlNet.
 """
 
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,11 +18,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
-from demo import folder_of, images_of, parse_args, rows_of, run
+import demo
 from evaluate_shapes import overlap
 from shapes import make_folder
-
-from mindtune.data.grids import image_grid, save_image
 
 TRAIN = """flux_controlnet/train_controlnet_flux.py
 --pretrained_model_name_or_path examples/tiny/flux-shapes --train_data_dir {out}/train --output_dir {out}/controlnet
@@ -37,43 +34,27 @@ INFER = """flux_controlnet/infer_flux_controlnet.py
 --max_sequence_length 12 --output {out}/pictures/{name}.png --overwrite"""
 
 
-def held_out(out):
-    """(paths of the outlines, paths of the target images, prompts) of the held-out pairs."""
-    rows = rows_of(ROOT / out / "held_out")
-    return tuple([row[key] for row in rows] for key in ("conditioning_image_file_name", "image_file_name", "text"))
-
-
 def generate(out, name, scale):
-    """The images for the held-out pairs with the ControlNet at `scale`, and the overlap of each with its target."""
-    outlines, targets, prompts = held_out(out)
-    run(INFER, out=out, prompts=prompts, images=outlines, name=name, scale=scale)
-    images = images_of(ROOT / out / "pictures" / f"{name}.png", len(targets))
-    return images, [overlap(image, Image.open(target)) for image, target in zip(images, targets)]
+    """The images for the held-out outlines with the ControlNet at `scale`, and the overlap of each with its target."""
+    images, rows = demo.generate(INFER, out, name, scale, prompts="text", images="conditioning_image_file_name")
+    return images, [overlap(image, Image.open(row["image_file_name"])) for image, row in zip(images, rows)]
 
 
 def main():
-    args = parse_args(__doc__, "out/demo-controlnet", steps=1000)
-    out = folder_of(args.output_dir)
+    args = demo.parse_args(__doc__, "out/demo-controlnet", steps=1000)
+    out = demo.folder_of(args.output_dir)
     started = time.time()
 
-    for split, count in (("train", 1000), ("held_out", args.count)):
-        shutil.rmtree(ROOT / out / split, ignore_errors=True)
-        make_folder(ROOT / out / split, count, 64, seed=0, split=split)
-    run(TRAIN, out=out, steps=args.max_train_steps)
+    demo.make_splits(out, make_folder, 1000, args.count)
+    demo.run(TRAIN, out=out, steps=args.max_train_steps)
     trained = time.time() - started
 
     controlled, controlled_overlap = generate(out, "controlled", 1.0)
     base, base_overlap = generate(out, "base", 0.0)
-    outlines, targets, _ = held_out(out)
-    rows = [
-        [Image.open(path) for path in outlines[:10]],
-        controlled[:10],
-        [Image.open(path) for path in targets[:10]],
-        base[:10],
-    ]
-    grid = image_grid(rows, ["outline", "with the ControlNet", "target", "base alone"])
-    save_image(grid, ROOT / out / "pictures" / "grid.png")
-    print(f"\nintersection over union with the outlined shape, {len(targets)} held-out pairs:")
+    rows = demo.rows_of(ROOT / out / "held_out")
+    outlines, targets = ([row[f"{key}_file_name"] for row in rows] for key in ("conditioning_image", "image"))
+    demo.save_grid(out, {"outline": outlines, "with the ControlNet": controlled, "target": targets, "base alone": base})
+    print(f"\nintersection over union with the outlined shape, {len(rows)} held-out pairs:")
     print(f"  with the ControlNet {np.mean(controlled_overlap):.3f}, base alone {np.mean(base_overlap):.3f}")
     print(f"ControlNet    {out}/controlnet")
     print(f"image grid    {out}/pictures/grid.png")

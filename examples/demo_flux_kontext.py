@@ -7,7 +7,6 @@ a source image. The demo trains it on pairs with instructions such as "make the 
 shape pairs that neither model has seen, and counts how many have both colours right and keep the shape.
 """
 
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,11 +17,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
-from demo import folder_of, images_of, parse_args, rows_of, run
+import demo
 from evaluate_shapes import is_edit
 from shapes import make_edits
-
-from mindtune.data.grids import image_grid, save_image
 
 PAIRS, UPDATES = 4000, 2500
 TRAIN = """examples/flux_kontext/train_lora_flux_kontext.py
@@ -40,35 +37,24 @@ INFER = """examples/flux_kontext/infer_flux_kontext.py
 
 def generate(out, name, scale):
     """The edited images of the held-out sources with the LoRA at `scale`, and whether each is right."""
-    rows = rows_of(ROOT / out / "held_out")
-    sources, prompts = ([row[key] for row in rows] for key in ("source", "instruction"))
-    run(INFER, out=out, prompts=prompts, sources=sources, name=name, scale=scale)
-    images = images_of(ROOT / out / "pictures" / f"{name}.png", len(rows))
+    images, rows = demo.generate(INFER, out, name, scale, prompts="instruction", sources="source")
     return images, [is_edit(image, Image.open(row["target"])) for image, row in zip(images, rows)]
 
 
 def main():
-    args = parse_args(__doc__, "out/demo-kontext", steps=UPDATES)
-    out = folder_of(args.output_dir)
+    args = demo.parse_args(__doc__, "out/demo-kontext", steps=UPDATES)
+    out = demo.folder_of(args.output_dir)
     started = time.time()
 
-    for split, count in (("train", PAIRS), ("held_out", args.count)):
-        shutil.rmtree(ROOT / out / split, ignore_errors=True)
-        make_edits(ROOT / out / split, count, 64, seed=0, split=split)
-    run(TRAIN, out=out, steps=args.max_train_steps)
+    demo.make_splits(out, make_edits, PAIRS, args.count)
+    demo.run(TRAIN, out=out, steps=args.max_train_steps)
     trained = time.time() - started
 
     edited, right = generate(out, "edited", 1.0)
     base, base_right = generate(out, "base", 0.0)
-    shown = rows_of(ROOT / out / "held_out")[:10]
-    cells = [
-        [Image.open(row["source"]) for row in shown],
-        edited[:10],
-        [Image.open(row["target"]) for row in shown],
-        base[:10],
-    ]
-    grid = image_grid(cells, ["source", "edited with the LoRA", "target", "base alone"])
-    save_image(grid, ROOT / out / "pictures" / "grid.png")
+    rows = demo.rows_of(ROOT / out / "held_out")
+    sources, targets = ([row[key] for row in rows] for key in ("source", "target"))
+    demo.save_grid(out, {"source": sources, "edited with the LoRA": edited, "target": targets, "base alone": base})
     print(f"\nboth colours right and the shape kept, {len(right)} held-out sources:")
     print(f"  with the LoRA {np.mean(right):.0%}, base alone {np.mean(base_right):.0%}")
     print(f"adapter       {out}/lora/pytorch_lora_weights.safetensors")

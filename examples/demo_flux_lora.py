@@ -16,7 +16,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "tiny"))
 
-from demo import folder_of, images_of, parse_args, run
+import demo
 from evaluate_shapes import is_subject
 from shapes import COLOURS, SUBJECT, make_subject
 
@@ -34,19 +34,19 @@ PROMPTS = [f"a sks circle on a {background} background" for background in COLOUR
 
 
 def main():
-    args = parse_args(__doc__, "out/demo")
-    out = folder_of(args.output_dir)
+    args = demo.parse_args(__doc__, "out/demo")
+    out = demo.folder_of(args.output_dir)
     started = time.time()
 
     make_subject(ROOT / out / "subject", 64)
-    run(TRAIN, out=out)
-    run(INFER, out=out, prompts=PROMPTS)
+    demo.run(TRAIN, out=out)
+    demo.run(INFER, out=out, prompts=PROMPTS)
 
     lines = [json.loads(line) for line in (ROOT / out / "lora" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     print(f"\nloss, first and last 20 updates: {np.mean(losses[:20]):.3f} -> {np.mean(losses[-20:]):.3f}")
     # The order of the images: for each prompt six of the base model, then six with the adapter.
-    images = images_of(ROOT / out / "pictures" / "grid.png", 12 * len(PROMPTS))
+    images = demo.images_of(ROOT / out / "pictures" / "grid.png", 12 * len(PROMPTS))
     shown = np.array([is_subject(image, SUBJECT) for image in images])
     rates = shown.reshape(-1, 2, 6).mean((0, 2))
     print(f"images that show the subject:  base {rates[0]:.0%}, adapter {rates[1]:.0%}")

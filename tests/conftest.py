@@ -211,20 +211,27 @@ def flags(small_flux, photos, encoder_cache):
             "pretrained_model_name_or_path": small_flux,
             "instance_data_dir": photos,
             "instance_prompt": "a photo of sks cat",
-            "output_dir": out,
             "cache_dir": encoder_cache,
-            "resolution": 32,
             "max_sequence_length": 16,
-            "seed": 0,
-            "train_batch_size": 1,
-            "max_train_steps": 3,
-            "mindspore_mode": 1,
-            "num_inference_steps": 2,
-            "report_to": "none",
         }
-        return command_line(values, *more)
+        return small_run(out, values, *more)
 
     return make
+
+
+def small_run(out, values, *more):
+    """The command line of three updates on small images in PyNative. `values` win over these flags, and `more` wins."""
+    common = {
+        "output_dir": out,
+        "resolution": 32,
+        "seed": 0,
+        "train_batch_size": 1,
+        "max_train_steps": 3,
+        "num_inference_steps": 2,
+        "mindspore_mode": 1,
+        "report_to": "none",
+    }
+    return command_line({**common, **values}, *more)
 
 
 def command_line(values, *more):

@@ -127,15 +127,15 @@ class Batches:
         # The image and its condition are cropped and flipped alike.
         crops = {"crop": draws.crop(args.center_crop or args.cache_latents), "flip": draws.flip(args.random_flip)}
         index = self.sizes.index(size) * self.num_train_timesteps + draws.timestep(self.timestep)
-        masks = ()
+        image, masks = self.stage.image(pair.image, size, cached=args.cache_latents, **crops), ()
         if args.fill:
             mask = fill_masks.fill_mask(pair, size, draws, **crops)
-            condition = self.stage.image(pair.image, size, cached=False, **crops) * (1.0 - mask)
-            masks = (flow.mask_channels(mask, self.factor),)
+            pixels = self.stage.image(pair.image, size, cached=False, **crops) if args.cache_latents else image
+            condition, masks = pixels * (1.0 - mask), (flow.mask_channels(mask, self.factor),)
         else:
             condition = self.stage.image(pair.condition, size, cached=args.cache_latents, **crops)
         return (
-            self.stage.image(pair.image, size, cached=args.cache_latents, **crops),
+            image,
             condition,
             draws.normal("posterior", shape),
             draws.normal("noise", shape),

@@ -1,13 +1,16 @@
-"""What the demos share: running the scripts of the repository, and reading the folders that shapes.py wrote."""
+"""What the demos share: their flags, data, runs of the repository's scripts, and the image grid at the end."""
 
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from PIL import Image
+
+from mindtune.data.grids import image_grid, save_image
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,12 +46,36 @@ def run(command, **values):
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 
 
+def make_splits(out, make, count, held_out):
+    """Writes `count` training samples and `held_out` others by `make`, of shapes.py, in place of old ones."""
+    for split, number in (("train", count), ("held_out", held_out)):
+        shutil.rmtree(ROOT / out / split, ignore_errors=True)
+        make(ROOT / out / split, number, 64, seed=0, split=split)
+
+
 def rows_of(folder):
     """The rows of a folder's metadata.jsonl; the names of its files become paths."""
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     return [
         {key: folder / value if (folder / value).is_file() else value for key, value in row.items()} for row in rows
     ]
+
+
+def generate(command, out, name, scale, **columns):
+    """The images that an inference script makes of the held-out rows, and the rows.
+
+    `columns` are the columns of the lists of words in the command.
+    """
+    rows = rows_of(ROOT / out / "held_out")
+    words = {word: [row[column] for row in rows] for word, column in columns.items()}
+    run(command, out=out, name=name, scale=scale, **words)
+    return images_of(ROOT / out / "pictures" / f"{name}.png", len(rows)), rows
+
+
+def save_grid(out, rows):
+    """Saves the first ten images or files of each row, by its label."""
+    cells = [[Image.open(each) if isinstance(each, Path) else each for each in row[:10]] for row in rows.values()]
+    save_image(image_grid(cells, list(rows)), ROOT / out / "pictures" / "grid.png")
 
 
 def images_of(grid, count):

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from mindtune.data.crops import cropped
 from mindtune.data.draws import HeldOutDraws, TrainingDraws
-from mindtune.data.images import decode, flatten
+from mindtune.data.masks import read_mask
 from mindtune.data.pairs import Pair
 
 Size = tuple[int, int]  # (height, width) in pixels
@@ -35,7 +35,7 @@ def fill_mask(
     """
     if pair.condition is None:
         return random_mask(size, draws.generator("fill mask"))
-    mask = _binary(flatten(decode(pair.condition.read()), "black").convert("L"))
+    mask = _binary(read_mask(pair.condition))
     # Averages of black and white become black or white again.
     mask = _binary(cropped(mask, size, "box", crop, flip))
     return _values(mask)

@@ -68,6 +68,11 @@ def loss_weights(
     return unmasked + (1.0 - np.float32(unmasked)) * means[None]
 
 
+def read_mask(mask: Sample) -> Image.Image:
+    """A mask in 8-bit gray, upright; transparent pixels are black."""
+    return flatten(decode(mask.read()), "black").convert("L")
+
+
 def open_mask(sample: Sample) -> Image.Image:
     """The mask of an image in 8-bit gray, with the image's size: its file, or the image's transparency."""
     if sample.mask == TRANSPARENCY:
@@ -75,6 +80,6 @@ def open_mask(sample: Sample) -> Image.Image:
         if is_transparent(image):
             return image.convert("RGBA").getchannel("A")
         return Image.new("L", image.size, 255)
-    mask = flatten(decode(sample.mask.read()), "black").convert("L")
+    mask = read_mask(sample.mask)
     size = sample.size or sample.open().size
     return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)

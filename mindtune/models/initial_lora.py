@@ -39,8 +39,8 @@ def find_adapters(
     """(ends of the names of the layers to adapt by model, adapters to start from by model, hash of the latter's file).
 
     Without --lora_model_name_or_path there is no adapter and no hash. `norms` are the shapes of the transformer's norms
-    that can be trained, if the system trains them. Raises UserError if the run cannot start from
-    this file, if no layer has a name that a flag gives, and for a pattern in a flag that has no effect.
+    that can be trained, if the system trains them. Raises UserError if the run cannot start from this file, if no layer
+    has a name that a flag gives, and for a pattern in a flag that has no effect.
     """
     initial, digest = _read(settings, layers, norms)
     return _find_targets(settings, lora, layers, initial), initial, digest

@@ -56,7 +56,8 @@ class Settings(NamedTuple):
         """
         blocks, patterns = self.blocks if in_blocks else [], self.rank_pattern
         targets = list(targets)
-        found = [name for name in names if ALL_LINEAR in targets or any(map(f".{name}".endswith, _dotted(targets)))]
+        endings = tuple(f".{target}" for target in targets)
+        found = [name for name in names if ALL_LINEAR in targets or f".{name}".endswith(endings)]
         found = [name for name in found if not blocks or any(layer_patterns.matches(block, name) for block in blocks)]
         return {name: layer_patterns.value_of(name, patterns, self.lora_rank) for name in found}
 
@@ -72,10 +73,6 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             f"--lokr_factor {settings.lokr_factor}: must be at least 1, or -1 for factors near the square root."
         )
-
-
-def _dotted(targets: Iterable[str]) -> list[str]:
-    return [f".{target}" for target in targets]
 
 
 def target_names(lora_layers: Optional[str], system: str) -> list[str]:

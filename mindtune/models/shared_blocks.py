@@ -12,9 +12,9 @@ from mindspore import nn, ops
 from mindtune.models.fast_ops import look_up, rotary_table, split, split_tokens
 from mindtune.models.flux_blocks import DoubleBlock, OutputNorm, SingleBlock, shared_block
 from mindtune.models.flux_transformer import construct_transformer
+from mindtune.models.lora_layouts import NORM
 
 ADAPTER = re.compile(r"\.(lora|lokr)_")  # in the name of an adapter's parameter
-NORM = re.compile(r"\.norm_(added_)?[qk]\.")  # in that of a norm of q or k
 POSITIONS = 4096  # images of 65,536 pixels
 
 _cast = ops.Cast()

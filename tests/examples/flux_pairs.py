@@ -1,5 +1,6 @@
 """What the tests of the Kontext and Control-LoRA scripts share: folders of pairs, and stand-ins for models."""
 
+import functools
 import json
 
 import mindspore as ms
@@ -10,6 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from mindtune.cli import UserError
+from mindtune.models import lora
 
 SHIFT, SCALE = 0.1159, 0.3611  # of a stand-in for the VAE's config
 SIGMAS = (np.arange(1000, 0, -1) / 1000).astype(np.float32)[None]
@@ -92,6 +94,38 @@ def unpacked(tokens, height, width):
     for k in range(4):
         latents[:, :, k // 2 :: 2, k % 2 :: 2] = corners[:, :, k]
     return latents
+
+
+# ---- both modes ----------------------------------------------------------------------------------
+
+
+def updates_in_modes(make_step, batch):
+    """run(mode): losses and gradient norms of two updates [2, 2], and the weights that train. Each mode runs once.
+
+    `make_step()` returns a step and its transformer.
+    """
+
+    @functools.cache
+    def run(mode):
+        before = ms.get_context("mode")
+        ms.set_context(mode=mode)
+        step, transformer = make_step()
+        inputs = [ms.Tensor(part) for part in batch]
+        seen = [(float(step(*inputs)[1]), float(step.grad_clipper.norm)) for _ in range(2)]
+        weights = {name: p.asnumpy() for name, p in lora.lora_parameters(transformer).items()}
+        ms.set_context(mode=before)
+        return np.array(seen), weights
+
+    return run
+
+
+def assert_modes_agree(run):
+    """Asserts that `updates_in_modes` are the same in both modes. Returns the weights."""
+    (seen, weights), (graph_seen, graph_weights) = run(ms.PYNATIVE_MODE), run(ms.GRAPH_MODE)
+    np.testing.assert_allclose(seen, graph_seen, rtol=1e-4)
+    for name, value in weights.items():
+        np.testing.assert_allclose(value, graph_weights[name], atol=1e-4 * np.abs(value).max(), err_msg=name)
+    return weights
 
 
 # ---- bad input -----------------------------------------------------------------------------------

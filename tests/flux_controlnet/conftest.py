@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import StageWithoutEncoders, command_line, encode_here, load_script, run_command, run_here
+from conftest import StageWithoutEncoders, encode_here, load_script, run_command, run_here, small_run
 from PIL import Image
 
 from mindtune.data import columns, pair_data, pairs
@@ -88,21 +88,13 @@ def control_flags(small_flux, shapes, warm_cache):
         values = {
             "pretrained_model_name_or_path": small_flux,
             "train_data_dir": shapes,
-            "output_dir": out,
             "cache_dir": warm_cache,
-            "resolution": 32,
             "max_sequence_length": 16,
-            "seed": 0,
-            "train_batch_size": 1,
-            "max_train_steps": 3,
             "num_double_layers": 1,
             "num_single_layers": 1,
             "learning_rate": 1e-3,
-            "num_inference_steps": 2,
-            "mindspore_mode": 1,
-            "report_to": "none",
         }
-        return command_line(values, *more)
+        return small_run(out, values, *more)
 
     return make
 

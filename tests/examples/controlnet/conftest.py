@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import command_line, load_script, run_here
+from conftest import load_script, run_here, small_run
 from small_sd import UNETS, make_pipeline
 
 FINAL = "diffusion_pytorch_model.safetensors"
@@ -62,19 +62,12 @@ def sd_flags(shapes, encoder_cache):
         values = {
             "pretrained_model_name_or_path": sd.root,
             "train_data_dir": shapes,
-            "output_dir": out,
             "cache_dir": encoder_cache,
             "resolution": 64,
-            "seed": 0,
-            "train_batch_size": 1,
-            "max_train_steps": 3,
             "learning_rate": 1e-3,
-            "num_inference_steps": 2,
             "num_validation_images": 1,
-            "mindspore_mode": 1,
-            "report_to": "none",
         }
-        return command_line(values, *more)
+        return small_run(out, values, *more)
 
     return make
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import StageWithoutEncoders, command_line, load_script, run_here
+from conftest import StageWithoutEncoders, load_script, run_here, small_run
 from flux_pairs import VAE_CONFIG, marked, write_pairs
 
 from mindtune.data import columns, pair_data
@@ -54,20 +54,12 @@ def control_lora_flags(small_flux, outlines, encoder_cache):
         values = {
             "pretrained_model_name_or_path": small_flux,
             "train_data_dir": outlines,
-            "output_dir": out,
             "cache_dir": encoder_cache,
-            "resolution": 32,
             "aspect_ratio_buckets": "32,48;48,32",
             "max_sequence_length": 16,
-            "seed": 0,
-            "train_batch_size": 1,
-            "max_train_steps": 3,
             "learning_rate": 1e-3,
-            "num_inference_steps": 2,
-            "mindspore_mode": 1,
-            "report_to": "none",
         }
-        return command_line(values, *more)
+        return small_run(out, values, *more)
 
     return make
 

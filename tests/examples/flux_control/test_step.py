@@ -7,7 +7,18 @@ import mindone.diffusers
 import mindspore as ms
 import numpy as np
 import pytest
-from flux_pairs import SCALE, SHIFT, SIGMAS, Encoder, latents_of, numpy_moments, packed, unpacked
+from flux_pairs import (
+    SCALE,
+    SHIFT,
+    SIGMAS,
+    Encoder,
+    assert_modes_agree,
+    latents_of,
+    numpy_moments,
+    packed,
+    unpacked,
+    updates_in_modes,
+)
 from mindspore import nn
 
 from mindtune import flow, rng
@@ -170,30 +181,12 @@ def lora_step(script, flags, root, kind="no", int8=False, adapter="lora", fill=F
 
 @pytest.fixture(scope="module")
 def two_updates(control_lora_script, control_lora_flags, small_flux):
-    """two_updates(mode): losses and gradient norms [2, 2], and trained weights with norms. Each runs once."""
-    done = {}
-
-    def run(mode):
-        if mode not in done:
-            before = ms.get_context("mode")
-            ms.set_context(mode=mode)
-            step, transformer = lora_step(control_lora_script, control_lora_flags, small_flux)
-            batch = [ms.Tensor(part) for part in make_batch(2)]
-            seen = [(float(step(*batch)[1]), float(step.grad_clipper.norm)) for _ in range(2)]
-            weights = {name: p.asnumpy() for name, p in lora.lora_parameters(transformer).items()}
-            ms.set_context(mode=before)
-            done[mode] = np.array(seen), weights
-        return done[mode]
-
-    return run
+    """`updates_in_modes`; norms train too."""
+    return updates_in_modes(lambda: lora_step(control_lora_script, control_lora_flags, small_flux), make_batch(2))
 
 
 def test_graph_equals_pynative(two_updates):
-    seen, weights = two_updates(1)
-    graph_seen, graph_weights = two_updates(0)
-    np.testing.assert_allclose(seen, graph_seen, rtol=1e-4)
-    for name, value in weights.items():
-        np.testing.assert_allclose(value, graph_weights[name], atol=1e-4 * np.abs(value).max(), err_msg=name)
+    weights = assert_modes_agree(two_updates)
     assert sum(".norm_" in name for name in weights) == 6
 
 
