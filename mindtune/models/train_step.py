@@ -44,6 +44,16 @@ class TrainStep(library.TrainStep):
         if isinstance(loss_scaler, StaticLossScaler):
             self.grad_scaler = NoScaling()
 
+    @property
+    def compile_phase(self):
+        return self._compile_phase
+
+    @compile_phase.setter
+    def compile_phase(self, value):
+        # MindSpore sets it in all cells at every call: 15 ms for a transformer with FLUX.1's number of blocks.
+        if value != self._compile_phase:
+            nn.Cell.compile_phase.fset(self, value)
+
 
 @ms.jit_class
 class NoScaling:

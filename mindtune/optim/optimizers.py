@@ -95,8 +95,10 @@ def set_learning_rates(optimizer: nn.Optimizer, rates: list[float]) -> None:
     """Sets one learning rate per parameter group, in the order of the groups."""
     distinct: dict[int, ms.Parameter] = {id(p): p for p in optimizer.learning_rate}
     for parameter, rate in zip(distinct.values(), rates):
-        # Not set_data: AdamWeightDecay, compiled in PyNative too, would keep the rate of its first update.
-        ops.assign(parameter, ms.Tensor(rate, ms.float32))
+        if getattr(parameter, "rate", None) != rate:  # an assignment takes 0.4 ms
+            # Not set_data: AdamWeightDecay, compiled in PyNative too, would keep the rate of its first update.
+            ops.assign(parameter, ms.Tensor(rate, ms.float32))
+            parameter.rate = rate
 
 
 def optimizer_state(optimizer: nn.Optimizer) -> dict[str, ms.Parameter]:

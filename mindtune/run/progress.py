@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Optional
 
-import numpy as np
 from tqdm import tqdm
 
 from mindtune.distributed import ranks
@@ -22,13 +22,15 @@ class Progress:
         """Begins the update after update `step` of `total`. The first call shows the bar."""
         if self.bar is None:
             hidden = not ranks.is_main_process()
-            self.bar = tqdm(total=total, initial=step, unit="update", dynamic_ncols=True, disable=hidden)
+            self.bar = tqdm(
+                total=total, initial=step, unit="update", dynamic_ncols=True, mininterval=0.5, disable=hidden
+            )
         self.began = time.perf_counter()
 
     def end(self, loss: float, lr: float) -> None:
         """Ends an update. The bar shows the median of the last 20."""
         self.seconds.append(time.perf_counter() - self.began)
-        median = np.median(self.seconds[-20:])
+        median = statistics.median(self.seconds[-20:])  # np.median takes 0.1 ms
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", s=f"{median:.2f}", refresh=False)
         self.bar.update()
 
@@ -44,4 +46,4 @@ class Progress:
     def median(self) -> Optional[float]:
         """Median seconds of an update, without the first two."""
         steady = self.seconds[2:] or self.seconds
-        return float(np.median(steady)) if steady else None
+        return statistics.median(steady) if steady else None

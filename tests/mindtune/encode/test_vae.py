@@ -8,10 +8,12 @@ from mindtune.encode import jobs, vae
 from mindtune.models import loading, precision
 
 
+pytestmark = pytest.mark.parametrize("mode", [ms.PYNATIVE_MODE], indirect=True)
+
+
 @pytest.fixture
-def encoder(tiny_flux, request):
+def encoder(mode, tiny_flux, request):
     """An encoder that compiles after its first call."""
-    ms.set_context(mode=ms.PYNATIVE_MODE)
     chosen = precision.resolve_precision(getattr(request, "param", "no"))
     return vae.VaeEncoder(loading.load_model(tiny_flux, "vae", chosen), chosen.compute)
 

@@ -51,3 +51,14 @@ def test_two_micro_batches_make_one_update(mode, scale, max_grad_norm, factor):
         expected = expected - factor * MEAN
         np.testing.assert_allclose(step.model.weight.asnumpy(), expected, rtol=1e-5, atol=1e-5)
         assert float(step.grad_clipper.norm) == pytest.approx(5.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE], indirect=True)
+def test_cells_learn_of_a_graph_when_it_is_compiled(mode, monkeypatch):
+    """MindSpore tells all cells the graph's name at every call. Ours pass it on when it changes."""
+    step = make_step(scale="no", max_grad_norm=0.0)
+    told = []
+    monkeypatch.setattr(Weight, "compile_phase", property(lambda cell: "", lambda cell, name: told.append(name)), False)
+    for x in (FIRST, SECOND, np.stack([FIRST, SECOND]), np.stack([SECOND, FIRST])):
+        step(ms.Tensor(x))
+    assert len(told) == 2 and told[0] != told[1]  # one for each shape
