@@ -7,7 +7,6 @@ import pytest
 from mindtune.encode import jobs, vae
 from mindtune.models import loading, precision
 
-
 pytestmark = pytest.mark.parametrize("mode", [ms.PYNATIVE_MODE], indirect=True)
 
 
