@@ -71,7 +71,8 @@ def write(job):
     size = job["size"]
     if not root.exists():
         if "unet" in size:
-            make_tiny_pipeline.make_sd15(root, unet=size["unet"], scheduler={"prediction_type": "epsilon"})
+            make = make_tiny_pipeline.make_sdxl if job["kind"] == "sdxl" else make_tiny_pipeline.make_sd15
+            make(root, unet=size["unet"], scheduler={"prediction_type": "epsilon"})
         else:
             transformer = {**workload.FLUX_COMMON, **size["transformer"]}
             encoders = {
