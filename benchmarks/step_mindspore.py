@@ -20,8 +20,11 @@ import mindspore as ms
 import numpy as np
 import workload
 from mindspore import nn, ops
+from PIL import Image
 
-from mindtune.models import configs, execution, library, loading
+from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.models import configs, execution, library, loading, sampling
+from mindtune.run import inference
 
 
 def memory():
@@ -133,6 +136,39 @@ def updates(job):
     }
 
 
+def sample(job):
+    """Seconds of two equal images by the samplers of the inference scripts, without decoding their latents."""
+    execution.set_up_device(graph_mode=False)
+    sampling.decode_latents = lambda vae, latents, compute: [latents]
+    draw = {"flux_lora": flux_sampler, "sd15": unet_sampler}[job["kind"]](job)
+    with execution.pynative():
+        return workload.time_images(draw)
+
+
+def flux_sampler(job):
+    """A function that samples with the transformer alone, as flux_lora/infer_flux_lora.py without an adapter."""
+    root = Path(job["root"])
+    transformer = loading.load_model(root, "transformer", cases.FULL)
+    sampler = inference.FluxSampler(
+        root, transformer, cases.FULL, None, seed=0, steps=job["steps"], guidance_scale=job["guidance"]
+    )
+    text = workload.prompt(job["kind"], job["size"])
+    height, width = (16 * tokens for tokens in job["size"]["tokens"])
+    return lambda: sampler.sample(text, (height, width), 0)
+
+
+def unet_sampler(job):
+    """A function that samples with UNet and ControlNet, as examples/controlnet/infer_controlnet.py."""
+    work = Path(job["work"])
+    text = workload.prompt(job["kind"], job["size"])
+    empty = {name: np.zeros_like(value) for name, value in text.items()}
+    stage = EncoderStage(Path(job["root"]), None, "no", work / "cache", job["size"]["text"], system="sd")
+    settings = inference.Settings(0, 1, job["steps"], job["guidance"], 1.0)
+    sampler = inference.UNetSampler(stage, work / "controlnet", empty, settings)
+    condition = Image.fromarray(workload.condition(job["size"]))
+    return lambda: sampler.sample(text, condition)[0]
+
+
 class Product(nn.Cell):
     """A [rows, inputs] times B [inputs, outputs], or times the transpose of B [outputs, inputs]."""
 
@@ -168,7 +204,7 @@ def rate(job):
 
 def main(path):
     job = json.loads(Path(path).read_text())
-    jobs = {"write": write, "write_vae": write_vae, "updates": updates, "rate": rate}
+    jobs = {"write": write, "write_vae": write_vae, "updates": updates, "sample": sample, "rate": rate}
     print(json.dumps(jobs[job["do"]](job)))
 
 

@@ -1,5 +1,7 @@
 """Model sizes and inputs of the speed benchmark. NumPy only, because both environments import it."""
 
+import time
+
 import numpy as np
 
 # FLUX transformers by width or depth. tokens: rows and columns of image tokens; text: T5 tokens; controlnet: its double
@@ -141,3 +143,25 @@ def batch(kind, size, count=1):
     if kind == "flux_controlnet":
         made.update(condition=normal(2 * channels, height, width), condition_posterior=normal(channels, height, width))
     return made
+
+
+def prompt(kind, size):
+    """Name -> embeddings of a prompt, as `EncoderStage.text` returns them."""
+    made = batch(kind, size)
+    names = {"prompt_embeds": "text", "pooled_prompt_embeds": "pooled"}
+    return {name: made[key][0] for name, key in names.items() if key in made}
+
+
+def condition(size):
+    """A condition image of a UNet's ControlNet, uint8 [H, W, 3]."""
+    return (255 * batch("sd15", size)["condition"][0]).astype(np.uint8).transpose(1, 2, 0)
+
+
+def time_images(draw):
+    """Seconds of the first and of the second call of `draw`, and some values of the latents that it returns."""
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        latents = np.asarray(draw())
+        seconds.append(time.perf_counter() - began)
+    return {"first": seconds[0], "image": seconds[1], "latents": latents.ravel()[:: latents.size // 64].tolist()}
