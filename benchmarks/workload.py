@@ -60,8 +60,8 @@ SIZES = {
         "latent": [32, 32],
         "text": 77,
     },
-    # Stable Diffusion XL's three levels at their widths, with fewer layers and transformer blocks: 1 instead of 2 layers
-    # per level, and 1 and 2 instead of 2 and 10 blocks per layer.
+    # Stable Diffusion XL's three levels at their widths, with 1 instead of 2 layers per level, and with 1 and 2 instead
+    # of 2 and 10 transformer blocks per layer.
     "sdxl": {
         "unet": {
             "block_out_channels": [320, 640, 1280],
@@ -89,7 +89,7 @@ RANK = 16
 
 
 def settings(kind, size):
-    """Settings of a training step for tests/parity. `kind`: flux_lora, flux_controlnet, sd15 or sdxl; `size`: of SIZES."""
+    """Settings of a training step for tests/parity: flux_lora, flux_controlnet, sd15 or sdxl; `size` is of SIZES."""
     common = {
         "kind": kind,
         "eps": 1e-8,
