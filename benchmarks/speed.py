@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py [SECTION ...] [--torch .venv-parity/bin/python]
 
-Expect about HOURS on two idle cores for all sections, with 14 GB in the temporary directory and 20 GB of memory.
+Expect about 80 minutes on two idle cores for all sections, with 14 GB in the temporary directory and 20 GB of memory.
 Linux only. Sections: steps, first, limit, sampling, cached, encode, host, growth, loading.
 
 Every measurement is a process of its own, and compared processes alternate: A B A B. The results of a section replace
