@@ -157,16 +157,27 @@ class UNet:
         config = size["unet"]
         self.widths = config["block_out_channels"]
         self.layers = config["layers_per_block"]
+        # Transformer blocks after each residual block of a level.
+        blocks = config.get("transformer_layers_per_block", [1] * len(self.widths))
+        self.middle_blocks = blocks[-1]
+        attends = ["CrossAttn" in name for name in config["down_block_types"]]
+        self.blocks = [count if attended else 0 for count, attended in zip(blocks, attends)]
         self.text_width = config["cross_attention_dim"]
         self.batch = batch
         self.side = size["latent"][0]
         self.text = size["text"]
         self.trains = trains
-        width = self.widths[0]
-        self.temb = self.linear(self.linear(Value(), batch, width, 4 * width), batch, 4 * width, 4 * width)
+        self.temb = self.embed(self.widths[0])
+        if added := config.get("projection_class_embeddings_input_dim"):
+            self.temb = join(self.temb, self.embed(added))
 
     def linear(self, x, rows, inputs, outputs):
         return layer(x, rows, inputs, outputs, self.trains)
+
+    def embed(self, inputs):
+        """The embedding of the timestep, or of SDXL's pooled text and image size."""
+        width = 4 * self.widths[0]
+        return self.linear(self.linear(Value(), self.batch, inputs, width), self.batch, width, width)
 
     def convolve(self, x, side, inputs, outputs, kernel=3):
         """`side` is that of the output."""
@@ -177,20 +188,24 @@ class UNet:
         inner = self.convolve(join(self.convolve(x, side, inputs, outputs), shift), side, outputs, outputs)
         return join(inner, x if inputs == outputs else self.convolve(x, side, inputs, outputs, 1))
 
-    def attend(self, x, side, width):
-        rows = side * side
-        keys = self.text
-        text = Value()
-        states = hidden = self.convolve(x, side, width, width, 1)
-        for source, count, inputs in ((states, rows, width), (text, keys, self.text_width)):
-            source = hidden if source is states else source
+    def attend(self, x, side, width, blocks):
+        """`x` after a transformer of `blocks` blocks, between two projections."""
+        if not blocks:
+            return x
+        hidden = self.convolve(x, side, width, width, 1)
+        for _ in range(blocks):
+            hidden = self.block(hidden, side * side, width)
+        return join(x, self.convolve(hidden, side, width, width, 1))
+
+    def block(self, hidden, rows, width):
+        """A transformer block: attention to itself, attention to the text, feed-forward with a gate."""
+        for source, count, inputs in ((None, rows, width), (Value(), self.text, self.text_width)):
             q = self.linear(hidden, self.batch * rows, width, width)
-            k, v = (self.linear(source, self.batch * count, inputs, width) for _ in range(2))
+            k, v = (self.linear(source or hidden, self.batch * count, inputs, width) for _ in range(2))
             out = attention(q, k, v, self.batch, rows, count, width)
             hidden = join(hidden, self.linear(out, self.batch * rows, width, width))
         inner = self.linear(hidden, self.batch * rows, width, 8 * width)
-        hidden = join(hidden, self.linear(inner, self.batch * rows, 4 * width, width))
-        return join(x, self.convolve(hidden, side, width, width, 1))
+        return join(hidden, self.linear(inner, self.batch * rows, 4 * width, width))
 
     def down(self, condition=None):
         """(value, side, width) of every skip connection, and the output of the middle block."""
@@ -201,24 +216,25 @@ class UNet:
         skips = [(x, side, inputs)]
         for level, width in enumerate(self.widths):
             for _ in range(self.layers):
-                x = self.attend(self.residual(x, side, inputs, width), side, width)
+                x = self.attend(self.residual(x, side, inputs, width), side, width, self.blocks[level])
                 skips.append((x, side, width))
                 inputs = width
             if level < len(self.widths) - 1:
                 side //= 2
                 x = self.convolve(x, side, width, width)
                 skips.append((x, side, width))
-        middle = self.attend(self.residual(x, side, inputs, inputs), side, inputs)
+        middle = self.attend(self.residual(x, side, inputs, inputs), side, inputs, self.middle_blocks)
         return skips, self.residual(middle, side, inputs, inputs)
 
     def up(self, skips, x):
         side, inputs = skips[-1][1:]
-        for level, width in enumerate(reversed(self.widths)):
+        for level, width in reversed(list(enumerate(self.widths))):
             for _ in range(self.layers + 1):
                 skip, _, more = skips.pop()
-                x = self.attend(self.residual(join(x, skip), side, inputs + more, width), side, width)
+                residual = self.residual(join(x, skip), side, inputs + more, width)
+                x = self.attend(residual, side, width, self.blocks[level])
                 inputs = width
-            if level < len(self.widths) - 1:
+            if level > 0:
                 side *= 2
                 x = self.convolve(x, side, width, width)
         return self.convolve(x, side, inputs, 4)
@@ -239,7 +255,7 @@ class UNet:
 
 def of_step(kind, size, batch=1, rank=16):
     """`total` of one update of a training step; optimizer, loss and norms have no products."""
-    if kind == "sd15":
+    if kind in ("sd15", "sdxl"):
         residuals, middle = UNet(size, batch, trains=True).controlnet()
         unet = UNet(size, batch)
         skips, x = unet.down()

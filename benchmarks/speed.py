@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py [SECTION ...] [--torch .venv-parity/bin/python]
 
-Expect about 45 minutes on two idle cores for all sections, with 10 GB in the temporary directory and 20 GB of memory.
-Linux only. Sections: steps, first, limit, cached, encode, host, growth, loading.
+Expect about 80 minutes on two idle cores for all sections, with 14 GB in the temporary directory and 20 GB of memory.
+Linux only. Sections: steps, first, limit, sampling, cached, encode, host, growth, loading.
 
 Every measurement is a process of its own, and compared processes alternate: A B A B. The results of a section replace
 its earlier ones in benchmarks/results/speed.json; tables and plot are written to docs/. A process that fails is
@@ -44,8 +44,10 @@ WAYS = {
     "PyTorch": ("step_torch.py", {}),
     "PyTorch, compiled": ("step_torch.py", {"compile": True}),
 }
-# Training step, size, updates per process, and rounds per implementation. mindone's modules take minutes to compile at
-# `deep`: the section `first` has them.
+# MindSpore's CPU kernels try numbers of threads in their first five launches; PyTorch does as many updates first.
+WARMUP = 6
+# Training step, size, updates per process after WARMUP, and rounds per implementation. mindone's modules take minutes
+# to compile at `deep`: the section `first` has them.
 STEPS = [
     ("flux_lora", "mid", 8, {"ours": 3, "ours, PyNative": 1, "mindone": 3, "PyTorch": 3, "PyTorch, compiled": 1}),
     ("flux_lora", "wide", 3, {"ours": 2, "ours, PyNative": 1, "mindone": 2, "PyTorch": 2}),
@@ -54,8 +56,10 @@ STEPS = [
     ("flux_controlnet", "wide", 2, {"ours": 2, "mindone": 1, "PyTorch": 2}),
     ("flux_controlnet", "deep", 8, {"ours": 2, "PyTorch": 2}),
     ("sd15", "sd", 3, {"ours": 2, "ours, PyNative": 1, "mindone": 2, "PyTorch": 2}),
+    ("sdxl", "sdxl", 3, {"ours": 2, "ours, PyNative": 1, "mindone": 1, "PyTorch": 2}),
 ]
-COUNTED = ("mid", "sd")  # sizes whose operations are also counted by PyTorch
+SAMPLED = [("flux_lora", "mid", 3), ("sd15", "sd", 2)]  # pipeline, size, rounds
+COUNTED = ("mid", "sd", "sdxl")  # sizes whose operations are also counted by PyTorch
 # Shapes of the matrix products of a block at `wide`, and a square one; the best rate of them is the limit.
 RATE_SHAPES = [[1536, 3072, 12288], [1536, 15360, 3072], [1536, 3072, 3072], [4096, 4096, 4096]]
 
@@ -67,6 +71,7 @@ class Bench:
         self.work = work
         self.torch = torch
         self.short = short
+        self.warmup = 1 if short else WARMUP
         self.cache = self.new("cache")  # for compiled code
         self.others = []  # (cores that other processes used, seconds) of every measured process
 
@@ -141,7 +146,7 @@ class Bench:
         }
         if not job["work"].exists():
             self.run("step_mindspore.py", do="write", **job)
-        return {**job, "warmup": 1 if self.short else 2, **more}
+        return {**job, "warmup": self.warmup, **more}
 
     def images(self, count, side):
         """A folder of `count` images with captions."""
@@ -167,7 +172,7 @@ class Bench:
             length=length,
             batch=batch,
             updates=6 if self.short else updates,
-            warmup=3,
+            warmup=self.warmup,
             flags=list(flags),
         )
 
@@ -237,16 +242,31 @@ def first(bench):
 
 
 def limit(bench):
-    """The best rate of a matrix product, alternating with our widest step."""
+    """The best rate of a matrix product, alternating with our widest steps."""
     name = "mid" if bench.short else "wide"
-    job = bench.step_job("flux_lora", name)
     shapes = RATE_SHAPES[-2:] if bench.short else RATE_SHAPES
-    ways = {
-        "rate": (partial(bench.run, "step_mindspore.py", do="rate", shapes=shapes, repeats=4), 3),
-        "ours": (partial(once, bench, "ours", job, 4), 2),
-    }
-    found = bench.alternate(ways, {"rate": "best", "ours": "update"})
-    return {"size": name, "operations": operations.of_step("flux_lora", workload.SIZES[name]), **found}
+    ways = {"rate": (partial(bench.run, "step_mindspore.py", do="rate", shapes=shapes, repeats=4), 3)}
+    keys = {"rate": "best"}
+    counted = {}
+    for kind, updates in (("flux_lora", 4), ("flux_controlnet", 2)):
+        case = f"{kind} {name}"
+        ways[case] = partial(once, bench, "ours", bench.step_job(kind, name), updates), 2
+        keys[case] = "update"
+        counted[case] = operations.of_step(kind, workload.SIZES[name])
+    return {"operations": counted, **bench.alternate(ways, keys)}
+
+
+def sampling(bench):
+    """Seconds of one image, without decoding it: the samplers of the inference scripts, and diffusers' pipelines."""
+    found = {}
+    for kind, name, rounds in SAMPLED:
+        job = bench.step_job(kind, name, do="sample", **workload.SAMPLING[name])
+        if bench.short:
+            job["steps"] = 4
+        scripts = {"ours": "step_mindspore.py", "PyTorch": "step_torch.py"}
+        ways = {way: (partial(bench.run, script, **job), rounds) for way, script in scripts.items()}
+        found[f"{kind} {name}"] = {"steps": job["steps"], **bench.alternate(ways, "image")}
+    return found
 
 
 def cached(bench):
@@ -270,16 +290,22 @@ def host(bench):
 
 
 def encode(bench):
-    """Images per second through the VAE: the encoder stage, and PyTorch's encoder alone."""
+    """Images per second through the VAE, after the first ones: the encoder stage, and PyTorch's encoder alone."""
     real = bench.work / "FLUX.1-dev's VAE"
     found = {}
-    cases = {"the shapes pipeline's VAE, 64 pixels": (SHAPES, 72, 64), "FLUX.1-dev's VAE, 256 pixels": (real, 12, 256)}
+    # Pipeline, images that do not count (8 and 2 batches of the encoder stage), images that do, pixels of their sides.
+    cases = {
+        "the shapes pipeline's VAE, 64 pixels": (SHAPES, 64, 512, 64),
+        "FLUX.1-dev's VAE, 256 pixels": (real, 8, 8, 256),
+    }
     if bench.short:
         cases.popitem()
     elif not real.exists():
         bench.run("step_mindspore.py", do="write_vae", root=real)
-    for name, (root, count, side) in cases.items():
-        job = {"do": "encode", "root": root, "images": bench.images(count, side), "count": count, "side": side}
+    for name, (root, skip, measured, side) in cases.items():
+        count = skip + measured
+        job = {"do": "encode", "root": root, "images": bench.images(count, side), "side": side}
+        job.update(count=count, skip=skip)
         ways = {
             "ours": (partial(bench.encode, job), 2),
             "PyTorch": (partial(bench.run, "step_torch.py", **job), 2),
@@ -325,7 +351,7 @@ def loading(bench):
 
 # ---- the run -------------------------------------------------------------------------------------
 
-SECTIONS = {f.__name__: f for f in (steps, first, limit, cached, encode, host, growth, loading)}
+SECTIONS = {f.__name__: f for f in (steps, first, limit, sampling, cached, encode, host, growth, loading)}
 
 
 def machine():

@@ -6,7 +6,32 @@ from functools import partial
 BEGIN = "<!-- made by benchmarks/speed.py: begin -->"
 END = "<!-- made by benchmarks/speed.py: end -->"
 DISTURBED = 0.25  # cores used by other processes
-KINDS = {"flux_lora": "FLUX LoRA", "flux_controlnet": "FLUX ControlNet", "sd15": "SD 1.5 ControlNet"}
+KINDS = {
+    "flux_lora": "FLUX LoRA",
+    "flux_controlnet": "FLUX ControlNet",
+    "sd15": "SD 1.5 ControlNet",
+    "sdxl": "SDXL ControlNet",
+}
+SAMPLED = {"flux_lora mid": "an image by FLUX, `mid`", "sd15 sd": "an image by SD 1.5 and ControlNet, `sd`"}
+# Case, target, first measured value.
+STEP_TARGETS = [
+    ("flux_lora mid", 1.5, "0.47"),
+    ("flux_lora wide", 2.1, "1.3"),
+    ("flux_lora deep", 1.0, "0.78"),
+    ("flux_controlnet mid", 1.4, "1.21"),
+    ("flux_controlnet wide", 2.1, "1.82"),
+    ("flux_controlnet deep", 1.0, "0.64"),
+    ("sd15 sd", 1.3, "0.93"),
+    ("sdxl sdxl", 1.3, "-"),
+]
+SHARE_TARGETS = [("flux_lora wide", 0.85, "0.59"), ("flux_controlnet wide", 0.75, "0.56")]
+SAMPLING_TARGETS = [("flux_lora mid", 1.0, "-"), ("sd15 sd", 1.0, "-")]
+ENCODE_TARGETS = [
+    ("FLUX.1-dev's VAE, 256 pixels", 1.0, "0.65"),
+    ("the shapes pipeline's VAE, 64 pixels", 0.8, "0.48"),
+]
+# Case, name, target of the time outside the step, its first value.
+HOST_TARGETS = [("shapes, batch 4", "shapes pipeline", 0.01, "2.54 %"), ("mid, batch 1", "`mid`", 0.02, "0.42 %")]
 
 
 def write(results, page, plot_path):
@@ -52,12 +77,12 @@ def step_ratio(results, case, way="PyTorch"):
     return ratio(other, ways.get("ours", {}).get("update"))
 
 
-def share_of_limit(results):
-    """Shortest possible time of the widest step, at the best rate of a matrix product, over its time; or None."""
+def share_of_limit(results, case):
+    """Shortest possible time of a step, at the best rate of a matrix product, over its time in turn; or None."""
     part = found(results, "limit") or {}
-    seconds = part.get("ours", {}).get("update")
+    seconds = part.get(case, {}).get("update")
     rates = [run["best"] for run in part.get("rate", {}).get("runs", ()) if "best" in run]
-    return ratio(sum(part["operations"].values()), seconds * max(rates)) if seconds and rates else None
+    return ratio(sum(part["operations"][case].values()), seconds * max(rates)) if seconds and rates else None
 
 
 def loading_peak(results):
@@ -70,10 +95,11 @@ def loading_peak(results):
     return ratio(rows[0]["ours peak"], rows[0]["weights"]) if rows else None
 
 
-def graph_memory(results):
-    """Memory of the compiled graph at `deep` in GB, or None."""
-    value = found(results, "first", "ours", "graph_mb")
-    return value / 1024 if value is not None else None
+def first_run(results, section, key):
+    """The first process of our step: in section `first`, that of way `key`; in section `steps`, that of case `key`."""
+    if section == "first":
+        return found(results, "first", key) or {}
+    return (found(results, "steps", key, "ways", "ours", "runs") or [{}])[0]
 
 
 def over_seeds(results):
@@ -110,101 +136,70 @@ def table(header, rows):
 
 def targets(results):
     """Every target with its first and its current value, and whether it is reached."""
-    times = number
-    seconds = partial(number, digits=1, unit=" s")
-    gigabytes = partial(number, digits=2, unit=" GB")
-    whole = partial(number, digits=0)
-    first = {name: found(results, "first", name, "first") for name in ("ours", "ours, the second time")}
-    outside = {name: found(results, "host", name, "outside") for name in ("shapes, batch 4", "mid, batch 1")}
-    # Section, name, target, first value, current value, whether higher is better, format.
-    rows = [
-        (
-            "steps",
-            "LoRA step at `mid`: PyTorch's time over ours",
-            1.3,
-            "0.47",
-            step_ratio(results, "flux_lora mid"),
-            True,
-            times,
-        ),
-        (
-            "steps",
-            "LoRA step at `wide`: PyTorch's time over ours",
-            2.0,
-            "1.3",
-            step_ratio(results, "flux_lora wide"),
-            True,
-            times,
-        ),
-        ("limit", "LoRA step at `wide`: share of the limit", 0.85, "0.59", share_of_limit(results), True, times),
-        ("first", "first update at `deep`, a fresh process", 30.0, "115 s", first["ours"], False, seconds),
-        (
-            "first",
-            "first update at `deep`, the second time",
-            10.0,
-            "115 s",
-            first["ours, the second time"],
-            False,
-            seconds,
-        ),
-        (
-            "first",
-            "host memory of the compiled graph at `deep`",
-            2.0,
-            "6.8 GB",
-            graph_memory(results),
-            False,
-            gigabytes,
-        ),
-        ("loading", "loading: peak over the weights' size", 1.2, "3.2", loading_peak(results), False, times),
-        ("host", "time outside the step, shapes pipeline", 0.02, "-", outside["shapes, batch 4"], False, percent),
-        ("host", "time outside the step, `mid`", 0.02, "-", outside["mid, batch 1"], False, percent),
-        (
-            "host",
-            "batches waited for after the first, shapes pipeline",
-            0,
-            "all",
-            worst(results, "shapes, batch 4", "late"),
-            False,
-            whole,
-        ),
-        (
-            "host",
-            "batches waited for after the first, `mid`",
-            0,
-            "all",
-            worst(results, "mid, batch 1", "late"),
-            False,
-            whole,
-        ),
-        (
-            "cached",
-            "caches over the original step with the VAE inside, shapes pipeline",
-            2.0,
-            "-",
-            over_seeds(results),
-            True,
-            times,
-        ),
-    ]
     lines = []
-    for section, name, wanted, start, value, more, show in rows:
+    for section, name, wanted, start, value, more, show in target_rows(results):
         reached = "-" if value is None else "yes" if (value >= wanted if more else value <= wanted) else "**no**"
         reached = f"{section} was disturbed" if value is not None and disturbed(results, section) else reached
         lines.append([name, f"at {'least' if more else 'most'} {show(wanted)}", start, show(value), reached])
     return table(["what", "target", "first measured", "now", "reached"], lines)
 
 
-def spread(way, digits=3):
-    """Median, least and most seconds per update of an implementation, or its error."""
+def target_rows(results):
+    """(section, name, target, first value, current value, whether higher is better, format) of every target."""
+    seconds = partial(number, digits=1, unit=" s")
+    gigabytes = partial(number, digits=2, unit=" GB")
+    whole = partial(number, digits=0)
+    rows = []
+    for case, wanted, start in STEP_TARGETS:
+        value = step_ratio(results, case)
+        rows.append(("steps", f"{case_name(case)}: PyTorch's time over ours", wanted, start, value, True, number))
+    for case, wanted, start in SHARE_TARGETS:
+        value = share_of_limit(results, case)
+        rows.append(("limit", f"{case_name(case)}: share of the limit", wanted, start, value, True, number))
+    for section, what, key, wanted, start, show in (
+        ("first", "first update at `deep`, a fresh process", "ours", 12.0, "115 s", seconds),
+        ("first", "first update at `deep`, the second time", "ours, the second time", 10.0, "115 s", seconds),
+        ("steps", "first update at `sd`, a fresh process", "sd15 sd", 15.0, "35.2 s", seconds),
+    ):
+        rows.append((section, what, wanted, start, first_run(results, section, key).get("first"), False, show))
+    for section, what, key, wanted, start in (
+        ("first", "host memory of the compiled graph at `deep`", "ours", 2.0, "6.8 GB"),
+        ("steps", "host memory of the compiled graph at `sd`", "sd15 sd", 1.5, "4.34 GB"),
+    ):
+        value = ratio(first_run(results, section, key).get("graph_mb"), 1024)
+        rows.append((section, what, wanted, start, value, False, gigabytes))
+    for case, wanted, start in SAMPLING_TARGETS:
+        value = ratio(*(found(results, "sampling", case, way, "image") for way in ("PyTorch", "ours")))
+        rows.append(("sampling", f"{SAMPLED[case]}: PyTorch's time over ours", wanted, start, value, True, number))
+    for case, wanted, start in ENCODE_TARGETS:
+        value = ratio(*(found(results, "encode", case, way, "images_per_second") for way in ("ours", "PyTorch")))
+        rows.append(("encode", f"encoder stage, {case}: over PyTorch's", wanted, start, value, True, number))
+    rows.append(("loading", "loading: peak over the weights' size", 1.2, "3.2", loading_peak(results), False, number))
+    for case, name, wanted, start in HOST_TARGETS:
+        outside = found(results, "host", case, "outside")
+        late = worst(results, case, "late")
+        rows.append(("host", f"time outside the step, {name}", wanted, start, outside, False, percent))
+        rows.append(("host", f"batches waited for after the first, {name}", 0, "all", late, False, whole))
+    caches = "caches over the original step with the VAE inside, shapes pipeline"
+    rows.append(("cached", caches, 2.0, "-", over_seeds(results), True, number))
+    return rows
+
+
+def case_name(case):
+    kind, name = case.split()
+    return f"{KINDS[kind]}, `{name}`"
+
+
+def spread(way, key="update", digits=3):
+    """Median, least and most of the seconds `key` of an implementation, or its error."""
     if way is None:
         return "-"
-    if "update" not in way:
+    if key not in way:
         return f"failed: {way.get('failed', '')[:80]}"
-    rounds = len([run for run in way["runs"] if "update" in run])
+    rounds = len([run for run in way["runs"] if key in run])
     if rounds == 1:
-        return f"{way['update']:.{digits}f}"
-    return f"{way['update']:.{digits}f} ({way['least']:.{digits}f}-{way['most']:.{digits}f})"
+        return f"{way[key]:.{digits}f}"
+    return f"{way[key]:.{digits}f} ({way['least']:.{digits}f}-{way['most']:.{digits}f})"
 
 
 def step_table(results):
@@ -220,10 +215,9 @@ def step_table(results):
     ]
     rows = []
     for case, part in (found(results, "steps") or {}).items():
-        kind, name = case.split()
         cells = [spread(part["ways"].get(way)) for way in header[1:6]]
         both = [number(step_ratio(results, case, way)) for way in ("PyTorch", "mindone")]
-        rows.append([f"{KINDS[kind]}, `{name}`", *cells, *both])
+        rows.append([case_name(case), *cells, *both])
     if not rows:
         return table(header, rows)
     return (
@@ -266,10 +260,9 @@ def start_of_steps_table(results):
     ways = ("ours", "ours, PyNative", "mindone", "PyTorch")
     rows = []
     for case, part in (found(results, "steps") or {}).items():
-        kind, name = case.split()
         runs = [part["ways"].get(way, {"runs": [{}]})["runs"][0] for way in ways]
         graphs = [number(run["graph_mb"] / 1024, 2) if "graph_mb" in run else "-" for run in (runs[0], runs[2])]
-        rows.append([f"{KINDS[kind]}, `{name}`", *(number(run.get("first"), 1) for run in runs), *graphs])
+        rows.append([case_name(case), *(number(run.get("first"), 1) for run in runs), *graphs])
     return table(["first update after, s", *ways, "graph of ours, GB", "graph of mindone, GB"], rows)
 
 
@@ -280,10 +273,11 @@ def limit_table(results):
         return "Not measured.\n"
     runs = [run for run in part["rate"]["runs"] if "rates" in run]
     best, shape = max((rate, shape) for run in runs for shape, rate in run["rates"].items())
-    cases = {f"FLUX LoRA, `{part['size']}`, in turn with the rate": (part["operations"], part["ours"])}
-    for case, step in all_steps.items():
-        kind, name = case.split()
-        cases[f"{KINDS[kind]}, `{name}`"] = step["operations"], step["ways"]["ours"]
+    cases = {
+        f"{case_name(case)}, in turn with the rate": (counted, part[case])
+        for case, counted in part["operations"].items()
+    }
+    cases.update({case_name(case): (step["operations"], step["ways"]["ours"]) for case, step in all_steps.items()})
     rows = []
     for name, (counted, ours) in cases.items():
         limit = sum(counted.values()) / best
@@ -301,6 +295,30 @@ def limit_table(results):
         apart = max(abs(ours / theirs - 1) for ours, theirs in checks)
         text += f"\nPyTorch's own counter on {len(checks)} of these steps: the same number within {apart:.1e}.\n"
     return text
+
+
+def sampling_table(results):
+    header = ["seconds per image", "steps", "ours", "PyTorch", "PyTorch / ours", "first image of ours", "of PyTorch"]
+    rows = []
+    apart = []
+    for case, part in (found(results, "sampling") or {}).items():
+        ways = [part["ours"], part["PyTorch"]]
+        firsts = [number(way["runs"][0].get("first")) for way in ways]
+        times = [spread(way, "image", 2) for way in ways]
+        faster = number(ratio(*(way.get("image") for way in reversed(ways))))
+        rows.append([SAMPLED[case], part["steps"], *times, faster, *firsts])
+        apart += [latents_apart(ways)]
+    text = table(header, rows)
+    if rows:
+        text += f"\nThe latents of ours and PyTorch's images differ by at most {max(apart):.1e} of the largest value.\n"
+    return text
+
+
+def latents_apart(ways):
+    """The largest difference of a latent from that of the first run, over the largest latent."""
+    latents = [run["latents"] for way in ways for run in way["runs"] if "latents" in run] or [[1.0]]
+    largest = max(map(abs, latents[0]))
+    return max(abs(value - own) for other in latents for value, own in zip(other, latents[0])) / largest
 
 
 def script_table(results):
@@ -401,6 +419,7 @@ def tables(results):
         ("From the start of a process", start_table),
         (None, start_of_steps_table),
         ("The limit", limit_table),
+        ("Sampling an image", sampling_table),
         ("Caches", script_table),
         ("Time outside the step", host_table),
         ("Encoder stage", encode_table),

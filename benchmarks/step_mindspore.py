@@ -7,6 +7,7 @@ speed.py starts it. The steps are those of the scripts, built as for the parity 
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,8 +21,11 @@ import mindspore as ms
 import numpy as np
 import workload
 from mindspore import nn, ops
+from PIL import Image
 
-from mindtune.models import configs, execution, library, loading
+from mindtune.encode.encoder_stage import EncoderStage
+from mindtune.models import configs, execution, library, loading, sampling
+from mindtune.run import inference
 
 
 def memory():
@@ -71,7 +75,8 @@ def write(job):
     size = job["size"]
     if not root.exists():
         if "unet" in size:
-            make_tiny_pipeline.make_sd15(root, unet=size["unet"], scheduler={"prediction_type": "epsilon"})
+            make = make_tiny_pipeline.make_sdxl if job["kind"] == "sdxl" else make_tiny_pipeline.make_sd15
+            make(root, unet=size["unet"], scheduler={"prediction_type": "epsilon"})
         else:
             transformer = {**workload.FLUX_COMMON, **size["transformer"]}
             encoders = {
@@ -132,6 +137,39 @@ def updates(job):
     }
 
 
+def sample(job):
+    """Seconds of two equal images by the samplers of the inference scripts, without decoding their latents."""
+    execution.set_up_device(graph_mode=False)
+    sampling.decode_latents = lambda vae, latents, compute: [latents]
+    draw = {"flux_lora": flux_sampler, "sd15": unet_sampler}[job["kind"]](job)
+    with execution.pynative():
+        return workload.time_images(draw)
+
+
+def flux_sampler(job):
+    """A function that samples with the transformer alone, as flux_lora/infer_flux_lora.py without an adapter."""
+    root = Path(job["root"])
+    transformer = loading.load_model(root, "transformer", cases.FULL)
+    sampler = inference.FluxSampler(
+        root, transformer, cases.FULL, None, seed=0, steps=job["steps"], guidance_scale=job["guidance"]
+    )
+    text = workload.prompt(job["kind"], job["size"])
+    height, width = (16 * tokens for tokens in job["size"]["tokens"])
+    return lambda: sampler.sample(text, (height, width), 0)
+
+
+def unet_sampler(job):
+    """A function that samples with UNet and ControlNet, as examples/controlnet/infer_controlnet.py."""
+    work = Path(job["work"])
+    text = workload.prompt(job["kind"], job["size"])
+    empty = {name: np.zeros_like(value) for name, value in text.items()}
+    stage = EncoderStage(Path(job["root"]), None, "no", work / "cache", job["size"]["text"], system="sd")
+    settings = inference.Settings(0, 1, job["steps"], job["guidance"], 1.0)
+    sampler = inference.UNetSampler(stage, work / "controlnet", empty, settings)
+    condition = Image.fromarray(workload.condition(job["size"]))
+    return lambda: sampler.sample(text, condition)[0]
+
+
 class Product(nn.Cell):
     """A [rows, inputs] times B [inputs, outputs], or times the transpose of B [outputs, inputs]."""
 
@@ -167,8 +205,9 @@ def rate(job):
 
 def main(path):
     job = json.loads(Path(path).read_text())
-    jobs = {"write": write, "write_vae": write_vae, "updates": updates, "rate": rate}
-    print(json.dumps(jobs[job["do"]](job)))
+    jobs = {"write": write, "write_vae": write_vae, "updates": updates, "sample": sample, "rate": rate}
+    print(json.dumps(jobs[job["do"]](job)), flush=True)
+    os._exit(0)  # MindSpore 2.7.1 may crash when it frees its memory at the end, after sampling in PyNative
 
 
 if __name__ == "__main__":

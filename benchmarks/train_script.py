@@ -27,7 +27,7 @@ from shapes import render, sample_scene
 from step_mindspore import load_plainly, memory, require_plain, use_mindone_plainly
 
 from mindtune.data import folders, image_data
-from mindtune.encode import child, encoder_stage, jobs, text_encoders
+from mindtune.encode import child, encoder_stage, text_encoders
 from mindtune.models import execution, precision, tokenization
 
 CALLS = []  # (start, end) of every call of the step, with reading its result
@@ -173,7 +173,7 @@ def train(job):
 
 
 def encode_images(job):
-    """Images per second of the encoder stage, with decoding and writing its entries, after the first batch."""
+    """Images per second of the encoder stage, with decoding and writing its entries, after the first `skip`."""
     execution.set_up_device(graph_mode=False)
     stage = encoder_stage.EncoderStage(Path(job["root"]), None, "no", Path(job["out"]), 12)
     samples = folders.samples_in_folder(job["images"], "images")[: job["count"]]
@@ -186,8 +186,8 @@ def encode_images(job):
 
     stage.cache.put = watched_put
     child.encode_images(stage, [(sample, job["side"], False) for sample in samples])
-    batch = jobs.vae_batch(job["side"])
-    return {"images_per_second": (len(ends) - batch) / (ends[-1] - ends[batch - 1])}
+    skipped = job["skip"]
+    return {"images_per_second": (len(ends) - skipped) / (ends[-1] - ends[skipped - 1])}
 
 
 def draw(job):
