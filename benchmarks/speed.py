@@ -49,13 +49,13 @@ WARMUP = 6
 # Training step, size, updates per process after WARMUP, and rounds per implementation. mindone's modules take minutes
 # to compile at `deep`: the section `first` has them.
 STEPS = [
-    ("flux_lora", "mid", 8, {"ours": 3, "ours, PyNative": 1, "mindone": 3, "PyTorch": 3, "PyTorch, compiled": 1}),
-    ("flux_lora", "wide", 3, {"ours": 2, "ours, PyNative": 1, "mindone": 2, "PyTorch": 2}),
+    ("flux_lora", "mid", 8, {"ours": 3, "ours, PyNative": 1, "mindone": 2, "PyTorch": 3, "PyTorch, compiled": 1}),
+    ("flux_lora", "wide", 3, {"ours": 2, "ours, PyNative": 1, "mindone": 1, "PyTorch": 2}),
     ("flux_lora", "deep", 8, {"ours": 2, "ours, PyNative": 1, "PyTorch": 2}),
-    ("flux_controlnet", "mid", 6, {"ours": 3, "mindone": 2, "PyTorch": 3}),
-    ("flux_controlnet", "wide", 2, {"ours": 2, "mindone": 1, "PyTorch": 2}),
+    ("flux_controlnet", "mid", 6, {"ours": 3, "mindone": 1, "PyTorch": 3}),
+    ("flux_controlnet", "wide", 2, {"ours": 1, "mindone": 1, "PyTorch": 1}),
     ("flux_controlnet", "deep", 8, {"ours": 2, "PyTorch": 2}),
-    ("sd15", "sd", 3, {"ours": 2, "ours, PyNative": 1, "mindone": 2, "PyTorch": 2}),
+    ("sd15", "sd", 3, {"ours": 2, "ours, PyNative": 1, "mindone": 1, "PyTorch": 2}),
     ("sdxl", "sdxl", 3, {"ours": 2, "ours, PyNative": 1, "mindone": 1, "PyTorch": 2}),
 ]
 SAMPLED = [("flux_lora", "mid", 3), ("sd15", "sd", 2)]  # pipeline, size, rounds

@@ -170,6 +170,16 @@ def test_norms_compute_as_numpy(mode, kind, shape, dtype, tolerance):
     np.testing.assert_allclose(found.asnumpy(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 256, 256), (2, 8, 100000)])
+def test_a_group_norm_of_many_values(shape):
+    """A sum of 1e5 values that are added one after the other has an error of 1e-5."""
+    x = values(*shape) + 1.0
+    layer = replaced_layers.use_fast_ops(nn.CellList([norm_layer("group norm")]))[0]
+    weight, bias = (parameter.asnumpy() for parameter in layer.trainable_params())
+    expected = in_float64("group norm", x.reshape(*shape[:2], -1, 1), weight, bias).reshape(shape)
+    np.testing.assert_allclose(layer(ms.Tensor(x)).asnumpy(), expected, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("kind, shape", NORMS, ids=[kind for kind, _ in NORMS])
 def test_norms_have_the_gradients_of_mindones(mode, kind, shape):
     """With respect to the input, the weight and the bias."""
