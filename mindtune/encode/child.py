@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Optional
 
+import mindspore as ms
 import numpy as np
 
 from mindtune.cli import UserError, progress_bar, run_script
@@ -22,7 +23,6 @@ from mindtune.data.order import prefetch
 from mindtune.encode.encoder_stage import EncoderStage
 from mindtune.encode.jobs import ClassImageRequest, Image, Size, receive, vae_batch
 from mindtune.encode.text_encoders import ENCODERS
-from mindtune.encode.vae import VaeEncoder
 from mindtune.files import write_atomically
 from mindtune.models.configs import read_config
 from mindtune.models.execution import set_up_device
@@ -93,7 +93,7 @@ def encode_images(stage: EncoderStage, images: Iterable[Image], total: Optional[
     first = next(images, None)
     if first is None:
         return
-    encode = VaeEncoder(stage.load_vae(), precision.compute)
+    vae = stage.load_vae()
 
     def load(image: Image) -> tuple[Image, np.ndarray]:
         sample, size, flip = image
@@ -109,7 +109,8 @@ def encode_images(stage: EncoderStage, images: Iterable[Image], total: Optional[
             # A batch is always full, so that an image's entry does not depend on how many there are.
             missing = vae_batch(batch[0][0][1]) - len(batch)
             pixels = np.concatenate([pixels, *[pixels[-1:]] * missing])
-            for (image, _), entry in zip(batch, encode(pixels)):
+            moments = vae.encode(ms.Tensor(pixels).to(precision.compute))[0].to(ms.float32).asnumpy()
+            for (image, _), entry in zip(batch, moments):
                 yield image, {"moments": entry}
 
     def write(item):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import pickle
 import subprocess
@@ -25,21 +24,13 @@ Image = tuple[Sample, Size, bool]  # and whether it is flipped
 GROUP = 64
 
 
-BATCH_PIXELS = 512 * 512
-
-
 def vae_batch(size: Size) -> int:
-    """The number of images that the VAE encodes at a time: up to BATCH_PIXELS pixels, and up to 8 images.
+    """The number of images that the VAE encodes at a time: up to 512x512 pixels, and up to 8 images.
 
     Above that, batches are not faster and only take memory.
     """
     height, width = height_width(size)
-    return min(8, max(1, BATCH_PIXELS // (height * width)))
-
-
-def may_compile(size: Size) -> bool:
-    """Whether the VAE's encoder may become a graph for this size: a graph keeps its memory."""
-    return math.prod(height_width(size)) <= BATCH_PIXELS
+    return min(8, max(1, 512 * 512 // (height * width)))
 
 
 @dataclass

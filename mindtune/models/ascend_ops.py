@@ -178,7 +178,7 @@ CONSTRUCTS = {
 
 
 @lru_cache(None)
-def fast_class(cls):
+def ascend_class(cls):
     """A class of cells that computes as `cls` does; `cls` itself if MindSpore's operators for it are good."""
     construct = CONSTRUCTS.get(cls)
     if cls.__name__ == "LayerNorm" and cls.__module__.startswith("mindone."):  # mindone 0.5 has mint's

@@ -112,40 +112,6 @@ def modulated_norm(x, scale, shift):
     return (scaled + outer_product(ones(*inverse_std.shape), shift)).astype(x.dtype)
 
 
-def layer_norm(x, weight, bias, eps):
-    """Layer norm of x [..., d] over d, times weight, plus bias, [d] each (https://arxiv.org/abs/1607.06450)."""
-    rows = x.astype(ms.float32).reshape((-1, x.shape[-1]))
-    centred = rows + outer_product(-mean(rows), ones(1, rows.shape[1]))
-    inverse_std = ops.rsqrt(mean(centred * centred) + eps)
-    scaled = centred * outer_product(inverse_std, weight.astype(ms.float32).reshape((1, -1)))
-    return add_bias(scaled, bias.astype(ms.float32)).reshape(x.shape).astype(x.dtype)
-
-
-def group_norm(x, groups, weight, bias, eps):
-    """Group norm of x [B, C, ...] over C / groups channels and their positions (https://arxiv.org/abs/1803.08494).
-
-    It is multiplied by weight and bias is added, [C] each.
-    """
-    batch, channels = x.shape[:2]
-    wide = x.astype(ms.float32)
-    rows = wide.reshape((batch * groups, -1))
-    centred = rows + outer_product(-_mean_of_groups(wide, groups), ones(1, rows.shape[1]))
-    variance = _mean_of_groups((centred * centred).reshape(x.shape), groups)
-    inverse_std = ops.rsqrt(variance + eps).reshape((batch, groups, 1))
-    scale = (inverse_std * weight.astype(ms.float32).reshape((1, groups, -1))).reshape((batch * channels, 1))
-    centred = centred.reshape((batch * channels, -1))
-    scaled = centred * outer_product(scale, ones(1, centred.shape[1]))
-    return add_bias(scaled.reshape(x.shape), bias.astype(ms.float32)).astype(x.dtype)
-
-
-def _mean_of_groups(x, groups):
-    """The mean of each group of channels of x [B, C, ...], [B groups, 1].
-
-    First over the last axis, because a product adds one value after the other: 1e5 of them have an error of 1e-5.
-    """
-    return mean(mean(x).reshape((x.shape[0] * groups, -1)))
-
-
 def rms_norm(x, weight):
     x, weight = x.astype(ms.float32), weight.astype(ms.float32)
     return x * outer_product(ops.rsqrt(mean(x * x) + EPS), weight.reshape((1, -1)))
@@ -205,30 +171,3 @@ def split_tokens(x, length):
 
 def look_up(table, index):
     return ops.gather(table, index, 0)
-
-
-# ---- layers of UNets, VAEs and text encoders -----------------------------------------------------
-
-
-def construct_layer_norm(self, x):
-    return layer_norm(x, self.weight, self.bias, self.eps)
-
-
-def construct_mindspores_layer_norm(self, x):
-    return layer_norm(x, self.gamma, self.beta, self.epsilon)
-
-
-def construct_group_norm(self, x):
-    return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-
-
-MINDONES_CONSTRUCTS = {"LayerNorm": construct_layer_norm, "GroupNorm": construct_group_norm}
-
-
-@lru_cache(None)
-def fast_class(cls):
-    """A class of cells that computes as `cls` does, but fast; `cls` itself if MindSpore's operators for it are good."""
-    construct = construct_mindspores_layer_norm if cls is nn.LayerNorm else None
-    if cls.__module__.startswith("mindone."):
-        construct = MINDONES_CONSTRUCTS.get(cls.__name__)
-    return cls if construct is None else type(cls.__name__, (cls,), {"construct": construct})

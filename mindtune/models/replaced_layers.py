@@ -8,7 +8,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from mindtune.models.fast_ops import ON_CPU, attention, backend, tanh_gelu
+from mindtune.models.ascend_ops import ascend_class
+from mindtune.models.fast_ops import ON_CPU, attention, tanh_gelu
 
 
 class Timesteps(nn.Cell):
@@ -146,8 +147,9 @@ def use_fast_ops(model: nn.Cell) -> nn.Cell:
     the CPU also the padding of a VAE's convolutions, on Ascend linear layers, convolutions and layer norms.
     """
     for _, cell in list(model.cells_and_names()):
-        cell.__class__ = backend.fast_class(type(cell))
-        if ON_CPU and type(cell).__name__ == "Downsample2D" and isinstance(cell.pad, nn.Pad):
+        if not ON_CPU:
+            cell.__class__ = ascend_class(type(cell))
+        elif type(cell).__name__ == "Downsample2D" and isinstance(cell.pad, nn.Pad):
             _pad_in_convolution(cell)
         if hasattr(cell, "math_attention_op"):
             cell.math_attention_op = _attention_of_heads

@@ -19,8 +19,6 @@ KEPT = {
     "condition": (23.0, 23.0, 0.0),
 }  # fmt: skip
 PROCESS = 528 * MB  # the process with its libraries
-# Tensors of the size of the VAE's first activations that its encoder needs at a time: compiled, and in PyNative.
-VAE_TENSORS = (28, 13)
 # What the runtime adds. Pairs are (graph mode, PyNative).
 RUNTIME = {
     "flux graph": 600 * MB,    # a graph of FLUX, and each call of a block in it

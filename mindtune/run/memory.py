@@ -15,7 +15,7 @@ import mindspore as ms
 
 from mindtune.data import buckets
 from mindtune.encode.estimate import CLIP_TOKENS, ITEMSIZE
-from mindtune.encode.jobs import may_compile, vae_batch
+from mindtune.encode.jobs import vae_batch
 from mindtune.models.configs import read_config
 from mindtune.models.lora_layouts import KINDS
 from mindtune.models.lora_settings import DEFAULT_TARGETS
@@ -223,11 +223,9 @@ def _encoder_bytes(settings: Settings, itemsize: int) -> int:
     for name in names:  # one encoder is in memory at a time
         int8 = settings.int8 and read_config(root, name)["architectures"] == ["T5EncoderModel"]
         sizes.append(frozen_part(settings, name, int8).size)
-    # The largest activations of the VAE are those of its first level, at the image's own size.
+    # The largest activations of the VAE are those of its first level, at the image's own size; it needs six at a time.
     crop = settings.largest_crop()
-    on_cpu = ms.get_context("device_target") == "CPU"
-    count = cpu_memory.VAE_TENSORS[0 if may_compile(crop) else 1] if on_cpu else 6
-    elements = count * vae_batch(crop) * math.prod(crop) * read_config(root, "vae")["block_out_channels"][0]
+    elements = 6 * vae_batch(crop) * math.prod(crop) * read_config(root, "vae")["block_out_channels"][0]
     sizes.append(frozen_part(settings, "vae").size + itemsize * elements)
     return max(sizes)
 
